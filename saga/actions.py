@@ -1,0 +1,65 @@
+"""The port through which a saga acts on the world: run this action, this compensation, this probe.
+
+Forward and backward know nothing of where the user's code runs; `LocalActions` runs it in this process.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from saga.blueprint import Blueprint, Runner
+from saga.compensable import CompensationContext, SagaContext
+from saga.failures import Failure
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+
+class Actions(Protocol):
+    """Carries out what user code has to do for one saga."""
+
+    def execute(self, ctx: SagaContext) -> Awaitable[Any]:
+        """Run the stage that the context names."""
+        ...
+
+    def fallback(self, ctx: SagaContext, failure: Failure) -> Awaitable[Any]:
+        """Run its fallback."""
+        ...
+
+    def compensate(self, ctx: CompensationContext) -> Awaitable[None]:
+        """Run its compensation."""
+        ...
+
+    def probe(self, ctx: CompensationContext) -> Awaitable[Any]:
+        """Ask its probe."""
+        ...
+
+
+class LocalActions:
+    """Runs the stages' own code, each on one object from its first attempt to its compensation."""
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        self._plans = blueprint.stages
+        self._runners: dict[str, Runner] = {}
+
+    def _runner(self, stage: str) -> Runner:
+        runner = self._runners.get(stage)
+        if runner is None:
+            runner = self._runners[stage] = self._plans[stage].make()
+        return runner
+
+    def execute(self, ctx: SagaContext) -> Awaitable[Any]:
+        """Run the stage that the context names."""
+        return self._runner(ctx.stage_name).execute(ctx)
+
+    def fallback(self, ctx: SagaContext, failure: Failure) -> Awaitable[Any]:
+        """Run its fallback."""
+        return self._runner(ctx.stage_name).fallback(ctx, failure)
+
+    def compensate(self, ctx: CompensationContext) -> Awaitable[None]:
+        """Run its compensation."""
+        return self._runner(ctx.stage_name).compensate(ctx)
+
+    def probe(self, ctx: CompensationContext) -> Awaitable[Any]:
+        """Ask its probe."""
+        return self._runner(ctx.stage_name).probe(ctx)

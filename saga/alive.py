@@ -1,0 +1,156 @@
+"""One saga while it is alive: what forward, backward and the code of its stages share."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Coroutine
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from saga.compensable import CompensationContext, Host, refuse_record
+from saga.events import EffectRecorded
+from saga.graph import Role
+from saga.outputs import copied, copied_output
+
+if TYPE_CHECKING:
+    from stageflow.api import Pipeline, PipelineContext
+    from stageflow.context import ContextSnapshot
+
+    from saga.actions import Actions
+    from saga.blueprint import Blueprint
+    from saga.journal import Journal
+    from saga.policies import ContinueWithFallback, FailFast, Policy
+    from saga.report import SagaReport
+
+
+class Children(Protocol):
+    """Whoever runs child sagas."""
+
+    async def run_child(
+        self, parent: LiveSaga, stage: str, attempt: int, pipeline: Pipeline, context: PipelineContext | None, policy: Policy | None, fields: dict[str, Any]
+    ) -> SagaReport:
+        """Run a child of this saga's stage."""
+        ...
+
+    async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """Undo what is left of a child."""
+        ...
+
+    async def report_child(self, saga_id: str) -> SagaReport | None:
+        """Report on a child."""
+        ...
+
+
+class LiveSaga(Host):
+    """One saga while it is alive.
+
+    Attributes:
+        id: Its id.
+        blueprint: Its pipeline.
+        policy: Its policy.
+        journal: Its ledger and its state.
+        actions: How its stages' code is run.
+    """
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        policy: FailFast | ContinueWithFallback,
+        journal: Journal,
+        actions: Actions,
+        context: PipelineContext,
+        children: Children,
+    ) -> None:
+        self.id: Final = journal.saga_id
+        self.blueprint: Final = blueprint
+        self.policy: Final = policy
+        self.journal: Final = journal
+        self.actions: Final = actions
+        self._context = context
+        self._children = children
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def private_context(self) -> PipelineContext:
+        """stageflow's context for this run alone, with stageflow's own timeouts off."""
+        data = {**self._context.data, "_timeout_ms": 0}
+        for name in self.blueprint.stages:
+            data[f"_timeout.{name}"] = 0
+        return dataclasses.replace(self._context, data=data)
+
+    def cancellation(self) -> str | None:
+        """Why the caller's context was cancelled, or None if it was not."""
+        if not self._context.is_canceled:
+            return None
+        return self._context.cancellation_reason or "the context was cancelled"
+
+    @cached_property
+    def snapshot(self) -> ContextSnapshot[Any]:
+        """stageflow's immutable view of the input."""
+        return self._context.to_snapshot()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something in a task that is kept until it ends."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def forward_key(self, stage: str) -> str:
+        """The idempotency key of a stage's execution."""
+        return f"{self.id}/{stage}"
+
+    def compensation_context(self, stage: str, attempt: int) -> CompensationContext:
+        """What a compensation or a probe of the stage gets to know."""
+        state = self.journal.state
+        record = state.stages[stage]
+        outputs = {name: state.stages[name].output for name in state.graph[stage].dependencies}
+        forward_key = self.forward_key(stage)
+        return CompensationContext(
+            saga_id=self.id,
+            stage_name=stage,
+            output=copied_output(record.output) if record.landed and record.output is not None and not record.fell_back else None,
+            effects=tuple(copied(effect) for effect in record.effects),
+            in_doubt=record.doubt,
+            cause=state.cause,
+            attempt=attempt,
+            idempotency_key=f"{forward_key}/undo",
+            forward_key=forward_key,
+            inputs={name: copied_output(output) for name, output in outputs.items() if output is not None},
+            snapshot=self.snapshot,
+            _host=self,
+        )
+
+    async def record_effect(self, stage: str, effect: Any) -> None:
+        """Write one partial effect of a running stage to the ledger."""
+        if self.journal.state.graph[stage].role is not Role.COMPENSABLE:
+            raise refuse_record(stage)
+        await self.journal.record(EffectRecorded(stage=stage, effect=copied(effect)))
+
+    async def run_child(
+        self, stage: str, attempt: int, pipeline: Pipeline, context: PipelineContext | None, policy: Policy | None, fields: dict[str, Any]
+    ) -> SagaReport:
+        """Run a pipeline as a saga of its own, in the same ledger."""
+        return await self._children.run_child(self, stage, attempt, pipeline, context, policy, fields)
+
+    async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """Undo what is left of a child saga."""
+        return await self._children.undo_child(saga_id, pipeline)
+
+    async def report_child(self, saga_id: str) -> SagaReport | None:
+        """The child saga as its ledger has it."""
+        return await self._children.report_child(saga_id)
+
+    def child_context(self, stage: str, pipeline: Pipeline, fields: dict[str, Any]) -> PipelineContext:
+        """The input of a child saga: this saga's, with some fields replaced."""
+        return dataclasses.replace(
+            self._context,
+            **{
+                "topology": pipeline.name,
+                "parent_run_id": self._context.pipeline_run_id,
+                "parent_stage_id": stage,
+                "artifacts": [],
+                "data": {},
+                "canceled": False,
+            }
+            | fields,
+        )

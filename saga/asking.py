@@ -1,0 +1,59 @@
+"""Asking the outside world whether a stage's effect landed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from stageflow.api import StageOutput
+
+from saga.events import StageProbed
+from saga.failures import Failure, FailureKind
+from saga.outputs import copied_output
+from saga.watch import bounded
+
+if TYPE_CHECKING:
+    from saga.alive import LiveSaga
+
+
+async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) -> StageOutput | None:
+    """Ask the stage's probe, with the compensation's retry and timeout; the answer is in the ledger when this returns.
+
+    Args:
+        saga: The saga.
+        stage: The stage to ask for.
+        stop: When it is set, nobody waits for the answer any more.
+
+    Returns:
+        The output if the effect landed; None if it did not, or if the probe failed for good.
+    """
+    settings = saga.blueprint.stages[stage].compensation or saga.policy.compensation
+    loop = asyncio.get_running_loop()
+    began, attempt = loop.time(), 0
+    while True:
+        attempt += 1
+        failure = None
+        try:
+            answer = await bounded(
+                saga.actions.probe(saga.compensation_context(stage, attempt)),
+                seconds=settings.timeout,
+                grace=saga.policy.cancel_grace,
+                stop=stop,
+            )
+            if answer is not None and not isinstance(answer, StageOutput):
+                raise TypeError(f"expected a StageOutput or None from the probe, got {answer!r}")
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a probe's failure is data
+            failure = Failure.raised(stage, error, attempt=attempt, kind=FailureKind.COMPENSATION)
+        if failure is None:
+            output = None if answer is None else copied_output(answer)
+            await saga.journal.record(StageProbed(stage=stage, landed=answer is not None, output=output))
+            return answer
+        wait = settings.retry.wait_before_next(failure, attempt=attempt, elapsed=loop.time() - began)
+        if stop is not None and stop.is_set():
+            wait = None
+        await saga.journal.record(StageProbed(stage=stage, landed=None, failure=failure, will_retry=wait is not None))
+        if wait is None:
+            return None
+        await asyncio.sleep(wait)

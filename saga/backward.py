@@ -1,0 +1,200 @@
+"""The backward run: undoes what took effect, dependents before what they depend on, branches in parallel."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from saga.asking import ask
+from saga.errors import LedgerError
+from saga.events import CompensationCompleted, CompensationFailed, CompensationStarted
+from saga.failures import Failure, FailureKind
+from saga.ledger import StageState
+from saga.recovery import Rollback, Step, undo_step
+from saga.watch import Watch
+
+if TYPE_CHECKING:
+    from saga.alive import LiveSaga
+    from saga.policies import Compensation
+
+
+class _Worker:
+    """Undoes one stage after another, as long as any is open."""
+
+    __slots__ = ("task", "watch")
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[None]
+        self.watch: Watch | None = None
+
+
+class Backward:
+    """Carries out the rollback of one saga that has turned back."""
+
+    def __init__(self, saga: LiveSaga) -> None:
+        self._saga = saga
+        self._state = saga.journal.state
+        self._record = saga.journal.record
+        self._settings = saga.policy.compensation
+        self._rollback = Rollback(self._state, saga.policy)
+        self._workers: set[_Worker] = set()
+        self._finished = asyncio.Event()
+        self._expired = False
+        self._broken: LedgerError | None = None
+
+    async def run(self) -> None:
+        """Undo all that can be undone.
+
+        Raises:
+            LedgerError: The ledger could not record; no further compensation was started after that.
+        """
+        self._put_to_work()
+        if not self._workers:
+            return
+        timer = None
+        if self._settings.deadline is not None:
+            timer = asyncio.get_running_loop().call_later(self._settings.deadline, self._expire)
+        while self._workers:
+            self._finished.clear()
+            try:
+                await self._finished.wait()
+            except asyncio.CancelledError:
+                # Promise 7: a cancel can start a compensation, never interrupt one.
+                continue
+        if timer is not None:
+            timer.cancel()
+        if self._broken is not None:
+            raise self._broken
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._rollback.stop()
+
+    def _put_to_work(self) -> None:
+        """Have as many workers as there are open stages, within the limit; a worker that ends its stage takes the next."""
+        limit = self._settings.max_concurrency
+        for _ in range(len(self._rollback)):
+            if limit is not None and len(self._workers) >= limit:
+                return
+            worker = _Worker()
+            self._workers.add(worker)
+            worker.task = asyncio.create_task(self._work(worker, self._rollback.take()))
+
+    async def _work(self, worker: _Worker, stage: str) -> None:
+        try:
+            while True:
+                await self._undo(worker, stage)
+                if worker.watch is not None and worker.watch.given_up:
+                    return
+                if not len(self._rollback):
+                    break
+                stage = self._rollback.take()
+                self._put_to_work()
+        except LedgerError as error:
+            self._breaks(error)
+        self._ends(worker)
+
+    def _breaks(self, error: LedgerError) -> None:
+        self._broken = self._broken or error
+        self._rollback.stop()
+
+    def _ends(self, worker: _Worker) -> None:
+        self._workers.discard(worker)
+        if not self._workers:
+            self._finished.set()
+
+    async def _undo(self, worker: _Worker, stage: str) -> None:
+        """Bring one stage as far as it goes: until nothing of it stands, or it is known to stand."""
+        node, record = self._state.graph[stage], self._state.stages[stage]
+        settings = self._saga.blueprint.stages[stage].compensation or self._settings
+        while True:
+            match undo_step(node, record):
+                case Step.CLEAR:
+                    self._rollback.clear(stage)
+                    return
+                case Step.HOLD:
+                    self._rollback.hold(stage)
+                    return
+                case Step.PROBE:
+                    await ask(self._saga, stage)
+                case Step.COMPENSATE:
+                    await self._compensate(worker, stage, settings)
+                    if worker.watch is not None and worker.watch.given_up:
+                        return
+
+    async def _compensate(self, worker: _Worker, stage: str, settings: Compensation) -> None:
+        """Attempt the compensation as often as its retry allows; then it is undone or stuck."""
+        loop, record = asyncio.get_running_loop(), self._state.stages[stage]
+        began, tries = loop.time(), 0
+        while True:
+            tries += 1
+            attempt = record.undo_attempts + 1
+            context = self._saga.compensation_context(stage, attempt)
+            await self._record(CompensationStarted(stage=stage, attempt=attempt))
+            watch = worker.watch = Watch(
+                worker.task, self._saga.policy.cancel_grace, lambda: self._saga.spawn(self._given_up(worker, stage, settings))
+            )
+            watch.limit(settings.timeout)
+            failure = None
+            try:
+                await self._saga.actions.compensate(context)
+            except GeneratorExit:
+                raise
+            except BaseException as error:  # noqa: BLE001 - a compensation's failure is data
+                failure = await self._failed(watch, stage, attempt, error, settings)
+            else:
+                if watch.reason is not None:
+                    await watch.absorb()
+            watch.stop_clock()
+            if watch.given_up:
+                return
+            if failure is None:
+                await self._record(CompensationCompleted(stage=stage))
+                return
+            wait = settings.retry.wait_before_next(failure, attempt=tries, elapsed=loop.time() - began)
+            if self._expired:
+                wait = None
+            await self._record(CompensationFailed(stage=stage, failure=failure, will_retry=wait is not None))
+            if wait is None:
+                return
+            await self._sleep(wait)
+            if self._expired:
+                await self._record(CompensationFailed(stage=stage, failure=failure))
+                return
+
+    async def _sleep(self, seconds: float) -> None:
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            # Somebody cancels every task of the process; what is being undone is undone to the end.
+            return
+
+    async def _failed(
+        self, watch: Watch, stage: str, attempt: int, error: BaseException, settings: Compensation
+    ) -> Failure:
+        was_cancelled = await watch.absorb()
+        kind = FailureKind.COMPENSATION
+        if watch.reason is FailureKind.TIMEOUT:
+            error = TimeoutError(f"no answer within {settings.timeout:g} s")
+        elif was_cancelled and isinstance(error, asyncio.CancelledError):
+            error = InterruptedError("its task was cancelled from outside")
+        return Failure.raised(stage, error, attempt=attempt, kind=kind)
+
+    async def _given_up(self, worker: _Worker, stage: str, settings: Compensation) -> None:
+        """Go on without a compensation that ignored its cancel: its stage is stuck."""
+        assert self._state.stages[stage].state is StageState.COMPENSATING  # noqa: S101 - nobody else records for this stage
+        attempt = self._state.stages[stage].undo_attempts
+        error = TimeoutError(
+            f"no answer within {settings.timeout:g} s, and it ignored its cancel for {self._saga.policy.cancel_grace:g} s; "
+            "it may still be running"
+        )
+        failure = Failure.raised(stage, error, attempt=attempt, kind=FailureKind.COMPENSATION)
+        try:
+            await self._record(CompensationFailed(stage=stage, failure=failure))
+            self._rollback.hold(stage)
+        except LedgerError as broken:
+            self._breaks(broken)
+        self._workers.discard(worker)
+        self._put_to_work()
+        if not self._workers:
+            self._finished.set()

@@ -1,0 +1,195 @@
+"""A pipeline, read and checked once: its graph, and what each stage offers.
+
+Everything that can be known to be wrong is refused here, before anything runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+from stageflow.api import Pipeline
+
+from saga.compensable import PivotStage
+from saga.errors import PipelineInvalid, PolicyInvalid
+from saga.graph import Graph, Node, Role
+from saga.policies import Compensation, ContinueWithFallback, FailFast, Retry
+
+if TYPE_CHECKING:
+    from stageflow.pipeline.pipeline import UnifiedStageSpec
+
+T = TypeVar("T")
+_HOOKS: Final = ("execute", "compensate", "probe", "fallback")
+
+
+class Runner(Protocol):
+    """A stage as the saga calls it; only `execute` is always there."""
+
+    execute: Callable[[Any], Any]
+    compensate: Callable[[Any], Any]
+    probe: Callable[[Any], Any]
+    fallback: Callable[[Any, Any], Any]
+
+
+class _Callable:
+    """A plain async callable as a stage."""
+
+    def __init__(self, execute: Callable[[Any], Any]) -> None:
+        self.execute = execute
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """What one stage offers.
+
+    Attributes:
+        spec: stageflow's.
+        make: Gives the object that runs and compensates it; called once a saga.
+        retry: Its own, or None.
+        timeout: Seconds, its own, or None.
+        compensation: Its own, or None.
+        patient: It bounds itself: it is never given up, however long it takes to end after a cancel.
+    """
+
+    spec: UnifiedStageSpec
+    make: Callable[[], Runner]
+    retry: Retry | None
+    timeout: float | None
+    compensation: Compensation | None
+    patient: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A checked pipeline.
+
+    Attributes:
+        name: The pipeline's.
+        graph: Its stages and what each offers, in topological order.
+        stages: What the graph can't hold, in topological order.
+        specs: The pipeline's own specs, by which a later change is noticed.
+    """
+
+    name: str
+    graph: Graph
+    stages: dict[str, StagePlan]
+    specs: tuple[UnifiedStageSpec, ...]
+
+    @classmethod
+    def of(cls, pipeline: Pipeline) -> Blueprint:
+        """Read a pipeline.
+
+        Raises:
+            PipelineInvalid: It, or one of its stages, can't be run as a saga; the error names the stage.
+        """
+        if not isinstance(pipeline, Pipeline):
+            raise PipelineInvalid("a stageflow Pipeline", got=repr(pipeline))
+        read = {name: _read(name, spec) for name, spec in pipeline.stages.items()}
+        graph = Graph.of(node for node, _ in read.values())
+        return cls(pipeline.name, graph, {name: read[name][1] for name in graph.names}, tuple(pipeline.stages.values()))
+
+    def check_policy(self, policy: FailFast | ContinueWithFallback) -> None:
+        """Refuse a policy that speaks of stages that aren't there.
+
+        Raises:
+            PolicyInvalid: It does.
+        """
+        if not isinstance(policy, FailFast | ContinueWithFallback):
+            raise PolicyInvalid("a FailFast or a ContinueWithFallback policy", got=repr(policy))
+        for name in policy.fallbacks if isinstance(policy, ContinueWithFallback) else ():
+            if name not in self.stages:
+                raise PolicyInvalid(
+                    f"fallbacks for stages of pipeline {self.name!r} ({', '.join(self.stages)})", got="a fallback", stage=name
+                )
+
+
+def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
+    runner, config = spec.runner, spec.config
+    if not isinstance(name, str) or not name.strip():
+        raise PipelineInvalid("a stage name with at least one visible character", got=repr(name), stage=name)
+    make: Callable[[], Any]
+    if isinstance(runner, type):
+        make = (lambda: runner(**config)) if config else runner
+        _refuse_abstract(name, runner)
+    elif hasattr(runner, "execute"):
+        make = lambda: runner  # noqa: E731 - a one-line sibling of the branch above
+    else:
+        wrapped = _Callable(runner)
+        make = lambda: wrapped  # noqa: E731 - as above
+    sample = _instance(name, make)
+    for hook in _HOOKS:
+        _refuse_sync(name, hook, getattr(sample, hook, None))
+    if not callable(getattr(sample, "execute", None)):
+        raise PipelineInvalid("a stage with an async execute", got=repr(runner), stage=name)
+    is_pivot = isinstance(sample, PivotStage)
+    can_compensate = callable(getattr(sample, "compensate", None))
+    if is_pivot and can_compensate:
+        raise PipelineInvalid("a pivot without compensate(): it is the point of no return", got="one with it", stage=name)
+    role = Role.PIVOT if is_pivot else Role.COMPENSABLE if can_compensate else Role.PLAIN
+    node = Node(
+        name=name,
+        dependencies=tuple(dict.fromkeys(spec.dependencies)),
+        kind=str(getattr(spec.kind, "value", spec.kind)),
+        role=role,
+        conditional=spec.conditional,
+        can_probe=role is not Role.PLAIN and callable(getattr(sample, "probe", None)),
+        undo_in_doubt=role is Role.COMPENSABLE and bool(getattr(sample, "compensate_in_doubt", False)),
+        has_fallback=callable(getattr(sample, "fallback", None)),
+    )
+    plan = StagePlan(
+        spec=spec,
+        make=make,
+        retry=_declared(name, sample, "retry", Retry),
+        timeout=_declared_seconds(name, sample),
+        compensation=_declared(name, sample, "compensation", Compensation),
+        patient=bool(getattr(sample, "bounds_itself", False)),
+    )
+    return node, plan
+
+
+def _instance(name: str, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except Exception as error:  # whatever the user's constructor raises
+        raise PipelineInvalid(
+            "a stage that can be built", got=f"{type(error).__name__}: {error}", stage=name, hint="Its class gets config= as keywords."
+        ) from error
+
+
+def _refuse_abstract(name: str, runner: type) -> None:
+    missing = sorted(getattr(runner, "__abstractmethods__", ()))
+    if missing:
+        raise PipelineInvalid(
+            f"{runner.__name__} to define {' and '.join(f'{method}()' for method in missing)}", got="a class without", stage=name
+        )
+
+
+def _refuse_sync(name: str, hook: str, function: object) -> None:
+    if function is None or not callable(function) or _is_async(function):
+        return
+    raise PipelineInvalid(
+        f"an async {hook}",
+        got=f"the plain def {getattr(function, '__qualname__', repr(function))}",
+        stage=name,
+        hint="Write async def, and take blocking work to a thread (asyncio.to_thread).",
+    )
+
+
+def _is_async(function: Callable[..., object]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 - asks for its code, not whether it is callable
+
+
+def _declared(name: str, stage: object, attribute: str, kind: type[T]) -> T | None:
+    value = getattr(stage, attribute, None)
+    if value is None or isinstance(value, kind):
+        return value
+    raise PipelineInvalid(f"{attribute} to be a {kind.__name__} or None", got=repr(value), stage=name)
+
+
+def _declared_seconds(name: str, stage: object) -> float | None:
+    value = getattr(stage, "timeout", None)
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")):
+        return value
+    raise PipelineInvalid("timeout to be None or more than 0 seconds", got=repr(value), stage=name)

@@ -1,0 +1,248 @@
+"""What users write: stages that can be undone, and the contexts that their code receives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from stageflow.api import StageContext, StageKind, StageOutput
+
+from saga.errors import MisuseError, PipelineInvalid
+from saga.failures import Failure
+from saga.policies import Compensation, Policy, Retry
+
+if TYPE_CHECKING:
+    from stageflow.api import Pipeline, PipelineContext
+    from stageflow.context import ContextSnapshot
+
+    from saga.report import SagaReport
+
+Returned = StageOutput | dict[str, Any] | None
+"""What a stage may return."""
+
+
+class Host(Protocol):
+    """What a running saga offers to the code of its stages."""
+
+    async def record_effect(self, stage: str, effect: Any) -> None:
+        """Write one partial effect of a running stage to the ledger."""
+        ...
+
+    async def run_child(
+        self, stage: str, attempt: int, pipeline: Pipeline, context: PipelineContext | None, policy: Policy | None, fields: dict[str, Any]
+    ) -> SagaReport:
+        """Run a pipeline as a saga of its own, in the same ledger."""
+        ...
+
+    async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """Undo what is left of a child saga."""
+        ...
+
+    async def report_child(self, saga_id: str) -> SagaReport | None:
+        """The child saga as its ledger has it, or None if it never began."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SagaContext(StageContext):
+    """stageflow's `StageContext`, and what a stage of a saga needs beside it.
+
+    Attributes:
+        saga_id: The saga's id.
+        attempt: 1 for the first attempt of this execution.
+        idempotency_key: The same for every attempt of one execution, also after a crash; hand it to whoever
+            carries out the effect, so that a repeated request is recognised.
+    """
+
+    saga_id: str
+    attempt: int
+    idempotency_key: str
+    _host: Host
+
+    async def record(self, effect: Any) -> None:
+        """Note a partial effect in the ledger before the stage goes on.
+
+        When the stage then fails, its compensation gets what was recorded, oldest first, as `ctx.effects`.
+
+        Raises:
+            MisuseError: The stage has no compensation, so nothing would ever undo the effect.
+        """
+        await self._host.record_effect(self.stage_name, effect)
+
+    async def run_saga(
+        self, pipeline: Pipeline, context: PipelineContext | None = None, *, policy: Policy | None = None, **context_fields: Any
+    ) -> SagaReport:
+        """Run a pipeline as a child saga; `nested` wraps this in a stage that also undoes it."""
+        return await self._host.run_child(self.stage_name, self.attempt, pipeline, context, policy, context_fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompensationContext:
+    """What a compensation or a probe gets to know.
+
+    Attributes:
+        saga_id: The saga's id.
+        stage_name: The stage to undo.
+        output: What the stage gave when it completed; None if it never did.
+        effects: What the stage recorded with `ctx.record`, oldest first.
+        in_doubt: Whether nobody knows if the effect landed.
+        cause: The failure that turned the saga back; None if it was undone on demand.
+        attempt: Of this compensation; 1 for the first.
+        idempotency_key: This compensation's, the same for all its attempts.
+        forward_key: The idempotency key that the execution had.
+        inputs: Outputs of the direct dependencies, by stage.
+        snapshot: stageflow's immutable view of the run's input.
+    """
+
+    saga_id: str
+    stage_name: str
+    output: StageOutput | None
+    effects: tuple[Any, ...]
+    in_doubt: bool
+    cause: Failure | None
+    attempt: int
+    idempotency_key: str
+    forward_key: str
+    inputs: Mapping[str, StageOutput]
+    snapshot: ContextSnapshot[Any]
+    _host: Host
+
+    async def undo_saga(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """Undo what a child saga left standing; does nothing when nothing is."""
+        return await self._host.undo_child(saga_id, pipeline)
+
+    async def saga_report(self, saga_id: str) -> SagaReport | None:
+        """The report of a child saga, or None if it never began."""
+        return await self._host.report_child(saga_id)
+
+
+class SagaStage(ABC):
+    """What a stage may declare about itself in a saga; plain stageflow stages may, too.
+
+    Attributes:
+        name: For the reader; the pipeline's name for the stage is the one that counts.
+        kind: stageflow's category.
+        retry: How often it is attempted; None: as the policy says.
+        timeout: Seconds for one attempt; None: as the policy says.
+    """
+
+    name: str = ""
+    kind: StageKind = StageKind.WORK
+    retry: ClassVar[Retry | None] = None
+    timeout: ClassVar[float | None] = None
+
+    @abstractmethod
+    async def execute(self, ctx: SagaContext) -> Returned:
+        """Do the work; its effect counts as landed once this has returned."""
+
+
+class CompensableStage(SagaStage):
+    """A stage whose effect can be undone.
+
+    It may also define `async probe(ctx: CompensationContext) -> StageOutput | None`, which asks the outside world whether
+    the effect landed (the output if it did, None if it did not; raising means: still unknown), and
+    `async fallback(ctx: SagaContext, failure: Failure)`, whose result replaces the output under
+    `ContinueWithFallback`.
+
+    Attributes:
+        compensation: This stage's own retry and timeout for undoing; None: as the policy says.
+        compensate_in_doubt: The compensation copes with not knowing whether there is anything to undo.
+    """
+
+    compensation: ClassVar[Compensation | None] = None
+    compensate_in_doubt: ClassVar[bool] = False
+
+    @abstractmethod
+    async def compensate(self, ctx: CompensationContext) -> None:
+        """Undo the effect. It may be called again with the same key, so it must bear repetition."""
+
+
+class PivotStage(SagaStage):
+    """The point of no return: once it has completed, it and all it depends on are never compensated.
+
+    It may define a `probe`, so that a pivot in doubt can be told apart.
+    """
+
+
+Compensate = Callable[[CompensationContext], Awaitable[None]]
+Probe = Callable[[CompensationContext], Awaitable[StageOutput | None]]
+Fallback = Callable[[SagaContext, Failure], Awaitable[Returned]]
+
+
+class _Composed:
+    """A stage made of parts: somebody's runner, and functions beside it."""
+
+    def __init__(self, execute: Callable[[Any], Awaitable[Returned]], parts: dict[str, Any]) -> None:
+        self.execute = execute
+        for part, value in parts.items():
+            setattr(self, part, value)
+
+
+def compensable(
+    runner: Any,
+    compensate: Compensate,
+    *,
+    probe: Probe | None = None,
+    fallback: Fallback | None = None,
+    retry: Retry | None = None,
+    timeout: float | None = None,
+    compensation: Compensation | None = None,
+    compensate_in_doubt: bool = False,
+    kind: StageKind | str | None = None,
+) -> Any:
+    """Make a stage of functions, or give a compensation to a stage that can't be edited.
+
+    Args:
+        runner: An async callable, a stage instance, or a stage class. A class gives a factory that takes the class's
+            `config=`, and a new instance for every saga.
+        compensate: Undoes the effect.
+        probe: Asks whether the effect landed.
+        fallback: Gives an output in place of the failed stage's.
+        retry: How often it is attempted; None: what the runner says, else the policy.
+        timeout: Seconds for one attempt; None: what the runner says, else the policy.
+        compensation: Its own retry and timeout for undoing.
+        compensate_in_doubt: The compensation copes with not knowing.
+        kind: stageflow's category; None: the runner's, else WORK.
+
+    Raises:
+        PipelineInvalid: The runner is none of these.
+    """
+    given = {
+        "probe": probe,
+        "fallback": fallback,
+        "retry": retry,
+        "timeout": timeout,
+        "compensation": compensation,
+        "compensate_in_doubt": compensate_in_doubt or None,
+        "kind": kind,
+    }
+    parts: dict[str, Any] = {part: getattr(runner, part, None) for part in ("retry", "timeout", "probe", "fallback", "kind")}
+    if isinstance(runner, type):
+        # Unbound methods of the class would lack their self; those are read from the instance below.
+        parts["probe"] = parts["fallback"] = None
+    parts |= {part: value for part, value in given.items() if value is not None}
+    parts["kind"] = parts["kind"] or StageKind.WORK
+    parts["compensate"] = compensate
+
+    if isinstance(runner, type):
+
+        class Compensable(_Composed):
+            def __init__(self, **config: Any) -> None:
+                instance = runner(**config)
+                own = {part: getattr(instance, part, None) for part in ("probe", "fallback")}
+                super().__init__(instance.execute, own | {part: value for part, value in parts.items() if value is not None})
+
+        Compensable.__name__ = Compensable.__qualname__ = f"compensable({runner.__name__})"
+        Compensable.kind = parts["kind"]  # type: ignore[attr-defined] # stageflow reads it off the class
+        return Compensable
+    execute = getattr(runner, "execute", runner)
+    if not callable(execute):
+        raise PipelineInvalid("a stage class, a stage instance or an async callable", got=repr(runner))
+    return _Composed(execute, parts)
+
+
+def refuse_record(stage: str) -> MisuseError:
+    """The error of a stage that records an effect that nothing would undo."""
+    return MisuseError("ctx.record only in a stage with a compensation", got="a stage without one", stage=stage)

@@ -1,0 +1,102 @@
+"""The exceptions that saga raises.
+
+::
+
+    SagaError
+     ├── MisuseError           refused before anything ran
+     │    ├── PipelineInvalid  a stage or the graph can't be run as a saga
+     │    ├── PolicyInvalid    a policy holds a value that makes no sense
+     │    ├── SagaExists       the saga id is taken
+     │    ├── SagaNotFound     no saga has that id
+     │    └── GraphChanged     the pipeline is not the one that the saga was started with
+     ├── LedgerError           the ledger could not record or read
+     │    ├── LedgerCorrupt    the events contradict the transition table
+     │    └── LedgerConflict   somebody else wrote to the saga, or holds its lease
+     └── SagaFailed            raised on request, by `SagaReport.raise_for_status()`
+
+A failing stage raises none of these: `SagaCoordinator.run` answers with a report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SagaError(Exception):
+    """The base of every error that saga raises."""
+
+
+class MisuseError(SagaError):
+    """Something was asked for that can't work; nothing was run, nothing was changed.
+
+    Attributes:
+        stage: The stage that it is about, or None.
+        expected: What would have been right.
+        got: What was found instead.
+    """
+
+    def __init__(self, expected: str, *, got: str, stage: str | None = None, hint: str = "") -> None:
+        self.stage = stage
+        self.expected = expected
+        self.got = got
+        where = f", for stage {stage!r}" if stage is not None else ""
+        super().__init__(f"expected {expected}{where}, got {got}" + (f". {hint}" if hint else ""))
+
+
+class PipelineInvalid(MisuseError):
+    """A pipeline, or one of its stages, can't be run as a saga."""
+
+
+class PolicyInvalid(MisuseError):
+    """A policy holds a key or a value that makes no sense, or names a stage that isn't there."""
+
+
+class SagaExists(MisuseError):
+    """The saga id is already in the ledger."""
+
+
+class SagaNotFound(MisuseError):
+    """The ledger has no saga of that id."""
+
+
+class GraphChanged(MisuseError):
+    """The pipeline differs from the one that the saga was started with.
+
+    Attributes:
+        differences: One sentence for each stage that differs.
+    """
+
+    def __init__(self, saga_id: str, differences: Sequence[str]) -> None:
+        self.differences = tuple(differences)
+        super().__init__(
+            f"the pipeline that saga {saga_id} was started with",
+            got="another one: " + "; ".join(differences),
+            hint="Nothing was run. Resume with the pipeline as it was, or settle the saga by hand.",
+        )
+
+
+class LedgerError(SagaError):
+    """The ledger could not record or read; the saga starts no further effect."""
+
+
+class LedgerCorrupt(LedgerError):
+    """An event follows one that it may not follow; the saga is left as it is."""
+
+
+class LedgerConflict(LedgerError):
+    """Another coordinator wrote to this saga, or holds its lease."""
+
+
+class SagaFailed(ExceptionGroup, SagaError):
+    """A saga did not complete; its members are the stages' own exceptions, the cause first.
+
+    Raised by `SagaReport.raise_for_status()`, which sets `report`.
+    """
+
+    report: object
+
+    def derive(self, excs: Sequence[Exception], /) -> SagaFailed:
+        """Keep the type when `except*` splits the group."""
+        part = SagaFailed(self.message, excs)
+        part.report = self.report
+        return part

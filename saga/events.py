@@ -1,0 +1,239 @@
+"""The events of a saga: what its ledger is made of.
+
+Frozen, in the past tense, and complete: the state of a saga, its report and what to do next follow from
+them and nothing else.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter
+
+from saga.failures import Failure
+from saga.graph import Graph
+from saga.outputs import Output, Plain
+from saga.policies import Policy
+
+
+class SagaStatus(StrEnum):
+    """Where a saga stands."""
+
+    RUNNING = "running"
+    COMPENSATING = "compensating"
+    COMPLETED = "completed"
+    """Every stage did its part."""
+    DEGRADED = "degraded"
+    """It went on with fallbacks, or without a branch."""
+    COMPENSATED = "compensated"
+    """It was undone: nothing is stuck, blocked or in doubt."""
+    HALTED = "halted"
+    """It failed, and what it did is kept; it can be redriven."""
+    CANCELLED = "cancelled"
+    """A stage cancelled it, and what it did is kept."""
+    STUCK = "stuck"
+    """Something is stuck, blocked or in doubt, and a person has to act."""
+
+
+class TurnReason(StrEnum):
+    """Why a saga goes backward."""
+
+    FAILURE = "failure"
+    """A stage failed, or the deadline passed."""
+    CANCEL = "cancel"
+    """A stage cancelled it, and the policy compensates then."""
+    INTERRUPT = "interrupt"
+    """Its caller was cancelled."""
+    ORPHANS = "orphans"
+    """It came to its end, and some effects serve nothing that is kept."""
+    REQUEST = "request"
+    """Somebody asked for it, after it had ended."""
+
+
+class Event(BaseModel):
+    """What every event has.
+
+    Attributes:
+        at: When it was recorded, UTC.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+
+class SagaStarted(Event):
+    """The saga exists: its graph, its policy and its input are fixed."""
+
+    event: Literal["saga_started"] = "saga_started"
+    saga_id: str
+    pipeline: str
+    graph: Graph
+    policy: Policy
+    input: Plain = Field(default_factory=dict)
+    parent: str | None = None
+
+
+class StageEvent(Event):
+    """An event of one stage."""
+
+    stage: str
+
+
+class StageStarted(StageEvent):
+    """An attempt of a stage is about to run."""
+
+    event: Literal["stage_started"] = "stage_started"
+    attempt: int
+
+
+class EffectRecorded(StageEvent):
+    """A running stage noted a partial effect."""
+
+    event: Literal["effect_recorded"] = "effect_recorded"
+    effect: Plain
+
+
+class StageCompleted(StageEvent):
+    """A stage gave its output: its effect has landed."""
+
+    event: Literal["stage_completed"] = "stage_completed"
+    output: Output
+
+
+class StageFailed(StageEvent):
+    """An attempt of a stage failed.
+
+    Attributes:
+        failure: How.
+        in_doubt: Whether its effect may have landed all the same.
+        will_retry: Whether another attempt follows.
+        output: What it returned beside the failure, if anything.
+    """
+
+    event: Literal["stage_failed"] = "stage_failed"
+    failure: Failure
+    in_doubt: bool = False
+    will_retry: bool = False
+    output: Output | None = None
+
+
+class StageSkipped(StageEvent):
+    """A stage was skipped: by its own word, by stageflow, by an interceptor's answer, or with its branch.
+
+    Attributes:
+        reason: Why.
+        output: What its dependents get to see.
+        with_branch: Whether it is skipped because something that it depends on failed.
+    """
+
+    event: Literal["stage_skipped"] = "stage_skipped"
+    reason: str
+    output: Output
+    with_branch: bool = False
+
+
+class FallbackUsed(StageEvent):
+    """A failed stage's fallback became its output."""
+
+    event: Literal["fallback_used"] = "fallback_used"
+    output: Output
+    source: Literal["stage", "policy"]
+
+
+class FallbackFailed(StageEvent):
+    """A failed stage's own fallback failed, too."""
+
+    event: Literal["fallback_failed"] = "fallback_failed"
+    failure: Failure
+
+
+class StageProbed(StageEvent):
+    """A stage was asked whether its effect landed.
+
+    Attributes:
+        landed: The answer; None when the probe failed.
+        output: With `landed=True`, the output.
+        failure: With `landed=None`, how the probe failed.
+        will_retry: Whether it is asked again.
+    """
+
+    event: Literal["stage_probed"] = "stage_probed"
+    landed: bool | None
+    output: Output | None = None
+    failure: Failure | None = None
+    will_retry: bool = False
+
+
+class SagaTurnedBack(Event):
+    """The fence: no stage runs any more; from here the saga goes backward."""
+
+    event: Literal["saga_turned_back"] = "saga_turned_back"
+    reason: TurnReason
+    cause: Failure | None = None
+
+
+class CompensationStarted(StageEvent):
+    """An attempt to undo a stage is about to run."""
+
+    event: Literal["compensation_started"] = "compensation_started"
+    attempt: int
+
+
+class CompensationCompleted(StageEvent):
+    """A stage's effect is undone."""
+
+    event: Literal["compensation_completed"] = "compensation_completed"
+
+
+class CompensationFailed(StageEvent):
+    """An attempt to undo a stage failed; without another one to come the stage is stuck."""
+
+    event: Literal["compensation_failed"] = "compensation_failed"
+    failure: Failure
+    will_retry: bool = False
+
+
+class SagaEnded(Event):
+    """The saga has come to rest.
+
+    Attributes:
+        status: Where.
+        cause: What stopped it, when it did not turn back.
+    """
+
+    event: Literal["saga_ended"] = "saga_ended"
+    status: SagaStatus
+    cause: Failure | None = None
+
+
+AnyEvent = Annotated[
+    SagaStarted
+    | StageStarted
+    | EffectRecorded
+    | StageCompleted
+    | StageFailed
+    | StageSkipped
+    | FallbackUsed
+    | FallbackFailed
+    | StageProbed
+    | SagaTurnedBack
+    | CompensationStarted
+    | CompensationCompleted
+    | CompensationFailed
+    | SagaEnded,
+    Discriminator("event"),
+]
+_EVENT: Final[TypeAdapter[Any]] = TypeAdapter(AnyEvent)
+
+
+def event_from_json(text: str | bytes) -> AnyEvent:
+    """Read one event back from `event.model_dump_json()`.
+
+    Raises:
+        pydantic.ValidationError: The text is no event.
+    """
+    event: AnyEvent = _EVENT.validate_json(text)
+    return event

@@ -1,0 +1,118 @@
+"""What went wrong: `Failure` and its kinds."""
+
+from __future__ import annotations
+
+import traceback as tracebacks
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Final, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class FailureKind(StrEnum):
+    """The ways in which a stage, a compensation or a saga fails."""
+
+    EXCEPTION = "exception"
+    """It raised."""
+    REPORTED = "reported"
+    """It returned `StageOutput.fail(...)`."""
+    TIMEOUT = "timeout"
+    """It exceeded its timeout; for a saga, its deadline."""
+    INTERRUPTED = "interrupted"
+    """It was cancelled from outside while it ran; for a saga, its caller was."""
+    CRASHED = "crashed"
+    """The process that ran it is gone."""
+    CONTRACT = "contract"
+    """It returned something that is no stage output, or RETRY without an attempt left."""
+    COMPENSATION = "compensation"
+    """Its compensation or its probe failed."""
+    CANCELLED = "cancelled"
+    """It returned `StageOutput.cancel(...)` or raised `StageCancellationRequested`."""
+
+
+def qualified(kind: type) -> str:
+    """Name a type as `module.Qualname`; builtins without their module."""
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+class Failure(BaseModel):
+    """One failure of one attempt.
+
+    Attributes:
+        stage: The stage, or None for the saga's own deadline or its caller's cancel. In a report, a stage of a
+            nested saga is named by its path: `book_hotel/charge_deposit`.
+        kind: In what way it failed.
+        type: The qualified name of the exception's type, or of the output's status.
+        message: What it said.
+        attempt: Which attempt failed; 1 is the first, 0 for the saga itself.
+        at: When, UTC.
+        traceback: The formatted traceback, if there was one.
+        exception: The exception itself, in the process that saw it; never stored.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    stage: str | None
+    kind: FailureKind
+    type: str = ""
+    message: str
+    attempt: int = 0
+    at: datetime
+    traceback: str | None = None
+    exception: BaseException | None = Field(default=None, exclude=True, repr=False)
+
+    @classmethod
+    def of(
+        cls, stage: str | None, kind: FailureKind, message: str, *, type: str = "", attempt: int = 0  # noqa: A002 - the field's name
+    ) -> Self:
+        """Note a failure that comes without an exception."""
+        return cls(stage=stage, kind=kind, type=type, message=message, attempt=attempt, at=datetime.now(UTC))
+
+    @classmethod
+    def raised(
+        cls, stage: str | None, error: BaseException, *, attempt: int, kind: FailureKind = FailureKind.EXCEPTION
+    ) -> Self:
+        """Note a failure that an exception tells of, with its traceback."""
+        return cls(
+            stage=stage,
+            kind=kind,
+            type=qualified(type(error)),
+            message=str(error) or type(error).__name__,
+            attempt=attempt,
+            at=datetime.now(UTC),
+            traceback="".join(tracebacks.format_exception(error)),
+            exception=error,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        """Compare what is stored: a failure read back from JSON equals the one that was written."""
+        return isinstance(other, Failure) and self._stored() == other._stored()
+
+    def __hash__(self) -> int:
+        """Hash what is stored."""
+        return hash(self._stored())
+
+    def _stored(self) -> tuple[object, ...]:
+        return tuple(getattr(self, field) for field in Failure.model_fields if field != "exception")
+
+    def __str__(self) -> str:
+        """Say who failed, in what way and with which words."""
+        who = f"stage {self.stage!r}" if self.stage is not None else "the saga"
+        tries = f" at attempt {self.attempt}" if self.attempt > 1 else ""
+        named = self.kind in _NAMED_BY_TYPE and self.type and self.type not in self.message
+        what = f"{self.type.rpartition('.')[2]}: {self.message}" if named else self.message
+        return f"{who} {_SAID[self.kind]}{tries}: {what}"
+
+
+_NAMED_BY_TYPE: Final = frozenset({FailureKind.EXCEPTION, FailureKind.COMPENSATION})
+_SAID: Final = {
+    FailureKind.EXCEPTION: "raised",
+    FailureKind.REPORTED: "reported a failure",
+    FailureKind.TIMEOUT: "ran out of time",
+    FailureKind.INTERRUPTED: "was interrupted",
+    FailureKind.CRASHED: "lost its process",
+    FailureKind.CONTRACT: "broke its contract",
+    FailureKind.COMPENSATION: "could not be compensated",
+    FailureKind.CANCELLED: "cancelled",
+}

@@ -1,0 +1,493 @@
+"""The forward run: a stageflow pipeline under the ledger.
+
+stageflow schedules, but the stages' code runs in tasks of ours. stageflow cancels the siblings of a failed stage with
+`Task.cancel()`, which an anyio shield does not stop, and leaves the siblings of a stage that returned FAIL running
+unawaited; so what stageflow runs is a wrapper that only waits, and its cancel reaches nothing but the wrapper.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from stageflow import BaseInterceptor, UnifiedStageExecutionError
+from stageflow.api import Pipeline, StageCancellationRequested, StageContext, StageOutput, StageStatus
+from stageflow.pipeline.dag import UnifiedPipelineCancelled
+
+from saga.asking import ask
+from saga.compensable import SagaContext
+from saga.errors import LedgerError
+from saga.events import FallbackFailed, FallbackUsed, StageCompleted, StageFailed, StageSkipped, StageStarted
+from saga.failures import Failure, FailureKind
+from saga.graph import Role
+from saga.ledger import StageState
+from saga.outputs import copied_output
+from saga.policies import ContinueWithFallback
+from saga.watch import Watch, bounded
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stageflow.api import PipelineContext
+
+    from saga.alive import LiveSaga
+    from saga.blueprint import StagePlan
+    from saga.recovery import StageRecord
+
+_STOPPING: Final = StageOutput.cancel("the saga is stopping")
+
+
+class _Silent(BaseInterceptor):
+    """Stands in for stageflow's default interceptors, which an empty list would bring back."""
+
+    name = "saga"
+
+    async def before(self, stage_name: str, ctx: PipelineContext) -> None:
+        """Let the stage run."""
+
+    async def after(self, _stage_name: str, _result: object, _ctx: PipelineContext) -> None:
+        """Take no notice."""
+
+
+_SILENT: Final = _Silent()
+
+
+@dataclasses.dataclass(slots=True)
+class _Outcome:
+    """What one attempt came to.
+
+    Attributes:
+        output: What the stage returned.
+        failure: How it failed; None if it did not.
+        asked_again: It returned RETRY.
+    """
+
+    output: StageOutput | None = None
+    failure: Failure | None = None
+    asked_again: bool = False
+
+
+class _StageRun:
+    """One stage on its way through the forward run."""
+
+    __slots__ = ("answer", "name", "plan", "record", "task", "waiter", "watch")
+
+    def __init__(self, name: str, plan: StagePlan, record: StageRecord) -> None:
+        self.name = name
+        self.plan = plan
+        self.record = record
+        self.task: asyncio.Task[None]
+        self.waiter: asyncio.Future[StageOutput] | None = None
+        self.watch: Watch | None = None
+        self.answer: StageOutput | Exception | None = None
+
+
+class Forward:
+    """Runs one saga forward, until every stage has ended or something stops it.
+
+    Attributes:
+        cause: What first stopped the run; None while nothing has.
+    """
+
+    def __init__(self, saga: LiveSaga, interceptors: Sequence[BaseInterceptor]) -> None:
+        self.cause: Failure | None = None
+        self._saga = saga
+        self._state = saga.journal.state
+        self._record = saga.journal.record
+        self._policy = saga.policy
+        self._interceptors = list(interceptors)
+        self._runs: dict[str, _StageRun] = {}
+        self._running: set[_StageRun] = set()
+        self._fallen: set[str] = set()
+        self._stopped = asyncio.Event()
+        self._interrupted = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._broken: LedgerError | None = None
+
+    async def run(self) -> None:
+        """Run until no stage runs any more.
+
+        Raises:
+            LedgerError: The ledger could not record; nothing was started after that.
+        """
+        saga = self._saga
+        stages = {
+            name: dataclasses.replace(plan.spec, runner=self._wrapper(name), config={})
+            for name, plan in saga.blueprint.stages.items()
+        }
+        deadline = self._policy.deadline
+        timer = None if deadline is None else asyncio.get_running_loop().call_later(deadline, self._out_of_time, deadline)
+        results: Mapping[str, StageOutput] = {}
+        try:
+            results = await Pipeline(saga.blueprint.name, stages).run(
+                saga.private_context(), interceptors=self._interceptors or [_SILENT]
+            )
+        except UnifiedPipelineCancelled as cancelled:
+            results = cancelled.results
+            if self.cause is None:
+                # No wrapper of ours asked for it: the context was cancelled, or a hook.
+                self.stop(Failure.of(None, FailureKind.CANCELLED, cancelled.reason))
+        except UnifiedStageExecutionError as failed:
+            await self._refused(failed.stage, failed.original)
+        except asyncio.CancelledError:
+            self.stop(Failure.of(None, FailureKind.INTERRUPTED, "the task that drives the saga was cancelled"))
+        except Exception as error:  # a hook or an interceptor of the user's
+            self.stop(Failure.raised(None, error, attempt=0))
+        await self._drain()
+        if timer is not None:
+            timer.cancel()
+        if self._broken is None:
+            for name, output in results.items():
+                await self._learn(name, output)
+        if self._broken is not None:
+            raise self._broken
+
+    def stop(self, cause: Failure) -> None:
+        """Start no further stage; the first cause stays the cause."""
+        if self.cause is not None:
+            return
+        self.cause = cause
+        self._stopped.set()
+        for run in self._running:
+            # One CANCEL is enough for stageflow to cancel and await its other wrappers and to end.
+            if run.waiter is not None and not run.waiter.done():
+                run.waiter.set_result(_STOPPING)
+
+    def _out_of_time(self, deadline: float) -> None:
+        self.stop(Failure.of(None, FailureKind.TIMEOUT, f"the forward run exceeded its deadline of {deadline:g} s"))
+        self._interrupt()
+
+    async def _refused(self, stage: str, error: Exception) -> None:
+        # Our wrappers' exceptions stopped the run before they were raised, so this one is an interceptor's.
+        if self.cause is not None:
+            return
+        failure = Failure.raised(stage, error, attempt=0)
+        self.stop(failure)
+        if self._state.stages[stage].state is StageState.NOT_RUN:
+            await self._record(StageFailed(stage=stage, failure=failure))
+
+    async def _drain(self) -> None:
+        """Wait until no stage runs: promise 3 begins here."""
+        policy, loop = self._policy, asyncio.get_running_loop()
+        timer = None
+        if policy.in_flight == "cancel":
+            self._interrupt()
+        elif policy.drain_timeout is not None and self._running:
+            timer = loop.call_later(policy.drain_timeout, self._interrupt)
+        while self._running:
+            self._idle.clear()
+            try:
+                await self._idle.wait()
+            except asyncio.CancelledError:
+                # Whoever cancels us has to wait: nothing is undone under running work.
+                continue
+        if timer is not None:
+            timer.cancel()
+
+    def _interrupt(self) -> None:
+        self._interrupted.set()
+        for run in self._running:
+            if run.watch is not None:
+                run.watch.cancel(FailureKind.INTERRUPTED)
+
+    # -- what stageflow runs -------------------------------------------------------------------------------------
+
+    def _wrapper(self, name: str) -> Callable[[StageContext], Awaitable[StageOutput]]:
+        async def wait_for_stage(ctx: StageContext) -> StageOutput:
+            run = self._runs.get(name)
+            if run is None:
+                if self.cause is not None:
+                    return _STOPPING
+                run = self._runs[name] = _StageRun(name, self._saga.blueprint.stages[name], self._state.stages[name])
+                self._running.add(run)
+                run.task = asyncio.create_task(self._own(run, ctx), name=f"saga {self._saga.id} {name}")
+            # An interceptor that asks for a retry gets here again: retries are the policy's, so the answer stays.
+            if run.answer is None:
+                run.waiter = asyncio.get_running_loop().create_future()
+                return await run.waiter
+            if isinstance(run.answer, Exception):
+                raise run.answer
+            return run.answer
+
+        return wait_for_stage
+
+    def _answer(self, run: _StageRun, answer: StageOutput | Exception) -> None:
+        run.answer = answer
+        if run.waiter is not None and not run.waiter.done():
+            if isinstance(answer, Exception):
+                run.waiter.set_exception(answer)
+            else:
+                run.waiter.set_result(answer)
+
+    def _ends(self, run: _StageRun) -> None:
+        self._running.discard(run)
+        if not self._running:
+            self._idle.set()
+
+    # -- what we run ---------------------------------------------------------------------------------------------
+
+    async def _own(self, run: _StageRun, ctx: StageContext) -> None:
+        try:
+            answer = await self._stage(run, ctx)
+        except LedgerError as error:
+            self._breaks(error)
+            answer = _STOPPING
+        if run.watch is not None and run.watch.given_up:
+            return
+        self._answer(run, answer)
+        self._ends(run)
+
+    def _breaks(self, error: LedgerError) -> None:
+        self._broken = self._broken or error
+        self.stop(Failure.raised(None, error, attempt=0))
+
+    async def _stage(self, run: _StageRun, ctx: StageContext) -> StageOutput | Exception:
+        for dependency in self._state.graph[run.name].dependencies:
+            if dependency in self._fallen:
+                return await self._falls_with(run, dependency)
+            if self._state.stages[dependency].state is StageState.NOT_RUN:
+                await self._learn(dependency, ctx.inputs.prior_outputs[dependency])
+        cancelled = self._saga.cancellation()
+        if cancelled is not None:
+            self.stop(Failure.of(None, FailureKind.CANCELLED, cancelled))
+        if self.cause is not None:
+            return _STOPPING
+        outcome = await self._attempts(run, ctx)
+        if run.watch is not None and run.watch.given_up:
+            return _STOPPING
+        if outcome.failure is None:
+            assert outcome.output is not None  # noqa: S101 - without a failure there is one
+            return outcome.output
+        return await self._absorb(run, ctx, outcome.failure)
+
+    async def _learn(self, name: str, output: StageOutput) -> None:
+        """Record a stage that stageflow skipped, or that an interceptor answered for, without our wrapper being called."""
+        if self._state.stages[name].state is not StageState.NOT_RUN or output.status in {StageStatus.CANCEL, StageStatus.FAIL}:
+            return
+        skipped = output.status is StageStatus.SKIP
+        reason = str(output.data.get("reason") or "stageflow skipped it") if skipped else "an interceptor answered for it"
+        await self._record(StageSkipped(stage=name, reason=reason, output=copied_output(output)))
+
+    async def _falls_with(self, run: _StageRun, dependency: str) -> StageOutput:
+        self._fallen.add(run.name)
+        output = StageOutput.skip(f"{dependency} did not complete")
+        await self._record(StageSkipped(stage=run.name, reason=str(output.data["reason"]), output=output, with_branch=True))
+        return output
+
+    async def _attempts(self, run: _StageRun, ctx: StageContext) -> _Outcome:
+        """Attempt the stage as often as its retry allows; the outcome is in the ledger when this returns."""
+        retry = run.plan.retry or self._policy.retry
+        timeout = run.plan.timeout or self._policy.timeout
+        loop, node, name = asyncio.get_running_loop(), self._state.graph[run.name], run.name
+        began, tries = loop.time(), 0
+        while True:
+            tries += 1
+            await self._record(StageStarted(stage=name, attempt=run.record.attempts + 1))
+            if self.cause is not None:
+                outcome = _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, "the saga stopped before it ran"))
+                await self._record(StageFailed(stage=name, failure=outcome.failure))
+                return outcome
+            outcome = await self._attempt(run, ctx, timeout)
+            if run.watch is not None and run.watch.given_up:
+                return outcome
+            failure = outcome.failure
+            if failure is None:
+                await self._succeeds(name, outcome.output)
+                return outcome
+            # A plain stage has declared no effect, so there is nothing to be in doubt about.
+            in_doubt = failure.kind in {FailureKind.TIMEOUT, FailureKind.INTERRUPTED} and node.role is not Role.PLAIN
+            wait = retry.wait_before_next(failure, attempt=tries, elapsed=loop.time() - began, asked=outcome.asked_again)
+            if self.cause is not None:
+                wait = None
+            output = None if outcome.output is None else copied_output(outcome.output)
+            await self._record(
+                StageFailed(stage=name, failure=failure, in_doubt=in_doubt, will_retry=wait is not None, output=output)
+            )
+            if wait is None:
+                return outcome
+            if run.record.doubt and node.can_probe:
+                landed = await ask(self._saga, run.name, stop=self._interrupted)
+                if landed is not None:
+                    return _Outcome(output=landed)
+                if run.record.unanswered:
+                    wait = None
+            if wait is None or not await self._pause(wait):
+                await self._record(StageFailed(stage=name, failure=failure, in_doubt=in_doubt, output=output))
+                return outcome
+
+    async def _succeeds(self, name: str, output: StageOutput | None) -> None:
+        assert output is not None  # noqa: S101 - without a failure there is one
+        copy = copied_output(output)
+        if output.status is StageStatus.SKIP:
+            await self._record(StageSkipped(stage=name, reason=str(output.data.get("reason") or "it said so"), output=copy))
+        else:
+            await self._record(StageCompleted(stage=name, output=copy))
+
+    async def _pause(self, seconds: float) -> bool:
+        """Wait for the next attempt; whether there is to be one."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopped.wait()
+        except TimeoutError:
+            return True
+        return False
+
+    async def _attempt(self, run: _StageRun, ctx: StageContext, timeout: float | None) -> _Outcome:
+        attempt = run.record.attempts
+        saga_ctx = self._context(run, ctx)
+        grace = None if run.plan.patient else self._policy.cancel_grace
+        watch = run.watch = Watch(run.task, grace, lambda: self._saga.spawn(self._given_up(run, ctx, watch)))
+        watch.limit(timeout)
+        try:
+            returned = await self._saga.actions.execute(saga_ctx)
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a stage's failure is data, also when it calls sys.exit()
+            outcome = await self._raised(run, watch, error, timeout)
+        else:
+            if watch.reason is not None:
+                await watch.absorb()
+            outcome = normalised(run.name, attempt, returned)
+        watch.stop_clock()
+        if not watch.given_up:
+            run.watch = None
+        return outcome
+
+    def _context(self, run: _StageRun, ctx: StageContext) -> SagaContext:
+        saga = self._saga
+        return SagaContext(
+            snapshot=ctx.snapshot,
+            inputs=ctx.inputs,
+            stage_name=run.name,
+            timer=ctx.timer,
+            event_sink=ctx.event_sink,
+            _cancellation_probe=lambda: self.cause is not None or saga.cancellation() is not None,
+            _cancellation_reason_provider=lambda: str(self.cause) if self.cause is not None else saga.cancellation(),
+            saga_id=saga.id,
+            attempt=run.record.attempts,
+            idempotency_key=saga.forward_key(run.name),
+            _host=saga,
+        )
+
+    async def _raised(self, run: _StageRun, watch: Watch, error: BaseException, timeout: float | None) -> _Outcome:
+        name, attempt = run.name, run.record.attempts
+        was_cancelled = await watch.absorb()
+        if watch.reason is FailureKind.TIMEOUT:
+            return _Outcome(failure=Failure.of(name, FailureKind.TIMEOUT, f"no answer within {timeout:g} s", attempt=attempt))
+        if watch.reason is FailureKind.INTERRUPTED or (was_cancelled and isinstance(error, asyncio.CancelledError)):
+            why = "it was cancelled because the saga stopped" if self.cause is not None else "its task was cancelled from outside"
+            return _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt))
+        if isinstance(error, StageCancellationRequested):
+            return normalised(name, attempt, StageOutput.cancel(error.reason))
+        return _Outcome(failure=Failure.raised(name, error, attempt=attempt))
+
+    async def _given_up(self, run: _StageRun, ctx: StageContext, watch: Watch) -> None:
+        """Go on without a stage that ignored its cancel: it is in doubt, and may still be running."""
+        assert watch.reason is not None  # noqa: S101 - it was cancelled before it was given up
+        message = f"it ignored its cancel for {self._policy.cancel_grace:g} s and was given up; it may still be running"
+        failure = Failure.of(run.name, watch.reason, message, attempt=run.record.attempts)
+        in_doubt = self._state.graph[run.name].role is not Role.PLAIN
+        try:
+            await self._record(StageFailed(stage=run.name, failure=failure, in_doubt=in_doubt))
+            answer = await self._absorb(run, ctx, failure)
+        except LedgerError as error:
+            self._breaks(error)
+            answer = _STOPPING
+        self._answer(run, answer)
+        self._ends(run)
+
+    # -- what a failure leads to ---------------------------------------------------------------------------------
+
+    async def _absorb(self, run: _StageRun, ctx: StageContext, failure: Failure) -> StageOutput | Exception:
+        """Put something in the place of a failed stage's output, or stop the saga."""
+        policy = self._policy
+        if failure.kind is FailureKind.CANCELLED:
+            self.stop(failure)
+            return _STOPPING
+        if isinstance(policy, ContinueWithFallback) and self.cause is None and failure.kind is not FailureKind.INTERRUPTED:
+            output = await self._stands_in(run, ctx, failure, policy)
+            if output is not None:
+                return output
+            if policy.without_fallback == "skip_branch":
+                self._fallen.add(run.name)
+                return StageOutput.skip(f"{run.name} failed")
+        self.stop(failure)
+        if self._interceptors:
+            # The user's interceptors get to see what went wrong; without any, a CANCEL ends stageflow without a traceback in the log.
+            return failure.exception if isinstance(failure.exception, Exception) else RuntimeError(str(failure))
+        return _STOPPING
+
+    async def _stands_in(
+        self, run: _StageRun, ctx: StageContext, failure: Failure, policy: ContinueWithFallback
+    ) -> StageOutput | None:
+        """The output that stands in for a failed stage's, recorded; None if there is none."""
+        node = self._state.graph[run.name]
+        if run.record.doubt and node.can_probe and not run.record.unanswered:
+            landed = await ask(self._saga, run.name, stop=self._interrupted)
+            if landed is not None:
+                return landed
+        output: StageOutput | None = None
+        if node.has_fallback:
+            output = await self._fallback(run, ctx, failure)
+        source = "stage" if output is not None else "policy"
+        if output is None and run.name in policy.fallbacks:
+            output = StageOutput.ok(dict(policy.fallbacks[run.name]))
+        if output is not None:
+            await self._record(FallbackUsed(stage=run.name, output=copied_output(output), source=source))
+        return output
+
+    async def _fallback(self, run: _StageRun, ctx: StageContext, failure: Failure) -> StageOutput | None:
+        seconds, attempt = run.plan.timeout or self._policy.timeout, run.record.attempts
+        try:
+            call = self._saga.actions.fallback(self._context(run, ctx), failure)
+            returned = await bounded(call, seconds=seconds, grace=self._policy.cancel_grace, stop=self._interrupted)
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a fallback's failure is data
+            outcome = _Outcome(failure=Failure.raised(run.name, error, attempt=attempt))
+        else:
+            outcome = normalised(run.name, attempt, returned)
+        if outcome.failure is not None:
+            await self._record(FallbackFailed(stage=run.name, failure=outcome.failure))
+            return None
+        return outcome.output
+
+
+def normalised(stage: str, attempt: int, returned: object) -> _Outcome:
+    """Sort what a stage returned into an output or a failure."""
+    match returned:
+        case None:
+            return _Outcome(output=StageOutput.ok())
+        case dict():
+            return _Outcome(output=StageOutput.ok(returned))
+        case StageOutput() if not isinstance(returned.data, dict):
+            got = f"StageOutput(data={returned.data!r})"
+            return _Outcome(failure=_broken_contract(stage, attempt, got, type(returned.data)))
+        case StageOutput():
+            return _by_status(stage, attempt, returned)
+        case _:
+            return _Outcome(failure=_broken_contract(stage, attempt, repr(returned), type(returned)))
+
+
+def _broken_contract(stage: str, attempt: int, got: str, kind: type) -> Failure:
+    message = f"expected a StageOutput with a dict as data, a dict or None, got {got}"
+    return Failure.of(stage, FailureKind.CONTRACT, message, type=kind.__qualname__, attempt=attempt)
+
+
+def _by_status(stage: str, attempt: int, output: StageOutput) -> _Outcome:
+    status = output.status.value
+    match output.status:
+        case StageStatus.OK | StageStatus.SKIP:
+            return _Outcome(output=output)
+        case StageStatus.CANCEL:
+            reason = str(output.data.get("cancel_reason") or "no reason given")
+            return _Outcome(output, Failure.of(stage, FailureKind.CANCELLED, reason, type=status, attempt=attempt))
+        case StageStatus.FAIL:
+            message = output.error or "no error given"
+            return _Outcome(output, Failure.of(stage, FailureKind.REPORTED, message, type=status, attempt=attempt))
+        case StageStatus.RETRY:
+            message = f"it asked for a retry and no attempt is left: {output.error}"
+            failure = Failure.of(stage, FailureKind.CONTRACT, message, type=status, attempt=attempt)
+            return _Outcome(output, failure, asked_again=True)

@@ -1,0 +1,139 @@
+"""The dependency graph of a pipeline: validated, topologically ordered, comparable.
+
+It is plain data and goes into the ledger: what happens is decided from it, without the user's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict
+
+from saga.errors import PipelineInvalid
+
+
+class Role(StrEnum):
+    """What a stage offers for backward recovery."""
+
+    PLAIN = "plain"
+    """It declares no effect: nothing to undo, its output is kept."""
+    COMPENSABLE = "compensable"
+    """Its effect can be undone."""
+    PIVOT = "pivot"
+    """The point of no return: once it has completed, it and all it depends on stay."""
+
+
+class Node(BaseModel):
+    """One stage of the graph.
+
+    Attributes:
+        name: The stage's name, unique in its pipeline.
+        dependencies: Names of the stages that it waits for, without repetition.
+        kind: stageflow's `StageKind`, by value.
+        role: What it offers for backward recovery.
+        conditional: Whether stageflow may skip it.
+        can_probe: Whether it can ask the outside world whether its effect landed.
+        undo_in_doubt: Whether its compensation copes with not knowing.
+        has_fallback: Whether it offers a `fallback()` of its own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    dependencies: tuple[str, ...] = ()
+    kind: str = "work"
+    role: Role = Role.PLAIN
+    conditional: bool = False
+    can_probe: bool = False
+    undo_in_doubt: bool = False
+    has_fallback: bool = False
+
+
+class Graph(BaseModel):
+    """The stages of a pipeline in topological order.
+
+    Build it with `Graph.of`, which validates and sorts; equal pipelines give equal graphs.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    nodes: tuple[Node, ...]
+
+    @classmethod
+    def of(cls, nodes: Iterable[Node]) -> Self:
+        """Sort the nodes topologically, in the order given where dependencies leave a choice.
+
+        Raises:
+            PipelineInvalid: There is no stage, a name is empty, a dependency is unknown, or there is a cycle.
+        """
+        by_name = {node.name: node for node in nodes}
+        if not by_name:
+            raise PipelineInvalid("a pipeline with at least one stage", got="an empty one")
+        for node in by_name.values():
+            if not node.name.strip():
+                raise PipelineInvalid("a stage name with at least one visible character", got=repr(node.name), stage=node.name)
+            for dependency in node.dependencies:
+                if dependency not in by_name:
+                    raise PipelineInvalid(
+                        f"dependencies out of the pipeline's stages ({', '.join(by_name)})", got=repr(dependency), stage=node.name
+                    )
+        try:
+            order = tuple(TopologicalSorter({name: node.dependencies for name, node in by_name.items()}).static_order())
+        except CycleError as error:
+            path = list(reversed(error.args[1]))
+            raise PipelineInvalid("dependencies without a cycle", got=" -> ".join(path), stage=path[0]) from None
+        return cls(nodes=tuple(by_name[name] for name in order))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The stages' names in topological order."""
+        return tuple(node.name for node in self.nodes)
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Node]:
+        """The nodes by name, in topological order."""
+        return {node.name: node for node in self.nodes}
+
+    @cached_property
+    def dependents(self) -> Mapping[str, tuple[str, ...]]:
+        """For each stage, the stages that directly depend on it, in topological order."""
+        found: dict[str, list[str]] = {name: [] for name in self.names}
+        for node in self.nodes:
+            for dependency in node.dependencies:
+                found[dependency].append(node.name)
+        return {name: tuple(children) for name, children in found.items()}
+
+    def __getitem__(self, name: str) -> Node:
+        """The node of that name."""
+        return self.by_name[name]
+
+    def with_ancestors(self, names: Iterable[str]) -> frozenset[str]:
+        """These stages and everything that they depend on, directly or through any number of others."""
+        reached: set[str] = set()
+        pending = list(names)
+        while pending:
+            name = pending.pop()
+            if name not in reached:
+                reached.add(name)
+                pending.extend(self.by_name[name].dependencies)
+        return frozenset(reached)
+
+    def differences(self, other: Graph) -> list[str]:
+        """Say in a sentence for each stage how `other` differs; empty when both ask for the same saga."""
+        found = [f"stage {name!r} is gone" for name in self.names if name not in other.by_name]
+        found += [f"stage {name!r} is new" for name in other.names if name not in self.by_name]
+        for mine in self.nodes:
+            theirs = other.by_name.get(mine.name)
+            if theirs is None:
+                continue
+            for field in Node.model_fields:
+                before, after = getattr(mine, field), getattr(theirs, field)
+                if field == "dependencies":
+                    before, after = sorted(before), sorted(after)
+                if before != after:
+                    found.append(f"stage {mine.name!r}: {field} was {before!r}, is {after!r}")
+        return found

@@ -1,0 +1,68 @@
+"""One saga's ledger while the saga is alive: what is recorded is checked, folded and written, in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from saga.errors import LedgerError
+from saga.events import AnyEvent
+from saga.ledger import Ledger
+from saga.recovery import SagaState
+
+
+class Journal:
+    """Writes the events of one saga and keeps its state.
+
+    After an append that failed nothing more is written: what the state then says beyond the ledger is unknown to
+    whoever resumes, so no further effect may start.
+    """
+
+    def __init__(self, ledger: Ledger, saga_id: str, state: SagaState, *, version: int, token: int) -> None:
+        self.saga_id: Final = saga_id
+        self.state: Final = state
+        self.error: LedgerError | None = None
+        self._ledger = ledger
+        self._version = version
+        self._token = token
+
+    @classmethod
+    async def begin(cls, ledger: Ledger, started: AnyEvent, saga_id: str, token: int) -> Journal:
+        """Write the first event of a new saga.
+
+        Raises:
+            LedgerError: It could not be written; the saga does not exist.
+        """
+        state = SagaState([started])
+        await ledger.append(saga_id, (started,), expected_version=0, token=token)
+        return cls(ledger, saga_id, state, version=1, token=token)
+
+    @classmethod
+    def reopen(cls, ledger: Ledger, saga_id: str, events: Sequence[AnyEvent], token: int) -> Journal:
+        """Go on with a saga that is there already."""
+        return cls(ledger, saga_id, SagaState(events), version=len(events), token=token)
+
+    async def record(self, event: AnyEvent) -> None:
+        """Fold the event and have it written.
+
+        Raises:
+            LedgerError: It, or one before it, could not be written.
+        """
+        if self.error is not None:
+            raise self.error
+        self.state.apply(event)
+        version = self._version
+        # Reserved before the write is awaited: a second record meanwhile goes behind this one.
+        self._version += 1
+        try:
+            await self._ledger.append(self.saga_id, (event,), expected_version=version, token=self._token)
+        except LedgerError as error:
+            self.error = error
+            raise
+        except Exception as error:  # whatever a ledger's driver raises
+            self.error = LedgerError(f"the ledger failed to record {type(event).__name__} of saga {self.saga_id}: {error}")
+            raise self.error from error
+
+    async def close(self) -> None:
+        """Give the lease back."""
+        await self._ledger.release(self.saga_id, self._token)

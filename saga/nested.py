@@ -1,0 +1,94 @@
+"""A stage that runs a pipeline of its own as a saga."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from stageflow.api import Pipeline, StageOutput
+
+from saga.compensable import CompensableStage, CompensationContext, SagaContext
+from saga.errors import SagaError
+from saga.events import SagaStatus
+from saga.policies import Policy
+from saga.report import SagaReport
+
+
+class NestedSagaFailed(SagaError):
+    """The child saga of a stage did not complete.
+
+    Attributes:
+        report: The child's report.
+    """
+
+    def __init__(self, report: SagaReport) -> None:
+        self.report = report
+        cause = f": {report.cause}" if report.cause is not None else ""
+        super().__init__(f"its saga {report.saga_id} is {report.status.value}{cause}")
+
+
+class NestedSaga(CompensableStage):
+    """Runs a pipeline as a child saga, and undoes it through the child's own ledger entries.
+
+    A child that fails compensates itself and then fails this stage. A child that completed is undone when the parent
+    turns back. Its output is `{"saga_id": ..., "outputs": {stage: data}}`.
+
+    Args:
+        pipeline: The child's.
+        policy: The child's; `FailFast()` by default.
+        fields: Gives the fields of the child's context that differ from the parent's.
+    """
+
+    bounds_itself = True
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        policy: Policy | None = None,
+        fields: Callable[[SagaContext], Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.name = pipeline.name
+        self._pipeline = pipeline
+        self._policy = policy
+        self._fields = fields
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        """Run the child."""
+        fields = dict(self._fields(ctx)) if self._fields is not None else {}
+        report = await ctx.run_saga(self._pipeline, policy=self._policy, **fields)
+        if report.ok:
+            return _output(report)
+        if report.status is not SagaStatus.COMPENSATED:
+            # Something of the child may stand, so there is something for our compensation to do.
+            await ctx.record({"saga_id": report.saga_id})
+        raise NestedSagaFailed(report)
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        """Undo what is left of the child."""
+        ids = [effect["saga_id"] for effect in ctx.effects]
+        if ctx.output is not None:
+            ids.append(ctx.output.data["saga_id"])
+        for saga_id in ids:
+            report = await ctx.undo_saga(saga_id, self._pipeline)
+            if not report.clean:
+                raise NestedSagaFailed(report)
+
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        """Ask the child's ledger what became of it."""
+        report = await ctx.saga_report(ctx.forward_key)
+        if report is None or report.status is SagaStatus.COMPENSATED:
+            return None
+        return _output(report)
+
+
+def _output(report: SagaReport) -> StageOutput:
+    return StageOutput.ok(saga_id=report.saga_id, outputs={name: output.data for name, output in report.kept.items()})
+
+
+def nested(
+    pipeline: Pipeline,
+    policy: Policy | None = None,
+    fields: Callable[[SagaContext], Mapping[str, Any]] | None = None,
+) -> NestedSaga:
+    """Make a stage that runs a pipeline as a child saga: `.with_stage("book_hotel", nested(hotel))`."""
+    return NestedSaga(pipeline, policy, fields)

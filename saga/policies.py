@@ -1,0 +1,238 @@
+"""How a saga behaves when something fails: frozen, validated, storable.
+
+This is the only file that knows tenacity: it decides whether and when another attempt is made, and the
+saga makes it, because between two attempts a probe may be asked and a ledger written.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    ModelWrapValidatorHandler,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from tenacity import RetryCallState, wait_exponential, wait_random_exponential
+
+from saga.errors import PolicyInvalid
+from saga.failures import Failure, FailureKind, qualified
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+_NEVER_RETRIED: Final = frozenset({FailureKind.CANCELLED, FailureKind.INTERRUPTED, FailureKind.CONTRACT})
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        value = (value,)
+    names = []
+    for item in value:
+        if isinstance(item, type) and issubclass(item, BaseException):
+            names.append(qualified(item))
+        elif isinstance(item, str) and item:
+            names.append(str(item))
+        else:
+            raise ValueError("expected failure kinds, exception types or their qualified names")
+    return tuple(sorted(set(names)))
+
+
+class _Frozen(BaseModel):
+    """A frozen model whose mistakes read "expected ..., got ..."."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise _invalid(cls, error) from None
+
+
+def _invalid(model: type[BaseModel], error: ValidationError) -> PolicyInvalid:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, model.model_fields, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else ""
+        return PolicyInvalid(f"one of {', '.join(model.model_fields)} in {model.__name__}", got=repr(key), hint=hint)
+    wanted = str(first["msg"]).removeprefix("Input should be ").removeprefix("Value error, expected ")
+    return PolicyInvalid(f"{wanted} for {model.__name__}.{key}", got=repr(first["input"]))
+
+
+class Retry(_Frozen):
+    """How patiently one action is attempted.
+
+    Attributes:
+        attempts: Executions in total, the first included; at least 1.
+        wait: Seconds before the second attempt; grows by `multiplier` up to `wait_max`.
+        multiplier: What the wait is multiplied with after each attempt; at least 1.
+        wait_max: Seconds; no wait is longer.
+        jitter: Full jitter: the wait before attempt n + 1 is uniform in
+            [0, min(wait_max, wait * multiplier**(n - 1))]; without it, the wait is the upper end.
+        max_elapsed: Seconds since the first attempt began; after them no further attempt starts.
+        retry_on: Which failures are worth another attempt: `FailureKind`s, exception types (a subclass counts) or their
+            qualified names. None: all but cancellation, interruption and a broken contract.
+
+    Source: Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015.
+    """
+
+    attempts: Annotated[int, Field(ge=1)] = 1
+    wait: NonNegative = 0.1
+    multiplier: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+    wait_max: NonNegative = 30.0
+    jitter: bool = True
+    max_elapsed: Seconds | None = None
+    retry_on: Annotated[
+        tuple[FailureKind | type[BaseException] | str, ...] | None,
+        PlainValidator(_names),
+        PlainSerializer(lambda names: names),
+        WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
+    ] = None
+
+    @cached_property
+    def _backoff(self) -> wait_exponential:
+        kind = wait_random_exponential if self.jitter else wait_exponential
+        return kind(multiplier=self.wait, exp_base=self.multiplier, max=self.wait_max)
+
+    def is_worth(self, failure: Failure) -> bool:
+        """Whether this failure is one that another attempt may mend."""
+        if failure.kind in _NEVER_RETRIED:
+            return False
+        if self.retry_on is None:
+            return True
+        names = {failure.kind.value, failure.type}
+        if failure.exception is not None:
+            names.update(qualified(base) for base in type(failure.exception).__mro__)
+        return not names.isdisjoint(self.retry_on)  # type: ignore[arg-type] # the validator left only names in it
+
+    def wait_before_next(self, failure: Failure, *, attempt: int, elapsed: float, asked: bool = False) -> float | None:
+        """Seconds to wait after this failed attempt, or None when it was the last.
+
+        Args:
+            failure: How the attempt failed.
+            attempt: Its number; 1 is the first.
+            elapsed: Seconds since the first attempt began.
+            asked: The stage itself asked for another attempt, whatever `retry_on` says.
+        """
+        if attempt >= self.attempts or not (asked or self.is_worth(failure)):
+            return None
+        call = RetryCallState(retry_object=None, fn=None, args=(), kwargs={})  # type: ignore[arg-type] # waits read only the number
+        call.attempt_number = attempt
+        wait = self._backoff(call)
+        if self.max_elapsed is not None and elapsed + wait > self.max_elapsed:
+            return None
+        return wait
+
+
+class Compensation(_Frozen):
+    """How effects are undone.
+
+    Attributes:
+        retry: How often one compensation, or one probe, is attempted. Its counters are its own.
+        timeout: Seconds for one attempt; None: no limit.
+        max_concurrency: How many compensations run at once; None: no limit. With 1 the order is the reverse of the order in which the
+            stages started, within the dependency order: deterministic.
+        on_failure: What a compensation that failed for good holds back. `isolate`: the stages it depends on;
+            independent branches are undone to the end. `continue`: nothing; everything that can be undone is, even
+            under an effect that still stands. `halt`: everything that hasn't started.
+        deadline: Seconds for the whole backward run; after them no further compensation starts.
+    """
+
+    retry: Retry = Retry(attempts=3)
+    timeout: Seconds | None = 60.0
+    max_concurrency: Annotated[int, Field(ge=1)] | None = None
+    on_failure: Literal["isolate", "continue", "halt"] = "isolate"
+    deadline: Seconds | None = None
+
+
+class _Policy(_Frozen):
+    retry: Retry = Retry()
+    timeout: Seconds | None = None
+    compensation: Compensation = Compensation()
+    in_flight: Literal["drain", "cancel"] = "drain"
+    drain_timeout: Seconds | None = 30.0
+    cancel_grace: Seconds = 5.0
+    on_failure: Literal["compensate", "halt"] = "compensate"
+    on_cancel: Literal["keep", "compensate"] = "keep"
+    on_interrupt: Literal["compensate", "halt"] = "compensate"
+    deadline: Seconds | None = None
+
+
+class FailFast(_Policy):
+    """A failure stops the saga: no new stage starts, the running ones end, then what took effect is undone.
+
+    Attributes:
+        retry: How often a stage is attempted, unless it says otherwise itself.
+        timeout: Seconds for one attempt of a stage, unless it says otherwise itself; None: no limit.
+        compensation: How effects are undone.
+        in_flight: What happens to running stages once the saga stops: `drain` lets them end, `cancel` cancels them.
+        drain_timeout: Seconds that draining stages get before they are cancelled; None: as long as they take.
+        cancel_grace: Seconds that a cancelled stage or compensation gets to end; after them it is given up as in doubt, or stuck.
+        on_failure: `compensate` undoes, `halt` keeps everything for a later redrive.
+        on_cancel: What a stage that returned CANCEL leads to: `keep` its predecessors' effects, or `compensate` them.
+        on_interrupt: What a cancelled caller leads to: `compensate`, or `halt`.
+        deadline: Seconds for the forward run; after them running stages are cancelled and the saga has failed.
+    """
+
+    policy: Literal["fail_fast"] = "fail_fast"
+
+
+class ContinueWithFallback(_Policy):
+    """A failed stage's fallback becomes its output and the saga goes on.
+
+    The fallback is the stage's own `fallback()`, else the entry in `fallbacks`. All that `FailFast` has applies
+    to a failure that no fallback absorbs.
+
+    Attributes:
+        fallbacks: Output data by stage name, used when that stage has failed and has no `fallback()` of its own.
+        without_fallback: What a failure without a fallback does: `fail` as in `FailFast`; `skip_branch` skips what
+            depends on it and lets the other branches go on.
+        orphans: At the end of a saga that skipped a branch, what happens to completed stages that now serve nothing kept:
+            `compensate` or `keep` them.
+    """
+
+    policy: Literal["continue_with_fallback"] = "continue_with_fallback"
+    fallbacks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    without_fallback: Literal["fail", "skip_branch"] = "fail"
+    orphans: Literal["compensate", "keep"] = "compensate"
+
+
+Policy = Annotated[FailFast | ContinueWithFallback, Discriminator("policy")]
+_POLICY: Final[TypeAdapter[FailFast | ContinueWithFallback]] = TypeAdapter(Policy)
+
+
+def load_policy(path: str | Path) -> FailFast | ContinueWithFallback:
+    """Read a policy from a `.toml` or a `.json` file; its key `policy` says which one it is.
+
+    Raises:
+        PolicyInvalid: The file holds no policy.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".toml":
+            return _POLICY.validate_python(tomllib.loads(text))
+        return _POLICY.validate_json(text)
+    except ValidationError as error:
+        # Keys of the policies themselves are refused by their models; here only the choice between them can be wrong.
+        raise PolicyInvalid("policy = 'fail_fast' or 'continue_with_fallback'", got=error.errors()[0]["msg"]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise PolicyInvalid(f"TOML in {path.name}", got=str(error)) from None

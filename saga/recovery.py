@@ -1,0 +1,483 @@
+"""What a saga's events mean, and what to do next: pure, without I/O, without user code.
+
+`SagaState` folds events into state. `conclude` says what follows when the forward run has ended. `Rollback` says which
+effects may be undone now. All three depend on events, graph and policy alone, so that a resumed saga goes on
+exactly as the interrupted one would have (promise 12).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum, auto
+from typing import Any, Final
+
+from stageflow.api import StageOutput
+
+from saga.errors import LedgerCorrupt
+from saga.events import (
+    AnyEvent,
+    CompensationCompleted,
+    CompensationFailed,
+    CompensationStarted,
+    EffectRecorded,
+    FallbackFailed,
+    FallbackUsed,
+    SagaEnded,
+    SagaStarted,
+    SagaStatus,
+    SagaTurnedBack,
+    StageCompleted,
+    StageFailed,
+    StageProbed,
+    StageSkipped,
+    StageStarted,
+    TurnReason,
+)
+from saga.failures import Failure, FailureKind
+from saga.graph import Graph, Node, Role
+from saga.ledger import TRANSITIONS, StageState
+from saga.policies import ContinueWithFallback, FailFast
+
+_S = StageState
+
+
+@dataclass(slots=True)
+class StageRecord:
+    """What the events say of one stage.
+
+    Attributes:
+        state: Where it stands; never BLOCKED, which is read off the other stages.
+        attempts: Forward attempts that started.
+        order: Its place in the order in which stages first started; -1 if it never did.
+        output: What it gave: when it completed, else its fallback's, else what it returned beside a failure or a skip.
+        landed: Its effect is known to have landed.
+        doubt: It may have landed, and nobody knows.
+        asked: A probe has answered.
+        unanswered: A probe has failed for good.
+        effects: What it recorded, oldest first.
+        failure: Its last failure forward.
+        fell_back: Its fallback stands in.
+        with_branch: It was skipped because something that it depends on failed.
+        undo_attempts: Compensation attempts that started.
+        undo_order: Its place in the order in which compensations first started; -1 if none did.
+        undo_failure: The last failure of its compensation or probe.
+    """
+
+    state: StageState = _S.NOT_RUN
+    attempts: int = 0
+    order: int = -1
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    output: StageOutput | None = None
+    landed: bool = False
+    doubt: bool = False
+    asked: bool = False
+    unanswered: bool = False
+    effects: list[Any] = field(default_factory=list)
+    failure: Failure | None = None
+    fell_back: bool = False
+    with_branch: bool = False
+    skip_reason: str | None = None
+    undo_attempts: int = 0
+    undo_order: int = -1
+    undo_started_at: datetime | None = None
+    undo_ended_at: datetime | None = None
+    undo_failure: Failure | None = None
+
+
+class SagaState:
+    """The fold of a saga's events.
+
+    Feed it the events in order; what contradicts the transition table is refused.
+
+    Raises:
+        LedgerCorrupt: The first event is no `SagaStarted`, or one follows that may not.
+    """
+
+    def __init__(self, events: Iterable[AnyEvent]) -> None:
+        first, *rest = events
+        if not isinstance(first, SagaStarted):
+            raise LedgerCorrupt(f"a saga begins with SagaStarted, this one with {type(first).__name__}; nothing was changed")
+        self.started: Final = first
+        self.graph: Final[Graph] = first.graph
+        self.status = SagaStatus.RUNNING
+        self.ended_at: datetime | None = None
+        self.cause: Failure | None = None
+        self.reason: TurnReason | None = None
+        self.failures: list[Failure] = []
+        self.stages: Final[dict[str, StageRecord]] = {name: StageRecord() for name in self.graph.names}
+        self._started = 0
+        self._undo_started = 0
+        for event in rest:
+            self.apply(event)
+
+    def apply(self, event: AnyEvent) -> None:
+        """Take in the next event."""
+        match event:
+            case SagaStarted():
+                raise self._contradiction("a saga that has started", event)
+            case SagaTurnedBack():
+                self._turn_back(event)
+            case SagaEnded():
+                if self.is_running():
+                    raise self._contradiction("a saga whose stages still run", event)
+                self.status = event.status
+                self.ended_at = event.at
+                self.cause = self.cause or event.cause
+                self._note(event.cause)
+            case _:
+                self._apply_to_stage(event)
+
+    def is_running(self) -> bool:
+        """Whether any stage is running or being compensated."""
+        return any(record.state in {_S.RUNNING, _S.COMPENSATING} for record in self.stages.values())
+
+    def _turn_back(self, event: SagaTurnedBack) -> None:
+        if self.is_running():
+            # Promise 3: no compensation starts while a stage of the saga is running.
+            raise self._contradiction("a saga whose stages still run", event)
+        self.status = SagaStatus.COMPENSATING
+        self.reason = event.reason
+        self.ended_at = None
+        self.cause = self.cause or event.cause
+        self._note(event.cause)
+
+    def _note(self, failure: Failure | None) -> None:
+        # The cause of a turn is usually a stage's failure that is noted already.
+        if failure is not None and failure not in self.failures:
+            self.failures.append(failure)
+
+    def _apply_to_stage(self, event: AnyEvent) -> None:
+        assert not isinstance(event, SagaStarted | SagaTurnedBack | SagaEnded)  # noqa: S101 - told apart by apply
+        record = self.stages.get(event.stage)
+        if record is None:
+            raise self._contradiction("a saga without that stage", event)
+        if type(event) not in TRANSITIONS[record.state]:
+            raise self._contradiction(f"stage {event.stage!r} in state {record.state.value}", event)
+        match event:
+            case StageStarted():
+                if self.status is not SagaStatus.RUNNING:
+                    raise self._contradiction(f"a saga that is {self.status.value}", event)
+                if record.order < 0:
+                    record.order = self._started
+                    self._started += 1
+                    record.started_at = event.at
+                record.state = _S.RUNNING
+                record.attempts = event.attempt
+            case EffectRecorded():
+                record.effects.append(event.effect)
+            case StageCompleted():
+                record.state, record.landed, record.doubt = _S.KEPT, True, False
+                record.output, record.ended_at = event.output, event.at
+            case StageFailed():
+                self._fail(record, event)
+            case StageSkipped():
+                record.state, record.output = _S.SKIPPED, event.output
+                record.skip_reason, record.with_branch = event.reason, event.with_branch
+                record.ended_at = event.at if record.started_at else None
+            case FallbackUsed():
+                record.state, record.fell_back = _S.FALLBACK, True
+                record.output, record.ended_at = event.output, event.at
+            case FallbackFailed():
+                self.failures.append(event.failure)
+            case StageProbed():
+                self._probe(record, event)
+            case _:
+                self._apply_to_undo(record, event)
+
+    def _fail(self, record: StageRecord, event: StageFailed) -> None:
+        # A retry that is called off repeats the failure that it was meant to mend.
+        self._note(event.failure)
+        record.failure = event.failure
+        # An attempt that may have landed is not answered for by a later one that did not.
+        record.doubt = record.doubt or event.in_doubt
+        if event.will_retry:
+            return
+        record.ended_at, record.output = event.at, event.output
+        if record.doubt:
+            record.state = _S.IN_DOUBT
+        elif event.failure.kind is FailureKind.CANCELLED:
+            record.state = _S.CANCELLED
+        else:
+            record.state = _S.FAILED
+
+    def _probe(self, record: StageRecord, event: StageProbed) -> None:
+        if event.failure is not None:
+            self.failures.append(event.failure)
+            record.undo_failure = event.failure
+        if event.will_retry:
+            return
+        if event.landed is None:
+            record.unanswered = record.doubt = True
+            if record.state is _S.FAILED:
+                record.state = _S.IN_DOUBT
+            return
+        record.asked, record.doubt = True, False
+        if event.landed:
+            record.landed = True
+            if not record.fell_back:
+                record.state, record.output, record.ended_at = _S.KEPT, event.output, event.at
+        elif record.state is _S.IN_DOUBT:
+            record.state = _S.FAILED
+
+    def _apply_to_undo(
+        self, record: StageRecord, event: CompensationStarted | CompensationCompleted | CompensationFailed
+    ) -> None:
+        match event:
+            case CompensationStarted():
+                if self.status is not SagaStatus.COMPENSATING:
+                    raise self._contradiction(f"a saga that is {self.status.value}", event)
+                if record.undo_order < 0:
+                    record.undo_order = self._undo_started
+                    self._undo_started += 1
+                    record.undo_started_at = event.at
+                record.state, record.undo_attempts = _S.COMPENSATING, event.attempt
+            case CompensationCompleted():
+                record.state, record.doubt = _S.UNDONE, False
+                record.undo_ended_at = event.at
+            case CompensationFailed():
+                self._note(event.failure)
+                record.undo_failure = event.failure
+                if not event.will_retry:
+                    record.state, record.undo_ended_at = _S.STUCK, event.at
+
+    def _contradiction(self, found: str, event: AnyEvent) -> LedgerCorrupt:
+        return LedgerCorrupt(
+            f"saga {self.started.saga_id}: {type(event).__name__} can't follow on {found}; the saga is left as it is. "
+            "Compare its ledger with a backup before you go on."
+        )
+
+
+class Step(Enum):
+    """What undoing a stage comes to next."""
+
+    CLEAR = auto()
+    """Nothing of it stands."""
+    PROBE = auto()
+    """Ask the outside world whether its effect landed."""
+    COMPENSATE = auto()
+    HOLD = auto()
+    """Something stands, or may stand, and nothing can be done about it."""
+
+
+_LEFT_OVER: Final = frozenset({_S.FAILED, _S.IN_DOUBT, _S.FALLBACK, _S.CANCELLED, _S.SKIPPED})
+
+
+def undo_step(node: Node, record: StageRecord) -> Step:
+    """What undoing this stage comes to next."""
+    if node.role is Role.PLAIN or record.state is _S.UNDONE:
+        return Step.CLEAR
+    if record.state is _S.STUCK:
+        return Step.HOLD
+    if record.state is _S.COMPENSATING:
+        return Step.COMPENSATE
+    unsure = record.doubt or (record.state is _S.FAILED and node.role is Role.COMPENSABLE)
+    if unsure and node.can_probe and not record.asked and not record.unanswered:
+        return Step.PROBE
+    if node.role is Role.PIVOT:
+        return Step.HOLD if record.doubt or record.landed else Step.CLEAR
+    if record.doubt:
+        return Step.COMPENSATE if node.undo_in_doubt else Step.HOLD
+    return Step.COMPENSATE if record.landed or record.effects else Step.CLEAR
+
+
+def protected(state: SagaState) -> frozenset[str]:
+    """The pivots that have completed and everything that they depend on: never compensated (promise 10)."""
+    return state.graph.with_ancestors(
+        node.name for node in state.graph.nodes if node.role is Role.PIVOT and state.stages[node.name].landed
+    )
+
+
+def orphans(state: SagaState) -> frozenset[str]:
+    """Stages that completed and serve nothing that is kept: all that depends on them failed or fell away with them."""
+    useless: set[str] = set()
+    lost: set[str] = set()
+    for name in reversed(state.graph.names):
+        record = state.stages[name]
+        dependents = state.graph.dependents[name]
+        if record.with_branch or (record.state in {_S.FAILED, _S.IN_DOUBT, _S.CANCELLED} and not record.fell_back):
+            useless.add(name)
+        elif dependents and useless.issuperset(dependents):
+            useless.add(name)
+            lost.add(name)
+    return frozenset(lost) - protected(state)
+
+
+def undo_scope(state: SagaState, policy: FailFast | ContinueWithFallback, reason: TurnReason) -> frozenset[str]:
+    """The stages that going backward for this reason is about; the others stand and hold nothing up."""
+    if reason is not TurnReason.ORPHANS:
+        return frozenset(state.graph.names) - protected(state)
+    left_over = {name for name, record in state.stages.items() if record.state in _LEFT_OVER or record.fell_back}
+    serves_nothing = orphans(state) if isinstance(policy, ContinueWithFallback) and policy.orphans == "compensate" else frozenset()
+    return serves_nothing | left_over
+
+
+class Rollback:
+    """Which effects may be undone now.
+
+    A stage is open once every stage of the scope that depends on it, directly or through any number of others, is
+    clear: has no effect standing (promise 1). It is then taken, undone and cleared, or held; what a
+    held stage depends on never opens (promise 8).
+
+    Each stage and each dependency is looked at once, so the whole is linear in the size of the graph.
+    """
+
+    def __init__(self, state: SagaState, policy: FailFast | ContinueWithFallback) -> None:
+        assert state.reason is not None  # noqa: S101 - only a saga that turned back has a rollback
+        self._state = state
+        self._on_failure = policy.compensation.on_failure
+        self._scope = undo_scope(state, policy, state.reason)
+        self._waits = {
+            name: sum(1 for dependent in state.graph.dependents[name] if dependent in self._scope) for name in self._scope
+        }
+        self._open: list[tuple[int, str]] = []
+        self._stopped = False
+        self._settle([name for name in state.graph.names if self._waits.get(name) == 0])
+
+    def __len__(self) -> int:
+        """How many stages could be taken now."""
+        return 0 if self._stopped else len(self._open)
+
+    def take(self) -> str:
+        """Take the open stage that started last.
+
+        Raises:
+            IndexError: None is open.
+        """
+        if self._stopped:
+            raise IndexError("no stage is open")
+        return heapq.heappop(self._open)[1]
+
+    def clear(self, name: str) -> None:
+        """Nothing of this stage stands any more: what waited for it alone opens."""
+        self._settle(self._release(name))
+
+    def hold(self, name: str) -> None:
+        """This stage stands and will go on standing."""
+        if self._on_failure == "halt":
+            self.stop()
+        elif self._on_failure == "continue":
+            self.clear(name)
+
+    def stop(self) -> None:
+        """Let no further stage be taken."""
+        self._stopped = True
+
+    def _release(self, name: str) -> list[str]:
+        freed = []
+        for dependency in self._state.graph[name].dependencies:
+            if dependency in self._scope:
+                self._waits[dependency] -= 1
+                if self._waits[dependency] == 0:
+                    freed.append(dependency)
+        return freed
+
+    def _settle(self, pending: list[str]) -> None:
+        while pending:
+            name = pending.pop()
+            record = self._state.stages[name]
+            match undo_step(self._state.graph[name], record):
+                case Step.CLEAR:
+                    pending += self._release(name)
+                case Step.HOLD:
+                    if self._on_failure == "continue":
+                        pending += self._release(name)
+                case Step.PROBE | Step.COMPENSATE:
+                    heapq.heappush(self._open, (-record.order, name))
+
+
+def stage_states(state: SagaState, policy: FailFast | ContinueWithFallback) -> dict[str, StageState]:
+    """Where every stage stands, in topological order; each is in exactly one state (promise 4)."""
+    blocked: frozenset[str] = frozenset()
+    if state.reason is not None and state.status is not SagaStatus.COMPENSATING:
+        blocked = undo_scope(state, policy, state.reason)
+    states = {}
+    for node in state.graph.nodes:
+        record = state.stages[node.name]
+        shown = record.state
+        if record.doubt and shown is not _S.RUNNING and shown is not _S.STUCK and shown is not _S.COMPENSATING:
+            shown = _S.IN_DOUBT
+        elif record.fell_back and shown is _S.UNDONE:
+            shown = _S.FALLBACK
+        elif node.name in blocked and shown is not _S.STUCK and undo_step(node, record) is not Step.CLEAR:
+            shown = _S.BLOCKED
+        states[node.name] = shown
+    return states
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What follows when the forward run has ended.
+
+    Attributes:
+        turn: Why the saga goes backward; None: it ends here.
+        cause: What stopped it; None when it ran to its end.
+        status: How it ends if it doesn't go backward; None: as `final_status` says.
+    """
+
+    turn: TurnReason | None = None
+    cause: Failure | None = None
+    status: SagaStatus | None = None
+
+
+def unabsorbed(state: SagaState, policy: FailFast | ContinueWithFallback) -> Failure | None:
+    """The first failure of a stage that the policy lets stop the saga."""
+    if isinstance(policy, ContinueWithFallback) and policy.without_fallback == "skip_branch":
+        return None
+    stopping = [
+        record.failure
+        for record in state.stages.values()
+        if record.failure is not None and record.state in {_S.FAILED, _S.IN_DOUBT} and record.failure.kind is not FailureKind.INTERRUPTED
+    ]
+    return min(stopping, key=state.failures.index, default=None)
+
+
+def conclude(state: SagaState, policy: FailFast | ContinueWithFallback, stop: Failure | None) -> Move:
+    """What follows when the forward run has ended.
+
+    Args:
+        state: No stage is running.
+        policy: The saga's.
+        stop: What first stopped the run: a stage's failure or CANCEL, the deadline, the caller; None if nothing did.
+    """
+    failed = unabsorbed(state, policy)
+    if stop is None or (stop.kind is FailureKind.CANCELLED and failed is not None):
+        # A CANCEL asks to keep what was done; a stage that fails while the others drain outweighs it.
+        stop = failed
+    if stop is None:
+        scope = undo_scope(state, policy, TurnReason.ORPHANS)
+        undoable = any(undo_step(state.graph[name], state.stages[name]) in {Step.PROBE, Step.COMPENSATE} for name in scope)
+        return Move(turn=TurnReason.ORPHANS) if undoable else Move()
+    if stop.kind is FailureKind.CANCELLED:
+        if policy.on_cancel == "keep":
+            return Move(cause=stop, status=SagaStatus.CANCELLED)
+        return Move(turn=TurnReason.CANCEL, cause=stop)
+    if stop.kind is FailureKind.INTERRUPTED and stop.stage is None:
+        if policy.on_interrupt == "halt":
+            return Move(cause=stop, status=SagaStatus.HALTED)
+        return Move(turn=TurnReason.INTERRUPT, cause=stop)
+    if policy.on_failure == "halt":
+        return Move(cause=stop, status=SagaStatus.HALTED)
+    return Move(turn=TurnReason.FAILURE, cause=stop)
+
+
+def final_status(state: SagaState, policy: FailFast | ContinueWithFallback) -> SagaStatus:
+    """How a saga ends that ran to its end, or has gone backward as far as it could."""
+    if state.reason is None:
+        unsettled = any(record.doubt for record in state.stages.values())
+    else:
+        scope = undo_scope(state, policy, state.reason)
+        unsettled = any(undo_step(state.graph[name], state.stages[name]) is not Step.CLEAR for name in scope)
+    if unsettled:
+        return SagaStatus.STUCK
+    if state.reason not in {None, TurnReason.ORPHANS}:
+        return SagaStatus.HALTED if protected(state) else SagaStatus.COMPENSATED
+    if not any(record.with_branch or record.fell_back or record.state is _S.FAILED for record in state.stages.values()):
+        return SagaStatus.COMPLETED
+    of_use = set(state.graph.names) - orphans(state)
+    if any(state.stages[name].state is _S.KEPT or state.stages[name].fell_back for name in of_use):
+        return SagaStatus.DEGRADED
+    return SagaStatus.COMPENSATED

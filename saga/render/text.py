@@ -1,0 +1,102 @@
+"""The report as text for a terminal."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING, Final
+
+from saga.events import SagaStatus
+from saga.ledger import StageState
+
+if TYPE_CHECKING:
+    from saga.report import SagaReport, StageReport
+
+SIGNS: Final = {
+    StageState.NOT_RUN: "·",
+    StageState.RUNNING: ">",
+    StageState.KEPT: "+",
+    StageState.FALLBACK: "~",
+    StageState.FAILED: "x",
+    StageState.CANCELLED: "/",
+    StageState.SKIPPED: "-",
+    StageState.IN_DOUBT: "?",
+    StageState.COMPENSATING: "<",
+    StageState.UNDONE: "<",
+    StageState.STUCK: "!",
+    StageState.BLOCKED: "=",
+}
+"""A sign for each state, so that no reader depends on colour."""
+
+
+def seconds(start: datetime | None, end: datetime | None) -> str:
+    """The time between, in a unit that reads well; empty when either end is missing."""
+    if start is None or end is None:
+        return ""
+    span = (end - start).total_seconds()
+    return f"{span * 1000:.1f} ms" if span < 1 else f"{span:.2f} s"
+
+
+def summary(report: SagaReport) -> str:
+    """A readable summary: the cause first, a line per stage in topological order, what to do last."""
+    took = seconds(report.started_at, report.ended_at)
+    lines = [f"Saga {report.saga_id} ({report.pipeline}): {report.status.value.upper()}" + (f" after {took}" if took else "")]
+    if report.cause is not None:
+        lines.append(f"Cause: {report.cause}")
+    lines.append("")
+    rows = [_row(name, stage, report) for name, stage in report.stages.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for name, state, tries, time, why in rows:
+        cells = (name.ljust(widths[0]), state.ljust(widths[1]), tries.ljust(widths[2]), time.rjust(widths[3]), why)
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    lines += ["", *_what_to_do(report)]
+    return "\n".join(lines)
+
+
+def _row(name: str, stage: StageReport, report: SagaReport) -> tuple[str, str, str, str, str]:
+    tries = f"{stage.attempts} attempt{'' if stage.attempts == 1 else 's'}" if stage.attempts else ""
+    state = f"{SIGNS[stage.state]} {stage.state.value.replace('_', ' ')}"
+    return name, state, tries, seconds(stage.started_at, stage.ended_at), _why(name, stage, report)
+
+
+def _why(name: str, stage: StageReport, report: SagaReport) -> str:
+    undo = stage.compensation
+    if stage.state is StageState.STUCK and undo is not None and undo.failure is not None:
+        tries = "once" if undo.attempts == 1 else f"{undo.attempts} times"
+        return f"its compensation failed {tries}, the last: {_said(undo.failure.type, undo.failure.message)}"
+    if stage.state is StageState.BLOCKED:
+        return "held back by what is stuck, in doubt or not undone"
+    if stage.state is StageState.SKIPPED:
+        return stage.skip_reason or ""
+    parts = []
+    if stage.failure is not None:
+        parts.append(str(stage.failure).removeprefix(f"stage {name!r} "))
+    if stage.state is StageState.UNDONE and undo is not None:
+        took = seconds(undo.started_at, undo.ended_at)
+        tries = "" if undo.attempts == 1 else f" at attempt {undo.attempts}"
+        parts.append(f"undone {report.compensation_order.index(name) + 1}.{tries} in {took}")
+    return "; ".join(parts)
+
+
+def _said(kind: str, message: str) -> str:
+    return f"{kind.rpartition('.')[2]}: {message}" if kind else message
+
+
+def _what_to_do(report: SagaReport) -> list[str]:
+    lines = []
+    for label, names in (
+        ("Still in effect, its undoing failed", report.stuck),
+        ("Still in effect, held back", report.blocked),
+        ("In doubt, may be in effect", report.in_doubt),
+    ):
+        if names:
+            lines.append(f"{label}: {', '.join(names)}.")
+    match report.status:
+        case SagaStatus.STUCK:
+            lines.append("To do: look at what is named above in the outside world, and put it right there by hand.")
+        case SagaStatus.HALTED:
+            lines.append("To do: what was done is kept. Mend the cause, then go on, or undo it.")
+        case SagaStatus.RUNNING | SagaStatus.COMPENSATING:
+            lines.append("It has not come to rest: it is running, or its process is gone.")
+        case _:
+            lines.append("Nothing is left to do.")
+    return lines

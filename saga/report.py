@@ -1,0 +1,234 @@
+"""The report: what became of every stage, as a projection of the saga's events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict
+from stageflow.api import StageOutput
+
+from saga.errors import SagaError, SagaFailed
+from saga.events import AnyEvent, SagaStatus
+from saga.failures import Failure
+from saga.ledger import StageState
+from saga.outputs import Output, Plain, copied, copied_output
+from saga.policies import ContinueWithFallback, FailFast
+from saga.recovery import SagaState, StageRecord, stage_states
+from saga.render.text import summary
+
+_S = StageState
+
+
+class CompensationReport(BaseModel):
+    """What became of one stage's compensation.
+
+    Attributes:
+        attempts: How many started.
+        started_at: When the first one did, UTC.
+        ended_at: When the effect was undone, or given up as stuck, UTC; None if neither has happened.
+        failure: The last failure of the compensation or of the probe.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    attempts: int
+    started_at: datetime | None
+    ended_at: datetime | None
+    failure: Failure | None
+
+
+class StageReport(BaseModel):
+    """What became of one stage.
+
+    Attributes:
+        state: Where it stands.
+        output: What it gave: its output, its fallback's, or what it returned beside a failure or a skip.
+        failure: The last failure of its execution.
+        attempts: How often its execution was started.
+        started_at: When the first attempt started, UTC.
+        ended_at: When the last one ended, UTC.
+        effects: What it recorded with `ctx.record`, oldest first.
+        fallback: Whether its output is its fallback's.
+        skip_reason: Why it was skipped, if it was.
+        compensation: What became of its compensation; None if neither it nor a probe was tried.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    state: StageState
+    output: Output | None = None
+    failure: Failure | None = None
+    attempts: int = 0
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    effects: tuple[Plain, ...] = ()
+    fallback: bool = False
+    skip_reason: str | None = None
+    compensation: CompensationReport | None = None
+
+    @classmethod
+    def of(cls, record: StageRecord, state: StageState) -> Self:
+        """Project what the events say of one stage."""
+        if record.state is _S.NOT_RUN:
+            return cls(state=state)
+        undo = None
+        if record.undo_attempts or record.undo_failure is not None:
+            undo = CompensationReport(
+                attempts=record.undo_attempts,
+                started_at=record.undo_started_at,
+                ended_at=record.undo_ended_at,
+                failure=record.undo_failure,
+            )
+        return cls(
+            state=state,
+            output=None if record.output is None else copied_output(record.output),
+            failure=record.failure,
+            attempts=record.attempts,
+            started_at=record.started_at,
+            ended_at=record.ended_at,
+            effects=tuple(copied(effect) for effect in record.effects),
+            fallback=record.fell_back,
+            skip_reason=record.skip_reason,
+            compensation=undo,
+        )
+
+
+class SagaReport(BaseModel):
+    """What became of a saga. Reads and writes JSON: `model_dump_json()`, `model_validate_json(text)`.
+
+    Attributes:
+        saga_id: Its id.
+        pipeline: The pipeline's name.
+        status: Where the saga stands.
+        cause: What stopped it first; None if nothing did.
+        failures: Every failure of every attempt, forward and backward, oldest first.
+        started_at: When it started, UTC.
+        ended_at: When it came to rest, UTC; None while it has not.
+        stages: Every stage of the pipeline, in topological order.
+        compensation_order: The stages whose compensations started, in the order in which they did.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    saga_id: str
+    pipeline: str
+    status: SagaStatus
+    cause: Failure | None = None
+    failures: tuple[Failure, ...] = ()
+    started_at: datetime
+    ended_at: datetime | None = None
+    stages: dict[str, StageReport]
+    compensation_order: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, state: SagaState, policy: FailFast | ContinueWithFallback) -> Self:
+        """Project a saga's state."""
+        undone = sorted((record.undo_order, name) for name, record in state.stages.items() if record.undo_order >= 0)
+        shown = stage_states(state, policy)
+        return cls(
+            saga_id=state.started.saga_id,
+            pipeline=state.started.pipeline,
+            status=state.status,
+            cause=state.cause,
+            failures=tuple(state.failures),
+            started_at=state.started.at,
+            ended_at=state.ended_at,
+            stages={name: StageReport.of(record, shown[name]) for name, record in state.stages.items()},
+            compensation_order=tuple(name for _, name in undone),
+        )
+
+    @classmethod
+    def from_events(cls, events: Iterable[AnyEvent]) -> Self:
+        """Project a saga's events.
+
+        Raises:
+            LedgerCorrupt: The events contradict the transition table.
+        """
+        state = SagaState(events)
+        return cls.of(state, state.started.policy)
+
+    def _outputs(self, *states: StageState) -> dict[str, StageOutput | None]:
+        return {name: stage.output for name, stage in self.stages.items() if stage.state in states}
+
+    def _names(self, state: StageState) -> tuple[str, ...]:
+        return tuple(name for name, stage in self.stages.items() if stage.state is state)
+
+    @property
+    def kept(self) -> dict[str, StageOutput]:
+        """The outputs that stand, of stages that completed and of fallbacks, in topological order."""
+        return {name: output for name, output in self._outputs(_S.KEPT, _S.FALLBACK).items() if output is not None}
+
+    @property
+    def undone(self) -> dict[str, StageOutput | None]:
+        """The outputs of stages whose effect was compensated; None for one that never completed."""
+        return self._outputs(_S.UNDONE)
+
+    @property
+    def stuck(self) -> dict[str, StageOutput | None]:
+        """The outputs of stages whose compensation failed for good: their effect stands."""
+        return self._outputs(_S.STUCK)
+
+    @property
+    def blocked(self) -> dict[str, StageOutput | None]:
+        """The outputs of stages that are still in effect because something that depends on them is stuck or in doubt."""
+        return self._outputs(_S.BLOCKED)
+
+    @property
+    def in_doubt(self) -> dict[str, StageOutput | None]:
+        """The stages of which nobody knows whether their effect landed, with what they returned, if anything."""
+        return self._outputs(_S.IN_DOUBT)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The stages whose execution failed for good, also where recorded effects were undone or a fallback stands in."""
+        ended_well = {_S.KEPT, _S.RUNNING, _S.NOT_RUN, _S.CANCELLED}
+        return tuple(name for name, stage in self.stages.items() if stage.failure is not None and stage.state not in ended_well)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The stages that were skipped."""
+        return self._names(_S.SKIPPED)
+
+    @property
+    def not_run(self) -> tuple[str, ...]:
+        """The stages that never started."""
+        return self._names(_S.NOT_RUN)
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """The stages whose fallback stands in."""
+        return tuple(name for name, stage in self.stages.items() if stage.fallback)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the saga came to its end going forward: completed, or degraded."""
+        return self.status in {SagaStatus.COMPLETED, SagaStatus.DEGRADED}
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is stuck, blocked or in doubt."""
+        return not (self.stuck or self.blocked or self.in_doubt)
+
+    def raise_for_status(self) -> None:
+        """Raise unless the saga came to its end going forward.
+
+        Raises:
+            SagaFailed: A group of the stages' own exceptions, the cause first; its `report` is this report.
+        """
+        if self.ok:
+            return
+        failures = list(self.failures)
+        if self.cause is not None:
+            failures = [self.cause, *(failure for failure in failures if failure != self.cause)]
+        errors = [
+            failure.exception if isinstance(failure.exception, Exception) else SagaError(str(failure)) for failure in failures
+        ] or [SagaError("it was undone on demand")]
+        failed = SagaFailed(f"saga {self.saga_id} ({self.pipeline}) is {self.status.value}", errors)
+        failed.report = self
+        raise failed
+
+    def __str__(self) -> str:
+        """A summary for a terminal."""
+        return summary(self)
