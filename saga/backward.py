@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 from saga.asking import ask
@@ -132,7 +133,7 @@ class Backward:
             context = self._saga.compensation_context(stage, attempt)
             await self._record(CompensationStarted(stage=stage, attempt=attempt))
             watch = worker.watch = Watch(
-                worker.task, self._saga.policy.cancel_grace, lambda: self._saga.spawn(self._given_up(worker, stage, settings))
+                worker.task, self._saga.policy.cancel_grace, partial(self._gives_up, worker, stage, settings)
             )
             watch.limit(settings.timeout)
             failure = None
@@ -180,9 +181,12 @@ class Backward:
             error = InterruptedError("its task was cancelled from outside")
         return Failure.raised(stage, error, attempt=attempt, kind=kind)
 
+    def _gives_up(self, worker: _Worker, stage: str, settings: Compensation) -> None:
+        self._saga.spawn(self._given_up(worker, stage, settings))
+
     async def _given_up(self, worker: _Worker, stage: str, settings: Compensation) -> None:
         """Go on without a compensation that ignored its cancel: its stage is stuck."""
-        assert self._state.stages[stage].state is StageState.COMPENSATING  # noqa: S101 - nobody else records for this stage
+        assert self._state.stages[stage].state is StageState.COMPENSATING  # nobody else records for this stage
         attempt = self._state.stages[stage].undo_attempts
         error = TimeoutError(
             f"no answer within {settings.timeout:g} s, and it ignored its cancel for {self._saga.policy.cancel_grace:g} s; "

@@ -289,7 +289,7 @@ class SagaCoordinator:
         await saga.journal.record(SagaEnded(status=status, cause=move.cause))
 
     async def _undo(self, saga: LiveSaga, move: Move) -> None:
-        assert move.turn is not None  # noqa: S101 - asked only to go backward
+        assert move.turn is not None  # asked only to go backward
         await saga.journal.record(SagaTurnedBack(reason=move.turn, cause=move.cause))
         await Backward(saga).run()
         await saga.journal.record(SagaEnded(status=final_status(saga.journal.state, saga.policy)))

@@ -8,13 +8,15 @@ unawaited; so what stageflow runs is a wrapper that only waits, and its cancel r
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from stageflow import BaseInterceptor, UnifiedStageExecutionError
 from stageflow.api import Pipeline, StageCancellationRequested, StageContext, StageOutput, StageStatus
 from stageflow.pipeline.dag import UnifiedPipelineCancelled
+from stageflow.pipeline.pipeline import UnifiedStageSpec
 
 from saga.asking import ask
 from saga.compensable import SagaContext
@@ -54,7 +56,7 @@ class _Silent(BaseInterceptor):
 _SILENT: Final = _Silent()
 
 
-@dataclasses.dataclass(slots=True)
+@dataclass(slots=True)
 class _Outcome:
     """What one attempt came to.
 
@@ -114,7 +116,9 @@ class Forward:
         """
         saga = self._saga
         stages = {
-            name: dataclasses.replace(plan.spec, runner=self._wrapper(name), config={})
+            name: UnifiedStageSpec(
+                name, self._wrapper(name), kind=plan.spec.kind, dependencies=plan.spec.dependencies, conditional=plan.spec.conditional
+            )
             for name, plan in saga.blueprint.stages.items()
         }
         deadline = self._policy.deadline
@@ -258,7 +262,7 @@ class Forward:
         if run.watch is not None and run.watch.given_up:
             return _STOPPING
         if outcome.failure is None:
-            assert outcome.output is not None  # noqa: S101 - without a failure there is one
+            assert outcome.output is not None  # without a failure there is one
             return outcome.output
         return await self._absorb(run, ctx, outcome.failure)
 
@@ -318,7 +322,7 @@ class Forward:
                 return outcome
 
     async def _succeeds(self, name: str, output: StageOutput | None) -> None:
-        assert output is not None  # noqa: S101 - without a failure there is one
+        assert output is not None  # without a failure there is one
         copy = copied_output(output)
         if output.status is StageStatus.SKIP:
             await self._record(StageSkipped(stage=name, reason=str(output.data.get("reason") or "it said so"), output=copy))
@@ -338,7 +342,7 @@ class Forward:
         attempt = run.record.attempts
         saga_ctx = self._context(run, ctx)
         grace = None if run.plan.patient else self._policy.cancel_grace
-        watch = run.watch = Watch(run.task, grace, lambda: self._saga.spawn(self._given_up(run, ctx, watch)))
+        watch = run.watch = Watch(run.task, grace, partial(self._gives_up, run, ctx))
         watch.limit(timeout)
         try:
             returned = await self._saga.actions.execute(saga_ctx)
@@ -383,11 +387,14 @@ class Forward:
             return normalised(name, attempt, StageOutput.cancel(error.reason))
         return _Outcome(failure=Failure.raised(name, error, attempt=attempt))
 
-    async def _given_up(self, run: _StageRun, ctx: StageContext, watch: Watch) -> None:
+    def _gives_up(self, run: _StageRun, ctx: StageContext) -> None:
+        self._saga.spawn(self._given_up(run, ctx))
+
+    async def _given_up(self, run: _StageRun, ctx: StageContext) -> None:
         """Go on without a stage that ignored its cancel: it is in doubt, and may still be running."""
-        assert watch.reason is not None  # noqa: S101 - it was cancelled before it was given up
+        assert run.watch is not None and run.watch.reason is not None  # it was cancelled before
         message = f"it ignored its cancel for {self._policy.cancel_grace:g} s and was given up; it may still be running"
-        failure = Failure.of(run.name, watch.reason, message, attempt=run.record.attempts)
+        failure = Failure.of(run.name, run.watch.reason, message, attempt=run.record.attempts)
         in_doubt = self._state.graph[run.name].role is not Role.PLAIN
         try:
             await self._record(StageFailed(stage=run.name, failure=failure, in_doubt=in_doubt))

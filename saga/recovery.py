@@ -8,8 +8,8 @@ exactly as the interrupted one would have (promise 12).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
 from typing import Any, Final
@@ -23,6 +23,7 @@ from saga.events import (
     CompensationFailed,
     CompensationStarted,
     EffectRecorded,
+    Event,
     FallbackFailed,
     FallbackUsed,
     SagaEnded,
@@ -30,6 +31,7 @@ from saga.events import (
     SagaStatus,
     SagaTurnedBack,
     StageCompleted,
+    StageEvent,
     StageFailed,
     StageProbed,
     StageSkipped,
@@ -76,7 +78,7 @@ class StageRecord:
     doubt: bool = False
     asked: bool = False
     unanswered: bool = False
-    effects: list[Any] = field(default_factory=list)
+    effects: tuple[Any, ...] = ()
     failure: Failure | None = None
     fell_back: bool = False
     with_branch: bool = False
@@ -116,20 +118,22 @@ class SagaState:
 
     def apply(self, event: AnyEvent) -> None:
         """Take in the next event."""
-        match event:
-            case SagaStarted():
-                raise self._contradiction("a saga that has started", event)
-            case SagaTurnedBack():
-                self._turn_back(event)
-            case SagaEnded():
-                if self.is_running():
-                    raise self._contradiction("a saga whose stages still run", event)
-                self.status = event.status
-                self.ended_at = event.at
-                self.cause = self.cause or event.cause
-                self._note(event.cause)
-            case _:
-                self._apply_to_stage(event)
+        if isinstance(event, StageEvent):
+            self._apply_to_stage(event)
+        elif isinstance(event, SagaTurnedBack):
+            self._turn_back(event)
+        elif isinstance(event, SagaEnded):
+            self._end(event)
+        else:
+            raise self._contradiction("a saga that has started", event)
+
+    def _end(self, event: SagaEnded) -> None:
+        if self.is_running():
+            raise self._contradiction("a saga whose stages still run", event)
+        self.status = event.status
+        self.ended_at = event.at
+        self.cause = self.cause or event.cause
+        self._note(event.cause)
 
     def is_running(self) -> bool:
         """Whether any stage is running or being compensated."""
@@ -150,45 +154,32 @@ class SagaState:
         if failure is not None and failure not in self.failures:
             self.failures.append(failure)
 
-    def _apply_to_stage(self, event: AnyEvent) -> None:
-        assert not isinstance(event, SagaStarted | SagaTurnedBack | SagaEnded)  # noqa: S101 - told apart by apply
+    def _apply_to_stage(self, event: StageEvent) -> None:
         record = self.stages.get(event.stage)
         if record is None:
             raise self._contradiction("a saga without that stage", event)
         if type(event) not in TRANSITIONS[record.state]:
             raise self._contradiction(f"stage {event.stage!r} in state {record.state.value}", event)
-        match event:
-            case StageStarted():
-                if self.status is not SagaStatus.RUNNING:
-                    raise self._contradiction(f"a saga that is {self.status.value}", event)
-                if record.order < 0:
-                    record.order = self._started
-                    self._started += 1
-                    record.started_at = event.at
-                record.state = _S.RUNNING
-                record.attempts = event.attempt
-            case EffectRecorded():
-                record.effects.append(event.effect)
-            case StageCompleted():
-                record.state, record.landed, record.doubt = _S.KEPT, True, False
-                record.output, record.ended_at = event.output, event.at
-            case StageFailed():
-                self._fail(record, event)
-            case StageSkipped():
-                record.state, record.output = _S.SKIPPED, event.output
-                record.skip_reason, record.with_branch = event.reason, event.with_branch
-                record.ended_at = event.at if record.started_at else None
-            case FallbackUsed():
-                record.state, record.fell_back = _S.FALLBACK, True
-                record.output, record.ended_at = event.output, event.at
-            case FallbackFailed():
-                self.failures.append(event.failure)
-            case StageProbed():
-                self._probe(record, event)
-            case _:
-                self._apply_to_undo(record, event)
+        _FOLD[type(event)](self, record, event)
 
-    def _fail(self, record: StageRecord, event: StageFailed) -> None:
+    def _stage_started(self, record: StageRecord, event: StageStarted) -> None:
+        if self.status is not SagaStatus.RUNNING:
+            raise self._contradiction(f"a saga that is {self.status.value}", event)
+        if record.order < 0:
+            record.order = self._started
+            self._started += 1
+            record.started_at = event.at
+        record.state = _S.RUNNING
+        record.attempts = event.attempt
+
+    def _effect_recorded(self, record: StageRecord, event: EffectRecorded) -> None:
+        record.effects = (*record.effects, event.effect)
+
+    def _stage_completed(self, record: StageRecord, event: StageCompleted) -> None:
+        record.state, record.landed, record.doubt = _S.KEPT, True, False
+        record.output, record.ended_at = event.output, event.at
+
+    def _stage_failed(self, record: StageRecord, event: StageFailed) -> None:
         # A retry that is called off repeats the failure that it was meant to mend.
         self._note(event.failure)
         record.failure = event.failure
@@ -204,7 +195,19 @@ class SagaState:
         else:
             record.state = _S.FAILED
 
-    def _probe(self, record: StageRecord, event: StageProbed) -> None:
+    def _stage_skipped(self, record: StageRecord, event: StageSkipped) -> None:
+        record.state, record.output = _S.SKIPPED, event.output
+        record.skip_reason, record.with_branch = event.reason, event.with_branch
+        record.ended_at = event.at if record.started_at else None
+
+    def _fallback_used(self, record: StageRecord, event: FallbackUsed) -> None:
+        record.state, record.fell_back = _S.FALLBACK, True
+        record.output, record.ended_at = event.output, event.at
+
+    def _fallback_failed(self, _record: StageRecord, event: FallbackFailed) -> None:
+        self.failures.append(event.failure)
+
+    def _stage_probed(self, record: StageRecord, event: StageProbed) -> None:
         if event.failure is not None:
             self.failures.append(event.failure)
             record.undo_failure = event.failure
@@ -223,32 +226,45 @@ class SagaState:
         elif record.state is _S.IN_DOUBT:
             record.state = _S.FAILED
 
-    def _apply_to_undo(
-        self, record: StageRecord, event: CompensationStarted | CompensationCompleted | CompensationFailed
-    ) -> None:
-        match event:
-            case CompensationStarted():
-                if self.status is not SagaStatus.COMPENSATING:
-                    raise self._contradiction(f"a saga that is {self.status.value}", event)
-                if record.undo_order < 0:
-                    record.undo_order = self._undo_started
-                    self._undo_started += 1
-                    record.undo_started_at = event.at
-                record.state, record.undo_attempts = _S.COMPENSATING, event.attempt
-            case CompensationCompleted():
-                record.state, record.doubt = _S.UNDONE, False
-                record.undo_ended_at = event.at
-            case CompensationFailed():
-                self._note(event.failure)
-                record.undo_failure = event.failure
-                if not event.will_retry:
-                    record.state, record.undo_ended_at = _S.STUCK, event.at
+    def _compensation_started(self, record: StageRecord, event: CompensationStarted) -> None:
+        if self.status is not SagaStatus.COMPENSATING:
+            raise self._contradiction(f"a saga that is {self.status.value}", event)
+        if record.undo_order < 0:
+            record.undo_order = self._undo_started
+            self._undo_started += 1
+            record.undo_started_at = event.at
+        record.state, record.undo_attempts = _S.COMPENSATING, event.attempt
 
-    def _contradiction(self, found: str, event: AnyEvent) -> LedgerCorrupt:
+    def _compensation_completed(self, record: StageRecord, event: CompensationCompleted) -> None:
+        record.state, record.doubt = _S.UNDONE, False
+        record.undo_ended_at = event.at
+
+    def _compensation_failed(self, record: StageRecord, event: CompensationFailed) -> None:
+        self._note(event.failure)
+        record.undo_failure = event.failure
+        if not event.will_retry:
+            record.state, record.undo_ended_at = _S.STUCK, event.at
+
+    def _contradiction(self, found: str, event: Event) -> LedgerCorrupt:
         return LedgerCorrupt(
             f"saga {self.started.saga_id}: {type(event).__name__} can't follow on {found}; the saga is left as it is. "
             "Compare its ledger with a backup before you go on."
         )
+
+
+_FOLD: Final[dict[type[StageEvent], Callable[[SagaState, StageRecord, Any], None]]] = {
+    StageStarted: SagaState._stage_started,
+    EffectRecorded: SagaState._effect_recorded,
+    StageCompleted: SagaState._stage_completed,
+    StageFailed: SagaState._stage_failed,
+    StageSkipped: SagaState._stage_skipped,
+    FallbackUsed: SagaState._fallback_used,
+    FallbackFailed: SagaState._fallback_failed,
+    StageProbed: SagaState._stage_probed,
+    CompensationStarted: SagaState._compensation_started,
+    CompensationCompleted: SagaState._compensation_completed,
+    CompensationFailed: SagaState._compensation_failed,
+}
 
 
 class Step(Enum):
@@ -326,7 +342,7 @@ class Rollback:
     """
 
     def __init__(self, state: SagaState, policy: FailFast | ContinueWithFallback) -> None:
-        assert state.reason is not None  # noqa: S101 - only a saga that turned back has a rollback
+        assert state.reason is not None  # only a saga that turned back has a rollback
         self._state = state
         self._on_failure = policy.compensation.on_failure
         self._scope = undo_scope(state, policy, state.reason)

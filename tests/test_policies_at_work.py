@@ -1,0 +1,463 @@
+"""Stop and keep, go on with fallbacks, go on without the branch; retries and timeouts with counters of their own."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from stageflow.api import Pipeline, StageOutput
+
+from saga import (
+    Compensation,
+    CompensationContext,
+    CompensableStage,
+    ContinueWithFallback,
+    FailFast,
+    Failure,
+    FailureKind,
+    Retry,
+    SagaContext,
+    SagaCoordinator,
+    SagaReport,
+    SagaStatus,
+    StageState,
+)
+from tests.controlled import elapse, run
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, World, scene
+
+THREE = Retry(attempts=3, wait=1, jitter=False)
+
+
+def test_halt_keeps_everything_for_a_redrive() -> None:
+    world, pipeline = scene(DIAMOND, {"d": Script("raise")})
+
+    report = run(SagaCoordinator(FailFast(on_failure="halt")).run(pipeline))
+
+    assert report.status is SagaStatus.HALTED
+    assert set(report.kept) == set(world.standing) == {"a", "b", "c"}
+    assert world.undone() == []
+    assert report.cause is not None
+    assert report.cause.stage == "d"
+
+
+def test_a_halted_saga_asks_for_what_is_in_doubt() -> None:
+    landed = Script("hang", lands=True)
+    world, pipeline = scene(SEQUENCE, {"b": landed}, {"b": "probed"})
+
+    report = run(SagaCoordinator(FailFast(on_failure="halt", timeout=1)).run(pipeline))
+
+    assert report.status is SagaStatus.HALTED
+    assert report.stages["b"].state is StageState.KEPT
+    assert report.kept["b"].data["probed"] is True
+    assert set(world.standing) == {"a", "b"}
+
+
+def test_a_caller_that_is_cancelled_keeps_everything_when_the_policy_halts() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script(before=5)})
+    coordinator = SagaCoordinator(FailFast(on_interrupt="halt"))
+
+    async def cancelled() -> SagaReport:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(coordinator.run(pipeline, saga_id="s"), timeout=1)
+        return await coordinator.report("s")
+
+    report = run(cancelled())
+
+    assert report.status is SagaStatus.HALTED
+    assert set(world.standing) == {"a", "b"}
+    assert report.not_run == ("c",)
+
+
+def test_a_fallback_of_the_stage_stands_in_and_the_saga_goes_on() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("raise")}, {"b": "fallback"})
+
+    report = run(SagaCoordinator(ContinueWithFallback()).run(pipeline))
+
+    assert report.status is SagaStatus.DEGRADED
+    assert report.ok
+    assert report.fallbacks == report.failed == ("b",)
+    assert report.kept["b"].data == {"instead_of": "b"}
+    assert set(world.standing) == {"a", "c"}
+
+
+def test_a_fallback_of_the_policy_stands_in_for_a_stage_that_has_none() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("fail")})
+    policy = ContinueWithFallback(fallbacks={"b": {"price": 0}})
+
+    report = run(SagaCoordinator(policy).run(pipeline))
+
+    assert report.status is SagaStatus.DEGRADED
+    assert report.kept["b"].data == {"price": 0}
+    assert set(world.standing) == {"a", "c"}
+
+
+def test_a_dependent_gets_the_fallback_as_its_input() -> None:
+    seen: list[Any] = []
+
+    async def price(_: SagaContext) -> StageOutput:
+        return StageOutput.fail("no answer")
+
+    async def show(ctx: SagaContext) -> None:
+        seen.append(ctx.inputs.get_from("price", "amount"))
+
+    pipeline = Pipeline().with_stage("price", price, "enrich").with_stage("show", show, "work", dependencies=("price",))
+
+    run(SagaCoordinator(ContinueWithFallback(fallbacks={"price": {"amount": 7}})).run(pipeline))
+
+    assert seen == [7]
+
+
+def test_a_fallback_that_fails_too_gives_way_to_the_policys() -> None:
+    class Quote(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> None:
+            raise CardDeclined("first")
+
+        async def fallback(self, ctx: SagaContext, failure: Failure) -> int:
+            assert failure.message == "first"
+            return 42
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    pipeline = Pipeline().with_stage("quote", Quote)
+
+    report = run(SagaCoordinator(ContinueWithFallback(fallbacks={"quote": {"x": 1}})).run(pipeline))
+
+    assert report.kept["quote"].data == {"x": 1}
+    assert [failure.kind for failure in report.failures] == [FailureKind.EXCEPTION, FailureKind.CONTRACT]
+
+
+def test_a_failure_without_a_fallback_is_undone_as_in_fail_fast() -> None:
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise")})
+
+    report = run(SagaCoordinator(ContinueWithFallback()).run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.log == ["+a", "+b", "-b", "-a"]
+
+
+def test_a_failed_branch_is_skipped_and_the_others_go_on() -> None:
+    shape = {"root": (), "left": ("root",), "leaf": ("left",), "tip": ("leaf",), "right": ("root",)}
+    world, pipeline = scene(shape, {"leaf": Script("raise"), "right": Script(before=9)})
+
+    report = run(SagaCoordinator(ContinueWithFallback(without_fallback="skip_branch")).run(pipeline))
+
+    assert world.refusals == []
+    assert report.status is SagaStatus.DEGRADED
+    assert report.skipped == ("tip",)
+    assert report.stages["tip"].skip_reason == "leaf did not complete"
+    # left served the failed leaf alone; root still serves right.
+    assert world.undone() == ["left"]
+    assert set(world.standing) == set(report.kept) == {"root", "right"}
+
+
+def test_orphans_are_kept_when_the_policy_says_so() -> None:
+    shape = {"root": (), "left": ("root",), "leaf": ("left",), "right": ("root",)}
+    world, pipeline = scene(shape, {"leaf": Script("raise")})
+    policy = ContinueWithFallback(without_fallback="skip_branch", orphans="keep")
+
+    report = run(SagaCoordinator(policy).run(pipeline))
+
+    assert report.status is SagaStatus.DEGRADED
+    assert set(world.standing) == {"root", "left", "right"}
+
+
+def test_an_orphan_behind_a_plain_stage_is_found() -> None:
+    shape = {"root": (), "plain": ("root",), "leaf": ("plain",), "other": ()}
+    world, pipeline = scene(shape, {"leaf": Script("raise")}, {"plain": "plain"})
+
+    report = run(SagaCoordinator(ContinueWithFallback(without_fallback="skip_branch")).run(pipeline))
+
+    assert report.status is SagaStatus.DEGRADED
+    assert set(world.standing) == {"other"}
+
+
+def test_a_saga_whose_every_branch_fell_is_compensated() -> None:
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise")})
+
+    report = run(SagaCoordinator(ContinueWithFallback(without_fallback="skip_branch")).run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+def test_a_dependent_of_two_is_skipped_when_one_of_them_fell() -> None:
+    world, pipeline = scene(DIAMOND, {"b": Script("raise")})
+
+    report = run(SagaCoordinator(ContinueWithFallback(without_fallback="skip_branch")).run(pipeline))
+
+    assert report.skipped == ("d",)
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.undone() == ["c", "a"]
+
+
+def test_a_retry_mends_what_passes() -> None:
+    script = Script("raise", then=("retry", "ok"))
+    world, pipeline = scene(SEQUENCE, {"b": script})
+
+    report = run(SagaCoordinator(FailFast(retry=THREE)).run(pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert script.attempts == ["raise", "retry", "ok"]
+    assert report.stages["b"].attempts == 3
+    assert [failure.attempt for failure in report.failures] == [1, 2]
+    assert report.cause is None
+
+
+def test_retries_forward_and_backward_count_for_themselves() -> None:
+    script = Script("raise", then=("ok",), undo_fails=2)
+    world, pipeline = scene(SEQUENCE, {"b": script, "c": Script("raise")})
+    policy = FailFast(retry=Retry(attempts=2, wait=0), compensation=Compensation(retry=Retry(attempts=3, wait=0)))
+
+    report = run(SagaCoordinator(policy).run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    undo = report.stages["b"].compensation
+    assert undo is not None
+    assert (report.stages["b"].attempts, undo.attempts, script.undo_attempts) == (2, 3, 3)
+    assert world.standing == {}
+
+
+def test_retries_wait_as_long_as_they_say() -> None:
+    _, pipeline = scene(SEQUENCE, {"b": Script("raise", then=("raise", "ok"))})
+
+    async def timed() -> float:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await SagaCoordinator(FailFast(retry=Retry(attempts=3, wait=10, multiplier=3, jitter=False))).run(pipeline)
+        return loop.time() - began
+
+    assert run(timed()) == pytest.approx(10 + 30)
+
+
+def test_a_stage_that_waits_for_its_retry_does_not_try_again_once_the_saga_stops() -> None:
+    b = Script("raise", then=("ok",))
+    world, pipeline = scene(BRANCHES, {"b": b, "c": Script("fail", before=5)})
+    only_declined = Retry(attempts=2, wait=60, wait_max=60, jitter=False, retry_on=(CardDeclined,))
+
+    report = run(SagaCoordinator(FailFast(retry=only_declined)).run(pipeline))
+
+    assert b.attempts == ["raise"]
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.stages["b"].state is StageState.FAILED
+    assert [failure.stage for failure in report.failures] == ["b", "c"]
+
+
+def test_retry_on_names_what_is_worth_it() -> None:
+    worth = Script("raise", then=("ok",))
+    not_worth = Script("fail", then=("ok",))
+    _, pipeline = scene({"a": (), "b": ("a",)}, {"a": worth, "b": not_worth})
+
+    report = run(SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0, retry_on=(CardDeclined,)))).run(pipeline))
+
+    assert worth.attempts == ["raise", "ok"]
+    assert not_worth.attempts == ["fail"]
+    assert report.cause is not None
+    assert report.cause.kind is FailureKind.REPORTED
+
+
+def test_a_wrong_return_type_is_not_tried_again() -> None:
+    script = Script("wrong", then=("ok",))
+    _, pipeline = scene({"a": ()}, {"a": script})
+
+    report = run(SagaCoordinator(FailFast(retry=THREE)).run(pipeline))
+
+    assert script.attempts == ["wrong"]
+    assert report.cause is not None
+    assert report.cause.kind is FailureKind.CONTRACT
+    assert "42" in report.cause.message
+
+
+@pytest.mark.parametrize("value", [[1], "text", None])
+def test_an_output_whose_data_is_no_dict_breaks_the_contract(value: object) -> None:
+    async def odd(_: SagaContext) -> StageOutput:
+        return StageOutput(status=StageOutput.ok().status, data=value)  # type: ignore[arg-type] # what the test is about
+
+    report = run(SagaCoordinator().run(Pipeline().with_stage("odd", odd, "work")))
+
+    assert report.cause is not None
+    assert report.cause.kind is FailureKind.CONTRACT
+
+
+def test_a_stage_has_its_own_retry_and_timeout() -> None:
+    class Patient(CompensableStage):
+        retry = Retry(attempts=2, wait=0, retry_on=(FailureKind.TIMEOUT,))
+        timeout = 3.0
+        compensation = Compensation(timeout=2.0, retry=Retry(attempts=1))
+        attempts = 0
+
+        async def execute(self, ctx: SagaContext) -> None:
+            Patient.attempts += 1
+            await elapse(10 if ctx.attempt == 1 else 1)
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            await elapse(5)
+
+    async def fail(_: SagaContext) -> None:
+        raise CardDeclined
+
+    pipeline = Pipeline().with_stage("patient", Patient).with_stage("fail", fail, "work", dependencies=("patient",))
+
+    report = run(SagaCoordinator(FailFast(timeout=1)).run(pipeline))
+
+    assert Patient.attempts == 2
+    assert report.stages["patient"].state is StageState.STUCK
+    undo = report.stages["patient"].compensation
+    assert undo is not None
+    assert undo.failure is not None
+    assert undo.failure.message == "no answer within 2 s"
+
+
+def test_the_deadline_stops_the_forward_run_and_interrupts_what_runs() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script(before=60)}, {"b": "probed"})
+
+    report = run(SagaCoordinator(FailFast(deadline=10)).run(pipeline))
+
+    assert world.standing == {}
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+    assert (report.cause.stage, report.cause.kind) == (None, FailureKind.TIMEOUT)
+    assert report.stages["b"].failure is not None
+    assert report.stages["b"].failure.kind is FailureKind.INTERRUPTED
+
+
+def test_a_saga_within_its_deadline_is_left_alone() -> None:
+    _, pipeline = scene(SEQUENCE, {"b": Script(before=5)})
+
+    assert run(SagaCoordinator(FailFast(deadline=10)).run(pipeline)).status is SagaStatus.COMPLETED
+
+
+def test_the_deadline_of_the_backward_run_starts_no_further_compensation() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script(undo_takes=20), "c": Script("raise")})
+    policy = FailFast(compensation=Compensation(deadline=10))
+
+    report = run(SagaCoordinator(policy).run(pipeline))
+
+    assert report.status is SagaStatus.STUCK
+    assert report.stages["b"].state is StageState.UNDONE
+    assert report.stages["a"].state is StageState.BLOCKED
+    assert set(world.standing) == {"a"}
+
+
+def test_the_deadline_of_the_backward_run_ends_the_retries() -> None:
+    script = Script(undo_fails=99)
+    _, pipeline = scene(SEQUENCE, {"b": script, "c": Script("raise")})
+    policy = FailFast(compensation=Compensation(deadline=10, retry=Retry(attempts=99, wait=7, multiplier=1, jitter=False)))
+
+    report = run(SagaCoordinator(policy).run(pipeline))
+
+    assert script.undo_attempts == 2
+    assert report.stages["b"].state is StageState.STUCK
+    assert report.status is SagaStatus.STUCK
+
+
+@pytest.mark.parametrize(
+    ("on_failure", "standing"), [("isolate", {"b", "a"}), ("continue", {"b"}), ("halt", {"b", "a", "x"})]
+)
+def test_a_compensation_that_fails_for_good_holds_back_what_the_policy_says(on_failure: Any, standing: set[str]) -> None:
+    # a <- b <- plain <- d, and beside it x, whose undoing begins only after b's has failed.
+    shape = {"a": (), "b": ("a",), "plain": ("b",), "x": (), "y": ("x",), "d": ("plain", "y")}
+    scripts = {"b": Script(undo_fails=9), "a": Script(order_matters=on_failure != "continue"), "y": Script(undo_takes=50), "d": Script("raise")}
+    world, pipeline = scene(shape, scripts, {"plain": "plain"})
+    policy = FailFast(compensation=Compensation(on_failure=on_failure, retry=Retry(attempts=2, wait=1)))
+
+    report = run(SagaCoordinator(policy).run(pipeline))
+
+    assert world.refusals == []
+    assert set(world.standing) == standing
+    assert set(report.stuck) == {"b"}
+    assert set(report.blocked) == standing - {"b"}
+    assert report.status is SagaStatus.STUCK
+    assert [failure.kind for failure in report.failures[1:]] == [FailureKind.COMPENSATION] * 2
+    text = str(report)
+    assert "its compensation failed 2 times, the last: CardDeclined: undoing b was declined" in text
+    assert "Still in effect, its undoing failed: b." in text
+
+
+def test_a_report_names_the_first_failure_as_the_cause_whatever_fails_later() -> None:
+    _, pipeline = scene(DIAMOND, {"b": Script("raise", before=1), "c": Script("fail", before=2), "a": Script(undo_fails=9)})
+
+    report = run(SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1)))).run(pipeline))
+
+    assert report.cause is not None
+    assert report.cause.stage == "b"
+    assert [(failure.stage, failure.kind) for failure in report.failures] == [
+        ("b", FailureKind.EXCEPTION),
+        ("c", FailureKind.REPORTED),
+        ("a", FailureKind.COMPENSATION),
+    ]
+
+
+def test_a_cancel_outweighed_by_a_failure_during_the_drain_compensates() -> None:
+    world, pipeline = scene(BRANCHES, {"b": Script("cancel", before=1), "c": Script("raise", before=2)})
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+    assert report.cause.stage == "c"
+    assert world.standing == {}
+
+
+class FiveSeats(CompensableStage):
+    """Books five seats one by one; the fourth is taken."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        for seat in ("1A", "1B", "1C", "1D", "1E"):
+            if seat == "1D":
+                raise CardDeclined("1D is taken")
+            self.world.land(seat)
+            await ctx.record({"seat": seat})
+        return StageOutput.ok()
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        assert ctx.output is None
+        for effect in reversed(ctx.effects):
+            self.world.undo(effect["seat"])
+
+
+def test_a_stage_that_fails_at_its_fourth_item_is_undone_for_the_three() -> None:
+    world = World({"seats": (), "hotel": ()})
+    pipeline = Pipeline().with_stage("seats", FiveSeats(world))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert world.log == ["+1A", "+1B", "+1C", "-1C", "-1B", "-1A"]
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.stages["seats"].state is StageState.UNDONE
+    assert report.stages["seats"].effects == ({"seat": "1A"}, {"seat": "1B"}, {"seat": "1C"})
+    assert report.undone == {"seats": None}
+    assert report.failed == ("seats",)
+
+
+def test_what_a_failed_stage_recorded_is_undone_although_its_fallback_stands_in() -> None:
+    world = World({"seats": ()})
+    pipeline = Pipeline().with_stage("seats", FiveSeats(world))
+
+    report = run(SagaCoordinator(ContinueWithFallback(fallbacks={"seats": {"standing_room": 5}})).run(pipeline))
+
+    assert world.standing == {}
+    assert report.status is SagaStatus.DEGRADED
+    assert report.stages["seats"].state is StageState.FALLBACK
+    assert report.kept["seats"].data == {"standing_room": 5}
+
+
+def test_a_cancel_by_id_stops_the_saga_and_run_gives_its_report() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script(before=5)})
+    coordinator = SagaCoordinator()
+
+    async def cancelled() -> SagaReport:
+        running = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        await elapse(1)
+        await coordinator.cancel("s", "the shop closes")
+        return await running
+
+    report = run(cancelled())
+
+    assert world.standing == {}
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+    assert report.cause.message == "the shop closes"

@@ -1,0 +1,245 @@
+"""The outside world as a test double: it knows what stands, and refuses a wrong order and a double undo."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stageflow.api import Pipeline, StageContext, StageKind, StageOutput
+
+from saga import CompensableStage, CompensationContext, PivotStage, SagaContext
+from saga.failures import Failure
+from tests.controlled import elapse
+
+
+class WorldRefused(Exception):
+    """What was asked for can't be done to this world."""
+
+
+class World:
+    """What stands, what runs, and what was done, in order.
+
+    Every refusal is kept, because the saga under test would report it as just another failed compensation.
+    """
+
+    def __init__(self, dependencies: Mapping[str, Iterable[str]]) -> None:
+        self.dependencies = {name: tuple(names) for name, names in dependencies.items()}
+        self.standing: dict[str, int] = {}
+        self.running: set[str] = set()
+        self.undoing: set[str] = set()
+        self.log: list[str] = []
+        self.refusals: list[str] = []
+        self.most_undone_at_once = 0
+
+    def dependents(self, name: str) -> set[str]:
+        """Everything that depends on the stage, by brute force over the transitive closure."""
+        found: set[str] = set()
+        while True:
+            more = {
+                other
+                for other, needs in self.dependencies.items()
+                if other not in found and (name in needs or found.intersection(needs))
+            }
+            if not more:
+                return found
+            found |= more
+
+    def _refuse(self, why: str) -> None:
+        self.refusals.append(why)
+        raise WorldRefused(why)
+
+    def enter(self, name: str) -> None:
+        if self.undoing:
+            self._refuse(f"{name} runs while {sorted(self.undoing)} are being undone")
+        self.running.add(name)
+
+    def leave(self, name: str) -> None:
+        self.running.discard(name)
+
+    def land(self, name: str) -> None:
+        self.standing[name] = self.standing.get(name, 0) + 1
+        self.log.append(f"+{name}")
+
+    def begin_undo(self, name: str, *, order_matters: bool = True) -> None:
+        if self.running:
+            self._refuse(f"{name} is undone while {sorted(self.running)} are running")
+        above = self.dependents(name)
+        if order_matters and above & self.standing.keys():
+            self._refuse(f"{name} is undone under {sorted(above & self.standing.keys())}")
+        self.undoing.add(name)
+        self.most_undone_at_once = max(self.most_undone_at_once, len(self.undoing))
+
+    def undo(self, name: str) -> None:
+        if name not in self.standing:
+            self._refuse(f"{name} is undone, and nothing of it stands")
+        self.standing[name] -= 1
+        if not self.standing[name]:
+            del self.standing[name]
+        self.log.append(f"-{name}")
+
+    def end_undo(self, name: str) -> None:
+        self.undoing.discard(name)
+
+    def undone(self) -> list[str]:
+        """What was undone, in order."""
+        return [entry[1:] for entry in self.log if entry.startswith("-")]
+
+
+@dataclass
+class Script:
+    """What a stage does when it is its turn.
+
+    Attributes:
+        outcome: `ok`, `raise`, `fail`, `cancel`, `retry`, `wrong`, `skip`, `hang` (until it is cancelled), or `die` (raises CancelledError).
+        lands: Whether its effect lands although the outcome is no success.
+        before: Seconds before the effect.
+        after: Seconds after the effect.
+        gate: Waited for before the effect.
+        then: The outcomes of further attempts; the last one is repeated.
+        undo_fails: How many of its compensation's attempts fail.
+        undo_takes: Seconds.
+        probe: Whether it can be asked.
+    """
+
+    outcome: str = "ok"
+    lands: bool = False
+    before: float = 0.0
+    after: float = 0.0
+    gate: asyncio.Event | None = None
+    then: tuple[str, ...] = ()
+    undo_fails: int = 0
+    undo_takes: float = 0.0
+    order_matters: bool = True
+    attempts: list[str] = field(default_factory=list)
+    undo_attempts: int = 0
+
+    def next_outcome(self) -> str:
+        outcomes = (self.outcome, *self.then)
+        return outcomes[min(len(self.attempts), len(outcomes) - 1)]
+
+
+class CardDeclined(Exception):
+    """What scripted stages raise."""
+
+
+async def perform(world: World, name: str, script: Script) -> Any:
+    """One attempt of a scripted stage."""
+    outcome = script.next_outcome()
+    script.attempts.append(outcome)
+    world.enter(name)
+    try:
+        if script.gate is not None:
+            await script.gate.wait()
+        if script.before:
+            await elapse(script.before)
+        if outcome == "ok" or script.lands:
+            world.land(name)
+        if script.after:
+            await elapse(script.after)
+        return await conclude(name, outcome)
+    finally:
+        world.leave(name)
+
+
+async def conclude(name: str, outcome: str) -> Any:
+    match outcome:
+        case "ok":
+            return StageOutput.ok(stage=name)
+        case "raise":
+            raise CardDeclined(f"{name} was declined")
+        case "fail":
+            return StageOutput.fail(f"{name} reports", data={"partial": name})
+        case "cancel":
+            return StageOutput.cancel(f"{name} cancels")
+        case "retry":
+            return StageOutput.retry(f"{name} again")
+        case "wrong":
+            return 42
+        case "skip":
+            return StageOutput.skip(f"{name} has nothing to do")
+        case "hang":
+            await asyncio.Event().wait()
+        case "die":
+            raise asyncio.CancelledError
+    raise AssertionError(outcome)
+
+
+class Scripted(CompensableStage):
+    def __init__(self, world: World, name: str, script: Script) -> None:
+        self.world, self.name, self.script = world, name, script
+
+    async def execute(self, ctx: SagaContext) -> Any:
+        return await perform(self.world, self.name, self.script)
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        self.script.undo_attempts += 1
+        self.world.begin_undo(self.name, order_matters=self.script.order_matters)
+        try:
+            if self.script.undo_takes:
+                await elapse(self.script.undo_takes)
+            if self.script.undo_attempts <= self.script.undo_fails:
+                raise CardDeclined(f"undoing {self.name} was declined")
+            self.world.undo(self.name)
+        finally:
+            self.world.end_undo(self.name)
+
+
+class Probed(Scripted):
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        return StageOutput.ok(stage=self.name, probed=True) if self.name in self.world.standing else None
+
+
+class Pivot(PivotStage):
+    def __init__(self, world: World, name: str, script: Script) -> None:
+        self.world, self.name, self.script = world, name, script
+
+    async def execute(self, ctx: SagaContext) -> Any:
+        return await perform(self.world, self.name, self.script)
+
+
+class Plain:
+    """A plain stageflow stage: it has no effect on the world."""
+
+    kind = StageKind.TRANSFORM
+
+    def __init__(self, world: World, name: str, script: Script) -> None:
+        self.world, self.name, self.script = world, name, script
+
+    async def execute(self, ctx: StageContext) -> Any:
+        self.world.enter(self.name)
+        try:
+            if self.script.before:
+                await elapse(self.script.before)
+            outcome = self.script.next_outcome()
+            self.script.attempts.append(outcome)
+            return await conclude(self.name, outcome)
+        finally:
+            self.world.leave(self.name)
+
+
+class WithFallback(Scripted):
+    async def fallback(self, ctx: SagaContext, failure: Failure) -> dict[str, Any]:
+        return {"instead_of": self.name}
+
+
+STAGES = {"compensable": Scripted, "probed": Probed, "pivot": Pivot, "plain": Plain, "fallback": WithFallback}
+
+SEQUENCE = {"a": (), "b": ("a",), "c": ("b",)}
+BRANCHES = {"a": (), "b": ("a",), "c": ("a",)}
+DIAMOND = {"a": (), "b": ("a",), "c": ("a",), "d": ("b", "c")}
+FAN_IN = {"a": (), "b": (), "c": (), "d": ("a", "b", "c")}
+
+
+def scene(
+    shape: Mapping[str, Iterable[str]], scripts: Mapping[str, Script] | None = None, kinds: Mapping[str, str] | None = None
+) -> tuple[World, Pipeline]:
+    """A world, and a pipeline of that shape in it; what isn't scripted succeeds, what has no kind is compensable."""
+    world = World(shape)
+    pipeline = Pipeline(name="scene")
+    for name, dependencies in shape.items():
+        script = (scripts or {}).get(name, Script())
+        kind = STAGES[(kinds or {}).get(name, "compensable")]
+        pipeline = pipeline.with_stage(name, kind(world, name, script), dependencies=tuple(dependencies))  # type: ignore[arg-type] # stageflow's Stage takes its own context
+    return world, pipeline
