@@ -284,24 +284,22 @@ class SagaCoordinator:
         if move.turn is not None:
             await self._undo(saga, move)
             return
-        await asyncio.gather(*(ask(saga, name) for name in _askable(saga)))
+        await self._ask_the_rest(saga)
         status = move.status if move.status is not None else final_status(saga.journal.state, saga.policy)
         await saga.journal.record(SagaEnded(status=status, cause=move.cause))
+
+    async def _ask_the_rest(self, saga: LiveSaga) -> None:
+        """Ask for all that no compensation has asked for: to know is free, whatever the policy leaves standing."""
+        state = saga.journal.state
+        askable = [node.name for node in state.graph.nodes if undo_step(node, state.stages[node.name]) is Step.PROBE]
+        await asyncio.gather(*(ask(saga, name) for name in askable))
 
     async def _undo(self, saga: LiveSaga, move: Move) -> None:
         assert move.turn is not None  # asked only to go backward
         await saga.journal.record(SagaTurnedBack(reason=move.turn, cause=move.cause))
         await Backward(saga).run()
+        await self._ask_the_rest(saga)
         await saga.journal.record(SagaEnded(status=final_status(saga.journal.state, saga.policy)))
-
-
-def _askable(saga: LiveSaga) -> list[str]:
-    state = saga.journal.state
-    return [
-        node.name
-        for node in state.graph.nodes
-        if state.stages[node.name].doubt and undo_step(node, state.stages[node.name]) is Step.PROBE
-    ]
 
 
 def child_id(parent: str, stage: str, attempt: int) -> str:

@@ -8,7 +8,7 @@ unawaited; so what stageflow runs is a wrapper that only waits, and its cancel r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from stageflow.api import PipelineContext
+    from stageflow.stages.result import StageResult
 
     from saga.alive import LiveSaga
     from saga.blueprint import StagePlan
@@ -41,19 +42,25 @@ if TYPE_CHECKING:
 _STOPPING: Final = StageOutput.cancel("the saga is stopping")
 
 
-class _Silent(BaseInterceptor):
-    """Stands in for stageflow's default interceptors, which an empty list would bring back."""
+class _Listener(BaseInterceptor):
+    """Learns of stages that another interceptor answered for; stageflow's results are lost when a run fails.
+
+    It also stands in for stageflow's default interceptors, which an empty list would bring back.
+    """
 
     name = "saga"
+
+    def __init__(self, started: Container[str]) -> None:
+        self.answered: dict[str, StageOutput] = {}
+        self._started = started
 
     async def before(self, stage_name: str, ctx: PipelineContext) -> None:
         """Let the stage run."""
 
-    async def after(self, _stage_name: str, _result: object, _ctx: PipelineContext) -> None:
-        """Take no notice."""
-
-
-_SILENT: Final = _Silent()
+    async def after(self, stage_name: str, result: StageResult, _ctx: PipelineContext) -> None:
+        """Note an answer for a stage whose runner was never called."""
+        if stage_name not in self._started:
+            self.answered[stage_name] = StageOutput.ok(result.data)
 
 
 @dataclass(slots=True)
@@ -123,10 +130,11 @@ class Forward:
         }
         deadline = self._policy.deadline
         timer = None if deadline is None else asyncio.get_running_loop().call_later(deadline, self._out_of_time, deadline)
+        listener = _Listener(self._runs)
         results: Mapping[str, StageOutput] = {}
         try:
             results = await Pipeline(saga.blueprint.name, stages).run(
-                saga.private_context(), interceptors=self._interceptors or [_SILENT]
+                saga.private_context(), interceptors=[*self._interceptors, listener]
             )
         except UnifiedPipelineCancelled as cancelled:
             results = cancelled.results
@@ -143,20 +151,20 @@ class Forward:
         if timer is not None:
             timer.cancel()
         if self._broken is None:
-            for name, output in results.items():
+            for name, output in {**listener.answered, **results}.items():
                 await self._learn(name, output)
         if self._broken is not None:
             raise self._broken
 
-    def stop(self, cause: Failure) -> None:
-        """Start no further stage; the first cause stays the cause."""
+    def stop(self, cause: Failure, *, told: _StageRun | None = None) -> None:
+        """Start no further stage; the first cause stays the cause. The stage that is `told` answers for itself."""
         if self.cause is not None:
             return
         self.cause = cause
         self._stopped.set()
         for run in self._running:
             # One CANCEL is enough for stageflow to cancel and await its other wrappers and to end.
-            if run.waiter is not None and not run.waiter.done():
+            if run is not told and run.waiter is not None and not run.waiter.done():
                 run.waiter.set_result(_STOPPING)
 
     def _out_of_time(self, deadline: float) -> None:
@@ -164,9 +172,7 @@ class Forward:
         self._interrupt()
 
     async def _refused(self, stage: str, error: Exception) -> None:
-        # Our wrappers' exceptions stopped the run before they were raised, so this one is an interceptor's.
-        if self.cause is not None:
-            return
+        # Our wrappers' exceptions stopped the run before they were raised; what stops it only now is an interceptor's.
         failure = Failure.raised(stage, error, attempt=0)
         self.stop(failure)
         if self._state.stages[stage].state is StageState.NOT_RUN:
@@ -420,7 +426,7 @@ class Forward:
             if policy.without_fallback == "skip_branch":
                 self._fallen.add(run.name)
                 return StageOutput.skip(f"{run.name} failed")
-        self.stop(failure)
+        self.stop(failure, told=run)
         if self._interceptors:
             # The user's interceptors get to see what went wrong; without any, a CANCEL ends stageflow without a traceback in the log.
             return failure.exception if isinstance(failure.exception, Exception) else RuntimeError(str(failure))
@@ -431,7 +437,8 @@ class Forward:
     ) -> StageOutput | None:
         """The output that stands in for a failed stage's, recorded; None if there is none."""
         node = self._state.graph[run.name]
-        if run.record.doubt and node.can_probe and not run.record.unanswered:
+        if node.can_probe and not run.record.unanswered:
+            # With a landed effect there is nothing to stand in for; and nothing is left that could not be undone in order.
             landed = await ask(self._saga, run.name, stop=self._interrupted)
             if landed is not None:
                 return landed

@@ -132,7 +132,8 @@ class SagaReport(BaseModel):
             pipeline=state.started.pipeline,
             status=state.status,
             cause=state.cause,
-            failures=tuple(state.failures),
+            # The saga's own (deadline, caller) reach the ledger when the stages have been drained.
+            failures=tuple(sorted(state.failures, key=lambda failure: failure.at)),
             started_at=state.started.at,
             ended_at=state.ended_at,
             stages={name: StageReport.of(record, shown[name]) for name, record in state.stages.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ class World:
         self.log: list[str] = []
         self.refusals: list[str] = []
         self.most_undone_at_once = 0
+        self.witness: Callable[[str], None] | None = None
 
     def dependents(self, name: str) -> set[str]:
         """Everything that depends on the stage, by brute force over the transitive closure."""
@@ -53,6 +54,8 @@ class World:
     def enter(self, name: str) -> None:
         if self.undoing:
             self._refuse(f"{name} runs while {sorted(self.undoing)} are being undone")
+        if self.witness is not None:
+            self.witness(name)
         self.running.add(name)
 
     def leave(self, name: str) -> None:
@@ -134,7 +137,8 @@ async def perform(world: World, name: str, script: Script) -> Any:
             await script.gate.wait()
         if script.before:
             await elapse(script.before)
-        if outcome == "ok" or script.lands:
+        if (outcome == "ok" or script.lands) and name not in world.standing:
+            # As with an idempotency key: a repeated attempt has the effect once.
             world.land(name)
         if script.after:
             await elapse(script.after)
@@ -182,6 +186,9 @@ class Scripted(CompensableStage):
             if self.script.undo_attempts <= self.script.undo_fails:
                 raise CardDeclined(f"undoing {self.name} was declined")
             self.world.undo(self.name)
+        except asyncio.CancelledError:
+            self.world.refusals.append(f"the compensation of {self.name} was interrupted")
+            raise
         finally:
             self.world.end_undo(self.name)
 

@@ -1,0 +1,800 @@
+"""Pivots, doubt, stages that ignore their cancel, interceptors, contexts: what stageflow and the world throw at a saga."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import anyio
+import pytest
+from stageflow import BaseInterceptor
+from stageflow.api import Pipeline, PipelineContext, StageContext, StageOutput
+from stageflow.pipeline.interceptors import CriticalInterceptorError, ErrorAction, InterceptorResult
+
+from saga import (
+    Compensation,
+    CompensableStage,
+    CompensationContext,
+    ContinueWithFallback,
+    FailFast,
+    FailureKind,
+    Retry,
+    SagaContext,
+    SagaCoordinator,
+    SagaReport,
+    SagaStatus,
+    StageState,
+    compensable,
+)
+from tests.controlled import elapse, run
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, World, scene
+
+# -- pivots ------------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_before_the_pivot_undoes_everything() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("raise")}, {"b": "pivot"})
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+def test_a_failure_after_the_pivot_undoes_only_what_the_pivot_does_not_stand_on_and_halts() -> None:
+    shape = {"a": (), "pivot": ("a",), "beside": ("a",), "after": ("pivot",), "end": ("after", "beside")}
+    world, pipeline = scene(shape, {"end": Script("raise")}, {"pivot": "pivot"})
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert world.refusals == []
+    assert report.status is SagaStatus.HALTED
+    assert set(world.standing) == set(report.kept) == {"a", "pivot"}
+    assert set(report.undone) == {"beside", "after"}
+
+
+def test_a_pivot_in_flight_is_drained_before_its_outcome_decides() -> None:
+    kinds = {"c": "pivot"}
+    world, pipeline = scene(BRANCHES, {"b": Script("raise", before=1), "c": Script(before=5)}, kinds)
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert report.status is SagaStatus.HALTED
+    assert set(world.standing) == {"a", "c"}
+
+
+def test_a_pivot_in_doubt_holds_what_it_stands_on() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("hang", lands=True)}, {"b": "pivot"})
+
+    report = run(SagaCoordinator(FailFast(timeout=1)).run(pipeline))
+
+    assert report.status is SagaStatus.STUCK
+    assert (report.stages["b"].state, report.stages["a"].state) == (StageState.IN_DOUBT, StageState.BLOCKED)
+    assert set(world.standing) == {"a", "b"}
+
+
+# -- doubt -------------------------------------------------------------------------------------------------------
+
+
+class Charge(CompensableStage):
+    """Charges, and hangs after the effect; it can be asked."""
+
+    timeout = 1.0
+
+    def __init__(self, world: World, answers: list[Any]) -> None:
+        self.world, self.answers, self.charges = world, answers, 0
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        self.charges += 1
+        if self.charges == 1:
+            self.world.land("charge")
+            await asyncio.Event().wait()
+        return StageOutput.ok(again=True)
+
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        assert ctx.in_doubt
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer if answer is None else StageOutput.ok(charge=answer)
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        assert ctx.output is not None
+        assert ctx.output.data == {"charge": 7}
+        self.world.undo("charge")
+
+
+def charging(answers: list[Any], policy: FailFast) -> tuple[Charge, SagaReport]:
+    world = World({"charge": ()})
+    stage = Charge(world, answers)
+
+    async def fail(_: SagaContext) -> None:
+        raise CardDeclined
+
+    pipeline = Pipeline().with_stage("charge", stage).with_stage("fail", fail, "work", dependencies=("charge",))
+    return stage, run(SagaCoordinator(policy).run(pipeline))
+
+
+def test_before_a_retry_the_probe_is_asked_so_that_nothing_is_charged_twice() -> None:
+    stage, report = charging([7], FailFast(retry=Retry(attempts=3, wait=0)))
+
+    assert stage.charges == 1
+    assert stage.world.log == ["+charge", "-charge"]
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.failed == ("charge", "fail")
+
+
+def test_a_probe_that_finds_nothing_lets_the_retry_go_on() -> None:
+    stage, report = charging([None], FailFast(retry=Retry(attempts=2, wait=0), on_failure="halt"))
+
+    assert stage.charges == 2
+    assert report.kept["charge"].data == {"again": True}
+
+
+def test_a_probe_that_keeps_failing_leaves_the_stage_in_doubt_and_is_not_retried_over() -> None:
+    answers: list[Any] = [OSError("no line")] * 3
+
+    stage, report = charging(answers, FailFast(retry=Retry(attempts=2, wait=0), compensation=Compensation(retry=Retry(attempts=3, wait=0))))
+
+    assert stage.charges == 1
+    assert answers == []
+    assert report.stages["charge"].state is StageState.IN_DOUBT
+    assert report.status is SagaStatus.STUCK
+    assert [failure.message for failure in report.failures if failure.kind is FailureKind.COMPENSATION] == ["no line"] * 3
+
+
+def test_a_probe_that_gives_nonsense_has_failed() -> None:
+    class Odd(Charge):
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            return 42  # type: ignore[return-value] # what the test is about
+
+    world = World({"charge": ()})
+    pipeline = Pipeline().with_stage("charge", Odd(world, []))
+
+    report = run(SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1)))).run(pipeline))
+
+    assert report.status is SagaStatus.STUCK
+    assert "42" in report.failures[-1].message
+
+
+def test_a_probe_that_hangs_is_bounded_by_the_compensations_timeout() -> None:
+    class Silent(Charge):
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            await asyncio.Event().wait()
+            return None
+
+    pipeline = Pipeline().with_stage("charge", Silent(World({"charge": ()}), []))
+    policy = FailFast(compensation=Compensation(timeout=3, retry=Retry(attempts=1)))
+
+    async def timed() -> tuple[SagaReport, float]:
+        report = await SagaCoordinator(policy).run(pipeline)
+        return report, asyncio.get_running_loop().time()
+
+    report, took = run(timed())
+
+    assert took == pytest.approx(1 + 3)
+    assert report.in_doubt.keys() == {"charge"}
+    assert report.failures[-1].message == "no answer within 3 s"
+
+
+def test_a_compensation_that_copes_with_doubt_is_asked_to() -> None:
+    seen: list[tuple[bool, Any]] = []
+
+    async def charge(_: SagaContext) -> None:
+        await asyncio.Event().wait()
+
+    async def refund(ctx: CompensationContext) -> None:
+        seen.append((ctx.in_doubt, ctx.output))
+
+    pipeline = Pipeline().with_stage("charge", compensable(charge, refund, timeout=1.0, compensate_in_doubt=True))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert seen == [(True, None)]
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.stages["charge"].state is StageState.UNDONE
+
+
+def test_a_plain_stage_that_times_out_has_nothing_to_be_in_doubt_about() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("hang")}, {"b": "plain"})
+
+    report = run(SagaCoordinator(FailFast(timeout=1)).run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.stages["b"].state is StageState.FAILED
+    assert world.standing == {}
+
+
+def test_a_stage_that_answers_in_spite_of_its_timeout_has_completed() -> None:
+    class Stubborn(CompensableStage):
+        timeout = 1.0
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                await elapse(1)
+            return StageOutput.ok(committed=True)
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    report = run(SagaCoordinator().run(Pipeline().with_stage("stubborn", Stubborn)))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert report.kept["stubborn"].data == {"committed": True}
+
+
+def test_an_attempt_in_doubt_is_not_answered_for_by_a_later_one_that_fails() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("hang", lands=True, then=("fail",))})
+
+    report = run(SagaCoordinator(FailFast(timeout=1, retry=Retry(attempts=2, wait=0))).run(pipeline))
+
+    assert report.stages["b"].state is StageState.IN_DOUBT
+    assert report.status is SagaStatus.STUCK
+    assert set(world.standing) == {"a", "b"}
+
+
+# -- code that ignores its cancel --------------------------------------------------------------------------------
+
+
+async def deaf(released: asyncio.Event) -> None:
+    """Ignore every cancel until released."""
+    while not released.is_set():
+        try:
+            await released.wait()
+        except asyncio.CancelledError:
+            continue
+
+
+@pytest.mark.parametrize("policy", [FailFast(timeout=10, cancel_grace=2), FailFast(deadline=10, cancel_grace=2)])
+def test_a_stage_that_ignores_its_cancel_is_given_up_in_time(policy: FailFast) -> None:
+    world, pipeline = scene({"a": ()})
+    released = asyncio.Event()
+
+    class Deaf(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> None:
+            await deaf(released)
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            raise AssertionError("nobody knows whether there is anything to undo")
+
+    pipeline = pipeline.with_stage("deaf", Deaf, dependencies=("a",))
+
+    async def timed() -> tuple[SagaReport, float]:
+        report = await SagaCoordinator(policy).run(pipeline)
+        took = asyncio.get_running_loop().time()
+        released.set()
+        return report, took
+
+    report, took = run(timed())
+
+    assert took == pytest.approx(12)
+    assert report.status is SagaStatus.STUCK
+    assert report.stages["deaf"].state is StageState.IN_DOUBT
+    assert report.stages["deaf"].failure is not None
+    assert "ignored its cancel for 2 s" in report.stages["deaf"].failure.message
+    assert set(world.standing) == {"a"}
+
+
+def test_a_fallback_stands_in_for_a_stage_that_was_given_up() -> None:
+    released = asyncio.Event()
+
+    async def slow(_: SagaContext) -> None:
+        await deaf(released)
+
+    pipeline = Pipeline().with_stage("slow", slow, "work")
+    policy = ContinueWithFallback(timeout=1, cancel_grace=1, fallbacks={"slow": {"x": 1}})
+
+    async def released_at_the_end() -> SagaReport:
+        report = await SagaCoordinator(policy).run(pipeline)
+        released.set()
+        return report
+
+    report = run(released_at_the_end())
+
+    assert report.status is SagaStatus.DEGRADED
+    assert report.kept["slow"].data == {"x": 1}
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_compensation_that_ignores_its_cancel_is_given_up_and_the_others_go_on(others: int) -> None:
+    released = asyncio.Event()
+    world, pipeline = scene({"a": (), "x": ()}, {"x": Script(undo_takes=5 * others)})
+
+    async def noop(_: SagaContext) -> None: ...
+
+    async def undo(_: CompensationContext) -> None:
+        await deaf(released)
+
+    async def fail(_: SagaContext) -> None:
+        raise CardDeclined
+
+    pipeline = pipeline.with_stage("deaf", compensable(noop, undo), dependencies=("a",))
+    pipeline = pipeline.with_stage("fail", fail, "work", dependencies=("deaf", "x"))
+    policy = FailFast(cancel_grace=2, compensation=Compensation(timeout=10, retry=Retry(attempts=1), max_concurrency=1))
+
+    async def timed() -> SagaReport:
+        report = await SagaCoordinator(policy).run(pipeline)
+        released.set()
+        return report
+
+    report = run(timed())
+
+    assert report.status is SagaStatus.STUCK
+    assert (report.stages["deaf"].state, report.stages["a"].state) == (StageState.STUCK, StageState.BLOCKED)
+    assert report.stages["x"].state is StageState.UNDONE
+    assert set(world.standing) == {"a"}
+    undo_report = report.stages["deaf"].compensation
+    assert undo_report is not None
+    assert undo_report.failure is not None
+    assert "may still be running" in undo_report.failure.message
+
+
+def test_a_fallback_that_hangs_is_cut_off_when_the_saga_is_interrupted() -> None:
+    class Hanging(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> None:
+            raise CardDeclined
+
+        async def fallback(self, ctx: SagaContext, failure: Any) -> None:
+            await asyncio.Event().wait()
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    report = run(SagaCoordinator(ContinueWithFallback(deadline=5)).run(Pipeline().with_stage("hanging", Hanging)))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+    assert report.cause.kind is FailureKind.TIMEOUT
+
+
+# -- cancels of every kind ---------------------------------------------------------------------------------------
+
+
+def interrupted_during_compensation(wait: Any) -> tuple[World, SagaReport]:
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise", before=1), "b": Script(undo_takes=10), "a": Script(undo_takes=10)})
+    coordinator = SagaCoordinator()
+
+    async def play() -> SagaReport:
+        await wait(coordinator.run(pipeline, saga_id="s"))
+        return await coordinator.report("s")
+
+    return world, run(play())
+
+
+async def by_wait_for(saga: Any) -> None:
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(saga, 5)
+
+
+async def by_timeout(saga: Any) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(5):
+            await saga
+
+
+async def by_task_group(saga: Any) -> None:
+    async def fail() -> None:
+        await elapse(5)
+        raise CardDeclined
+
+    with pytest.raises(ExceptionGroup):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(saga)
+            group.create_task(fail())
+
+
+async def by_anyio_scope(saga: Any) -> None:
+    with anyio.move_on_after(5) as scope:
+        await saga
+    assert scope.cancelled_caught
+
+
+async def by_many_cancels(saga: Any) -> None:
+    task = asyncio.create_task(saga)
+    for _ in range(5):
+        await elapse(4)
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def by_cancelling_every_task(saga: Any) -> None:
+    # What asyncio.run does when its main task has ended, and servers on shutdown.
+    asyncio.create_task(saga)  # noqa: RUF006 - found again among all tasks
+    await elapse(5)
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    mine = [task for task in others if "watched" not in repr(task)]
+    for task in mine:
+        task.cancel()
+    await asyncio.gather(*mine, return_exceptions=True)
+
+
+@pytest.mark.parametrize("wait", [by_wait_for, by_timeout, by_task_group, by_anyio_scope, by_many_cancels])
+def test_no_cancel_of_the_caller_interrupts_a_compensation(wait: Any) -> None:
+    world, report = interrupted_during_compensation(wait)
+
+    assert world.refusals == []
+    assert world.standing == {}
+    assert report.status is SagaStatus.COMPENSATED
+
+
+@pytest.mark.parametrize("wait", [by_wait_for, by_timeout, by_task_group, by_anyio_scope, by_many_cancels, by_cancelling_every_task])
+def test_any_cancel_of_the_caller_starts_the_compensation(wait: Any) -> None:
+    world, pipeline = scene(SEQUENCE, {"c": Script(before=20)}, dict.fromkeys("abc", "probed"))
+    coordinator = SagaCoordinator()
+
+    async def play() -> SagaReport:
+        await wait(coordinator.run(pipeline, saga_id="s"))
+        return await coordinator.report("s")
+
+    report = run(play())
+
+    assert world.refusals == []
+    assert world.standing == {}
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+
+
+def test_a_compensation_whose_task_is_cancelled_from_outside_is_attempted_again() -> None:
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise", before=1), "b": Script(undo_takes=10)})
+    coordinator = SagaCoordinator()
+
+    async def play() -> SagaReport:
+        await by_cancelling_every_task(coordinator.run(pipeline, saga_id="s"))
+        return await coordinator.report("s")
+
+    report = run(play())
+
+    assert world.refusals == ["the compensation of b was interrupted"]
+    assert world.standing == {}
+    assert report.status is SagaStatus.COMPENSATED
+
+
+def test_a_stage_may_notice_that_the_saga_is_stopping() -> None:
+    noticed: list[str | None] = []
+
+    class Polite(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> None:
+            for _ in range(10):
+                await elapse(1)
+                if ctx.is_cancelled:
+                    noticed.append(ctx.cancellation_reason)
+                    ctx.raise_if_cancelled()
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            raise AssertionError("it said that it had no effect")
+
+    async def fail(_: SagaContext) -> None:
+        await elapse(3.5)
+        raise CardDeclined("no")
+
+    report = run(SagaCoordinator().run(Pipeline().with_stage("polite", Polite).with_stage("fail", fail, "work")))
+
+    assert noticed == ["stage 'fail' raised: CardDeclined: no"]
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.stages["polite"].state is StageState.CANCELLED
+
+
+def test_a_blocking_thread_is_left_in_doubt() -> None:
+    release = threading.Event()
+
+    class Blocking(CompensableStage):
+        timeout = 0.05
+
+        async def execute(self, ctx: SagaContext) -> None:
+            await asyncio.to_thread(release.wait)
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    async def play() -> SagaReport:
+        report = await SagaCoordinator().run(Pipeline().with_stage("blocking", Blocking))
+        release.set()
+        return report
+
+    # A thread lives in real time, so this one test does, too.
+    assert asyncio.run(play()).in_doubt.keys() == {"blocking"}
+
+
+# -- interceptors and contexts -----------------------------------------------------------------------------------
+
+
+class Recorder(BaseInterceptor):
+    name = "recorder"
+
+    def __init__(self, answer_for: str = "", action: ErrorAction = ErrorAction.FAIL, critical: str = "") -> None:
+        self.seen: list[tuple[str, ...]] = []
+        self.answer_for, self.action, self.critical = answer_for, action, critical
+
+    async def before(self, stage_name: str, ctx: PipelineContext) -> InterceptorResult | None:
+        self.seen.append(("before", stage_name))
+        if stage_name == self.critical:
+            raise CriticalInterceptorError("not allowed", self.name)
+        if stage_name == self.answer_for:
+            return InterceptorResult(stage_ran=False, result={"cached": True})
+        return None
+
+    async def after(self, stage_name: str, result: Any, ctx: PipelineContext) -> None:
+        self.seen.append(("after", stage_name, result.status))
+
+    async def on_error(self, stage_name: str, error: Exception, ctx: PipelineContext) -> ErrorAction:
+        self.seen.append(("error", stage_name, type(error).__name__))
+        return self.action
+
+
+def test_the_users_interceptors_see_every_stage_and_its_error() -> None:
+    recorder = Recorder()
+    world, pipeline = scene(SEQUENCE, {"b": Script("raise")})
+
+    report = run(SagaCoordinator(interceptors=[recorder]).run(pipeline))
+
+    assert recorder.seen == [
+        ("before", "a"),
+        ("after", "a", "completed"),
+        ("before", "b"),
+        ("error", "b", "CardDeclined"),
+        ("after", "b", "failed"),
+    ]
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+@pytest.mark.parametrize("outcome", ["raise", "fail"])
+def test_an_interceptor_that_asks_for_a_retry_does_not_get_one(outcome: str) -> None:
+    script = Script(outcome)
+    _, pipeline = scene(SEQUENCE, {"b": script})
+
+    report = run(SagaCoordinator(interceptors=[Recorder(action=ErrorAction.RETRY)]).run(pipeline))
+
+    assert script.attempts == [outcome]
+    assert report.status is SagaStatus.COMPENSATED
+
+
+@pytest.mark.parametrize("position", ["a", "c"])
+def test_a_stage_that_an_interceptor_answers_for_never_ran_and_is_not_undone(position: str) -> None:
+    world, pipeline = scene({**SEQUENCE, "d": ("b",)}, {"d": Script("raise", before=1)})
+
+    report = run(SagaCoordinator(interceptors=[Recorder(answer_for=position)]).run(pipeline))
+
+    assert f"+{position}" not in world.log
+    assert report.stages[position].state is StageState.SKIPPED
+    assert report.stages[position].skip_reason == "an interceptor answered for it"
+    assert world.standing == {}
+
+
+def test_an_interceptor_that_refuses_a_stage_stops_the_saga() -> None:
+    world, pipeline = scene(SEQUENCE)
+
+    report = run(SagaCoordinator(interceptors=[Recorder(critical="b")]).run(pipeline))
+
+    assert report.cause is not None
+    assert (report.cause.stage, report.cause.message) == ("b", "not allowed")
+    assert report.stages["b"].state is StageState.FAILED
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+class SoreLoser(Recorder):
+    async def after(self, stage_name: str, result: Any, ctx: PipelineContext) -> None:
+        if stage_name == "b":
+            raise CriticalInterceptorError("not like this", self.name)
+
+
+def test_an_interceptor_that_refuses_afterwards_has_the_completed_stage_undone() -> None:
+    world, pipeline = scene(SEQUENCE)
+
+    report = run(SagaCoordinator(interceptors=[SoreLoser()]).run(pipeline))
+
+    assert world.log == ["+a", "+b", "-b", "-a"]
+    assert report.cause is not None
+    assert report.cause.message == "not like this"
+
+
+def test_a_hook_that_raises_stops_the_saga() -> None:
+    world, pipeline = scene(SEQUENCE)
+    context = PipelineContext.create()
+
+    def hook(stage_name: str, *_: Any) -> None:
+        if stage_name == "b":
+            raise OSError("hook broken")
+
+    context.add_before_stage_start_hook(hook)
+
+    report = run(SagaCoordinator().run(pipeline, context))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+    assert (report.cause.stage, report.cause.type) == (None, "OSError")
+    assert world.standing == {}
+
+
+def test_a_conditional_stage_that_stageflow_skips_is_in_the_report() -> None:
+    async def route(_: SagaContext) -> StageOutput:
+        return StageOutput.ok(skip_reason="not today")
+
+    async def extra(_: SagaContext) -> None:
+        raise AssertionError("it was to be skipped")
+
+    for last in (False, True):
+        pipeline = Pipeline().with_stage("route", route, "route")
+        pipeline = pipeline.with_stage("extra", extra, "work", dependencies=("route",), conditional=True)
+        if not last:
+            pipeline = pipeline.with_stage("after", route, "route", dependencies=("extra",))
+
+        report = run(SagaCoordinator().run(pipeline))
+
+        assert report.status is SagaStatus.COMPLETED
+        assert report.skipped == ("extra",)
+        assert report.stages["extra"].skip_reason == "not today"
+
+
+def test_a_stage_that_skips_itself_has_nothing_to_undo() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("skip"), "c": Script("raise")})
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert report.stages["b"].state is StageState.SKIPPED
+    assert world.log == ["+a", "-a"]
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_context_that_is_cancelled_stops_the_saga_and_keeps_what_was_done(when: str) -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script(before=5)})
+    context = PipelineContext.create(input_text="x")
+
+    async def play() -> SagaReport:
+        running = asyncio.create_task(SagaCoordinator().run(pipeline, context))
+        if when == "during":
+            await elapse(2)
+        context.mark_canceled("enough")
+        return await running
+
+    report = run(play())
+
+    assert report.status is SagaStatus.CANCELLED
+    assert report.cause is not None
+    assert report.cause.message == "enough"
+    assert set(world.standing) == (set() if when == "before" else {"a", "b"})
+
+
+def test_the_callers_context_is_left_as_it_was() -> None:
+    _, pipeline = scene(SEQUENCE)
+    context = PipelineContext.create(data={"mine": 1})
+
+    run(SagaCoordinator().run(pipeline, context))
+
+    assert context.data == {"mine": 1}
+
+
+def test_a_stage_gets_stageflows_context_and_what_a_saga_adds() -> None:
+    seen: list[SagaContext] = []
+
+    async def look(ctx: SagaContext) -> StageOutput:
+        assert isinstance(ctx, StageContext)
+        seen.append(ctx)
+        return StageOutput.retry("again") if ctx.attempt == 1 else StageOutput.ok()
+
+    pipeline = Pipeline().with_stage("look", look, "enrich")
+
+    run(SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0))).run(pipeline, input_text="hello", saga_id="s"))
+
+    assert [ctx.attempt for ctx in seen] == [1, 2]
+    assert {ctx.idempotency_key for ctx in seen} == {"s/look"}
+    assert {ctx.saga_id for ctx in seen} == {"s"}
+    assert seen[0].snapshot.input_text == "hello"
+    assert seen[0].snapshot.topology == "pipeline"
+    assert not seen[0].is_cancelled
+    assert seen[0].cancellation_reason is None
+
+
+def test_a_compensation_learns_all_that_it_needs() -> None:
+    seen: list[CompensationContext] = []
+
+    async def base(_: SagaContext) -> StageOutput:
+        return StageOutput.ok(base=1)
+
+    async def book(ctx: SagaContext) -> StageOutput:
+        await ctx.record("seat 1")
+        return StageOutput.ok(booking=[1, 2])
+
+    async def cancel(ctx: CompensationContext) -> None:
+        seen.append(ctx)
+        if ctx.attempt == 1:
+            assert ctx.output is not None
+            ctx.output.data["booking"].append("mine to change")
+            raise CardDeclined
+
+    async def fail(_: SagaContext) -> None:
+        raise CardDeclined("why")
+
+    pipeline = Pipeline().with_stage("base", base, "enrich").with_stage("book", compensable(book, cancel), dependencies=("base",))
+    pipeline = pipeline.with_stage("fail", fail, "work", dependencies=("book",))
+
+    report = run(SagaCoordinator().run(pipeline, saga_id="s", input_text="in"))
+
+    second = seen[1]
+    assert (second.saga_id, second.stage_name, second.attempt, second.in_doubt) == ("s", "book", 2, False)
+    assert second.output == StageOutput.ok(booking=[1, 2])
+    assert second.effects == ("seat 1",)
+    assert (second.forward_key, second.idempotency_key) == ("s/book", "s/book/undo")
+    assert second.inputs == {"base": StageOutput.ok(base=1)}
+    assert second.cause is not None
+    assert second.cause.message == "why"
+    assert second.snapshot.input_text == "in"
+    assert report.undone["book"] == StageOutput.ok(booking=[1, 2])
+
+
+def test_a_class_with_config_an_instance_a_callable_and_a_pivot_run_in_one_pipeline() -> None:
+    world, pipeline = scene(DIAMOND, {}, {"b": "pivot", "c": "plain"})
+
+    class Configured(CompensableStage):
+        made = 0
+
+        def __init__(self, amount: int) -> None:
+            self.amount = amount
+            Configured.made += 1
+            self.executed = False
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            self.executed = True
+            return StageOutput.ok(amount=self.amount)
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            assert self.executed, "it has to be the object that ran"
+            world.log.append("-configured")
+
+    class Acts:
+        async def __call__(self, ctx: SagaContext) -> dict[str, int]:
+            raise CardDeclined
+
+    pipeline = pipeline.with_stage("configured", Configured, config={"amount": 5})
+    pipeline = pipeline.with_stage("call", Acts(), "work", dependencies=("configured",))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert "-configured" in world.log
+    assert report.stages["configured"].output == StageOutput.ok(amount=5)
+
+
+def test_sys_exit_in_a_stage_is_a_failure_like_any_other() -> None:
+    world, pipeline = scene(SEQUENCE)
+
+    async def leave(_: SagaContext) -> None:
+        raise SystemExit(3)
+
+    report = run(SagaCoordinator().run(pipeline.with_stage("leave", leave, "work", dependencies=("c",))))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+    assert report.cause.type == "SystemExit"
+    assert world.standing == {}
+
+
+def test_ten_thousand_sagas_at_once_do_not_disturb_each_other() -> None:
+    async def book(ctx: SagaContext) -> StageOutput:
+        return StageOutput.ok(text=ctx.snapshot.input_text)
+
+    async def fail(ctx: SagaContext) -> None:
+        if str(ctx.snapshot.input_text).endswith("7"):
+            raise CardDeclined(ctx.snapshot.input_text)
+
+    undone: list[str] = []
+
+    async def cancel(ctx: CompensationContext) -> None:
+        assert ctx.output is not None
+        undone.append(ctx.output.data["text"])
+
+    pipeline = Pipeline().with_stage("book", compensable(book, cancel)).with_stage("fail", fail, "work", dependencies=("book",))
+    coordinator = SagaCoordinator()
+
+    async def all_at_once() -> list[SagaReport]:
+        return await asyncio.gather(*(coordinator.run(pipeline, input_text=str(i)) for i in range(10_000)))
+
+    reports = run(all_at_once())
+
+    for number, report in enumerate(reports):
+        expected = SagaStatus.COMPENSATED if number % 10 == 7 else SagaStatus.COMPLETED
+        assert report.status is expected
+        assert report.stages["book"].output == StageOutput.ok(text=str(number))
+    assert sorted(undone, key=int) == [str(number) for number in range(7, 10_000, 10)]
+    assert coordinator._alive == {}

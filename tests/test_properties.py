@@ -1,0 +1,258 @@
+"""Random graphs, faults, interruptions: what is promised holds, checked by brute force against the world.
+
+`SAGA_CASES` sets the number of cases; `make campaign` runs many more than the test run does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from saga import Compensation, ContinueWithFallback, FailFast, MemoryLedger, Policy, Retry, SagaCoordinator, SagaReport, SagaStatus, StageState
+from saga.events import (
+    AnyEvent,
+    CompensationStarted,
+    FallbackUsed,
+    SagaTurnedBack,
+    StageCompleted,
+    StageEvent,
+    StageProbed,
+    StageSkipped,
+    StageStarted,
+)
+from saga.failures import FailureKind
+from saga.graph import Role
+from saga.recovery import Rollback, SagaState
+from tests.controlled import elapse, run
+from tests.world import Script, World, scene
+
+CASES = int(os.environ.get("SAGA_CASES", "2000"))
+NAMES = "abcdefghijkl"
+TIMEOUT = 10.0
+BAD = ("raise", "fail", "wrong", "retry", "cancel", "hang", "die")
+S = StageState
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> dict[str, tuple[str, ...]]:
+    names = NAMES[: draw(st.integers(1, 12))]
+    return {
+        name: tuple(sorted(draw(st.sets(st.sampled_from(names[:place]), max_size=3)))) if place else ()
+        for place, name in enumerate(names)
+    }
+
+
+@st.composite
+def scripts(draw: st.DrawFn, kind: str) -> Script:
+    outcome = draw(st.one_of(st.just("ok"), st.just("ok"), st.just("skip"), st.sampled_from(BAD)))
+    # By contract a stage that raises or reports has no effect; only one that can be asked may have it all the same.
+    may_land = outcome == "hang" if kind != "probed" else outcome in {"raise", "fail", "wrong", "hang", "die"}
+    return Script(
+        outcome=outcome,
+        lands=may_land and draw(st.booleans()),
+        before=draw(st.sampled_from([0.0, 0.0, 1.0, 2.0])),
+        after=draw(st.sampled_from([0.0, 0.0, 1.0])),
+        then=draw(st.sampled_from([(), ("ok",)])),
+        undo_fails=draw(st.sampled_from([0, 0, 0, 0, 1, 9])),
+        undo_takes=draw(st.sampled_from([0.0, 1.0])),
+    )
+
+
+@st.composite
+def policies(draw: st.DrawFn, names: str) -> Policy:
+    common: dict[str, Any] = {
+        "retry": Retry(attempts=draw(st.integers(1, 2)), wait=draw(st.sampled_from([0.0, 3.0])), jitter=False),
+        "timeout": TIMEOUT,
+        "compensation": Compensation(
+            retry=Retry(attempts=2, wait=1, jitter=False),
+            max_concurrency=draw(st.sampled_from([None, None, 1, 2])),
+            on_failure=draw(st.sampled_from(["isolate", "isolate", "continue", "halt"])),
+        ),
+        "in_flight": draw(st.sampled_from(["drain", "cancel"])),
+        "drain_timeout": draw(st.sampled_from([None, 2.0, 30.0])),
+        "on_failure": draw(st.sampled_from(["compensate", "compensate", "compensate", "halt"])),
+        "on_cancel": draw(st.sampled_from(["keep", "compensate"])),
+        "on_interrupt": draw(st.sampled_from(["compensate", "compensate", "halt"])),
+        "deadline": draw(st.sampled_from([None, None, 4.0])),
+    }
+    if draw(st.booleans()):
+        return FailFast(**common)
+    return ContinueWithFallback(
+        **common,
+        fallbacks={name: {"instead_of": name} for name in draw(st.sets(st.sampled_from(names), max_size=3))},
+        without_fallback=draw(st.sampled_from(["fail", "skip_branch"])),
+        orphans=draw(st.sampled_from(["compensate", "keep"])),
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    shape = draw(shapes())
+    kind = st.sampled_from(["compensable"] * 4 + ["probed"] * 3 + ["pivot", "plain", "fallback"])
+    kinds = {name: draw(kind) for name in shape}
+    return {
+        "shape": shape,
+        "kinds": kinds,
+        "scripts": {name: draw(scripts(kinds[name])) for name in shape},
+        "policy": draw(policies("".join(shape))),
+        "cancel_at": draw(st.one_of(st.none(), st.none(), st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 11.0]))),
+    }
+
+
+def witness(ledger: MemoryLedger, world: World) -> None:
+    """Promise 6, seen from inside the stage: its start is recorded, and so is the end of all that it depends on."""
+
+    def look(name: str) -> None:
+        (events,) = ledger._events.values()
+        mine = [event for event in events if isinstance(event, StageEvent) and event.stage == name]
+        assert isinstance(mine[-1], StageStarted), f"{name} runs and the ledger does not know"
+        ended = {
+            event.stage
+            for event in events
+            if isinstance(event, StageCompleted | StageSkipped | FallbackUsed) or (isinstance(event, StageProbed) and event.landed)
+        }
+        failed = set(world.dependencies[name]) - ended
+        assert not failed, f"{name} runs before the ledger knows of {failed}"
+
+    world.witness = look
+
+
+@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(cases())
+def test_what_is_promised_holds(case: Mapping[str, Any]) -> None:
+    policy: Policy = case["policy"]
+    world, pipeline = scene(case["shape"], case["scripts"], case["kinds"])
+    for script in case["scripts"].values():
+        script.attempts.clear()
+        script.undo_attempts = 0
+        script.order_matters = policy.compensation.on_failure != "continue"
+    ledger = MemoryLedger()
+    witness(ledger, world)
+    coordinator = SagaCoordinator(policy, ledger=ledger)
+
+    async def play() -> SagaReport:
+        task = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        if case["cancel_at"] is not None:
+            await elapse(case["cancel_at"])
+            task.cancel()
+        try:
+            report = await task
+        except asyncio.CancelledError:
+            report = await coordinator.report("s")
+        assert report == await coordinator.report("s")
+        return report
+
+    report = run(play())
+
+    event(report.status.value)
+    assert SagaReport.model_validate_json(report.model_dump_json()) == report
+    Oracle(case, world, report, ledger._events["s"]).check()
+
+
+class Oracle:
+    """Checks a finished saga by brute force; it knows the promises, and nothing of how they are kept."""
+
+    def __init__(self, case: Mapping[str, Any], world: World, report: SagaReport, events: list[AnyEvent]) -> None:
+        self.case, self.world, self.report, self.events = case, world, report, events
+        self.kinds: Mapping[str, str] = case["kinds"]
+        self.scripts: Mapping[str, Script] = case["scripts"]
+        self.policy: Policy = case["policy"]
+        self.states = {name: stage.state for name, stage in report.stages.items()}
+
+    def check(self) -> None:
+        # Promises 1, 2, 3 and 7: the world refuses whatever breaks them.
+        assert self.world.refusals == []
+        assert set(self.states) == set(self.case["shape"])
+        self.the_report_agrees_with_the_world()
+        self.outputs_are_in_the_report()
+        self.the_status_claims_no_more_than_is_known()
+        self.only_what_depends_is_held_back()
+        self.every_failure_is_there()
+        self.pivots_are_respected()
+        self.the_plan_follows_from_the_events()
+
+    def the_report_agrees_with_the_world(self) -> None:
+        for name, state in self.states.items():
+            if self.kinds[name] == "plain" or state is S.IN_DOUBT:
+                continue
+            stands = state in {S.KEPT, S.STUCK, S.BLOCKED}
+            assert stands == (name in self.world.standing), (name, state)
+            assert state not in {S.RUNNING, S.COMPENSATING}
+
+    def outputs_are_in_the_report(self) -> None:
+        # Promise 4.
+        for name, stage in self.report.stages.items():
+            completed = self.scripts[name].attempts and self.scripts[name].attempts[-1] == "ok" and stage.failure is None
+            if completed:
+                assert stage.output is not None
+                assert stage.output.data == {"stage": name}
+
+    def the_status_claims_no_more_than_is_known(self) -> None:
+        # Promise 5.
+        unsettled = {name for name, state in self.states.items() if state in {S.STUCK, S.BLOCKED, S.IN_DOUBT}}
+        match self.report.status:
+            case SagaStatus.COMPENSATED:
+                assert not unsettled
+                orphans_kept = isinstance(self.policy, ContinueWithFallback) and self.policy.orphans == "keep"
+                assert not self.world.standing or orphans_kept
+            case SagaStatus.COMPLETED:
+                assert set(self.states.values()) <= {S.KEPT, S.SKIPPED}
+            case SagaStatus.DEGRADED:
+                assert not unsettled
+                assert self.report.failed
+            case SagaStatus.STUCK:
+                assert unsettled
+            case SagaStatus.HALTED:
+                assert self.report.cause is not None
+            case SagaStatus.CANCELLED:
+                assert S.CANCELLED in self.states.values() or any(f.kind is FailureKind.CANCELLED for f in self.report.failures)
+                assert self.policy.on_cancel == "keep"
+            case other:
+                raise AssertionError(other)
+
+    def only_what_depends_is_held_back(self) -> None:
+        # Promise 8.
+        if self.policy.compensation.on_failure == "halt":
+            return
+        for name in self.report.blocked:
+            above = {self.states[other] for other in self.world.dependents(name)}
+            assert self.policy.compensation.on_failure == "isolate"
+            assert above & {S.STUCK, S.IN_DOUBT}, f"{name} is blocked by nothing"
+
+    def every_failure_is_there(self) -> None:
+        # Promise 9.
+        assert self.report.cause is None or self.report.cause in self.report.failures
+        for name, script in self.scripts.items():
+            bad = [outcome for outcome in script.attempts if outcome in BAD]
+            told = [f for f in self.report.failures if f.stage == name and f.kind is not FailureKind.COMPENSATION]
+            # A stage that hangs, or that is cut off while it does something else, fails by interruption.
+            cut_off = sum(f.kind in {FailureKind.INTERRUPTED, FailureKind.TIMEOUT} for f in told)
+            assert len(told) - cut_off <= len(bad) <= len(told), (name, script.attempts, told)
+        times = [failure.at for failure in self.report.failures]
+        assert times == sorted(times)
+
+    def pivots_are_respected(self) -> None:
+        # Promise 10.
+        for name, kind in self.kinds.items():
+            if kind == "pivot" and self.states[name] is S.KEPT:
+                below = {other for other in self.kinds if name in self.world.dependents(other)}
+                assert not below & set(self.world.undone()), f"{name} has completed"
+                assert self.report.status is not SagaStatus.COMPENSATED
+
+    def the_plan_follows_from_the_events(self) -> None:
+        # Promise 12: at every compensation, a plan made afresh from the events before it would have started it, too.
+        backward = False
+        for place, entry in enumerate(self.events):
+            backward = backward or isinstance(entry, SagaTurnedBack)
+            if isinstance(entry, CompensationStarted) and entry.attempt == 1:
+                assert backward
+                state = SagaState(self.events[:place])
+                rollback = Rollback(state, self.policy)
+                open_now = {rollback.take() for _ in range(len(rollback))}
+                assert entry.stage in open_now
+                assert state.graph[entry.stage].role is Role.COMPENSABLE
