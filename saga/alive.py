@@ -28,7 +28,14 @@ class Children(Protocol):
     """Whoever runs child sagas."""
 
     async def run_child(
-        self, parent: LiveSaga, stage: str, attempt: int, pipeline: Pipeline, context: PipelineContext | None, policy: Policy | None, fields: dict[str, Any]
+        self,
+        parent: LiveSaga,
+        stage: str,
+        attempt: int,
+        pipeline: Pipeline,
+        context: PipelineContext | None,
+        policy: Policy | None,
+        fields: dict[str, Any],
     ) -> SagaReport:
         """Run a child of this saga's stage."""
         ...
@@ -72,7 +79,7 @@ class LiveSaga(Host):
         self._tasks: set[asyncio.Task[None]] = set()
 
     def private_context(self) -> PipelineContext:
-        """stageflow's context for this run alone, with stageflow's own timeouts off."""
+        """Stageflow's context for this run alone, with stageflow's own timeouts off."""
         data = {**self._context.data, "_timeout_ms": 0}
         for name in self.blueprint.stages:
             data[f"_timeout.{name}"] = 0
@@ -86,7 +93,7 @@ class LiveSaga(Host):
 
     @cached_property
     def snapshot(self) -> ContextSnapshot[Any]:
-        """stageflow's immutable view of the input."""
+        """Stageflow's immutable view of the input."""
         return self._context.to_snapshot()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:

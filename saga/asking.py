@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from stageflow.api import StageOutput
+from stageflow.api import StageOutput, StageStatus
 
 from saga.events import StageProbed
 from saga.failures import Failure, FailureKind
 from saga.outputs import copied_output
+from saga.text import shown
 from saga.watch import bounded
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
     began, attempt = loop.time(), 0
     while True:
         attempt += 1
-        failure = None
+        failure: Failure | None = None
+        answer: StageOutput | None = None
         try:
             answer = await bounded(
                 saga.actions.probe(saga.compensation_context(stage, attempt)),
@@ -40,8 +42,8 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
                 grace=saga.policy.cancel_grace,
                 stop=stop,
             )
-            if answer is not None and not isinstance(answer, StageOutput):
-                raise TypeError(f"expected a StageOutput or None from the probe, got {answer!r}")
+            if answer is not None and not (isinstance(answer, StageOutput) and answer.status is StageStatus.OK):
+                raise TypeError(f"expected None or a StageOutput with status OK from the probe, got {shown(answer)}")
         except GeneratorExit:
             raise
         except BaseException as error:  # noqa: BLE001 - a probe's failure is data

@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from saga.asking import ask
-from saga.errors import LedgerError
 from saga.events import CompensationCompleted, CompensationFailed, CompensationStarted
 from saga.failures import Failure, FailureKind
 from saga.ledger import StageState
@@ -41,7 +40,7 @@ class Backward:
         self._workers: set[_Worker] = set()
         self._finished = asyncio.Event()
         self._expired = False
-        self._broken: LedgerError | None = None
+        self._broken: Exception | None = None
 
     async def run(self) -> None:
         """Undo all that can be undone.
@@ -91,11 +90,11 @@ class Backward:
                     break
                 stage = self._rollback.take()
                 self._put_to_work()
-        except LedgerError as error:
+        except Exception as error:  # noqa: BLE001 - the ledger's, or a defect of ours: it ends the rollback, it must not hang it
             self._breaks(error)
         self._ends(worker)
 
-    def _breaks(self, error: LedgerError) -> None:
+    def _breaks(self, error: Exception) -> None:
         self._broken = self._broken or error
         self._rollback.stop()
 
@@ -132,9 +131,7 @@ class Backward:
             attempt = record.undo_attempts + 1
             context = self._saga.compensation_context(stage, attempt)
             await self._record(CompensationStarted(stage=stage, attempt=attempt))
-            watch = worker.watch = Watch(
-                worker.task, self._saga.policy.cancel_grace, partial(self._gives_up, worker, stage, settings)
-            )
+            watch = worker.watch = Watch(worker.task, self._saga.policy.cancel_grace, partial(self._gives_up, worker, stage, settings))
             watch.limit(settings.timeout)
             failure = None
             try:
@@ -170,9 +167,7 @@ class Backward:
             # Somebody cancels every task of the process; what is being undone is undone to the end.
             return
 
-    async def _failed(
-        self, watch: Watch, stage: str, attempt: int, error: BaseException, settings: Compensation
-    ) -> Failure:
+    async def _failed(self, watch: Watch, stage: str, attempt: int, error: BaseException, settings: Compensation) -> Failure:
         was_cancelled = await watch.absorb()
         kind = FailureKind.COMPENSATION
         if watch.reason is FailureKind.TIMEOUT:
@@ -196,7 +191,7 @@ class Backward:
         try:
             await self._record(CompensationFailed(stage=stage, failure=failure))
             self._rollback.hold(stage)
-        except LedgerError as broken:
+        except Exception as broken:  # noqa: BLE001 - as in _work
             self._breaks(broken)
         self._workers.discard(worker)
         self._put_to_work()

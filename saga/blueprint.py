@@ -6,7 +6,7 @@ Everything that can be known to be wrong is refused here, before anything runs.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -27,10 +27,10 @@ _HOOKS: Final = ("execute", "compensate", "probe", "fallback")
 class Runner(Protocol):
     """A stage as the saga calls it; only `execute` is always there."""
 
-    execute: Callable[[Any], Any]
-    compensate: Callable[[Any], Any]
-    probe: Callable[[Any], Any]
-    fallback: Callable[[Any, Any], Any]
+    execute: Callable[[Any], Awaitable[Any]]
+    compensate: Callable[[Any], Awaitable[None]]
+    probe: Callable[[Any], Awaitable[Any]]
+    fallback: Callable[[Any, Any], Awaitable[Any]]
 
 
 class _Callable:

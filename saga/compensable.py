@@ -118,7 +118,16 @@ class CompensationContext:
         return await self._host.report_child(saga_id)
 
 
-class SagaStage(ABC):
+if TYPE_CHECKING:
+    # stageflow's Stage protocol promises execute() a bare StageContext, so no class whose execute takes more would fit
+    # `Pipeline.with_stage`; with a base that is unknown to the type checker, ours do.
+    _Stage = Any
+else:
+
+    class _Stage: ...
+
+
+class SagaStage(_Stage, ABC):  # type: ignore[misc] # see _Stage
     """What a stage may declare about itself in a saga; plain stageflow stages may, too.
 
     Attributes:

@@ -226,9 +226,7 @@ class SagaCoordinator:
         elif not isinstance(saga_id, str) or not saga_id.strip():
             raise MisuseError("a saga id with at least one visible character", got=repr(saga_id))
         elif saga_id in self._alive or await self.ledger.read(saga_id):
-            raise SagaExists(
-                "a saga id that is not in the ledger yet", got=repr(saga_id), hint="Read what became of it with report()."
-            )
+            raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Read what became of it with report().")
         self._alive[saga_id] = None
         try:
             token = await self.ledger.acquire(saga_id, self._owner)

@@ -9,6 +9,8 @@ from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from saga.text import qualified, said
+
 
 class FailureKind(StrEnum):
     """The ways in which a stage, a compensation or a saga fails."""
@@ -29,11 +31,6 @@ class FailureKind(StrEnum):
     """Its compensation or its probe failed."""
     CANCELLED = "cancelled"
     """It returned `StageOutput.cancel(...)` or raised `StageCancellationRequested`."""
-
-
-def qualified(kind: type) -> str:
-    """Name a type as `module.Qualname`; builtins without their module."""
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 class Failure(BaseModel):
@@ -64,21 +61,25 @@ class Failure(BaseModel):
 
     @classmethod
     def of(
-        cls, stage: str | None, kind: FailureKind, message: str, *, type: str = "", attempt: int = 0  # noqa: A002 - the field's name
+        cls,
+        stage: str | None,
+        kind: FailureKind,
+        message: object,
+        *,
+        type: str = "",
+        attempt: int = 0,  # noqa: A002 - the field's name
     ) -> Self:
         """Note a failure that comes without an exception."""
-        return cls(stage=stage, kind=kind, type=type, message=message, attempt=attempt, at=datetime.now(UTC))
+        return cls(stage=stage, kind=kind, type=type, message=said(message), attempt=attempt, at=datetime.now(UTC))
 
     @classmethod
-    def raised(
-        cls, stage: str | None, error: BaseException, *, attempt: int, kind: FailureKind = FailureKind.EXCEPTION
-    ) -> Self:
+    def raised(cls, stage: str | None, error: BaseException, *, attempt: int, kind: FailureKind = FailureKind.EXCEPTION) -> Self:
         """Note a failure that an exception tells of, with its traceback."""
         return cls(
             stage=stage,
             kind=kind,
             type=qualified(type(error)),
-            message=str(error) or type(error).__name__,
+            message=said(error) or type(error).__name__,
             attempt=attempt,
             at=datetime.now(UTC),
             traceback="".join(tracebacks.format_exception(error)),

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from stageflow import BaseInterceptor, UnifiedStageExecutionError
 from stageflow.api import Pipeline, StageCancellationRequested, StageContext, StageOutput, StageStatus
@@ -20,13 +20,13 @@ from stageflow.pipeline.pipeline import UnifiedStageSpec
 
 from saga.asking import ask
 from saga.compensable import SagaContext
-from saga.errors import LedgerError
 from saga.events import FallbackFailed, FallbackUsed, StageCompleted, StageFailed, StageSkipped, StageStarted
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.ledger import StageState
 from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
+from saga.text import said, shown
 from saga.watch import Watch, bounded
 
 if TYPE_CHECKING:
@@ -113,7 +113,12 @@ class Forward:
         self._stopped = asyncio.Event()
         self._interrupted = asyncio.Event()
         self._idle = asyncio.Event()
-        self._broken: LedgerError | None = None
+        self._broken: Exception | None = None
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether no further stage starts."""
+        return self.cause is not None
 
     async def run(self) -> None:
         """Run until no stage runs any more.
@@ -133,9 +138,7 @@ class Forward:
         listener = _Listener(self._runs)
         results: Mapping[str, StageOutput] = {}
         try:
-            results = await Pipeline(saga.blueprint.name, stages).run(
-                saga.private_context(), interceptors=[*self._interceptors, listener]
-            )
+            results = await Pipeline(saga.blueprint.name, stages).run(saga.private_context(), interceptors=[*self._interceptors, listener])
         except UnifiedPipelineCancelled as cancelled:
             results = cancelled.results
             if self.cause is None:
@@ -208,7 +211,7 @@ class Forward:
         async def wait_for_stage(ctx: StageContext) -> StageOutput:
             run = self._runs.get(name)
             if run is None:
-                if self.cause is not None:
+                if self.is_stopping:
                     return _STOPPING
                 run = self._runs[name] = _StageRun(name, self._saga.blueprint.stages[name], self._state.stages[name])
                 self._running.add(run)
@@ -241,7 +244,7 @@ class Forward:
     async def _own(self, run: _StageRun, ctx: StageContext) -> None:
         try:
             answer = await self._stage(run, ctx)
-        except LedgerError as error:
+        except Exception as error:  # noqa: BLE001 - the ledger's, or a defect of ours: it ends the saga, it must not hang it
             self._breaks(error)
             answer = _STOPPING
         if run.watch is not None and run.watch.given_up:
@@ -249,7 +252,7 @@ class Forward:
         self._answer(run, answer)
         self._ends(run)
 
-    def _breaks(self, error: LedgerError) -> None:
+    def _breaks(self, error: Exception) -> None:
         self._broken = self._broken or error
         self.stop(Failure.raised(None, error, attempt=0))
 
@@ -262,7 +265,7 @@ class Forward:
         cancelled = self._saga.cancellation()
         if cancelled is not None:
             self.stop(Failure.of(None, FailureKind.CANCELLED, cancelled))
-        if self.cause is not None:
+        if self.is_stopping:
             return _STOPPING
         outcome = await self._attempts(run, ctx)
         if run.watch is not None and run.watch.given_up:
@@ -277,7 +280,7 @@ class Forward:
         if self._state.stages[name].state is not StageState.NOT_RUN or output.status in {StageStatus.CANCEL, StageStatus.FAIL}:
             return
         skipped = output.status is StageStatus.SKIP
-        reason = str(output.data.get("reason") or "stageflow skipped it") if skipped else "an interceptor answered for it"
+        reason = said(output.data.get("reason") or "stageflow skipped it") if skipped else "an interceptor answered for it"
         await self._record(StageSkipped(stage=name, reason=reason, output=copied_output(output)))
 
     async def _falls_with(self, run: _StageRun, dependency: str) -> StageOutput:
@@ -295,26 +298,24 @@ class Forward:
         while True:
             tries += 1
             await self._record(StageStarted(stage=name, attempt=run.record.attempts + 1))
-            if self.cause is not None:
-                outcome = _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, "the saga stopped before it ran"))
-                await self._record(StageFailed(stage=name, failure=outcome.failure))
-                return outcome
+            if self.is_stopping:
+                failure = Failure.of(name, FailureKind.INTERRUPTED, "the saga stopped before it ran")
+                await self._record(StageFailed(stage=name, failure=failure))
+                return _Outcome(failure=failure)
             outcome = await self._attempt(run, ctx, timeout)
             if run.watch is not None and run.watch.given_up:
                 return outcome
-            failure = outcome.failure
-            if failure is None:
+            if outcome.failure is None:
                 await self._succeeds(name, outcome.output)
                 return outcome
+            failure = outcome.failure
             # A plain stage has declared no effect, so there is nothing to be in doubt about.
             in_doubt = failure.kind in {FailureKind.TIMEOUT, FailureKind.INTERRUPTED} and node.role is not Role.PLAIN
             wait = retry.wait_before_next(failure, attempt=tries, elapsed=loop.time() - began, asked=outcome.asked_again)
-            if self.cause is not None:
+            if self.is_stopping:
                 wait = None
             output = None if outcome.output is None else copied_output(outcome.output)
-            await self._record(
-                StageFailed(stage=name, failure=failure, in_doubt=in_doubt, will_retry=wait is not None, output=output)
-            )
+            await self._record(StageFailed(stage=name, failure=failure, in_doubt=in_doubt, will_retry=wait is not None, output=output))
             if wait is None:
                 return outcome
             if run.record.doubt and node.can_probe:
@@ -331,7 +332,7 @@ class Forward:
         assert output is not None  # without a failure there is one
         copy = copied_output(output)
         if output.status is StageStatus.SKIP:
-            await self._record(StageSkipped(stage=name, reason=str(output.data.get("reason") or "it said so"), output=copy))
+            await self._record(StageSkipped(stage=name, reason=said(output.data.get("reason") or "it said so"), output=copy))
         else:
             await self._record(StageCompleted(stage=name, output=copy))
 
@@ -405,7 +406,7 @@ class Forward:
         try:
             await self._record(StageFailed(stage=run.name, failure=failure, in_doubt=in_doubt))
             answer = await self._absorb(run, ctx, failure)
-        except LedgerError as error:
+        except Exception as error:  # noqa: BLE001 - as in _own
             self._breaks(error)
             answer = _STOPPING
         self._answer(run, answer)
@@ -432,9 +433,7 @@ class Forward:
             return failure.exception if isinstance(failure.exception, Exception) else RuntimeError(str(failure))
         return _STOPPING
 
-    async def _stands_in(
-        self, run: _StageRun, ctx: StageContext, failure: Failure, policy: ContinueWithFallback
-    ) -> StageOutput | None:
+    async def _stands_in(self, run: _StageRun, ctx: StageContext, failure: Failure, policy: ContinueWithFallback) -> StageOutput | None:
         """The output that stands in for a failed stage's, recorded; None if there is none."""
         node = self._state.graph[run.name]
         if node.can_probe and not run.record.unanswered:
@@ -445,7 +444,7 @@ class Forward:
         output: StageOutput | None = None
         if node.has_fallback:
             output = await self._fallback(run, ctx, failure)
-        source = "stage" if output is not None else "policy"
+        source: Literal["stage", "policy"] = "stage" if output is not None else "policy"
         if output is None and run.name in policy.fallbacks:
             output = StageOutput.ok(dict(policy.fallbacks[run.name]))
         if output is not None:
@@ -477,12 +476,12 @@ def normalised(stage: str, attempt: int, returned: object) -> _Outcome:
         case dict():
             return _Outcome(output=StageOutput.ok(returned))
         case StageOutput() if not isinstance(returned.data, dict):
-            got = f"StageOutput(data={returned.data!r})"
+            got = f"StageOutput(data={shown(returned.data)})"
             return _Outcome(failure=_broken_contract(stage, attempt, got, type(returned.data)))
-        case StageOutput():
+        case StageOutput() if isinstance(returned.status, StageStatus):
             return _by_status(stage, attempt, returned)
         case _:
-            return _Outcome(failure=_broken_contract(stage, attempt, repr(returned), type(returned)))
+            return _Outcome(failure=_broken_contract(stage, attempt, shown(returned), type(returned)))
 
 
 def _broken_contract(stage: str, attempt: int, got: str, kind: type) -> Failure:
@@ -496,12 +495,12 @@ def _by_status(stage: str, attempt: int, output: StageOutput) -> _Outcome:
         case StageStatus.OK | StageStatus.SKIP:
             return _Outcome(output=output)
         case StageStatus.CANCEL:
-            reason = str(output.data.get("cancel_reason") or "no reason given")
+            reason = said(output.data.get("cancel_reason") or "no reason given")
             return _Outcome(output, Failure.of(stage, FailureKind.CANCELLED, reason, type=status, attempt=attempt))
         case StageStatus.FAIL:
             message = output.error or "no error given"
             return _Outcome(output, Failure.of(stage, FailureKind.REPORTED, message, type=status, attempt=attempt))
         case StageStatus.RETRY:
-            message = f"it asked for a retry and no attempt is left: {output.error}"
+            message = f"it asked for a retry and no attempt is left: {said(output.error)}"
             failure = Failure.of(stage, FailureKind.CONTRACT, message, type=status, attempt=attempt)
             return _Outcome(output, failure, asked_again=True)

@@ -135,5 +135,6 @@ class Graph(BaseModel):
                 if field == "dependencies":
                     before, after = sorted(before), sorted(after)
                 if before != after:
-                    found.append(f"stage {mine.name!r}: {field} was {before!r}, is {after!r}")
+                    was, now = (value.value if isinstance(value, Role) else value for value in (before, after))
+                    found.append(f"stage {mine.name!r}: {field} was {was!r}, is {now!r}")
         return found

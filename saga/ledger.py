@@ -113,9 +113,7 @@ class Ledger(Protocol):
         """What completed, by stage, in topological order; also what was undone later."""
         events = await self.read(saga_id)
         outputs = {event.stage: event.output for event in events if isinstance(event, StageCompleted)}
-        outputs |= {
-            event.stage: event.output for event in events if isinstance(event, StageProbed) and event.landed and event.output
-        }
+        outputs |= {event.stage: event.output for event in events if isinstance(event, StageProbed) and event.landed and event.output}
         started = events[0] if events else None
         if not isinstance(started, SagaStarted):
             return {}

@@ -19,6 +19,8 @@ from uuid import UUID
 from pydantic import BaseModel, PlainSerializer, PlainValidator, ValidationInfo, WithJsonSchema
 from stageflow.api import StageArtifact, StageEvent, StageOutput, StageStatus
 
+from saga.text import qualified, said, shown
+
 TAG: Final = "$saga"
 _ATOMS: Final = frozenset({str, int, float, bool, type(None), bytes, Decimal, datetime, date, time, timedelta, UUID})
 
@@ -39,18 +41,32 @@ class Opaque:
 def copied(value: Any) -> Any:
     """Copy a value so that whoever holds the original can't change the copy.
 
-    What refuses to be copied (a lock, a connection) is kept by reference.
+    What refuses to be copied (a lock, a connection) is kept by reference, and only that.
     """
+    try:
+        return _copied(value)
+    except RecursionError:
+        # It contains itself, or is nested deeper than the stack; deepcopy knows at least the former.
+        return _deep(value)
+
+
+def _copied(value: Any) -> Any:
     kind = type(value)
     if kind in _ATOMS:
         return value
     if kind is dict:
-        return {key: copied(item) for key, item in value.items()}
+        return {key: _copied(item) for key, item in value.items()}
     if kind is list:
-        return [copied(item) for item in value]
+        return [_copied(item) for item in value]
+    if kind is tuple:
+        return tuple(_copied(item) for item in value)
+    return _deep(value)
+
+
+def _deep(value: Any) -> Any:
     try:
         return copy.deepcopy(value)
-    except Exception:  # user types decide what their __deepcopy__ raises
+    except Exception:  # noqa: BLE001 - user types decide what their __deepcopy__ raises
         return value
 
 
@@ -58,9 +74,7 @@ def copied_output(output: StageOutput) -> StageOutput:
     """Copy an output deeply enough that no later stage can change what was recorded."""
     if not output.data and not output.artifacts and not output.events:
         return output
-    return dataclasses.replace(
-        output, data=copied(output.data), artifacts=copied(output.artifacts), events=copied(output.events)
-    )
+    return dataclasses.replace(output, data=copied(output.data), artifacts=copied(output.artifacts), events=copied(output.events))
 
 
 _ENCODERS: Final[dict[type, tuple[str, Callable[[Any], Any]]]] = {
@@ -96,29 +110,40 @@ def encoded(value: Any) -> Any:
     What has no encoding becomes an `Opaque` of its type and repr. Pydantic models and dataclasses become
     plain data.
     """
+    try:
+        return _encoded(value)
+    except RecursionError:
+        return _opaque(value, "nested too deeply, or within itself")
+
+
+def _opaque(value: Any, text: str) -> dict[str, Any]:
+    return {TAG: "opaque", "value": [qualified(type(value)), text]}
+
+
+def _encoded(value: Any) -> Any:
     kind = type(value)
     if kind is float and not math.isfinite(value):
         return {TAG: "float", "value": repr(value)}
     if kind in {str, int, float, bool, type(None)}:
         return value
     if kind is list:
-        return [encoded(item) for item in value]
+        return [_encoded(item) for item in value]
     if kind is dict:
         if TAG not in value and all(type(key) is str for key in value):
-            return {key: encoded(item) for key, item in value.items()}
-        return {TAG: "dict", "value": [[encoded(key), encoded(item)] for key, item in value.items()]}
+            return {key: _encoded(item) for key, item in value.items()}
+        return {TAG: "dict", "value": [[_encoded(key), _encoded(item)] for key, item in value.items()]}
     if kind in _ENCODERS:
         tag, encode = _ENCODERS[kind]
         return {TAG: tag, "value": encode(value)}
     if kind in _COLLECTIONS:
-        return {TAG: _COLLECTIONS[kind], "value": [encoded(item) for item in value]}
+        return {TAG: _COLLECTIONS[kind], "value": [_encoded(item) for item in value]}
     if kind is Opaque:
         return {TAG: "opaque", "value": [value.type, value.text]}
     if isinstance(value, BaseModel):
-        return encoded(value.model_dump())
+        return _encoded(value.model_dump())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return encoded({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
-    return {TAG: "opaque", "value": [f"{kind.__module__}.{kind.__qualname__}", repr(value)]}
+        return _encoded({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    return _opaque(value, shown(value))
 
 
 def decoded(value: Any) -> Any:
@@ -142,9 +167,9 @@ def _output_to_json(output: StageOutput) -> dict[str, Any]:
     plain = {
         "status": output.status.value,
         "data": encoded(output.data),
-        "error": output.error,
+        "error": None if output.error is None else said(output.error),
         "duration_ms": output.duration_ms,
-        "version": output.version,
+        "version": None if output.version is None else said(output.version),
         "artifacts": [encoded([item.type, item.payload, item.timestamp]) for item in output.artifacts],
         "events": [encoded([item.type, item.data, item.timestamp]) for item in output.events],
     }
@@ -169,6 +194,7 @@ Output = Annotated[
     WithJsonSchema({"type": "object", "required": ["status", "data"], "title": "StageOutput"}),
 ]
 """A stageflow output inside a pydantic model."""
+
 
 def _plain_from(value: Any, info: ValidationInfo) -> Any:
     # A live value may hold our tag as an ordinary key; only JSON is ever decoded.

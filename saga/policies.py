@@ -28,7 +28,8 @@ from pydantic import (
 from tenacity import RetryCallState, wait_exponential, wait_random_exponential
 
 from saga.errors import PolicyInvalid
-from saga.failures import Failure, FailureKind, qualified
+from saga.failures import Failure, FailureKind
+from saga.text import qualified
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

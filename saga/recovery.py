@@ -57,7 +57,7 @@ class StageRecord:
         output: What it gave: when it completed, else its fallback's, else what it returned beside a failure or a skip.
         landed: Its effect is known to have landed.
         doubt: It may have landed, and nobody knows.
-        asked: A probe has answered.
+        answer: What its probe answered, whether it had landed; None while there is no answer.
         unanswered: A probe has failed for good.
         effects: What it recorded, oldest first.
         failure: Its last failure forward.
@@ -76,7 +76,7 @@ class StageRecord:
     output: StageOutput | None = None
     landed: bool = False
     doubt: bool = False
-    asked: bool = False
+    answer: bool | None = None
     unanswered: bool = False
     effects: tuple[Any, ...] = ()
     failure: Failure | None = None
@@ -218,7 +218,7 @@ class SagaState:
             if record.state is _S.FAILED:
                 record.state = _S.IN_DOUBT
             return
-        record.asked, record.doubt = True, False
+        record.answer, record.doubt = event.landed, False
         if event.landed:
             record.landed = True
             if not record.fell_back:
@@ -291,7 +291,7 @@ def undo_step(node: Node, record: StageRecord) -> Step:
     if record.state is _S.COMPENSATING:
         return Step.COMPENSATE
     unsure = record.doubt or (record.state is _S.FAILED and node.role is Role.COMPENSABLE)
-    if unsure and node.can_probe and not record.asked and not record.unanswered:
+    if unsure and node.can_probe and record.answer is None and not record.unanswered:
         return Step.PROBE
     if node.role is Role.PIVOT:
         return Step.HOLD if record.doubt or record.landed else Step.CLEAR
@@ -302,9 +302,7 @@ def undo_step(node: Node, record: StageRecord) -> Step:
 
 def protected(state: SagaState) -> frozenset[str]:
     """The pivots that have completed and everything that they depend on: never compensated (promise 10)."""
-    return state.graph.with_ancestors(
-        node.name for node in state.graph.nodes if node.role is Role.PIVOT and state.stages[node.name].landed
-    )
+    return state.graph.with_ancestors(node.name for node in state.graph.nodes if node.role is Role.PIVOT and state.stages[node.name].landed)
 
 
 def orphans(state: SagaState) -> frozenset[str]:
@@ -346,9 +344,7 @@ class Rollback:
         self._state = state
         self._on_failure = policy.compensation.on_failure
         self._scope = undo_scope(state, policy, state.reason)
-        self._waits = {
-            name: sum(1 for dependent in state.graph.dependents[name] if dependent in self._scope) for name in self._scope
-        }
+        self._waits = {name: sum(1 for dependent in state.graph.dependents[name] if dependent in self._scope) for name in self._scope}
         self._open: list[tuple[int, str]] = []
         self._stopped = False
         self._settle([name for name in state.graph.names if self._waits.get(name) == 0])

@@ -52,6 +52,7 @@ class StageReport(BaseModel):
         effects: What it recorded with `ctx.record`, oldest first.
         fallback: Whether its output is its fallback's.
         skip_reason: Why it was skipped, if it was.
+        probed: What its probe answered: whether its effect had landed; None if it gave no answer.
         compensation: What became of its compensation; None if neither it nor a probe was tried.
     """
 
@@ -66,6 +67,7 @@ class StageReport(BaseModel):
     effects: tuple[Plain, ...] = ()
     fallback: bool = False
     skip_reason: str | None = None
+    probed: bool | None = None
     compensation: CompensationReport | None = None
 
     @classmethod
@@ -91,6 +93,7 @@ class StageReport(BaseModel):
             effects=tuple(copied(effect) for effect in record.effects),
             fallback=record.fell_back,
             skip_reason=record.skip_reason,
+            probed=record.answer,
             compensation=undo,
         )
 
@@ -223,9 +226,9 @@ class SagaReport(BaseModel):
         failures = list(self.failures)
         if self.cause is not None:
             failures = [self.cause, *(failure for failure in failures if failure != self.cause)]
-        errors = [
-            failure.exception if isinstance(failure.exception, Exception) else SagaError(str(failure)) for failure in failures
-        ] or [SagaError("it was undone on demand")]
+        errors = [failure.exception if isinstance(failure.exception, Exception) else SagaError(str(failure)) for failure in failures] or [
+            SagaError("it was undone on demand")
+        ]
         failed = SagaFailed(f"saga {self.saga_id} ({self.pipeline}) is {self.status.value}", errors)
         failed.report = self
         raise failed

@@ -13,8 +13,8 @@ from stageflow.api import Pipeline, PipelineContext, StageContext, StageOutput
 from stageflow.pipeline.interceptors import CriticalInterceptorError, ErrorAction, InterceptorResult
 
 from saga import (
-    Compensation,
     CompensableStage,
+    Compensation,
     CompensationContext,
     ContinueWithFallback,
     FailFast,
@@ -109,7 +109,7 @@ def charging(answers: list[Any], policy: FailFast) -> tuple[Charge, SagaReport]:
     world = World({"charge": ()})
     stage = Charge(world, answers)
 
-    async def fail(_: SagaContext) -> None:
+    async def fail(_: Any) -> None:
         raise CardDeclined
 
     pipeline = Pipeline().with_stage("charge", stage).with_stage("fail", fail, "work", dependencies=("charge",))
@@ -181,7 +181,7 @@ def test_a_probe_that_hangs_is_bounded_by_the_compensations_timeout() -> None:
 def test_a_compensation_that_copes_with_doubt_is_asked_to() -> None:
     seen: list[tuple[bool, Any]] = []
 
-    async def charge(_: SagaContext) -> None:
+    async def charge(_: Any) -> None:
         await asyncio.Event().wait()
 
     async def refund(ctx: CompensationContext) -> None:
@@ -280,7 +280,7 @@ def test_a_stage_that_ignores_its_cancel_is_given_up_in_time(policy: FailFast) -
 def test_a_fallback_stands_in_for_a_stage_that_was_given_up() -> None:
     released = asyncio.Event()
 
-    async def slow(_: SagaContext) -> None:
+    async def slow(_: Any) -> None:
         await deaf(released)
 
     pipeline = Pipeline().with_stage("slow", slow, "work")
@@ -302,12 +302,12 @@ def test_a_compensation_that_ignores_its_cancel_is_given_up_and_the_others_go_on
     released = asyncio.Event()
     world, pipeline = scene({"a": (), "x": ()}, {"x": Script(undo_takes=5 * others)})
 
-    async def noop(_: SagaContext) -> None: ...
+    async def noop(_: Any) -> None: ...
 
     async def undo(_: CompensationContext) -> None:
         await deaf(released)
 
-    async def fail(_: SagaContext) -> None:
+    async def fail(_: Any) -> None:
         raise CardDeclined
 
     pipeline = pipeline.with_stage("deaf", compensable(noop, undo), dependencies=("a",))
@@ -465,7 +465,7 @@ def test_a_stage_may_notice_that_the_saga_is_stopping() -> None:
         async def compensate(self, ctx: CompensationContext) -> None:
             raise AssertionError("it said that it had no effect")
 
-    async def fail(_: SagaContext) -> None:
+    async def fail(_: Any) -> None:
         await elapse(3.5)
         raise CardDeclined("no")
 
@@ -609,10 +609,10 @@ def test_a_hook_that_raises_stops_the_saga() -> None:
 
 
 def test_a_conditional_stage_that_stageflow_skips_is_in_the_report() -> None:
-    async def route(_: SagaContext) -> StageOutput:
+    async def route(_: Any) -> StageOutput:
         return StageOutput.ok(skip_reason="not today")
 
-    async def extra(_: SagaContext) -> None:
+    async def extra(_: Any) -> None:
         raise AssertionError("it was to be skipped")
 
     for last in (False, True):
@@ -669,7 +669,7 @@ def test_the_callers_context_is_left_as_it_was() -> None:
 def test_a_stage_gets_stageflows_context_and_what_a_saga_adds() -> None:
     seen: list[SagaContext] = []
 
-    async def look(ctx: SagaContext) -> StageOutput:
+    async def look(ctx: Any) -> StageOutput:
         assert isinstance(ctx, StageContext)
         seen.append(ctx)
         return StageOutput.retry("again") if ctx.attempt == 1 else StageOutput.ok()
@@ -690,10 +690,10 @@ def test_a_stage_gets_stageflows_context_and_what_a_saga_adds() -> None:
 def test_a_compensation_learns_all_that_it_needs() -> None:
     seen: list[CompensationContext] = []
 
-    async def base(_: SagaContext) -> StageOutput:
+    async def base(_: Any) -> StageOutput:
         return StageOutput.ok(base=1)
 
-    async def book(ctx: SagaContext) -> StageOutput:
+    async def book(ctx: Any) -> StageOutput:
         await ctx.record("seat 1")
         return StageOutput.ok(booking=[1, 2])
 
@@ -704,7 +704,7 @@ def test_a_compensation_learns_all_that_it_needs() -> None:
             ctx.output.data["booking"].append("mine to change")
             raise CardDeclined
 
-    async def fail(_: SagaContext) -> None:
+    async def fail(_: Any) -> None:
         raise CardDeclined("why")
 
     pipeline = Pipeline().with_stage("base", base, "enrich").with_stage("book", compensable(book, cancel), dependencies=("base",))
@@ -759,7 +759,7 @@ def test_a_class_with_config_an_instance_a_callable_and_a_pivot_run_in_one_pipel
 def test_sys_exit_in_a_stage_is_a_failure_like_any_other() -> None:
     world, pipeline = scene(SEQUENCE)
 
-    async def leave(_: SagaContext) -> None:
+    async def leave(_: Any) -> None:
         raise SystemExit(3)
 
     report = run(SagaCoordinator().run(pipeline.with_stage("leave", leave, "work", dependencies=("c",))))
@@ -771,10 +771,10 @@ def test_sys_exit_in_a_stage_is_a_failure_like_any_other() -> None:
 
 
 def test_ten_thousand_sagas_at_once_do_not_disturb_each_other() -> None:
-    async def book(ctx: SagaContext) -> StageOutput:
+    async def book(ctx: Any) -> StageOutput:
         return StageOutput.ok(text=ctx.snapshot.input_text)
 
-    async def fail(ctx: SagaContext) -> None:
+    async def fail(ctx: Any) -> None:
         if str(ctx.snapshot.input_text).endswith("7"):
             raise CardDeclined(ctx.snapshot.input_text)
 

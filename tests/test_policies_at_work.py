@@ -9,9 +9,9 @@ import pytest
 from stageflow.api import Pipeline, StageOutput
 
 from saga import (
+    CompensableStage,
     Compensation,
     CompensationContext,
-    CompensableStage,
     ContinueWithFallback,
     FailFast,
     Failure,
@@ -95,10 +95,10 @@ def test_a_fallback_of_the_policy_stands_in_for_a_stage_that_has_none() -> None:
 def test_a_dependent_gets_the_fallback_as_its_input() -> None:
     seen: list[Any] = []
 
-    async def price(_: SagaContext) -> StageOutput:
+    async def price(_: Any) -> StageOutput:
         return StageOutput.fail("no answer")
 
-    async def show(ctx: SagaContext) -> None:
+    async def show(ctx: Any) -> None:
         seen.append(ctx.inputs.get_from("price", "amount"))
 
     pipeline = Pipeline().with_stage("price", price, "enrich").with_stage("show", show, "work", dependencies=("price",))
@@ -270,7 +270,7 @@ def test_a_wrong_return_type_is_not_tried_again() -> None:
 
 @pytest.mark.parametrize("value", [[1], "text", None])
 def test_an_output_whose_data_is_no_dict_breaks_the_contract(value: object) -> None:
-    async def odd(_: SagaContext) -> StageOutput:
+    async def odd(_: Any) -> StageOutput:
         return StageOutput(status=StageOutput.ok().status, data=value)  # type: ignore[arg-type] # what the test is about
 
     report = run(SagaCoordinator().run(Pipeline().with_stage("odd", odd, "work")))
@@ -293,7 +293,7 @@ def test_a_stage_has_its_own_retry_and_timeout() -> None:
         async def compensate(self, ctx: CompensationContext) -> None:
             await elapse(5)
 
-    async def fail(_: SagaContext) -> None:
+    async def fail(_: Any) -> None:
         raise CardDeclined
 
     pipeline = Pipeline().with_stage("patient", Patient).with_stage("fail", fail, "work", dependencies=("patient",))
@@ -351,13 +351,16 @@ def test_the_deadline_of_the_backward_run_ends_the_retries() -> None:
     assert report.status is SagaStatus.STUCK
 
 
-@pytest.mark.parametrize(
-    ("on_failure", "standing"), [("isolate", {"b", "a"}), ("continue", {"b"}), ("halt", {"b", "a", "x"})]
-)
+@pytest.mark.parametrize(("on_failure", "standing"), [("isolate", {"b", "a"}), ("continue", {"b"}), ("halt", {"b", "a", "x"})])
 def test_a_compensation_that_fails_for_good_holds_back_what_the_policy_says(on_failure: Any, standing: set[str]) -> None:
     # a <- b <- plain <- d, and beside it x, whose undoing begins only after b's has failed.
     shape = {"a": (), "b": ("a",), "plain": ("b",), "x": (), "y": ("x",), "d": ("plain", "y")}
-    scripts = {"b": Script(undo_fails=9), "a": Script(order_matters=on_failure != "continue"), "y": Script(undo_takes=50), "d": Script("raise")}
+    scripts = {
+        "b": Script(undo_fails=9),
+        "a": Script(order_matters=on_failure != "continue"),
+        "y": Script(undo_takes=50),
+        "d": Script("raise"),
+    }
     world, pipeline = scene(shape, scripts, {"plain": "plain"})
     policy = FailFast(compensation=Compensation(on_failure=on_failure, retry=Retry(attempts=2, wait=1)))
 

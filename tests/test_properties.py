@@ -13,7 +13,18 @@ from typing import Any
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from saga import Compensation, ContinueWithFallback, FailFast, MemoryLedger, Policy, Retry, SagaCoordinator, SagaReport, SagaStatus, StageState
+from saga import (
+    Compensation,
+    ContinueWithFallback,
+    FailFast,
+    MemoryLedger,
+    Policy,
+    Retry,
+    SagaCoordinator,
+    SagaReport,
+    SagaStatus,
+    StageState,
+)
 from saga.events import (
     AnyEvent,
     CompensationStarted,
@@ -42,8 +53,7 @@ S = StageState
 def shapes(draw: st.DrawFn) -> dict[str, tuple[str, ...]]:
     names = NAMES[: draw(st.integers(1, 12))]
     return {
-        name: tuple(sorted(draw(st.sets(st.sampled_from(names[:place]), max_size=3)))) if place else ()
-        for place, name in enumerate(names)
+        name: tuple(sorted(draw(st.sets(st.sampled_from(names[:place]), max_size=3)))) if place else () for place, name in enumerate(names)
     }
 
 

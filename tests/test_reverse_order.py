@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 
 from saga import Compensation, FailFast, SagaCoordinator, SagaReport, SagaStatus, StageState
@@ -10,7 +12,7 @@ from tests.controlled import run
 from tests.world import DIAMOND, FAN_IN, SEQUENCE, Script, World, scene
 
 
-def failing(shape: dict[str, tuple[str, ...]], policy: FailFast | None = None, **scripts: Script) -> tuple[World, SagaReport]:
+def failing(shape: Mapping[str, tuple[str, ...]], policy: FailFast | None = None, /, **scripts: Script) -> tuple[World, SagaReport]:
     world, pipeline = scene(shape, scripts)
     report = run(SagaCoordinator(policy).run(pipeline))
     assert world.refusals == []
@@ -70,7 +72,7 @@ def test_a_stage_without_compensation_between_two_that_have_one_still_orders_the
 
 
 def test_with_one_compensation_at_a_time_the_order_is_the_reverse_of_the_start_order() -> None:
-    shape = {**{name: () for name in "abcdefgh"}, "z": tuple("abcdefgh")}
+    shape = {**dict.fromkeys("abcdefgh", ()), "z": tuple("abcdefgh")}
     policy = FailFast(compensation=Compensation(max_concurrency=1))
 
     world, report = failing(shape, policy, z=Script("raise"), **{name: Script(undo_takes=1) for name in "abcdefgh"})
@@ -82,7 +84,7 @@ def test_with_one_compensation_at_a_time_the_order_is_the_reverse_of_the_start_o
 
 @pytest.mark.parametrize("limit", [2, 3])
 def test_no_more_compensations_run_at_once_than_the_policy_allows(limit: int) -> None:
-    shape = {**{name: () for name in "abcdefgh"}, "z": tuple("abcdefgh")}
+    shape = {**dict.fromkeys("abcdefgh", ()), "z": tuple("abcdefgh")}
     policy = FailFast(compensation=Compensation(max_concurrency=limit))
 
     world, _ = failing(shape, policy, z=Script("raise"), **{name: Script(undo_takes=1) for name in "abcdefgh"})

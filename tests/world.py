@@ -39,9 +39,7 @@ class World:
         found: set[str] = set()
         while True:
             more = {
-                other
-                for other, needs in self.dependencies.items()
-                if other not in found and (name in needs or found.intersection(needs))
+                other for other, needs in self.dependencies.items() if other not in found and (name in needs or found.intersection(needs))
             }
             if not more:
                 return found

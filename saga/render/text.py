@@ -69,12 +69,20 @@ def _why(name: str, stage: StageReport, report: SagaReport) -> str:
         return stage.skip_reason or ""
     parts = []
     if stage.failure is not None:
-        parts.append(str(stage.failure).removeprefix(f"stage {name!r} "))
+        mended = "at first it " if stage.state is StageState.KEPT or (undo and stage.output and not stage.effects) else ""
+        parts.append(mended + str(stage.failure).removeprefix(f"stage {name!r} "))
+    if stage.probed is not None:
+        parts.append("asked, it had landed" if stage.probed else "asked, it had not landed")
     if stage.state is StageState.UNDONE and undo is not None:
-        took = seconds(undo.started_at, undo.ended_at)
-        tries = "" if undo.attempts == 1 else f" at attempt {undo.attempts}"
-        parts.append(f"undone {report.compensation_order.index(name) + 1}.{tries} in {took}")
+        parts.append(f"undone {_ordinal(report.compensation_order.index(name) + 1)} in {seconds(undo.started_at, undo.ended_at)}")
+        if undo.attempts > 1 and undo.failure is not None:
+            parts.append(f"at attempt {undo.attempts}, after {_said(undo.failure.type, undo.failure.message)}")
     return "; ".join(parts)
+
+
+def _ordinal(number: int) -> str:
+    teens = 10 <= number % 100 <= 20  # noqa: PLR2004 - eleventh to thirteenth
+    return f"{number}{'th' if teens else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
 def _said(kind: str, message: str) -> str:

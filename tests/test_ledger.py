@@ -1,0 +1,364 @@
+"""The ledger: events, transitions, completions, leases; and what happens when it can't record."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from stageflow.api import StageOutput
+
+from saga import (
+    ContinueWithFallback,
+    FailFast,
+    Failure,
+    FailureKind,
+    LedgerConflict,
+    LedgerCorrupt,
+    LedgerError,
+    MemoryLedger,
+    Retry,
+    SagaCoordinator,
+    SagaReport,
+    SagaStatus,
+    StageState,
+)
+from saga.events import (
+    AnyEvent,
+    CompensationCompleted,
+    CompensationFailed,
+    CompensationStarted,
+    EffectRecorded,
+    FallbackFailed,
+    FallbackUsed,
+    SagaEnded,
+    SagaStarted,
+    SagaTurnedBack,
+    StageCompleted,
+    StageFailed,
+    StageProbed,
+    StageSkipped,
+    StageStarted,
+    TurnReason,
+    event_from_json,
+    event_to_json,
+)
+from saga.graph import Graph, Node, Role
+from saga.ledger import TRANSITIONS, Ledger
+from saga.recovery import SagaState
+from tests.controlled import elapse, run
+from tests.world import DIAMOND, SEQUENCE, Script, World, scene
+
+GRAPH = Graph.of([Node(name="b", dependencies=("a",), role=Role.COMPENSABLE), Node(name="a", role=Role.COMPENSABLE)])
+STARTED = SagaStarted(saga_id="s", pipeline="p", graph=GRAPH, policy=FailFast(), input={"input_text": "x"})
+OUTPUT = StageOutput.ok(amount=1)
+FAILURE = Failure.of("a", FailureKind.REPORTED, "no")
+ALL: list[AnyEvent] = [
+    STARTED,
+    StageStarted(stage="a", attempt=1),
+    EffectRecorded(stage="a", effect={"seat": (1, "A")}),
+    StageCompleted(stage="a", output=OUTPUT),
+    StageFailed(stage="a", failure=FAILURE, in_doubt=True, will_retry=True, output=OUTPUT),
+    StageSkipped(stage="a", reason="r", output=OUTPUT, with_branch=True),
+    FallbackUsed(stage="a", output=OUTPUT, source="policy"),
+    FallbackFailed(stage="a", failure=FAILURE),
+    StageProbed(stage="a", landed=None, failure=FAILURE, will_retry=True),
+    SagaTurnedBack(reason=TurnReason.FAILURE, cause=FAILURE),
+    CompensationStarted(stage="a", attempt=1),
+    CompensationCompleted(stage="a"),
+    CompensationFailed(stage="a", failure=FAILURE, will_retry=True),
+    SagaEnded(status=SagaStatus.STUCK, cause=FAILURE),
+]
+
+
+@pytest.mark.parametrize("event", ALL, ids=lambda event: type(event).__name__)
+def test_every_event_comes_back_from_json_equal(event: AnyEvent) -> None:
+    assert event_from_json(event_to_json(event)) == event
+
+
+def test_every_kind_of_event_has_been_written_and_read_back() -> None:
+    assert {type(event) for event in ALL} == set(AnyEvent.__origin__.__args__)  # type: ignore[attr-defined] # a union in Annotated
+
+
+def test_a_fresh_saga_begins_with_its_start() -> None:
+    with pytest.raises(LedgerCorrupt, match="a saga begins with SagaStarted, this one with StageStarted"):
+        SagaState([StageStarted(stage="a", attempt=1)])
+
+
+PATHS: dict[StageState, list[AnyEvent]] = {
+    StageState.NOT_RUN: [],
+    StageState.RUNNING: [StageStarted(stage="a", attempt=1)],
+    StageState.KEPT: [StageStarted(stage="a", attempt=1), StageCompleted(stage="a", output=OUTPUT)],
+    StageState.FAILED: [StageStarted(stage="a", attempt=1), StageFailed(stage="a", failure=FAILURE)],
+    StageState.FALLBACK: [
+        StageStarted(stage="a", attempt=1),
+        StageFailed(stage="a", failure=FAILURE),
+        FallbackUsed(stage="a", output=OUTPUT, source="stage"),
+    ],
+    StageState.CANCELLED: [
+        StageStarted(stage="a", attempt=1),
+        StageFailed(stage="a", failure=Failure.of("a", FailureKind.CANCELLED, "enough")),
+    ],
+    StageState.SKIPPED: [StageSkipped(stage="a", reason="r", output=OUTPUT)],
+    StageState.IN_DOUBT: [StageStarted(stage="a", attempt=1), StageFailed(stage="a", failure=FAILURE, in_doubt=True)],
+}
+BACK = SagaTurnedBack(reason=TurnReason.REQUEST)
+PATHS[StageState.COMPENSATING] = [*PATHS[StageState.KEPT], BACK, CompensationStarted(stage="a", attempt=1)]
+PATHS[StageState.UNDONE] = [*PATHS[StageState.COMPENSATING], CompensationCompleted(stage="a")]
+PATHS[StageState.STUCK] = [*PATHS[StageState.COMPENSATING], CompensationFailed(stage="a", failure=FAILURE)]
+STAGE_EVENTS: list[AnyEvent] = [event for event in ALL if hasattr(event, "stage")]
+
+
+def test_the_paths_reach_every_state_of_the_table() -> None:
+    assert set(PATHS) == set(TRANSITIONS)
+    for expected, path in PATHS.items():
+        assert SagaState([STARTED, *path]).stages["a"].state is expected
+
+
+@pytest.mark.parametrize("event", STAGE_EVENTS, ids=lambda event: type(event).__name__)
+@pytest.mark.parametrize("before", PATHS)
+def test_an_event_follows_where_the_table_allows_it_and_nowhere_else(before: StageState, event: AnyEvent) -> None:
+    path = PATHS[before]
+    turns = isinstance(event, CompensationStarted) and BACK not in path and before is not StageState.RUNNING
+    state = SagaState([STARTED, *path, *([BACK] if turns else [])])
+
+    if type(event) in TRANSITIONS[before]:
+        state.apply(event)
+    else:
+        with pytest.raises(LedgerCorrupt) as caught:
+            state.apply(event)
+        assert type(event).__name__ in str(caught.value)
+        assert before.value in str(caught.value)
+
+
+CONTRADICTIONS: dict[str, tuple[list[AnyEvent], AnyEvent, str]] = {
+    "a second start": ([], STARTED, "SagaStarted can't follow on a saga that has started"),
+    "an unknown stage": ([], StageStarted(stage="z", attempt=1), "can't follow on a saga without that stage"),
+    "turning back under running work": (PATHS[StageState.RUNNING], BACK, "a saga whose stages still run"),
+    "ending under running work": (PATHS[StageState.RUNNING], SagaEnded(status=SagaStatus.COMPLETED), "a saga whose stages still run"),
+    "starting while going backward": (PATHS[StageState.UNDONE], StageStarted(stage="b", attempt=1), "a saga that is compensating"),
+    "compensating while going forward": (PATHS[StageState.KEPT], CompensationStarted(stage="a", attempt=1), "a saga that is running"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_contradiction_is_refused_and_named(case: str) -> None:
+    path, event, message = CONTRADICTIONS[case]
+
+    with pytest.raises(LedgerCorrupt, match="the saga is left as it is") as caught:
+        SagaState([STARTED, *path, event])
+
+    assert message in str(caught.value)
+
+
+def test_completions_are_in_topological_order_whatever_order_they_came_in() -> None:
+    world, pipeline = scene({"z": (), "m": ("z",), "b": ("z",), "a": ("m",), "last": ("a", "b")}, {"m": Script(before=3)})
+    coordinator = SagaCoordinator()
+
+    run(coordinator.run(pipeline, saga_id="s"))
+
+    assert list(run(coordinator.ledger.completions("s"))) == ["z", "m", "b", "a", "last"]
+    assert world.log == ["+z", "+b", "+m", "+a", "+last"]
+
+
+def test_completions_count_what_was_found_by_asking_and_what_was_undone_later() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("hang", lands=True), "c": Script("raise")}, {"b": "probed"})
+    coordinator = SagaCoordinator(FailFast(timeout=1))
+
+    run(coordinator.run(pipeline, saga_id="s"))
+
+    assert world.standing == {}
+    completions = run(coordinator.ledger.completions("s"))
+    assert list(completions) == ["a", "b"]
+    assert completions["b"].data["probed"] is True
+    assert run(coordinator.ledger.completions("unknown")) == {}
+
+
+def test_what_a_later_stage_does_to_an_output_does_not_reach_the_ledger() -> None:
+    from stageflow.api import Pipeline
+
+    async def first(_: Any) -> StageOutput:
+        return StageOutput.ok(items=[1])
+
+    async def second(ctx: Any) -> None:
+        ctx.inputs.get_from("first", "items").append("smuggled")
+
+    pipeline = Pipeline().with_stage("first", first, "work").with_stage("second", second, "work", dependencies=("first",))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert report.kept["first"].data == {"items": [1]}
+
+
+def test_a_memory_ledger_refuses_a_wrong_version_a_stale_token_and_a_second_owner() -> None:
+    ledger = MemoryLedger()
+
+    async def play() -> None:
+        token = await ledger.acquire("s", "me")
+        await ledger.append("s", [STARTED], expected_version=0, token=token)
+        with pytest.raises(LedgerConflict, match="has 1 events, expected 0"):
+            await ledger.append("s", [STARTED], expected_version=0, token=token)
+        with pytest.raises(LedgerConflict, match="held by me; you has to wait"):
+            await ledger.acquire("s", "you")
+        newer = await ledger.acquire("s", "me")
+        with pytest.raises(LedgerConflict, match=f"lease token {token}, the current one is {newer}"):
+            await ledger.append("s", [STARTED], expected_version=1, token=token)
+        await ledger.release("s", token)
+        with pytest.raises(LedgerConflict, match="held by me"):
+            await ledger.acquire("s", "you")
+        await ledger.release("s", newer)
+        assert await ledger.acquire("s", "you") > newer
+        assert await ledger.list() == ("s",)
+        assert await ledger.read("s") == (STARTED,)
+
+    run(play())
+
+
+class SlowLedger(MemoryLedger):
+    """Takes its time for every append, as a disk does; it can break."""
+
+    def __init__(self, breaks_at: type[Any] | None = None, error: Exception | None = None) -> None:
+        super().__init__()
+        self.breaks_at = breaks_at
+        self.error = error or LedgerError("disk full")
+        self.lock = asyncio.Lock()
+
+    async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int) -> None:
+        async with self.lock:
+            await elapse(0.25)
+            if self.breaks_at is not None and any(isinstance(event, self.breaks_at) for event in events):
+                raise self.error
+            await super().append(saga_id, events, expected_version=expected_version, token=token)
+
+
+@pytest.mark.parametrize("policy", [FailFast(), FailFast(in_flight="cancel")])
+@pytest.mark.parametrize("victim", ["b", "c", "d"])
+def test_a_ledger_that_takes_its_time_changes_nothing(victim: str, policy: FailFast) -> None:
+    world, pipeline = scene(DIAMOND, {victim: Script("raise")}, dict.fromkeys(DIAMOND, "probed"))
+
+    report = run(SagaCoordinator(policy, ledger=SlowLedger()).run(pipeline))
+
+    assert world.refusals == []
+    assert world.standing == {}
+    assert report.status is SagaStatus.COMPENSATED
+
+
+def test_a_stage_whose_start_was_recorded_when_the_saga_stopped_does_not_run() -> None:
+    world, pipeline = scene({"a": (), "b": ("a",)})
+    coordinator = SagaCoordinator(ledger=SlowLedger())
+
+    async def cancelled_while_the_start_is_written() -> SagaReport:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(coordinator.run(pipeline, saga_id="s"), 0.35)
+        return await coordinator.report("s")
+
+    report = run(cancelled_while_the_start_is_written())
+
+    assert world.log == []
+    assert report.stages["a"].state is StageState.FAILED
+    assert report.stages["a"].failure is not None
+    assert report.stages["a"].failure.message == "the saga stopped before it ran"
+    assert report.status is SagaStatus.COMPENSATED
+
+
+def broken(breaks_at: type[Any], error: Exception | None = None, policy: Any = None, **scripts: Script) -> tuple[World, str, SagaReport]:
+    world, pipeline = scene(DIAMOND, scripts, {"b": "probed"})
+    ledger = SlowLedger(breaks_at, error)
+    coordinator = SagaCoordinator(policy, ledger=ledger)
+
+    async def play() -> tuple[str, SagaReport]:
+        with pytest.raises(LedgerError) as caught:
+            await coordinator.run(pipeline, saga_id="s")
+        assert coordinator._alive == {}
+        ledger.breaks_at = None
+        return str(caught.value), await coordinator.report("s")
+
+    message, report = run(play())
+    return world, message, report
+
+
+@pytest.mark.parametrize("breaks_at", [StageStarted, StageCompleted])
+def test_when_the_ledger_breaks_no_further_effect_is_started(breaks_at: type[Any]) -> None:
+    world, message, report = broken(breaks_at)
+
+    assert message == "disk full"
+    assert world.log == ([] if breaks_at is StageStarted else ["+a"])
+    assert report.status is SagaStatus.RUNNING
+
+
+def test_when_the_ledger_breaks_while_going_backward_no_further_compensation_is_started() -> None:
+    world, _, report = broken(CompensationCompleted, d=Script("raise"))
+
+    assert len(world.undone()) <= 2
+    assert "a" in world.standing
+    assert report.status is SagaStatus.COMPENSATING
+
+
+@pytest.mark.parametrize("breaks_at", [SagaTurnedBack, StageFailed, SagaEnded, CompensationStarted, StageProbed, FallbackUsed])
+def test_wherever_the_ledger_breaks_the_caller_is_told(breaks_at: type[Any]) -> None:
+    policy = ContinueWithFallback(timeout=1, fallbacks={"c": {}}, retry=Retry(attempts=1))
+
+    broken(breaks_at, policy=policy, b=Script("hang", lands=True), c=Script("raise", before=5), d=Script("raise"))
+
+
+def test_what_a_driver_raises_is_told_as_a_ledgers_error() -> None:
+    _, message, _ = broken(StageCompleted, OSError("no space left"))
+
+    assert message == "the ledger failed to record StageCompleted of saga s: no space left"
+
+
+def test_a_saga_whose_start_cannot_be_recorded_never_was() -> None:
+    world, pipeline = scene(SEQUENCE)
+    coordinator = SagaCoordinator(ledger=SlowLedger(SagaStarted))
+
+    with pytest.raises(LedgerError, match="disk full"):
+        run(coordinator.run(pipeline, saga_id="s"))
+
+    assert world.log == []
+    assert coordinator._alive == {}
+
+
+def test_a_stage_that_is_given_up_when_the_ledger_breaks_ends_the_saga_all_the_same() -> None:
+    from tests.test_hard_cases import deaf
+
+    for backward in (False, True):
+        released = asyncio.Event()
+        _, pipeline = scene({"a": ()}, {"a": Script("ok")})
+
+        async def ignore(_: Any, released: asyncio.Event = released) -> None:
+            await deaf(released)
+
+        async def fine(_: Any) -> None: ...
+
+        from saga import Compensation, compensable
+
+        pipeline = pipeline.with_stage("deaf", compensable(fine, ignore) if backward else compensable(ignore, fine), dependencies=("a",))
+        pipeline = pipeline.with_stage("fail", compensable(scripted_failure, fine), dependencies=("deaf",))
+        ledger = SlowLedger(CompensationFailed if backward else StageFailed)
+        policy = FailFast(timeout=3, cancel_grace=1, compensation=Compensation(timeout=3, retry=Retry(attempts=1)))
+        if backward:
+            ledger = SlowLedger(CompensationFailed)
+
+        async def play(ledger: Ledger = ledger, pipeline: Any = pipeline, released: asyncio.Event = released) -> None:
+            with pytest.raises(LedgerError, match="disk full"):
+                await SagaCoordinator(policy, ledger=ledger).run(pipeline)
+            released.set()
+
+        run(play())
+
+
+async def scripted_failure(_: Any) -> None:
+    raise ValueError("no")
+
+
+def test_a_report_is_a_projection_of_the_events() -> None:
+    _, pipeline = scene(DIAMOND, {"d": Script("raise")})
+    coordinator = SagaCoordinator()
+    report = run(coordinator.run(pipeline, saga_id="s"))
+
+    events = [event_from_json(event_to_json(event)) for event in run(coordinator.ledger.read("s"))]
+
+    assert SagaReport.from_events(events) == report
+    assert all(event.at <= datetime.now(UTC) for event in events)

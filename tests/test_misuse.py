@@ -1,0 +1,333 @@
+"""What can't work is refused before anything runs, with an error that names the stage, what was expected and what it got."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from stageflow.api import Pipeline, PipelineContext, StageKind
+from stageflow.pipeline.guard_retry import GuardRetryStrategy
+from stageflow.pipeline.pipeline import UnifiedStageSpec
+
+from saga import (
+    CompensableStage,
+    Compensation,
+    CompensationContext,
+    ContinueWithFallback,
+    FailFast,
+    GraphChanged,
+    MisuseError,
+    PipelineInvalid,
+    PivotStage,
+    PolicyInvalid,
+    Retry,
+    SagaContext,
+    SagaCoordinator,
+    SagaExists,
+    SagaNotFound,
+    compensable,
+)
+from saga.policies import load_policy
+from tests.controlled import elapse, run
+from tests.world import SEQUENCE, CardDeclined, Script, scene
+
+
+class Good(CompensableStage):
+    async def execute(self, ctx: SagaContext) -> None:
+        raise AssertionError("nothing may run")
+
+    async def compensate(self, ctx: CompensationContext) -> None: ...
+
+
+async def good(_: Any) -> None:
+    raise AssertionError("nothing may run")
+
+
+class SyncExecute:
+    kind = StageKind.WORK
+
+    def execute(self, ctx: SagaContext) -> None: ...
+
+
+class SyncCompensate(Good):
+    def compensate(self, ctx: CompensationContext) -> None: ...  # type: ignore[override] # what the test is about
+
+
+class SyncProbe(Good):
+    def probe(self, ctx: CompensationContext) -> None: ...
+
+
+class NeedsConfig(Good):
+    def __init__(self, amount: int) -> None: ...
+
+
+class NegativeTimeout(Good):
+    timeout = -1.0
+
+
+class OddRetry(Good):
+    retry = 3  # type: ignore[assignment] # what the test is about
+
+
+class Abstract(CompensableStage):
+    async def execute(self, ctx: SagaContext) -> None: ...
+
+
+class UndoablePivot(PivotStage):
+    async def execute(self, ctx: SagaContext) -> None: ...
+
+    async def compensate(self, ctx: CompensationContext) -> None: ...
+
+
+def spec(name: str, runner: Any = good, dependencies: tuple[str, ...] = ()) -> UnifiedStageSpec:
+    return UnifiedStageSpec(name, runner, StageKind.WORK, dependencies)
+
+
+def pipeline(*specs: UnifiedStageSpec) -> Pipeline:
+    return Pipeline(name="bad", stages={one.name: one for one in specs})
+
+
+PIPELINES: dict[str, tuple[Pipeline, str]] = {
+    "empty": (Pipeline(), "expected a pipeline with at least one stage, got an empty one"),
+    "cycle": (
+        pipeline(spec("a", dependencies=("c",)), spec("b", dependencies=("a",)), spec("c", dependencies=("b",))),
+        "expected dependencies without a cycle, for stage 'a', got a -> c -> b -> a",
+    ),
+    "itself": (pipeline(spec("a", dependencies=("a",))), "expected dependencies without a cycle, for stage 'a', got a -> a"),
+    "unknown dependency": (
+        pipeline(spec("a"), spec("b", dependencies=("z",))),
+        "expected dependencies out of the pipeline's stages (a, b), for stage 'b', got 'z'",
+    ),
+    "empty name": (pipeline(spec("")), "expected a stage name with at least one visible character, for stage '', got ''"),
+    "blank name": (pipeline(spec(" ")), "expected a stage name with at least one visible character, for stage ' ', got ' '"),
+    "sync execute": (
+        pipeline(spec("pay", SyncExecute())),
+        "expected an async execute, for stage 'pay', got the plain def SyncExecute.execute",
+    ),
+    "sync execute of a class": (pipeline(spec("pay", SyncExecute)), "expected an async execute, for stage 'pay'"),
+    "sync callable": (pipeline(spec("pay", print)), "expected an async execute, for stage 'pay', got the plain def print"),
+    "sync compensate": (pipeline(spec("pay", SyncCompensate)), "expected an async compensate, for stage 'pay', got the plain def"),
+    "sync probe": (pipeline(spec("pay", SyncProbe)), "expected an async probe, for stage 'pay'"),
+    "no stage at all": (pipeline(spec("pay", 42)), "expected a stage with an async execute, for stage 'pay', got 42"),
+    "missing config": (pipeline(spec("pay", NeedsConfig)), "expected a stage that can be built, for stage 'pay', got TypeError"),
+    "negative timeout": (
+        pipeline(spec("pay", NegativeTimeout)),
+        "expected timeout to be None or more than 0 seconds, for stage 'pay', got -1.0",
+    ),
+    "odd retry": (pipeline(spec("pay", OddRetry)), "expected retry to be a Retry or None, for stage 'pay', got 3"),
+    "abstract": (pipeline(spec("pay", Abstract)), "expected Abstract to define compensate(), for stage 'pay', got a class without"),
+    "pivot with compensation": (pipeline(spec("pay", UndoablePivot)), "expected a pivot without compensate()"),
+}
+
+
+@pytest.mark.parametrize("case", PIPELINES)
+def test_a_pipeline_that_cannot_work_is_refused(case: str) -> None:
+    bad, message = PIPELINES[case]
+    coordinator = SagaCoordinator()
+
+    with pytest.raises(PipelineInvalid) as caught:
+        run(coordinator.run(bad))
+
+    assert str(caught.value).startswith(message)
+    assert run(coordinator.ledger.list()) == ()
+
+
+def test_what_is_no_pipeline_is_refused() -> None:
+    with pytest.raises(PipelineInvalid, match="expected a stageflow Pipeline, got 'pipeline'"):
+        run(SagaCoordinator().run("pipeline"))  # type: ignore[arg-type] # what the test is about
+
+
+def test_what_cannot_be_made_compensable_is_refused() -> None:
+    async def undo(_: CompensationContext) -> None: ...
+
+    with pytest.raises(PipelineInvalid, match="expected a stage class, a stage instance or an async callable, got 42"):
+        compensable(42, undo)
+
+
+POLICIES: dict[str, tuple[Callable[[], Any], str]] = {
+    "unknown key": (lambda: FailFast(retrys=1), "got 'retrys'. Did you mean 'retry'?"),  # type: ignore[call-arg] # what the test is about
+    "unknown key in a part": (lambda: Compensation(nothing_like_it=1), "in Compensation, got 'nothing_like_it'"),  # type: ignore[call-arg] # as above
+    "negative timeout": (lambda: FailFast(timeout=-1), "expected greater than 0 for FailFast.timeout, got -1"),
+    "infinite timeout": (lambda: FailFast(timeout=float("inf")), "expected a finite number for FailFast.timeout, got inf"),
+    "negative timeout of a compensation": (lambda: Compensation(timeout=-5), "expected greater than 0 for Compensation.timeout, got -5"),
+    "no attempt": (lambda: Retry(attempts=0), "expected greater than or equal to 1 for Retry.attempts, got 0"),
+    "odd retry_on": (lambda: Retry(retry_on=(3,)), "expected failure kinds, exception types or their qualified names for Retry.retry_on"),  # type: ignore[arg-type] # as above
+    "single odd retry_on": (lambda: Retry(retry_on=3), "expected failure kinds"),  # type: ignore[arg-type] # as above
+    "odd choice": (lambda: FailFast(on_failure="panic"), "expected 'compensate' or 'halt' for FailFast.on_failure, got 'panic'"),  # type: ignore[arg-type] # as above
+}
+
+
+@pytest.mark.parametrize("case", POLICIES)
+def test_a_policy_that_makes_no_sense_is_refused(case: str) -> None:
+    build, message = POLICIES[case]
+
+    with pytest.raises(PolicyInvalid) as caught:
+        build()
+
+    assert message in str(caught.value)
+    assert "expected" in str(caught.value)
+
+
+def test_a_policy_is_frozen() -> None:
+    with pytest.raises(Exception, match="frozen"):
+        FailFast().timeout = 3  # type: ignore[misc] # what the test is about
+
+
+def test_a_fallback_for_a_stage_that_does_not_exist_is_refused() -> None:
+    _, three = scene(SEQUENCE)
+
+    with pytest.raises(
+        PolicyInvalid, match=r"expected fallbacks for stages of pipeline 'scene' \(a, b, c\), for stage 'z', got a fallback"
+    ):
+        run(SagaCoordinator(ContinueWithFallback(fallbacks={"z": {}})).run(three))
+
+
+def test_what_is_no_policy_is_refused() -> None:
+    _, three = scene(SEQUENCE)
+
+    with pytest.raises(PolicyInvalid, match="expected a FailFast or a ContinueWithFallback policy, got 'fast'"):
+        run(SagaCoordinator("fast").run(three))  # type: ignore[arg-type] # what the test is about
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_a_policy_is_read_from_a_file(tmp_path: Any, suffix: str) -> None:
+    texts = {
+        "toml": 'policy = "continue_with_fallback"\ntimeout = 5\n[fallbacks.price]\namount = 1\n[compensation]\nmax_concurrency = 2\n',
+        "json": '{"policy": "continue_with_fallback", "timeout": 5, "fallbacks": {"price": {"amount": 1}}, "compensation": {"max_concurrency": 2}}',
+    }
+    file = tmp_path / f"policy.{suffix}"
+    file.write_text(texts[suffix])
+
+    policy = load_policy(file)
+
+    assert policy == ContinueWithFallback(timeout=5, fallbacks={"price": {"amount": 1}}, compensation=Compensation(max_concurrency=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.toml", "policy = ", "expected TOML in a.toml"),
+        ("b.toml", 'policy = "panic"', "expected policy = 'fail_fast' or 'continue_with_fallback'"),
+        ("c.json", "{", "expected policy"),
+        ("d.toml", 'policy = "fail_fast"\nretrys = 3', "got 'retrys'"),
+    ],
+)
+def test_a_file_that_holds_no_policy_is_refused(tmp_path: Any, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+
+    with pytest.raises(PolicyInvalid, match="expected") as caught:
+        load_policy(tmp_path / name)
+
+    assert message in str(caught.value)
+
+
+def test_a_saga_id_that_is_taken_is_refused_while_it_runs_and_afterwards() -> None:
+    world, three = scene(SEQUENCE, {"b": Script(before=5)})
+    coordinator = SagaCoordinator()
+
+    async def twice() -> None:
+        running = asyncio.create_task(coordinator.run(three, saga_id="s"))
+        await elapse(1)
+        for _ in range(2):
+            with pytest.raises(SagaExists, match="expected a saga id that is not in the ledger yet, got 's'"):
+                await coordinator.run(three, saga_id="s")
+            await running
+
+    run(twice())
+
+    assert world.log == ["+a", "+b", "+c"]
+
+
+@pytest.mark.parametrize("saga_id", ["", "  ", 5])
+def test_a_saga_id_that_is_none_is_refused(saga_id: Any) -> None:
+    with pytest.raises(MisuseError, match="expected a saga id with at least one visible character"):
+        run(SagaCoordinator().run(scene(SEQUENCE)[1], saga_id=saga_id))
+
+
+def test_a_guard_retry_strategy_is_refused_and_the_error_says_why() -> None:
+    with pytest.raises(MisuseError, match="effects would land twice and be undone once"):
+        run(SagaCoordinator().run(pipeline(spec("a")), guard_retry_strategy=GuardRetryStrategy()))
+
+
+def test_arguments_of_pipeline_run_that_do_not_belong_here_are_refused() -> None:
+    coordinator = SagaCoordinator()
+    one = pipeline(spec("a"))
+
+    with pytest.raises(MisuseError, match=r"expected interceptors at SagaCoordinator"):
+        run(coordinator.run(one, interceptors=[]))
+    with pytest.raises(MisuseError, match="expected fields of stageflow's PipelineContext, got .*'colour'"):
+        run(coordinator.run(one, colour="red"))
+    with pytest.raises(MisuseError, match="expected either a context or its fields, got both, the fields being input_text"):
+        run(coordinator.run(one, PipelineContext.create(), input_text="x"))
+    with pytest.raises(MisuseError, match="expected a PipelineContext, got 'text'"):
+        run(coordinator.run(one, "text"))  # type: ignore[arg-type] # what the test is about
+
+
+def test_recording_an_effect_that_nothing_would_undo_is_refused() -> None:
+    async def plain(ctx: Any) -> None:
+        await ctx.record("seat")
+
+    report = run(SagaCoordinator().run(pipeline(spec("plain", plain))))
+
+    assert report.cause is not None
+    assert report.cause.message == "expected ctx.record only in a stage with a compensation, for stage 'plain', got a stage without one"
+
+
+def test_what_is_not_there_cannot_be_reported_cancelled_or_undone() -> None:
+    coordinator = SagaCoordinator()
+
+    with pytest.raises(SagaNotFound, match="expected the id of a saga in the ledger, got 'x'"):
+        run(coordinator.report("x"))
+    with pytest.raises(SagaNotFound, match="expected a saga that is alive in this coordinator, got 'x'"):
+        run(coordinator.cancel("x"))
+    with pytest.raises(SagaNotFound, match="got 'x'"):
+        run(coordinator.compensate("x", pipeline(spec("a"))))
+
+
+def test_a_saga_that_is_alive_cannot_be_undone_on_demand() -> None:
+    _, three = scene(SEQUENCE, {"b": Script(before=5)})
+    coordinator = SagaCoordinator()
+
+    async def too_early() -> None:
+        running = asyncio.create_task(coordinator.run(three, saga_id="s"))
+        await elapse(1)
+        with pytest.raises(MisuseError, match="expected a saga that has come to rest, got saga s, which is running"):
+            await coordinator.compensate("s", three)
+        await running
+
+    run(too_early())
+
+
+def test_a_pipeline_that_is_not_the_sagas_cannot_undo_it() -> None:
+    _, three = scene(SEQUENCE)
+    _, other = scene({"a": (), "b": (), "d": ("b",)}, {}, {"a": "pivot"})
+    coordinator = SagaCoordinator()
+    run(coordinator.run(three, saga_id="s"))
+
+    with pytest.raises(GraphChanged) as caught:
+        run(coordinator.compensate("s", other))
+
+    assert caught.value.differences == (
+        "stage 'c' is gone",
+        "stage 'd' is new",
+        "stage 'a': role was 'compensable', is 'pivot'",
+        "stage 'b': dependencies was ['a'], is []",
+    )
+
+
+def test_a_pipeline_that_was_changed_after_its_first_run_is_read_again() -> None:
+    world, three = scene(SEQUENCE)
+    coordinator = SagaCoordinator()
+    run(coordinator.run(three))
+
+    async def decline(_: Any) -> None:
+        raise CardDeclined
+
+    three.stages["c"] = spec("c", decline, ("b",))
+    report = run(coordinator.run(three))
+
+    assert world.log[:3] == ["+a", "+b", "+c"]
+    assert report.cause is not None
+    assert report.cause.stage == "c"
