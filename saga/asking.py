@@ -42,8 +42,7 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
                 grace=saga.policy.cancel_grace,
                 stop=stop,
             )
-            if answer is not None and not (isinstance(answer, StageOutput) and answer.status is StageStatus.OK):
-                raise TypeError(f"expected None or a StageOutput with status OK from the probe, got {shown(answer)}")
+            _check(answer)
         except GeneratorExit:
             raise
         except BaseException as error:  # noqa: BLE001 - a probe's failure is data
@@ -59,3 +58,8 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
         if wait is None:
             return None
         await asyncio.sleep(wait)
+
+
+def _check(answer: object) -> None:
+    if answer is not None and not (isinstance(answer, StageOutput) and answer.status is StageStatus.OK):
+        raise TypeError(f"expected None or a StageOutput with status OK from the probe, got {shown(answer)}")

@@ -106,17 +106,18 @@ class Blueprint:
 
 
 def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
-    runner, config = spec.runner, spec.config
+    runner: Any = spec.runner
+    config = spec.config
     if not isinstance(name, str) or not name.strip():
         raise PipelineInvalid("a stage name with at least one visible character", got=repr(name), stage=name)
-    make: Callable[[], Any]
+    make: Callable[[], Runner]
     if isinstance(runner, type):
         make = (lambda: runner(**config)) if config else runner
         _refuse_abstract(name, runner)
     elif hasattr(runner, "execute"):
         make = lambda: runner  # noqa: E731 - a one-line sibling of the branch above
     else:
-        wrapped = _Callable(runner)
+        wrapped: Any = _Callable(runner)
         make = lambda: wrapped  # noqa: E731 - as above
     sample = _instance(name, make)
     for hook in _HOOKS:

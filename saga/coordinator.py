@@ -137,7 +137,7 @@ class SagaCoordinator:
         except BaseException:
             del self._alive[saga_id]
             raise
-        return await self._unbroken(saga, asyncio.create_task(self._closing(saga, work)))
+        return await self._unbroken(asyncio.create_task(self._closing(saga, work)))
 
     async def report(self, saga_id: str) -> SagaReport:
         """The report of a saga, alive or not.
@@ -247,9 +247,9 @@ class SagaCoordinator:
     async def _see_through(self, saga: LiveSaga) -> SagaReport:
         forward = self._alive[saga.id] = Forward(saga, self._interceptors)
         driver = asyncio.create_task(self._closing(saga, self._drive(saga, forward)), name=f"saga {saga.id}")
-        return await self._unbroken(saga, driver, forward)
+        return await self._unbroken(driver, forward)
 
-    async def _unbroken(self, saga: LiveSaga, driver: asyncio.Task[SagaReport], forward: Forward | None = None) -> SagaReport:
+    async def _unbroken(self, driver: asyncio.Task[SagaReport], forward: Forward | None = None) -> SagaReport:
         """Wait for the saga to come to rest, also when the caller is cancelled meanwhile."""
         try:
             await asyncio.wait({driver})

@@ -95,7 +95,7 @@ class SagaFailed(ExceptionGroup, SagaError):
 
     report: object
 
-    def derive(self, excs: Sequence[Exception], /) -> SagaFailed:
+    def derive(self, excs: Sequence[Exception], /) -> SagaFailed:  # type: ignore[override] # typeshed's overloads can't be met by a subclass
         """Keep the type when `except*` splits the group."""
         part = SagaFailed(self.message, excs)
         part.report = self.report

@@ -66,8 +66,8 @@ class Failure(BaseModel):
         kind: FailureKind,
         message: object,
         *,
-        type: str = "",
-        attempt: int = 0,  # noqa: A002 - the field's name
+        type: str = "",  # noqa: A002 - the field's name
+        attempt: int = 0,
     ) -> Self:
         """Note a failure that comes without an exception."""
         return cls(stage=stage, kind=kind, type=type, message=said(message), attempt=attempt, at=datetime.now(UTC))

@@ -115,7 +115,6 @@ class Forward:
         self._idle = asyncio.Event()
         self._broken: Exception | None = None
 
-    @property
     def is_stopping(self) -> bool:
         """Whether no further stage starts."""
         return self.cause is not None
@@ -148,7 +147,7 @@ class Forward:
             await self._refused(failed.stage, failed.original)
         except asyncio.CancelledError:
             self.stop(Failure.of(None, FailureKind.INTERRUPTED, "the task that drives the saga was cancelled"))
-        except Exception as error:  # a hook or an interceptor of the user's
+        except Exception as error:  # noqa: BLE001 - a hook's or an interceptor's of the user
             self.stop(Failure.raised(None, error, attempt=0))
         await self._drain()
         if timer is not None:
@@ -211,7 +210,7 @@ class Forward:
         async def wait_for_stage(ctx: StageContext) -> StageOutput:
             run = self._runs.get(name)
             if run is None:
-                if self.is_stopping:
+                if self.is_stopping():
                     return _STOPPING
                 run = self._runs[name] = _StageRun(name, self._saga.blueprint.stages[name], self._state.stages[name])
                 self._running.add(run)
@@ -265,7 +264,7 @@ class Forward:
         cancelled = self._saga.cancellation()
         if cancelled is not None:
             self.stop(Failure.of(None, FailureKind.CANCELLED, cancelled))
-        if self.is_stopping:
+        if self.is_stopping():
             return _STOPPING
         outcome = await self._attempts(run, ctx)
         if run.watch is not None and run.watch.given_up:
@@ -292,17 +291,17 @@ class Forward:
     async def _attempts(self, run: _StageRun, ctx: StageContext) -> _Outcome:
         """Attempt the stage as often as its retry allows; the outcome is in the ledger when this returns."""
         retry = run.plan.retry or self._policy.retry
-        timeout = run.plan.timeout or self._policy.timeout
+        seconds = run.plan.timeout or self._policy.timeout
         loop, node, name = asyncio.get_running_loop(), self._state.graph[run.name], run.name
         began, tries = loop.time(), 0
         while True:
             tries += 1
             await self._record(StageStarted(stage=name, attempt=run.record.attempts + 1))
-            if self.is_stopping:
+            if self.is_stopping():
                 failure = Failure.of(name, FailureKind.INTERRUPTED, "the saga stopped before it ran")
                 await self._record(StageFailed(stage=name, failure=failure))
                 return _Outcome(failure=failure)
-            outcome = await self._attempt(run, ctx, timeout)
+            outcome = await self._attempt(run, ctx, seconds)
             if run.watch is not None and run.watch.given_up:
                 return outcome
             if outcome.failure is None:
@@ -312,7 +311,7 @@ class Forward:
             # A plain stage has declared no effect, so there is nothing to be in doubt about.
             in_doubt = failure.kind in {FailureKind.TIMEOUT, FailureKind.INTERRUPTED} and node.role is not Role.PLAIN
             wait = retry.wait_before_next(failure, attempt=tries, elapsed=loop.time() - began, asked=outcome.asked_again)
-            if self.is_stopping:
+            if self.is_stopping():
                 wait = None
             output = None if outcome.output is None else copied_output(outcome.output)
             await self._record(StageFailed(stage=name, failure=failure, in_doubt=in_doubt, will_retry=wait is not None, output=output))
@@ -345,18 +344,18 @@ class Forward:
             return True
         return False
 
-    async def _attempt(self, run: _StageRun, ctx: StageContext, timeout: float | None) -> _Outcome:
+    async def _attempt(self, run: _StageRun, ctx: StageContext, seconds: float | None) -> _Outcome:
         attempt = run.record.attempts
         saga_ctx = self._context(run, ctx)
         grace = None if run.plan.patient else self._policy.cancel_grace
         watch = run.watch = Watch(run.task, grace, partial(self._gives_up, run, ctx))
-        watch.limit(timeout)
+        watch.limit(seconds)
         try:
             returned = await self._saga.actions.execute(saga_ctx)
         except GeneratorExit:
             raise
         except BaseException as error:  # noqa: BLE001 - a stage's failure is data, also when it calls sys.exit()
-            outcome = await self._raised(run, watch, error, timeout)
+            outcome = await self._raised(run, watch, error, seconds)
         else:
             if watch.reason is not None:
                 await watch.absorb()
@@ -382,11 +381,11 @@ class Forward:
             _host=saga,
         )
 
-    async def _raised(self, run: _StageRun, watch: Watch, error: BaseException, timeout: float | None) -> _Outcome:
+    async def _raised(self, run: _StageRun, watch: Watch, error: BaseException, seconds: float | None) -> _Outcome:
         name, attempt = run.name, run.record.attempts
         was_cancelled = await watch.absorb()
         if watch.reason is FailureKind.TIMEOUT:
-            return _Outcome(failure=Failure.of(name, FailureKind.TIMEOUT, f"no answer within {timeout:g} s", attempt=attempt))
+            return _Outcome(failure=Failure.of(name, FailureKind.TIMEOUT, f"no answer within {seconds:g} s", attempt=attempt))
         if watch.reason is FailureKind.INTERRUPTED or (was_cancelled and isinstance(error, asyncio.CancelledError)):
             why = "it was cancelled because the saga stopped" if self.cause is not None else "its task was cancelled from outside"
             return _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt))
@@ -399,7 +398,8 @@ class Forward:
 
     async def _given_up(self, run: _StageRun, ctx: StageContext) -> None:
         """Go on without a stage that ignored its cancel: it is in doubt, and may still be running."""
-        assert run.watch is not None and run.watch.reason is not None  # it was cancelled before
+        assert run.watch is not None
+        assert run.watch.reason is not None  # it was cancelled before it was given up
         message = f"it ignored its cancel for {self._policy.cancel_grace:g} s and was given up; it may still be running"
         failure = Failure.of(run.name, run.watch.reason, message, attempt=run.record.attempts)
         in_doubt = self._state.graph[run.name].role is not Role.PLAIN
@@ -475,11 +475,10 @@ def normalised(stage: str, attempt: int, returned: object) -> _Outcome:
             return _Outcome(output=StageOutput.ok())
         case dict():
             return _Outcome(output=StageOutput.ok(returned))
-        case StageOutput() if not isinstance(returned.data, dict):
-            got = f"StageOutput(data={shown(returned.data)})"
-            return _Outcome(failure=_broken_contract(stage, attempt, got, type(returned.data)))
-        case StageOutput() if isinstance(returned.status, StageStatus):
+        case StageOutput(data=dict(), status=StageStatus()):
             return _by_status(stage, attempt, returned)
+        case StageOutput(data=data, status=StageStatus()):
+            return _Outcome(failure=_broken_contract(stage, attempt, f"StageOutput(data={shown(data)})", type(data)))
         case _:
             return _Outcome(failure=_broken_contract(stage, attempt, shown(returned), type(returned)))
 

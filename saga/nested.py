@@ -90,5 +90,5 @@ def nested(
     policy: Policy | None = None,
     fields: Callable[[SagaContext], Mapping[str, Any]] | None = None,
 ) -> NestedSaga:
-    """Make a stage that runs a pipeline as a child saga: `.with_stage("book_hotel", nested(hotel))`."""
+    """Make a stage of a whole pipeline: it runs as a child saga, and is undone as one."""
     return NestedSaga(pipeline, policy, fields)

@@ -122,7 +122,7 @@ class Retry(_Frozen):
         names = {failure.kind.value, failure.type}
         if failure.exception is not None:
             names.update(qualified(base) for base in type(failure.exception).__mro__)
-        return not names.isdisjoint(self.retry_on)  # type: ignore[arg-type] # the validator left only names in it
+        return not names.isdisjoint(self.retry_on)
 
     def wait_before_next(self, failure: Failure, *, attempt: int, elapsed: float, asked: bool = False) -> float | None:
         """Seconds to wait after this failed attempt, or None when it was the last.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from stageflow.api import StageOutput
 
@@ -160,7 +160,7 @@ class SagaState:
             raise self._contradiction("a saga without that stage", event)
         if type(event) not in TRANSITIONS[record.state]:
             raise self._contradiction(f"stage {event.stage!r} in state {record.state.value}", event)
-        _FOLD[type(event)](self, record, event)
+        self._FOLD[type(event)](self, record, event)
 
     def _stage_started(self, record: StageRecord, event: StageStarted) -> None:
         if self.status is not SagaStatus.RUNNING:
@@ -245,26 +245,25 @@ class SagaState:
         if not event.will_retry:
             record.state, record.undo_ended_at = _S.STUCK, event.at
 
+    _FOLD: ClassVar[dict[type[StageEvent], Callable[[SagaState, StageRecord, Any], None]]] = {
+        StageStarted: _stage_started,
+        EffectRecorded: _effect_recorded,
+        StageCompleted: _stage_completed,
+        StageFailed: _stage_failed,
+        StageSkipped: _stage_skipped,
+        FallbackUsed: _fallback_used,
+        FallbackFailed: _fallback_failed,
+        StageProbed: _stage_probed,
+        CompensationStarted: _compensation_started,
+        CompensationCompleted: _compensation_completed,
+        CompensationFailed: _compensation_failed,
+    }
+
     def _contradiction(self, found: str, event: Event) -> LedgerCorrupt:
         return LedgerCorrupt(
             f"saga {self.started.saga_id}: {type(event).__name__} can't follow on {found}; the saga is left as it is. "
             "Compare its ledger with a backup before you go on."
         )
-
-
-_FOLD: Final[dict[type[StageEvent], Callable[[SagaState, StageRecord, Any], None]]] = {
-    StageStarted: SagaState._stage_started,
-    EffectRecorded: SagaState._effect_recorded,
-    StageCompleted: SagaState._stage_completed,
-    StageFailed: SagaState._stage_failed,
-    StageSkipped: SagaState._stage_skipped,
-    FallbackUsed: SagaState._fallback_used,
-    FallbackFailed: SagaState._fallback_failed,
-    StageProbed: SagaState._stage_probed,
-    CompensationStarted: SagaState._compensation_started,
-    CompensationCompleted: SagaState._compensation_completed,
-    CompensationFailed: SagaState._compensation_failed,
-}
 
 
 class Step(Enum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -59,11 +60,9 @@ class Watch:
         """Take back the cancels that the task got; whether there were any, from here or from outside."""
         if not self._task.cancelling():
             return False
-        try:
-            # A cancel that has not been delivered yet would otherwise strike at our own next await.
+        # A cancel that has not been delivered yet would otherwise strike at our own next await.
+        with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(0)
-        except asyncio.CancelledError:
-            pass
         while self._task.cancelling():
             self._task.uncancel()
         return True

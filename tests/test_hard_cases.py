@@ -368,9 +368,12 @@ async def by_wait_for(saga: Any) -> None:
 
 
 async def by_timeout(saga: Any) -> None:
-    with pytest.raises(TimeoutError):
+    async def limited() -> None:
         async with asyncio.timeout(5):
             await saga
+
+    with pytest.raises(TimeoutError):
+        await limited()
 
 
 async def by_task_group(saga: Any) -> None:
@@ -378,10 +381,13 @@ async def by_task_group(saga: Any) -> None:
         await elapse(5)
         raise CardDeclined
 
-    with pytest.raises(ExceptionGroup):
+    async def grouped() -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(saga)
             group.create_task(fail())
+
+    with pytest.raises(ExceptionGroup):
+        await grouped()
 
 
 async def by_anyio_scope(saga: Any) -> None:
@@ -670,7 +676,7 @@ def test_a_stage_gets_stageflows_context_and_what_a_saga_adds() -> None:
     seen: list[SagaContext] = []
 
     async def look(ctx: Any) -> StageOutput:
-        assert isinstance(ctx, StageContext)
+        assert isinstance(ctx, SagaContext)
         seen.append(ctx)
         return StageOutput.retry("again") if ctx.attempt == 1 else StageOutput.ok()
 
@@ -744,7 +750,7 @@ def test_a_class_with_config_an_instance_a_callable_and_a_pivot_run_in_one_pipel
             world.log.append("-configured")
 
     class Acts:
-        async def __call__(self, ctx: SagaContext) -> dict[str, int]:
+        async def __call__(self, ctx: StageContext) -> dict[str, int]:
             raise CardDeclined
 
     pipeline = pipeline.with_stage("configured", Configured, config={"amount": 5})

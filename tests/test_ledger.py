@@ -46,7 +46,7 @@ from saga.events import (
     event_to_json,
 )
 from saga.graph import Graph, Node, Role
-from saga.ledger import TRANSITIONS, Ledger
+from saga.ledger import TRANSITIONS
 from saga.recovery import SagaState
 from tests.controlled import elapse, run
 from tests.world import DIAMOND, SEQUENCE, Script, World, scene
@@ -336,14 +336,12 @@ def test_a_stage_that_is_given_up_when_the_ledger_breaks_ends_the_saga_all_the_s
 
         pipeline = pipeline.with_stage("deaf", compensable(fine, ignore) if backward else compensable(ignore, fine), dependencies=("a",))
         pipeline = pipeline.with_stage("fail", compensable(scripted_failure, fine), dependencies=("deaf",))
-        ledger = SlowLedger(CompensationFailed if backward else StageFailed)
         policy = FailFast(timeout=3, cancel_grace=1, compensation=Compensation(timeout=3, retry=Retry(attempts=1)))
-        if backward:
-            ledger = SlowLedger(CompensationFailed)
+        coordinator = SagaCoordinator(policy, ledger=SlowLedger(CompensationFailed if backward else StageFailed))
 
-        async def play(ledger: Ledger = ledger, pipeline: Any = pipeline, released: asyncio.Event = released) -> None:
+        async def play(coordinator: SagaCoordinator = coordinator, pipeline: Any = pipeline, released: asyncio.Event = released) -> None:
             with pytest.raises(LedgerError, match="disk full"):
-                await SagaCoordinator(policy, ledger=ledger).run(pipeline)
+                await coordinator.run(pipeline)
             released.set()
 
         run(play())

@@ -153,9 +153,9 @@ POLICIES: dict[str, tuple[Callable[[], Any], str]] = {
     "infinite timeout": (lambda: FailFast(timeout=float("inf")), "expected a finite number for FailFast.timeout, got inf"),
     "negative timeout of a compensation": (lambda: Compensation(timeout=-5), "expected greater than 0 for Compensation.timeout, got -5"),
     "no attempt": (lambda: Retry(attempts=0), "expected greater than or equal to 1 for Retry.attempts, got 0"),
-    "odd retry_on": (lambda: Retry(retry_on=(3,)), "expected failure kinds, exception types or their qualified names for Retry.retry_on"),  # type: ignore[arg-type] # as above
-    "single odd retry_on": (lambda: Retry(retry_on=3), "expected failure kinds"),  # type: ignore[arg-type] # as above
-    "odd choice": (lambda: FailFast(on_failure="panic"), "expected 'compensate' or 'halt' for FailFast.on_failure, got 'panic'"),  # type: ignore[arg-type] # as above
+    "odd retry_on": (lambda: Retry(retry_on=(3,)), "expected failure kinds, exception types or their qualified names for Retry.retry_on"),
+    "single odd retry_on": (lambda: Retry(retry_on=3), "expected failure kinds"),
+    "odd choice": (lambda: FailFast(on_failure="panic"), "expected 'compensate' or 'halt' for FailFast.on_failure, got 'panic'"),
 }
 
 
@@ -195,7 +195,10 @@ def test_what_is_no_policy_is_refused() -> None:
 def test_a_policy_is_read_from_a_file(tmp_path: Any, suffix: str) -> None:
     texts = {
         "toml": 'policy = "continue_with_fallback"\ntimeout = 5\n[fallbacks.price]\namount = 1\n[compensation]\nmax_concurrency = 2\n',
-        "json": '{"policy": "continue_with_fallback", "timeout": 5, "fallbacks": {"price": {"amount": 1}}, "compensation": {"max_concurrency": 2}}',
+        "json": (
+            '{"policy": "continue_with_fallback", "timeout": 5, "fallbacks": {"price": {"amount": 1}},'
+            ' "compensation": {"max_concurrency": 2}}'
+        ),
     }
     file = tmp_path / f"policy.{suffix}"
     file.write_text(texts[suffix])
@@ -257,7 +260,7 @@ def test_arguments_of_pipeline_run_that_do_not_belong_here_are_refused() -> None
 
     with pytest.raises(MisuseError, match=r"expected interceptors at SagaCoordinator"):
         run(coordinator.run(one, interceptors=[]))
-    with pytest.raises(MisuseError, match="expected fields of stageflow's PipelineContext, got .*'colour'"):
+    with pytest.raises(MisuseError, match=r"expected fields of stageflow's PipelineContext, got .*'colour'"):
         run(coordinator.run(one, colour="red"))
     with pytest.raises(MisuseError, match="expected either a context or its fields, got both, the fields being input_text"):
         run(coordinator.run(one, PipelineContext.create(), input_text="x"))

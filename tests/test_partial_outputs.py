@@ -1100,7 +1100,7 @@ def test_a_subpipelines_failure_is_a_success_of_its_parent_and_a_nested_sagas_is
 
     def nested_trip(world: World) -> Pipeline:
         pipeline = drawn(Step(world, "hold_seat"))
-        return pipeline.with_stage("book_hotel", nested(hotel(world)), dependencies=("hold_seat",))  # type: ignore[arg-type] # its context is a SagaContext
+        return pipeline.with_stage("book_hotel", nested(hotel(world)), dependencies=("hold_seat",))
 
     async def scenario() -> None:
         plain = await plainly(trip)

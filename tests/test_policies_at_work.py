@@ -193,7 +193,7 @@ def test_a_dependent_of_two_is_skipped_when_one_of_them_fell() -> None:
 
 def test_a_retry_mends_what_passes() -> None:
     script = Script("raise", then=("retry", "ok"))
-    world, pipeline = scene(SEQUENCE, {"b": script})
+    _, pipeline = scene(SEQUENCE, {"b": script})
 
     report = run(SagaCoordinator(FailFast(retry=THREE)).run(pipeline))
 
@@ -232,7 +232,7 @@ def test_retries_wait_as_long_as_they_say() -> None:
 
 def test_a_stage_that_waits_for_its_retry_does_not_try_again_once_the_saga_stops() -> None:
     b = Script("raise", then=("ok",))
-    world, pipeline = scene(BRANCHES, {"b": b, "c": Script("fail", before=5)})
+    _, pipeline = scene(BRANCHES, {"b": b, "c": Script("fail", before=5)})
     only_declined = Retry(attempts=2, wait=60, wait_max=60, jitter=False, retry_on=(CardDeclined,))
 
     report = run(SagaCoordinator(FailFast(retry=only_declined)).run(pipeline))

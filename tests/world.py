@@ -93,7 +93,8 @@ class Script:
     """What a stage does when it is its turn.
 
     Attributes:
-        outcome: `ok`, `raise`, `fail`, `cancel`, `retry`, `wrong`, `skip`, `hang` (until it is cancelled), or `die` (raises CancelledError).
+        outcome: `ok`, `raise`, `fail`, `cancel`, `retry`, `wrong`, `skip`, `hang` (until it is cancelled), or
+            `die` (it raises CancelledError).
         lands: Whether its effect lands although the outcome is no success.
         before: Seconds before the effect.
         after: Seconds after the effect.
