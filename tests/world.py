@@ -26,6 +26,7 @@ class World:
 
     def __init__(self, dependencies: Mapping[str, Iterable[str]]) -> None:
         self.dependencies = {name: tuple(names) for name, names in dependencies.items()}
+        self._closure: dict[str, set[str]] = {}
         self.standing: dict[str, int] = {}
         self.running: set[str] = set()
         self.undoing: set[str] = set()
@@ -36,14 +37,16 @@ class World:
 
     def dependents(self, name: str) -> set[str]:
         """Everything that depends on the stage, by brute force over the transitive closure."""
-        found: set[str] = set()
-        while True:
-            more = {
-                other for other, needs in self.dependencies.items() if other not in found and (name in needs or found.intersection(needs))
-            }
-            if not more:
-                return found
-            found |= more
+        if name not in self._closure:
+            found: set[str] = set()
+            pending = [name]
+            while pending:
+                below = pending.pop()
+                more = {other for other, needs in self.dependencies.items() if below in needs} - found
+                found |= more
+                pending += more
+            self._closure[name] = found
+        return self._closure[name]
 
     def _refuse(self, why: str) -> None:
         self.refusals.append(why)
