@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from saga.asking import ask
-from saga.events import CompensationCompleted, CompensationFailed, CompensationStarted
+from saga.events import CompensationCompleted, CompensationFailed, CompensationStarted, TurnReason
 from saga.failures import Failure, FailureKind
 from saga.ledger import StageState
 from saga.recovery import Rollback, Step, undo_step
@@ -31,12 +31,12 @@ class _Worker:
 class Backward:
     """Carries out the rollback of one saga that has turned back."""
 
-    def __init__(self, saga: LiveSaga) -> None:
+    def __init__(self, saga: LiveSaga, reason: TurnReason) -> None:
         self._saga = saga
         self._state = saga.journal.state
         self._record = saga.journal.record
         self._settings = saga.policy.compensation
-        self._rollback = Rollback(self._state, saga.policy)
+        self._rollback = Rollback(self._state, saga.policy, reason)
         self._workers: set[_Worker] = set()
         self._finished = asyncio.Event()
         self._expired = False
@@ -117,7 +117,7 @@ class Backward:
                     return
                 case Step.PROBE:
                     await ask(self._saga, stage)
-                case Step.COMPENSATE:
+                case _:
                     await self._compensate(worker, stage, settings)
                     if worker.watch is not None and worker.watch.given_up:
                         return

@@ -108,8 +108,6 @@ class Blueprint:
 def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
     runner: Any = spec.runner
     config = spec.config
-    if not isinstance(name, str) or not name.strip():
-        raise PipelineInvalid("a stage name with at least one visible character", got=repr(name), stage=name)
     make: Callable[[], Runner]
     if isinstance(runner, type):
         make = (lambda: runner(**config)) if config else runner

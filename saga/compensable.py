@@ -252,6 +252,11 @@ def compensable(
     return _Composed(execute, parts)
 
 
+def child_id(forward_key: str, attempt: int) -> str:
+    """The id of the saga that an attempt of a stage runs, from the idempotency key of the stage's execution."""
+    return forward_key if attempt == 1 else f"{forward_key}#{attempt}"
+
+
 def refuse_record(stage: str) -> MisuseError:
     """The error of a stage that records an effect that nothing would undo."""
     return MisuseError("ctx.record only in a stage with a compensation", got="a stage without one", stage=stage)

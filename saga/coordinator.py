@@ -16,6 +16,7 @@ from saga.alive import LiveSaga
 from saga.asking import ask
 from saga.backward import Backward
 from saga.blueprint import Blueprint
+from saga.compensable import child_id
 from saga.errors import GraphChanged, MisuseError, SagaExists, SagaNotFound
 from saga.events import SagaEnded, SagaStarted, SagaStatus, SagaTurnedBack, TurnReason
 from saga.failures import Failure, FailureKind
@@ -23,7 +24,7 @@ from saga.forward import Forward
 from saga.journal import Journal
 from saga.ledger import Ledger, MemoryLedger
 from saga.policies import ContinueWithFallback, FailFast, Policy
-from saga.recovery import Move, SagaState, Step, conclude, final_status, undo_scope, undo_step
+from saga.recovery import Move, Rollback, SagaState, Step, conclude, final_status, undo_step
 from saga.report import SagaReport
 
 if TYPE_CHECKING:
@@ -124,8 +125,7 @@ class SagaCoordinator:
             raise GraphChanged(saga_id, differences)
         if saga_id in self._alive or state.status in _ALIVE:
             raise MisuseError("a saga that has come to rest", got=f"saga {saga_id}, which is {state.status.value}")
-        scope = undo_scope(state, policy, TurnReason.REQUEST)
-        if not any(undo_step(state.graph[name], state.stages[name]) in {Step.PROBE, Step.COMPENSATE} for name in scope):
+        if not len(Rollback(state, policy, TurnReason.REQUEST)):
             return SagaReport.of(state, policy)
         self._alive[saga_id] = None
         try:
@@ -181,7 +181,7 @@ class SagaCoordinator:
             context = parent.child_context(stage, pipeline, fields)
         elif fields:
             raise _both_given(fields)
-        saga = await self._begin(blueprint, policy, context, child_id(parent.id, stage, attempt), parent=f"{parent.id}/{stage}")
+        saga = await self._begin(blueprint, policy, context, child_id(parent.forward_key(stage), attempt), parent=f"{parent.id}/{stage}")
         return await self._see_through(saga)
 
     async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
@@ -295,14 +295,9 @@ class SagaCoordinator:
     async def _undo(self, saga: LiveSaga, move: Move) -> None:
         assert move.turn is not None  # asked only to go backward
         await saga.journal.record(SagaTurnedBack(reason=move.turn, cause=move.cause))
-        await Backward(saga).run()
+        await Backward(saga, move.turn).run()
         await self._ask_the_rest(saga)
         await saga.journal.record(SagaEnded(status=final_status(saga.journal.state, saga.policy)))
-
-
-def child_id(parent: str, stage: str, attempt: int) -> str:
-    """The id of the saga that a stage's attempt runs."""
-    return f"{parent}/{stage}" if attempt == 1 else f"{parent}/{stage}#{attempt}"
 
 
 def _both_given(fields: dict[str, Any]) -> MisuseError:

@@ -81,7 +81,7 @@ class _Outcome:
 class _StageRun:
     """One stage on its way through the forward run."""
 
-    __slots__ = ("answer", "name", "plan", "record", "task", "waiter", "watch")
+    __slots__ = ("error", "name", "plan", "record", "task", "waiter", "watch")
 
     def __init__(self, name: str, plan: StagePlan, record: StageRecord) -> None:
         self.name = name
@@ -90,7 +90,7 @@ class _StageRun:
         self.task: asyncio.Task[None]
         self.waiter: asyncio.Future[StageOutput] | None = None
         self.watch: Watch | None = None
-        self.answer: StageOutput | Exception | None = None
+        self.error: Exception | None = None
 
 
 class Forward:
@@ -215,23 +215,23 @@ class Forward:
                 run = self._runs[name] = _StageRun(name, self._saga.blueprint.stages[name], self._state.stages[name])
                 self._running.add(run)
                 run.task = asyncio.create_task(self._own(run, ctx), name=f"saga {self._saga.id} {name}")
-            # An interceptor that asks for a retry gets here again: retries are the policy's, so the answer stays.
-            if run.answer is None:
-                run.waiter = asyncio.get_running_loop().create_future()
-                return await run.waiter
-            if isinstance(run.answer, Exception):
-                raise run.answer
-            return run.answer
+            # An interceptor that asks for a retry gets here again: retries are the policy's, so the error stays.
+            if run.error is not None:
+                raise run.error
+            run.waiter = asyncio.get_running_loop().create_future()
+            return await run.waiter
 
         return wait_for_stage
 
     def _answer(self, run: _StageRun, answer: StageOutput | Exception) -> None:
-        run.answer = answer
-        if run.waiter is not None and not run.waiter.done():
-            if isinstance(answer, Exception):
-                run.waiter.set_exception(answer)
-            else:
-                run.waiter.set_result(answer)
+        if isinstance(answer, Exception):
+            run.error = answer
+        if run.waiter is None or run.waiter.done():
+            return
+        if isinstance(answer, Exception):
+            run.waiter.set_exception(answer)
+        else:
+            run.waiter.set_result(answer)
 
     def _ends(self, run: _StageRun) -> None:
         self._running.discard(run)
@@ -324,6 +324,7 @@ class Forward:
                 if run.record.unanswered:
                     wait = None
             if wait is None or not await self._pause(wait):
+                # Called off: the failure that was to be mended stands.
                 await self._record(StageFailed(stage=name, failure=failure, in_doubt=in_doubt, output=output))
                 return outcome
 
@@ -499,7 +500,7 @@ def _by_status(stage: str, attempt: int, output: StageOutput) -> _Outcome:
         case StageStatus.FAIL:
             message = output.error or "no error given"
             return _Outcome(output, Failure.of(stage, FailureKind.REPORTED, message, type=status, attempt=attempt))
-        case StageStatus.RETRY:
+        case _:
             message = f"it asked for a retry and no attempt is left: {said(output.error)}"
             failure = Failure.of(stage, FailureKind.CONTRACT, message, type=status, attempt=attempt)
             return _Outcome(output, failure, asked_again=True)

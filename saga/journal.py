@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
 from saga.errors import LedgerError
@@ -36,11 +35,6 @@ class Journal:
         state = SagaState([started])
         await ledger.append(saga_id, (started,), expected_version=0, token=token)
         return cls(ledger, saga_id, state, version=1, token=token)
-
-    @classmethod
-    def reopen(cls, ledger: Ledger, saga_id: str, events: Sequence[AnyEvent], token: int) -> Journal:
-        """Go on with a saga that is there already."""
-        return cls(ledger, saga_id, SagaState(events), version=len(events), token=token)
 
     async def record(self, event: AnyEvent) -> None:
         """Fold the event and have it written.

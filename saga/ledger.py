@@ -62,7 +62,7 @@ TRANSITIONS: Final[Mapping[StageState, frozenset[type[Event]]]] = {
     _S.RUNNING: frozenset({StageStarted, EffectRecorded, StageCompleted, StageFailed, StageSkipped, StageProbed}),
     _S.KEPT: frozenset({CompensationStarted}),
     _S.FAILED: frozenset({FallbackUsed, FallbackFailed, StageProbed, CompensationStarted}),
-    _S.FALLBACK: frozenset({StageProbed, CompensationStarted}),
+    _S.FALLBACK: frozenset({CompensationStarted}),
     _S.CANCELLED: frozenset({CompensationStarted}),
     _S.SKIPPED: frozenset({CompensationStarted}),
     _S.IN_DOUBT: frozenset({FallbackUsed, FallbackFailed, StageProbed, CompensationStarted}),

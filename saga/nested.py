@@ -7,7 +7,7 @@ from typing import Any
 
 from stageflow.api import Pipeline, StageOutput
 
-from saga.compensable import CompensableStage, CompensationContext, SagaContext
+from saga.compensable import CompensableStage, CompensationContext, SagaContext, child_id
 from saga.errors import SagaError
 from saga.events import SagaStatus
 from saga.policies import Policy
@@ -56,29 +56,31 @@ class NestedSaga(CompensableStage):
         """Run the child."""
         fields = dict(self._fields(ctx)) if self._fields is not None else {}
         report = await ctx.run_saga(self._pipeline, policy=self._policy, **fields)
-        if report.ok:
-            return _output(report)
-        if report.status is not SagaStatus.COMPENSATED:
-            # Something of the child may stand, so there is something for our compensation to do.
-            await ctx.record({"saga_id": report.saga_id})
-        raise NestedSagaFailed(report)
+        if not report.ok:
+            raise NestedSagaFailed(report)
+        return _output(report)
 
     async def compensate(self, ctx: CompensationContext) -> None:
-        """Undo what is left of the child."""
-        ids = [effect["saga_id"] for effect in ctx.effects]
-        if ctx.output is not None:
-            ids.append(ctx.output.data["saga_id"])
-        for saga_id in ids:
-            report = await ctx.undo_saga(saga_id, self._pipeline)
+        """Undo what is left of the child, whichever attempt ran it."""
+        for standing in reversed(await _standing(ctx)):
+            report = await ctx.undo_saga(standing.saga_id, self._pipeline)
             if not report.clean:
                 raise NestedSagaFailed(report)
 
     async def probe(self, ctx: CompensationContext) -> StageOutput | None:
         """Ask the child's ledger what became of it."""
-        report = await ctx.saga_report(ctx.forward_key)
-        if report is None or report.status is SagaStatus.COMPENSATED:
-            return None
-        return _output(report)
+        standing = await _standing(ctx)
+        return _output(standing[-1]) if standing else None
+
+
+async def _standing(ctx: CompensationContext) -> list[SagaReport]:
+    """The children of which anything may stand, one for each attempt that left something."""
+    found, attempt = [], 1
+    while (report := await ctx.saga_report(child_id(ctx.forward_key, attempt))) is not None:
+        attempt += 1
+        if report.status is not SagaStatus.COMPENSATED:
+            found.append(report)
+    return found
 
 
 def _output(report: SagaReport) -> StageOutput:

@@ -220,9 +220,8 @@ class SagaState:
             return
         record.answer, record.doubt = event.landed, False
         if event.landed:
-            record.landed = True
-            if not record.fell_back:
-                record.state, record.output, record.ended_at = _S.KEPT, event.output, event.at
+            record.state, record.landed = _S.KEPT, True
+            record.output, record.ended_at = event.output, event.at
         elif record.state is _S.IN_DOUBT:
             record.state = _S.FAILED
 
@@ -338,11 +337,10 @@ class Rollback:
     Each stage and each dependency is looked at once, so the whole is linear in the size of the graph.
     """
 
-    def __init__(self, state: SagaState, policy: FailFast | ContinueWithFallback) -> None:
-        assert state.reason is not None  # only a saga that turned back has a rollback
+    def __init__(self, state: SagaState, policy: FailFast | ContinueWithFallback, reason: TurnReason) -> None:
         self._state = state
         self._on_failure = policy.compensation.on_failure
-        self._scope = undo_scope(state, policy, state.reason)
+        self._scope = undo_scope(state, policy, reason)
         self._waits = {name: sum(1 for dependent in state.graph.dependents[name] if dependent in self._scope) for name in self._scope}
         self._open: list[tuple[int, str]] = []
         self._stopped = False
@@ -353,13 +351,7 @@ class Rollback:
         return 0 if self._stopped else len(self._open)
 
     def take(self) -> str:
-        """Take the open stage that started last.
-
-        Raises:
-            IndexError: None is open.
-        """
-        if self._stopped:
-            raise IndexError("no stage is open")
+        """Take the open stage that started last; only while there is one."""
         return heapq.heappop(self._open)[1]
 
     def clear(self, name: str) -> None:
@@ -396,7 +388,7 @@ class Rollback:
                 case Step.HOLD:
                     if self._on_failure == "continue":
                         pending += self._release(name)
-                case Step.PROBE | Step.COMPENSATE:
+                case _:
                     heapq.heappush(self._open, (-record.order, name))
 
 
@@ -459,9 +451,7 @@ def conclude(state: SagaState, policy: FailFast | ContinueWithFallback, stop: Fa
         # A CANCEL asks to keep what was done; a stage that fails while the others drain outweighs it.
         stop = failed
     if stop is None:
-        scope = undo_scope(state, policy, TurnReason.ORPHANS)
-        undoable = any(undo_step(state.graph[name], state.stages[name]) in {Step.PROBE, Step.COMPENSATE} for name in scope)
-        return Move(turn=TurnReason.ORPHANS) if undoable else Move()
+        return Move(turn=TurnReason.ORPHANS) if len(Rollback(state, policy, TurnReason.ORPHANS)) else Move()
     if stop.kind is FailureKind.CANCELLED:
         if policy.on_cancel == "keep":
             return Move(cause=stop, status=SagaStatus.CANCELLED)

@@ -85,22 +85,27 @@ async def bounded(call: Awaitable[Any], *, seconds: float | None, grace: float, 
 
     task = asyncio.create_task(run())
     task.add_done_callback(_retrieved)
-    stopping = None if stop is None else asyncio.create_task(stop.wait())
+    waiting: set[asyncio.Task[Any]] = {task} if stop is None else {task, asyncio.create_task(stop.wait())}
     try:
-        await asyncio.wait({task} if stopping is None else {task, stopping}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        task.cancel()
-        await asyncio.wait({task}, timeout=grace)
-    finally:
-        task.cancel()
-        if stopping is not None:
-            stopping.cancel()
-    if task.done() and not task.cancelled() and task.exception() is None:
+        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        in_time = task.done()
+        if not in_time:
+            task.cancel()
+            await asyncio.wait({task}, timeout=grace)
+    except asyncio.CancelledError:
+        _cancel(waiting)
+        raise
+    _cancel(waiting)
+    if in_time or (task.done() and not task.cancelled() and task.exception() is None):
         return task.result()
     if stop is not None and stop.is_set():
         raise asyncio.CancelledError
     raise TimeoutError(f"no answer within {seconds:g} s")
+
+
+def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
 
 
 def _retrieved(task: asyncio.Task[Any]) -> None:

@@ -47,7 +47,7 @@ from saga.events import (
 )
 from saga.graph import Graph, Node, Role
 from saga.ledger import TRANSITIONS
-from saga.recovery import SagaState
+from saga.recovery import Rollback, SagaState
 from tests.controlled import elapse, run
 from tests.world import DIAMOND, SEQUENCE, Script, World, scene
 
@@ -360,3 +360,12 @@ def test_a_report_is_a_projection_of_the_events() -> None:
 
     assert SagaReport.from_events(events) == report
     assert all(event.at <= datetime.now(UTC) for event in events)
+
+
+def test_a_compensation_whose_process_died_is_open_again() -> None:
+    events = [STARTED, *PATHS[StageState.COMPENSATING]]
+
+    rollback = Rollback(SagaState(events), FailFast(), TurnReason.REQUEST)
+
+    assert len(rollback) == 1
+    assert rollback.take() == "a"

@@ -138,6 +138,18 @@ def test_a_child_is_tried_again_with_an_id_of_its_own() -> None:
     assert report.kept["child"].data["saga_id"] == "s/child#2"
 
 
+def test_every_attempts_child_is_undone() -> None:
+    # The first child halts with its effects standing, the second completes, and then the parent fails.
+    script = Script("raise", then=("ok",))
+    child_world, _, parent = family({"b": script}, {"after": Script("raise")}, FailFast(on_failure="halt"))
+
+    report = run(SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0))).run(parent, saga_id="s"))
+
+    assert script.attempts == ["raise", "ok"]
+    assert child_world.standing == {}
+    assert report.status is SagaStatus.COMPENSATED
+
+
 def test_a_child_inherits_the_parents_input_but_for_what_is_given() -> None:
     seen: list[tuple[Any, ...]] = []
 

@@ -71,7 +71,7 @@ def test_the_committed_orders_are_what_the_script_makes() -> None:
 def test_it_runs_as_a_program_and_says_nothing_but_what_it_is_asked_for(tmp_path: Path) -> None:
     program = [sys.executable, "-W", "error", "-m", "examples.order_fulfilment", "--first", "200", "--keep", str(tmp_path)]
 
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False)  # noqa: S603 - our own program
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False)
 
     assert (done.returncode, done.stderr) == (0, "")
     assert "200 of 200 orders" in done.stdout

@@ -262,7 +262,8 @@ class Oracle:
             if isinstance(entry, CompensationStarted) and entry.attempt == 1:
                 assert backward
                 state = SagaState(self.events[:place])
-                rollback = Rollback(state, self.policy)
+                assert state.reason is not None
+                rollback = Rollback(state, self.policy, state.reason)
                 open_now = {rollback.take() for _ in range(len(rollback))}
                 assert entry.stage in open_now
                 assert state.graph[entry.stage].role is Role.COMPENSABLE

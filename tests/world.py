@@ -28,6 +28,7 @@ class World:
         self.dependencies = {name: tuple(names) for name, names in dependencies.items()}
         self._closure: dict[str, set[str]] = {}
         self.standing: dict[str, int] = {}
+        self.keys: set[str] = set()
         self.running: set[str] = set()
         self.undoing: set[str] = set()
         self.log: list[str] = []
@@ -129,7 +130,7 @@ class CardDeclined(Exception):
     """What scripted stages raise."""
 
 
-async def perform(world: World, name: str, script: Script) -> Any:
+async def perform(world: World, name: str, script: Script, key: str) -> Any:
     """One attempt of a scripted stage."""
     outcome = script.next_outcome()
     script.attempts.append(outcome)
@@ -139,8 +140,9 @@ async def perform(world: World, name: str, script: Script) -> Any:
             await script.gate.wait()
         if script.before:
             await elapse(script.before)
-        if (outcome == "ok" or script.lands) and name not in world.standing:
-            # As with an idempotency key: a repeated attempt has the effect once.
+        if (outcome == "ok" or script.lands) and key not in world.keys:
+            # A repeated attempt has its effect once.
+            world.keys.add(key)
             world.land(name)
         if script.after:
             await elapse(script.after)
@@ -177,7 +179,7 @@ class Scripted(CompensableStage):
         self.world, self.name, self.script = world, name, script
 
     async def execute(self, ctx: SagaContext) -> Any:
-        return await perform(self.world, self.name, self.script)
+        return await perform(self.world, self.name, self.script, ctx.idempotency_key)
 
     async def compensate(self, ctx: CompensationContext) -> None:
         self.script.undo_attempts += 1
@@ -205,7 +207,7 @@ class Pivot(PivotStage):
         self.world, self.name, self.script = world, name, script
 
     async def execute(self, ctx: SagaContext) -> Any:
-        return await perform(self.world, self.name, self.script)
+        return await perform(self.world, self.name, self.script, ctx.idempotency_key)
 
 
 class Plain:

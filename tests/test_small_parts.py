@@ -1,0 +1,565 @@
+"""What the larger tests pass by."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from stageflow.api import Pipeline, StageKind, StageOutput
+
+from saga import (
+    CompensableStage,
+    Compensation,
+    CompensationContext,
+    ContinueWithFallback,
+    FailFast,
+    Failure,
+    FailureKind,
+    PipelineInvalid,
+    Retry,
+    SagaContext,
+    SagaCoordinator,
+    SagaError,
+    SagaFailed,
+    SagaReport,
+    SagaStatus,
+    StageState,
+    compensable,
+)
+from saga.graph import Graph, Node
+from saga.policies import Policy
+from saga.watch import bounded
+from tests.controlled import elapse, run
+from tests.test_hard_cases import deaf
+from tests.world import SEQUENCE, CardDeclined, Script, scene
+
+# -- compensable() -----------------------------------------------------------------------------------------------
+
+
+class Plain:
+    kind = StageKind.ENRICH
+    timeout = 5.0
+
+    def __init__(self, amount: int = 0) -> None:
+        self.amount = amount
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        return StageOutput.ok(amount=self.amount)
+
+    async def fallback(self, ctx: SagaContext, failure: Failure) -> dict[str, int]:
+        return {"amount": -self.amount}
+
+
+def test_a_stage_class_that_cannot_be_edited_gets_a_compensation_and_keeps_the_rest() -> None:
+    undone: list[Any] = []
+
+    async def undo(ctx: CompensationContext) -> None:
+        assert ctx.output is not None
+        undone.append(ctx.output.data)
+
+    async def fail(_: Any) -> None:
+        raise CardDeclined
+
+    stage = compensable(Plain, undo)
+    pipeline = Pipeline().with_stage("plain", stage, config={"amount": 3}).with_stage("fail", fail, "work", dependencies=("plain",))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert undone == [{"amount": 3}]
+    assert report.status is SagaStatus.COMPENSATED
+    assert pipeline.stages["plain"].kind is StageKind.ENRICH
+    assert stage.__name__ == "compensable(Plain)"
+    assert stage(amount=1).timeout == 5.0
+    assert stage(amount=1).fallback.__self__.amount == 1
+
+
+def test_an_instance_that_gets_a_compensation_keeps_what_it_declared_unless_told_otherwise() -> None:
+    async def undo(_: CompensationContext) -> None: ...
+
+    declared, told = compensable(Plain(2), undo), compensable(Plain(2), undo, timeout=1.0, kind="agent", retry=Retry(attempts=2))
+
+    assert (declared.timeout, declared.kind, declared.fallback.__self__.amount) == (5.0, StageKind.ENRICH, 2)
+    assert (told.timeout, told.kind, told.retry) == (1.0, "agent", Retry(attempts=2))
+    assert not getattr(declared, "probe", None)
+
+
+# -- failures and reports ----------------------------------------------------------------------------------------
+
+
+def test_a_failure_says_who_in_what_way_and_with_which_words() -> None:
+    try:
+        raise CardDeclined("limit")
+    except CardDeclined as error:
+        raised = Failure.raised("pay", error, attempt=2)
+    reported = Failure.of("pay", FailureKind.REPORTED, "no")
+    saga = Failure.of(None, FailureKind.TIMEOUT, "too late")
+
+    assert str(raised) == "stage 'pay' raised at attempt 2: CardDeclined: limit"
+    assert str(reported) == "stage 'pay' reported a failure: no"
+    assert str(saga) == "the saga ran out of time: too late"
+    assert raised.traceback is not None
+    assert "CardDeclined: limit" in raised.traceback
+    assert len({raised, Failure.model_validate_json(raised.model_dump_json())}) == 1
+    assert raised != "raised"
+
+
+def test_raise_for_status_raises_the_stages_own_exceptions_the_cause_first() -> None:
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise"), "b": Script(undo_fails=9)})
+    report = run(SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1)))).run(pipeline))
+
+    with pytest.raises(SagaFailed) as caught:
+        report.raise_for_status()
+
+    assert [str(error) for error in caught.value.exceptions] == ["c was declined", "undoing b was declined"]
+    assert caught.value.report is report
+    assert caught.value.message.endswith("(scene) is stuck")
+    declined, rest = caught.value.split(lambda error: str(error) == "c was declined")
+    assert isinstance(declined, SagaFailed)
+    assert isinstance(rest, SagaFailed)
+    assert declined.report is report
+    assert world.standing.keys() == {"a", "b"}
+
+
+def test_raise_for_status_of_a_report_from_json_still_tells_every_failure() -> None:
+    _, pipeline = scene(SEQUENCE, {"b": Script("raise")})
+    report = SagaReport.model_validate_json(run(SagaCoordinator().run(pipeline)).model_dump_json())
+
+    with pytest.raises(SagaFailed) as caught:
+        report.raise_for_status()
+
+    (error,) = caught.value.exceptions
+    assert isinstance(error, SagaError)
+    assert str(error) == "stage 'b' raised: CardDeclined: b was declined"
+
+
+def test_raise_for_status_lets_a_good_report_pass() -> None:
+    _, pipeline = scene(SEQUENCE)
+
+    run(SagaCoordinator().run(pipeline)).raise_for_status()
+
+
+def told(policy: Policy, kinds: dict[str, str] | None = None, **scripts: Script) -> list[str]:
+    _, pipeline = scene(SEQUENCE, scripts, kinds)
+    text = str(run(SagaCoordinator(policy).run(pipeline, saga_id="s")))
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_the_summary_puts_the_cause_first_then_every_stage_then_what_to_do() -> None:
+    lines = told(FailFast(), b=Script("raise"))
+
+    assert lines[0].startswith("Saga s (scene): COMPENSATED after ")
+    assert lines[1] == "Cause: stage 'b' raised: CardDeclined: b was declined"
+    assert lines[3].startswith("a < undone 1 attempt")
+    assert "undone 1st in" in lines[3]
+    assert lines[4].startswith("b x failed 1 attempt")
+    assert lines[4].endswith("raised: CardDeclined: b was declined")
+    assert lines[5] == "c · not run"
+    assert lines[7] == "Nothing is left to do."
+
+
+def test_the_summary_tells_what_a_retry_mended_and_what_a_probe_found() -> None:
+    one_retry = FailFast(timeout=1, retry=Retry(attempts=2, wait=0))
+    mended = told(one_retry, b=Script("raise", then=("ok",)))
+    landed = told(one_retry, {"b": "probed"}, b=Script("hang", lands=True))
+    not_landed = told(FailFast(timeout=1), {"b": "probed"}, b=Script("hang"))
+
+    assert mended[3].startswith("b + kept 2 attempts")
+    assert mended[3].endswith("at first it raised: CardDeclined: b was declined")
+    assert landed[3].endswith("at first it ran out of time: no answer within 1 s; asked, it had landed")
+    assert not_landed[4].endswith("ran out of time: no answer within 1 s; asked, it had not landed")
+
+
+def test_the_summary_tells_why_a_compensation_had_to_be_repeated() -> None:
+    lines = told(FailFast(compensation=Compensation(retry=Retry(attempts=2, wait=0))), a=Script(undo_fails=1), b=Script("raise"))
+
+    assert lines[3].endswith("at attempt 2, after CardDeclined: undoing a was declined")
+
+
+def test_the_summary_of_a_halted_and_of_a_living_saga_say_what_to_do() -> None:
+    assert told(FailFast(on_failure="halt"), b=Script("raise"))[-1].startswith("To do: what was done is kept.")
+    _, pipeline = scene(SEQUENCE, {"b": Script(before=5)})
+    coordinator = SagaCoordinator()
+
+    async def peek() -> SagaReport:
+        running = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        await elapse(1)
+        report = await coordinator.report("s")
+        await running
+        return report
+
+    report = run(peek())
+
+    assert report.status is SagaStatus.RUNNING
+    assert report.stages["b"].state is StageState.RUNNING
+    assert str(report).endswith("it is running, or its process is gone.")
+
+
+@pytest.mark.parametrize(("place", "said"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"), (21, "21st")])
+def test_ordinals_read_as_people_say_them(place: int, said: str) -> None:
+    shape = {f"s{number:02}": () for number in range(25)} | {"z": tuple(f"s{number:02}" for number in range(25))}
+    _, pipeline = scene(shape, {"z": Script("raise")})
+    report = run(SagaCoordinator(FailFast(compensation=Compensation(max_concurrency=1))).run(pipeline))
+
+    (line,) = (line for line in str(report).splitlines() if line.split()[:1] == [report.compensation_order[place - 1]])
+
+    assert f"undone {said} in" in line
+
+
+# -- policies ----------------------------------------------------------------------------------------------------
+
+
+def test_waits_grow_by_the_multiplier_up_to_the_maximum() -> None:
+    retry = Retry(attempts=6, wait=1, multiplier=3, wait_max=20, jitter=False)
+    failure = Failure.of("a", FailureKind.REPORTED, "no")
+
+    assert [retry.wait_before_next(failure, attempt=n, elapsed=0) for n in range(1, 7)] == [1, 3, 9, 20, 20, None]
+
+
+def test_jitter_stays_between_nothing_and_the_full_wait() -> None:
+    retry = Retry(attempts=9, wait=4, multiplier=2, wait_max=30)
+    failure = Failure.of("a", FailureKind.REPORTED, "no")
+
+    for attempt, most in ((1, 4), (2, 8), (3, 16), (4, 30)):
+        waits = [retry.wait_before_next(failure, attempt=attempt, elapsed=0) for _ in range(200)]
+        numbers = [wait for wait in waits if wait is not None]
+        assert len(numbers) == 200
+        assert 0 <= min(numbers) < most / 4
+        assert most * 3 / 4 < max(numbers) <= most
+
+
+def test_no_attempt_starts_after_the_longest_time() -> None:
+    retry = Retry(attempts=9, wait=2, jitter=False, max_elapsed=10)
+    failure = Failure.of("a", FailureKind.REPORTED, "no")
+
+    assert retry.wait_before_next(failure, attempt=1, elapsed=8) == 2
+    assert retry.wait_before_next(failure, attempt=1, elapsed=8.5) is None
+
+
+@pytest.mark.parametrize("kind", [FailureKind.CANCELLED, FailureKind.INTERRUPTED, FailureKind.CONTRACT])
+def test_what_another_attempt_cannot_mend_is_not_retried(kind: FailureKind) -> None:
+    failure = Failure.of("a", kind, "no")
+
+    assert Retry(attempts=2).wait_before_next(failure, attempt=1, elapsed=0) is None
+    assert Retry(attempts=2, retry_on=kind).wait_before_next(failure, attempt=1, elapsed=0) is None
+
+
+# -- time limits -------------------------------------------------------------------------------------------------
+
+
+def test_a_bounded_call_ends_in_time_whatever_it_does() -> None:
+    async def play() -> None:
+        loop, released, stop = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+
+        async def answer() -> int:
+            return 42
+
+        async def fail() -> None:
+            raise CardDeclined
+
+        async def late() -> str:
+            try:
+                await released.wait()
+            except asyncio.CancelledError:
+                await elapse(1)
+            return "late, but in time for the grace"
+
+        async def late_error() -> None:
+            try:
+                await released.wait()
+            except asyncio.CancelledError:
+                raise CardDeclined from None
+
+        assert await bounded(answer(), seconds=None, grace=1) == 42
+        with pytest.raises(CardDeclined):
+            await bounded(fail(), seconds=5, grace=1)
+        assert await bounded(late(), seconds=5, grace=2) == "late, but in time for the grace"
+        with pytest.raises(TimeoutError, match="no answer within 5 s"):
+            await bounded(late_error(), seconds=5, grace=2)
+        began = loop.time()
+        with pytest.raises(TimeoutError):
+            await bounded(deaf(released), seconds=5, grace=2)
+        assert loop.time() - began == 7
+        loop.call_later(3, stop.set)
+        with pytest.raises(asyncio.CancelledError):
+            await bounded(deaf(released), seconds=None, grace=2, stop=stop)
+        assert loop.time() - began == 12
+        released.set()
+
+    run(play())
+
+
+def test_a_probe_is_asked_again_when_it_fails() -> None:
+    class Shy(CompensableStage):
+        timeout = 1.0
+        asked = 0
+
+        async def execute(self, ctx: SagaContext) -> None:
+            await asyncio.Event().wait()
+
+        async def probe(self, ctx: CompensationContext) -> None:
+            Shy.asked += 1
+            if Shy.asked < 3:
+                raise CardDeclined("not now")
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    report = run(SagaCoordinator().run(Pipeline().with_stage("shy", Shy)))
+
+    assert Shy.asked == 3
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.stages["shy"].probed is False
+    assert [failure.message for failure in report.failures] == ["no answer within 1 s", "not now", "not now"]
+
+
+def test_a_probe_before_a_retry_gives_way_when_the_saga_is_interrupted() -> None:
+    class Slow(CompensableStage):
+        timeout = 1.0
+
+        async def execute(self, ctx: SagaContext) -> None:
+            await asyncio.Event().wait()
+
+        async def probe(self, ctx: CompensationContext) -> None:
+            if ctx.cause is None:
+                await asyncio.Event().wait()
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    policy = FailFast(retry=Retry(attempts=2, wait=0), deadline=10)
+
+    async def timed() -> tuple[SagaReport, float]:
+        report = await SagaCoordinator(policy).run(Pipeline().with_stage("slow", Slow))
+        return report, asyncio.get_running_loop().time()
+
+    report, took = run(timed())
+
+    assert took == 10
+    assert report.stages["slow"].state is StageState.IN_DOUBT
+
+
+def test_a_cancel_by_id_does_not_reach_a_saga_that_is_being_undone() -> None:
+    world, pipeline = scene(SEQUENCE, {"c": Script(undo_takes=5)})
+    coordinator = SagaCoordinator()
+
+    async def play() -> SagaReport:
+        await coordinator.run(pipeline, saga_id="s")
+        undoing = asyncio.create_task(coordinator.compensate("s", pipeline))
+        await elapse(1)
+        await coordinator.cancel("s")
+        undoing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await undoing
+        return await coordinator.report("s")
+
+    assert run(play()).status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+def test_a_compensation_that_succeeds_in_spite_of_its_timeout_has_succeeded() -> None:
+    async def fine(_: Any) -> None: ...
+
+    async def stubborn(_: CompensationContext) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await elapse(1)
+
+    async def fail(_: Any) -> None:
+        raise CardDeclined
+
+    pipeline = Pipeline().with_stage("a", compensable(fine, stubborn)).with_stage("b", fail, "work", dependencies=("a",))
+
+    report = run(SagaCoordinator(FailFast(compensation=Compensation(timeout=3))).run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.stages["a"].compensation is not None
+    assert report.stages["a"].compensation.attempts == 1
+
+
+@pytest.mark.parametrize("moment", [2.0, 3.0])
+def test_cancelling_every_task_again_and_again_still_ends_with_everything_undone(moment: float) -> None:
+    # During the drain and during the wait between two attempts of a compensation.
+    scripts = {"b": Script("raise", before=1), "c": Script(before=2), "a": Script(undo_fails=1)}
+    world, pipeline = scene({"a": (), "b": ("a",), "c": ("a",)}, scripts, {"c": "probed"})
+    coordinator = SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=3, wait=4, jitter=False))))
+
+    async def play() -> SagaReport:
+        asyncio.create_task(coordinator.run(pipeline, saga_id="s"))  # noqa: RUF006 - found again among all tasks
+        await elapse(moment - 0.5)
+        mine = [task for task in asyncio.all_tasks() - {asyncio.current_task()} if "watched" not in repr(task)]
+        for task in mine:
+            task.cancel()
+        await asyncio.gather(*mine, return_exceptions=True)
+        return await coordinator.report("s")
+
+    assert run(play()).status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+def test_a_compensation_that_fails_after_the_backward_deadline_is_not_repeated() -> None:
+    script = Script(undo_takes=20, undo_fails=9)
+    _, pipeline = scene(SEQUENCE, {"b": script, "c": Script("raise")})
+
+    report = run(SagaCoordinator(FailFast(compensation=Compensation(deadline=10))).run(pipeline))
+
+    assert script.undo_attempts == 1
+    assert report.stages["b"].state is StageState.STUCK
+
+
+def test_a_stuck_saga_is_not_undone_over_again() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script(undo_fails=9), "c": Script("raise")})
+    coordinator = SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1))))
+    stuck = run(coordinator.run(pipeline, saga_id="s"))
+
+    again = run(coordinator.compensate("s", pipeline))
+
+    assert again == stuck
+    assert set(world.standing) == {"a", "b"}
+
+
+def test_what_is_in_doubt_holds_nothing_back_when_the_policy_continues() -> None:
+    shape = {"a": (), "b": ("a",)}
+    world, pipeline = scene(shape, {"b": Script("hang"), "a": Script(order_matters=False)})
+    policy = FailFast(timeout=1, compensation=Compensation(on_failure="continue"))
+
+    report = run(SagaCoordinator(policy).run(pipeline))
+
+    assert report.status is SagaStatus.STUCK
+    assert (report.stages["b"].state, report.stages["a"].state) == (StageState.IN_DOUBT, StageState.UNDONE)
+    assert world.standing == {}
+
+
+def test_a_stage_that_ignores_its_timeout_is_not_cancelled_twice() -> None:
+    released = asyncio.Event()
+
+    async def slow(_: Any) -> None:
+        await deaf(released)
+
+    async def timed() -> tuple[SagaReport, float]:
+        report = await SagaCoordinator(FailFast(timeout=10, cancel_grace=5, deadline=12)).run(Pipeline().with_stage("slow", slow, "work"))
+        took = asyncio.get_running_loop().time()
+        released.set()
+        return report, took
+
+    report, took = run(timed())
+
+    assert took == 15
+    assert report.stages["slow"].failure is not None
+    assert report.stages["slow"].failure.kind is FailureKind.TIMEOUT
+
+
+def test_a_probe_whose_task_is_cancelled_from_outside_is_asked_again() -> None:
+    class Slow(CompensableStage):
+        timeout = 1.0
+        asked = 0
+
+        async def execute(self, ctx: SagaContext) -> None:
+            await asyncio.Event().wait()
+
+        async def probe(self, ctx: CompensationContext) -> None:
+            Slow.asked += 1
+            await elapse(10)
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    coordinator = SagaCoordinator()
+
+    async def play() -> SagaReport:
+        asyncio.create_task(coordinator.run(Pipeline().with_stage("slow", Slow), saga_id="s"))  # noqa: RUF006 - found again among all tasks
+        await elapse(5)
+        mine = [task for task in asyncio.all_tasks() - {asyncio.current_task()} if "watched" not in repr(task)]
+        for task in mine:
+            task.cancel()
+        await asyncio.gather(*mine, return_exceptions=True)
+        return await coordinator.report("s")
+
+    assert run(play()).status is SagaStatus.COMPENSATED
+    assert Slow.asked == 2
+
+
+# -- a loop that goes away ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unraisable() -> Iterator[list[Any]]:
+    """What Python could not raise, because it happened while something was being thrown away."""
+    seen: list[Any] = []
+    before, sys.unraisablehook = sys.unraisablehook, seen.append
+    yield seen
+    sys.unraisablehook = before
+
+
+class Waits(CompensableStage):
+    """Waits for ever in the method that it is told."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.reached = False
+
+    async def _wait(self, where: str) -> None:
+        if where == self.where:
+            self.reached = True
+            await asyncio.Event().wait()
+
+    async def execute(self, ctx: SagaContext) -> None:
+        await self._wait("execute")
+        if self.where != "compensate":
+            raise CardDeclined
+
+    async def fallback(self, ctx: SagaContext, failure: Failure) -> None:
+        await self._wait("fallback")
+        raise CardDeclined
+
+    async def probe(self, ctx: CompensationContext) -> None:
+        await self._wait("probe")
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        await self._wait("compensate")
+
+
+@pytest.mark.parametrize("where", ["execute", "fallback", "probe", "compensate"])
+def test_a_saga_whose_loop_is_thrown_away_makes_no_noise(where: str, unraisable: list[Any]) -> None:
+    async def fail(_: Any) -> None:
+        raise CardDeclined
+
+    stage = Waits(where)
+    pipeline = Pipeline().with_stage("waits", stage).with_stage("fail", fail, "work", dependencies=("waits",))
+    loop = asyncio.new_event_loop()
+    complaints: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+    task = loop.create_task(SagaCoordinator(ContinueWithFallback()).run(pipeline))
+
+    async def until_reached() -> None:
+        while not stage.reached:
+            await asyncio.sleep(0)
+
+    loop.run_until_complete(until_reached())
+    loop.close()
+    del task
+    gc.collect()
+
+    assert unraisable == []
+    assert all("was destroyed but it is pending" in complaint["message"] for complaint in complaints)
+
+
+# -- the graph ---------------------------------------------------------------------------------------------------
+
+
+def test_the_graph_names_what_it_refuses() -> None:
+    with pytest.raises(PipelineInvalid, match="at least one visible character, for stage ' ', got ' '"):
+        Graph.of([Node(name=" ")])
+
+
+def test_the_graph_reaches_ancestors_once_however_many_ways_lead_there() -> None:
+    graph = Graph.of(
+        [Node(name="d", dependencies=("b", "c")), Node(name="b", dependencies=("a",)), Node(name="c", dependencies=("a",)), Node(name="a")]
+    )
+
+    assert graph.with_ancestors(["d", "b"]) == {"a", "b", "c", "d"}
+    assert graph.with_ancestors(["b"]) == {"a", "b"}
+    assert graph.names[0] == "a"
+    assert graph["d"].dependencies == ("b", "c")
+    assert graph.differences(graph) == []
