@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test campaign lint types layers bench clean
+.PHONY: demo test campaign mutants lint types layers bench clean
 
 demo: $(VENV)/.core  ## run the main job: 1,000 orders against three databases
 	$(BIN)/python -m examples.order_fulfilment
@@ -30,6 +30,13 @@ layers: $(VENV)/.dev
 bench: $(VENV)/.bench  ## against plain stageflow and sagaz, in one run
 	$(BIN)/python -m bench
 
+# mutmut trusts modification times, so it starts from nothing.
+mutants: $(VENV)/.mutants  ## change the core at random: nine of ten changes have to be noticed
+	rm -rf mutants
+	SAGA_CASES=150 $(BIN)/mutmut run --max-children $(or $(JOBS),1)
+	@$(BIN)/mutmut results --all true | awk -F'[. :]+' '{ all[$$3]++; if ($$NF == "killed" || $$NF == "timeout") dead[$$3]++ } \
+		END { for (m in all) { s = 100 * dead[m] / all[m]; printf "%-10s %d of %d: %.1f %%\n", m, dead[m], all[m], s; if (s < 90) low = 1 }; exit low }'
+
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
@@ -45,5 +52,10 @@ $(VENV)/.bench: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	touch $(VENV)/.core $@
 
+$(VENV)/.mutants: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,mutants]'
+	touch $(VENV)/.core $@
+
 clean:
-	rm -rf $(VENV) .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) mutants .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

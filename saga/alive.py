@@ -80,10 +80,7 @@ class LiveSaga(Host):
 
     def private_context(self) -> PipelineContext:
         """Stageflow's context for this run alone, with stageflow's own timeouts off."""
-        data = {**self._context.data, "_timeout_ms": 0}
-        for name in self.blueprint.stages:
-            data[f"_timeout.{name}"] = 0
-        return dataclasses.replace(self._context, data=data)
+        return dataclasses.replace(self._context, data=self._context.data | self.blueprint.without_timeouts)
 
     def cancellation(self) -> str | None:
         """Why the caller's context was cancelled, or None if it was not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 from stageflow.api import StageOutput, StageStatus
@@ -57,7 +58,14 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
         await saga.journal.record(StageProbed(stage=stage, landed=None, failure=failure, will_retry=wait is not None))
         if wait is None:
             return None
-        await asyncio.sleep(wait)
+        await _pause(wait, stop if stop is not None else asyncio.Event())
+
+
+async def _pause(seconds: float, stop: asyncio.Event) -> None:
+    # Somebody may cancel every task of the process: then the probe is asked sooner, and the saga still ends.
+    with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+        async with asyncio.timeout(seconds):
+            await stop.wait()
 
 
 def _check(answer: object) -> None:

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
+import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from saga.asking import ask
 from saga.events import CompensationCompleted, CompensationFailed, CompensationStarted, TurnReason
 from saga.failures import Failure, FailureKind
-from saga.ledger import StageState
 from saga.recovery import Rollback, Step, undo_step
-from saga.watch import Watch
+from saga.watch import Watched
 
 if TYPE_CHECKING:
     from saga.alive import LiveSaga
+    from saga.compensable import CompensationContext
     from saga.policies import Compensation
 
 
-class _Worker:
+class _Worker(Watched):
     """Undoes one stage after another, as long as any is open."""
 
-    __slots__ = ("task", "watch")
+    __slots__ = ("stage",)
 
-    def __init__(self) -> None:
-        self.task: asyncio.Task[None]
-        self.watch: Watch | None = None
+    def __init__(self, stage: str, on_give_up: Callable[[_Worker], None]) -> None:
+        super().__init__(on_give_up)
+        self.stage = stage
 
 
 class Backward:
@@ -38,6 +39,7 @@ class Backward:
         self._settings = saga.policy.compensation
         self._rollback = Rollback(self._state, saga.policy, reason)
         self._workers: set[_Worker] = set()
+        self._loop = asyncio.get_running_loop()
         self._finished = asyncio.Event()
         self._expired = False
         self._broken: Exception | None = None
@@ -53,7 +55,7 @@ class Backward:
             return
         timer = None
         if self._settings.deadline is not None:
-            timer = asyncio.get_running_loop().call_later(self._settings.deadline, self._expire)
+            timer = self._loop.call_later(self._settings.deadline, self._expire)
         while self._workers:
             self._finished.clear()
             try:
@@ -76,19 +78,19 @@ class Backward:
         for _ in range(len(self._rollback)):
             if limit is not None and len(self._workers) >= limit:
                 return
-            worker = _Worker()
+            worker = _Worker(self._rollback.take(), self._gives_up)
             self._workers.add(worker)
-            worker.task = asyncio.create_task(self._work(worker, self._rollback.take()))
+            worker.task = self._loop.create_task(self._work(worker))
 
-    async def _work(self, worker: _Worker, stage: str) -> None:
+    async def _work(self, worker: _Worker) -> None:
         try:
             while True:
-                await self._undo(worker, stage)
-                if worker.watch is not None and worker.watch.given_up:
+                await self._undo(worker)
+                if worker.given_up:
                     return
                 if not len(self._rollback):
                     break
-                stage = self._rollback.take()
+                worker.stage = self._rollback.take()
                 self._put_to_work()
         except Exception as error:  # noqa: BLE001 - the ledger's, or a defect of ours: it ends the rollback, it must not hang it
             self._breaks(error)
@@ -103,8 +105,9 @@ class Backward:
         if not self._workers:
             self._finished.set()
 
-    async def _undo(self, worker: _Worker, stage: str) -> None:
+    async def _undo(self, worker: _Worker) -> None:
         """Bring one stage as far as it goes: until nothing of it stands, or it is known to stand."""
+        stage = worker.stage
         node, record = self._state.graph[stage], self._state.stages[stage]
         settings = self._saga.blueprint.stages[stage].compensation or self._settings
         while True:
@@ -118,38 +121,26 @@ class Backward:
                 case Step.PROBE:
                     await ask(self._saga, stage)
                 case _:
-                    await self._compensate(worker, stage, settings)
-                    if worker.watch is not None and worker.watch.given_up:
+                    await self._compensate(worker, settings)
+                    if worker.given_up:
                         return
 
-    async def _compensate(self, worker: _Worker, stage: str, settings: Compensation) -> None:
+    async def _compensate(self, worker: _Worker, settings: Compensation) -> None:
         """Attempt the compensation as often as its retry allows; then it is undone or stuck."""
-        loop, record = asyncio.get_running_loop(), self._state.stages[stage]
-        began, tries = loop.time(), 0
+        stage, record = worker.stage, self._state.stages[worker.stage]
+        began, tries = self._loop.time(), 0
         while True:
             tries += 1
             attempt = record.undo_attempts + 1
             context = self._saga.compensation_context(stage, attempt)
             await self._record(CompensationStarted(stage=stage, attempt=attempt))
-            watch = worker.watch = Watch(worker.task, self._saga.policy.cancel_grace, partial(self._gives_up, worker, stage, settings))
-            watch.limit(settings.timeout)
-            failure = None
-            try:
-                await self._saga.actions.compensate(context)
-            except GeneratorExit:
-                raise
-            except BaseException as error:  # noqa: BLE001 - a compensation's failure is data
-                failure = await self._failed(watch, stage, attempt, error, settings)
-            else:
-                if watch.reason is not None:
-                    await watch.absorb()
-            watch.stop_clock()
-            if watch.given_up:
+            failure = await self._attempt(worker, context, settings)
+            if worker.given_up:
                 return
             if failure is None:
                 await self._record(CompensationCompleted(stage=stage))
                 return
-            wait = settings.retry.wait_before_next(failure, attempt=tries, elapsed=loop.time() - began)
+            wait = settings.retry.wait_before_next(failure, attempt=tries, elapsed=self._loop.time() - began)
             if self._expired:
                 wait = None
             await self._record(CompensationFailed(stage=stage, failure=failure, will_retry=wait is not None))
@@ -160,32 +151,40 @@ class Backward:
                 await self._record(CompensationFailed(stage=stage, failure=failure))
                 return
 
-    async def _sleep(self, seconds: float) -> None:
+    async def _attempt(self, worker: _Worker, context: CompensationContext, settings: Compensation) -> Failure | None:
+        worker.begin(settings.timeout, self._saga.policy.cancel_grace)
         try:
+            await self._saga.actions.compensate(context)
+        except GeneratorExit:
+            raise
+        except BaseException as raised:  # noqa: BLE001 - a compensation's failure is data
+            worker.end()
+            error = raised
+            was_cancelled = await worker.absorb()
+            if worker.reason is not None:
+                error = TimeoutError(f"no answer within {settings.timeout:g} s")
+            elif was_cancelled and isinstance(raised, asyncio.CancelledError):
+                error = InterruptedError("its task was cancelled from outside")
+            return Failure.raised(worker.stage, error, attempt=context.attempt, kind=FailureKind.COMPENSATION)
+        worker.end()
+        if worker.reason is not None:
+            await worker.absorb()
+        return None
+
+    async def _sleep(self, seconds: float) -> None:
+        # Somebody may cancel every task of the process; what is being undone is undone to the end.
+        with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(seconds)
-        except asyncio.CancelledError:
-            # Somebody cancels every task of the process; what is being undone is undone to the end.
-            return
 
-    async def _failed(self, watch: Watch, stage: str, attempt: int, error: BaseException, settings: Compensation) -> Failure:
-        was_cancelled = await watch.absorb()
-        kind = FailureKind.COMPENSATION
-        if watch.reason is FailureKind.TIMEOUT:
-            error = TimeoutError(f"no answer within {settings.timeout:g} s")
-        elif was_cancelled and isinstance(error, asyncio.CancelledError):
-            error = InterruptedError("its task was cancelled from outside")
-        return Failure.raised(stage, error, attempt=attempt, kind=kind)
+    def _gives_up(self, worker: _Worker) -> None:
+        self._saga.spawn(self._given_up(worker))
 
-    def _gives_up(self, worker: _Worker, stage: str, settings: Compensation) -> None:
-        self._saga.spawn(self._given_up(worker, stage, settings))
-
-    async def _given_up(self, worker: _Worker, stage: str, settings: Compensation) -> None:
+    async def _given_up(self, worker: _Worker) -> None:
         """Go on without a compensation that ignored its cancel: its stage is stuck."""
-        assert self._state.stages[stage].state is StageState.COMPENSATING  # nobody else records for this stage
+        stage = worker.stage
         attempt = self._state.stages[stage].undo_attempts
         error = TimeoutError(
-            f"no answer within {settings.timeout:g} s, and it ignored its cancel for {self._saga.policy.cancel_grace:g} s; "
-            "it may still be running"
+            f"it was not done in time, and it ignored its cancel for {self._saga.policy.cancel_grace:g} s; it may still be running"
         )
         failure = Failure.raised(stage, error, attempt=attempt, kind=FailureKind.COMPENSATION)
         try:

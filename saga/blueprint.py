@@ -6,6 +6,7 @@ Everything that can be known to be wrong is refused here, before anything runs.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
@@ -70,25 +71,43 @@ class Blueprint:
         graph: Its stages and what each offers, in topological order.
         stages: What the graph can't hold, in topological order.
         specs: The pipeline's own specs, by which a later change is noticed.
+        without_timeouts: What turns stageflow's own timeouts off, in its context's data.
     """
 
     name: str
     graph: Graph
     stages: dict[str, StagePlan]
     specs: tuple[UnifiedStageSpec, ...]
+    without_timeouts: dict[str, int]
 
     @classmethod
     def of(cls, pipeline: Pipeline) -> Blueprint:
-        """Read a pipeline.
+        """Read a pipeline, or remember what was read of it as long as its stages are the same.
 
         Raises:
             PipelineInvalid: It, or one of its stages, can't be run as a saga; the error names the stage.
         """
         if not isinstance(pipeline, Pipeline):
             raise PipelineInvalid("a stageflow Pipeline", got=repr(pipeline))
+        key, specs = id(pipeline), tuple(pipeline.stages.values())
+        known = _KNOWN.get(key)
+        if known is not None and known[1].specs == specs:
+            return known[1]
+        blueprint = cls._read(pipeline, specs)
+        _KNOWN[key] = (weakref.ref(pipeline, lambda _: _KNOWN.pop(key, None)), blueprint)
+        return blueprint
+
+    @classmethod
+    def _read(cls, pipeline: Pipeline, specs: tuple[UnifiedStageSpec, ...]) -> Blueprint:
         read = {name: _read(name, spec) for name, spec in pipeline.stages.items()}
         graph = Graph.of(node for node, _ in read.values())
-        return cls(pipeline.name, graph, {name: read[name][1] for name in graph.names}, tuple(pipeline.stages.values()))
+        return cls(
+            name=pipeline.name,
+            graph=graph,
+            stages={name: read[name][1] for name in graph.names},
+            specs=specs,
+            without_timeouts={"_timeout_ms": 0} | {f"_timeout.{name}": 0 for name in graph.names},
+        )
 
     def check_policy(self, policy: FailFast | ContinueWithFallback) -> None:
         """Refuse a policy that speaks of stages that aren't there.
@@ -192,3 +211,7 @@ def _declared_seconds(name: str, stage: object) -> float | None:
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")):
         return value
     raise PipelineInvalid("timeout to be None or more than 0 seconds", got=repr(value), stage=name)
+
+
+_KNOWN: Final[dict[int, tuple[weakref.ref[Pipeline], Blueprint]]] = {}
+"""What was read of the pipelines that are alive, by identity: a pipeline has no hash."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
+import secrets
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
-from uuid import uuid4
 
 import anyio
 from stageflow.api import Pipeline, PipelineContext
@@ -76,9 +76,8 @@ class SagaCoordinator:
         self.policy: Final = policy if policy is not None else FailFast()
         self.ledger: Final = ledger if ledger is not None else MemoryLedger()
         self._interceptors = tuple(interceptors)
-        self._owner = uuid4().hex
+        self._owner = secrets.token_hex(16)
         self._alive: dict[str, Forward | None] = {}
-        self._blueprints: dict[int, tuple[weakref.ref[Pipeline], Blueprint]] = {}
 
     async def run(
         self,
@@ -196,14 +195,7 @@ class SagaCoordinator:
     # -- how a saga runs -----------------------------------------------------------------------------------------
 
     def _read(self, pipeline: Pipeline, policy: FailFast | ContinueWithFallback) -> Blueprint:
-        known = self._blueprints.get(id(pipeline))
-        if known is not None and known[0]() is pipeline and known[1].specs == tuple(pipeline.stages.values()):
-            blueprint = known[1]
-        else:
-            blueprint = Blueprint.of(pipeline)
-            key = id(pipeline)
-            forget = weakref.ref(pipeline, lambda _: self._blueprints.pop(key, None))
-            self._blueprints[key] = (forget, blueprint)
+        blueprint = Blueprint.of(pipeline)
         blueprint.check_policy(policy)
         return blueprint
 
@@ -222,7 +214,7 @@ class SagaCoordinator:
         parent: str | None = None,
     ) -> LiveSaga:
         if saga_id is None:
-            saga_id = uuid4().hex
+            saga_id = secrets.token_hex(16)
         elif not isinstance(saga_id, str) or not saga_id.strip():
             raise MisuseError("a saga id with at least one visible character", got=repr(saga_id))
         elif saga_id in self._alive or await self.ledger.read(saga_id):
@@ -246,13 +238,15 @@ class SagaCoordinator:
 
     async def _see_through(self, saga: LiveSaga) -> SagaReport:
         forward = self._alive[saga.id] = Forward(saga, self._interceptors)
-        driver = asyncio.create_task(self._closing(saga, self._drive(saga, forward)), name=f"saga {saga.id}")
+        driver = asyncio.create_task(self._closing(saga, self._drive(saga, forward)))
         return await self._unbroken(driver, forward)
 
     async def _unbroken(self, driver: asyncio.Task[SagaReport], forward: Forward | None = None) -> SagaReport:
         """Wait for the saga to come to rest, also when the caller is cancelled meanwhile."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        driver.add_done_callback(partial(_wake, done))
         try:
-            await asyncio.wait({driver})
+            await done
         except asyncio.CancelledError as cancelled:
             if forward is not None:
                 forward.stop(Failure.of(None, FailureKind.INTERRUPTED, "the caller was cancelled"))
@@ -289,6 +283,8 @@ class SagaCoordinator:
     async def _ask_the_rest(self, saga: LiveSaga) -> None:
         """Ask for all that no compensation has asked for: to know is free, whatever the policy leaves standing."""
         state = saga.journal.state
+        if state.is_spotless:
+            return
         askable = [node.name for node in state.graph.nodes if undo_step(node, state.stages[node.name]) is Step.PROBE]
         await asyncio.gather(*(ask(saga, name) for name in askable))
 
@@ -323,3 +319,8 @@ def _context(name: str, context: PipelineContext | None, fields: dict[str, Any])
     if not isinstance(context, PipelineContext):
         raise MisuseError("a PipelineContext", got=repr(context))
     return context
+
+
+def _wake(waiter: asyncio.Future[None], _: asyncio.Task[SagaReport]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Container, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Final, Literal
 
 from stageflow import BaseInterceptor, UnifiedStageExecutionError
@@ -27,7 +26,7 @@ from saga.ledger import StageState
 from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
 from saga.text import said, shown
-from saga.watch import Watch, bounded
+from saga.watch import Watched, bounded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,18 +77,18 @@ class _Outcome:
     asked_again: bool = False
 
 
-class _StageRun:
+class _StageRun(Watched):
     """One stage on its way through the forward run."""
 
-    __slots__ = ("error", "name", "plan", "record", "task", "waiter", "watch")
+    __slots__ = ("ctx", "error", "name", "plan", "record", "waiter")
 
-    def __init__(self, name: str, plan: StagePlan, record: StageRecord) -> None:
+    def __init__(self, name: str, plan: StagePlan, record: StageRecord, ctx: StageContext, on_give_up: Callable[[_StageRun], None]) -> None:
+        super().__init__(on_give_up)
         self.name = name
         self.plan = plan
         self.record = record
-        self.task: asyncio.Task[None]
+        self.ctx = ctx
         self.waiter: asyncio.Future[StageOutput] | None = None
-        self.watch: Watch | None = None
         self.error: Exception | None = None
 
 
@@ -110,6 +109,7 @@ class Forward:
         self._runs: dict[str, _StageRun] = {}
         self._running: set[_StageRun] = set()
         self._fallen: set[str] = set()
+        self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
         self._interrupted = asyncio.Event()
         self._idle = asyncio.Event()
@@ -133,7 +133,7 @@ class Forward:
             for name, plan in saga.blueprint.stages.items()
         }
         deadline = self._policy.deadline
-        timer = None if deadline is None else asyncio.get_running_loop().call_later(deadline, self._out_of_time, deadline)
+        timer = None if deadline is None else self._loop.call_later(deadline, self._out_of_time, deadline)
         listener = _Listener(self._runs)
         results: Mapping[str, StageOutput] = {}
         try:
@@ -149,7 +149,10 @@ class Forward:
             self.stop(Failure.of(None, FailureKind.INTERRUPTED, "the task that drives the saga was cancelled"))
         except Exception as error:  # noqa: BLE001 - a hook's or an interceptor's of the user
             self.stop(Failure.raised(None, error, attempt=0))
-        await self._drain()
+        if self._running:
+            await self._drain()
+        # The stages' contexts lead back here.
+        self._runs.clear()
         if timer is not None:
             timer.cancel()
         if self._broken is None:
@@ -182,12 +185,11 @@ class Forward:
 
     async def _drain(self) -> None:
         """Wait until no stage runs: promise 3 begins here."""
-        policy, loop = self._policy, asyncio.get_running_loop()
-        timer = None
+        policy, timer = self._policy, None
         if policy.in_flight == "cancel":
             self._interrupt()
         elif policy.drain_timeout is not None and self._running:
-            timer = loop.call_later(policy.drain_timeout, self._interrupt)
+            timer = self._loop.call_later(policy.drain_timeout, self._interrupt)
         while self._running:
             self._idle.clear()
             try:
@@ -201,8 +203,7 @@ class Forward:
     def _interrupt(self) -> None:
         self._interrupted.set()
         for run in self._running:
-            if run.watch is not None:
-                run.watch.cancel(FailureKind.INTERRUPTED)
+            run.cancel(FailureKind.INTERRUPTED)
 
     # -- what stageflow runs -------------------------------------------------------------------------------------
 
@@ -212,13 +213,14 @@ class Forward:
             if run is None:
                 if self.is_stopping():
                     return _STOPPING
-                run = self._runs[name] = _StageRun(name, self._saga.blueprint.stages[name], self._state.stages[name])
+                run = _StageRun(name, self._saga.blueprint.stages[name], self._state.stages[name], ctx, self._gives_up)
+                self._runs[name] = run
                 self._running.add(run)
-                run.task = asyncio.create_task(self._own(run, ctx), name=f"saga {self._saga.id} {name}")
+                run.task = self._loop.create_task(self._own(run))
             # An interceptor that asks for a retry gets here again: retries are the policy's, so the error stays.
             if run.error is not None:
                 raise run.error
-            run.waiter = asyncio.get_running_loop().create_future()
+            run.waiter = self._loop.create_future()
             return await run.waiter
 
         return wait_for_stage
@@ -240,13 +242,13 @@ class Forward:
 
     # -- what we run ---------------------------------------------------------------------------------------------
 
-    async def _own(self, run: _StageRun, ctx: StageContext) -> None:
+    async def _own(self, run: _StageRun) -> None:
         try:
-            answer = await self._stage(run, ctx)
+            answer = await self._stage(run)
         except Exception as error:  # noqa: BLE001 - the ledger's, or a defect of ours: it ends the saga, it must not hang it
             self._breaks(error)
             answer = _STOPPING
-        if run.watch is not None and run.watch.given_up:
+        if run.given_up:
             return
         self._answer(run, answer)
         self._ends(run)
@@ -255,24 +257,24 @@ class Forward:
         self._broken = self._broken or error
         self.stop(Failure.raised(None, error, attempt=0))
 
-    async def _stage(self, run: _StageRun, ctx: StageContext) -> StageOutput | Exception:
+    async def _stage(self, run: _StageRun) -> StageOutput | Exception:
         for dependency in self._state.graph[run.name].dependencies:
             if dependency in self._fallen:
                 return await self._falls_with(run, dependency)
             if self._state.stages[dependency].state is StageState.NOT_RUN:
-                await self._learn(dependency, ctx.inputs.prior_outputs[dependency])
+                await self._learn(dependency, run.ctx.inputs.prior_outputs[dependency])
         cancelled = self._saga.cancellation()
         if cancelled is not None:
             self.stop(Failure.of(None, FailureKind.CANCELLED, cancelled))
         if self.is_stopping():
             return _STOPPING
-        outcome = await self._attempts(run, ctx)
-        if run.watch is not None and run.watch.given_up:
+        outcome = await self._attempts(run)
+        if run.given_up:
             return _STOPPING
         if outcome.failure is None:
             assert outcome.output is not None  # without a failure there is one
             return outcome.output
-        return await self._absorb(run, ctx, outcome.failure)
+        return await self._absorb(run, outcome.failure)
 
     async def _learn(self, name: str, output: StageOutput) -> None:
         """Record a stage that stageflow skipped, or that an interceptor answered for, without our wrapper being called."""
@@ -288,11 +290,11 @@ class Forward:
         await self._record(StageSkipped(stage=run.name, reason=str(output.data["reason"]), output=output, with_branch=True))
         return output
 
-    async def _attempts(self, run: _StageRun, ctx: StageContext) -> _Outcome:
+    async def _attempts(self, run: _StageRun) -> _Outcome:
         """Attempt the stage as often as its retry allows; the outcome is in the ledger when this returns."""
         retry = run.plan.retry or self._policy.retry
         seconds = run.plan.timeout or self._policy.timeout
-        loop, node, name = asyncio.get_running_loop(), self._state.graph[run.name], run.name
+        loop, node, name = self._loop, self._state.graph[run.name], run.name
         began, tries = loop.time(), 0
         while True:
             tries += 1
@@ -301,8 +303,8 @@ class Forward:
                 failure = Failure.of(name, FailureKind.INTERRUPTED, "the saga stopped before it ran")
                 await self._record(StageFailed(stage=name, failure=failure))
                 return _Outcome(failure=failure)
-            outcome = await self._attempt(run, ctx, seconds)
-            if run.watch is not None and run.watch.given_up:
+            outcome = await self._attempt(run, seconds)
+            if run.given_up:
                 return outcome
             if outcome.failure is None:
                 await self._succeeds(name, outcome.output)
@@ -323,9 +325,10 @@ class Forward:
                     return _Outcome(output=landed)
                 if run.record.unanswered:
                     wait = None
-            if wait is None or not await self._pause(wait):
+            goes_on = wait is not None and await self._pause(wait)
+            if not goes_on:
                 # Called off: the failure that was to be mended stands.
-                await self._record(StageFailed(stage=name, failure=failure, in_doubt=in_doubt, output=output))
+                await self._record(StageFailed(stage=name, failure=failure, in_doubt=run.record.doubt, output=output))
                 return outcome
 
     async def _succeeds(self, name: str, output: StageOutput | None) -> None:
@@ -343,70 +346,72 @@ class Forward:
                 await self._stopped.wait()
         except TimeoutError:
             return True
+        except asyncio.CancelledError:
+            # Somebody cancels every task of the process; a task that died of it would leave the saga waiting for ever.
+            return False
         return False
 
-    async def _attempt(self, run: _StageRun, ctx: StageContext, seconds: float | None) -> _Outcome:
-        attempt = run.record.attempts
-        saga_ctx = self._context(run, ctx)
-        grace = None if run.plan.patient else self._policy.cancel_grace
-        watch = run.watch = Watch(run.task, grace, partial(self._gives_up, run, ctx))
-        watch.limit(seconds)
+    async def _attempt(self, run: _StageRun, seconds: float | None) -> _Outcome:
+        context = self._context(run)
+        run.begin(seconds, None if run.plan.patient else self._policy.cancel_grace)
         try:
-            returned = await self._saga.actions.execute(saga_ctx)
+            returned = await self._saga.actions.execute(context)
         except GeneratorExit:
             raise
         except BaseException as error:  # noqa: BLE001 - a stage's failure is data, also when it calls sys.exit()
-            outcome = await self._raised(run, watch, error, seconds)
-        else:
-            if watch.reason is not None:
-                await watch.absorb()
-            outcome = normalised(run.name, attempt, returned)
-        watch.stop_clock()
-        if not watch.given_up:
-            run.watch = None
-        return outcome
+            run.end()
+            return await self._raised(run, error, seconds)
+        run.end()
+        if run.reason is not None:
+            await run.absorb()
+        return normalised(run.name, run.record.attempts, returned)
 
-    def _context(self, run: _StageRun, ctx: StageContext) -> SagaContext:
-        saga = self._saga
+    def _context(self, run: _StageRun) -> SagaContext:
+        ctx, saga = run.ctx, self._saga
         return SagaContext(
             snapshot=ctx.snapshot,
             inputs=ctx.inputs,
             stage_name=run.name,
             timer=ctx.timer,
             event_sink=ctx.event_sink,
-            _cancellation_probe=lambda: self.cause is not None or saga.cancellation() is not None,
-            _cancellation_reason_provider=lambda: str(self.cause) if self.cause is not None else saga.cancellation(),
+            _cancellation_probe=self._is_cancelled,
+            _cancellation_reason_provider=self._why_cancelled,
             saga_id=saga.id,
             attempt=run.record.attempts,
             idempotency_key=saga.forward_key(run.name),
             _host=saga,
         )
 
-    async def _raised(self, run: _StageRun, watch: Watch, error: BaseException, seconds: float | None) -> _Outcome:
+    def _is_cancelled(self) -> bool:
+        return self.cause is not None or self._saga.cancellation() is not None
+
+    def _why_cancelled(self) -> str | None:
+        return str(self.cause) if self.cause is not None else self._saga.cancellation()
+
+    async def _raised(self, run: _StageRun, error: BaseException, seconds: float | None) -> _Outcome:
         name, attempt = run.name, run.record.attempts
-        was_cancelled = await watch.absorb()
-        if watch.reason is FailureKind.TIMEOUT:
+        was_cancelled = await run.absorb()
+        if run.reason is FailureKind.TIMEOUT:
             return _Outcome(failure=Failure.of(name, FailureKind.TIMEOUT, f"no answer within {seconds:g} s", attempt=attempt))
-        if watch.reason is FailureKind.INTERRUPTED or (was_cancelled and isinstance(error, asyncio.CancelledError)):
+        if run.reason is FailureKind.INTERRUPTED or (was_cancelled and isinstance(error, asyncio.CancelledError)):
             why = "it was cancelled because the saga stopped" if self.cause is not None else "its task was cancelled from outside"
             return _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt))
         if isinstance(error, StageCancellationRequested):
             return normalised(name, attempt, StageOutput.cancel(error.reason))
         return _Outcome(failure=Failure.raised(name, error, attempt=attempt))
 
-    def _gives_up(self, run: _StageRun, ctx: StageContext) -> None:
-        self._saga.spawn(self._given_up(run, ctx))
+    def _gives_up(self, run: _StageRun) -> None:
+        self._saga.spawn(self._given_up(run))
 
-    async def _given_up(self, run: _StageRun, ctx: StageContext) -> None:
+    async def _given_up(self, run: _StageRun) -> None:
         """Go on without a stage that ignored its cancel: it is in doubt, and may still be running."""
-        assert run.watch is not None
-        assert run.watch.reason is not None  # it was cancelled before it was given up
+        assert run.reason is not None  # it was cancelled before it was given up
         message = f"it ignored its cancel for {self._policy.cancel_grace:g} s and was given up; it may still be running"
-        failure = Failure.of(run.name, run.watch.reason, message, attempt=run.record.attempts)
+        failure = Failure.of(run.name, run.reason, message, attempt=run.record.attempts)
         in_doubt = self._state.graph[run.name].role is not Role.PLAIN
         try:
             await self._record(StageFailed(stage=run.name, failure=failure, in_doubt=in_doubt))
-            answer = await self._absorb(run, ctx, failure)
+            answer = await self._absorb(run, failure)
         except Exception as error:  # noqa: BLE001 - as in _own
             self._breaks(error)
             answer = _STOPPING
@@ -415,14 +420,14 @@ class Forward:
 
     # -- what a failure leads to ---------------------------------------------------------------------------------
 
-    async def _absorb(self, run: _StageRun, ctx: StageContext, failure: Failure) -> StageOutput | Exception:
+    async def _absorb(self, run: _StageRun, failure: Failure) -> StageOutput | Exception:
         """Put something in the place of a failed stage's output, or stop the saga."""
         policy = self._policy
         if failure.kind is FailureKind.CANCELLED:
             self.stop(failure)
             return _STOPPING
         if isinstance(policy, ContinueWithFallback) and self.cause is None and failure.kind is not FailureKind.INTERRUPTED:
-            output = await self._stands_in(run, ctx, failure, policy)
+            output = await self._stands_in(run, failure, policy)
             if output is not None:
                 return output
             if policy.without_fallback == "skip_branch":
@@ -434,7 +439,7 @@ class Forward:
             return failure.exception if isinstance(failure.exception, Exception) else RuntimeError(str(failure))
         return _STOPPING
 
-    async def _stands_in(self, run: _StageRun, ctx: StageContext, failure: Failure, policy: ContinueWithFallback) -> StageOutput | None:
+    async def _stands_in(self, run: _StageRun, failure: Failure, policy: ContinueWithFallback) -> StageOutput | None:
         """The output that stands in for a failed stage's, recorded; None if there is none."""
         node = self._state.graph[run.name]
         if node.can_probe and not run.record.unanswered:
@@ -444,7 +449,7 @@ class Forward:
                 return landed
         output: StageOutput | None = None
         if node.has_fallback:
-            output = await self._fallback(run, ctx, failure)
+            output = await self._fallback(run, failure)
         source: Literal["stage", "policy"] = "stage" if output is not None else "policy"
         if output is None and run.name in policy.fallbacks:
             output = StageOutput.ok(dict(policy.fallbacks[run.name]))
@@ -452,10 +457,10 @@ class Forward:
             await self._record(FallbackUsed(stage=run.name, output=copied_output(output), source=source))
         return output
 
-    async def _fallback(self, run: _StageRun, ctx: StageContext, failure: Failure) -> StageOutput | None:
+    async def _fallback(self, run: _StageRun, failure: Failure) -> StageOutput | None:
         seconds, attempt = run.plan.timeout or self._policy.timeout, run.record.attempts
         try:
-            call = self._saga.actions.fallback(self._context(run, ctx), failure)
+            call = self._saga.actions.fallback(self._context(run), failure)
             returned = await bounded(call, seconds=seconds, grace=self._policy.cancel_grace, stop=self._interrupted)
         except GeneratorExit:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 from saga.errors import LedgerError
@@ -55,6 +56,10 @@ class Journal:
             raise
         except Exception as error:  # whatever a ledger's driver raises
             self.error = LedgerError(f"the ledger failed to record {type(event).__name__} of saga {self.saga_id}: {error}")
+            raise self.error from error
+        except asyncio.CancelledError as error:
+            # Whether it was written is unknown; a worker that died of this would leave its saga waiting for ever.
+            self.error = LedgerError(f"recording {type(event).__name__} of saga {self.saga_id} was cancelled from outside")
             raise self.error from error
 
     async def close(self) -> None:

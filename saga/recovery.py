@@ -61,6 +61,7 @@ class StageRecord:
         unanswered: A probe has failed for good.
         effects: What it recorded, oldest first.
         failure: Its last failure forward.
+        failed: Its execution failed for good, and no probe found its effect; also when that was undone later.
         fell_back: Its fallback stands in.
         with_branch: It was skipped because something that it depends on failed.
         undo_attempts: Compensation attempts that started.
@@ -80,6 +81,7 @@ class StageRecord:
     unanswered: bool = False
     effects: tuple[Any, ...] = ()
     failure: Failure | None = None
+    failed: bool = False
     fell_back: bool = False
     with_branch: bool = False
     skip_reason: str | None = None
@@ -94,6 +96,17 @@ class SagaState:
     """The fold of a saga's events.
 
     Feed it the events in order; what contradicts the transition table is refused.
+
+    Attributes:
+        started: How the saga began.
+        graph: Its stages.
+        status: Where it stands.
+        ended_at: When it came to rest; None while it has not.
+        cause: What stopped it first; None if nothing did.
+        reason: Why it went backward, the last time; None if it never did.
+        failures: Every failure of every attempt, in the order of the ledger.
+        stages: What the events say of each stage, in topological order.
+        is_spotless: No stage has failed, or skipped itself after it recorded an effect: nothing is left over.
 
     Raises:
         LedgerCorrupt: The first event is no `SagaStarted`, or one follows that may not.
@@ -111,6 +124,7 @@ class SagaState:
         self.reason: TurnReason | None = None
         self.failures: list[Failure] = []
         self.stages: Final[dict[str, StageRecord]] = {name: StageRecord() for name in self.graph.names}
+        self.is_spotless = True
         self._started = 0
         self._undo_started = 0
         for event in rest:
@@ -169,7 +183,8 @@ class SagaState:
             record.order = self._started
             self._started += 1
             record.started_at = event.at
-        record.state = _S.RUNNING
+        # What a probe answered holds for the attempts before it.
+        record.state, record.answer = _S.RUNNING, None
         record.attempts = event.attempt
 
     def _effect_recorded(self, record: StageRecord, event: EffectRecorded) -> None:
@@ -180,6 +195,7 @@ class SagaState:
         record.output, record.ended_at = event.output, event.at
 
     def _stage_failed(self, record: StageRecord, event: StageFailed) -> None:
+        self.is_spotless = False
         # A retry that is called off repeats the failure that it was meant to mend.
         self._note(event.failure)
         record.failure = event.failure
@@ -187,7 +203,7 @@ class SagaState:
         record.doubt = record.doubt or event.in_doubt
         if event.will_retry:
             return
-        record.ended_at, record.output = event.at, event.output
+        record.failed, record.ended_at, record.output = True, event.at, event.output
         if record.doubt:
             record.state = _S.IN_DOUBT
         elif event.failure.kind is FailureKind.CANCELLED:
@@ -196,6 +212,7 @@ class SagaState:
             record.state = _S.FAILED
 
     def _stage_skipped(self, record: StageRecord, event: StageSkipped) -> None:
+        self.is_spotless = self.is_spotless and not record.effects
         record.state, record.output = _S.SKIPPED, event.output
         record.skip_reason, record.with_branch = event.reason, event.with_branch
         record.ended_at = event.at if record.started_at else None
@@ -220,7 +237,7 @@ class SagaState:
             return
         record.answer, record.doubt = event.landed, False
         if event.landed:
-            record.state, record.landed = _S.KEPT, True
+            record.state, record.landed, record.failed = _S.KEPT, True, False
             record.output, record.ended_at = event.output, event.at
         elif record.state is _S.IN_DOUBT:
             record.state = _S.FAILED
@@ -277,9 +294,6 @@ class Step(Enum):
     """Something stands, or may stand, and nothing can be done about it."""
 
 
-_LEFT_OVER: Final = frozenset({_S.FAILED, _S.IN_DOUBT, _S.FALLBACK, _S.CANCELLED, _S.SKIPPED})
-
-
 def undo_step(node: Node, record: StageRecord) -> Step:
     """What undoing this stage comes to next."""
     if node.role is Role.PLAIN or record.state is _S.UNDONE:
@@ -310,7 +324,7 @@ def orphans(state: SagaState) -> frozenset[str]:
     for name in reversed(state.graph.names):
         record = state.stages[name]
         dependents = state.graph.dependents[name]
-        if record.with_branch or (record.state in {_S.FAILED, _S.IN_DOUBT, _S.CANCELLED} and not record.fell_back):
+        if record.with_branch or (record.failed and not record.fell_back):
             useless.add(name)
         elif dependents and useless.issuperset(dependents):
             useless.add(name)
@@ -322,7 +336,8 @@ def undo_scope(state: SagaState, policy: FailFast | ContinueWithFallback, reason
     """The stages that going backward for this reason is about; the others stand and hold nothing up."""
     if reason is not TurnReason.ORPHANS:
         return frozenset(state.graph.names) - protected(state)
-    left_over = {name for name, record in state.stages.items() if record.state in _LEFT_OVER or record.fell_back}
+    # Read off what happened forward, which stays: a stage that is undone or stuck meanwhile is still in the scope.
+    left_over = {name for name, record in state.stages.items() if record.failed or record.skip_reason is not None}
     serves_nothing = orphans(state) if isinstance(policy, ContinueWithFallback) and policy.orphans == "compensate" else frozenset()
     return serves_nothing | left_over
 
@@ -446,6 +461,8 @@ def conclude(state: SagaState, policy: FailFast | ContinueWithFallback, stop: Fa
         policy: The saga's.
         stop: What first stopped the run: a stage's failure or CANCEL, the deadline, the caller; None if nothing did.
     """
+    if stop is None and state.is_spotless:
+        return Move()
     failed = unabsorbed(state, policy)
     if stop is None or (stop.kind is FailureKind.CANCELLED and failed is not None):
         # A CANCEL asks to keep what was done; a stage that fails while the others drain outweighs it.
@@ -467,6 +484,8 @@ def conclude(state: SagaState, policy: FailFast | ContinueWithFallback, stop: Fa
 
 def final_status(state: SagaState, policy: FailFast | ContinueWithFallback) -> SagaStatus:
     """How a saga ends that ran to its end, or has gone backward as far as it could."""
+    if state.reason is None and state.is_spotless:
+        return SagaStatus.COMPLETED
     if state.reason is None:
         unsettled = any(record.doubt for record in state.stages.values())
     else:
@@ -476,7 +495,7 @@ def final_status(state: SagaState, policy: FailFast | ContinueWithFallback) -> S
         return SagaStatus.STUCK
     if state.reason not in {None, TurnReason.ORPHANS}:
         return SagaStatus.HALTED if protected(state) else SagaStatus.COMPENSATED
-    if not any(record.with_branch or record.fell_back or record.state is _S.FAILED for record in state.stages.values()):
+    if not any(record.with_branch or record.failed for record in state.stages.values()):
         return SagaStatus.COMPLETED
     of_use = set(state.graph.names) - orphans(state)
     if any(state.stages[name].state is _S.KEPT or state.stages[name].fell_back for name in of_use):

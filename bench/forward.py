@@ -1,0 +1,112 @@
+"""The forward run: a saga against the plain run that it protects, and how our own part grows."""
+
+from __future__ import annotations
+
+import asyncio
+from statistics import median
+from typing import TYPE_CHECKING
+
+from bench.comparison import Result
+from bench.rounds import interleaved, timed
+from bench.spread import Spread, growth, ratios
+from bench.tables import SPREAD, Mark, Table, mark_cells, show, spread_cells
+from bench.workloads import SHAPES, Bare, FirstSaga, Plain, Saga, chain, pipeline
+
+if TYPE_CHECKING:
+    from bench.comparison import Effort
+    from bench.rounds import Sample, Side
+
+_NOT_SLOWER = Mark(1.0)
+# Cost that grows with n log n fits an exponent of 1.24 between 10 and 1,000 stages, and n squared one of 2.
+_LINEAR = Mark(1.1, unit="")
+
+
+class Crowd:
+    """Many runs at once."""
+
+    def __init__(self, one: Side, size: int) -> None:
+        """Run so many of it."""
+        self._one = one
+        self._size = size
+
+    async def prepare(self) -> None:
+        """Get ready for a round."""
+        await self._one.prepare()
+
+    async def run(self) -> None:
+        """Run them all, and wait for all."""
+        await asyncio.gather(*(self._one.run() for _ in range(self._size)))
+
+
+async def against_plain(effort: Effort) -> Result:
+    """Measure sagas against `Pipeline.run` of the same pipelines."""
+    cases: list[tuple[str, int, Side, Side]] = [
+        ("chain of 5", 5, Plain(chain(5)), Saga(pipeline(chain(5)))),
+        ("chain of 5, coordinator's first", 5, Plain(chain(5)), FirstSaga(pipeline(chain(5)))),
+    ]
+    for kind, shape in SHAPES.items():
+        cases += [(f"{kind} of {size}", size, Plain(shape(size)), Saga(pipeline(shape(size)))) for size in effort.sizes]
+    crowd = effort.crowd
+    cases.append((f"{crowd} chains of 5 at once", crowd * 5, Crowd(Plain(chain(5)), crowd), Crowd(Saga(pipeline(chain(5))), crowd)))
+    table = Table(
+        "A saga with the memory ledger against plain Pipeline.run",
+        ("what", "plain", "saga", "ratio", *SPREAD, "mark", "reached"),
+    )
+    result = Result([table])
+    for label, stages, plain, saga in cases:
+        runs = effort.runs_of(stages)
+        values = await interleaved({"plain": timed(plain, runs), "saga": timed(saga, runs)}, effort.rounds_of(stages))
+        ratio = ratios(values["saga"], values["plain"])
+        table.rows.append(
+            (
+                label,
+                *(show(median(values[side]), "s") for side in ("plain", "saga")),
+                show(ratio.median, "x"),
+                *spread_cells(ratio),
+                *mark_cells(_NOT_SLOWER, ratio),
+            )
+        )
+        result.raw[label] = values
+    table.notes = [
+        "plain: as it comes, with stageflow's default interceptors and 30 s timeout, which a saga leaves out.",
+        "A coordinator checks a pipeline when it first sees it; \"coordinator's first\" times that, too, the others don't.",
+    ]
+    return result
+
+
+async def own_part(effort: Effort) -> Result:
+    """Measure what a saga adds to stageflow's bare scheduling, and how that grows with the number of stages."""
+    table = Table(
+        "Our own part: a saga minus bare stageflow (no interceptors, no timeout)",
+        ("what", "bare", "saga", "own part", "per stage", *SPREAD),
+    )
+    fits = Table("How our own part grows with the number of stages", ("what", "exponent", *SPREAD, "mark", "reached"))
+    result = Result([table, fits])
+    sizes = effort.growth_sizes
+    for kind, shape in SHAPES.items():
+        sides: dict[str, Sample[float]] = {}
+        for size in sizes:
+            sides[f"bare {size}"] = timed(Bare(shape(size)), effort.runs_of(size))
+            sides[f"saga {size}"] = timed(Saga(pipeline(shape(size))), effort.runs_of(size))
+        values = await interleaved(sides, effort.rounds_of(max(sizes)))
+        own = {size: [saga - bare for saga, bare in zip(values[f"saga {size}"], values[f"bare {size}"], strict=True)] for size in sizes}
+        for size in sizes:
+            each = Spread.of([seconds / size for seconds in own[size]])
+            table.rows.append(
+                (
+                    f"{kind} of {size}",
+                    *(show(median(values[f"{side} {size}"]), "s") for side in ("bare", "saga")),
+                    show(median(own[size]), "s"),
+                    show(each.median, "s"),
+                    *spread_cells(each, "s"),
+                )
+            )
+        exponent = growth(sizes, [own[size] for size in sizes])
+        label = f"{kind}, {sizes[0]} to {sizes[-1]}"
+        fits.rows.append((label, show(exponent.median, ""), *spread_cells(exponent, ""), *mark_cells(_LINEAR, exponent)))
+        result.raw |= {f"{kind}: {side}": {"seconds": seconds} for side, seconds in values.items()}
+    fits.notes = [
+        "The exponent p of cost = c * n**p, fitted on logarithmic axes to the medians; 1 is linear, n log n would be 1.24.",
+        "stageflow's own scheduling, which is not in it, is quadratic.",
+    ]
+    return result

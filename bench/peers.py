@@ -1,0 +1,100 @@
+"""sagaz, the saga library that we compare ourselves with. Optional; nothing else imports it.
+
+Its documented use: `Saga(name=...)`, `add_step(...)`, `await saga.run({})`, with its storage in memory. One saga is built
+once and run again and again, which it allows one at a time and which is faster than building it for each run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+from typing import TYPE_CHECKING, Any, Self
+
+from bench.workloads import Failing, MeasurementError, Stamps
+
+if TYPE_CHECKING:
+    from bench.workloads import Shape
+
+
+class Sagaz:
+    """The library, imported.
+
+    Attributes:
+        version: Its version.
+    """
+
+    def __init__(self, module: Any) -> None:
+        """Take the imported module."""
+        self._module = module
+        self.version = importlib.metadata.version("sagaz")
+
+    @classmethod
+    def find(cls) -> Self | None:
+        """Import it; None when it is not installed."""
+        root = logging.getLogger()
+        handlers, level = list(root.handlers), root.level
+        try:
+            return cls(importlib.import_module("sagaz"))
+        except ImportError:
+            return None
+        finally:
+            # One of its examples, which it imports, has the root logger write INFO to the terminal; whatever is measured
+            # from then on would pay for that.
+            root.handlers[:] = handlers
+            root.setLevel(level)
+
+    def build(self, shape: Shape, stamps: Stamps | None, *, listeners: bool) -> Any:
+        """Build a saga of that shape; with stamps, its last step fails.
+
+        Args:
+            shape: Its steps.
+            stamps: Where the rollback is noted; None: every step does nothing and succeeds.
+            listeners: Whether to leave its default listeners on, for metrics and the log.
+        """
+        saga = self._module.Saga(name="bench", config=self._module.SagaConfig(metrics=listeners, logging=listeners))
+        last = list(shape)[-1]
+
+        async def action(_ctx: dict[str, Any]) -> None:
+            """Do nothing."""
+
+        async def failing(_ctx: dict[str, Any]) -> None:
+            assert stamps is not None  # the last step fails only when it is noted
+            stamps.fail()
+
+        async def compensation(_ctx: dict[str, Any]) -> None:
+            if stamps is not None:
+                stamps.compensated()
+
+        for name, dependencies in shape.items():
+            fails = stamps is not None and name == last
+            saga.add_step(name, failing if fails else action, compensation, depends_on=list(dependencies))
+        return saga
+
+
+class SagazSaga:
+    """One sagaz saga, run again and again."""
+
+    def __init__(self, sagaz: Sagaz, shape: Shape, stamps: Stamps | None = None, *, listeners: bool = True) -> None:
+        """Take what `Sagaz.build` takes."""
+        self._sagaz = sagaz
+        self._shape = shape
+        self._stamps = stamps
+        self._listeners = listeners
+        self._saga: Any = None
+
+    async def prepare(self) -> None:
+        """Build it anew, so that its storage does not grow from round to round."""
+        self._saga = self._sagaz.build(self._shape, self._stamps, listeners=self._listeners)
+        await self.run()
+
+    async def run(self) -> None:
+        """Run it once."""
+        try:
+            await self._saga.run({})
+        except Failing:
+            if self._stamps is None:
+                raise
+        else:
+            if self._stamps is not None:
+                raise MeasurementError("expected sagaz to pass the failure on, got none")

@@ -1,0 +1,653 @@
+"""What changing the code at random showed to be untested: times, places, causes and words of the record."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from stageflow.api import Pipeline, StageOutput
+
+from saga import (
+    CompensableStage,
+    Compensation,
+    CompensationContext,
+    ContinueWithFallback,
+    FailFast,
+    Failure,
+    FailureKind,
+    LedgerCorrupt,
+    LedgerError,
+    Retry,
+    SagaContext,
+    SagaCoordinator,
+    SagaReport,
+    SagaStatus,
+    StageState,
+    compensable,
+)
+from saga.events import (
+    AnyEvent,
+    CompensationCompleted,
+    CompensationFailed,
+    CompensationStarted,
+    EffectRecorded,
+    SagaEnded,
+    SagaTurnedBack,
+    StageCompleted,
+    StageFailed,
+    StageProbed,
+    StageSkipped,
+    StageStarted,
+    TurnReason,
+)
+from saga.graph import Graph, Node, Role
+from saga.recovery import Move, SagaState, conclude
+from tests.controlled import elapse, run
+from tests.test_hard_cases import by_cancelling_every_task, deaf
+from tests.test_ledger import BACK, CONTRADICTIONS, PATHS, STARTED, SlowLedger
+from tests.world import SEQUENCE, CardDeclined, Script, scene
+
+ONCE = Compensation(retry=Retry(attempts=1))
+SKIP_BRANCH = ContinueWithFallback(without_fallback="skip_branch", compensation=ONCE)
+OUTPUT = StageOutput.ok(amount=1)
+FAILURE = Failure.of("a", FailureKind.REPORTED, "no")
+
+
+def at(second: int) -> datetime:
+    return datetime(2024, 1, 1, tzinfo=UTC) + timedelta(seconds=second)
+
+
+# -- the fold of the events --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_contradiction_names_the_saga_the_event_what_it_met_and_what_to_do(case: str) -> None:
+    path, event, message = CONTRADICTIONS[case]
+
+    with pytest.raises(LedgerCorrupt) as caught:
+        SagaState([STARTED, *path, event])
+
+    met = message.rpartition("can't follow on ")[2]
+    assert str(caught.value) == (
+        f"saga s: {type(event).__name__} can't follow on {met}; the saga is left as it is. "
+        "Compare its ledger with a backup before you go on."
+    )
+
+
+def test_a_stage_keeps_the_place_and_the_time_of_its_first_start_and_of_its_first_compensation() -> None:
+    failed = CompensationFailed(stage="a", failure=FAILURE, will_retry=True)
+    state = SagaState(
+        [
+            STARTED,
+            StageStarted(stage="a", attempt=1, at=at(1)),
+            StageFailed(stage="a", failure=FAILURE, will_retry=True, at=at(2)),
+            StageStarted(stage="a", attempt=2, at=at(3)),
+            StageCompleted(stage="a", output=OUTPUT, at=at(4)),
+            StageStarted(stage="b", attempt=1, at=at(5)),
+            StageCompleted(stage="b", output=OUTPUT, at=at(6)),
+            BACK,
+            CompensationStarted(stage="a", attempt=1, at=at(7)),
+            failed,
+            CompensationStarted(stage="b", attempt=1, at=at(8)),
+            CompensationStarted(stage="a", attempt=2, at=at(9)),
+            CompensationCompleted(stage="b", at=at(10)),
+            CompensationFailed(stage="a", failure=FAILURE, at=at(11)),
+        ]
+    )
+
+    a, b = state.stages["a"], state.stages["b"]
+    assert (a.attempts, a.order, a.started_at, a.ended_at) == (2, 0, at(1), at(4))
+    assert (b.attempts, b.order, b.started_at, b.ended_at) == (1, 1, at(5), at(6))
+    assert (a.undo_attempts, a.undo_order, a.undo_started_at, a.undo_ended_at) == (2, 0, at(7), at(11))
+    assert (b.undo_attempts, b.undo_order, b.undo_started_at, b.undo_ended_at) == (1, 1, at(8), at(10))
+
+
+def test_a_stage_that_skips_itself_ended_then_and_one_that_never_started_never_ended() -> None:
+    skip = StageSkipped(stage="a", reason="nothing to do", output=OUTPUT, at=at(2))
+
+    itself = SagaState([STARTED, StageStarted(stage="a", attempt=1, at=at(1)), skip]).stages["a"]
+    unstarted = SagaState([STARTED, skip]).stages["a"]
+
+    assert (itself.started_at, itself.ended_at) == (at(1), at(2))
+    assert (unstarted.started_at, unstarted.ended_at) == (None, None)
+
+
+def test_a_failed_stage_whose_probe_fails_for_good_is_in_doubt_and_tells_why() -> None:
+    probing = Failure.of("a", FailureKind.COMPENSATION, "no line")
+    state = SagaState([STARTED, *PATHS[StageState.FAILED], StageProbed(stage="a", landed=None, failure=probing)])
+
+    record = state.stages["a"]
+    assert record.state is StageState.IN_DOUBT
+    assert record.undo_failure == probing
+    assert state.failures == [FAILURE_OF_THE_PATH, probing]
+
+
+(FAILURE_OF_THE_PATH,) = (event.failure for event in PATHS[StageState.FAILED] if isinstance(event, StageFailed))
+
+
+def test_what_stopped_a_saga_that_did_not_turn_back_is_among_its_failures_once() -> None:
+    late = Failure.of(None, FailureKind.TIMEOUT, "too late")
+
+    state = SagaState([STARTED, *PATHS[StageState.FAILED], SagaEnded(status=SagaStatus.HALTED, cause=late)])
+    known = SagaState([STARTED, *PATHS[StageState.FAILED], SagaEnded(status=SagaStatus.HALTED, cause=FAILURE_OF_THE_PATH)])
+
+    assert (state.cause, state.failures) == (late, [FAILURE_OF_THE_PATH, late])
+    assert known.failures == [FAILURE_OF_THE_PATH]
+
+
+def test_what_turned_a_saga_back_is_its_cause_and_among_its_failures_once() -> None:
+    late = Failure.of(None, FailureKind.TIMEOUT, "too late")
+
+    state = SagaState([STARTED, *PATHS[StageState.KEPT], SagaTurnedBack(reason=TurnReason.FAILURE, cause=late)])
+    known = SagaState([STARTED, *PATHS[StageState.FAILED], SagaTurnedBack(reason=TurnReason.FAILURE, cause=FAILURE_OF_THE_PATH)])
+
+    assert (state.cause, state.failures) == (late, [late])
+    assert known.failures == [FAILURE_OF_THE_PATH]
+
+
+def test_a_saga_is_spotless_until_a_stage_fails_or_skips_what_it_has_begun() -> None:
+    assert SagaState([STARTED, *PATHS[StageState.KEPT]]).is_spotless is True
+    assert SagaState([STARTED, *PATHS[StageState.SKIPPED]]).is_spotless is True
+    recorded: list[AnyEvent] = [PATHS[StageState.RUNNING][0], EffectRecorded(stage="a", effect=1), *PATHS[StageState.SKIPPED]]
+    assert SagaState([STARTED, *recorded]).is_spotless is False
+    retried: list[AnyEvent] = [StageFailed(stage="a", failure=FAILURE, will_retry=True), StageStarted(stage="a", attempt=2)]
+    mended = SagaState([STARTED, PATHS[StageState.RUNNING][0], *retried, StageCompleted(stage="a", output=OUTPUT)])
+    assert mended.is_spotless is False
+
+
+# -- which way a saga goes ---------------------------------------------------------------------------------------
+
+
+class Items(CompensableStage):
+    """Records an effect, then fails; it undoes what it recorded unless told to fail at that, too."""
+
+    undo_fails = False
+
+    def __init__(self) -> None:
+        self.undone: list[Any] = []
+
+    async def execute(self, ctx: SagaContext) -> Any:
+        await ctx.record("1A")
+        raise CardDeclined
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        if self.undo_fails:
+            raise CardDeclined
+        self.undone.extend(ctx.effects)
+
+
+class StuckItems(Items):
+    undo_fails = True
+
+
+class SkippedStuckItems(StuckItems):
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        await ctx.record("1A")
+        return StageOutput.skip("sold out")
+
+
+def test_a_stage_that_falls_with_its_branch_is_undone_for_what_it_recorded_and_the_saga_is_degraded() -> None:
+    world, pipeline = scene({"hotel": (), "other": ()})
+    items = Items()
+
+    report = run(SagaCoordinator(SKIP_BRANCH).run(pipeline.with_stage("items", items, dependencies=("hotel",))))
+
+    assert items.undone == ["1A"]
+    assert report.stages["items"].state is StageState.UNDONE
+    assert world.log == ["+hotel", "+other", "-hotel"]
+    assert report.status is SagaStatus.DEGRADED
+
+
+@pytest.mark.parametrize("stage", [StuckItems, SkippedStuckItems])
+def test_a_saga_that_goes_on_without_a_stage_whose_recorded_effects_are_stuck_is_stuck(stage: type[Items]) -> None:
+    _, pipeline = scene({"other": ()})
+
+    report = run(SagaCoordinator(SKIP_BRANCH).run(pipeline.with_stage("items", stage)))
+
+    assert report.stages["items"].state is StageState.STUCK
+    assert report.stages["other"].state is StageState.KEPT
+    assert report.status is SagaStatus.STUCK
+
+
+def test_what_served_only_a_stage_whose_recorded_effects_are_stuck_is_blocked() -> None:
+    world, pipeline = scene({"hotel": (), "other": ()})
+
+    report = run(SagaCoordinator(SKIP_BRANCH).run(pipeline.with_stage("items", StuckItems, dependencies=("hotel",))))
+
+    assert report.stages["hotel"].state is StageState.BLOCKED
+    assert set(world.standing) == {"hotel", "other"}
+
+
+def test_what_served_only_a_stage_that_is_undone_by_now_makes_the_saga_stuck_when_it_is_stuck_itself() -> None:
+    _, pipeline = scene({"hotel": (), "other": ()}, {"hotel": Script(undo_fails=9)})
+
+    report = run(SagaCoordinator(SKIP_BRANCH).run(pipeline.with_stage("items", Items, dependencies=("hotel",))))
+
+    assert (report.stages["hotel"].state, report.stages["items"].state) == (StageState.STUCK, StageState.UNDONE)
+    assert report.status is SagaStatus.STUCK
+
+
+def test_orphans_under_a_stuck_one_are_blocked_and_the_saga_is_stuck() -> None:
+    shape = {"root": (), "middle": ("root",), "leaf": ("middle",), "other": ()}
+    world, pipeline = scene(shape, {"leaf": Script("raise"), "middle": Script(undo_fails=9)})
+
+    report = run(SagaCoordinator(SKIP_BRANCH).run(pipeline))
+
+    assert report.status is SagaStatus.STUCK
+    assert (report.stages["middle"].state, report.stages["root"].state) == (StageState.STUCK, StageState.BLOCKED)
+    assert report.stages["other"].state is StageState.KEPT
+    assert world.refusals == []
+
+
+def test_a_saga_that_leaves_a_stage_in_doubt_beside_its_other_branches_is_stuck_without_turning_back() -> None:
+    world, pipeline = scene({"slow": (), "other": ()}, {"slow": Script("hang")})
+    coordinator = SagaCoordinator(SKIP_BRANCH.model_copy(update={"timeout": 1.0}))
+
+    report = run(coordinator.run(pipeline, saga_id="s"))
+
+    assert report.status is SagaStatus.STUCK
+    assert report.stages["slow"].state is StageState.IN_DOUBT
+    assert world.standing == {"other": 1}
+    assert not any(isinstance(event, SagaTurnedBack) for event in run(coordinator.ledger.read("s")))
+
+
+def test_a_saga_in_which_a_branch_fell_and_nothing_has_to_be_undone_does_not_turn_back() -> None:
+    _, pipeline = scene({"leaf": (), "other": ()}, {"leaf": Script("raise")})
+    coordinator = SagaCoordinator(SKIP_BRANCH)
+
+    report = run(coordinator.run(pipeline, saga_id="s"))
+
+    assert report.status is SagaStatus.DEGRADED
+    assert not any(isinstance(event, SagaTurnedBack) for event in run(coordinator.ledger.read("s")))
+    state = SagaState([STARTED, *PATHS[StageState.FAILED]])
+    assert conclude(state, SKIP_BRANCH, None) == Move()
+
+
+def test_a_cancel_that_turns_the_saga_back_is_its_cause() -> None:
+    _, pipeline = scene(SEQUENCE, {"b": Script("cancel")})
+
+    report = run(SagaCoordinator(FailFast(on_cancel="compensate")).run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+    assert (report.cause.stage, report.cause.kind) == ("b", FailureKind.CANCELLED)
+
+
+def test_a_deadline_is_no_interruption_by_the_caller() -> None:
+    world, pipeline = scene({"a": (), "b": ("a",)}, {"b": Script(before=9)}, {"b": "probed"})
+
+    report = run(SagaCoordinator(FailFast(deadline=5, on_interrupt="halt")).run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+def test_a_stage_that_was_interrupted_is_no_interruption_by_the_caller() -> None:
+    interrupted = Failure.of("b", FailureKind.INTERRUPTED, "its task was cancelled")
+    state = SagaState([STARTED, *PATHS[StageState.KEPT], StageStarted(stage="b", attempt=1), StageFailed(stage="b", failure=interrupted)])
+
+    assert conclude(state, FailFast(on_interrupt="halt"), interrupted) == Move(turn=TurnReason.FAILURE, cause=interrupted)
+
+
+def test_a_caller_that_is_cancelled_is_the_cause_of_a_halt() -> None:
+    _, pipeline = scene(SEQUENCE, {"b": Script(before=5)}, {"b": "probed"})
+    coordinator = SagaCoordinator(FailFast(on_interrupt="halt"))
+
+    async def cancelled() -> SagaReport:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(coordinator.run(pipeline, saga_id="s"), timeout=1)
+        return await coordinator.report("s")
+
+    report = run(cancelled())
+
+    assert report.status is SagaStatus.HALTED
+    assert report.cause is not None
+    assert report.cause.message == "the caller was cancelled"
+    assert report.cause in report.failures
+
+
+def test_every_stage_in_doubt_lets_what_it_depends_on_go_when_the_policy_continues() -> None:
+    shape = {"a1": (), "a2": (), "b1": ("a1",), "b2": ("a2",)}
+    silent = Script(order_matters=False)
+    world, pipeline = scene(shape, {"a1": silent, "a2": silent, "b1": Script("hang"), "b2": Script("hang")})
+    policy = FailFast(timeout=1, compensation=Compensation(on_failure="continue"))
+
+    report = run(SagaCoordinator(policy).run(pipeline))
+
+    assert world.standing == {}
+    assert set(report.undone) == {"a1", "a2"}
+    assert set(report.in_doubt) == {"b1", "b2"}
+
+
+def test_a_stage_that_cancels_after_it_recorded_an_effect_is_undone_for_it_when_the_policy_compensates() -> None:
+    class CancelledItems(Items):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            await ctx.record("1A")
+            return StageOutput.cancel("sold out")
+
+    items = CancelledItems()
+
+    report = run(SagaCoordinator(FailFast(on_cancel="compensate")).run(Pipeline().with_stage("items", items)))
+
+    assert items.undone == ["1A"]
+    assert report.status is SagaStatus.COMPENSATED
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_stage_in_doubt_falls_back_and_stays_in_doubt(works: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    class Slow(Items):
+        timeout = 1.0
+
+        async def execute(self, ctx: SagaContext) -> None:
+            await asyncio.Event().wait()
+
+        async def fallback(self, ctx: SagaContext, failure: Failure) -> dict[str, int]:
+            if not works:
+                raise CardDeclined("no fallback either")
+            return {"amount": 0}
+
+    report = run(SagaCoordinator(ContinueWithFallback()).run(Pipeline().with_stage("slow", Slow)))
+
+    assert report.status is SagaStatus.STUCK
+    assert report.stages["slow"].state is StageState.IN_DOUBT
+    assert report.fallbacks == (("slow",) if works else ())
+    assert [failure.message for failure in report.failures] == ["no answer within 1 s", *([] if works else ["no fallback either"])]
+
+
+# -- going backward ----------------------------------------------------------------------------------------------
+
+
+async def fine(_: Any) -> None: ...
+
+
+async def declined(_: Any) -> None:
+    raise CardDeclined
+
+
+def test_a_compensation_is_not_attempted_after_its_longest_time() -> None:
+    # It starts at 100 s of the loop: what counts is the time since its own first attempt.
+    script = Script(undo_fails=9, undo_takes=4)
+    _, pipeline = scene({"a": (), "b": ("a",)}, {"a": script, "b": Script("raise", before=100)})
+    patient = Retry(attempts=9, wait=1, multiplier=1, jitter=False, max_elapsed=12)
+
+    report = run(SagaCoordinator(FailFast(compensation=Compensation(retry=patient))).run(pipeline))
+
+    assert script.undo_attempts == 3
+    assert report.stages["a"].state is StageState.STUCK
+
+
+def test_a_compensation_that_was_cancelled_from_outside_says_so() -> None:
+    _, pipeline = scene(SEQUENCE, {"c": Script("raise", before=1), "b": Script(undo_takes=10)})
+    coordinator = SagaCoordinator()
+
+    async def play() -> SagaReport:
+        await by_cancelling_every_task(coordinator.run(pipeline, saga_id="s"))
+        return await coordinator.report("s")
+
+    undo = run(play()).stages["b"].compensation
+
+    assert undo is not None
+    assert undo.failure is not None
+    assert undo.failure.type == "InterruptedError"
+    assert undo.failure.message == "its task was cancelled from outside"
+
+
+def test_a_compensation_that_raises_a_cancel_of_its_own_is_not_called_cancelled_from_outside() -> None:
+    async def undo(_: CompensationContext) -> None:
+        raise asyncio.CancelledError("mine")
+
+    pipeline = Pipeline().with_stage("a", compensable(fine, undo)).with_stage("b", declined, "work", dependencies=("a",))
+
+    undone = run(SagaCoordinator(FailFast(compensation=ONCE)).run(pipeline)).stages["a"].compensation
+
+    assert undone is not None
+    assert undone.failure is not None
+    assert undone.failure.message == "mine"
+
+
+def test_a_timeout_that_a_compensation_survives_is_not_held_against_the_next_one() -> None:
+    async def stubborn(_: CompensationContext) -> None:
+        try:
+            await elapse(10)
+        except asyncio.CancelledError:
+            await elapse(1)
+
+    async def cancels_itself(_: CompensationContext) -> None:
+        raise asyncio.CancelledError("mine")
+
+    pipeline = (
+        Pipeline()
+        .with_stage("a", compensable(fine, cancels_itself))
+        .with_stage("b", compensable(fine, stubborn), dependencies=("a",))
+        .with_stage("c", declined, "work", dependencies=("b",))
+    )
+
+    report = run(SagaCoordinator(FailFast(compensation=Compensation(timeout=3, retry=Retry(attempts=1)))).run(pipeline))
+
+    assert report.stages["b"].state is StageState.UNDONE
+    undone = report.stages["a"].compensation
+    assert undone is not None
+    assert undone.failure is not None
+    assert undone.failure.message == "mine"
+
+
+def test_an_error_of_a_compensation_that_was_cancelled_from_outside_is_told_in_its_own_words() -> None:
+    async def undo(_: CompensationContext) -> None:
+        try:
+            await elapse(10)
+        except asyncio.CancelledError:
+            raise CardDeclined("closed") from None
+
+    async def late(_: Any) -> None:
+        await elapse(1)
+        raise CardDeclined
+
+    pipeline = Pipeline().with_stage("a", compensable(fine, undo)).with_stage("b", late, "work", dependencies=("a",))
+    coordinator = SagaCoordinator(FailFast(compensation=ONCE))
+
+    async def play() -> SagaReport:
+        await by_cancelling_every_task(coordinator.run(pipeline, saga_id="s"))
+        return await coordinator.report("s")
+
+    undone = run(play()).stages["a"].compensation
+
+    assert undone is not None
+    assert undone.failure is not None
+    assert undone.failure.message == "closed"
+
+
+def test_a_compensation_that_is_given_up_is_told_of_in_full() -> None:
+    released = asyncio.Event()
+
+    async def undo(_: CompensationContext) -> None:
+        await deaf(released)
+
+    pipeline = Pipeline().with_stage("a", compensable(fine, undo)).with_stage("b", declined, "work", dependencies=("a",))
+    policy = FailFast(cancel_grace=2, compensation=Compensation(timeout=10, retry=Retry(attempts=1)))
+
+    async def play() -> SagaReport:
+        report = await SagaCoordinator(policy).run(pipeline)
+        released.set()
+        return report
+
+    undone = run(play()).stages["a"].compensation
+
+    assert undone is not None
+    assert undone.failure is not None
+    assert (undone.failure.stage, undone.failure.kind, undone.failure.attempt) == ("a", FailureKind.COMPENSATION, 1)
+    assert undone.failure.message.endswith("it ignored its cancel for 2 s; it may still be running")
+
+
+def test_what_stands_on_nothing_but_a_compensation_that_was_given_up_goes_when_the_policy_continues() -> None:
+    released = asyncio.Event()
+    world, pipeline = scene({"a": ()}, {"a": Script(order_matters=False)})
+
+    async def undo(_: CompensationContext) -> None:
+        await deaf(released)
+
+    pipeline = pipeline.with_stage("b", compensable(fine, undo), dependencies=("a",))
+    pipeline = pipeline.with_stage("c", declined, "work", dependencies=("b",))
+    policy = FailFast(cancel_grace=2, compensation=Compensation(timeout=10, retry=Retry(attempts=1), on_failure="continue"))
+
+    async def play() -> SagaReport:
+        report = await SagaCoordinator(policy).run(pipeline)
+        released.set()
+        return report
+
+    report = run(play())
+
+    assert world.standing == {}
+    assert (report.stages["b"].state, report.stages["a"].state) == (StageState.STUCK, StageState.UNDONE)
+
+
+def test_a_wait_that_the_backward_deadline_ends_leaves_the_failure_that_it_should_have_mended() -> None:
+    _, pipeline = scene(SEQUENCE, {"b": Script(undo_fails=9), "c": Script("raise")})
+    coordinator = SagaCoordinator(FailFast(compensation=Compensation(deadline=5, retry=Retry(attempts=3, wait=10, jitter=False))))
+
+    undone = run(coordinator.run(pipeline, saga_id="s")).stages["b"].compensation
+
+    assert undone is not None
+    assert undone.failure is not None
+    assert undone.failure.message == "undoing b was declined"
+    told = [event for event in run(coordinator.ledger.read("s")) if isinstance(event, CompensationFailed)]
+    assert [(event.failure, event.will_retry) for event in told] == [(undone.failure, True), (undone.failure, False)]
+
+
+@pytest.mark.parametrize("moment", [2.1, 2.4, 2.6, 2.9])
+def test_cancelling_every_task_while_the_ledger_writes_ends_the_saga_as_a_crash_would(moment: float) -> None:
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise")})
+    coordinator = SagaCoordinator(ledger=SlowLedger())
+
+    async def play() -> SagaReport:
+        running = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        await elapse(moment)
+        mine = [task for task in asyncio.all_tasks() - {asyncio.current_task()} if "watched" not in repr(task)]
+        assert len(mine) == 3
+        for task in mine:
+            task.cancel()
+        with pytest.raises((LedgerError, asyncio.CancelledError)):
+            await running
+        return await coordinator.report("s")
+
+    assert run(play()).status is SagaStatus.COMPENSATING
+    assert world.refusals == []
+
+
+async def cancel_every_task() -> None:
+    mine = [task for task in asyncio.all_tasks() - {asyncio.current_task()} if "watched" not in repr(task)]
+    for task in mine:
+        task.cancel()
+    await asyncio.gather(*mine, return_exceptions=True)
+
+
+def test_cancelling_every_task_while_a_stage_waits_for_its_retry_calls_the_retry_off() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("raise", then=("ok",))})
+    coordinator = SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=10, jitter=False)))
+
+    async def play() -> SagaReport:
+        asyncio.create_task(coordinator.run(pipeline, saga_id="s"))  # noqa: RUF006 - found again among all tasks
+        await elapse(5)
+        await cancel_every_task()
+        return await coordinator.report("s")
+
+    report = run(play())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.stages["b"].attempts == 1
+    assert world.standing == {}
+
+
+def test_cancelling_every_task_while_a_probe_waits_to_be_asked_again_has_it_asked_at_once() -> None:
+    class Shy(CompensableStage):
+        asked = 0
+
+        async def execute(self, ctx: SagaContext) -> None:
+            raise CardDeclined
+
+        async def probe(self, ctx: CompensationContext) -> None:
+            Shy.asked += 1
+            if Shy.asked == 1:
+                raise CardDeclined
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    coordinator = SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=2, wait=10, jitter=False))))
+
+    async def play() -> tuple[SagaReport, float]:
+        asyncio.create_task(coordinator.run(Pipeline().with_stage("shy", Shy), saga_id="s"))  # noqa: RUF006 - found again among all tasks
+        await elapse(5)
+        await cancel_every_task()
+        return await coordinator.report("s"), asyncio.get_running_loop().time()
+
+    report, took = run(play())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert (Shy.asked, took) == (2, 5)
+
+
+# -- asking and trying again -------------------------------------------------------------------------------------
+
+
+def test_a_retry_that_is_called_off_after_the_probe_found_nothing_leaves_nothing_in_doubt() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("hang")}, {"b": "probed"})
+    coordinator = SagaCoordinator(FailFast(timeout=1, retry=Retry(attempts=2, wait=10, jitter=False)))
+
+    async def play() -> SagaReport:
+        running = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        await elapse(5)
+        await coordinator.cancel("s")
+        return await running
+
+    report = run(play())
+
+    assert report.stages["b"].probed is False
+    assert report.stages["b"].state is StageState.FAILED
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+@pytest.mark.parametrize("last", ["hang", "raise"])
+def test_the_last_attempt_is_asked_for_although_the_one_before_it_was(last: str) -> None:
+    asked: list[int] = []
+
+    class Asked(CompensableStage):
+        timeout = 1.0
+        landed = False
+
+        async def execute(self, ctx: SagaContext) -> None:
+            if ctx.attempt == 2:
+                self.landed = True
+                if last == "raise":
+                    raise CardDeclined
+            await asyncio.Event().wait()
+
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            asked.append(ctx.attempt)
+            return OUTPUT if self.landed else None
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            self.landed = False
+
+    stage = Asked()
+    report = run(SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=1))).run(Pipeline().with_stage("a", stage)))
+
+    assert len(asked) == 2
+    assert report.stages["a"].state is StageState.UNDONE
+    assert not stage.landed
+
+
+# -- the graph and the ledger ------------------------------------------------------------------------------------
+
+
+def test_a_difference_is_told_for_every_stage_also_behind_one_that_is_gone() -> None:
+    before = Graph.of([Node(name="a"), Node(name="b", role=Role.COMPENSABLE), Node(name="c", dependencies=("b", "a"))])
+    after = Graph.of([Node(name="b"), Node(name="c", dependencies=("b",)), Node(name="d")])
+
+    assert before.differences(after) == [
+        "stage 'a' is gone",
+        "stage 'd' is new",
+        "stage 'b': role was 'compensable', is 'plain'",
+        "stage 'c': dependencies was ['a', 'b'], is ['b']",
+    ]
