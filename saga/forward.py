@@ -295,8 +295,8 @@ class Forward:
         retry = run.plan.retry or self._policy.retry
         seconds = run.plan.timeout or self._policy.timeout
         loop, node, name = self._loop, self._state.graph[run.name], run.name
-        began, tries = loop.time(), 0
-        while True:
+        began, tries, goes_on = loop.time(), 0, True
+        while goes_on:
             tries += 1
             await self._record(StageStarted(stage=name, attempt=run.record.attempts + 1))
             if self.is_stopping():
@@ -326,10 +326,9 @@ class Forward:
                 if run.record.unanswered:
                     wait = None
             goes_on = wait is not None and await self._pause(wait)
-            if not goes_on:
-                # Called off: the failure that was to be mended stands.
-                await self._record(StageFailed(stage=name, failure=failure, in_doubt=run.record.doubt, output=output))
-                return outcome
+        # Called off: the failure that was to be mended stands.
+        await self._record(StageFailed(stage=name, failure=failure, in_doubt=run.record.doubt, output=output))
+        return outcome
 
     async def _succeeds(self, name: str, output: StageOutput | None) -> None:
         assert output is not None  # without a failure there is one
