@@ -363,7 +363,13 @@ class Forward:
         run.end()
         if run.reason is not None:
             await run.absorb()
-        return normalised(run.name, run.record.attempts, returned)
+        outcome = normalised(run.name, run.record.attempts, returned)
+        if outcome.failure is None and outcome.output is not None and outcome.output.status is StageStatus.SKIP and run.record.effects:
+            # Its dependents would run on, and what it recorded could then not be undone before them.
+            got = f"a SKIP after {len(run.record.effects)} recorded effects"
+            message = f"expected a stage that skips itself to have recorded no effect, got {got}"
+            return _Outcome(outcome.output, Failure.of(run.name, FailureKind.CONTRACT, message, attempt=run.record.attempts))
+        return outcome
 
     def _context(self, run: _StageRun) -> SagaContext:
         ctx, saga = run.ctx, self._saga

@@ -335,7 +335,9 @@ def orphans(state: SagaState) -> frozenset[str]:
 def undo_scope(state: SagaState, policy: FailFast | ContinueWithFallback, reason: TurnReason) -> frozenset[str]:
     """The stages that going backward for this reason is about; the others stand and hold nothing up."""
     if reason is not TurnReason.ORPHANS:
-        return frozenset(state.graph.names) - protected(state)
+        # What a fallback stands in for is no foundation of what followed, so a pivot does not protect its remains.
+        replaced = {name for name, record in state.stages.items() if record.fell_back}
+        return (frozenset(state.graph.names) - protected(state)) | replaced
     # Read off what happened forward, which stays: a stage that is undone or stuck meanwhile is still in the scope.
     left_over = {name for name, record in state.stages.items() if record.failed or record.skip_reason is not None}
     serves_nothing = orphans(state) if isinstance(policy, ContinueWithFallback) and policy.orphans == "compensate" else frozenset()

@@ -464,3 +464,31 @@ def test_a_cancel_by_id_stops_the_saga_and_run_gives_its_report() -> None:
     assert report.status is SagaStatus.COMPENSATED
     assert report.cause is not None
     assert report.cause.message == "the shop closes"
+
+
+def test_a_stage_that_skips_itself_after_it_recorded_an_effect_has_broken_its_contract_and_is_undone() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("skip", lands=True)}, {"b": "recording"})
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert world.refusals == []
+    assert world.log == ["+a", "+b", "-b", "-a"]
+    assert report.not_run == ("c",)
+    assert report.cause is not None
+    assert (report.cause.stage, report.cause.kind) == ("b", FailureKind.CONTRACT)
+    assert report.cause.message == "expected a stage that skips itself to have recorded no effect, got a SKIP after 1 recorded effects"
+
+
+@pytest.mark.parametrize("last", ["ok", "raise"])
+def test_what_a_stage_recorded_before_its_fallback_is_undone_also_below_a_pivot_that_completed(last: str) -> None:
+    world, pipeline = scene(
+        SEQUENCE, {"a": Script("raise", lands=True, order_matters=False), "c": Script(last)}, {"a": "recording", "b": "pivot"}
+    )
+    policy = ContinueWithFallback(fallbacks={"a": {"instead": True}})
+
+    report = run(SagaCoordinator(policy).run(pipeline))
+
+    assert world.refusals == []
+    assert set(world.standing) == ({"b", "c"} if last == "ok" else {"b"})
+    assert report.status is (SagaStatus.DEGRADED if last == "ok" else SagaStatus.HALTED)
+    assert report.stages["a"].state is StageState.FALLBACK

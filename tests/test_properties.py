@@ -61,7 +61,8 @@ def shapes(draw: st.DrawFn) -> dict[str, tuple[str, ...]]:
 def scripts(draw: st.DrawFn, kind: str) -> Script:
     outcome = draw(st.one_of(st.just("ok"), st.just("ok"), st.just("skip"), st.sampled_from(BAD)))
     # By contract a stage that raises or reports has no effect; only one that can be asked may have it all the same.
-    may_land = outcome == "hang" if kind != "probed" else outcome in {"raise", "fail", "wrong", "hang", "die"}
+    lands = {"probed": {"raise", "fail", "wrong", "hang", "die"}, "recording": {*BAD, "skip"}}
+    may_land = outcome in lands.get(kind, {"hang"})
     return Script(
         outcome=outcome,
         lands=may_land and draw(st.booleans()),
@@ -103,7 +104,7 @@ def policies(draw: st.DrawFn, names: str) -> Policy:
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
     shape = draw(shapes())
-    kind = st.sampled_from(["compensable"] * 4 + ["probed"] * 3 + ["pivot", "plain", "fallback"])
+    kind = st.sampled_from(["compensable"] * 4 + ["probed"] * 3 + ["recording"] * 2 + ["pivot", "plain", "fallback"])
     kinds = {name: draw(kind) for name in shape}
     return {
         "shape": shape,
@@ -137,10 +138,13 @@ def witness(ledger: MemoryLedger, world: World) -> None:
 def test_what_is_promised_holds(case: Mapping[str, Any]) -> None:
     policy: Policy = case["policy"]
     world, pipeline = scene(case["shape"], case["scripts"], case["kinds"])
-    for script in case["scripts"].values():
+    fallbacks = policy.fallbacks if isinstance(policy, ContinueWithFallback) else {}
+    for name, script in case["scripts"].items():
         script.attempts.clear()
         script.undo_attempts = 0
-        script.order_matters = policy.compensation.on_failure != "continue"
+        # What a stage recorded before its fallback stood in is undone at the end, below what used the fallback.
+        replaced = case["kinds"][name] == "recording" and name in fallbacks
+        script.order_matters = policy.compensation.on_failure != "continue" and not replaced
     ledger = MemoryLedger()
     witness(ledger, world)
     coordinator = SagaCoordinator(policy, ledger=ledger)
@@ -190,7 +194,11 @@ class Oracle:
         for name, state in self.states.items():
             if self.kinds[name] == "plain" or state is S.IN_DOUBT:
                 continue
-            stands = state in {S.KEPT, S.STUCK, S.BLOCKED}
+            stage = self.report.stages[name]
+            # A saga that keeps what was done also keeps what a failed stage had recorded.
+            kept_part = bool(stage.effects) and stage.compensation is None and state not in {S.UNDONE, S.KEPT}
+            stands = state in {S.KEPT, S.STUCK, S.BLOCKED} or kept_part
+            assert not kept_part or self.report.status in {SagaStatus.HALTED, SagaStatus.CANCELLED} or state is S.BLOCKED
             assert stands == (name in self.world.standing), (name, state)
             assert state not in {S.RUNNING, S.COMPENSATING}
 
@@ -238,7 +246,9 @@ class Oracle:
         # Promise 9.
         assert self.report.cause is None or self.report.cause in self.report.failures
         for name, script in self.scripts.items():
-            bad = [outcome for outcome in script.attempts if outcome in BAD]
+            # A stage that recorded an effect and then skips itself has broken its contract.
+            contradicts = self.kinds[name] == "recording" and script.lands
+            bad = [outcome for outcome in script.attempts if outcome in BAD or (outcome == "skip" and contradicts)]
             told = [f for f in self.report.failures if f.stage == name and f.kind is not FailureKind.COMPENSATION]
             # A stage that hangs, or that is cut off while it does something else, fails by interruption.
             cut_off = sum(f.kind in {FailureKind.INTERRUPTED, FailureKind.TIMEOUT} for f in told)
@@ -250,7 +260,7 @@ class Oracle:
         # Promise 10.
         for name, kind in self.kinds.items():
             if kind == "pivot" and self.states[name] is S.KEPT:
-                below = {other for other in self.kinds if name in self.world.dependents(other)}
+                below = {other for other in self.kinds if name in self.world.dependents(other)} - set(self.report.fallbacks)
                 assert not below & set(self.world.undone()), f"{name} has completed"
                 assert self.report.status is not SagaStatus.COMPENSATED
 

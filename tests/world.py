@@ -130,9 +130,9 @@ class CardDeclined(Exception):
     """What scripted stages raise."""
 
 
-async def perform(world: World, name: str, script: Script, key: str) -> Any:
+async def perform(world: World, name: str, script: Script, ctx: SagaContext, *, records: bool = False) -> Any:
     """One attempt of a scripted stage."""
-    outcome = script.next_outcome()
+    outcome, key = script.next_outcome(), ctx.idempotency_key
     script.attempts.append(outcome)
     world.enter(name)
     try:
@@ -144,6 +144,8 @@ async def perform(world: World, name: str, script: Script, key: str) -> Any:
             # A repeated attempt has its effect once.
             world.keys.add(key)
             world.land(name)
+            if records:
+                await ctx.record(name)
         if script.after:
             await elapse(script.after)
         return await conclude(name, outcome)
@@ -179,7 +181,7 @@ class Scripted(CompensableStage):
         self.world, self.name, self.script = world, name, script
 
     async def execute(self, ctx: SagaContext) -> Any:
-        return await perform(self.world, self.name, self.script, ctx.idempotency_key)
+        return await perform(self.world, self.name, self.script, ctx)
 
     async def compensate(self, ctx: CompensationContext) -> None:
         self.script.undo_attempts += 1
@@ -207,7 +209,7 @@ class Pivot(PivotStage):
         self.world, self.name, self.script = world, name, script
 
     async def execute(self, ctx: SagaContext) -> Any:
-        return await perform(self.world, self.name, self.script, ctx.idempotency_key)
+        return await perform(self.world, self.name, self.script, ctx)
 
 
 class Plain:
@@ -230,12 +232,23 @@ class Plain:
             self.world.leave(self.name)
 
 
+class Recording(Scripted):
+    """Records its effect as soon as it has landed, whatever becomes of the stage then."""
+
+    async def execute(self, ctx: SagaContext) -> Any:
+        return await perform(self.world, self.name, self.script, ctx, records=True)
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        if ctx.effects:
+            await super().compensate(ctx)
+
+
 class WithFallback(Scripted):
     async def fallback(self, ctx: SagaContext, failure: Failure) -> dict[str, Any]:
         return {"instead_of": self.name}
 
 
-STAGES = {"compensable": Scripted, "probed": Probed, "pivot": Pivot, "plain": Plain, "fallback": WithFallback}
+STAGES = {"compensable": Scripted, "probed": Probed, "pivot": Pivot, "plain": Plain, "fallback": WithFallback, "recording": Recording}
 
 SEQUENCE = {"a": (), "b": ("a",), "c": ("b",)}
 BRANCHES = {"a": (), "b": ("a",), "c": ("a",)}
