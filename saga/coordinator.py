@@ -180,7 +180,7 @@ class SagaCoordinator:
             context = parent.child_context(stage, pipeline, fields)
         elif fields:
             raise _both_given(fields)
-        saga = await self._begin(blueprint, policy, context, child_id(parent.forward_key(stage), attempt), parent=f"{parent.id}/{stage}")
+        saga = await self._begin(blueprint, policy, context, child_id(parent.forward_key(stage), attempt), parent.id, stage)
         return await self._see_through(saga)
 
     async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
@@ -212,6 +212,7 @@ class SagaCoordinator:
         context: PipelineContext,
         saga_id: str | None,
         parent: str | None = None,
+        parent_stage: str | None = None,
     ) -> LiveSaga:
         if saga_id is None:
             saga_id = secrets.token_hex(16)
@@ -221,7 +222,6 @@ class SagaCoordinator:
             raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Read what became of it with report().")
         self._alive[saga_id] = None
         try:
-            token = await self.ledger.acquire(saga_id, self._owner)
             started = SagaStarted(
                 saga_id=saga_id,
                 pipeline=blueprint.name,
@@ -229,8 +229,9 @@ class SagaCoordinator:
                 policy=policy,
                 input={name: value for name in _INPUT if (value := getattr(context, name))},
                 parent=parent,
+                parent_stage=parent_stage,
             )
-            journal = await Journal.begin(self.ledger, started, saga_id, token)
+            journal = await Journal.begin(self.ledger, started, self._owner)
         except BaseException:
             del self._alive[saga_id]
             raise

@@ -6,7 +6,7 @@ import asyncio
 from typing import Final
 
 from saga.errors import LedgerError
-from saga.events import AnyEvent
+from saga.events import AnyEvent, SagaStarted
 from saga.ledger import Ledger
 from saga.recovery import SagaState
 
@@ -27,15 +27,15 @@ class Journal:
         self._token = token
 
     @classmethod
-    async def begin(cls, ledger: Ledger, started: AnyEvent, saga_id: str, token: int) -> Journal:
+    async def begin(cls, ledger: Ledger, started: SagaStarted, owner: str) -> Journal:
         """Write the first event of a new saga.
 
         Raises:
             LedgerError: It could not be written; the saga does not exist.
         """
         state = SagaState([started])
-        await ledger.append(saga_id, (started,), expected_version=0, token=token)
-        return cls(ledger, saga_id, state, version=1, token=token)
+        token = await ledger.create(started.saga_id, owner, (started,))
+        return cls(ledger, started.saga_id, state, version=1, token=token)
 
     async def record(self, event: AnyEvent) -> None:
         """Fold the event and have it written.

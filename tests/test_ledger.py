@@ -34,14 +34,17 @@ from saga.events import (
     FallbackFailed,
     FallbackUsed,
     SagaEnded,
+    SagaResumed,
     SagaStarted,
     SagaTurnedBack,
     StageCompleted,
     StageFailed,
     StageProbed,
+    StageSettled,
     StageSkipped,
     StageStarted,
     TurnReason,
+    Verdict,
     event_from_json,
     event_to_json,
 )
@@ -69,6 +72,8 @@ ALL: list[AnyEvent] = [
     CompensationStarted(stage="a", attempt=1),
     CompensationCompleted(stage="a"),
     CompensationFailed(stage="a", failure=FAILURE, will_retry=True),
+    StageSettled(stage="a", verdict=Verdict.KEPT, note="paid in cash", by="ann", output=OUTPUT),
+    SagaResumed(forward=True, policy=FailFast(), by="ann"),
     SagaEnded(status=SagaStatus.STUCK, cause=FAILURE),
 ]
 
@@ -196,21 +201,23 @@ def test_a_memory_ledger_refuses_a_wrong_version_a_stale_token_and_a_second_owne
     ledger = MemoryLedger()
 
     async def play() -> None:
-        token = await ledger.acquire("s", "me")
-        await ledger.append("s", [STARTED], expected_version=0, token=token)
+        token = await ledger.create("s", "me", [STARTED])
+        with pytest.raises(LedgerConflict, match="exists already"):
+            await ledger.create("s", "me", [STARTED])
         with pytest.raises(LedgerConflict, match="has 1 events, expected 0"):
-            await ledger.append("s", [STARTED], expected_version=0, token=token)
-        with pytest.raises(LedgerConflict, match="held by me; you has to wait"):
+            await ledger.append("s", [BACK], expected_version=0, token=token)
+        with pytest.raises(LedgerConflict, match="held by me; you has to wait") as caught:
             await ledger.acquire("s", "you")
+        assert caught.value.holder == "me"
         newer = await ledger.acquire("s", "me")
         with pytest.raises(LedgerConflict, match=f"lease token {token}, the current one is {newer}"):
-            await ledger.append("s", [STARTED], expected_version=1, token=token)
+            await ledger.append("s", [BACK], expected_version=1, token=token)
         await ledger.release("s", token)
         with pytest.raises(LedgerConflict, match="held by me"):
             await ledger.acquire("s", "you")
         await ledger.release("s", newer)
         assert await ledger.acquire("s", "you") > newer
-        assert await ledger.list() == ("s",)
+        assert [entry.saga_id for entry in await ledger.list()] == ["s"]
         assert await ledger.read("s") == (STARTED,)
 
     run(play())
@@ -225,12 +232,19 @@ class SlowLedger(MemoryLedger):
         self.error = error or LedgerError("disk full")
         self.lock = asyncio.Lock()
 
-    async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int) -> None:
+    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
+        await self._written(events)
+        return await super().create(saga_id, owner, events)
+
+    async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int, release: bool = False) -> None:
+        await self._written(events)
+        await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
+
+    async def _written(self, events: Sequence[AnyEvent]) -> None:
         async with self.lock:
             await elapse(0.25)
             if self.breaks_at is not None and any(isinstance(event, self.breaks_at) for event in events):
                 raise self.error
-            await super().append(saga_id, events, expected_version=expected_version, token=token)
 
 
 @pytest.mark.parametrize("policy", [FailFast(), FailFast(in_flight="cancel")])

@@ -119,7 +119,8 @@ def witness(ledger: MemoryLedger, world: World) -> None:
     """Promise 6, seen from inside the stage: its start is recorded, and so is the end of all that it depends on."""
 
     def look(name: str) -> None:
-        (events,) = ledger._events.values()
+        (kept,) = ledger._sagas.values()
+        events = kept.events
         mine = [event for event in events if isinstance(event, StageEvent) and event.stage == name]
         assert isinstance(mine[-1], StageStarted), f"{name} runs and the ledger does not know"
         ended = {
@@ -165,7 +166,7 @@ def test_what_is_promised_holds(case: Mapping[str, Any]) -> None:
 
     event(report.status.value)
     assert SagaReport.model_validate_json(report.model_dump_json()) == report
-    Oracle(case, world, report, ledger._events["s"]).check()
+    Oracle(case, world, report, ledger._sagas["s"].events).check()
 
 
 class Oracle:
