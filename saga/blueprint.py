@@ -141,8 +141,8 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         _refuse_sync(name, hook, getattr(sample, hook, None))
     if not callable(getattr(sample, "execute", None)):
         raise PipelineInvalid("a stage with an async execute", got=repr(runner), stage=name)
-    is_pivot = isinstance(sample, PivotStage)
     can_compensate = callable(getattr(sample, "compensate", None))
+    is_pivot = isinstance(sample, PivotStage)
     if is_pivot and can_compensate:
         raise PipelineInvalid("a pivot without compensate(): it is the point of no return", got="one with it", stage=name)
     role = Role.PIVOT if is_pivot else Role.COMPENSABLE if can_compensate else Role.PLAIN
@@ -154,6 +154,8 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         conditional=spec.conditional,
         can_probe=role is not Role.PLAIN and callable(getattr(sample, "probe", None)),
         undo_in_doubt=role is Role.COMPENSABLE and bool(getattr(sample, "compensate_in_doubt", False)),
+        idempotent=bool(getattr(sample, "idempotent", False)),
+        holds_pivot=bool(getattr(sample, "holds_pivot", False)),
         has_fallback=callable(getattr(sample, "fallback", None)),
     )
     plan = StagePlan(

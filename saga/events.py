@@ -155,6 +155,7 @@ class StageFailed(StageEvent):
         failure: How.
         in_doubt: Whether its effect may have landed all the same.
         will_retry: Whether another attempt follows.
+        past_pivot: Whether it failed after a point of no return of its own: nothing that it depends on is undone.
         output: What it returned beside the failure, if anything.
     """
 
@@ -162,6 +163,7 @@ class StageFailed(StageEvent):
     failure: Failure
     in_doubt: bool = False
     will_retry: bool = False
+    past_pivot: bool = False
     output: Output | None = None
 
 
@@ -217,6 +219,18 @@ class StageProbed(StageEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SagaStopped(Event):
+    """Something other than a stage's failure has stopped the saga: no further stage starts.
+
+    Attributes:
+        cause: The deadline, the caller's cancel, an interceptor's error.
+    """
+
+    event: Literal["saga_stopped"] = "saga_stopped"
+    cause: Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SagaTurnedBack(Event):
     """The fence: no stage runs any more; from here the saga goes backward."""
 
@@ -235,18 +249,30 @@ class CompensationStarted(StageEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompensationCompleted(StageEvent):
-    """A stage's effect is undone."""
+    """A stage's effect is undone.
+
+    Attributes:
+        late: Its compensation had been given up as stuck, and nobody waited for it any more.
+    """
 
     event: Literal["compensation_completed"] = "compensation_completed"
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompensationFailed(StageEvent):
-    """An attempt to undo a stage failed; without another one to come the stage is stuck."""
+    """An attempt to undo a stage failed; without another one to come the stage is stuck.
+
+    Attributes:
+        failure: How.
+        will_retry: Whether another attempt follows.
+        past_pivot: Whether it can't be undone because it has gone beyond a point of no return of its own.
+    """
 
     event: Literal["compensation_failed"] = "compensation_failed"
     failure: Failure
     will_retry: bool = False
+    past_pivot: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,6 +333,7 @@ AnyEvent = Annotated[
     | FallbackUsed
     | FallbackFailed
     | StageProbed
+    | SagaStopped
     | SagaTurnedBack
     | CompensationStarted
     | CompensationCompleted

@@ -32,6 +32,7 @@ from saga.events import (
     StageCompleted,
     StageFailed,
     StageProbed,
+    StageSettled,
     StageSkipped,
     StageStarted,
 )
@@ -63,20 +64,25 @@ class StageState(StrEnum):
 
 _S = StageState
 
+_AGAIN: Final = frozenset({StageStarted, StageSkipped, StageFailed})
+
 TRANSITIONS: Final[Mapping[StageState, frozenset[type[Event]]]] = {
-    _S.NOT_RUN: frozenset({StageStarted, StageSkipped, StageFailed}),
+    _S.NOT_RUN: _AGAIN,
     _S.RUNNING: frozenset({StageStarted, EffectRecorded, StageCompleted, StageFailed, StageSkipped, StageProbed}),
-    _S.KEPT: frozenset({CompensationStarted}),
-    _S.FAILED: frozenset({FallbackUsed, FallbackFailed, StageProbed, CompensationStarted}),
-    _S.FALLBACK: frozenset({CompensationStarted}),
-    _S.CANCELLED: frozenset({CompensationStarted}),
-    _S.SKIPPED: frozenset({CompensationStarted}),
-    _S.IN_DOUBT: frozenset({FallbackUsed, FallbackFailed, StageProbed, CompensationStarted}),
-    _S.COMPENSATING: frozenset({CompensationStarted, CompensationCompleted, CompensationFailed}),
-    _S.UNDONE: frozenset(),
-    _S.STUCK: frozenset(),
+    _S.KEPT: _AGAIN | {CompensationStarted},
+    _S.FAILED: _AGAIN | {FallbackUsed, FallbackFailed, StageProbed, CompensationStarted, StageCompleted},
+    _S.FALLBACK: _AGAIN | {CompensationStarted, StageCompleted, StageSettled},
+    _S.CANCELLED: _AGAIN | {CompensationStarted},
+    _S.SKIPPED: _AGAIN | {CompensationStarted, StageSettled},
+    _S.IN_DOUBT: _AGAIN | {FallbackUsed, FallbackFailed, StageProbed, CompensationStarted, StageCompleted, StageSettled},
+    _S.COMPENSATING: frozenset({CompensationStarted, CompensationCompleted, CompensationFailed, StageProbed}),
+    _S.UNDONE: _AGAIN | {StageCompleted},
+    _S.STUCK: _AGAIN | {CompensationCompleted, StageCompleted, StageSettled},
 }
-"""Which events may follow in which state of a stage. BLOCKED is missing: it is read off the other stages."""
+"""Which events may follow in which state of a stage. BLOCKED is missing: it is read off the other stages.
+
+A stage that has ended runs again only in a saga that was resumed, completes then only late, and is settled only in doubt or stuck.
+"""
 
 
 @dataclass(frozen=True, slots=True)

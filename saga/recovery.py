@@ -27,16 +27,20 @@ from saga.events import (
     FallbackFailed,
     FallbackUsed,
     SagaEnded,
+    SagaResumed,
     SagaStarted,
     SagaStatus,
+    SagaStopped,
     SagaTurnedBack,
     StageCompleted,
     StageEvent,
     StageFailed,
     StageProbed,
+    StageSettled,
     StageSkipped,
     StageStarted,
     TurnReason,
+    Verdict,
 )
 from saga.failures import Failure, FailureKind
 from saga.graph import Graph, Node, Role
@@ -52,7 +56,12 @@ class StageRecord:
 
     Attributes:
         state: Where it stands; never BLOCKED, which is read off the other stages.
-        attempts: Forward attempts that started.
+        attempts: Attempts of this execution that started.
+        execution: How often it was executed; one more each time that it ran again after it, or what it depends on, was undone.
+        is_acting: An attempt, of the stage or of its compensation, has started and not ended.
+        again: The saga was resumed, and the stage is to run once more.
+        anew: With `again`: as a new execution.
+        attempts_before: How many attempts of this execution had started when the saga was resumed.
         order: Its place in the order in which stages first started; -1 if it never did.
         output: What it gave: when it completed, else its fallback's, else what it returned beside a failure or a skip.
         landed: Its effect is known to have landed.
@@ -63,7 +72,12 @@ class StageRecord:
         failure: Its last failure forward.
         failed: Its execution failed for good, and no probe found its effect; also when that was undone later.
         fell_back: Its fallback stands in.
+        fallback_failed: Its own fallback failed.
         with_branch: It was skipped because something that it depends on failed.
+        past_pivot: It has gone beyond a point of no return of its own, though it did not complete.
+        is_late: It completed when nobody waited for it any more.
+        settled: What a person said of it last.
+        undo_in_question: A process died while it was being compensated.
         undo_attempts: Compensation attempts that started.
         undo_order: Its place in the order in which compensations first started; -1 if none did.
         undo_failure: The last failure of its compensation or probe.
@@ -71,6 +85,11 @@ class StageRecord:
 
     state: StageState = _S.NOT_RUN
     attempts: int = 0
+    execution: int = 0
+    is_acting: bool = False
+    again: bool = False
+    anew: bool = False
+    attempts_before: int = 0
     order: int = -1
     started_at: datetime | None = None
     ended_at: datetime | None = None
@@ -83,7 +102,12 @@ class StageRecord:
     failure: Failure | None = None
     failed: bool = False
     fell_back: bool = False
+    fallback_failed: bool = False
     with_branch: bool = False
+    past_pivot: bool = False
+    is_late: bool = False
+    settled: StageSettled | None = None
+    undo_in_question: bool = False
     skip_reason: str | None = None
     undo_attempts: int = 0
     undo_order: int = -1
@@ -100,9 +124,11 @@ class SagaState:
     Attributes:
         started: How the saga began.
         graph: Its stages.
+        policy: What happens when something fails: the one it was started with, or resumed with last.
         status: Where it stands.
         ended_at: When it came to rest; None while it has not.
-        cause: What stopped it first; None if nothing did.
+        stop: What is known to have stopped it beside the failures of its stages.
+        cause: What stopped it first, since it was started or run on; None if nothing did.
         reason: Why it went backward, the last time; None if it never did.
         failures: Every failure of every attempt, in the order of the ledger.
         stages: What the events say of each stage, in topological order.
@@ -118,8 +144,10 @@ class SagaState:
             raise LedgerCorrupt(f"a saga begins with SagaStarted, this one with {type(first).__name__}; nothing was changed")
         self.started: Final = first
         self.graph: Final[Graph] = first.graph
+        self.policy: FailFast | ContinueWithFallback = first.policy
         self.status = SagaStatus.RUNNING
         self.ended_at: datetime | None = None
+        self.stop: Failure | None = None
         self.cause: Failure | None = None
         self.reason: TurnReason | None = None
         self.failures: list[Failure] = []
@@ -134,12 +162,18 @@ class SagaState:
         """Take in the next event."""
         if isinstance(event, StageEvent):
             self._apply_to_stage(event)
-        elif isinstance(event, SagaTurnedBack):
-            self._turn_back(event)
-        elif isinstance(event, SagaEnded):
-            self._end(event)
-        else:
-            raise self._contradiction("a saga that has started", event)
+            return
+        match event:
+            case SagaTurnedBack():
+                self._turn_back(event)
+            case SagaEnded():
+                self._end(event)
+            case SagaStopped():
+                self._stop(event)
+            case SagaResumed():
+                self._resume(event)
+            case _:
+                raise self._contradiction("a saga that has started", event)
 
     def _end(self, event: SagaEnded) -> None:
         if self.is_running():
@@ -159,9 +193,54 @@ class SagaState:
             raise self._contradiction("a saga whose stages still run", event)
         self.status = SagaStatus.COMPENSATING
         self.reason = event.reason
+        if self.ended_at is not None:
+            self._ask_anew()
         self.ended_at = None
         self.cause = self.cause or event.cause
         self._note(event.cause)
+
+    def _stop(self, event: SagaStopped) -> None:
+        self.stop = event.cause
+        self.cause = self.cause or event.cause
+        self._note(event.cause)
+
+    def _resume(self, event: SagaResumed) -> None:
+        had_ended = self.ended_at is not None
+        if event.forward and not had_ended and self.status is SagaStatus.COMPENSATING:
+            raise self._contradiction("a saga that is compensating", event)
+        if not event.forward and self.reason is None:
+            raise self._contradiction("a saga that never turned back", event)
+        self.is_spotless = False
+        self.policy = event.policy or self.policy
+        self.ended_at = None
+        self._ask_anew()
+        if not event.forward:
+            self.status = SagaStatus.COMPENSATING
+            return
+        self.status = SagaStatus.RUNNING
+        if had_ended:
+            self.stop = self.cause = self.reason = None
+            self._reopen()
+
+    def _ask_anew(self) -> None:
+        """Whoever goes on with a saga that came to rest hopes for the answers that it did not get."""
+        for record in self.stages.values():
+            if record.doubt:
+                record.answer, record.unanswered = None, False
+
+    def _reopen(self) -> None:
+        """Mark what runs once more: what failed, what was undone, and what was worked out from outputs that are gone."""
+        for name, record in self.stages.items():
+            node = self.graph[name]
+            stands = record.landed and node.role is not Role.PLAIN and record.state is not _S.UNDONE
+            lacks_ground = record.state is _S.UNDONE or any(self.stages[below].anew for below in node.dependencies)
+            record.anew = lacks_ground and not stands and not record.doubt
+            ended_badly = record.state in {_S.FAILED, _S.CANCELLED, _S.IN_DOUBT, _S.STUCK} or record.with_branch
+            record.again = not stands and (record.anew or ended_badly) and record.state is not _S.NOT_RUN
+            record.attempts_before = record.attempts
+            if stands and record.state is _S.STUCK:
+                # It could not be undone; now it need not be.
+                record.state = _S.KEPT
 
     def _note(self, failure: Failure | None) -> None:
         # The cause of a turn is usually a stage's failure that is noted already.
@@ -172,37 +251,74 @@ class SagaState:
         record = self.stages.get(event.stage)
         if record is None:
             raise self._contradiction("a saga without that stage", event)
-        if type(event) not in TRANSITIONS[record.state]:
+        if type(event) not in TRANSITIONS[record.state] or not self._is_due(record, event):
             raise self._contradiction(f"stage {event.stage!r} in state {record.state.value}", event)
         self._FOLD[type(event)](self, record, event)
+
+    def _is_due(self, record: StageRecord, event: StageEvent) -> bool:
+        """Whether an event that the state allows is one that the saga waits for."""
+        match event:
+            case StageStarted() | StageSkipped() | StageFailed():
+                return record.again or record.state is _S.NOT_RUN or record.state is _S.RUNNING
+            case StageCompleted(late=late):
+                return late is (record.state is not _S.RUNNING)
+            case CompensationCompleted(late=late):
+                return late is (record.state is _S.STUCK)
+            case StageSettled():
+                return (record.doubt or record.state is _S.STUCK) and self.ended_at is not None
+            case _:
+                return True
 
     def _stage_started(self, record: StageRecord, event: StageStarted) -> None:
         if self.status is not SagaStatus.RUNNING:
             raise self._contradiction(f"a saga that is {self.status.value}", event)
+        if event.execution != record.execution and record.execution:
+            _forget(record)
         if record.order < 0:
             record.order = self._started
             self._started += 1
             record.started_at = event.at
         # What a probe answered holds for the attempts before it.
-        record.state, record.answer = _S.RUNNING, None
-        record.attempts = event.attempt
+        record.state, record.answer, record.again, record.failed = _S.RUNNING, None, False, False
+        record.is_acting, record.attempts, record.execution = True, event.attempt, event.execution
 
     def _effect_recorded(self, record: StageRecord, event: EffectRecorded) -> None:
         record.effects = (*record.effects, event.effect)
 
     def _stage_completed(self, record: StageRecord, event: StageCompleted) -> None:
+        record.is_acting = False
+        if event.late:
+            self._completed_late(record, event)
+            return
         record.state, record.landed, record.doubt = _S.KEPT, True, False
+        record.output, record.ended_at = event.output, event.at
+
+    def _completed_late(self, record: StageRecord, event: StageCompleted) -> None:
+        record.is_late = True
+        match record.state:
+            case _S.UNDONE:
+                # Which came last, the effect or its compensation, nobody knows.
+                record.state, record.doubt = _S.IN_DOUBT, True
+            case _S.FALLBACK:
+                record.landed, record.doubt = True, False
+                return
+            case _S.STUCK:
+                record.landed, record.doubt = True, False
+            case _:
+                record.state, record.landed, record.doubt, record.failed = _S.KEPT, True, False, False
         record.output, record.ended_at = event.output, event.at
 
     def _stage_failed(self, record: StageRecord, event: StageFailed) -> None:
         self.is_spotless = False
         # A retry that is called off repeats the failure that it was meant to mend.
         self._note(event.failure)
-        record.failure = event.failure
+        record.failure, record.is_acting = event.failure, False
         # An attempt that may have landed is not answered for by a later one that did not.
         record.doubt = record.doubt or event.in_doubt
+        record.past_pivot = record.past_pivot or event.past_pivot
         if event.will_retry:
             return
+        record.again = False
         record.failed, record.ended_at, record.output = True, event.at, event.output
         if record.doubt:
             record.state = _S.IN_DOUBT
@@ -213,7 +329,7 @@ class SagaState:
 
     def _stage_skipped(self, record: StageRecord, event: StageSkipped) -> None:
         self.is_spotless = self.is_spotless and not record.effects
-        record.state, record.output = _S.SKIPPED, event.output
+        record.state, record.output, record.is_acting, record.again = _S.SKIPPED, event.output, False, False
         record.skip_reason, record.with_branch = event.reason, event.with_branch
         record.ended_at = event.at if record.started_at else None
 
@@ -221,7 +337,8 @@ class SagaState:
         record.state, record.fell_back = _S.FALLBACK, True
         record.output, record.ended_at = event.output, event.at
 
-    def _fallback_failed(self, _record: StageRecord, event: FallbackFailed) -> None:
+    def _fallback_failed(self, record: StageRecord, event: FallbackFailed) -> None:
+        record.fallback_failed = True
         self.failures.append(event.failure)
 
     def _stage_probed(self, record: StageRecord, event: StageProbed) -> None:
@@ -230,6 +347,11 @@ class SagaState:
             record.undo_failure = event.failure
         if event.will_retry:
             return
+        if record.state is _S.COMPENSATING:
+            record.undo_in_question = False
+            if event.landed is False:
+                record.state, record.doubt, record.undo_ended_at = _S.UNDONE, False, event.at
+            return
         if event.landed is None:
             record.unanswered = record.doubt = True
             if record.state is _S.FAILED:
@@ -237,7 +359,7 @@ class SagaState:
             return
         record.answer, record.doubt = event.landed, False
         if event.landed:
-            record.state, record.landed, record.failed = _S.KEPT, True, False
+            record.state, record.landed, record.failed, record.again = _S.KEPT, True, False, False
             record.output, record.ended_at = event.output, event.at
         elif record.state is _S.IN_DOUBT:
             record.state = _S.FAILED
@@ -249,17 +371,44 @@ class SagaState:
             record.undo_order = self._undo_started
             self._undo_started += 1
             record.undo_started_at = event.at
-        record.state, record.undo_attempts = _S.COMPENSATING, event.attempt
+        record.state, record.undo_attempts, record.is_acting = _S.COMPENSATING, event.attempt, True
 
     def _compensation_completed(self, record: StageRecord, event: CompensationCompleted) -> None:
-        record.state, record.doubt = _S.UNDONE, False
+        record.state, record.doubt, record.is_acting = _S.UNDONE, False, False
         record.undo_ended_at = event.at
 
     def _compensation_failed(self, record: StageRecord, event: CompensationFailed) -> None:
         self._note(event.failure)
-        record.undo_failure = event.failure
-        if not event.will_retry:
+        record.undo_failure, record.is_acting = event.failure, False
+        record.undo_in_question = event.failure.kind is FailureKind.CRASHED
+        if event.past_pivot:
+            record.past_pivot, record.doubt = True, False
+            record.state = _S.KEPT if record.landed else _S.FAILED
+        elif not event.will_retry:
             record.state, record.undo_ended_at = _S.STUCK, event.at
+
+    def _stage_settled(self, record: StageRecord, event: StageSettled) -> None:
+        self.is_spotless = False
+        record.settled = event
+        match event.verdict:
+            case Verdict.UNDONE:
+                record.state, record.doubt, record.landed = _S.UNDONE, False, False
+                record.undo_ended_at = event.at
+            case Verdict.KEPT:
+                record.doubt, record.landed = False, True
+                if not record.fell_back:
+                    record.state, record.failed = _S.KEPT, False
+                    record.output = record.output or event.output
+            case _:
+                self._try_again(record)
+
+    def _try_again(self, record: StageRecord) -> None:
+        record.answer, record.unanswered = None, False
+        if self.reason is None and record.state in {_S.IN_DOUBT, _S.STUCK}:
+            # It goes on forward, where a stage that has failed runs again.
+            record.doubt, record.state = False, _S.FAILED
+        elif record.state is _S.STUCK:
+            record.state = _S.KEPT if record.landed else _S.IN_DOUBT if record.doubt else _S.FAILED
 
     _FOLD: ClassVar[dict[type[StageEvent], Callable[[SagaState, StageRecord, Any], None]]] = {
         StageStarted: _stage_started,
@@ -273,6 +422,7 @@ class SagaState:
         CompensationStarted: _compensation_started,
         CompensationCompleted: _compensation_completed,
         CompensationFailed: _compensation_failed,
+        StageSettled: _stage_settled,
     }
 
     def _contradiction(self, found: str, event: Event) -> LedgerCorrupt:
@@ -280,6 +430,13 @@ class SagaState:
             f"saga {self.started.saga_id}: {type(event).__name__} can't follow on {found}; the saga is left as it is. "
             "Compare its ledger with a backup before you go on."
         )
+
+
+def _forget(record: StageRecord) -> None:
+    """A new execution begins: nothing of the one before it stands."""
+    fresh = StageRecord(anew=record.anew)
+    for name in StageRecord.__slots__:
+        setattr(record, name, getattr(fresh, name))
 
 
 class Step(Enum):
@@ -298,11 +455,11 @@ def undo_step(node: Node, record: StageRecord) -> Step:
     """What undoing this stage comes to next."""
     if node.role is Role.PLAIN or record.state is _S.UNDONE:
         return Step.CLEAR
-    if record.state is _S.STUCK:
+    if record.state is _S.STUCK or record.past_pivot:
         return Step.HOLD
     if record.state is _S.COMPENSATING:
-        return Step.COMPENSATE
-    unsure = record.doubt or (record.state is _S.FAILED and node.role is Role.COMPENSABLE)
+        return Step.PROBE if record.undo_in_question and node.can_probe else Step.COMPENSATE
+    unsure = record.doubt or record.state is _S.FAILED
     if unsure and node.can_probe and record.answer is None and not record.unanswered:
         return Step.PROBE
     if node.role is Role.PIVOT:
@@ -312,9 +469,18 @@ def undo_step(node: Node, record: StageRecord) -> Step:
     return Step.COMPENSATE if record.landed or record.effects else Step.CLEAR
 
 
+def _is_kept_by_word(record: StageRecord) -> bool:
+    return record.settled is not None and record.settled.verdict is Verdict.KEPT
+
+
 def protected(state: SagaState) -> frozenset[str]:
-    """The pivots that have completed and everything that they depend on: never compensated (promise 10)."""
-    return state.graph.with_ancestors(node.name for node in state.graph.nodes if node.role is Role.PIVOT and state.stages[node.name].landed)
+    """What is never compensated: completed pivots, what a person said is to be kept, and everything that they depend on (promise 10)."""
+    stays = (
+        name
+        for name, record in state.stages.items()
+        if record.past_pivot or (record.landed and (state.graph[name].is_point_of_no_return or _is_kept_by_word(record)))
+    )
+    return state.graph.with_ancestors(stays)
 
 
 def orphans(state: SagaState) -> frozenset[str]:
@@ -334,14 +500,15 @@ def orphans(state: SagaState) -> frozenset[str]:
 
 def undo_scope(state: SagaState, policy: FailFast | ContinueWithFallback, reason: TurnReason) -> frozenset[str]:
     """The stages that going backward for this reason is about; the others stand and hold nothing up."""
+    said = state.graph.with_ancestors(name for name, record in state.stages.items() if _is_kept_by_word(record))
     if reason is not TurnReason.ORPHANS:
         # What a fallback stands in for is no foundation of what followed, so a pivot does not protect its remains.
         replaced = {name for name, record in state.stages.items() if record.fell_back}
-        return (frozenset(state.graph.names) - protected(state)) | replaced
+        return ((frozenset(state.graph.names) - protected(state)) | replaced) - said
     # Read off what happened forward, which stays: a stage that is undone or stuck meanwhile is still in the scope.
     left_over = {name for name, record in state.stages.items() if record.failed or record.skip_reason is not None}
     serves_nothing = orphans(state) if isinstance(policy, ContinueWithFallback) and policy.orphans == "compensate" else frozenset()
-    return serves_nothing | left_over
+    return (serves_nothing | left_over) - said
 
 
 class Rollback:
@@ -379,8 +546,12 @@ class Rollback:
         """This stage stands and will go on standing."""
         if self._on_failure == "halt":
             self.stop()
-        elif self._on_failure == "continue":
+        elif self._goes_past(name):
             self.clear(name)
+
+    def _goes_past(self, name: str) -> bool:
+        # Nothing goes past a pivot that has completed, or may have (promise 10).
+        return self._on_failure == "continue" and not self._state.graph[name].is_point_of_no_return
 
     def stop(self) -> None:
         """Let no further stage be taken."""
@@ -403,7 +574,7 @@ class Rollback:
                 case Step.CLEAR:
                     pending += self._release(name)
                 case Step.HOLD:
-                    if self._on_failure == "continue":
+                    if self._goes_past(name):
                         pending += self._release(name)
                 case _:
                     heapq.heappush(self._open, (-record.order, name))
@@ -450,9 +621,40 @@ def unabsorbed(state: SagaState, policy: FailFast | ContinueWithFallback) -> Fai
     stopping = [
         record.failure
         for record in state.stages.values()
-        if record.failure is not None and record.state in {_S.FAILED, _S.IN_DOUBT} and record.failure.kind is not FailureKind.INTERRUPTED
+        if record.failure is not None
+        and record.state in {_S.FAILED, _S.IN_DOUBT}
+        and not record.again
+        and record.failure.kind is not FailureKind.INTERRUPTED
     ]
     return min(stopping, key=state.failures.index, default=None)
+
+
+def stopped_by(state: SagaState, policy: FailFast | ContinueWithFallback) -> Failure | None:
+    """What had stopped a forward run whose process died, as far as its ledger tells; None if it may go on."""
+    if state.stop is not None:
+        return state.stop
+    cancels = [record.failure for record in state.stages.values() if record.state is _S.CANCELLED and not record.again]
+    found = [failure for failure in cancels if failure is not None]
+    if not any(_awaits_fallback(state, name, policy) for name in state.graph.names):
+        failed = unabsorbed(state, policy)
+        found += [] if failed is None else [failed]
+    return min(found, key=state.failures.index, default=None)
+
+
+def _awaits_fallback(state: SagaState, name: str, policy: FailFast | ContinueWithFallback) -> bool:
+    record = state.stages[name]
+    if not isinstance(policy, ContinueWithFallback) or record.state not in {_S.FAILED, _S.IN_DOUBT} or record.again:
+        return False
+    return name in policy.fallbacks or (state.graph[name].has_fallback and not record.fallback_failed)
+
+
+def undecided(state: SagaState) -> tuple[str, ...]:
+    """The stages that would run again, though nobody knows whether they have had their effect and nothing can tell."""
+    return tuple(
+        name
+        for name, record in state.stages.items()
+        if record.doubt and record.state in {_S.IN_DOUBT, _S.STUCK} and not (state.graph[name].can_probe or state.graph[name].idempotent)
+    )
 
 
 def conclude(state: SagaState, policy: FailFast | ContinueWithFallback, stop: Failure | None) -> Move:
@@ -503,3 +705,37 @@ def final_status(state: SagaState, policy: FailFast | ContinueWithFallback) -> S
     if any(state.stages[name].state is _S.KEPT or state.stages[name].fell_back for name in of_use):
         return SagaStatus.DEGRADED
     return SagaStatus.COMPENSATED
+
+
+def status_at_rest(state: SagaState, policy: FailFast | ContinueWithFallback) -> SagaStatus:
+    """Where a saga stands that had come to rest, after something became known of one of its stages."""
+    if state.reason is not None:
+        return final_status(state, policy)
+    if state.status not in {SagaStatus.COMPLETED, SagaStatus.DEGRADED, SagaStatus.STUCK}:
+        return state.status
+    # What a fallback had stood in for has come late: it serves nothing, and stands.
+    return SagaStatus.STUCK if len(Rollback(state, policy, TurnReason.ORPHANS)) else final_status(state, policy)
+
+
+def crashed(state: SagaState, *, goes_on: bool) -> list[StageFailed | CompensationFailed]:
+    """What the death of a saga's process has done to what was under way.
+
+    Args:
+        state: The saga's, as its process left it.
+        goes_on: Whether stages that were running are attempted again.
+    """
+    found: list[StageFailed | CompensationFailed] = []
+    for name, record in state.stages.items():
+        message = "its process is gone; what became of it is not in the ledger"
+        if record.state is _S.COMPENSATING:
+            failure = Failure.of(name, FailureKind.CRASHED, message, attempt=record.undo_attempts)
+            found.append(CompensationFailed(stage=name, failure=failure, will_retry=True))
+        elif record.state is _S.RUNNING:
+            failure = Failure.of(name, FailureKind.CRASHED, message, attempt=record.attempts)
+            if not record.is_acting and record.failure is not None:
+                # It waited for its next attempt.
+                failure = record.failure
+            in_doubt = record.is_acting and state.graph[name].role is not Role.PLAIN
+            if record.is_acting or not goes_on:
+                found.append(StageFailed(stage=name, failure=failure, in_doubt=in_doubt, will_retry=goes_on))
+    return found
