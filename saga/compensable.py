@@ -135,12 +135,15 @@ class SagaStage(_Stage, ABC):  # type: ignore[misc] # see _Stage
         kind: stageflow's category.
         retry: How often it is attempted; None: as the policy says.
         timeout: Seconds for one attempt; None: as the policy says.
+        has_effect: Of a stage that is neither compensable nor a pivot: False says that it changes nothing outside the process, True that
+            it does and that nobody can undo it; None says nothing. `saga.lint` reads it, a run doesn't.
     """
 
     name: str = ""
     kind: StageKind = StageKind.WORK
     retry: ClassVar[Retry | None] = None
     timeout: ClassVar[float | None] = None
+    has_effect: ClassVar[bool | None] = None
 
     @abstractmethod
     async def execute(self, ctx: SagaContext) -> Returned:
