@@ -274,7 +274,7 @@ def _undeclared_effects(design: _Design) -> Iterator[Finding]:
             yield Finding.of(
                 FindingCode.UNDECLARED_EFFECT,
                 node.name,
-                f"a stage of kind {node.kind} without a compensation keeps its effect, whatever becomes of the saga",
+                f"a stage of kind {node.kind} without a compensation keeps what effect it has, whatever becomes of the saga",
                 "Give it a compensate(), or let it say has_effect = False (it has none) or True (nobody can undo it)",
             )
 
