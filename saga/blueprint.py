@@ -39,6 +39,7 @@ class _Callable:
 
     def __init__(self, execute: Callable[[Any], Any]) -> None:
         self.execute = execute
+        self.has_effect = getattr(execute, "has_effect", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class StagePlan:
         timeout: Seconds, its own, or None.
         compensation: Its own, or None.
         patient: It bounds itself: it is never given up, however long it takes to end after a cancel.
+        has_effect: What it says of its effect, or None.
     """
 
     spec: UnifiedStageSpec
@@ -60,6 +62,7 @@ class StagePlan:
     timeout: float | None
     compensation: Compensation | None
     patient: bool
+    has_effect: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +168,7 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         timeout=_declared_seconds(name, sample),
         compensation=_declared(name, sample, "compensation", Compensation),
         patient=bool(getattr(sample, "bounds_itself", False)),
+        has_effect=_declared(name, sample, "has_effect", bool),
     )
     return node, plan
 
