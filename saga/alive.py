@@ -136,10 +136,11 @@ class LiveSaga(Host):
         record = state.stages[stage]
         outputs = {name: state.stages[name].output for name in state.graph[stage].dependencies}
         forward_key = self.forward_key(stage)
+        given = record.late_output or (None if record.fell_back else record.output)
         return CompensationContext(
             saga_id=self.id,
             stage_name=stage,
-            output=copied_output(record.output) if record.landed and record.output is not None and not record.fell_back else None,
+            output=copied_output(given) if record.landed and given is not None else None,
             effects=tuple(copied(effect) for effect in record.effects),
             in_doubt=record.doubt,
             cause=state.cause,

@@ -335,17 +335,19 @@ class Forward:
             return _Outcome(failure=record.failure)
         if not record.doubt:
             return None
+        failure = record.failure
+        assert failure is not None  # it is in doubt because an attempt failed
+        may_repeat = node.idempotent
         if node.can_probe:
             landed = await ask(self._saga, run.name, stop=self._interrupted)
             if landed is not None:
                 return _Outcome(output=landed)
-            if record.answer is False:
-                return None
-        failure = record.failure
-        assert failure is not None  # it is in doubt because an attempt failed
-        retry = run.plan.retry or self._policy.retry
-        tries = record.attempts - record.attempts_before
-        if node.idempotent or retry.wait_before_next(failure, attempt=tries, elapsed=0.0) is not None:
+            may_repeat = may_repeat or record.answer is False
+        elif not may_repeat:
+            retry = run.plan.retry or self._policy.retry
+            tries = record.attempts - record.attempts_before
+            may_repeat = retry.wait_before_next(failure, attempt=tries, elapsed=0.0) is not None
+        if may_repeat:
             return None
         if record.state is StageState.RUNNING:
             await self._record(StageFailed(stage=run.name, failure=failure, in_doubt=True))

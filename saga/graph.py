@@ -38,7 +38,8 @@ class Node(BaseModel):
         conditional: Whether stageflow may skip it.
         can_probe: Whether it can ask the outside world whether its effect landed.
         undo_in_doubt: Whether its compensation copes with not knowing.
-        idempotent: Whether it may run again with the same idempotency key, and has its effect once all the same.
+        idempotent: Whether it may run again with the same idempotency key, and has its effect once all the
+            same: what a later attempt says answers for the earlier ones.
         holds_pivot: Whether it runs a saga that has a pivot.
         has_fallback: Whether it offers a `fallback()` of its own.
     """

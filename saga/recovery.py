@@ -8,7 +8,7 @@ exactly as the interrupted one would have (promise 12).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
@@ -75,7 +75,7 @@ class StageRecord:
         fallback_failed: Its own fallback failed.
         with_branch: It was skipped because something that it depends on failed.
         past_pivot: It has gone beyond a point of no return of its own, though it did not complete.
-        is_late: It completed when nobody waited for it any more.
+        late_output: What it gave when nobody waited for it any more.
         settled: What a person said of it last.
         undo_in_question: A process died while it was being compensated.
         undo_attempts: Compensation attempts that started.
@@ -105,7 +105,7 @@ class StageRecord:
     fallback_failed: bool = False
     with_branch: bool = False
     past_pivot: bool = False
-    is_late: bool = False
+    late_output: StageOutput | None = None
     settled: StageSettled | None = None
     undo_in_question: bool = False
     skip_reason: str | None = None
@@ -279,7 +279,8 @@ class SagaState:
             self._started += 1
             record.started_at = event.at
         # What a probe answered holds for the attempts before it.
-        record.state, record.answer, record.again, record.failed = _S.RUNNING, None, False, False
+        record.state, record.answer, record.unanswered, record.again, record.failed = _S.RUNNING, None, False, False, False
+        record.with_branch, record.skip_reason = False, None
         record.is_acting, record.attempts, record.execution = True, event.attempt, event.execution
 
     def _effect_recorded(self, record: StageRecord, event: EffectRecorded) -> None:
@@ -294,7 +295,7 @@ class SagaState:
         record.output, record.ended_at = event.output, event.at
 
     def _completed_late(self, record: StageRecord, event: StageCompleted) -> None:
-        record.is_late = True
+        record.late_output = event.output
         match record.state:
             case _S.UNDONE:
                 # Which came last, the effect or its compensation, nobody knows.
@@ -313,8 +314,9 @@ class SagaState:
         # A retry that is called off repeats the failure that it was meant to mend.
         self._note(event.failure)
         record.failure, record.is_acting = event.failure, False
-        # An attempt that may have landed is not answered for by a later one that did not.
-        record.doubt = record.doubt or event.in_doubt
+        # An attempt that may have landed is not answered for by a later one that did not, unless the outside world
+        # would have recognised the request.
+        record.doubt = event.in_doubt or (record.doubt and not self.graph[event.stage].idempotent)
         record.past_pivot = record.past_pivot or event.past_pivot
         if event.will_retry:
             return
@@ -358,7 +360,10 @@ class SagaState:
                 record.state = _S.IN_DOUBT
             return
         record.answer, record.doubt = event.landed, False
-        if event.landed:
+        if record.state in {_S.FALLBACK, _S.SKIPPED}:
+            # What stands in for it was used already: what it gave comes too late.
+            record.landed, record.late_output = event.landed, event.output
+        elif event.landed:
             record.state, record.landed, record.failed, record.again = _S.KEPT, True, False, False
             record.output, record.ended_at = event.output, event.at
         elif record.state is _S.IN_DOUBT:
@@ -395,10 +400,11 @@ class SagaState:
                 record.state, record.doubt, record.landed = _S.UNDONE, False, False
                 record.undo_ended_at = event.at
             case Verdict.KEPT:
-                record.doubt, record.landed = False, True
                 if not record.fell_back:
                     record.state, record.failed = _S.KEPT, False
-                    record.output = record.output or event.output
+                    # What it returned beside a failure is no output.
+                    record.output = event.output or (record.output if record.landed else None) or StageOutput.ok()
+                record.doubt, record.landed = False, True
             case _:
                 self._try_again(record)
 
@@ -614,38 +620,37 @@ class Move:
     status: SagaStatus | None = None
 
 
+def _stopping(state: SagaState, policy: FailFast | ContinueWithFallback) -> Iterator[tuple[str, Failure]]:
+    """The stages whose failure the policy lets stop the saga, unless a fallback stands in."""
+    if isinstance(policy, ContinueWithFallback) and policy.without_fallback == "skip_branch":
+        return
+    for name, record in state.stages.items():
+        failure = record.failure
+        if failure is None or record.again or record.state not in {_S.FAILED, _S.IN_DOUBT}:
+            continue
+        if failure.kind is not FailureKind.INTERRUPTED:
+            yield name, failure
+
+
 def unabsorbed(state: SagaState, policy: FailFast | ContinueWithFallback) -> Failure | None:
     """The first failure of a stage that the policy lets stop the saga."""
-    if isinstance(policy, ContinueWithFallback) and policy.without_fallback == "skip_branch":
-        return None
-    stopping = [
-        record.failure
-        for record in state.stages.values()
-        if record.failure is not None
-        and record.state in {_S.FAILED, _S.IN_DOUBT}
-        and not record.again
-        and record.failure.kind is not FailureKind.INTERRUPTED
-    ]
-    return min(stopping, key=state.failures.index, default=None)
+    return min((failure for _, failure in _stopping(state, policy)), key=state.failures.index, default=None)
 
 
 def stopped_by(state: SagaState, policy: FailFast | ContinueWithFallback) -> Failure | None:
     """What had stopped a forward run whose process died, as far as its ledger tells; None if it may go on."""
     if state.stop is not None:
         return state.stop
-    cancels = [record.failure for record in state.stages.values() if record.state is _S.CANCELLED and not record.again]
-    found = [failure for failure in cancels if failure is not None]
-    if not any(_awaits_fallback(state, name, policy) for name in state.graph.names):
-        failed = unabsorbed(state, policy)
-        found += [] if failed is None else [failed]
+    found = [failure for name, failure in _stopping(state, policy) if not _awaits_fallback(state, name, policy)]
+    cancelled = (record for record in state.stages.values() if record.state is _S.CANCELLED and not record.again)
+    found += [record.failure for record in cancelled if record.failure is not None]
     return min(found, key=state.failures.index, default=None)
 
 
 def _awaits_fallback(state: SagaState, name: str, policy: FailFast | ContinueWithFallback) -> bool:
-    record = state.stages[name]
-    if not isinstance(policy, ContinueWithFallback) or record.state not in {_S.FAILED, _S.IN_DOUBT} or record.again:
+    if not isinstance(policy, ContinueWithFallback):
         return False
-    return name in policy.fallbacks or (state.graph[name].has_fallback and not record.fallback_failed)
+    return name in policy.fallbacks or (state.graph[name].has_fallback and not state.stages[name].fallback_failed)
 
 
 def undecided(state: SagaState) -> tuple[str, ...]:

@@ -74,7 +74,7 @@ class StageReport(BaseModel):
         effects: What it recorded with `ctx.record`, oldest first.
         fallback: Whether its output is its fallback's.
         skip_reason: Why it was skipped, if it was.
-        late: Whether it completed when it had been given up and nobody waited for it any more.
+        late_output: What it gave when it had been given up and nobody waited for it any more.
         executions: How often it was executed; one more each time that it ran again after it was undone.
         settled: What a person said of it last.
         children: The sagas that this execution and those before it ran, oldest first.
@@ -93,7 +93,7 @@ class StageReport(BaseModel):
     effects: tuple[Plain, ...] = ()
     fallback: bool = False
     skip_reason: str | None = None
-    late: bool = False
+    late_output: Output | None = None
     executions: int = 0
     settled: Settlement | None = None
     children: tuple[SagaReport, ...] = ()
@@ -123,7 +123,7 @@ class StageReport(BaseModel):
             effects=tuple(copied(effect) for effect in record.effects),
             fallback=record.fell_back,
             skip_reason=record.skip_reason,
-            late=record.is_late,
+            late_output=None if record.late_output is None else copied_output(record.late_output),
             executions=record.execution,
             settled=None if record.settled is None else Settlement.of(record.settled),
             children=children,

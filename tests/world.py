@@ -177,6 +177,8 @@ async def conclude(name: str, outcome: str) -> Any:
 
 
 class Scripted(CompensableStage):
+    idempotent = False
+
     def __init__(self, world: World, name: str, script: Script) -> None:
         self.world, self.name, self.script = world, name, script
 
@@ -185,6 +187,9 @@ class Scripted(CompensableStage):
 
     async def compensate(self, ctx: CompensationContext) -> None:
         self.script.undo_attempts += 1
+        if self.idempotent and ctx.idempotency_key in self.world.keys:
+            # The outside world recognises a request that it has carried out.
+            return
         self.world.begin_undo(self.name, order_matters=self.script.order_matters)
         try:
             if self.script.undo_takes:
@@ -192,6 +197,7 @@ class Scripted(CompensableStage):
             if self.script.undo_attempts <= self.script.undo_fails:
                 raise CardDeclined(f"undoing {self.name} was declined")
             self.world.undo(self.name)
+            self.world.keys.add(ctx.idempotency_key)
         except asyncio.CancelledError:
             self.world.refusals.append(f"the compensation of {self.name} was interrupted")
             raise
