@@ -158,6 +158,8 @@ class Forward:
             await self._note_stop(self.cause)
         if self._running:
             await self._drain()
+        if self.cause is not None and self._broken is None:
+            await self._call_off()
         # The stages' contexts lead back here.
         self._runs.clear()
         if timer is not None:
@@ -200,6 +202,12 @@ class Forward:
         self.stop(failure)
         if self._is_due(stage):
             await self._record(StageFailed(stage=stage, failure=failure))
+
+    async def _call_off(self) -> None:
+        """End what an earlier process left open and what did not get its turn before the saga stopped."""
+        for name, record in self._state.stages.items():
+            if record.state is StageState.RUNNING and record.failure is not None:
+                await self._record(StageFailed(stage=name, failure=record.failure, in_doubt=record.doubt))
 
     async def _drain(self) -> None:
         """Wait until no stage runs: promise 3 begins here."""

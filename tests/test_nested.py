@@ -23,7 +23,7 @@ from saga import (
 )
 from saga.nested import NestedSagaFailed
 from tests.controlled import elapse, run
-from tests.test_resume import Dying
+from tests.dying import Dying
 from tests.world import SEQUENCE, CardDeclined, Script, World, scene
 
 IMPATIENT = FailFast(compensation=Compensation(retry=Retry(attempts=1)))

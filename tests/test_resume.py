@@ -44,6 +44,7 @@ from saga.events import (
 )
 from saga.recovery import SagaState
 from tests.controlled import run
+from tests.dying import Dying
 from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Probed, Script, Scripted, World, scene
 
 HALT = FailFast(on_failure="halt")
@@ -652,24 +653,6 @@ def test_a_second_undo_on_demand_does_nothing_and_says_so(caplog: pytest.LogCapt
 # -- a process that died ---------------------------------------------------------------------------------------------
 
 
-class Dying(MemoryLedger):
-    """Forgets who held a saga, as a ledger does whose owners' processes are gone, and stops taking events."""
-
-    def __init__(self, after: int) -> None:
-        super().__init__()
-        self.left = after
-
-    def forget_owners(self) -> None:
-        for saga in self._sagas.values():
-            saga.owner = None
-
-    async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise OSError("killed")
-        await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
-
-
 @pytest.mark.parametrize("kind", ["probed", "idempotent"])
 @pytest.mark.parametrize("failing", [None, "d"])
 @pytest.mark.parametrize("policy", [FailFast(), ContinueWithFallback(fallbacks={"b": {}})])
@@ -685,6 +668,8 @@ def test_killed_at_any_event_and_resumed_the_world_is_as_if_it_had_not_been(kind
         world, pipeline = scene(DIAMOND, scripts, dict.fromkeys(DIAMOND, "probed" if kind == "probed" else "compensable"))
         for spec in pipeline.stages.values():
             spec.runner.idempotent = kind == "idempotent"  # type: ignore[union-attr] # scripted stages
+        for script in scripts.values():
+            script.undo_bears_repetition = kind == "idempotent"
         ledger = Dying(killed_after)
         coordinator = SagaCoordinator(policy, ledger=ledger)
         try:
