@@ -25,7 +25,7 @@ from saga.errors import GraphChanged, MisuseError, SagaError, SagaExists, SagaNo
 from saga.events import AnyEvent, SagaEnded, SagaResumed, SagaStarted, SagaStatus, SagaTurnedBack, StageSettled, TurnReason, Verdict
 from saga.failures import Failure
 from saga.forward import Forward
-from saga.journal import Journal
+from saga.journal import Journal, Listener, tell
 from saga.ledger import Ledger, MemoryLedger, StageState
 from saga.outputs import copied
 from saga.policies import ContinueWithFallback, FailFast, Policy
@@ -79,6 +79,8 @@ class SagaCoordinator:
         ledger: Where sagas are recorded; a new `MemoryLedger` by default.
         interceptors: stageflow interceptors around every stage. stageflow's default ones are off: they answer for stages
             that never ran, and retry against the policy.
+        listeners: Are told of every event that is in the ledger, with the saga's id: `listener(saga_id, event)`. They run in the saga's
+            own time, so they have to be quick; what they raise is logged and harms no saga.
 
     Raises:
         PolicyInvalid: The policy is none.
@@ -90,10 +92,12 @@ class SagaCoordinator:
         *,
         ledger: Ledger | None = None,
         interceptors: Sequence[BaseInterceptor] = (),
+        listeners: Sequence[Listener] = (),
     ) -> None:
         self.policy: Final = policy if policy is not None else FailFast()
         self.ledger: Final = ledger if ledger is not None else MemoryLedger()
         self._interceptors = tuple(interceptors)
+        self._listeners = tuple(listeners)
         self._owner = secrets.token_hex(16)
         self._alive: dict[str, LiveSaga | None] = {}
         self._late: dict[str, list[AnyEvent]] = {}
@@ -342,7 +346,7 @@ class SagaCoordinator:
                 parent=parent,
                 parent_stage=parent_stage,
             )
-            journal = await Journal.begin(self.ledger, started, self._owner)
+            journal = await Journal.begin(self.ledger, started, self._owner, self._listeners)
         except BaseException:
             del self._alive[saga_id]
             raise
@@ -372,7 +376,8 @@ class SagaCoordinator:
         except BaseException:
             del self._alive[saga_id]
             raise
-        saga = self._lives(blueprint, chosen, Journal(self.ledger, saga_id, state, version=len(events), token=token), context)
+        journal = Journal(self.ledger, saga_id, state, version=len(events), token=token, owner=self._owner, listeners=self._listeners)
+        saga = self._lives(blueprint, chosen, journal, context)
         saga.has_children = True
         return saga
 
@@ -545,6 +550,7 @@ class SagaCoordinator:
                 more = decide(SagaState(events))
                 if more:
                     await self.ledger.append(saga_id, more, expected_version=len(events), token=token)
+                    tell(self._listeners, saga_id, more)
             finally:
                 await self.ledger.release(saga_id, token)
         finally:

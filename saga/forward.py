@@ -154,12 +154,7 @@ class Forward:
             self.stop(Failure.of(None, FailureKind.INTERRUPTED, "the task that drives the saga was cancelled"))
         except Exception as error:  # noqa: BLE001 - a hook's or an interceptor's of the user
             self.stop(Failure.raised(None, error, attempt=0))
-        if self.cause is not None and self.cause.stage is None and self._broken is None:
-            await self._note_stop(self.cause)
-        if self._running:
-            await self._drain()
-        if self.cause is not None and self._broken is None:
-            await self._call_off()
+        await self._come_to_rest()
         # The stages' contexts lead back here.
         self._runs.clear()
         if timer is not None:
@@ -185,13 +180,6 @@ class Forward:
             # A child is no single stage: it starts nothing more, either.
             child.interrupt("the saga that runs it is stopping")
 
-    async def _note_stop(self, cause: Failure) -> None:
-        # A stage's failure is in the ledger already; whoever resumes has to learn of any other cause, too.
-        try:
-            await self._record(SagaStopped(cause=cause))
-        except LedgerError as error:
-            self._breaks(error)
-
     def _out_of_time(self, deadline: float) -> None:
         self.stop(Failure.of(None, FailureKind.TIMEOUT, f"the forward run exceeded its deadline of {deadline:g} s"))
         self._interrupt()
@@ -203,11 +191,27 @@ class Forward:
         if self._is_due(stage):
             await self._record(StageFailed(stage=stage, failure=failure))
 
-    async def _call_off(self) -> None:
-        """End what an earlier process left open and what did not get its turn before the saga stopped."""
+    async def _come_to_rest(self) -> None:
+        """Wait for what still runs, and record what stopped the run and what it left open."""
+        if self.cause is not None and self.cause not in self._state.failures:
+            # A stage's failure is in the ledger already; whoever resumes has to learn of any other cause, too.
+            await self._unless_broken(SagaStopped(cause=self.cause))
+        if self._running:
+            await self._drain()
+        if self.cause is None:
+            return
         for name, record in self._state.stages.items():
             if record.state is StageState.RUNNING and record.failure is not None:
-                await self._record(StageFailed(stage=name, failure=record.failure, in_doubt=record.doubt))
+                # An earlier process left it open, and it did not get its turn before the saga stopped.
+                await self._unless_broken(StageFailed(stage=name, failure=record.failure, in_doubt=record.doubt))
+
+    async def _unless_broken(self, event: SagaStopped | StageFailed) -> None:
+        if self._broken is not None:
+            return
+        try:
+            await self._record(event)
+        except LedgerError as error:
+            self._breaks(error)
 
     async def _drain(self) -> None:
         """Wait until no stage runs: promise 3 begins here."""
@@ -345,7 +349,7 @@ class Forward:
             return None
         failure = record.failure
         assert failure is not None  # it is in doubt because an attempt failed
-        may_repeat = node.idempotent
+        may_repeat = node.idempotent or record.may_repeat
         if node.can_probe:
             landed = await ask(self._saga, run.name, stop=self._interrupted)
             if landed is not None:

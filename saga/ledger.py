@@ -147,9 +147,12 @@ class Ledger(Protocol):
 
     Attributes:
         lease: Seconds after which an owner that did not `beat` counts as gone; None: owners never do.
+        durable: Whether it outlives the process: events are stored as JSON, and an append costs so much that events which guard
+            nothing are better written together with the next one that does.
     """
 
     lease: float | None
+    durable: bool
 
     async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
         """Record a new saga's first events, and take its lease for `owner`.
@@ -243,6 +246,7 @@ class MemoryLedger(Ledger):
     """
 
     lease = None
+    durable = False
 
     def __init__(self, keep: int = 10_000) -> None:
         self._keep = keep

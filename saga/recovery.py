@@ -77,6 +77,7 @@ class StageRecord:
         past_pivot: It has gone beyond a point of no return of its own, though it did not complete.
         late_output: What it gave when nobody waited for it any more.
         settled: What a person said of it last.
+        may_repeat: Though it is in doubt: a person said so.
         undo_in_question: A process died while it was being compensated.
         undo_attempts: Compensation attempts that started.
         undo_order: Its place in the order in which compensations first started; -1 if none did.
@@ -107,6 +108,7 @@ class StageRecord:
     past_pivot: bool = False
     late_output: StageOutput | None = None
     settled: StageSettled | None = None
+    may_repeat: bool = False
     undo_in_question: bool = False
     skip_reason: str | None = None
     undo_attempts: int = 0
@@ -280,7 +282,7 @@ class SagaState:
             record.started_at = event.at
         # What a probe answered holds for the attempts before it.
         record.state, record.answer, record.unanswered, record.again, record.failed = _S.RUNNING, None, False, False, False
-        record.with_branch, record.skip_reason = False, None
+        record.with_branch, record.skip_reason, record.may_repeat = False, None, False
         record.is_acting, record.attempts, record.execution = True, event.attempt, event.execution
 
     def _effect_recorded(self, record: StageRecord, event: EffectRecorded) -> None:
@@ -410,10 +412,9 @@ class SagaState:
 
     def _try_again(self, record: StageRecord) -> None:
         record.answer, record.unanswered = None, False
-        if self.reason is None and record.state in {_S.IN_DOUBT, _S.STUCK}:
-            # It goes on forward, where a stage that has failed runs again.
-            record.doubt, record.state = False, _S.FAILED
-        elif record.state is _S.STUCK:
+        # Whether it has landed is as unknown as before; going forward, it may run again all the same.
+        record.may_repeat = True
+        if record.state is _S.STUCK:
             record.state = _S.KEPT if record.landed else _S.IN_DOUBT if record.doubt else _S.FAILED
 
     _FOLD: ClassVar[dict[type[StageEvent], Callable[[SagaState, StageRecord, Any], None]]] = {
@@ -658,7 +659,9 @@ def undecided(state: SagaState) -> tuple[str, ...]:
     return tuple(
         name
         for name, record in state.stages.items()
-        if record.doubt and record.state in {_S.IN_DOUBT, _S.STUCK} and not (state.graph[name].can_probe or state.graph[name].idempotent)
+        if record.doubt
+        and record.state in {_S.IN_DOUBT, _S.STUCK}
+        and not (record.may_repeat or state.graph[name].can_probe or state.graph[name].idempotent)
     )
 
 
