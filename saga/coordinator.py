@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import getpass
 import logging
 import secrets
@@ -22,28 +21,16 @@ from saga.backward import Backward
 from saga.blueprint import Blueprint
 from saga.compensable import child_id
 from saga.errors import GraphChanged, MisuseError, SagaError, SagaExists, SagaNotFound
-from saga.events import AnyEvent, SagaEnded, SagaResumed, SagaStarted, SagaStatus, SagaTurnedBack, StageSettled, TurnReason, Verdict
+from saga.events import AnyEvent, SagaEnded, SagaStarted, SagaTurnedBack, StageSettled, TurnReason, Verdict
 from saga.failures import Failure
 from saga.forward import Forward
 from saga.journal import Journal, Listener, tell
-from saga.ledger import Ledger, MemoryLedger, StageState
+from saga.ledger import Ledger, MemoryLedger
 from saga.outputs import copied
 from saga.policies import ContinueWithFallback, FailFast, Policy
-from saga.recovery import (
-    Rollback,
-    SagaState,
-    StageRecord,
-    Step,
-    conclude,
-    crashed,
-    final_status,
-    stage_states,
-    status_at_rest,
-    stopped_by,
-    undecided,
-    undo_step,
-)
+from saga.recovery import SagaState, Step, conclude, final_status, undo_step
 from saga.report import SagaReport
+from saga.resumption import Chapter, Direction, refusal, resumption, status_at_rest, undoing
 
 if TYPE_CHECKING:
     from stageflow import BaseInterceptor
@@ -165,7 +152,8 @@ class SagaCoordinator:
         """
         saga = await self._take(saga_id, pipeline, policy)
         try:
-            work = await self._resumption(saga, policy, by=by or _user(), forward=forward)
+            chapter = resumption(await self.ledger.read(saga_id), policy, forward=forward, by=by or _user())
+            work = await self._turn_to(saga, chapter)
         except BaseException:
             await self._let_go(saga)
             raise
@@ -184,7 +172,7 @@ class SagaCoordinator:
         """
         saga = await self._take(saga_id, pipeline)
         try:
-            work = await self._undoing(saga)
+            work = await self._turn_to(saga, undoing(await self.ledger.read(saga_id), by=_user()))
         except BaseException:
             await self._let_go(saga)
             raise
@@ -281,7 +269,8 @@ class SagaCoordinator:
         """Go on with a child of a saga's stage."""
         saga = await self._take(saga_id, pipeline)
         try:
-            work = await self._resumption(saga, None, by=f"saga {parent.id}", forward=None)
+            chapter = resumption(await self.ledger.read(saga_id), None, forward=None, by=f"saga {parent.id}")
+            work = await self._turn_to(saga, chapter)
         except BaseException:
             await self._let_go(saga)
             raise
@@ -463,50 +452,20 @@ class SagaCoordinator:
         await self._ask_the_rest(saga)
         await saga.journal.record(SagaEnded(status=final_status(saga.journal.state, saga.policy)), release=True)
 
-    # -- how a saga goes on --------------------------------------------------------------------------------------
-
-    async def _resumption(self, saga: LiveSaga, policy: Policy | None, *, by: str, forward: bool | None) -> Coroutine[Any, Any, None]:
-        """Record that the saga is resumed; what is then to be done."""
-        state = saga.journal.state
-        if state.ended_at is None:
-            if state.status is SagaStatus.COMPENSATING:
-                assert state.reason is not None  # it has turned back
-                await saga.journal.record(SagaResumed(forward=False, policy=policy, by=by), *crashed(state, goes_on=False))
-                return self._back(saga, state.reason)
-            stop = stopped_by(state, saga.policy)
-            await saga.journal.record(SagaResumed(forward=True, policy=policy, by=by), *crashed(state, goes_on=stop is None))
-            return self._forward(saga) if stop is None else self._conclude(saga, stop)
-        if state.status is SagaStatus.STUCK and state.reason is not None and not forward:
-            resumed = SagaResumed(forward=False, policy=policy, by=by)
-            trial = SagaState([*await self.ledger.read(saga.id), resumed])
-            if not len(Rollback(trial, saga.policy, state.reason)):
-                _LOG.info("saga %s: nothing can be undone before what is stuck or in doubt is settled", saga.id)
-                return _nothing()
-            await saga.journal.record(resumed)
-            return self._back(saga, state.reason)
-        resumed = SagaResumed(forward=True, policy=policy, by=by)
-        if state.status in {SagaStatus.COMPLETED, SagaStatus.DEGRADED}:
-            trial = SagaState([*await self.ledger.read(saga.id), resumed])
-            if not any(record.again for record in trial.stages.values()):
-                _LOG.info("saga %s: it is %s, nothing is left to run", saga.id, state.status.value)
-                return _nothing()
-        _refuse_undecided(state)
-        await saga.journal.record(resumed)
-        return self._forward(saga)
-
-    async def _undoing(self, saga: LiveSaga) -> Coroutine[Any, Any, None]:
-        """Record that the saga is undone on demand; what is then to be done."""
-        state = saga.journal.state
-        if state.status is SagaStatus.COMPENSATING:
-            return await self._resumption(saga, None, by=_user(), forward=False)
-        turned = SagaTurnedBack(reason=TurnReason.REQUEST)
-        died = crashed(state, goes_on=False)
-        trial = SagaState([*await self.ledger.read(saga.id), *died, turned])
-        if state.ended_at is not None and not len(Rollback(trial, saga.policy, TurnReason.REQUEST)):
-            _LOG.info("saga %s: nothing is left to undo", saga.id)
+    async def _turn_to(self, saga: LiveSaga, chapter: Chapter) -> Coroutine[Any, Any, None]:
+        """Record that a new chapter of the saga begins; its work."""
+        if chapter.direction is Direction.NOWHERE:
+            _LOG.info("saga %s: %s", saga.id, chapter.why_not)
             return _nothing()
-        await saga.journal.record(*died, turned)
-        return self._back(saga, TurnReason.REQUEST)
+        await saga.journal.record(*chapter.events)
+        match chapter.direction:
+            case Direction.FORWARD:
+                return self._forward(saga)
+            case Direction.CONCLUDE:
+                return self._conclude(saga, chapter.stop)
+            case _:
+                assert chapter.reason is not None  # a saga goes backward for a reason
+                return self._back(saga, chapter.reason)
 
     # -- what people and latecomers say --------------------------------------------------------------------------
 
@@ -528,11 +487,11 @@ class SagaCoordinator:
 
     async def _settle(self, saga_id: str, said: StageSettled, *, tolerant: bool = False) -> None:
         def settled(state: SagaState) -> list[AnyEvent]:
-            refusal = _refusal(state, said)
-            if refusal is not None and tolerant:
+            misuse = refusal(state, said)
+            if misuse is not None and tolerant:
                 return []
-            if refusal is not None:
-                raise refusal
+            if misuse is not None:
+                raise misuse
             state.apply(said)
             return [said, SagaEnded(status=status_at_rest(state, state.policy))]
 
@@ -602,40 +561,6 @@ def _refuse_changed(state: SagaState, blueprint: Blueprint) -> None:
     differences = state.graph.differences(blueprint.graph)
     if differences:
         raise GraphChanged(state.started.saga_id, differences)
-
-
-def _refuse_undecided(state: SagaState) -> None:
-    names = undecided(state)
-    if names:
-        raise MisuseError(
-            "a saga whose stages in doubt can be asked, or can run again",
-            got=f"{', '.join(names)} in doubt, without a probe and not idempotent",
-            hint="Look whether the effect has landed, then say so: settle(saga_id, stage, 'kept' or 'undone', note).",
-        )
-
-
-def _refusal(state: SagaState, said: StageSettled) -> MisuseError | None:
-    record, node = state.stages[said.stage], state.graph[said.stage]
-    if state.ended_at is None:
-        return MisuseError("a saga that has come to rest", got=f"one that is {state.status.value}", stage=said.stage)
-    shown = stage_states(state, state.policy)[said.stage]
-    if shown not in {StageState.STUCK, StageState.IN_DOUBT}:
-        return MisuseError("a stage that is stuck or in doubt", got=f"one that is {shown.value}", stage=said.stage)
-    # Going forward, a retry runs it once more; going backward, something has to be there to be tried.
-    if (
-        said.verdict is Verdict.RETRY
-        and shown is StageState.IN_DOUBT
-        and state.reason is not None
-        and undo_step(node, _asked_anew(record)) is Step.HOLD
-    ):
-        return MisuseError(
-            "undone or kept", got="retry", stage=said.stage, hint="It has neither a probe nor a compensation that copes with doubt."
-        )
-    return None
-
-
-def _asked_anew(record: StageRecord) -> StageRecord:
-    return dataclasses.replace(record, answer=None, unanswered=False)
 
 
 def _both_given(fields: dict[str, Any]) -> MisuseError:

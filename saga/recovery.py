@@ -621,7 +621,7 @@ class Move:
     status: SagaStatus | None = None
 
 
-def _stopping(state: SagaState, policy: FailFast | ContinueWithFallback) -> Iterator[tuple[str, Failure]]:
+def stopping(state: SagaState, policy: FailFast | ContinueWithFallback) -> Iterator[tuple[str, Failure]]:
     """The stages whose failure the policy lets stop the saga, unless a fallback stands in."""
     if isinstance(policy, ContinueWithFallback) and policy.without_fallback == "skip_branch":
         return
@@ -635,34 +635,7 @@ def _stopping(state: SagaState, policy: FailFast | ContinueWithFallback) -> Iter
 
 def unabsorbed(state: SagaState, policy: FailFast | ContinueWithFallback) -> Failure | None:
     """The first failure of a stage that the policy lets stop the saga."""
-    return min((failure for _, failure in _stopping(state, policy)), key=state.failures.index, default=None)
-
-
-def stopped_by(state: SagaState, policy: FailFast | ContinueWithFallback) -> Failure | None:
-    """What had stopped a forward run whose process died, as far as its ledger tells; None if it may go on."""
-    if state.stop is not None:
-        return state.stop
-    found = [failure for name, failure in _stopping(state, policy) if not _awaits_fallback(state, name, policy)]
-    cancelled = (record for record in state.stages.values() if record.state is _S.CANCELLED and not record.again)
-    found += [record.failure for record in cancelled if record.failure is not None]
-    return min(found, key=state.failures.index, default=None)
-
-
-def _awaits_fallback(state: SagaState, name: str, policy: FailFast | ContinueWithFallback) -> bool:
-    if not isinstance(policy, ContinueWithFallback):
-        return False
-    return name in policy.fallbacks or (state.graph[name].has_fallback and not state.stages[name].fallback_failed)
-
-
-def undecided(state: SagaState) -> tuple[str, ...]:
-    """The stages that would run again, though nobody knows whether they have had their effect and nothing can tell."""
-    return tuple(
-        name
-        for name, record in state.stages.items()
-        if record.doubt
-        and record.state in {_S.IN_DOUBT, _S.STUCK}
-        and not (record.may_repeat or state.graph[name].can_probe or state.graph[name].idempotent)
-    )
+    return min((failure for _, failure in stopping(state, policy)), key=state.failures.index, default=None)
 
 
 def conclude(state: SagaState, policy: FailFast | ContinueWithFallback, stop: Failure | None) -> Move:
@@ -713,37 +686,3 @@ def final_status(state: SagaState, policy: FailFast | ContinueWithFallback) -> S
     if any(state.stages[name].state is _S.KEPT or state.stages[name].fell_back for name in of_use):
         return SagaStatus.DEGRADED
     return SagaStatus.COMPENSATED
-
-
-def status_at_rest(state: SagaState, policy: FailFast | ContinueWithFallback) -> SagaStatus:
-    """Where a saga stands that had come to rest, after something became known of one of its stages."""
-    if state.reason is not None:
-        return final_status(state, policy)
-    if state.status not in {SagaStatus.COMPLETED, SagaStatus.DEGRADED, SagaStatus.STUCK}:
-        return state.status
-    # What a fallback had stood in for has come late: it serves nothing, and stands.
-    return SagaStatus.STUCK if len(Rollback(state, policy, TurnReason.ORPHANS)) else final_status(state, policy)
-
-
-def crashed(state: SagaState, *, goes_on: bool) -> list[StageFailed | CompensationFailed]:
-    """What the death of a saga's process has done to what was under way.
-
-    Args:
-        state: The saga's, as its process left it.
-        goes_on: Whether stages that were running are attempted again.
-    """
-    found: list[StageFailed | CompensationFailed] = []
-    for name, record in state.stages.items():
-        message = "its process is gone; what became of it is not in the ledger"
-        if record.state is _S.COMPENSATING:
-            failure = Failure.of(name, FailureKind.CRASHED, message, attempt=record.undo_attempts)
-            found.append(CompensationFailed(stage=name, failure=failure, will_retry=True))
-        elif record.state is _S.RUNNING:
-            failure = Failure.of(name, FailureKind.CRASHED, message, attempt=record.attempts)
-            if not record.is_acting and record.failure is not None:
-                # It waited for its next attempt.
-                failure = record.failure
-            in_doubt = record.is_acting and state.graph[name].role is not Role.PLAIN
-            if record.is_acting or not goes_on:
-                found.append(StageFailed(stage=name, failure=failure, in_doubt=in_doubt, will_retry=goes_on))
-    return found
