@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from stageflow.api import Pipeline
+from pydantic import TypeAdapter, ValidationError
+from stageflow.api import Pipeline, StageOutput
 
 from saga.compensable import PivotStage
 from saga.errors import PipelineInvalid, PolicyInvalid
@@ -20,6 +21,8 @@ from saga.policies import Compensation, ContinueWithFallback, FailFast, Retry
 
 if TYPE_CHECKING:
     from stageflow.pipeline.pipeline import UnifiedStageSpec
+
+    from saga.recovery import StageRecord
 
 T = TypeVar("T")
 _HOOKS: Final = ("execute", "compensate", "probe", "fallback")
@@ -52,6 +55,7 @@ class StagePlan:
         retry: Its own, or None.
         timeout: Seconds, its own, or None.
         compensation: Its own, or None.
+        output_model: What its output's data is made of again when it comes from a durable ledger; None: plain data.
         patient: It bounds itself: it is never given up, however long it takes to end after a cancel.
         has_effect: What it says of its effect, or None.
     """
@@ -61,6 +65,7 @@ class StagePlan:
     retry: Retry | None
     timeout: float | None
     compensation: Compensation | None
+    output_model: Any
     patient: bool
     has_effect: bool | None
 
@@ -111,6 +116,21 @@ class Blueprint:
             specs=specs,
             without_timeouts={"_timeout_ms": 0} | {f"_timeout.{name}": 0 for name in graph.names},
         )
+
+    def restore_outputs(self, records: Mapping[str, StageRecord]) -> None:
+        """Make outputs that come from a durable ledger what their stages declare them to be.
+
+        Raises:
+            PipelineInvalid: One does not fit its stage's `output_model`.
+        """
+        for name, plan in self.stages.items():
+            record = records[name]
+            if plan.output_model is None:
+                continue
+            for part in ("output", "late_output"):
+                output: StageOutput | None = getattr(record, part)
+                if output is not None and record.landed:
+                    setattr(record, part, replace(output, data=_restored(name, plan.output_model, output.data)))
 
     def check_policy(self, policy: FailFast | ContinueWithFallback) -> None:
         """Refuse a policy that speaks of stages that aren't there.
@@ -167,10 +187,21 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         retry=_declared(name, sample, "retry", Retry),
         timeout=_declared_seconds(name, sample),
         compensation=_declared(name, sample, "compensation", Compensation),
+        output_model=getattr(sample, "output_model", None),
         patient=bool(getattr(sample, "bounds_itself", False)),
         has_effect=_declared(name, sample, "has_effect", bool),
     )
     return node, plan
+
+
+def _restored(name: str, model: Any, data: dict[str, Any]) -> dict[str, Any]:
+    try:
+        value = TypeAdapter(model).validate_python(data)
+    except ValidationError as error:
+        raise PipelineInvalid(
+            f"an output_model that its recorded output fits ({model.__qualname__})", got=str(error), stage=name
+        ) from error
+    return data | (value if isinstance(value, dict) else {key: getattr(value, key) for key in data if hasattr(value, key)})
 
 
 def _instance(name: str, make: Callable[[], Any]) -> Any:

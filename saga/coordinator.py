@@ -7,7 +7,7 @@ import contextlib
 import getpass
 import logging
 import secrets
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,16 +20,16 @@ from saga.asking import ask
 from saga.backward import Backward
 from saga.blueprint import Blueprint
 from saga.compensable import child_id
-from saga.errors import GraphChanged, MisuseError, SagaError, SagaExists, SagaNotFound
+from saga.errors import GraphChanged, LedgerConflict, LedgerError, MisuseError, SagaError, SagaExists, SagaNotFound
 from saga.events import AnyEvent, SagaEnded, SagaStarted, SagaTurnedBack, StageSettled, TurnReason, Verdict
 from saga.failures import Failure
 from saga.forward import Forward
 from saga.journal import Journal, Listener, tell
-from saga.ledger import Ledger, MemoryLedger
+from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger
 from saga.outputs import copied
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery import SagaState, Step, conclude, final_status, undo_step
-from saga.report import SagaReport
+from saga.report import Recovery, SagaReport
 from saga.resumption import Chapter, Direction, refusal, resumption, status_at_rest, undoing
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class SagaCoordinator:
         self._alive: dict[str, LiveSaga | None] = {}
         self._late: dict[str, list[AnyEvent]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._heart: asyncio.Task[None] | None = None
 
     async def run(
         self,
@@ -217,6 +218,41 @@ class SagaCoordinator:
             await self._settle(parent, again, tolerant=True)
         return await self.report(saga_id)
 
+    async def recover(
+        self, pipelines: Iterable[Pipeline] | Mapping[str, Pipeline], *, concurrency: int = 10, by: str | None = None
+    ) -> Recovery:
+        """Go on with every saga in the ledger whose process is gone, as `resume` does; nested ones go on with those that run them.
+
+        Args:
+            pipelines: Those that the sagas were started with, found by their names; as a mapping, by its keys.
+            concurrency: How many sagas go on at once.
+            by: Who resumes them, for the ledger; the user of this process by default.
+
+        Returns:
+            A report for every saga that went on, and for every other one why it did not.
+        """
+        known = dict(pipelines) if isinstance(pipelines, Mapping) else {pipeline.name: pipeline for pipeline in pipelines}
+        entries = {entry.saga_id: entry for entry in await self.ledger.list(statuses=ALIVE) if entry.saga_id not in self._alive}
+        recovery = Recovery()
+        limit = asyncio.Semaphore(concurrency)
+
+        async def go_on(entry: Entry) -> None:
+            async with limit:
+                try:
+                    if entry.pipeline not in known:
+                        raise MisuseError(f"a pipeline named {entry.pipeline!r}", got=f"those named {', '.join(known) or 'nothing'}")
+                    recovery.reports[entry.saga_id] = await self.resume(entry.saga_id, known[entry.pipeline], by=by)
+                except LedgerConflict as held:
+                    recovery.held[entry.saga_id] = held
+                except SagaError as error:
+                    recovery.failed[entry.saga_id] = error
+
+        async with asyncio.TaskGroup() as group:
+            for entry in entries.values():
+                if entry.parent not in entries:
+                    group.create_task(go_on(entry))
+        return recovery
+
     async def report(self, saga_id: str) -> SagaReport:
         """The report of a saga, alive or not.
 
@@ -324,7 +360,7 @@ class SagaCoordinator:
             raise MisuseError("a saga id with at least one visible character", got=repr(saga_id))
         elif saga_id in self._alive or await self.ledger.read(saga_id):
             raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Read what became of it with report().")
-        self._alive[saga_id] = None
+        self._hold(saga_id)
         try:
             started = SagaStarted(
                 saga_id=saga_id,
@@ -337,7 +373,7 @@ class SagaCoordinator:
             )
             journal = await Journal.begin(self.ledger, started, self._owner, self._listeners)
         except BaseException:
-            del self._alive[saga_id]
+            self._unhold(saga_id)
             raise
         return self._lives(blueprint, policy, journal, context)
 
@@ -348,7 +384,7 @@ class SagaCoordinator:
             raise _not_found(saga_id)
         if saga_id in self._alive:
             raise MisuseError("a saga that nobody is running", got=f"saga {saga_id}, which is {SagaState(events).status.value} here")
-        self._alive[saga_id] = None
+        self._hold(saga_id)
         try:
             token = await self.ledger.acquire(saga_id, self._owner)
             # Read again: whoever held it until now may have written.
@@ -359,11 +395,13 @@ class SagaCoordinator:
                 blueprint = self._read(pipeline, chosen)
                 _refuse_changed(state, blueprint)
                 context = PipelineContext.create(**state.started.input)
+                if self.ledger.durable:
+                    blueprint.restore_outputs(state.stages)
             except BaseException:
                 await self.ledger.release(saga_id, token)
                 raise
         except BaseException:
-            del self._alive[saga_id]
+            self._unhold(saga_id)
             raise
         journal = Journal(self.ledger, saga_id, state, version=len(events), token=token, owner=self._owner, listeners=self._listeners)
         saga = self._lives(blueprint, chosen, journal, context)
@@ -375,8 +413,28 @@ class SagaCoordinator:
         return saga
 
     async def _let_go(self, saga: LiveSaga) -> None:
-        del self._alive[saga.id]
+        self._unhold(saga.id)
         await saga.journal.close()
+
+    def _hold(self, saga_id: str) -> None:
+        self._alive[saga_id] = None
+        if self.ledger.lease is not None and self._heart is None:
+            self._heart = asyncio.create_task(self._beat(self.ledger.lease / 3))
+
+    def _unhold(self, saga_id: str) -> None:
+        del self._alive[saga_id]
+        if not self._alive and self._heart is not None:
+            self._heart.cancel()
+            self._heart = None
+
+    async def _beat(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await self.ledger.beat(self._owner)
+            except LedgerError:
+                # A lease that is lost is noticed by the next append, which is refused.
+                _LOG.warning("the ledger could not be told that %s is alive", self._owner, exc_info=True)
 
     def _forward(self, saga: LiveSaga) -> Coroutine[Any, Any, None]:
         # Made here and not in its task: a cancel that comes before the task runs finds what it is to stop.
@@ -501,7 +559,7 @@ class SagaCoordinator:
         """Add to the ledger of a saga at rest."""
         if saga_id in self._alive:
             raise MisuseError("a saga that has come to rest", got=f"saga {saga_id}, which is alive")
-        self._alive[saga_id] = None
+        self._hold(saga_id)
         try:
             token = await self.ledger.acquire(saga_id, self._owner)
             try:
@@ -513,7 +571,7 @@ class SagaCoordinator:
             finally:
                 await self.ledger.release(saga_id, token)
         finally:
-            del self._alive[saga_id]
+            self._unhold(saga_id)
 
     async def _note_late(self, saga: LiveSaga) -> bool:
         """Record what came late for the stages of a saga that is alive; whether anything did."""

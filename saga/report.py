@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 from stageflow.api import StageOutput
 
-from saga.errors import SagaError, SagaFailed
+from saga.errors import LedgerConflict, SagaError, SagaFailed
 from saga.events import AnyEvent, SagaStatus, StageSettled, Verdict
 from saga.failures import Failure
 from saga.ledger import StageState
@@ -285,6 +286,28 @@ class SagaReport(BaseModel):
     def __str__(self) -> str:
         """A summary for a terminal."""
         return summary(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What became of the sagas whose processes were thought to be gone.
+
+    Attributes:
+        reports: By id, of those that went on.
+        held: By id, of those that somebody alive holds after all.
+        failed: By id, of those that could not go on, and why.
+    """
+
+    reports: dict[str, SagaReport] = field(default_factory=dict)
+    held: dict[str, LedgerConflict] = field(default_factory=dict)
+    failed: dict[str, SagaError] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """A line for every saga."""
+        lines = [f"{saga_id}: {report.status.value.upper()}" for saga_id, report in self.reports.items()]
+        lines += [f"{saga_id}: left alone, {error}" for saga_id, error in self.held.items()]
+        lines += [f"{saga_id}: not recovered, {error}" for saga_id, error in self.failed.items()]
+        return "\n".join(lines) or "No saga has lost its process."
 
 
 def _of_children(children: Mapping[str, tuple[SagaReport, ...]]) -> list[Failure]:
