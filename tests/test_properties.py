@@ -378,7 +378,8 @@ class Biography:
             partly = self.kinds[name] == "recording" and stage.state not in {S.KEPT, S.UNDONE}
             if self.kinds[name] == "plain" or stage.state is S.IN_DOUBT or partly:
                 continue
-            stands = stage.state in {S.KEPT, S.STUCK, S.BLOCKED} or (stage.late_output is not None and name in unsettled)
+            kept_by_word = stage.settled is not None and stage.settled.verdict == "kept" and stage.state is S.FALLBACK
+            stands = stage.state in {S.KEPT, S.STUCK, S.BLOCKED} or kept_by_word
             assert stands == (name in self.world.standing), (name, stage.state)
             # Promise 2, and redrive: whatever was run again, no effect stands twice.
             assert self.world.standing.get(name, 0) <= 1
