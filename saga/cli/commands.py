@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import shlex
-import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from datetime import datetime, timedelta
 from functools import wraps
@@ -24,13 +23,14 @@ from rich.console import Console
 from stageflow.api import Pipeline
 
 from saga.cli.conduct import conduct
-from saga.cli.exits import Exit, exit_of_error, exit_of_status
+from saga.cli.exits import Exit, exit_of_error, exit_of_status, in_a_line
 from saga.cli.family import Family
+from saga.cli.interrupt import interruptible
 from saga.cli.pipelines import did_you_mean, load, load_all
 from saga.cli.settings import settings
-from saga.cli.view import view
+from saga.cli.view import tell_on, view
 from saga.coordinator import SagaCoordinator
-from saga.errors import LedgerCorrupt, MisuseError, SagaError, SagaExists, SagaNotFound
+from saga.errors import LedgerCorrupt, MisuseError, SagaExists, SagaNotFound
 from saga.events import AnyEvent, SagaStarted, SagaStatus, Verdict, event_from_json, event_to_json
 from saga.ledger import ALIVE, Entry, Ledger
 from saga.ledgers import open_ledger
@@ -66,8 +66,10 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         def guarded(*, traceback: bool, **given: Any) -> None:
             try:
                 function(**given)
-            except (SagaError, OSError) as error:
-                sys.stderr.write(format_exc() if traceback else f"saga: {error}\n")
+            except (typer.Exit, typer.Abort, BrokenPipeError):
+                raise
+            except Exception as error:  # noqa: BLE001 - at night, a line says more than a traceback
+                typer.echo(format_exc() if traceback else f"saga: {in_a_line(error)}", err=True)
                 raise typer.Exit(exit_of_error(error)) from None
 
         signature = inspect.signature(function, eval_str=True)
@@ -82,7 +84,7 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
     if wanted:
-        sys.stdout.write(f"saga {version('stageflow-saga')}\n")
+        typer.echo(f"saga {version('stageflow-saga')}")
         raise typer.Exit
 
 
@@ -94,7 +96,7 @@ def _main(
 
 def _known_ids(ctx: typer.Context) -> list[str]:
     async def ids() -> list[str]:
-        async with open_ledger(_url(ctx.params.get("ledger"))) as ledger:
+        async with _opened(_url(ctx.params.get("ledger"))) as ledger:
             return [entry.saga_id for entry in await ledger.list()]
 
     return _completed(ids())
@@ -102,7 +104,7 @@ def _known_ids(ctx: typer.Context) -> list[str]:
 
 def _known_stages(ctx: typer.Context) -> list[str]:
     async def stages() -> list[str]:
-        async with open_ledger(_url(ctx.params.get("ledger"))) as ledger:
+        async with _opened(_url(ctx.params.get("ledger"))) as ledger:
             family = await Family.read(ledger, ctx.params["saga_id"])
             return list(family.sagas[family.head].stages)
 
@@ -193,7 +195,7 @@ async def _conduct(
     policy: Policy | None = None,
     as_json: bool,
 ) -> NoReturn:
-    async with open_ledger(url) as ledger:
+    async with _opened(url) as ledger:
         outcome = await conduct(ledger, saga_id, work, console=_stderr(), goes_on=goes_on, policy=policy)
     if outcome.report is None:
         raise typer.Exit(Exit.INTERRUPTED)
@@ -214,16 +216,28 @@ def recover(
     url = _durable(ledger)
 
     async def all_of_them() -> Exit:
-        async with open_ledger(url) as opened:
-            recovery = await SagaCoordinator(ledger=opened).recover(pipelines, concurrency=concurrency)
-        sys.stdout.write(f"{recovery}\n")
+        async with _opened(url) as opened:
+            coordinator = SagaCoordinator(ledger=opened, listeners=[tell_on(_stderr())])
+            task = asyncio.create_task(coordinator.recover(pipelines, concurrency=concurrency))
+            with interruptible(task, lambda: _say(_FIRST), lambda: _say(_SECOND)):
+                try:
+                    recovery = await task
+                except asyncio.CancelledError:
+                    return Exit.INTERRUPTED
+        typer.echo(recovery)
         ends = {exit_of_status(report.status) for report in recovery.reports.values()}
-        for gravest in (Exit.STUCK, Exit.HALTED):
-            if gravest in ends:
-                return gravest
-        return Exit.FAILED if recovery.failed else Exit.COMPLETED
+        ends |= {Exit.FAILED} if recovery.failed else set()
+        return next((gravest for gravest in (Exit.STUCK, Exit.FAILED, Exit.HALTED) if gravest in ends), Exit.COMPLETED)
 
     raise typer.Exit(asyncio.run(all_of_them()))
+
+
+_FIRST: Final = "Interrupted: what goes on is stopped and undone, as the policies say. A second Ctrl-C stops at once; saga recover then goes on from there."
+_SECOND: Final = "Stopped at once. saga recover goes on from there."
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 # -- looking -----------------------------------------------------------------------------------------------------
@@ -239,15 +253,20 @@ def list_(
     """List the sagas, oldest first."""
 
     async def entries() -> list[Entry]:
-        async with open_ledger(_durable(ledger)) as opened:
+        async with _opened(_durable(ledger)) as opened:
             return [entry for entry in await opened.list(statuses=statuses or None) if nested or entry.parent is None]
 
     found = asyncio.run(entries())
     if as_json:
-        sys.stdout.write(TypeAdapter(list[Entry]).dump_json(found).decode() + "\n")
+        typer.echo(TypeAdapter(list[Entry]).dump_json(found).decode())
         return
-    for line in _columns([(entry.saga_id, entry.pipeline, entry.status.value, _when(entry.started_at), _runs(entry)) for entry in found]):
-        sys.stdout.write(f"{line}\n")
+    for line in _columns(
+        [
+            ("ID", "PIPELINE", "STATUS", "STARTED", ""),
+            *((entry.saga_id, entry.pipeline, entry.status.value, _when(entry.started_at), _runs(entry)) for entry in found),
+        ]
+    ):
+        typer.echo(line)
 
 
 def _when(moment: datetime) -> str:
@@ -271,7 +290,7 @@ def show(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) -> 
     """Show what became of a saga, and what is to be done about it."""
 
     async def report() -> SagaReport:
-        async with open_ledger(_durable(ledger)) as opened:
+        async with _opened(_durable(ledger)) as opened:
             await _refuse_unknown(opened, saga_id)
             return await SagaCoordinator(ledger=opened).report(saga_id)
 
@@ -283,7 +302,7 @@ def watch(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) ->
     """Look on while another process runs a saga, until it has come to rest."""
 
     async def looking_on() -> SagaReport:
-        async with open_ledger(_durable(ledger)) as opened:
+        async with _opened(_durable(ledger)) as opened:
             await _refuse_unknown(opened, saga_id)
             family = await Family.read(opened, saga_id)
             async with view(family, _stderr()) as hear:
@@ -294,7 +313,7 @@ def watch(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) ->
     try:
         report = asyncio.run(looking_on())
     except KeyboardInterrupt:
-        sys.stderr.write(f"saga: no longer watching {saga_id}; it goes on\n")
+        typer.echo(f"Watching {saga_id} no longer; it goes on by itself.", err=True)
         raise typer.Exit(Exit.INTERRUPTED) from None
     _print_report(report, as_json=as_json)
     raise typer.Exit(exit_of_status(report.status))
@@ -334,7 +353,7 @@ def settle(
     data = None if output is None else _json_object(output, "--output")
 
     async def settled() -> SagaReport:
-        async with open_ledger(_durable(ledger)) as opened:
+        async with _opened(_durable(ledger)) as opened:
             await _refuse_unknown(opened, saga_id)
             return await SagaCoordinator(ledger=opened).settle(saga_id, stage, verdict, note, output=data)
 
@@ -349,9 +368,10 @@ def check(target: Target, policy: PolicyFile = None, as_json: AsJson = False) ->
     """Find what is wrong with a pipeline, without running it."""
     findings = find(load(target), _policy(policy))
     if as_json:
-        sys.stdout.write(TypeAdapter(list[Finding]).dump_json(findings).decode() + "\n")
+        typer.echo(TypeAdapter(list[Finding]).dump_json(findings).decode())
     else:
-        sys.stdout.writelines(f"{finding}\n" for finding in findings)
+        for finding in findings:
+            typer.echo(finding)
     raise typer.Exit(Exit.FOUND if any(finding.severity is Severity.ERROR for finding in findings) else Exit.COMPLETED)
 
 
@@ -359,7 +379,7 @@ def check(target: Target, policy: PolicyFile = None, as_json: AsJson = False) ->
 def explain(target: Target, policy: PolicyFile = None, as_json: AsJson = False) -> None:
     """Say for every stage what follows when it fails."""
     explanation = consequences(load(target), _policy(policy))
-    sys.stdout.write((TypeAdapter(Explanation).dump_json(explanation).decode() if as_json else str(explanation)) + "\n")
+    typer.echo(TypeAdapter(Explanation).dump_json(explanation).decode() if as_json else str(explanation))
 
 
 # -- the ledger's keeping ----------------------------------------------------------------------------------------
@@ -374,12 +394,13 @@ def prune(
     age = _age(older_than)
 
     async def forgotten() -> Sequence[str]:
-        async with open_ledger(_durable(ledger)) as opened:
+        async with _opened(_durable(ledger)) as opened:
             return await opened.prune(age)
 
     gone = asyncio.run(forgotten())
-    sys.stdout.writelines(f"{saga_id}\n" for saga_id in gone)
-    sys.stderr.write(f"forgot {len(gone)} saga{'' if len(gone) == 1 else 's'}\n")
+    for saga_id in gone:
+        typer.echo(saga_id)
+    typer.echo(f"{len(gone)} forgotten", err=True)
 
 
 def _age(text: str) -> timedelta:
@@ -394,12 +415,13 @@ def export(saga_id: SagaId, ledger: LedgerUrl = None) -> None:
     """Write the events of a saga, and of those that its stages run, as JSON lines."""
 
     async def events() -> list[AnyEvent]:
-        async with open_ledger(_durable(ledger)) as opened:
+        async with _opened(_durable(ledger)) as opened:
             await _refuse_unknown(opened, saga_id)
             family = await Family.read(opened, saga_id)
             return [event for member in family.sagas for event in await opened.read(member)]
 
-    sys.stdout.writelines(f"{event_to_json(event)}\n" for event in asyncio.run(events()))
+    for event in asyncio.run(events()):
+        typer.echo(event_to_json(event))
 
 
 @command("import")
@@ -408,7 +430,7 @@ def import_(file: Annotated[typer.FileText, typer.Argument(help="What export wro
     sagas = _sagas_in(file)
 
     async def taken_over() -> None:
-        async with open_ledger(_durable(ledger)) as opened:
+        async with _opened(_durable(ledger, exists=False)) as opened:
             for saga_id in sagas:
                 if await opened.read(saga_id):
                     raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Nothing was imported.")
@@ -417,7 +439,7 @@ def import_(file: Annotated[typer.FileText, typer.Argument(help="What export wro
 
     asyncio.run(taken_over())
     for saga_id, events in sagas.items():
-        sys.stdout.write(f"{saga_id}  {SagaState(events).status.value}\n")
+        typer.echo(f"{saga_id}  {SagaState(events).status.value}")
 
 
 def _sagas_in(lines: Iterator[str]) -> dict[str, list[AnyEvent]]:
@@ -445,6 +467,15 @@ def _sagas_in(lines: Iterator[str]) -> dict[str, list[AnyEvent]]:
 # -- what the commands have in common ----------------------------------------------------------------------------
 
 
+@asynccontextmanager
+async def _opened(url: str) -> AsyncIterator[Ledger]:
+    ledger = open_ledger(url)
+    try:
+        yield ledger
+    finally:
+        await ledger.close()
+
+
 def _stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
@@ -453,7 +484,8 @@ def _url(given: str | None) -> str:
     return given or settings(Path.cwd()).ledger or MEMORY
 
 
-def _durable(given: str | None) -> str:
+def _durable(given: str | None, *, exists: bool = True) -> str:
+    """The URL of a ledger that outlives the process; of one that is there already, unless `exists` is False."""
     url = _url(given)
     if url == MEMORY:
         raise MisuseError(
@@ -461,6 +493,10 @@ def _durable(given: str | None) -> str:
             got=MEMORY,
             hint="Give --ledger sqlite:///sagas.db, set SAGA_LEDGER, or set ledger in [tool.saga] of pyproject.toml.",
         )
+    file = Path(url.removeprefix("sqlite:///"))
+    if exists and url.startswith("sqlite:") and not file.exists():
+        # Opening it would make an empty one, in which nobody finds the saga that they look for.
+        raise MisuseError("a ledger that is there", got=f"{url}, and there is no file {file.absolute()}")
     return url
 
 
@@ -511,10 +547,10 @@ async def _refuse_unknown(ledger: Ledger, saga_id: str) -> None:
 
 
 def _goes_on(saga_id: str, target: str | None, ledger: str | None) -> str:
-    # What the environment says it will say again.
-    option = [] if ledger in {None, os.environ.get("SAGA_LEDGER")} else ["--ledger", str(ledger)]
+    # What the environment says it will say again; and a URL may hold a password.
+    option = [] if ledger is None or ledger == os.environ.get("SAGA_LEDGER") else ["--ledger", "URL" if "@" in ledger else ledger]
     return shlex.join(["saga", "resume", saga_id, *([target] if target else []), *option])
 
 
 def _print_report(report: SagaReport, *, as_json: bool) -> None:
-    sys.stdout.write((report.model_dump_json() if as_json else str(report)) + "\n")
+    typer.echo(report.model_dump_json() if as_json else str(report))

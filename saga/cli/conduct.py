@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -41,7 +42,7 @@ class Outcome:
 async def conduct(
     ledger: Ledger,
     saga_id: str,
-    work: Callable[[SagaCoordinator], Awaitable[SagaReport]],
+    work: Callable[[SagaCoordinator], Coroutine[Any, Any, SagaReport]],
     *,
     console: Console,
     goes_on: str,
@@ -63,8 +64,8 @@ async def conduct(
     with contextlib.redirect_stdout(sys.stderr):
         async with view(family, console) as hear:
             coordinator = SagaCoordinator(policy, ledger=ledger, listeners=[hear])
-            task = asyncio.ensure_future(_awaited(work(coordinator)))
             warning = _Warning(family, console, goes_on if ledger.durable else None)
+            task = asyncio.create_task(work(coordinator))
             with interruptible(task, warning.first, warning.second):
                 try:
                     return Outcome(await task, interrupted=False)
@@ -72,10 +73,6 @@ async def conduct(
                     with contextlib.suppress(SagaNotFound):
                         return Outcome(await coordinator.report(saga_id), interrupted=True)
                     return Outcome(None, interrupted=True)
-
-
-async def _awaited(work: Awaitable[SagaReport]) -> SagaReport:
-    return await work
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +93,7 @@ class _Warning:
         """What happens now, and what a second Ctrl-C would leave."""
         lines = [f"Interrupted: {self._what_follows()}.", f"A second Ctrl-C stops at once{self._what_is_left()}."]
         for line in lines:
-            self.console.print(Text(line, style="bold yellow"), soft_wrap=True)
+            self.console.print(Text(line, style="bold yellow"), soft_wrap=not self.console.is_terminal)
 
     def second(self) -> None:
         """What is left; written straight to the terminal, whatever the console is doing now."""

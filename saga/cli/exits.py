@@ -5,8 +5,9 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final
 
-from saga.errors import LedgerError, MisuseError
+from saga.errors import MisuseError, SagaError
 from saga.events import SagaStatus
+from saga.text import said
 
 
 class Exit(IntEnum):
@@ -53,4 +54,10 @@ def exit_of_status(status: SagaStatus, *, interrupted: bool = False) -> Exit:
 
 def exit_of_error(error: Exception) -> Exit:
     """What to exit with after an error."""
-    return Exit.MISUSE if isinstance(error, MisuseError) and not isinstance(error, LedgerError) else Exit.FAILED
+    # A file or a driver that isn't there is the caller's to see to.
+    return Exit.MISUSE if isinstance(error, MisuseError | OSError | ModuleNotFoundError) else Exit.FAILED
+
+
+def in_a_line(error: Exception) -> str:
+    """What went wrong."""
+    return str(error) if isinstance(error, SagaError | OSError | ModuleNotFoundError) else f"{type(error).__name__}: {said(error)}"

@@ -27,13 +27,24 @@ def view(family: Family, console: Console) -> AbstractAsyncContextManager[Listen
     return _live(family, console) if console.is_terminal and not console.is_dumb_terminal else _lines(family, console)
 
 
-@asynccontextmanager
-async def _lines(family: Family, console: Console) -> AsyncIterator[Listener]:
+def tell_on(console: Console) -> Listener:
+    """What prints a line for each event that is of interest."""
+
     def hear(saga_id: str, event: AnyEvent) -> None:
-        family.hear(saga_id, event)
         told = tell(event)
         if told:
             console.print(Text(f"{saga_id}  {told}"), soft_wrap=True)
+
+    return hear
+
+
+@asynccontextmanager
+async def _lines(family: Family, console: Console) -> AsyncIterator[Listener]:
+    told = tell_on(console)
+
+    def hear(saga_id: str, event: AnyEvent) -> None:
+        family.hear(saga_id, event)
+        told(saga_id, event)
 
     yield hear
 
