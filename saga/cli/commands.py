@@ -10,6 +10,7 @@ import re
 import secrets
 import shlex
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from functools import wraps
 from importlib.metadata import version
@@ -46,15 +47,12 @@ _LOOKS: Final = 0.25
 """Seconds between two looks of `saga watch` into the ledger."""
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
-
 app: Final = typer.Typer(
     help="Run pipelines that undo what they did when they fail, and look after those that could not.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")]
 
 
@@ -232,8 +230,8 @@ def recover(
     raise typer.Exit(asyncio.run(all_of_them()))
 
 
-_FIRST: Final = "Interrupted: what goes on is stopped and undone, as the policies say. A second Ctrl-C stops at once; saga recover then goes on from there."
-_SECOND: Final = "Stopped at once. saga recover goes on from there."
+_FIRST: Final = "Interrupted: what these sagas did is undone, as their policies say. A second Ctrl-C stops at once."
+_SECOND: Final = "Stopped at once; saga recover goes on from there."
 
 
 def _say(text: str) -> None:
@@ -260,12 +258,8 @@ def list_(
     if as_json:
         typer.echo(TypeAdapter(list[Entry]).dump_json(found).decode())
         return
-    for line in _columns(
-        [
-            ("ID", "PIPELINE", "STATUS", "STARTED", ""),
-            *((entry.saga_id, entry.pipeline, entry.status.value, _when(entry.started_at), _runs(entry)) for entry in found),
-        ]
-    ):
+    rows = [(entry.saga_id, entry.pipeline, entry.status.value, _when(entry.started_at), _runs(entry)) for entry in found]
+    for line in _columns([("ID", "PIPELINE", "STATUS", "STARTED", ""), *rows]):
         typer.echo(line)
 
 
@@ -393,9 +387,9 @@ def prune(
     """Forget old sagas about which nothing is left to do."""
     age = _age(older_than)
 
-    async def forgotten() -> Sequence[str]:
+    async def forgotten() -> tuple[str, ...]:
         async with _opened(_durable(ledger)) as opened:
-            return await opened.prune(age)
+            return tuple(await opened.prune(age))
 
     gone = asyncio.run(forgotten())
     for saga_id in gone:

@@ -14,13 +14,16 @@ from saga.cli.exits import Exit
 
 
 @contextmanager
-def interruptible(work: asyncio.Task[Any], first: Callable[[], None], second: Callable[[], None]) -> Iterator[None]:
+def interruptible(
+    work: asyncio.Task[Any], first: Callable[[], None], second: Callable[[], None], leave: Callable[[int], object] = os._exit
+) -> Iterator[None]:
     """For the length of a block, let SIGINT or SIGTERM cancel the work, and another one end the process at once.
 
     Args:
         work: What is cancelled.
         first: Is called before that.
         second: Is called before the process ends; in the middle of whatever it does, so it may do little.
+        leave: Ends the process.
     """
     loop = asyncio.get_running_loop()
     came: list[int] = []
@@ -35,8 +38,8 @@ def interruptible(work: asyncio.Task[Any], first: Callable[[], None], second: Ca
             loop.call_soon_threadsafe(turn_back)
             return
         second()
-        # A process that is killed is what ledgers are made for; to unwind would cancel compensations in the middle.
-        os._exit(Exit.INTERRUPTED)
+        # Not by an exception: to unwind would cancel compensations in the middle. A process that dies is what ledgers are made for.
+        leave(Exit.INTERRUPTED)
 
     # Not the loop's own handlers: those wait for a stage that blocks the loop.
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
