@@ -91,14 +91,13 @@ class _Warning:
 
     def first(self) -> None:
         """What happens now, and what a second Ctrl-C would leave."""
-        lines = [f"Interrupted: {self._what_follows()}.", f"A second Ctrl-C stops at once{self._what_is_left()}."]
-        for line in lines:
+        for line in (f"Interrupted: {self._what_follows()}.", f"A second Ctrl-C stops at once{self._what_is_left('leaves')}."):
             self.console.print(Text(line, style="bold yellow"), soft_wrap=not self.console.is_terminal)
 
     def second(self) -> None:
         """What is left; written straight to the terminal, whatever the console is doing now."""
-        cursor = "\x1b[?25h" if self.console.is_terminal else ""
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{cursor}\nStopped at once{self._what_is_left()}.\n".encode())
+        cursor = "\x1b[?25h\n" if self.console.is_terminal else ""
+        os.write(2, f"{cursor}Stopped at once{self._what_is_left('left')}.\n".encode())
 
     def _what_follows(self) -> str:
         state = self.family.sagas.get(self.family.head)
@@ -112,13 +111,13 @@ class _Warning:
             return f"{waits}keeping what was done, as its policy says"
         return f"{waits}undoing what was done"
 
-    def _what_is_left(self) -> str:
+    def _what_is_left(self, verb: str) -> str:
         standing = list(self.family.standing())
         unknown = [name for name, shown in standing if shown in {_S.RUNNING, _S.COMPENSATING, _S.IN_DOUBT}]
         known = [name for name, _ in standing if name not in set(unknown)]
         parts = [f"in effect: {', '.join(known)}"] if known else []
         parts += [f"in doubt: {', '.join(unknown)}"] if unknown else []
-        left = " and leaves " + "; ".join(parts) if parts else ""
-        if self.goes_on is None:
-            return left + (". The ledger is in memory, so nothing will know of that" if parts else "")
-        return left + (f". To go on from there: {self.goes_on}" if parts else "")
+        if not parts:
+            return ""
+        later = "The ledger is in memory, so nothing will know of that" if self.goes_on is None else f"To go on from there: {self.goes_on}"
+        return f" and {verb} {'; '.join(parts)}. {later}"
