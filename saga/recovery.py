@@ -50,9 +50,13 @@ from saga.policies import ContinueWithFallback, FailFast
 _S = StageState
 
 
-@dataclass(slots=True)
+_BEGINNINGS: Final = frozenset({StageStarted, StageSkipped, StageFailed})
+
+
 class StageRecord:
     """What the events say of one stage.
+
+    No dataclass: what a stage never comes to stays on the class, and one record for each stage of each saga costs next to nothing.
 
     Attributes:
         state: Where it stands; never BLOCKED, which is read off the other stages.
@@ -259,17 +263,17 @@ class SagaState:
 
     def _is_due(self, record: StageRecord, event: StageEvent) -> bool:
         """Whether an event that the state allows is one that the saga waits for."""
-        match event:
-            case StageStarted() | StageSkipped() | StageFailed():
-                return record.again or record.state is _S.NOT_RUN or record.state is _S.RUNNING
-            case StageCompleted(late=late):
-                return late is (record.state is not _S.RUNNING)
-            case CompensationCompleted(late=late):
-                return late is (record.state is _S.STUCK)
-            case StageSettled():
-                return (record.doubt or record.state is _S.STUCK) and self.ended_at is not None
-            case _:
-                return True
+        state, kind = record.state, type(event)
+        if kind is StageCompleted or kind is CompensationCompleted:
+            waited_for = state is _S.RUNNING or state is _S.COMPENSATING
+            return event.late is not waited_for  # type: ignore[attr-defined] # of these two kinds
+        if state is _S.NOT_RUN or state is _S.RUNNING:
+            return True
+        if kind in _BEGINNINGS:
+            return record.again
+        if kind is StageSettled:
+            return (record.doubt or state is _S.STUCK) and self.ended_at is not None
+        return True
 
     def _stage_started(self, record: StageRecord, event: StageStarted) -> None:
         if self.status is not SagaStatus.RUNNING:
@@ -441,9 +445,9 @@ class SagaState:
 
 def _forget(record: StageRecord) -> None:
     """A new execution begins: nothing of the one before it stands."""
-    fresh = StageRecord(anew=record.anew)
-    for name in StageRecord.__slots__:
-        setattr(record, name, getattr(fresh, name))
+    anew = record.anew
+    vars(record).clear()
+    record.anew = anew
 
 
 class Step(Enum):

@@ -21,7 +21,8 @@ from saga.render.text import summary
 _S = StageState
 
 
-class CompensationReport(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompensationReport:
     """What became of one stage's compensation.
 
     Attributes:
@@ -31,15 +32,14 @@ class CompensationReport(BaseModel):
         failure: The last failure of the compensation or of the probe.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     attempts: int
     started_at: datetime | None
     ended_at: datetime | None
     failure: Failure | None
 
 
-class Settlement(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
     """What a person said of a stage that was stuck or in doubt.
 
     Attributes:
@@ -48,8 +48,6 @@ class Settlement(BaseModel):
         by: Who.
         at: When, UTC.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     verdict: Verdict
     note: str
@@ -62,7 +60,8 @@ class Settlement(BaseModel):
         return cls(verdict=event.verdict, note=event.note, by=event.by, at=event.at)
 
 
-class StageReport(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageReport:
     """What became of one stage.
 
     Attributes:
@@ -82,8 +81,6 @@ class StageReport(BaseModel):
         probed: What its probe answered: whether its effect had landed; None if it gave no answer.
         compensation: What became of its compensation; None if neither it nor a probe was tried.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     state: StageState
     output: Output | None = None
@@ -318,6 +315,3 @@ def _of_children(children: Mapping[str, tuple[SagaReport, ...]]) -> list[Failure
         for report in reports
         for failure in report.failures
     ]
-
-
-StageReport.model_rebuild()
