@@ -163,6 +163,19 @@ def test_an_owner_says_that_it_is_alive_as_long_as_a_saga_of_its_is(caplog: pyte
     assert "the ledger could not be told that" in caplog.text
 
 
+def test_a_stage_that_is_cancelled_while_it_records_an_effect_is_undone_for_it() -> None:
+    world, pipeline = scene({"a": (), "b": ()}, {"a": Script("raise", before=0.5), "b": Script(before=0.45)}, {"b": "recording"})
+    ledger = Slow(seconds=0.2)
+
+    report = run(SagaCoordinator(FailFast(in_flight="cancel"), ledger=ledger).run(pipeline))
+
+    assert report.stages["b"].effects == ("b",)
+    assert report.stages["b"].failure is not None
+    assert report.stages["b"].failure.kind == "interrupted"
+    assert set(report.in_doubt) == {"b"}
+    assert world.log == ["+b"]
+
+
 # -- recovery --------------------------------------------------------------------------------------------------------
 
 
