@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 from stageflow.api import StageOutput
 
@@ -46,6 +46,27 @@ from saga.policies import ContinueWithFallback, FailFast
 _S = StageState
 
 
+class Try(NamedTuple):
+    """One attempt.
+
+    Attributes:
+        started_at: When it started, UTC.
+        ended_at: When its outcome was recorded, UTC; None if none was: it still runs, or its process was lost.
+        failed: In what way it failed; None if it did not, or nobody knows.
+    """
+
+    started_at: datetime
+    ended_at: datetime | None = None
+    failed: FailureKind | None = None
+
+
+def _ended(tries: tuple[Try, ...], at: datetime, failed: FailureKind | None = None) -> tuple[Try, ...]:
+    """The attempts, with the last one ended; one that has ended, or was never started, is left alone."""
+    if not tries or tries[-1].ended_at is not None:
+        return tries
+    return (*tries[:-1], Try(tries[-1].started_at, at, failed))
+
+
 @dataclass(slots=True)
 class StageRecord:
     """What the events say of one stage.
@@ -67,6 +88,8 @@ class StageRecord:
         undo_attempts: Compensation attempts that started.
         undo_order: Its place in the order in which compensations first started; -1 if none did.
         undo_failure: The last failure of its compensation or probe.
+        tries: Its forward attempts, oldest first.
+        undo_tries: Its compensation's attempts, oldest first.
     """
 
     state: StageState = _S.NOT_RUN
@@ -90,6 +113,8 @@ class StageRecord:
     undo_started_at: datetime | None = None
     undo_ended_at: datetime | None = None
     undo_failure: Failure | None = None
+    tries: tuple[Try, ...] = ()
+    undo_tries: tuple[Try, ...] = ()
 
 
 class SagaState:
@@ -186,6 +211,7 @@ class SagaState:
         # What a probe answered holds for the attempts before it.
         record.state, record.answer = _S.RUNNING, None
         record.attempts = event.attempt
+        record.tries = (*record.tries, Try(event.at))
 
     def _effect_recorded(self, record: StageRecord, event: EffectRecorded) -> None:
         record.effects = (*record.effects, event.effect)
@@ -193,12 +219,14 @@ class SagaState:
     def _stage_completed(self, record: StageRecord, event: StageCompleted) -> None:
         record.state, record.landed, record.doubt = _S.KEPT, True, False
         record.output, record.ended_at = event.output, event.at
+        record.tries = _ended(record.tries, event.at)
 
     def _stage_failed(self, record: StageRecord, event: StageFailed) -> None:
         self.is_spotless = False
         # A retry that is called off repeats the failure that it was meant to mend.
         self._note(event.failure)
         record.failure = event.failure
+        record.tries = _ended(record.tries, event.at, event.failure.kind)
         # An attempt that may have landed is not answered for by a later one that did not.
         record.doubt = record.doubt or event.in_doubt
         if event.will_retry:
@@ -216,6 +244,7 @@ class SagaState:
         record.state, record.output = _S.SKIPPED, event.output
         record.skip_reason, record.with_branch = event.reason, event.with_branch
         record.ended_at = event.at if record.started_at else None
+        record.tries = _ended(record.tries, event.at)
 
     def _fallback_used(self, record: StageRecord, event: FallbackUsed) -> None:
         record.state, record.fell_back = _S.FALLBACK, True
@@ -250,14 +279,17 @@ class SagaState:
             self._undo_started += 1
             record.undo_started_at = event.at
         record.state, record.undo_attempts = _S.COMPENSATING, event.attempt
+        record.undo_tries = (*record.undo_tries, Try(event.at))
 
     def _compensation_completed(self, record: StageRecord, event: CompensationCompleted) -> None:
         record.state, record.doubt = _S.UNDONE, False
         record.undo_ended_at = event.at
+        record.undo_tries = _ended(record.undo_tries, event.at)
 
     def _compensation_failed(self, record: StageRecord, event: CompensationFailed) -> None:
         self._note(event.failure)
         record.undo_failure = event.failure
+        record.undo_tries = _ended(record.undo_tries, event.at, event.failure.kind)
         if not event.will_retry:
             record.state, record.undo_ended_at = _S.STUCK, event.at
 

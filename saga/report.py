@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 from stageflow.api import StageOutput
 
-from saga.errors import SagaError, SagaFailed
+from saga.errors import MisuseError, SagaError, SagaFailed
 from saga.events import AnyEvent, SagaStatus
 from saga.failures import Failure
 from saga.ledger import StageState
 from saga.outputs import Output, Plain, copied, copied_output
 from saga.policies import ContinueWithFallback, FailFast
-from saga.recovery import SagaState, StageRecord, stage_states
+from saga.recovery import SagaState, StageRecord, Try, stage_states
+from saga.render.drawing import drawing
+from saga.render.graph import graph_svg
+from saga.render.html import fragment, page
+from saga.render.mermaid import graph_mermaid
 from saga.render.text import summary
+from saga.render.timeline import timeline_svg
 
 _S = StageState
 
@@ -29,6 +34,7 @@ class CompensationReport(BaseModel):
         started_at: When the first one did, UTC.
         ended_at: When the effect was undone, or given up as stuck, UTC; None if neither has happened.
         failure: The last failure of the compensation or of the probe.
+        tries: Each attempt: its start, its end and in what way it failed.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -37,6 +43,7 @@ class CompensationReport(BaseModel):
     started_at: datetime | None
     ended_at: datetime | None
     failure: Failure | None
+    tries: tuple[Try, ...] = ()
 
 
 class StageReport(BaseModel):
@@ -54,6 +61,8 @@ class StageReport(BaseModel):
         skip_reason: Why it was skipped, if it was.
         probed: What its probe answered: whether its effect had landed; None if it gave no answer.
         compensation: What became of its compensation; None if neither it nor a probe was tried.
+        dependencies: The stages that it waits for.
+        tries: Each attempt: its start, its end and in what way it failed.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -69,12 +78,14 @@ class StageReport(BaseModel):
     skip_reason: str | None = None
     probed: bool | None = None
     compensation: CompensationReport | None = None
+    dependencies: tuple[str, ...] = ()
+    tries: tuple[Try, ...] = ()
 
     @classmethod
-    def of(cls, record: StageRecord, state: StageState) -> Self:
+    def of(cls, record: StageRecord, state: StageState, dependencies: tuple[str, ...]) -> Self:
         """Project what the events say of one stage."""
         if record.state is _S.NOT_RUN:
-            return cls(state=state)
+            return cls(state=state, dependencies=dependencies)
         undo = None
         if record.undo_attempts or record.undo_failure is not None:
             undo = CompensationReport(
@@ -82,6 +93,7 @@ class StageReport(BaseModel):
                 started_at=record.undo_started_at,
                 ended_at=record.undo_ended_at,
                 failure=record.undo_failure,
+                tries=record.undo_tries,
             )
         return cls(
             state=state,
@@ -95,6 +107,8 @@ class StageReport(BaseModel):
             skip_reason=record.skip_reason,
             probed=record.answer,
             compensation=undo,
+            dependencies=dependencies,
+            tries=record.tries,
         )
 
 
@@ -139,7 +153,7 @@ class SagaReport(BaseModel):
             failures=tuple(sorted(state.failures, key=lambda failure: failure.at)),
             started_at=state.started.at,
             ended_at=state.ended_at,
-            stages={name: StageReport.of(record, shown[name]) for name, record in state.stages.items()},
+            stages={name: StageReport.of(record, shown[name], state.graph[name].dependencies) for name, record in state.stages.items()},
             compensation_order=tuple(name for _, name in undone),
         )
 
@@ -236,3 +250,35 @@ class SagaReport(BaseModel):
     def __str__(self) -> str:
         """A summary for a terminal."""
         return summary(self)
+
+    def to_svg(self, view: Literal["graph", "timeline"] = "graph") -> str:
+        """A picture that needs nothing but itself, for light and for dark surroundings.
+
+        Args:
+            view: `graph`: the stages in layers, with forward and backward arrows; `timeline`: a bar for each attempt.
+
+        Raises:
+            MisuseError: There is no such view.
+        """
+        match view:
+            case "graph":
+                return graph_svg(drawing(self))
+            case "timeline":
+                return timeline_svg(self)
+        raise MisuseError("view to be 'graph' or 'timeline'", got=repr(view))
+
+    def to_mermaid(self) -> str:
+        """The graph as a Mermaid flowchart, without the backward arrows where all would be more than Mermaid draws (500)."""
+        return graph_mermaid(drawing(self))
+
+    def to_html(self) -> str:
+        """One file with both pictures, the table, and each stage's attempts, failures, effects and output; it needs nothing else."""
+        return page(self)
+
+    def _repr_html_(self) -> str:
+        """The graph, in a notebook."""
+        return fragment(self)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """What a notebook may choose from."""
+        return {"text/plain": str(self), "image/svg+xml": self.to_svg(), "text/html": self._repr_html_()}
