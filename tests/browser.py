@@ -143,6 +143,12 @@ class Browser:
             raise BrowserSaidNo(json.dumps(answer["exceptionDetails"]))
         return answer["result"].get("value")
 
+    def until(self, condition: str) -> None:
+        """Wait until an expression holds; the browser says when it has painted anew, so that nobody sleeps."""
+        turns = f"for (let turn = 0; turn < 300 && !({condition}); turn++) await new Promise(requestAnimationFrame)"
+        if not self.evaluate(f"(async () => {{ {turns}; return {condition} }})()"):
+            raise BrowserSaidNo(f"it never came to pass: {condition}")
+
     def press(self, key: str) -> None:
         """Press a key and let it go."""
         code = {"Tab": 9, "Enter": 13}[key]
@@ -161,7 +167,11 @@ class Browser:
     def accessible(self) -> list[dict[str, Any]]:
         """What a screen reader gets to know: role and name of all that it is not to ignore."""
         nodes = self.ask("Accessibility.getFullAXTree")["nodes"]
-        return [{"role": node["role"]["value"], "name": node.get("name", {}).get("value", "")} for node in nodes if not node.get("ignored")]
+        return [
+            {"role": node["role"]["value"]} | {what: node.get(what, {}).get("value", "") for what in ("name", "description")}
+            for node in nodes
+            if not node.get("ignored")
+        ]
 
     def screenshot(self, *, whole: bool = False) -> bytes:
         """The page as a PNG."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from stageflow.api import StageOutput
@@ -57,7 +59,7 @@ class Story:
         self.events.append(event(at=moment(at), **fields))
         return self
 
-    def done(self, stage: str, start: float, end: float, **data: Any) -> Story:
+    def done(self, stage: str, start: float, end: float, /, **data: Any) -> Story:
         """The stage runs once and completes."""
         self.tell(start, StageStarted, stage=stage, attempt=1)
         return self.tell(end, StageCompleted, stage=stage, output=StageOutput.ok(**data))
@@ -192,3 +194,49 @@ def chain(count: int) -> SagaReport:
 def fan(count: int) -> SagaReport:
     parts = {f"resize_image_{number:03}": ("unpack",) for number in range(count)}
     return simulated("fan", {"unpack": (), **parts, "publish": tuple(parts)}, "publish", random.Random(2))
+
+
+HOSTILE = (
+    "<script>document.title = 'hacked'</script>",
+    "\"quoted\" 'single' `tick` </svg></style></title>",
+    "end",
+    '%%{init: {"theme": "dark"}}%%',
+    'a-->b; click s0 href "javascript:document.title = 1"',
+    'style x:#f00;style:"x"#quot;',
+    "\u202ereversed \u0627\u0644\u0639\u0631\u0628\u064a\u0629",
+    "two\nlines\r\n---\n",
+    "x" * 10_000,
+    "\x00\x1b[31m\ud800\ufffe control",
+    "<img src=x onerror=\"document.title = 'hacked'\">",
+    "日本語 🚀 ﬂ°°35¶ß e\u0301",
+    "]]>--><!--&amp;#35;&lt;",
+    "${title} $body",
+    "it's the last",
+)
+
+
+def hostile() -> SagaReport:
+    """A chain of stages whose names, outputs and errors are what a careless renderer trips over."""
+    shape = {name: HOSTILE[max(0, index - 1) : index] for index, name in enumerate(HOSTILE)}
+    story = Story("\n---\n%%{init}%% <script>document.title = 'hacked'</script> \"x\"", shape)
+    *done, failing, _ = HOSTILE
+    for at, name in enumerate(done):
+        story.done(name, at, at + 1, **{name: name})
+    said = '<img src=x onerror="document.title = \'hacked\'"> "\n%%{init}%% end\n\ud800\x00' + "y" * 10_000
+    story.fails(failing, len(done), len(done) + 1, said).turns_back(len(done) + 1)
+    for at, name in enumerate(reversed(done)):
+        story.undone(name, len(done) + 1 + at, len(done) + 2 + at)
+    return story.ends(3 * len(HOSTILE), SagaStatus.COMPENSATED).report
+
+
+PICTURES: dict[str, Callable[[], str]] = {
+    "book_trip.svg": lambda: three_stages().to_svg(),
+    "book_trip-timeline.svg": lambda: three_stages().to_svg("timeline"),
+    "fulfil_order.svg": lambda: twelve_stages().to_svg(),
+}
+"""What the docs show."""
+
+
+if __name__ == "__main__":
+    for name, draw in PICTURES.items():
+        Path(sys.argv[1], name).write_text(draw() + "\n", encoding="utf-8")

@@ -121,7 +121,7 @@ _SHAPES: Final = """
 def stylesheet() -> str:
     """The rules for every picture, and for the page around it; all names begin with `saga-`, because a page may hold other things."""
     borders = "".join(f".saga-{state} .saga-face{{{border}}}\n" for state, border in _BORDERS.items())
-    return f"{_SHAPES}{borders}{_rules(LIGHT)}@media (prefers-color-scheme:dark){{\n{_rules(DARK)}}}\n"
+    return f"{_SHAPES}{borders}{_rules(LIGHT)}@media screen and (prefers-color-scheme:dark){{\n{_rules(DARK)}}}\n"
 
 
 def _rules(scheme: Scheme) -> str:

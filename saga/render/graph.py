@@ -21,7 +21,7 @@ _AFTER_TEXT: Final = 14.0
 _NAME_ROOM: Final = 24
 _LABEL_ROOM: Final = 30
 _PORT: Final = 10.0
-"""Forward arrows run so far before the middle of a box or a lane, backward ones so far behind it."""
+"""Forward arrows leave and reach a box so far before its middle, backward ones so far behind it."""
 _HEAD: Final = 8.0
 _BADGE: Final = 9.5
 _OVERLAP: Final = 4.0
@@ -51,7 +51,7 @@ def _keys(drawing: Drawing) -> list[Key]:
         keys.append(Key(path("run", ["M0,8H23"]) + path("run-head", ["M30,8l-8,-4.5v9z"]), 30, "runs before"))
     if any(box.order is not None for box in drawing.boxes):
         arrow = path("back", ["M27,8H46"]) + path("back-head", ["M19.5,8l8,-4.5v9z"])
-        keys.append(Key(badge(10, 8, "1") + arrow, 46, "undone, in this order"))
+        keys.append(Key(badge(10, 8, "1") + arrow, 46, "order of undoing"))
     return keys
 
 
@@ -96,6 +96,10 @@ class _Hop(NamedTuple):
     def is_far(self) -> bool:
         """Whether a curve would be too flat to be followed: then it runs along a track between the layers."""
         return abs(self.end - self.start) > _FAR
+
+    def ends(self, port: float) -> tuple[float, float]:
+        """Where an arrow begins and ends that keeps so far from the middle of boxes; in lanes there and back keep closer together."""
+        return self.start + port / (2 if self.source[1] else 1), self.end + port / (2 if self.target[1] else 1)
 
 
 class _Plan:
@@ -202,7 +206,7 @@ class _Plan:
 
         Args:
             arrows: (dependency, dependent).
-            port: How far from the middle of a box or a lane they run.
+            port: How far from the middle of a box they run.
             before: How far behind a box they begin.
             behind: How far before a box they end.
         """
@@ -223,17 +227,19 @@ class _Plan:
                 lines.append(self._along_the_track(hop, left, right, port, whole=hop in whole))
             if hop.target[1]:
                 # A lane leads on through its own layer.
-                lane = hop.end + port
+                _, lane = hop.ends(port)
                 lines.append(f"M{self._at(right, lane)}L{self._at(self._end[hop.layer + 1], lane)}")
         return lines
 
     def _curve(self, hop: _Hop, left: float, right: float, port: float) -> str:
-        middle, start, end = (self._end[hop.layer] + self._begin[hop.layer + 1]) / 2, hop.start + port, hop.end + port
+        middle = (self._end[hop.layer] + self._begin[hop.layer + 1]) / 2
+        start, end = hop.ends(port)
         return f"M{self._at(left, start)}C{self._at(middle, start)} {self._at(middle, end)} {self._at(right, end)}"
 
     def _along_the_track(self, hop: _Hop, left: float, right: float, port: float, *, whole: bool) -> str:
         """Onto the track, along it, and off it; of what shares a track only the longest goes all the way, or dashes would run together."""
-        hub, start, end = self._hubs[hop], hop.start + port, hop.end + port
+        hub = self._hubs[hop]
+        start, end = hop.ends(port)
         track = self._tracks[hop.layer][hub] + (_TRACK / 2 if port > 0 else 0.0)
         turn = _BEND if end > start else -_BEND
         onto = f"M{self._at(left, start)}L{self._at(track - _BEND, start)}Q{self._at(track, start)} {self._at(track, start + turn)}"

@@ -17,16 +17,16 @@ from saga.outputs import encoded
 from saga.render.colours import DARK, LIGHT, Scheme, stylesheet
 from saga.render.drawing import Drawing, drawing
 from saga.render.graph import graph_section, graph_svg
-from saga.render.lettering import escaped
+from saga.render.lettering import cells, escaped, one_line
 from saga.render.svg import tag, words_of
 from saga.render.text import SIGNS, duration, explanation, seconds, what_to_do
 from saga.render.timeline import timeline_section
-from saga.text import shown
 
 if TYPE_CHECKING:
     from saga.recovery import Try
     from saga.report import SagaReport, StageReport
 
+_NAME_ROOM: Final = 30
 _MOST: Final = 50_000
 """Characters of one output, or of one traceback, that are shown; a browser chokes on much more."""
 
@@ -38,7 +38,11 @@ def page(report: SagaReport) -> str:
     body = "\n".join((_header(report, its), _main(report, its, anchors)))
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     return Template(template).substitute(
-        title=escaped(f"{its.title}: {its.verdict}"), pictures=stylesheet(), light=_variables(LIGHT), dark=_variables(DARK), body=body
+        title=escaped(one_line(f"{its.title}: {its.verdict}")),
+        pictures=stylesheet(),
+        light=_variables(LIGHT),
+        dark=_variables(DARK),
+        body=body,
     )
 
 
@@ -102,11 +106,11 @@ def _box(label: str, inside: str) -> str:
 
 def _table(report: SagaReport, anchors: dict[str, str]) -> str:
     places = {name: str(place) for place, name in enumerate(report.compensation_order, 1)}
-    heads = ("Stage", "State", "Attempts", "Time", "Undone as", "What happened")
-    head = tag("thead", tag("tr", "".join(tag("th", words, scope="col") for words in heads)))
+    heads = {"Stage": "", "State": "", "Attempts": "number", "Time": "number", "Undoing": "number", "What happened": ""}
+    head = tag("thead", tag("tr", "".join(tag("th", words, scope="col", class_=kind) for words, kind in heads.items())))
     rows = []
     for name, stage in report.stages.items():
-        cells = (
+        parts = (
             tag("th", _name(name, anchors), scope="row"),
             tag("td", _sign(stage.state) + words_of(stage.state)),
             tag("td", str(stage.attempts), class_="number"),
@@ -114,9 +118,10 @@ def _table(report: SagaReport, anchors: dict[str, str]) -> str:
             tag("td", places.get(name, "-"), class_="number"),
             tag("td", _text(explanation(name, stage, report)) or "-"),
         )
-        rows.append(tag("tr", "".join(cells)))
+        rows.append(tag("tr", "".join(parts)))
     caption = tag("caption", f"The {len(report.stages)} stages, each after those that it depends on")
-    return tag("table", caption + head + tag("tbody", "\n".join(rows)))
+    widest = min(max(map(cells, report.stages), default=0), _NAME_ROOM)
+    return tag("table", caption + head + tag("tbody", "\n".join(rows)), style=f"--names: {widest}ch")
 
 
 def _details(name: str, stage: StageReport, report: SagaReport, anchors: dict[str, str]) -> str:
@@ -125,7 +130,7 @@ def _details(name: str, stage: StageReport, report: SagaReport, anchors: dict[st
     needs = ", ".join(_name(needed, anchors) for needed in stage.dependencies) or "nothing"
     facts = [("Depends on", needs)]
     if name in report.compensation_order:
-        facts.append(("Undone as", f"number {report.compensation_order.index(name) + 1} of {len(report.compensation_order)}"))
+        facts.append(("Order of undoing", f"number {report.compensation_order.index(name) + 1} of {len(report.compensation_order)}"))
     if explained := explanation(name, stage, report):
         facts.append(("What happened", _text(explained)))
     parts = [tag("dl", "".join(tag("dt", term) + tag("dd", fact) for term, fact in facts))]
@@ -146,7 +151,7 @@ def _tries(title: str, tries: tuple[Try, ...]) -> list[str]:
         return []
     items = []
     for started, ended, failed in tries:
-        outcome = "no outcome recorded" if ended is None else "completed" if failed is None else f"failed: {failed.value}"
+        outcome = "no outcome recorded" if ended is None else "completed" if failed is None else f"failed ({failed.value})"
         took = f", {duration((ended - started).total_seconds())}" if ended is not None else ""
         items.append(tag("li", f"{_moment(started)}{took}, {outcome}"))
     return [tag("h4", title), tag("ol", "".join(items))]
@@ -165,7 +170,7 @@ def _json(value: Any) -> str:
     try:
         return json.dumps(encoded(value), indent=2, ensure_ascii=False)
     except RecursionError:
-        return shown(value)
+        return "nested too deeply to be shown"
 
 
 def _cut(words: str) -> str:

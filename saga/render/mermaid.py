@@ -69,5 +69,5 @@ def _label(box: Box) -> str:
     if box.is_cause:
         words.append("the cause")
     if box.order is not None:
-        words.append(f"number {box.order} to be undone")
+        words.append(f"undoing, number {box.order}")
     return "<br/>".join(_NOT_PLAIN.sub(lambda found: f"#{ord(found[0])};", writable(line)) for line in words)

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from saga.ledger import StageState
 from saga.render.colours import stylesheet
-from saga.render.lettering import cells, escaped, shortened, wrapped
+from saga.render.lettering import cells, escaped, one_line, shortened, wrapped
 from saga.render.text import SIGNS
 
 NAME_CELL: Final = 7.9
@@ -109,9 +109,10 @@ def document(head: Head, drawn: Iterable[str], keys: Iterable[Key], *, width: fl
     wide = max(width, 520.0) + 2 * MARGIN
     above, top = _headline(head, wide)
     below, high = _legend(keys, wide, top + height + MARGIN)
+    name = one_line(f"{head.title}: {head.verdict}")
     inside = "".join(
         (
-            tag("title", escaped(f"{head.title}: {head.verdict}")),
+            tag("title", escaped(name)),
             tag("desc", escaped(head.description)),
             tag("style", stylesheet()),
             tag("rect", class_="saga-paper", width=wide, height=high, rx=8.0),
@@ -120,7 +121,7 @@ def document(head: Head, drawn: Iterable[str], keys: Iterable[Key], *, width: fl
             *below,
         )
     )
-    return _svg(inside, wide, high, xmlns="http://www.w3.org/2000/svg", role="img", aria_label=f"{head.title}: {head.verdict}")
+    return _svg(inside, wide, high, xmlns="http://www.w3.org/2000/svg", role="img", aria_label=name)
 
 
 def section(label: str, drawn: Iterable[str], keys: Iterable[Key], *, width: float, height: float, role: str) -> str:
