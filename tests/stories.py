@@ -218,7 +218,7 @@ HOSTILE = (
 def hostile() -> SagaReport:
     """A chain of stages whose names, outputs and errors are what a careless renderer trips over."""
     shape = {name: HOSTILE[max(0, index - 1) : index] for index, name in enumerate(HOSTILE)}
-    story = Story("\n---\n%%{init}%% <script>document.title = 'hacked'</script> \"x\"", shape)
+    story = Story("\n---\n%%{init}%% <script>document.title = 'hacked'</script> \"x\"" + "z" * 3_000, shape)
     *done, failing, _ = HOSTILE
     for at, name in enumerate(done):
         story.done(name, at, at + 1, **{name: name})

@@ -23,6 +23,7 @@ from saga.events import (
     EffectRecorded,
     FallbackUsed,
     StageCompleted,
+    StageFailed,
     StageProbed,
     StageSkipped,
     StageStarted,
@@ -304,9 +305,16 @@ def test_a_text_is_measured_in_the_columns_that_it_takes() -> None:
     assert [cells(text) for text in ("seat", "座席", "e\u0301", "\u202eab", "🚀")] == [4, 4, 1, 2, 2]
 
 
+def test_a_label_for_which_a_box_was_made_wide_enough_is_not_cut() -> None:
+    for length in range(1, 31):
+        report = Story("p", {"a": ()}).fails("a", 0, 1, "y" * length).report
+        (box,) = groups(report.to_svg()).values()
+        assert texts(box)[2] == (f"failed: {'y' * length}" if length <= 22 else f"failed: {'y' * length}"[:29] + "…")
+
+
 def test_a_text_is_broken_between_words_and_says_when_there_is_more() -> None:
     assert wrapped("the card was declined", 12, 3) == ["the card was", "declined"]
-    assert wrapped("the card was declined twice", 12, 2) == ["the card was", "declined…"]
+    assert wrapped("the card was declined twice over", 12, 2) == ["the card was", "declined tw…"]
     assert wrapped("y" * 30, 12, 2) == ["y" * 12, "y" * 11 + "…"]
     assert wrapped("", 12, 2) == []
 
@@ -508,13 +516,16 @@ def test_attempts_look_like_how_they_ended() -> None:
     assert "not run" in texts(parsed(report.to_svg("timeline")))
 
 
-def test_an_attempt_ends_when_its_outcome_is_known_and_not_when_a_fallback_or_a_probe_is_done() -> None:
+def test_an_attempt_ends_when_its_outcome_is_known_and_not_when_a_fallback_a_probe_or_a_wait_is_over() -> None:
     story = Story("p", {"a": ()}, policy=ContinueWithFallback()).fails("a", 0, 1, "no")
     fell_back = story.tell(9, FallbackUsed, stage="a", output=StageOutput.ok(), source="stage").ends(9, SagaStatus.DEGRADED).report
     story = Story("p", {"a": ()}).fails("a", 0, 1, "late", kind=FailureKind.TIMEOUT, in_doubt=True)
     probed = story.tell(9, StageProbed, stage="a", landed=True, output=StageOutput.ok()).ends(9, SagaStatus.COMPLETED).report
 
-    for report, kind in ((fell_back, FailureKind.EXCEPTION), (probed, FailureKind.TIMEOUT)):
+    story = Story("p", {"a": ()}).fails("a", 0, 1, "no", will_retry=True)
+    called_off = story.tell(9, StageFailed, stage="a", failure=failure("a", "no", 1)).ends(9, SagaStatus.COMPENSATED).report
+
+    for report, kind in ((called_off, FailureKind.EXCEPTION), (fell_back, FailureKind.EXCEPTION), (probed, FailureKind.TIMEOUT)):
         assert report.stages["a"].tries == ((moment(0), moment(1), kind),)
         assert report.stages["a"].ended_at == moment(9)
 

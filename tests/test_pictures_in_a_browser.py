@@ -55,6 +55,15 @@ def test_a_page_is_no_wider_than_its_window_and_the_browser_has_nothing_to_compl
     assert browser.complaints == []
 
 
+def test_names_and_errors_of_ten_thousand_letters_leave_the_page_its_shape(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["hostile"])
+
+    assert browser.evaluate("document.querySelector('table').getBoundingClientRect().width") < DESK
+    assert browser.evaluate("document.querySelector('table').getBoundingClientRect().height") < 2_000
+    assert browser.evaluate("document.querySelector('#graph').getBoundingClientRect().top") < 800
+    assert browser.evaluate("document.querySelector('.cause').textContent.length") > 10_000
+
+
 @pytest.mark.parametrize("view", ["graph", "timeline"])
 @pytest.mark.parametrize("name", REPORTS)
 def test_a_picture_by_itself_gives_the_browser_nothing_to_complain_of(browser: Browser, tmp_path: Path, name: str, view: Any) -> None:

@@ -83,7 +83,7 @@ def drawing(report: SagaReport) -> Drawing:
     places = {name: place for place, name in enumerate(report.compensation_order, 1)}
     took = seconds(report.started_at, report.ended_at)
     runs = tuple((dependency, name) for name, stage in report.stages.items() for dependency in stage.dependencies)
-    turned = {name for name, stage in report.stages.items() if name in places or (places and stage.state in _TURNS)}
+    turned = {name for name, stage in report.stages.items() if name in places or stage.state in _TURNS}
     return Drawing(
         title=report.pipeline,
         state=LIKE[report.status],

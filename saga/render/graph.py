@@ -252,7 +252,7 @@ class _Plan:
         layer, place = self._layout.layer[box.name], self._layout.place[box.name]
         wide = self._wide[box.name] if self._downward else self._end[layer] - self._begin[layer]
         x, y = (place - wide / 2, self._begin[layer]) if self._downward else (self._begin[layer], place - _HEIGHT / 2)
-        room = int((wide - _BEFORE_TEXT - _AFTER_TEXT) / TEXT_CELL)
+        room = int(round((wide - _BEFORE_TEXT - _AFTER_TEXT) / TEXT_CELL, 3))
         hint = box.hint or box.name
         parts = [
             tag("title", escaped(hint)),

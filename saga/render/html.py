@@ -17,7 +17,7 @@ from saga.outputs import encoded
 from saga.render.colours import DARK, LIGHT, Scheme, stylesheet
 from saga.render.drawing import Drawing, drawing
 from saga.render.graph import graph_section, graph_svg
-from saga.render.lettering import cells, escaped, one_line
+from saga.render.lettering import cells, escaped, one_line, shortened, wrapped
 from saga.render.svg import tag, words_of
 from saga.render.text import SIGNS, duration, explanation, seconds, what_to_do
 from saga.render.timeline import timeline_section
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from saga.report import SagaReport, StageReport
 
 _NAME_ROOM: Final = 30
+_LINE: Final = 120
+"""Columns of a name, or half of an explanation, that the overview shows; the details have all of it."""
 _MOST: Final = 50_000
 """Characters of one output, or of one traceback, that are shown; a browser chokes on much more."""
 
@@ -64,7 +66,7 @@ def _text(words: str) -> str:
 
 
 def _name(name: str, anchors: dict[str, str]) -> str:
-    return tag("a", _text(name), class_="name", href=f"#{anchors[name]}")
+    return tag("a", _text(shortened(name, _LINE)), class_="name", href=f"#{anchors[name]}")
 
 
 def _sign(state: StageState) -> str:
@@ -72,9 +74,9 @@ def _sign(state: StageState) -> str:
 
 
 def _header(report: SagaReport, its: Drawing) -> str:
-    parts = [tag("h1", _text(its.title) or "Saga"), tag("p", _sign(its.state) + its.verdict, class_="verdict")]
+    parts = [tag("h1", _text(shortened(its.title, _LINE)) or "Saga"), tag("p", _sign(its.state) + its.verdict, class_="verdict")]
     if report.cause is not None:
-        parts.append(tag("p", f"Cause: {_text(str(report.cause))}", class_="cause"))
+        parts.append(tag("p", f"Cause: {_text(str(report.cause))}", class_="cause", tabindex="0"))
     parts += [tag("p", _text(line)) for line in what_to_do(report)]
     ended = f", ended {_moment(report.ended_at)}" if report.ended_at is not None else ""
     parts.append(tag("p", f"Saga {tag('code', _text(report.saga_id))}, started {_moment(report.started_at)}{ended}", class_="faint"))
@@ -116,7 +118,7 @@ def _table(report: SagaReport, anchors: dict[str, str]) -> str:
             tag("td", str(stage.attempts), class_="number"),
             tag("td", seconds(stage.started_at, stage.ended_at) or "-", class_="number"),
             tag("td", places.get(name, "-"), class_="number"),
-            tag("td", _text(explanation(name, stage, report)) or "-"),
+            tag("td", "".join(_text(line) for line in wrapped(explanation(name, stage, report), 2 * _LINE, 1)) or "-"),
         )
         rows.append(tag("tr", "".join(parts)))
     caption = tag("caption", f"The {len(report.stages)} stages, each after those that it depends on")

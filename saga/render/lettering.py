@@ -64,12 +64,12 @@ def wrapped(text: str, room: int, lines: int) -> list[str]:
     """The text in at most so many lines of `room` columns; the last one says with an ellipsis that there was more."""
     broken: list[str] = []
     rest = one_line(text)
-    while rest and len(broken) < lines:
+    while rest:
         line = _fitting(rest, room)
-        if line != rest and " " in line.strip() and rest[len(line)] != " ":
+        if line != rest and len(broken) == lines - 1:
+            return [*broken, f"{_fitting(rest, room - 1).rstrip()}…"]
+        if line != rest and " " in line and rest[len(line)] != " ":
             line = line[: line.rindex(" ")]
-        broken.append(line.strip())
+        broken.append(line)
         rest = rest[len(line) :].strip()
-    if rest:
-        broken[-1] = f"{_fitting(broken[-1], room - 1)}…"
     return broken
