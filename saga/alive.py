@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from saga.compensable import CompensationContext, Host, refuse_record
-from saga.events import EffectRecorded
+from saga.events import AnyEvent, EffectRecorded
+from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.outputs import copied, copied_output
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from saga.report import SagaReport
 
 
-class Children(Protocol):
-    """Whoever runs child sagas."""
+class Keeper(Protocol):
+    """Whoever keeps the sagas that are alive: it runs their children, and takes what comes late."""
 
     async def run_child(
         self,
@@ -40,12 +41,20 @@ class Children(Protocol):
         """Run a child of this saga's stage."""
         ...
 
+    async def resume_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """Go on with a child."""
+        ...
+
     async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child."""
         ...
 
-    async def report_child(self, saga_id: str) -> SagaReport | None:
-        """Report on a child."""
+    async def reports_of(self, saga_id: str, stage: str, prefix: str) -> list[SagaReport]:
+        """The children of a saga's stage, oldest first; those whose ids begin so."""
+        ...
+
+    def comes_late(self, saga_id: str, event: AnyEvent) -> None:
+        """Record at the next occasion what nobody waited for any more."""
         ...
 
 
@@ -58,6 +67,10 @@ class LiveSaga(Host):
         policy: Its policy.
         journal: Its ledger and its state.
         actions: How its stages' code is run.
+        children: The sagas that its stages run now.
+        has_children: Whether its stages have run any.
+        stop: Stops its forward run; None when it has none.
+        is_stopping: Whether its forward run starts nothing more.
     """
 
     def __init__(
@@ -67,7 +80,7 @@ class LiveSaga(Host):
         journal: Journal,
         actions: Actions,
         context: PipelineContext,
-        children: Children,
+        keeper: Keeper,
     ) -> None:
         self.id: Final = journal.saga_id
         self.blueprint: Final = blueprint
@@ -75,7 +88,11 @@ class LiveSaga(Host):
         self.journal: Final = journal
         self.actions: Final = actions
         self._context = context
-        self._children = children
+        self._keeper = keeper
+        self.children: Final[set[LiveSaga]] = set()
+        self.has_children = False
+        self.stop: Callable[[Failure], None] | None = None
+        self.is_stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def private_context(self) -> PipelineContext:
@@ -99,9 +116,19 @@ class LiveSaga(Host):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def interrupt(self, why: str) -> None:
+        """Stop it as if its caller had been cancelled; on its way back it goes on."""
+        if self.stop is not None:
+            self.stop(Failure.of(None, FailureKind.INTERRUPTED, why))
+
+    def comes_late(self, event: AnyEvent) -> None:
+        """Hand over what something given up has come to after all."""
+        self._keeper.comes_late(self.id, event)
+
     def forward_key(self, stage: str) -> str:
         """The idempotency key of a stage's execution."""
-        return f"{self.id}/{stage}"
+        execution = self.journal.state.stages[stage].execution
+        return f"{self.id}/{stage}" if execution <= 1 else f"{self.id}/{stage}~{execution}"
 
     def compensation_context(self, stage: str, attempt: int) -> CompensationContext:
         """What a compensation or a probe of the stage gets to know."""
@@ -109,10 +136,11 @@ class LiveSaga(Host):
         record = state.stages[stage]
         outputs = {name: state.stages[name].output for name in state.graph[stage].dependencies}
         forward_key = self.forward_key(stage)
+        given = record.late_output or (None if record.fell_back else record.output)
         return CompensationContext(
             saga_id=self.id,
             stage_name=stage,
-            output=copied_output(record.output) if record.landed and record.output is not None and not record.fell_back else None,
+            output=copied_output(given) if record.landed and given is not None else None,
             effects=tuple(copied(effect) for effect in record.effects),
             in_doubt=record.doubt,
             cause=state.cause,
@@ -134,15 +162,19 @@ class LiveSaga(Host):
         self, stage: str, attempt: int, pipeline: Pipeline, context: PipelineContext | None, policy: Policy | None, fields: dict[str, Any]
     ) -> SagaReport:
         """Run a pipeline as a saga of its own, in the same ledger."""
-        return await self._children.run_child(self, stage, attempt, pipeline, context, policy, fields)
+        return await self._keeper.run_child(self, stage, attempt, pipeline, context, policy, fields)
+
+    async def resume_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """Go on with a child saga that has not come to its end."""
+        return await self._keeper.resume_child(self, saga_id, pipeline)
 
     async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child saga."""
-        return await self._children.undo_child(saga_id, pipeline)
+        return await self._keeper.undo_child(saga_id, pipeline)
 
-    async def report_child(self, saga_id: str) -> SagaReport | None:
-        """The child saga as its ledger has it."""
-        return await self._children.report_child(saga_id)
+    async def child_reports(self, stage: str) -> list[SagaReport]:
+        """The children that this execution of the stage has run, oldest first."""
+        return await self._keeper.reports_of(self.id, stage, self.forward_key(stage))
 
     def child_context(self, stage: str, pipeline: Pipeline, fields: dict[str, Any]) -> PipelineContext:
         """The input of a child saga: this saga's, with some fields replaced."""

@@ -136,14 +136,17 @@ class Backward:
             await self._record(CompensationStarted(stage=stage, attempt=attempt))
             failure = await self._attempt(worker, context, settings)
             if worker.given_up:
+                if failure is None:
+                    self._saga.comes_late(CompensationCompleted(stage=stage, late=True))
                 return
             if failure is None:
                 await self._record(CompensationCompleted(stage=stage))
                 return
             wait = settings.retry.wait_before_next(failure, attempt=tries, elapsed=self._loop.time() - began)
-            if self._expired:
+            past_pivot = getattr(failure.exception, "past_pivot", False) is True
+            if self._expired or past_pivot:
                 wait = None
-            await self._record(CompensationFailed(stage=stage, failure=failure, will_retry=wait is not None))
+            await self._record(CompensationFailed(stage=stage, failure=failure, will_retry=wait is not None, past_pivot=past_pivot))
             if wait is None:
                 return
             await self._sleep(wait)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from stageflow.api import Pipeline
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from stageflow.api import Pipeline, StageOutput
 
 from saga.compensable import PivotStage
 from saga.errors import PipelineInvalid, PolicyInvalid
@@ -20,6 +21,8 @@ from saga.policies import Compensation, ContinueWithFallback, FailFast, Retry
 
 if TYPE_CHECKING:
     from stageflow.pipeline.pipeline import UnifiedStageSpec
+
+    from saga.recovery import StageRecord
 
 T = TypeVar("T")
 _HOOKS: Final = ("execute", "compensate", "probe", "fallback")
@@ -39,6 +42,7 @@ class _Callable:
 
     def __init__(self, execute: Callable[[Any], Any]) -> None:
         self.execute = execute
+        self.has_effect = getattr(execute, "has_effect", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,9 @@ class StagePlan:
         retry: Its own, or None.
         timeout: Seconds, its own, or None.
         compensation: Its own, or None.
+        output_model: What its output's data is made of again when it comes from a durable ledger; None: plain data.
         patient: It bounds itself: it is never given up, however long it takes to end after a cancel.
+        has_effect: What it says of its effect, or None.
     """
 
     spec: UnifiedStageSpec
@@ -59,7 +65,9 @@ class StagePlan:
     retry: Retry | None
     timeout: float | None
     compensation: Compensation | None
+    output_model: Any
     patient: bool
+    has_effect: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +117,21 @@ class Blueprint:
             without_timeouts={"_timeout_ms": 0} | {f"_timeout.{name}": 0 for name in graph.names},
         )
 
+    def restore_outputs(self, records: Mapping[str, StageRecord]) -> None:
+        """Make outputs that come from a durable ledger what their stages declare them to be.
+
+        Raises:
+            PipelineInvalid: One does not fit its stage's `output_model`.
+        """
+        for name, plan in self.stages.items():
+            record = records[name]
+            if plan.output_model is None:
+                continue
+            for part in ("output", "late_output"):
+                output: StageOutput | None = getattr(record, part)
+                if output is not None and record.landed:
+                    setattr(record, part, replace(output, data=_restored(name, plan.output_model, output.data)))
+
     def check_policy(self, policy: FailFast | ContinueWithFallback) -> None:
         """Refuse a policy that speaks of stages that aren't there.
 
@@ -141,8 +164,8 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         _refuse_sync(name, hook, getattr(sample, hook, None))
     if not callable(getattr(sample, "execute", None)):
         raise PipelineInvalid("a stage with an async execute", got=repr(runner), stage=name)
-    is_pivot = isinstance(sample, PivotStage)
     can_compensate = callable(getattr(sample, "compensate", None))
+    is_pivot = isinstance(sample, PivotStage)
     if is_pivot and can_compensate:
         raise PipelineInvalid("a pivot without compensate(): it is the point of no return", got="one with it", stage=name)
     role = Role.PIVOT if is_pivot else Role.COMPENSABLE if can_compensate else Role.PLAIN
@@ -154,6 +177,8 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         conditional=spec.conditional,
         can_probe=role is not Role.PLAIN and callable(getattr(sample, "probe", None)),
         undo_in_doubt=role is Role.COMPENSABLE and bool(getattr(sample, "compensate_in_doubt", False)),
+        idempotent=bool(getattr(sample, "idempotent", False)),
+        holds_pivot=bool(getattr(sample, "holds_pivot", False)),
         has_fallback=callable(getattr(sample, "fallback", None)),
     )
     plan = StagePlan(
@@ -162,9 +187,21 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         retry=_declared(name, sample, "retry", Retry),
         timeout=_declared_seconds(name, sample),
         compensation=_declared(name, sample, "compensation", Compensation),
+        output_model=_declared_model(name, sample),
         patient=bool(getattr(sample, "bounds_itself", False)),
+        has_effect=_declared(name, sample, "has_effect", bool),
     )
     return node, plan
+
+
+def _restored(name: str, model: Any, data: dict[str, Any]) -> dict[str, Any]:
+    try:
+        value = TypeAdapter(model).validate_python(data)
+    except ValidationError as error:
+        raise PipelineInvalid(
+            f"an output_model that its recorded output fits ({model.__qualname__})", got=str(error), stage=name
+        ) from error
+    return {key: getattr(value, key, plain) for key, plain in data.items()}
 
 
 def _instance(name: str, make: Callable[[], Any]) -> Any:
@@ -211,6 +248,13 @@ def _declared_seconds(name: str, stage: object) -> float | None:
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")):
         return value
     raise PipelineInvalid("timeout to be None or more than 0 seconds", got=repr(value), stage=name)
+
+
+def _declared_model(name: str, stage: object) -> Any:
+    model = getattr(stage, "output_model", None)
+    if model is None or (isinstance(model, type) and (issubclass(model, BaseModel) or is_dataclass(model))):
+        return model
+    raise PipelineInvalid("output_model to be a pydantic model, a dataclass or None", got=repr(model), stage=name)
 
 
 _KNOWN: Final[dict[int, tuple[weakref.ref[Pipeline], Blueprint]]] = {}

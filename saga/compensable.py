@@ -36,12 +36,16 @@ class Host(Protocol):
         """Run a pipeline as a saga of its own, in the same ledger."""
         ...
 
+    async def resume_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """Go on with a child saga that has not come to its end."""
+        ...
+
     async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child saga."""
         ...
 
-    async def report_child(self, saga_id: str) -> SagaReport | None:
-        """The child saga as its ledger has it, or None if it never began."""
+    async def child_reports(self, stage: str) -> list[SagaReport]:
+        """The children that this execution of the stage has run, oldest first."""
         ...
 
 
@@ -52,8 +56,9 @@ class SagaContext(StageContext):
     Attributes:
         saga_id: The saga's id.
         attempt: 1 for the first attempt of this execution.
-        idempotency_key: The same for every attempt of one execution, also after a crash; hand it to whoever
-            carries out the effect, so that a repeated request is recognised.
+        idempotency_key: The same for every attempt of one execution, also after a crash and when a saga that failed is resumed;
+            another one when the stage runs again after it was undone. Hand it to whoever carries out the effect, so that a repeated
+            request is recognised.
     """
 
     saga_id: str
@@ -76,6 +81,14 @@ class SagaContext(StageContext):
     ) -> SagaReport:
         """Run a pipeline as a child saga; `nested` wraps this in a stage that also undoes it."""
         return await self._host.run_child(self.stage_name, self.attempt, pipeline, context, policy, context_fields)
+
+    async def resume_saga(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """Go on with a child saga of an earlier attempt that has not come to its end."""
+        return await self._host.resume_child(saga_id, pipeline)
+
+    async def child_sagas(self) -> list[SagaReport]:
+        """The reports of the child sagas that this execution has run, oldest first."""
+        return await self._host.child_reports(self.stage_name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,9 +126,9 @@ class CompensationContext:
         """Undo what a child saga left standing; does nothing when nothing is."""
         return await self._host.undo_child(saga_id, pipeline)
 
-    async def saga_report(self, saga_id: str) -> SagaReport | None:
-        """The report of a child saga, or None if it never began."""
-        return await self._host.report_child(saga_id)
+    async def child_sagas(self) -> list[SagaReport]:
+        """The reports of the child sagas that this execution has run, oldest first."""
+        return await self._host.child_reports(self.stage_name)
 
 
 if TYPE_CHECKING:
@@ -135,12 +148,21 @@ class SagaStage(_Stage, ABC):  # type: ignore[misc] # see _Stage
         kind: stageflow's category.
         retry: How often it is attempted; None: as the policy says.
         timeout: Seconds for one attempt; None: as the policy says.
+        idempotent: It may run again with the same idempotency key and has its effect once all the same; so it is run again when its process
+            died, or when it is in doubt and the saga is resumed.
+        output_model: A pydantic model or a dataclass with a field for each key of the output's data: what comes back from a durable
+            ledger is made of it again. None: it comes back as plain data.
+        has_effect: Of a stage that is neither compensable nor a pivot: False says that it changes nothing outside the process, True that
+            it does and that nobody can undo it; None says nothing. `saga.lint` reads it, a run doesn't.
     """
 
     name: str = ""
     kind: StageKind = StageKind.WORK
     retry: ClassVar[Retry | None] = None
     timeout: ClassVar[float | None] = None
+    idempotent: ClassVar[bool] = False
+    output_model: ClassVar[Any] = None
+    has_effect: ClassVar[bool | None] = None
 
     @abstractmethod
     async def execute(self, ctx: SagaContext) -> Returned:
@@ -199,6 +221,7 @@ def compensable(
     timeout: float | None = None,
     compensation: Compensation | None = None,
     compensate_in_doubt: bool = False,
+    idempotent: bool = False,
     kind: StageKind | str | None = None,
 ) -> Any:
     """Make a stage of functions, or give a compensation to a stage that can't be edited.
@@ -213,6 +236,7 @@ def compensable(
         timeout: Seconds for one attempt; None: what the runner says, else the policy.
         compensation: Its own retry and timeout for undoing.
         compensate_in_doubt: The compensation copes with not knowing.
+        idempotent: It may run again with the same key and has its effect once all the same.
         kind: stageflow's category; None: the runner's, else WORK.
 
     Raises:
@@ -225,9 +249,10 @@ def compensable(
         "timeout": timeout,
         "compensation": compensation,
         "compensate_in_doubt": compensate_in_doubt or None,
+        "idempotent": idempotent or None,
         "kind": kind,
     }
-    parts: dict[str, Any] = {part: getattr(runner, part, None) for part in ("retry", "timeout", "probe", "fallback", "kind")}
+    parts: dict[str, Any] = {part: getattr(runner, part, None) for part in ("retry", "timeout", "idempotent", "probe", "fallback", "kind")}
     if isinstance(runner, type):
         # Unbound methods of the class would lack their self; those are read from the instance below.
         parts["probe"] = parts["fallback"] = None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import getpass
+import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
-from stageflow.api import Pipeline, PipelineContext
+from stageflow.api import Pipeline, PipelineContext, StageOutput
 
 from saga.actions import LocalActions
 from saga.alive import LiveSaga
@@ -17,20 +20,22 @@ from saga.asking import ask
 from saga.backward import Backward
 from saga.blueprint import Blueprint
 from saga.compensable import child_id
-from saga.errors import GraphChanged, MisuseError, SagaExists, SagaNotFound
-from saga.events import SagaEnded, SagaStarted, SagaStatus, SagaTurnedBack, TurnReason
-from saga.failures import Failure, FailureKind
+from saga.errors import GraphChanged, LedgerConflict, LedgerError, MisuseError, SagaError, SagaExists, SagaNotFound
+from saga.events import AnyEvent, SagaEnded, SagaStarted, SagaTurnedBack, StageSettled, TurnReason, Verdict
+from saga.failures import Failure
 from saga.forward import Forward
-from saga.journal import Journal
-from saga.ledger import Ledger, MemoryLedger
+from saga.journal import Journal, Listener, tell
+from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger
+from saga.outputs import copied
 from saga.policies import ContinueWithFallback, FailFast, Policy
-from saga.recovery import Move, Rollback, SagaState, Step, conclude, final_status, undo_step
-from saga.report import SagaReport
+from saga.recovery import SagaState, Step, conclude, final_status, undo_step
+from saga.report import Recovery, SagaReport
+from saga.resumption import Chapter, Direction, refusal, resumption, status_at_rest, undoing
 
 if TYPE_CHECKING:
     from stageflow import BaseInterceptor
 
-_ALIVE: Final = frozenset({SagaStatus.RUNNING, SagaStatus.COMPENSATING})
+_LOG: Final = logging.getLogger("saga")
 _INPUT: Final = (
     "pipeline_run_id",
     "request_id",
@@ -61,6 +66,8 @@ class SagaCoordinator:
         ledger: Where sagas are recorded; a new `MemoryLedger` by default.
         interceptors: stageflow interceptors around every stage. stageflow's default ones are off: they answer for stages
             that never ran, and retry against the policy.
+        listeners: Are told of every event that is in the ledger, with the saga's id: `listener(saga_id, event)`. They run in the saga's
+            own time, so they have to be quick; what they raise is logged and harms no saga.
 
     Raises:
         PolicyInvalid: The policy is none.
@@ -72,12 +79,17 @@ class SagaCoordinator:
         *,
         ledger: Ledger | None = None,
         interceptors: Sequence[BaseInterceptor] = (),
+        listeners: Sequence[Listener] = (),
     ) -> None:
         self.policy: Final = policy if policy is not None else FailFast()
         self.ledger: Final = ledger if ledger is not None else MemoryLedger()
         self._interceptors = tuple(interceptors)
+        self._listeners = tuple(listeners)
         self._owner = secrets.token_hex(16)
-        self._alive: dict[str, Forward | None] = {}
+        self._alive: dict[str, LiveSaga | None] = {}
+        self._late: dict[str, list[AnyEvent]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._heart: asyncio.Task[None] | None = None
 
     async def run(
         self,
@@ -106,37 +118,140 @@ class SagaCoordinator:
         blueprint = self._read(pipeline, self.policy)
         context = _context(pipeline.name, context, context_fields)
         saga = await self._begin(blueprint, self.policy, context, saga_id)
-        return await self._see_through(saga)
+        return await self._unbroken(saga, self._forward(saga))
 
-    async def compensate(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
-        """Undo a saga that has come to rest; where nothing can be undone, nothing happens.
+    async def resume(
+        self,
+        saga_id: str,
+        pipeline: Pipeline,
+        *,
+        policy: Policy | None = None,
+        forward: bool | None = None,
+        by: str | None = None,
+    ) -> SagaReport:
+        """Go on with a saga that halted, is stuck or has ended, or whose process is gone.
+
+        Forward: what has completed is not run again and its outputs are used; what failed runs again with the same idempotency key, and
+        what was undone with another one. Backward: what is still to be undone is undone.
+
+        Args:
+            saga_id: Its id.
+            pipeline: The one that it was started with; its stages' code may have been mended meanwhile.
+            policy: The saga's from here on, which is recorded; None: as before.
+            forward: None: a saga that is stuck, or was on its way back, goes on to be undone, any other one goes on forward.
+                True lets a stuck one go on forward, too.
+            by: Who resumes it, for the ledger; the user of this process by default.
+
+        Returns:
+            The report; of a saga that has nothing left to do as it was.
 
         Raises:
             SagaNotFound: The ledger has no such saga.
             GraphChanged: The pipeline differs from the saga's.
-            MisuseError: The saga is still alive.
+            MisuseError: The saga is alive here, or has stages in doubt that a person has to settle first.
+            LedgerConflict: Another coordinator holds it.
         """
-        state, version = await self._find(saga_id)
-        policy = state.started.policy
-        blueprint = self._read(pipeline, policy)
-        differences = state.graph.differences(blueprint.graph)
-        if differences:
-            raise GraphChanged(saga_id, differences)
-        if saga_id in self._alive or state.status in _ALIVE:
-            raise MisuseError("a saga that has come to rest", got=f"saga {saga_id}, which is {state.status.value}")
-        if not len(Rollback(state, policy, TurnReason.REQUEST)):
-            return SagaReport.of(state, policy)
-        self._alive[saga_id] = None
+        saga = await self._take(saga_id, pipeline, policy)
         try:
-            token = await self.ledger.acquire(saga_id, self._owner)
-            journal = Journal(self.ledger, saga_id, state, version=version, token=token)
-            context = PipelineContext.create(**state.started.input)
-            saga = LiveSaga(blueprint, policy, journal, LocalActions(blueprint), context, self)
-            work = self._undo(saga, Move(turn=TurnReason.REQUEST))
+            chapter = resumption(await self.ledger.read(saga_id), policy, forward=forward, by=by or _user())
+            work = await self._turn_to(saga, chapter)
         except BaseException:
-            del self._alive[saga_id]
+            await self._let_go(saga)
             raise
-        return await self._unbroken(asyncio.create_task(self._closing(saga, work)))
+        return await self._unbroken(saga, work)
+
+    async def compensate(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """Undo a saga that nobody is running: one that has come to rest, or whose process is gone.
+
+        Where nothing can be undone nothing happens: a second call gives the same report again.
+
+        Raises:
+            SagaNotFound: The ledger has no such saga.
+            GraphChanged: The pipeline differs from the saga's.
+            MisuseError: The saga is alive here.
+            LedgerConflict: Another coordinator holds it.
+        """
+        saga = await self._take(saga_id, pipeline)
+        try:
+            work = await self._turn_to(saga, undoing(await self.ledger.read(saga_id), by=_user()))
+        except BaseException:
+            await self._let_go(saga)
+            raise
+        return await self._unbroken(saga, work)
+
+    async def settle(
+        self, saga_id: str, stage: str, verdict: Verdict | str, note: str, *, output: dict[str, Any] | None = None, by: str | None = None
+    ) -> SagaReport:
+        """Take a person's word on a stage that is stuck or in doubt; `resume` then goes on from there.
+
+        Args:
+            saga_id: The saga's id.
+            stage: The stage; one of a nested saga by its path, `book_hotel/charge_deposit`.
+            verdict: `undone`: nothing of it stands. `kept`: it stands and is to stay, with all that it depends on. `retry`: what was
+                in the way is mended, so try once more.
+            note: Why; for whoever reads the ledger later.
+            output: With `kept`, the output data that a stage in doubt counts as having given.
+            by: Who says so; the user of this process by default.
+
+        Raises:
+            SagaNotFound: The ledger has no such saga.
+            MisuseError: The stage is neither stuck nor in doubt, or a retry could not tell anything new; nothing was recorded.
+            LedgerConflict: Another coordinator holds the saga.
+        """
+        if verdict not in set(Verdict):
+            raise MisuseError("undone, kept or retry as the verdict", got=repr(verdict), stage=stage)
+        if not note.strip():
+            raise MisuseError("a note that says why", got=repr(note), stage=stage)
+        path = await self._locate(saga_id, stage)
+        *above, (owner, leaf) = path
+        said = StageSettled(
+            stage=leaf,
+            verdict=Verdict(verdict),
+            note=note,
+            by=by or _user(),
+            output=None if output is None else StageOutput.ok(copied(output)),
+        )
+        await self._settle(owner, said)
+        for parent, name in reversed(above):
+            # What runs the child is stuck because of it, and finds out by trying again.
+            again = StageSettled(stage=name, verdict=Verdict.RETRY, note=f"{stage} is settled as {said.verdict}: {note}", by=said.by)
+            await self._settle(parent, again, tolerant=True)
+        return await self.report(saga_id)
+
+    async def recover(
+        self, pipelines: Iterable[Pipeline] | Mapping[str, Pipeline], *, concurrency: int = 10, by: str | None = None
+    ) -> Recovery:
+        """Go on with every saga in the ledger whose process is gone, as `resume` does; nested ones go on with those that run them.
+
+        Args:
+            pipelines: Those that the sagas were started with, found by their names; as a mapping, by its keys.
+            concurrency: How many sagas go on at once.
+            by: Who resumes them, for the ledger; the user of this process by default.
+
+        Returns:
+            A report for every saga that went on, and for every other one why it did not.
+        """
+        known = dict(pipelines) if isinstance(pipelines, Mapping) else {pipeline.name: pipeline for pipeline in pipelines}
+        entries = {entry.saga_id: entry for entry in await self.ledger.list(statuses=ALIVE) if entry.saga_id not in self._alive}
+        recovery = Recovery()
+        limit = asyncio.Semaphore(concurrency)
+
+        async def go_on(entry: Entry) -> None:
+            async with limit:
+                try:
+                    if entry.pipeline not in known:
+                        raise MisuseError(f"a pipeline named {entry.pipeline!r}", got=f"those named {', '.join(known) or 'nothing'}")
+                    recovery.reports[entry.saga_id] = await self.resume(entry.saga_id, known[entry.pipeline], by=by)
+                except LedgerConflict as held:
+                    recovery.held[entry.saga_id] = held
+                except SagaError as error:
+                    recovery.failed[entry.saga_id] = error
+
+        async with asyncio.TaskGroup() as group:
+            for entry in entries.values():
+                if entry.parent not in entries:
+                    group.create_task(go_on(entry))
+        return recovery
 
     async def report(self, saga_id: str) -> SagaReport:
         """The report of a saga, alive or not.
@@ -144,22 +259,25 @@ class SagaCoordinator:
         Raises:
             SagaNotFound: The ledger has no such saga.
         """
-        state, _ = await self._find(saga_id)
-        return SagaReport.of(state, state.started.policy)
+        events = await self.ledger.read(saga_id)
+        if not events:
+            raise _not_found(saga_id)
+        return await self._report(SagaState(events))
 
     async def cancel(self, saga_id: str, reason: str = "it was asked to stop") -> None:
-        """Stop a saga that is running here, as if its caller had been cancelled; `run` then returns its report.
+        """Stop a saga that is running here, and those that its stages run, as if its caller had been cancelled.
+
+        `run` then returns its report.
 
         A saga that is going backward already is not stopped: a cancel can start a compensation, never interrupt one.
 
         Raises:
             SagaNotFound: No saga of that id is alive in this coordinator.
         """
-        if saga_id not in self._alive:
+        saga = self._alive.get(saga_id)
+        if saga is None:
             raise SagaNotFound("a saga that is alive in this coordinator", got=repr(saga_id))
-        forward = self._alive[saga_id]
-        if forward is not None:
-            forward.stop(Failure.of(None, FailureKind.INTERRUPTED, reason))
+        saga.interrupt(reason)
 
     # -- what a running saga asks for ----------------------------------------------------------------------------
 
@@ -180,17 +298,45 @@ class SagaCoordinator:
             context = parent.child_context(stage, pipeline, fields)
         elif fields:
             raise _both_given(fields)
-        saga = await self._begin(blueprint, policy, context, child_id(parent.forward_key(stage), attempt), parent=f"{parent.id}/{stage}")
-        return await self._see_through(saga)
+        saga = await self._begin(blueprint, policy, context, child_id(parent.forward_key(stage), attempt), parent.id, stage)
+        return await self._as_child(parent, saga, self._forward(saga))
+
+    async def resume_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """Go on with a child of a saga's stage."""
+        saga = await self._take(saga_id, pipeline)
+        try:
+            chapter = resumption(await self.ledger.read(saga_id), None, forward=None, by=f"saga {parent.id}")
+            work = await self._turn_to(saga, chapter)
+        except BaseException:
+            await self._let_go(saga)
+            raise
+        return await self._as_child(parent, saga, work)
+
+    async def _as_child(self, parent: LiveSaga, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
+        parent.has_children = True
+        parent.children.add(saga)
+        if parent.is_stopping:
+            saga.interrupt("the saga that runs it is stopping")
+        try:
+            return await self._unbroken(saga, work)
+        finally:
+            parent.children.discard(saga)
 
     async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child."""
         return await self.compensate(saga_id, pipeline)
 
-    async def report_child(self, saga_id: str) -> SagaReport | None:
-        """Report on a child; None if it never began."""
-        events = await self.ledger.read(saga_id)
-        return SagaReport.from_events(events) if events else None
+    async def reports_of(self, saga_id: str, stage: str, prefix: str) -> list[SagaReport]:
+        """The children of a saga's stage, oldest first; those whose ids begin so."""
+        entries = await self.ledger.list(parent=saga_id)
+        ids = [entry.saga_id for entry in entries if entry.parent_stage == stage]
+        return [await self.report(child) for child in ids if child == prefix or child.startswith(f"{prefix}#")]
+
+    def comes_late(self, saga_id: str, event: AnyEvent) -> None:
+        """Record at the next occasion what nobody waited for any more."""
+        self._late.setdefault(saga_id, []).append(event)
+        if saga_id not in self._alive:
+            self._record_late_soon(saga_id)
 
     # -- how a saga runs -----------------------------------------------------------------------------------------
 
@@ -199,12 +345,6 @@ class SagaCoordinator:
         blueprint.check_policy(policy)
         return blueprint
 
-    async def _find(self, saga_id: str) -> tuple[SagaState, int]:
-        events = await self.ledger.read(saga_id)
-        if not events:
-            raise SagaNotFound("the id of a saga in the ledger", got=repr(saga_id))
-        return SagaState(events), len(events)
-
     async def _begin(
         self,
         blueprint: Blueprint,
@@ -212,6 +352,7 @@ class SagaCoordinator:
         context: PipelineContext,
         saga_id: str | None,
         parent: str | None = None,
+        parent_stage: str | None = None,
     ) -> LiveSaga:
         if saga_id is None:
             saga_id = secrets.token_hex(16)
@@ -219,9 +360,8 @@ class SagaCoordinator:
             raise MisuseError("a saga id with at least one visible character", got=repr(saga_id))
         elif saga_id in self._alive or await self.ledger.read(saga_id):
             raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Read what became of it with report().")
-        self._alive[saga_id] = None
+        self._hold(saga_id)
         try:
-            token = await self.ledger.acquire(saga_id, self._owner)
             started = SagaStarted(
                 saga_id=saga_id,
                 pipeline=blueprint.name,
@@ -229,27 +369,86 @@ class SagaCoordinator:
                 policy=policy,
                 input={name: value for name in _INPUT if (value := getattr(context, name))},
                 parent=parent,
+                parent_stage=parent_stage,
             )
-            journal = await Journal.begin(self.ledger, started, saga_id, token)
+            journal = await Journal.begin(self.ledger, started, self._owner, self._listeners)
         except BaseException:
-            del self._alive[saga_id]
+            self._unhold(saga_id)
             raise
-        return LiveSaga(blueprint, policy, journal, LocalActions(blueprint), context, self)
+        return self._lives(blueprint, policy, journal, context)
 
-    async def _see_through(self, saga: LiveSaga) -> SagaReport:
-        forward = self._alive[saga.id] = Forward(saga, self._interceptors)
-        driver = asyncio.create_task(self._closing(saga, self._drive(saga, forward)))
-        return await self._unbroken(driver, forward)
+    async def _take(self, saga_id: str, pipeline: Pipeline, policy: Policy | None = None) -> LiveSaga:
+        """Take over a saga that nobody is running."""
+        events = await self.ledger.read(saga_id)
+        if not events:
+            raise _not_found(saga_id)
+        if saga_id in self._alive:
+            raise MisuseError("a saga that nobody is running", got=f"saga {saga_id}, which is {SagaState(events).status.value} here")
+        self._hold(saga_id)
+        try:
+            token = await self.ledger.acquire(saga_id, self._owner)
+            # Read again: whoever held it until now may have written.
+            events = await self.ledger.read(saga_id)
+            try:
+                state = SagaState(events)
+                chosen = policy if policy is not None else state.policy
+                blueprint = self._read(pipeline, chosen)
+                _refuse_changed(state, blueprint)
+                context = PipelineContext.create(**state.started.input)
+                if self.ledger.durable:
+                    blueprint.restore_outputs(state.stages)
+            except BaseException:
+                await self.ledger.release(saga_id, token)
+                raise
+        except BaseException:
+            self._unhold(saga_id)
+            raise
+        journal = Journal(self.ledger, saga_id, state, version=len(events), token=token, owner=self._owner, listeners=self._listeners)
+        saga = self._lives(blueprint, chosen, journal, context)
+        saga.has_children = True
+        return saga
 
-    async def _unbroken(self, driver: asyncio.Task[SagaReport], forward: Forward | None = None) -> SagaReport:
+    def _lives(self, blueprint: Blueprint, policy: FailFast | ContinueWithFallback, journal: Journal, context: PipelineContext) -> LiveSaga:
+        saga = self._alive[journal.saga_id] = LiveSaga(blueprint, policy, journal, LocalActions(blueprint), context, self)
+        return saga
+
+    async def _let_go(self, saga: LiveSaga) -> None:
+        self._unhold(saga.id)
+        await saga.journal.close()
+
+    def _hold(self, saga_id: str) -> None:
+        self._alive[saga_id] = None
+        if self.ledger.lease is not None and self._heart is None:
+            self._heart = asyncio.create_task(self._beat(self.ledger.lease / 3))
+
+    def _unhold(self, saga_id: str) -> None:
+        del self._alive[saga_id]
+        if not self._alive and self._heart is not None:
+            self._heart.cancel()
+            self._heart = None
+
+    async def _beat(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await self.ledger.beat(self._owner)
+            except LedgerError:
+                # A lease that is lost is noticed by the next append, which is refused.
+                _LOG.warning("the ledger could not be told that %s is alive", self._owner, exc_info=True)
+
+    def _forward(self, saga: LiveSaga) -> Coroutine[Any, Any, None]:
+        # Made here and not in its task: a cancel that comes before the task runs finds what it is to stop.
+        return self._drive(saga, Forward(saga, self._interceptors))
+
+    async def _unbroken(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
         """Wait for the saga to come to rest, also when the caller is cancelled meanwhile."""
+        driver = asyncio.create_task(self._closing(saga, work))
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         driver.add_done_callback(partial(_wake, done))
         try:
             await done
         except asyncio.CancelledError as cancelled:
-            if forward is not None:
-                forward.stop(Failure.of(None, FailureKind.INTERRUPTED, "the caller was cancelled"))
+            saga.interrupt("the caller was cancelled")
             # anyio repeats the cancel of a scope at every turn of the loop until the scope is left: the shield keeps
             # that off; further plain cancels are absorbed one by one.
             with anyio.CancelScope(shield=True):
@@ -262,23 +461,38 @@ class SagaCoordinator:
             raise
         return driver.result()
 
-    async def _closing(self, saga: LiveSaga, work: Any) -> SagaReport:
+    async def _closing(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
         try:
             await work
-            return SagaReport.of(saga.journal.state, saga.policy)
+            return await self._report(saga.journal.state, saga)
         finally:
-            del self._alive[saga.id]
-            await saga.journal.close()
+            await self._let_go(saga)
+            if saga.id in self._late:
+                self._record_late_soon(saga.id)
+
+    async def _report(self, state: SagaState, saga: LiveSaga | None = None) -> SagaReport:
+        if saga is not None and not saga.has_children:
+            return SagaReport.of(state)
+        children: dict[str, tuple[SagaReport, ...]] = {}
+        for entry in await self.ledger.list(parent=state.started.saga_id):
+            stage = str(entry.parent_stage)
+            children[stage] = (*children.get(stage, ()), await self.report(entry.saga_id))
+        return SagaReport.of(state, children)
 
     async def _drive(self, saga: LiveSaga, forward: Forward) -> None:
         await forward.run()
-        move = conclude(saga.journal.state, saga.policy, forward.cause)
+        await self._conclude(saga, forward.cause)
+
+    async def _conclude(self, saga: LiveSaga, stop: Failure | None) -> None:
+        await self._note_late(saga)
+        move = conclude(saga.journal.state, saga.policy, stop)
         if move.turn is not None:
-            await self._undo(saga, move)
+            await saga.journal.record(SagaTurnedBack(reason=move.turn, cause=move.cause))
+            await self._back(saga, move.turn)
             return
         await self._ask_the_rest(saga)
         status = move.status if move.status is not None else final_status(saga.journal.state, saga.policy)
-        await saga.journal.record(SagaEnded(status=status, cause=move.cause))
+        await saga.journal.record(SagaEnded(status=status, cause=move.cause), release=True)
 
     async def _ask_the_rest(self, saga: LiveSaga) -> None:
         """Ask for all that no compensation has asked for: to know is free, whatever the policy leaves standing."""
@@ -288,12 +502,123 @@ class SagaCoordinator:
         askable = [node.name for node in state.graph.nodes if undo_step(node, state.stages[node.name]) is Step.PROBE]
         await asyncio.gather(*(ask(saga, name) for name in askable))
 
-    async def _undo(self, saga: LiveSaga, move: Move) -> None:
-        assert move.turn is not None  # asked only to go backward
-        await saga.journal.record(SagaTurnedBack(reason=move.turn, cause=move.cause))
-        await Backward(saga, move.turn).run()
+    async def _back(self, saga: LiveSaga, reason: TurnReason) -> None:
+        while True:
+            await Backward(saga, reason).run()
+            if not await self._note_late(saga):
+                break
         await self._ask_the_rest(saga)
-        await saga.journal.record(SagaEnded(status=final_status(saga.journal.state, saga.policy)))
+        await saga.journal.record(SagaEnded(status=final_status(saga.journal.state, saga.policy)), release=True)
+
+    async def _turn_to(self, saga: LiveSaga, chapter: Chapter) -> Coroutine[Any, Any, None]:
+        """Record that a new chapter of the saga begins; its work."""
+        if chapter.direction is Direction.NOWHERE:
+            _LOG.info("saga %s: %s", saga.id, chapter.why_not)
+            return _nothing()
+        await saga.journal.record(*chapter.events)
+        match chapter.direction:
+            case Direction.FORWARD:
+                return self._forward(saga)
+            case Direction.CONCLUDE:
+                return self._conclude(saga, chapter.stop)
+            case _:
+                assert chapter.reason is not None  # a saga goes backward for a reason
+                return self._back(saga, chapter.reason)
+
+    # -- what people and latecomers say --------------------------------------------------------------------------
+
+    async def _locate(self, saga_id: str, path: str) -> list[tuple[str, str]]:
+        """The sagas and stages that a path leads through, the outermost first."""
+        events = await self.ledger.read(saga_id)
+        if not events:
+            raise _not_found(saga_id)
+        state = SagaState(events)
+        if path in state.stages:
+            return [(saga_id, path)]
+        for stage in state.stages:
+            if not path.startswith(f"{stage}/"):
+                continue
+            for child in reversed([entry for entry in await self.ledger.list(parent=saga_id) if entry.parent_stage == stage]):
+                with contextlib.suppress(MisuseError):
+                    return [(saga_id, stage), *await self._locate(child.saga_id, path.removeprefix(f"{stage}/"))]
+        raise MisuseError(f"a stage of saga {saga_id} ({', '.join(state.stages)})", got=repr(path))
+
+    async def _settle(self, saga_id: str, said: StageSettled, *, tolerant: bool = False) -> None:
+        def settled(state: SagaState) -> list[AnyEvent]:
+            misuse = refusal(state, said)
+            if misuse is not None and tolerant:
+                return []
+            if misuse is not None:
+                raise misuse
+            state.apply(said)
+            return [said, SagaEnded(status=status_at_rest(state, state.policy))]
+
+        await self._amend(saga_id, settled)
+
+    async def _amend(self, saga_id: str, decide: Callable[[SagaState], list[AnyEvent]]) -> None:
+        """Add to the ledger of a saga at rest."""
+        if saga_id in self._alive:
+            raise MisuseError("a saga that has come to rest", got=f"saga {saga_id}, which is alive")
+        self._hold(saga_id)
+        try:
+            token = await self.ledger.acquire(saga_id, self._owner)
+            try:
+                events = await self.ledger.read(saga_id)
+                more = decide(SagaState(events))
+                if more:
+                    await self.ledger.append(saga_id, more, expected_version=len(events), token=token)
+                    tell(self._listeners, saga_id, more)
+            finally:
+                await self.ledger.release(saga_id, token)
+        finally:
+            self._unhold(saga_id)
+
+    async def _note_late(self, saga: LiveSaga) -> bool:
+        """Record what came late for the stages of a saga that is alive; whether anything did."""
+        events = self._late.pop(saga.id, [])
+        for event in events:
+            await saga.journal.record(event)
+        return bool(events)
+
+    def _record_late_soon(self, saga_id: str) -> None:
+        task = asyncio.create_task(self._record_late(saga_id))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _record_late(self, saga_id: str) -> None:
+        events = self._late.pop(saga_id, [])
+
+        def added(state: SagaState) -> list[AnyEvent]:
+            for event in events:
+                state.apply(event)
+            return [*events, SagaEnded(status=status_at_rest(state, state.policy))]
+
+        try:
+            await self._amend(saga_id, added)
+        except SagaError:
+            names = ", ".join(type(event).__name__ for event in events)
+            _LOG.exception("saga %s: what came late (%s) could not be recorded; look at its stages in the outside world", saga_id, names)
+
+
+async def _nothing() -> None:
+    """The saga has nothing left to do."""
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
+
+
+def _not_found(saga_id: str) -> SagaNotFound:
+    return SagaNotFound("the id of a saga in the ledger", got=repr(saga_id))
+
+
+def _refuse_changed(state: SagaState, blueprint: Blueprint) -> None:
+    differences = state.graph.differences(blueprint.graph)
+    if differences:
+        raise GraphChanged(state.started.saga_id, differences)
 
 
 def _both_given(fields: dict[str, Any]) -> MisuseError:

@@ -20,6 +20,7 @@ A failing stage raises none of these: `SagaCoordinator.run` answers with a repor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 
 
 class SagaError(Exception):
@@ -84,7 +85,17 @@ class LedgerCorrupt(LedgerError):
 
 
 class LedgerConflict(LedgerError):
-    """Another coordinator wrote to this saga, or holds its lease."""
+    """Another coordinator wrote to this saga, or holds its lease.
+
+    Attributes:
+        holder: Who holds it, if it is about that.
+        until: When the holder counts as gone unless it says that it is alive, UTC; None: not before it lets go.
+    """
+
+    def __init__(self, message: str, *, holder: str | None = None, until: datetime | None = None) -> None:
+        self.holder = holder
+        self.until = until
+        super().__init__(message)
 
 
 class SagaFailed(ExceptionGroup, SagaError):

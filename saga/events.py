@@ -54,6 +54,17 @@ class TurnReason(StrEnum):
     """Somebody asked for it, after it had ended."""
 
 
+class Verdict(StrEnum):
+    """What a person says of a stage that is stuck or in doubt."""
+
+    UNDONE = "undone"
+    """Nothing of it stands: it was undone by hand, or its effect never landed."""
+    KEPT = "kept"
+    """Its effect stands and is to stay, with all that it depends on."""
+    RETRY = "retry"
+    """Whatever stood in the way is mended: undo it, or run it, once more."""
+
+
 def _now() -> datetime:
     return datetime.now(UTC)
 
@@ -71,7 +82,17 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SagaStarted(Event):
-    """The saga exists: its graph, its policy and its input are fixed."""
+    """The saga exists: its graph and its input are fixed, its policy until it is resumed with another one.
+
+    Attributes:
+        saga_id: Its id.
+        pipeline: The pipeline's name.
+        graph: Its stages.
+        policy: What happens when something fails.
+        input: The fields of stageflow's context.
+        parent: The id of the saga that runs it as a child, if one does.
+        parent_stage: The parent's stage that does.
+    """
 
     event: Literal["saga_started"] = "saga_started"
     saga_id: str
@@ -80,6 +101,7 @@ class SagaStarted(Event):
     policy: Policy
     input: Plain = field(default_factory=dict)
     parent: str | None = None
+    parent_stage: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +113,16 @@ class StageEvent(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageStarted(StageEvent):
-    """An attempt of a stage is about to run."""
+    """An attempt of a stage is about to run.
+
+    Attributes:
+        attempt: Of this execution; 1 for the first.
+        execution: 1, and one more each time that the stage runs again after it was undone.
+    """
 
     event: Literal["stage_started"] = "stage_started"
     attempt: int
+    execution: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,10 +135,16 @@ class EffectRecorded(StageEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCompleted(StageEvent):
-    """A stage gave its output: its effect has landed."""
+    """A stage gave its output: its effect has landed.
+
+    Attributes:
+        output: What it gave.
+        late: It had been given up as in doubt, and nobody waited for it any more.
+    """
 
     event: Literal["stage_completed"] = "stage_completed"
     output: Output
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +155,7 @@ class StageFailed(StageEvent):
         failure: How.
         in_doubt: Whether its effect may have landed all the same.
         will_retry: Whether another attempt follows.
+        past_pivot: Whether it failed after a point of no return of its own: nothing that it depends on is undone.
         output: What it returned beside the failure, if anything.
     """
 
@@ -128,6 +163,7 @@ class StageFailed(StageEvent):
     failure: Failure
     in_doubt: bool = False
     will_retry: bool = False
+    past_pivot: bool = False
     output: Output | None = None
 
 
@@ -183,6 +219,18 @@ class StageProbed(StageEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SagaStopped(Event):
+    """Something other than a stage's failure has stopped the saga: no further stage starts.
+
+    Attributes:
+        cause: The deadline, the caller's cancel, an interceptor's error.
+    """
+
+    event: Literal["saga_stopped"] = "saga_stopped"
+    cause: Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SagaTurnedBack(Event):
     """The fence: no stage runs any more; from here the saga goes backward."""
 
@@ -201,18 +249,64 @@ class CompensationStarted(StageEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompensationCompleted(StageEvent):
-    """A stage's effect is undone."""
+    """A stage's effect is undone.
+
+    Attributes:
+        late: Its compensation had been given up as stuck, and nobody waited for it any more.
+    """
 
     event: Literal["compensation_completed"] = "compensation_completed"
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompensationFailed(StageEvent):
-    """An attempt to undo a stage failed; without another one to come the stage is stuck."""
+    """An attempt to undo a stage failed; without another one to come the stage is stuck.
+
+    Attributes:
+        failure: How.
+        will_retry: Whether another attempt follows.
+        past_pivot: Whether it can't be undone because it has gone beyond a point of no return of its own.
+    """
 
     event: Literal["compensation_failed"] = "compensation_failed"
     failure: Failure
     will_retry: bool = False
+    past_pivot: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSettled(StageEvent):
+    """A person has said what became of a stage that is stuck or in doubt.
+
+    Attributes:
+        verdict: What they said.
+        note: Why.
+        by: Who.
+        output: With `KEPT`, what the stage counts as having given, if it never gave an output itself.
+    """
+
+    event: Literal["stage_settled"] = "stage_settled"
+    verdict: Verdict
+    note: str
+    by: str
+    output: Output | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SagaResumed(Event):
+    """Somebody goes on with a saga that had come to rest, or whose process is gone.
+
+    Attributes:
+        forward: Whether its stages run on; else it goes on to be undone.
+        policy: Its policy from here on; None: as before.
+        by: Who.
+    """
+
+    event: Literal["saga_resumed"] = "saga_resumed"
+    forward: bool
+    policy: Policy | None = None
+    by: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,10 +333,13 @@ AnyEvent = Annotated[
     | FallbackUsed
     | FallbackFailed
     | StageProbed
+    | SagaStopped
     | SagaTurnedBack
     | CompensationStarted
     | CompensationCompleted
     | CompensationFailed
+    | StageSettled
+    | SagaResumed
     | SagaEnded,
     Discriminator("event"),
 ]

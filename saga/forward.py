@@ -19,7 +19,8 @@ from stageflow.pipeline.pipeline import UnifiedStageSpec
 
 from saga.asking import ask
 from saga.compensable import SagaContext
-from saga.events import FallbackFailed, FallbackUsed, StageCompleted, StageFailed, StageSkipped, StageStarted
+from saga.errors import LedgerError
+from saga.events import FallbackFailed, FallbackUsed, SagaStopped, StageCompleted, StageFailed, StageSkipped, StageStarted
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.ledger import StageState
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from saga.blueprint import StagePlan
     from saga.recovery import StageRecord
 
+_ENDED_WELL: Final = frozenset({StageState.KEPT, StageState.FALLBACK, StageState.SKIPPED})
 _STOPPING: Final = StageOutput.cancel("the saga is stopping")
 
 
@@ -70,11 +72,13 @@ class _Outcome:
         output: What the stage returned.
         failure: How it failed; None if it did not.
         asked_again: It returned RETRY.
+        past_pivot: It failed after a point of no return of its own.
     """
 
     output: StageOutput | None = None
     failure: Failure | None = None
     asked_again: bool = False
+    past_pivot: bool = False
 
 
 class _StageRun(Watched):
@@ -108,12 +112,13 @@ class Forward:
         self._interceptors = list(interceptors)
         self._runs: dict[str, _StageRun] = {}
         self._running: set[_StageRun] = set()
-        self._fallen: set[str] = set()
+        self._fallen = {name for name, record in self._state.stages.items() if record.with_branch and not record.again}
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
         self._interrupted = asyncio.Event()
         self._idle = asyncio.Event()
         self._broken: Exception | None = None
+        saga.stop = self.stop
 
     def is_stopping(self) -> bool:
         """Whether no further stage starts."""
@@ -149,8 +154,7 @@ class Forward:
             self.stop(Failure.of(None, FailureKind.INTERRUPTED, "the task that drives the saga was cancelled"))
         except Exception as error:  # noqa: BLE001 - a hook's or an interceptor's of the user
             self.stop(Failure.raised(None, error, attempt=0))
-        if self._running:
-            await self._drain()
+        await self._come_to_rest()
         # The stages' contexts lead back here.
         self._runs.clear()
         if timer is not None:
@@ -166,11 +170,15 @@ class Forward:
         if self.cause is not None:
             return
         self.cause = cause
+        self._saga.is_stopping = True
         self._stopped.set()
         for run in self._running:
             # One CANCEL is enough for stageflow to cancel and await its other wrappers and to end.
             if run is not told and run.waiter is not None and not run.waiter.done():
                 run.waiter.set_result(_STOPPING)
+        for child in self._saga.children:
+            # A child is no single stage: it starts nothing more, either.
+            child.interrupt("the saga that runs it is stopping")
 
     def _out_of_time(self, deadline: float) -> None:
         self.stop(Failure.of(None, FailureKind.TIMEOUT, f"the forward run exceeded its deadline of {deadline:g} s"))
@@ -180,15 +188,38 @@ class Forward:
         # Our wrappers' exceptions stopped the run before they were raised; what stops it only now is an interceptor's.
         failure = Failure.raised(stage, error, attempt=0)
         self.stop(failure)
-        if self._state.stages[stage].state is StageState.NOT_RUN:
+        if self._is_due(stage):
             await self._record(StageFailed(stage=stage, failure=failure))
+
+    async def _come_to_rest(self) -> None:
+        """Wait for what still runs, and record what stopped the run and what it left open."""
+        if self.cause is not None and self.cause not in self._state.failures:
+            # A stage's failure is in the ledger already; whoever resumes has to learn of any other cause, too.
+            await self._unless_broken(SagaStopped(cause=self.cause))
+        if self._running:
+            await self._drain()
+        if self.cause is None:
+            return
+        for name, record in self._state.stages.items():
+            if record.state is StageState.RUNNING and record.failure is not None:
+                # An earlier process left it open, and it did not get its turn before the saga stopped.
+                await self._unless_broken(StageFailed(stage=name, failure=record.failure, in_doubt=record.doubt))
+
+    async def _unless_broken(self, event: SagaStopped | StageFailed) -> None:
+        if self._broken is not None:
+            return
+        try:
+            await self._record(event)
+        except LedgerError as error:
+            self._breaks(error)
 
     async def _drain(self) -> None:
         """Wait until no stage runs: promise 3 begins here."""
         policy, timer = self._policy, None
         if policy.in_flight == "cancel":
-            self._interrupt()
-        elif policy.drain_timeout is not None and self._running:
+            # A pivot's outcome decides what may be undone at all, so it gets its time.
+            self._interrupt(spared=Role.PIVOT)
+        if policy.drain_timeout is not None and self._running:
             timer = self._loop.call_later(policy.drain_timeout, self._interrupt)
         while self._running:
             self._idle.clear()
@@ -200,14 +231,25 @@ class Forward:
         if timer is not None:
             timer.cancel()
 
-    def _interrupt(self) -> None:
+    def _interrupt(self, spared: Role | None = None) -> None:
         self._interrupted.set()
         for run in self._running:
-            run.cancel(FailureKind.INTERRUPTED)
+            if self._state.graph[run.name].role is not spared:
+                run.cancel(FailureKind.INTERRUPTED)
 
     # -- what stageflow runs -------------------------------------------------------------------------------------
 
     def _wrapper(self, name: str) -> Callable[[StageContext], Awaitable[StageOutput]]:
+        record = self._state.stages[name]
+        if record.state in _ENDED_WELL and not record.again:
+            assert record.output is not None  # what ended so has given one
+            given = copied_output(record.output)
+
+            async def give() -> StageOutput:
+                return given
+
+            return lambda _: give()
+
         async def wait_for_stage(ctx: StageContext) -> StageOutput:
             run = self._runs.get(name)
             if run is None:
@@ -261,24 +303,31 @@ class Forward:
         for dependency in self._state.graph[run.name].dependencies:
             if dependency in self._fallen:
                 return await self._falls_with(run, dependency)
-            if self._state.stages[dependency].state is StageState.NOT_RUN:
+            if self._is_due(dependency):
                 await self._learn(dependency, run.ctx.inputs.prior_outputs[dependency])
         cancelled = self._saga.cancellation()
         if cancelled is not None:
             self.stop(Failure.of(None, FailureKind.CANCELLED, cancelled))
         if self.is_stopping():
             return _STOPPING
-        outcome = await self._attempts(run)
+        outcome = await self._left_open(run) or await self._attempts(run)
         if run.given_up:
+            if outcome.failure is None and outcome.output is not None and outcome.output.status is StageStatus.OK:
+                self._saga.comes_late(StageCompleted(stage=run.name, output=copied_output(outcome.output), late=True))
             return _STOPPING
         if outcome.failure is None:
             assert outcome.output is not None  # without a failure there is one
             return outcome.output
         return await self._absorb(run, outcome.failure)
 
+    def _is_due(self, name: str) -> bool:
+        """Whether the stage has yet to run."""
+        record = self._state.stages[name]
+        return record.again or record.state is StageState.NOT_RUN
+
     async def _learn(self, name: str, output: StageOutput) -> None:
         """Record a stage that stageflow skipped, or that an interceptor answered for, without our wrapper being called."""
-        if self._state.stages[name].state is not StageState.NOT_RUN or output.status in {StageStatus.CANCEL, StageStatus.FAIL}:
+        if not self._is_due(name) or output.status in {StageStatus.CANCEL, StageStatus.FAIL}:
             return
         skipped = output.status is StageStatus.SKIP
         reason = said(output.data.get("reason") or "stageflow skipped it") if skipped else "an interceptor answered for it"
@@ -290,15 +339,42 @@ class Forward:
         await self._record(StageSkipped(stage=run.name, reason=str(output.data["reason"]), output=output, with_branch=True))
         return output
 
+    async def _left_open(self, run: _StageRun) -> _Outcome | None:
+        """What an earlier process left to be decided; None if the stage is to run."""
+        record, node = run.record, self._state.graph[run.name]
+        if record.state in {StageState.FAILED, StageState.IN_DOUBT} and not record.again:
+            # It died before what follows from this failure was recorded.
+            return _Outcome(failure=record.failure)
+        if not record.doubt:
+            return None
+        failure = record.failure
+        assert failure is not None  # it is in doubt because an attempt failed
+        may_repeat = node.idempotent or record.may_repeat
+        if node.can_probe:
+            landed = await ask(self._saga, run.name, stop=self._interrupted)
+            if landed is not None:
+                return _Outcome(output=landed)
+            may_repeat = may_repeat or record.answer is False
+        elif not may_repeat:
+            retry = run.plan.retry or self._policy.retry
+            tries = record.attempts - record.attempts_before
+            may_repeat = retry.wait_before_next(failure, attempt=tries, elapsed=0.0) is not None
+        if may_repeat:
+            return None
+        if record.state is StageState.RUNNING:
+            await self._record(StageFailed(stage=run.name, failure=failure, in_doubt=True))
+        return _Outcome(failure=failure)
+
     async def _attempts(self, run: _StageRun) -> _Outcome:
         """Attempt the stage as often as its retry allows; the outcome is in the ledger when this returns."""
         retry = run.plan.retry or self._policy.retry
         seconds = run.plan.timeout or self._policy.timeout
         loop, node, name = self._loop, self._state.graph[run.name], run.name
-        began, tries, goes_on = loop.time(), 0, True
+        began, goes_on = loop.time(), True
+        tries = run.record.attempts - run.record.attempts_before
         while goes_on:
             tries += 1
-            await self._record(StageStarted(stage=name, attempt=run.record.attempts + 1))
+            await self._record(self._start_of(run))
             if self.is_stopping():
                 failure = Failure.of(name, FailureKind.INTERRUPTED, "the saga stopped before it ran")
                 await self._record(StageFailed(stage=name, failure=failure))
@@ -316,19 +392,34 @@ class Forward:
             if self.is_stopping():
                 wait = None
             output = None if outcome.output is None else copied_output(outcome.output)
-            await self._record(StageFailed(stage=name, failure=failure, in_doubt=in_doubt, will_retry=wait is not None, output=output))
+            await self._record(
+                StageFailed(
+                    stage=name,
+                    failure=failure,
+                    in_doubt=in_doubt,
+                    will_retry=wait is not None,
+                    past_pivot=outcome.past_pivot,
+                    output=output,
+                )
+            )
             if wait is None:
                 return outcome
             if run.record.doubt and node.can_probe:
                 landed = await ask(self._saga, run.name, stop=self._interrupted)
                 if landed is not None:
                     return _Outcome(output=landed)
-                if run.record.unanswered:
+                if run.record.unanswered and not node.idempotent:
                     wait = None
             goes_on = wait is not None and await self._pause(wait)
         # Called off: the failure that was to be mended stands.
         await self._record(StageFailed(stage=name, failure=failure, in_doubt=run.record.doubt, output=output))
         return outcome
+
+    def _start_of(self, run: _StageRun) -> StageStarted:
+        record = run.record
+        if record.again and record.anew:
+            return StageStarted(stage=run.name, attempt=1, execution=max(record.execution, 1) + 1)
+        return StageStarted(stage=run.name, attempt=record.attempts + 1, execution=max(record.execution, 1))
 
     async def _succeeds(self, name: str, output: StageOutput | None) -> None:
         assert output is not None  # without a failure there is one
@@ -403,7 +494,8 @@ class Forward:
             return _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt))
         if isinstance(error, StageCancellationRequested):
             return normalised(name, attempt, StageOutput.cancel(error.reason))
-        return _Outcome(failure=Failure.raised(name, error, attempt=attempt))
+        past_pivot = self._state.graph[name].is_point_of_no_return and getattr(error, "past_pivot", False) is True
+        return _Outcome(failure=Failure.raised(name, error, attempt=attempt), past_pivot=past_pivot)
 
     def _gives_up(self, run: _StageRun) -> None:
         self._saga.spawn(self._given_up(run))

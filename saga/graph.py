@@ -38,6 +38,9 @@ class Node(BaseModel):
         conditional: Whether stageflow may skip it.
         can_probe: Whether it can ask the outside world whether its effect landed.
         undo_in_doubt: Whether its compensation copes with not knowing.
+        idempotent: Whether it may run again with the same idempotency key, and has its effect once all the
+            same: what a later attempt says answers for the earlier ones.
+        holds_pivot: Whether it runs a saga that has a pivot.
         has_fallback: Whether it offers a `fallback()` of its own.
     """
 
@@ -50,7 +53,14 @@ class Node(BaseModel):
     conditional: bool = False
     can_probe: bool = False
     undo_in_doubt: bool = False
+    idempotent: bool = False
+    holds_pivot: bool = False
     has_fallback: bool = False
+
+    @property
+    def is_point_of_no_return(self) -> bool:
+        """Whether it and all it depends on stay, once it has completed."""
+        return self.role is Role.PIVOT or self.holds_pivot
 
 
 class Graph(BaseModel):

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Final, Protocol
 
@@ -22,10 +24,15 @@ from saga.events import (
     Event,
     FallbackFailed,
     FallbackUsed,
+    SagaEnded,
+    SagaResumed,
     SagaStarted,
+    SagaStatus,
+    SagaTurnedBack,
     StageCompleted,
     StageFailed,
     StageProbed,
+    StageSettled,
     StageSkipped,
     StageStarted,
 )
@@ -57,20 +64,75 @@ class StageState(StrEnum):
 
 _S = StageState
 
+_AGAIN: Final = frozenset({StageStarted, StageSkipped, StageFailed})
+
 TRANSITIONS: Final[Mapping[StageState, frozenset[type[Event]]]] = {
-    _S.NOT_RUN: frozenset({StageStarted, StageSkipped, StageFailed}),
+    _S.NOT_RUN: _AGAIN,
     _S.RUNNING: frozenset({StageStarted, EffectRecorded, StageCompleted, StageFailed, StageSkipped, StageProbed}),
-    _S.KEPT: frozenset({CompensationStarted}),
-    _S.FAILED: frozenset({FallbackUsed, FallbackFailed, StageProbed, CompensationStarted}),
-    _S.FALLBACK: frozenset({CompensationStarted}),
-    _S.CANCELLED: frozenset({CompensationStarted}),
-    _S.SKIPPED: frozenset({CompensationStarted}),
-    _S.IN_DOUBT: frozenset({FallbackUsed, FallbackFailed, StageProbed, CompensationStarted}),
-    _S.COMPENSATING: frozenset({CompensationStarted, CompensationCompleted, CompensationFailed}),
-    _S.UNDONE: frozenset(),
-    _S.STUCK: frozenset(),
+    _S.KEPT: _AGAIN | {CompensationStarted},
+    _S.FAILED: _AGAIN | {FallbackUsed, FallbackFailed, StageProbed, CompensationStarted, StageCompleted},
+    _S.FALLBACK: _AGAIN | {StageProbed, CompensationStarted, StageCompleted, StageSettled},
+    _S.CANCELLED: _AGAIN | {CompensationStarted},
+    _S.SKIPPED: _AGAIN | {StageProbed, CompensationStarted, StageSettled},
+    _S.IN_DOUBT: _AGAIN | {FallbackUsed, FallbackFailed, StageProbed, CompensationStarted, StageCompleted, StageSettled},
+    _S.COMPENSATING: frozenset({CompensationStarted, CompensationCompleted, CompensationFailed, StageProbed}),
+    _S.UNDONE: _AGAIN | {StageCompleted},
+    _S.STUCK: _AGAIN | {CompensationCompleted, StageCompleted, StageSettled},
 }
-"""Which events may follow in which state of a stage. BLOCKED is missing: it is read off the other stages."""
+"""Which events may follow in which state of a stage. BLOCKED is missing: it is read off the other stages.
+
+A stage that has ended runs again only in a saga that was resumed, completes then only late, and is settled only in doubt or stuck.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a ledger knows of a saga without reading its events.
+
+    Attributes:
+        saga_id: Its id.
+        pipeline: Its pipeline's name.
+        status: Where it stands.
+        started_at: When it began, UTC.
+        updated_at: When its last event was recorded, UTC.
+        parent: The id of the saga that runs it as a child, if one does.
+        parent_stage: The parent's stage that does.
+        owner: Who holds its lease; None if nobody does.
+        until: When the owner counts as gone unless it says that it is alive, UTC; None: not before it lets go.
+    """
+
+    saga_id: str
+    pipeline: str
+    status: SagaStatus
+    started_at: datetime
+    updated_at: datetime
+    parent: str | None = None
+    parent_stage: str | None = None
+    owner: str | None = None
+    until: datetime | None = None
+
+
+ALIVE: Final = frozenset({SagaStatus.RUNNING, SagaStatus.COMPENSATING})
+"""A saga in one of these has an owner, or its process is gone."""
+FORGETTABLE: Final = frozenset({SagaStatus.COMPLETED, SagaStatus.DEGRADED, SagaStatus.COMPENSATED, SagaStatus.CANCELLED})
+"""Nothing is left to do about a saga in one of these; a stuck one waits for a person, a halted one to be resumed."""
+
+
+def status_after(before: SagaStatus, events: Sequence[AnyEvent]) -> SagaStatus:
+    """Where a saga stands after these events, if it stood at `before`."""
+    for event in reversed(events):
+        match event:
+            case SagaEnded(status=status):
+                return status
+            case SagaTurnedBack():
+                return SagaStatus.COMPENSATING
+            case SagaResumed(forward=forward):
+                return SagaStatus.RUNNING if forward else SagaStatus.COMPENSATING
+            case SagaStarted():
+                return SagaStatus.RUNNING
+            case _:
+                continue
+    return before
 
 
 class Ledger(Protocol):
@@ -78,13 +140,34 @@ class Ledger(Protocol):
 
     An append is either recorded whole, before the call returns, or not at all. Appends of one saga take effect in
     the order of the calls.
+
+    Whoever writes to a saga holds its lease: `create` and `acquire` give a token that goes with every append, and
+    a later holder's token is higher. An owner that says nothing for longer than `lease` counts as gone, and what it held may be
+    taken over; it then finds that its token is refused.
+
+    Attributes:
+        lease: Seconds after which an owner that did not `beat` counts as gone; None: owners never do.
+        durable: Whether it outlives the process: events are stored as JSON, and an append costs so much that events which guard
+            nothing are better written together with the next one that does.
     """
 
-    async def acquire(self, saga_id: str, owner: str) -> int:
-        """Take the saga's lease for `owner`; the token that is returned goes with every append.
+    lease: float | None
+    durable: bool
+
+    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
+        """Record a new saga's first events, and take its lease for `owner`.
 
         Raises:
-            LedgerConflict: Another owner holds it.
+            LedgerConflict: There is a saga of that id.
+            LedgerError: They can't be recorded; the saga does not exist.
+        """
+        ...
+
+    async def acquire(self, saga_id: str, owner: str) -> int:
+        """Take the lease of a saga for `owner`; the holder itself gets a new token, and the old one is refused from then on.
+
+        Raises:
+            LedgerConflict: There is no such saga, or another owner holds it and counts as alive; the error says who and until when.
         """
         ...
 
@@ -92,21 +175,36 @@ class Ledger(Protocol):
         """Give the lease back; a lease that was lost in the meantime is left alone."""
         ...
 
-    async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int) -> None:
-        """Record events behind the `expected_version` events that are already there.
+    async def beat(self, owner: str) -> None:
+        """Say that an owner is alive; `create` and `acquire` say so, too."""
+        ...
+
+    async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int, release: bool = False) -> None:
+        """Record events behind the `expected_version` events that are already there; with `release`, give the lease back with them.
 
         Raises:
-            LedgerConflict: There are more or fewer events, or the token is not the current one.
+            LedgerConflict: There are more or fewer events, the token is not the current one, or there is no such saga.
             LedgerError: They can't be recorded.
         """
         ...
 
     async def read(self, saga_id: str) -> Sequence[AnyEvent]:
-        """All events of a saga, oldest first; empty when there is no such saga."""
+        """All events of a saga, oldest first; empty when there is no such saga.
+
+        Raises:
+            LedgerCorrupt: What is there can't be read as events.
+        """
         ...
 
-    async def list(self) -> Sequence[str]:
-        """The ids of all sagas, oldest first."""
+    async def list(self, *, statuses: Collection[SagaStatus] | None = None, parent: str | None = None) -> Sequence[Entry]:
+        """The sagas, oldest first: all, those in some statuses, the children of one."""
+        ...
+
+    async def prune(self, older_than: timedelta) -> Sequence[str]:
+        """Forget sagas whose last event is older and about which nothing is left to do; their ids.
+
+        A child goes with the saga that runs it, and both stay while anything is left to do about one of them.
+        """
         ...
 
     async def completions(self, saga_id: str) -> dict[str, StageOutput]:
@@ -120,40 +218,133 @@ class Ledger(Protocol):
         return {name: outputs[name] for name in started.graph.names if name in outputs}
 
 
-class MemoryLedger(Ledger):
-    """Keeps the events in this process; they are gone when it ends."""
+@dataclass(slots=True)
+class _Kept:
+    """One saga in memory.
 
-    def __init__(self) -> None:
-        self._events: dict[str, list[AnyEvent]] = {}
-        self._owners: dict[str, str] = {}
-        self._tokens: dict[str, int] = {}
+    Attributes:
+        events: Its events.
+        started: The first of them.
+        owner: Who holds its lease.
+        token: The last one that was given.
+        children: The ids of the sagas that it runs.
+    """
+
+    events: list[AnyEvent]
+    started: SagaStarted
+    owner: str | None
+    token: int
+    children: list[str]
+    status: SagaStatus = SagaStatus.RUNNING
+
+
+class MemoryLedger(Ledger):
+    """Keeps the events in this process; they are gone when it ends.
+
+    Args:
+        keep: How many sagas about which nothing is left to do are kept; the oldest are forgotten first. Nothing else ever is.
+    """
+
+    lease: float | None = None
+    durable = False
+
+    def __init__(self, keep: int = 10_000) -> None:
+        self._keep = keep
+        self._sagas: dict[str, _Kept] = {}
+        self._done: dict[str, None] = {}
+
+    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
+        """Record a new saga."""
+        if saga_id in self._sagas:
+            raise LedgerConflict(f"saga {saga_id} exists already; nothing was recorded")
+        started = events[0]
+        assert isinstance(started, SagaStarted)  # the journal sees to that
+        self._sagas[saga_id] = _Kept(list(events), started, owner, 1, [])
+        if started.parent in self._sagas:
+            self._sagas[started.parent].children.append(saga_id)
+        return 1
 
     async def acquire(self, saga_id: str, owner: str) -> int:
         """Take the lease; it lasts until it is released, because its holder lives in this process."""
-        holder = self._owners.setdefault(saga_id, owner)
-        if holder != owner:
-            raise LedgerConflict(f"saga {saga_id} is held by {holder}; {owner} has to wait until it is released")
-        token = self._tokens[saga_id] = self._tokens.get(saga_id, 0) + 1
-        return token
+        saga = self._find(saga_id)
+        if saga.owner not in {None, owner}:
+            raise LedgerConflict(f"saga {saga_id} is held by {saga.owner}; {owner} has to wait until it is released", holder=saga.owner)
+        saga.owner = owner
+        saga.token += 1
+        return saga.token
+
+    def _find(self, saga_id: str) -> _Kept:
+        saga = self._sagas.get(saga_id)
+        if saga is None:
+            raise LedgerConflict(f"there is no saga {saga_id}")
+        return saga
 
     async def release(self, saga_id: str, token: int) -> None:
         """Give the lease back."""
-        if self._tokens.get(saga_id) == token:
-            self._owners.pop(saga_id, None)
+        saga = self._sagas.get(saga_id)
+        if saga is not None and saga.token == token:
+            self._let_go(saga)
 
-    async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int) -> None:
+    def _let_go(self, saga: _Kept) -> None:
+        saga.owner = None
+        saga_id = saga.started.saga_id
+        self._done.pop(saga_id, None)
+        if saga.started.parent in self._sagas or not self._is_forgettable(saga):
+            return
+        self._done[saga_id] = None
+        while len(self._done) > self._keep:
+            self._forget(next(iter(self._done)))
+
+    def _is_forgettable(self, saga: _Kept) -> bool:
+        return saga.status in FORGETTABLE and all(self._is_forgettable(self._sagas[child]) for child in saga.children)
+
+    def _forget(self, saga_id: str) -> list[str]:
+        self._done.pop(saga_id, None)
+        return [saga_id, *(gone for child in self._sagas.pop(saga_id).children for gone in self._forget(child))]
+
+    async def beat(self, owner: str) -> None:
+        """Owners live in this process; they need not say so."""
+
+    async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int, release: bool = False) -> None:
         """Record the events."""
-        recorded = self._events.setdefault(saga_id, [])
-        if len(recorded) != expected_version:
-            raise LedgerConflict(f"saga {saga_id} has {len(recorded)} events, expected {expected_version}: somebody else wrote to it")
-        if self._tokens.get(saga_id) != token:
-            raise LedgerConflict(f"saga {saga_id} is written with lease token {token}, the current one is {self._tokens.get(saga_id)}")
-        recorded.extend(events)
+        saga = self._find(saga_id)
+        if len(saga.events) != expected_version:
+            raise LedgerConflict(f"saga {saga_id} has {len(saga.events)} events, expected {expected_version}: somebody else wrote to it")
+        if saga.token != token:
+            raise LedgerConflict(f"saga {saga_id} is written with lease token {token}, the current one is {saga.token}")
+        saga.events.extend(events)
+        saga.status = status_after(saga.status, events)
+        if release:
+            self._let_go(saga)
 
     async def read(self, saga_id: str) -> Sequence[AnyEvent]:
         """All events of a saga, oldest first."""
-        return tuple(self._events.get(saga_id, ()))
+        saga = self._sagas.get(saga_id)
+        return () if saga is None else tuple(saga.events)
 
-    async def list(self) -> Sequence[str]:
-        """The ids of all sagas, oldest first."""
-        return tuple(self._events)
+    async def list(self, *, statuses: Collection[SagaStatus] | None = None, parent: str | None = None) -> Sequence[Entry]:
+        """The sagas, oldest first."""
+        if parent is None:
+            sagas = list(self._sagas.values())
+        else:
+            sagas = [self._sagas[child] for child in self._sagas[parent].children] if parent in self._sagas else []
+        return tuple(self._entry(saga) for saga in sagas if statuses is None or saga.status in statuses)
+
+    def _entry(self, saga: _Kept) -> Entry:
+        started = saga.started
+        return Entry(
+            saga_id=started.saga_id,
+            pipeline=started.pipeline,
+            status=saga.status,
+            started_at=started.at,
+            updated_at=saga.events[-1].at,
+            parent=started.parent,
+            parent_stage=started.parent_stage,
+            owner=saga.owner,
+        )
+
+    async def prune(self, older_than: timedelta) -> Sequence[str]:
+        """Forget old sagas about which nothing is left to do."""
+        before = datetime.now(UTC) - older_than
+        old = [saga_id for saga_id in self._done if self._sagas[saga_id].events[-1].at < before]
+        return tuple(gone for saga_id in old for gone in self._forget(saga_id))

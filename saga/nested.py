@@ -7,10 +7,11 @@ from typing import Any
 
 from stageflow.api import Pipeline, StageOutput
 
-from saga.compensable import CompensableStage, CompensationContext, SagaContext, child_id
+from saga.blueprint import Blueprint
+from saga.compensable import CompensableStage, CompensationContext, SagaContext
 from saga.errors import SagaError
 from saga.events import SagaStatus
-from saga.policies import Policy
+from saga.policies import Compensation, Policy, Retry
 from saga.report import SagaReport
 
 
@@ -19,10 +20,12 @@ class NestedSagaFailed(SagaError):
 
     Attributes:
         report: The child's report.
+        past_pivot: It failed after its point of no return.
     """
 
     def __init__(self, report: SagaReport) -> None:
         self.report = report
+        self.past_pivot = report.past_pivot
         cause = f": {report.cause}" if report.cause is not None else ""
         super().__init__(f"its saga {report.saga_id} is {report.status.value}{cause}")
 
@@ -40,6 +43,11 @@ class NestedSaga(CompensableStage):
     """
 
     bounds_itself = True
+    idempotent = True
+    """Running it again goes on with the child that is there."""
+    compensate_in_doubt = True
+    compensation = Compensation(retry=Retry(attempts=1), timeout=None)
+    """The child's own policy says how patiently its stages are undone."""
 
     def __init__(
         self,
@@ -48,39 +56,47 @@ class NestedSaga(CompensableStage):
         fields: Callable[[SagaContext], Mapping[str, Any]] | None = None,
     ) -> None:
         self.name = pipeline.name
+        self.holds_pivot = any(node.is_point_of_no_return for node in Blueprint.of(pipeline).graph.nodes)
         self._pipeline = pipeline
         self._policy = policy
         self._fields = fields
 
     async def execute(self, ctx: SagaContext) -> StageOutput:
-        """Run the child."""
-        fields = dict(self._fields(ctx)) if self._fields is not None else {}
-        report = await ctx.run_saga(self._pipeline, policy=self._policy, **fields)
+        """Run the child, or go on with one that an earlier attempt has left."""
+        left = _standing(await ctx.child_sagas())
+        if left:
+            report = await ctx.resume_saga(left[-1].saga_id, self._pipeline)
+        else:
+            fields = dict(self._fields(ctx)) if self._fields is not None else {}
+            report = await ctx.run_saga(self._pipeline, policy=self._policy, **fields)
         if not report.ok:
             raise NestedSagaFailed(report)
         return _output(report)
 
     async def compensate(self, ctx: CompensationContext) -> None:
         """Undo what is left of the child, whichever attempt ran it."""
-        for standing in reversed(await _standing(ctx)):
+        for standing in reversed(_standing(await ctx.child_sagas())):
             report = await ctx.undo_saga(standing.saga_id, self._pipeline)
-            if not report.clean:
+            if report.past_pivot or not report.clean:
                 raise NestedSagaFailed(report)
 
     async def probe(self, ctx: CompensationContext) -> StageOutput | None:
-        """Ask the child's ledger what became of it."""
-        standing = await _standing(ctx)
-        return _output(standing[-1]) if standing else None
+        """Ask the child's ledger what became of it.
+
+        Raises:
+            NestedSagaFailed: It has not come to its end, and something of it may stand.
+        """
+        standing = _standing(await ctx.child_sagas())
+        if not standing:
+            return None
+        if not standing[-1].ok:
+            raise NestedSagaFailed(standing[-1])
+        return _output(standing[-1])
 
 
-async def _standing(ctx: CompensationContext) -> list[SagaReport]:
-    """The children of which anything may stand, one for each attempt that left something."""
-    found, attempt = [], 1
-    while (report := await ctx.saga_report(child_id(ctx.forward_key, attempt))) is not None:
-        attempt += 1
-        if report.status is not SagaStatus.COMPENSATED:
-            found.append(report)
-    return found
+def _standing(children: list[SagaReport]) -> list[SagaReport]:
+    """The children of which anything may stand."""
+    return [report for report in children if report.status is not SagaStatus.COMPENSATED]
 
 
 def _output(report: SagaReport) -> StageOutput:

@@ -8,7 +8,7 @@ exactly as the interrupted one would have (promise 12).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
@@ -27,16 +27,20 @@ from saga.events import (
     FallbackFailed,
     FallbackUsed,
     SagaEnded,
+    SagaResumed,
     SagaStarted,
     SagaStatus,
+    SagaStopped,
     SagaTurnedBack,
     StageCompleted,
     StageEvent,
     StageFailed,
     StageProbed,
+    StageSettled,
     StageSkipped,
     StageStarted,
     TurnReason,
+    Verdict,
 )
 from saga.failures import Failure, FailureKind
 from saga.graph import Graph, Node, Role
@@ -51,8 +55,8 @@ class Try(NamedTuple):
 
     Attributes:
         started_at: When it started, UTC.
-        ended_at: When its outcome was recorded, UTC; None if none was: it still runs, or its process was lost.
-        failed: In what way it failed; None if it did not, or nobody knows.
+        ended_at: When its outcome was recorded, UTC; None if it still runs, or its process was lost.
+        failed: In what way it failed; None if it did not, or still runs.
     """
 
     started_at: datetime
@@ -62,9 +66,10 @@ class Try(NamedTuple):
 
 def _ended(tries: tuple[Try, ...], at: datetime, failed: FailureKind | None = None) -> tuple[Try, ...]:
     """The attempts, with the last one ended; one that has ended, or was never started, is left alone."""
-    if not tries or tries[-1].ended_at is not None:
+    if not tries or tries[-1].ended_at is not None or tries[-1].failed is not None:
         return tries
-    return (*tries[:-1], Try(tries[-1].started_at, at, failed))
+    # When a process was lost, nobody knows; it is noticed when the saga is resumed, which may be a week later.
+    return (*tries[:-1], Try(tries[-1].started_at, None if failed is FailureKind.CRASHED else at, failed))
 
 
 @dataclass(slots=True)
@@ -73,7 +78,12 @@ class StageRecord:
 
     Attributes:
         state: Where it stands; never BLOCKED, which is read off the other stages.
-        attempts: Forward attempts that started.
+        attempts: Attempts of this execution that started.
+        execution: How often it was executed; one more each time that it ran again after it, or what it depends on, was undone.
+        is_acting: An attempt, of the stage or of its compensation, has started and not ended.
+        again: The saga was resumed, and the stage is to run once more.
+        anew: With `again`: as a new execution.
+        attempts_before: How many attempts of this execution had started when the saga was resumed.
         order: Its place in the order in which stages first started; -1 if it never did.
         output: What it gave: when it completed, else its fallback's, else what it returned beside a failure or a skip.
         landed: Its effect is known to have landed.
@@ -84,7 +94,13 @@ class StageRecord:
         failure: Its last failure forward.
         failed: Its execution failed for good, and no probe found its effect; also when that was undone later.
         fell_back: Its fallback stands in.
+        fallback_failed: Its own fallback failed.
         with_branch: It was skipped because something that it depends on failed.
+        past_pivot: It has gone beyond a point of no return of its own, though it did not complete.
+        late_output: What it gave when nobody waited for it any more.
+        settled: What a person said of it last.
+        may_repeat: Though it is in doubt: a person said so.
+        undo_in_question: A process died while it was being compensated.
         undo_attempts: Compensation attempts that started.
         undo_order: Its place in the order in which compensations first started; -1 if none did.
         undo_failure: The last failure of its compensation or probe.
@@ -94,6 +110,11 @@ class StageRecord:
 
     state: StageState = _S.NOT_RUN
     attempts: int = 0
+    execution: int = 0
+    is_acting: bool = False
+    again: bool = False
+    anew: bool = False
+    attempts_before: int = 0
     order: int = -1
     started_at: datetime | None = None
     ended_at: datetime | None = None
@@ -106,7 +127,13 @@ class StageRecord:
     failure: Failure | None = None
     failed: bool = False
     fell_back: bool = False
+    fallback_failed: bool = False
     with_branch: bool = False
+    past_pivot: bool = False
+    late_output: StageOutput | None = None
+    settled: StageSettled | None = None
+    may_repeat: bool = False
+    undo_in_question: bool = False
     skip_reason: str | None = None
     undo_attempts: int = 0
     undo_order: int = -1
@@ -125,9 +152,11 @@ class SagaState:
     Attributes:
         started: How the saga began.
         graph: Its stages.
+        policy: What happens when something fails: the one it was started with, or resumed with last.
         status: Where it stands.
         ended_at: When it came to rest; None while it has not.
-        cause: What stopped it first; None if nothing did.
+        stop: What is known to have stopped it beside the failures of its stages.
+        cause: What stopped it first, since it was started or run on; None if nothing did.
         reason: Why it went backward, the last time; None if it never did.
         failures: Every failure of every attempt, in the order of the ledger.
         stages: What the events say of each stage, in topological order.
@@ -143,8 +172,10 @@ class SagaState:
             raise LedgerCorrupt(f"a saga begins with SagaStarted, this one with {type(first).__name__}; nothing was changed")
         self.started: Final = first
         self.graph: Final[Graph] = first.graph
+        self.policy: FailFast | ContinueWithFallback = first.policy
         self.status = SagaStatus.RUNNING
         self.ended_at: datetime | None = None
+        self.stop: Failure | None = None
         self.cause: Failure | None = None
         self.reason: TurnReason | None = None
         self.failures: list[Failure] = []
@@ -159,12 +190,18 @@ class SagaState:
         """Take in the next event."""
         if isinstance(event, StageEvent):
             self._apply_to_stage(event)
-        elif isinstance(event, SagaTurnedBack):
-            self._turn_back(event)
-        elif isinstance(event, SagaEnded):
-            self._end(event)
-        else:
-            raise self._contradiction("a saga that has started", event)
+            return
+        match event:
+            case SagaTurnedBack():
+                self._turn_back(event)
+            case SagaEnded():
+                self._end(event)
+            case SagaStopped():
+                self._stop(event)
+            case SagaResumed():
+                self._resume(event)
+            case _:
+                raise self._contradiction("a saga that has started", event)
 
     def _end(self, event: SagaEnded) -> None:
         if self.is_running():
@@ -184,9 +221,54 @@ class SagaState:
             raise self._contradiction("a saga whose stages still run", event)
         self.status = SagaStatus.COMPENSATING
         self.reason = event.reason
+        if self.ended_at is not None:
+            self._ask_anew()
         self.ended_at = None
         self.cause = self.cause or event.cause
         self._note(event.cause)
+
+    def _stop(self, event: SagaStopped) -> None:
+        self.stop = event.cause
+        self.cause = self.cause or event.cause
+        self._note(event.cause)
+
+    def _resume(self, event: SagaResumed) -> None:
+        had_ended = self.ended_at is not None
+        if event.forward and not had_ended and self.status is SagaStatus.COMPENSATING:
+            raise self._contradiction("a saga that is compensating", event)
+        if not event.forward and self.reason is None:
+            raise self._contradiction("a saga that never turned back", event)
+        self.is_spotless = False
+        self.policy = event.policy or self.policy
+        self.ended_at = None
+        self._ask_anew()
+        if not event.forward:
+            self.status = SagaStatus.COMPENSATING
+            return
+        self.status = SagaStatus.RUNNING
+        if had_ended:
+            self.stop = self.cause = self.reason = None
+            self._reopen()
+
+    def _ask_anew(self) -> None:
+        """Whoever goes on with a saga that came to rest hopes for the answers that it did not get."""
+        for record in self.stages.values():
+            if record.doubt:
+                record.answer, record.unanswered = None, False
+
+    def _reopen(self) -> None:
+        """Mark what runs once more: what failed, what was undone, and what was worked out from outputs that are gone."""
+        for name, record in self.stages.items():
+            node = self.graph[name]
+            stands = record.landed and node.role is not Role.PLAIN and record.state is not _S.UNDONE
+            lacks_ground = record.state is _S.UNDONE or any(self.stages[below].anew for below in node.dependencies)
+            record.anew = lacks_ground and not stands and not record.doubt
+            ended_badly = record.state in {_S.FAILED, _S.CANCELLED, _S.IN_DOUBT, _S.STUCK} or record.with_branch
+            record.again = not stands and (record.anew or ended_badly) and record.state is not _S.NOT_RUN
+            record.attempts_before = record.attempts
+            if stands and record.state is _S.STUCK:
+                # It could not be undone; now it need not be.
+                record.state = _S.KEPT
 
     def _note(self, failure: Failure | None) -> None:
         # The cause of a turn is usually a stage's failure that is noted already.
@@ -197,40 +279,79 @@ class SagaState:
         record = self.stages.get(event.stage)
         if record is None:
             raise self._contradiction("a saga without that stage", event)
-        if type(event) not in TRANSITIONS[record.state]:
+        if type(event) not in TRANSITIONS[record.state] or not self._is_due(record, event):
             raise self._contradiction(f"stage {event.stage!r} in state {record.state.value}", event)
         self._FOLD[type(event)](self, record, event)
+
+    def _is_due(self, record: StageRecord, event: StageEvent) -> bool:
+        """Whether an event that the state allows is one that the saga waits for."""
+        match event:
+            case StageStarted() | StageSkipped() | StageFailed():
+                return record.again or record.state is _S.NOT_RUN or record.state is _S.RUNNING
+            case StageCompleted(late=late):
+                return late is (record.state is not _S.RUNNING)
+            case CompensationCompleted(late=late):
+                return late is (record.state is _S.STUCK)
+            case StageSettled():
+                return (record.doubt or record.state is _S.STUCK) and self.ended_at is not None
+            case _:
+                return True
 
     def _stage_started(self, record: StageRecord, event: StageStarted) -> None:
         if self.status is not SagaStatus.RUNNING:
             raise self._contradiction(f"a saga that is {self.status.value}", event)
+        if event.execution != record.execution and record.execution:
+            _forget(record)
         if record.order < 0:
             record.order = self._started
             self._started += 1
             record.started_at = event.at
         # What a probe answered holds for the attempts before it.
-        record.state, record.answer = _S.RUNNING, None
-        record.attempts = event.attempt
+        record.state, record.answer, record.unanswered, record.again, record.failed = _S.RUNNING, None, False, False, False
+        record.with_branch, record.skip_reason, record.may_repeat = False, None, False
+        record.is_acting, record.attempts, record.execution = True, event.attempt, event.execution
         record.tries = (*record.tries, Try(event.at))
 
     def _effect_recorded(self, record: StageRecord, event: EffectRecorded) -> None:
         record.effects = (*record.effects, event.effect)
 
     def _stage_completed(self, record: StageRecord, event: StageCompleted) -> None:
+        record.is_acting = False
+        if event.late:
+            self._completed_late(record, event)
+            return
         record.state, record.landed, record.doubt = _S.KEPT, True, False
         record.output, record.ended_at = event.output, event.at
         record.tries = _ended(record.tries, event.at)
+
+    def _completed_late(self, record: StageRecord, event: StageCompleted) -> None:
+        record.late_output = event.output
+        match record.state:
+            case _S.UNDONE:
+                # Which came last, the effect or its compensation, nobody knows.
+                record.state, record.doubt = _S.IN_DOUBT, True
+            case _S.FALLBACK:
+                record.landed, record.doubt = True, False
+                return
+            case _S.STUCK:
+                record.landed, record.doubt = True, False
+            case _:
+                record.state, record.landed, record.doubt, record.failed = _S.KEPT, True, False, False
+        record.output, record.ended_at = event.output, event.at
 
     def _stage_failed(self, record: StageRecord, event: StageFailed) -> None:
         self.is_spotless = False
         # A retry that is called off repeats the failure that it was meant to mend.
         self._note(event.failure)
-        record.failure = event.failure
+        record.failure, record.is_acting = event.failure, False
         record.tries = _ended(record.tries, event.at, event.failure.kind)
-        # An attempt that may have landed is not answered for by a later one that did not.
-        record.doubt = record.doubt or event.in_doubt
+        # An attempt that may have landed is not answered for by a later one that did not, unless the outside world
+        # would have recognised the request.
+        record.doubt = event.in_doubt or (record.doubt and not self.graph[event.stage].idempotent)
+        record.past_pivot = record.past_pivot or event.past_pivot
         if event.will_retry:
             return
+        record.again = False
         record.failed, record.ended_at, record.output = True, event.at, event.output
         if record.doubt:
             record.state = _S.IN_DOUBT
@@ -241,7 +362,7 @@ class SagaState:
 
     def _stage_skipped(self, record: StageRecord, event: StageSkipped) -> None:
         self.is_spotless = self.is_spotless and not record.effects
-        record.state, record.output = _S.SKIPPED, event.output
+        record.state, record.output, record.is_acting, record.again = _S.SKIPPED, event.output, False, False
         record.skip_reason, record.with_branch = event.reason, event.with_branch
         record.ended_at = event.at if record.started_at else None
         record.tries = _ended(record.tries, event.at)
@@ -250,7 +371,8 @@ class SagaState:
         record.state, record.fell_back = _S.FALLBACK, True
         record.output, record.ended_at = event.output, event.at
 
-    def _fallback_failed(self, _record: StageRecord, event: FallbackFailed) -> None:
+    def _fallback_failed(self, record: StageRecord, event: FallbackFailed) -> None:
+        record.fallback_failed = True
         self.failures.append(event.failure)
 
     def _stage_probed(self, record: StageRecord, event: StageProbed) -> None:
@@ -259,14 +381,22 @@ class SagaState:
             record.undo_failure = event.failure
         if event.will_retry:
             return
+        if record.state is _S.COMPENSATING:
+            record.undo_in_question = False
+            if event.landed is False:
+                record.state, record.doubt, record.undo_ended_at = _S.UNDONE, False, event.at
+            return
         if event.landed is None:
             record.unanswered = record.doubt = True
             if record.state is _S.FAILED:
                 record.state = _S.IN_DOUBT
             return
         record.answer, record.doubt = event.landed, False
-        if event.landed:
-            record.state, record.landed, record.failed = _S.KEPT, True, False
+        if record.state in {_S.FALLBACK, _S.SKIPPED}:
+            # What stands in for it was used already: what it gave comes too late.
+            record.landed, record.late_output = event.landed, event.output
+        elif event.landed:
+            record.state, record.landed, record.failed, record.again = _S.KEPT, True, False, False
             record.output, record.ended_at = event.output, event.at
         elif record.state is _S.IN_DOUBT:
             record.state = _S.FAILED
@@ -278,20 +408,47 @@ class SagaState:
             record.undo_order = self._undo_started
             self._undo_started += 1
             record.undo_started_at = event.at
-        record.state, record.undo_attempts = _S.COMPENSATING, event.attempt
+        record.state, record.undo_attempts, record.is_acting = _S.COMPENSATING, event.attempt, True
         record.undo_tries = (*record.undo_tries, Try(event.at))
 
     def _compensation_completed(self, record: StageRecord, event: CompensationCompleted) -> None:
-        record.state, record.doubt = _S.UNDONE, False
+        record.state, record.doubt, record.is_acting = _S.UNDONE, False, False
         record.undo_ended_at = event.at
         record.undo_tries = _ended(record.undo_tries, event.at)
 
     def _compensation_failed(self, record: StageRecord, event: CompensationFailed) -> None:
         self._note(event.failure)
-        record.undo_failure = event.failure
+        record.undo_failure, record.is_acting = event.failure, False
         record.undo_tries = _ended(record.undo_tries, event.at, event.failure.kind)
-        if not event.will_retry:
+        record.undo_in_question = event.failure.kind is FailureKind.CRASHED
+        if event.past_pivot:
+            record.past_pivot, record.doubt = True, False
+            record.state = _S.KEPT if record.landed else _S.FAILED
+        elif not event.will_retry:
             record.state, record.undo_ended_at = _S.STUCK, event.at
+
+    def _stage_settled(self, record: StageRecord, event: StageSettled) -> None:
+        self.is_spotless = False
+        record.settled = event
+        match event.verdict:
+            case Verdict.UNDONE:
+                record.state, record.doubt, record.landed = _S.UNDONE, False, False
+                record.undo_ended_at = event.at
+            case Verdict.KEPT:
+                if not record.fell_back:
+                    record.state, record.failed = _S.KEPT, False
+                    # What it returned beside a failure is no output.
+                    record.output = event.output or (record.output if record.landed else None) or StageOutput.ok()
+                record.doubt, record.landed = False, True
+            case _:
+                self._try_again(record)
+
+    def _try_again(self, record: StageRecord) -> None:
+        record.answer, record.unanswered = None, False
+        # Whether it has landed is as unknown as before; going forward, it may run again all the same.
+        record.may_repeat = True
+        if record.state is _S.STUCK:
+            record.state = _S.KEPT if record.landed else _S.IN_DOUBT if record.doubt else _S.FAILED
 
     _FOLD: ClassVar[dict[type[StageEvent], Callable[[SagaState, StageRecord, Any], None]]] = {
         StageStarted: _stage_started,
@@ -305,6 +462,7 @@ class SagaState:
         CompensationStarted: _compensation_started,
         CompensationCompleted: _compensation_completed,
         CompensationFailed: _compensation_failed,
+        StageSettled: _stage_settled,
     }
 
     def _contradiction(self, found: str, event: Event) -> LedgerCorrupt:
@@ -312,6 +470,13 @@ class SagaState:
             f"saga {self.started.saga_id}: {type(event).__name__} can't follow on {found}; the saga is left as it is. "
             "Compare its ledger with a backup before you go on."
         )
+
+
+def _forget(record: StageRecord) -> None:
+    """A new execution begins: nothing of the one before it stands."""
+    fresh = StageRecord(anew=record.anew)
+    for name in StageRecord.__slots__:
+        setattr(record, name, getattr(fresh, name))
 
 
 class Step(Enum):
@@ -330,11 +495,11 @@ def undo_step(node: Node, record: StageRecord) -> Step:
     """What undoing this stage comes to next."""
     if node.role is Role.PLAIN or record.state is _S.UNDONE:
         return Step.CLEAR
-    if record.state is _S.STUCK:
+    if record.state is _S.STUCK or record.past_pivot:
         return Step.HOLD
     if record.state is _S.COMPENSATING:
-        return Step.COMPENSATE
-    unsure = record.doubt or (record.state is _S.FAILED and node.role is Role.COMPENSABLE)
+        return Step.PROBE if record.undo_in_question and node.can_probe else Step.COMPENSATE
+    unsure = record.doubt or record.state is _S.FAILED
     if unsure and node.can_probe and record.answer is None and not record.unanswered:
         return Step.PROBE
     if node.role is Role.PIVOT:
@@ -344,9 +509,18 @@ def undo_step(node: Node, record: StageRecord) -> Step:
     return Step.COMPENSATE if record.landed or record.effects else Step.CLEAR
 
 
+def _is_kept_by_word(record: StageRecord) -> bool:
+    return record.settled is not None and record.settled.verdict is Verdict.KEPT
+
+
 def protected(state: SagaState) -> frozenset[str]:
-    """The pivots that have completed and everything that they depend on: never compensated (promise 10)."""
-    return state.graph.with_ancestors(node.name for node in state.graph.nodes if node.role is Role.PIVOT and state.stages[node.name].landed)
+    """What is never compensated: completed pivots, what a person said is to be kept, and everything that they depend on (promise 10)."""
+    stays = (
+        name
+        for name, record in state.stages.items()
+        if record.past_pivot or (record.landed and (state.graph[name].is_point_of_no_return or _is_kept_by_word(record)))
+    )
+    return state.graph.with_ancestors(stays)
 
 
 def orphans(state: SagaState) -> frozenset[str]:
@@ -366,14 +540,15 @@ def orphans(state: SagaState) -> frozenset[str]:
 
 def undo_scope(state: SagaState, policy: FailFast | ContinueWithFallback, reason: TurnReason) -> frozenset[str]:
     """The stages that going backward for this reason is about; the others stand and hold nothing up."""
+    said = state.graph.with_ancestors(name for name, record in state.stages.items() if _is_kept_by_word(record))
     if reason is not TurnReason.ORPHANS:
         # What a fallback stands in for is no foundation of what followed, so a pivot does not protect its remains.
         replaced = {name for name, record in state.stages.items() if record.fell_back}
-        return (frozenset(state.graph.names) - protected(state)) | replaced
+        return ((frozenset(state.graph.names) - protected(state)) | replaced) - said
     # Read off what happened forward, which stays: a stage that is undone or stuck meanwhile is still in the scope.
     left_over = {name for name, record in state.stages.items() if record.failed or record.skip_reason is not None}
     serves_nothing = orphans(state) if isinstance(policy, ContinueWithFallback) and policy.orphans == "compensate" else frozenset()
-    return serves_nothing | left_over
+    return (serves_nothing | left_over) - said
 
 
 class Rollback:
@@ -411,8 +586,12 @@ class Rollback:
         """This stage stands and will go on standing."""
         if self._on_failure == "halt":
             self.stop()
-        elif self._on_failure == "continue":
+        elif self._goes_past(name):
             self.clear(name)
+
+    def _goes_past(self, name: str) -> bool:
+        # Nothing goes past a pivot that has completed, or may have (promise 10).
+        return self._on_failure == "continue" and not self._state.graph[name].is_point_of_no_return
 
     def stop(self) -> None:
         """Let no further stage be taken."""
@@ -435,7 +614,7 @@ class Rollback:
                 case Step.CLEAR:
                     pending += self._release(name)
                 case Step.HOLD:
-                    if self._on_failure == "continue":
+                    if self._goes_past(name):
                         pending += self._release(name)
                 case _:
                     heapq.heappush(self._open, (-record.order, name))
@@ -475,16 +654,21 @@ class Move:
     status: SagaStatus | None = None
 
 
+def stopping(state: SagaState, policy: FailFast | ContinueWithFallback) -> Iterator[tuple[str, Failure]]:
+    """The stages whose failure the policy lets stop the saga, unless a fallback stands in."""
+    if isinstance(policy, ContinueWithFallback) and policy.without_fallback == "skip_branch":
+        return
+    for name, record in state.stages.items():
+        failure = record.failure
+        if failure is None or record.again or record.state not in {_S.FAILED, _S.IN_DOUBT}:
+            continue
+        if failure.kind is not FailureKind.INTERRUPTED:
+            yield name, failure
+
+
 def unabsorbed(state: SagaState, policy: FailFast | ContinueWithFallback) -> Failure | None:
     """The first failure of a stage that the policy lets stop the saga."""
-    if isinstance(policy, ContinueWithFallback) and policy.without_fallback == "skip_branch":
-        return None
-    stopping = [
-        record.failure
-        for record in state.stages.values()
-        if record.failure is not None and record.state in {_S.FAILED, _S.IN_DOUBT} and record.failure.kind is not FailureKind.INTERRUPTED
-    ]
-    return min(stopping, key=state.failures.index, default=None)
+    return min((failure for _, failure in stopping(state, policy)), key=state.failures.index, default=None)
 
 
 def conclude(state: SagaState, policy: FailFast | ContinueWithFallback, stop: Failure | None) -> Move:

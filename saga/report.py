@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 from stageflow.api import StageOutput
 
-from saga.errors import MisuseError, SagaError, SagaFailed
-from saga.events import AnyEvent, SagaStatus
+from saga.errors import LedgerConflict, MisuseError, SagaError, SagaFailed
+from saga.events import AnyEvent, SagaStatus, StageSettled, Verdict
 from saga.failures import Failure
 from saga.ledger import StageState
 from saga.outputs import Output, Plain, copied, copied_output
-from saga.policies import ContinueWithFallback, FailFast
-from saga.recovery import SagaState, StageRecord, Try, stage_states
+from saga.recovery import SagaState, StageRecord, Try, protected, stage_states
 from saga.render.drawing import drawing
 from saga.render.graph import graph_svg
 from saga.render.html import fragment, page
@@ -46,6 +46,29 @@ class CompensationReport(BaseModel):
     tries: tuple[Try, ...] = ()
 
 
+class Settlement(BaseModel):
+    """What a person said of a stage that was stuck or in doubt.
+
+    Attributes:
+        verdict: What they said.
+        note: Why.
+        by: Who.
+        at: When, UTC.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    verdict: Verdict
+    note: str
+    by: str
+    at: datetime
+
+    @classmethod
+    def of(cls, event: StageSettled) -> Self:
+        """Project the event."""
+        return cls(verdict=event.verdict, note=event.note, by=event.by, at=event.at)
+
+
 class StageReport(BaseModel):
     """What became of one stage.
 
@@ -59,6 +82,10 @@ class StageReport(BaseModel):
         effects: What it recorded with `ctx.record`, oldest first.
         fallback: Whether its output is its fallback's.
         skip_reason: Why it was skipped, if it was.
+        late_output: What it gave when it had been given up and nobody waited for it any more.
+        executions: How often it was executed; one more each time that it ran again after it was undone.
+        settled: What a person said of it last.
+        children: The sagas that this execution and those before it ran, oldest first.
         probed: What its probe answered: whether its effect had landed; None if it gave no answer.
         compensation: What became of its compensation; None if neither it nor a probe was tried.
         dependencies: The stages that it waits for.
@@ -76,13 +103,17 @@ class StageReport(BaseModel):
     effects: tuple[Plain, ...] = ()
     fallback: bool = False
     skip_reason: str | None = None
+    late_output: Output | None = None
+    executions: int = 0
+    settled: Settlement | None = None
+    children: tuple[SagaReport, ...] = ()
     probed: bool | None = None
     compensation: CompensationReport | None = None
     dependencies: tuple[str, ...] = ()
     tries: tuple[Try, ...] = ()
 
     @classmethod
-    def of(cls, record: StageRecord, state: StageState, dependencies: tuple[str, ...]) -> Self:
+    def of(cls, record: StageRecord, state: StageState, dependencies: tuple[str, ...], children: tuple[SagaReport, ...] = ()) -> Self:
         """Project what the events say of one stage."""
         if record.state is _S.NOT_RUN:
             return cls(state=state, dependencies=dependencies)
@@ -105,6 +136,10 @@ class StageReport(BaseModel):
             effects=tuple(copied(effect) for effect in record.effects),
             fallback=record.fell_back,
             skip_reason=record.skip_reason,
+            late_output=None if record.late_output is None else copied_output(record.late_output),
+            executions=record.execution,
+            settled=None if record.settled is None else Settlement.of(record.settled),
+            children=children,
             probed=record.answer,
             compensation=undo,
             dependencies=dependencies,
@@ -125,6 +160,7 @@ class SagaReport(BaseModel):
         ended_at: When it came to rest, UTC; None while it has not.
         stages: Every stage of the pipeline, in topological order.
         compensation_order: The stages whose compensations started, in the order in which they did.
+        past_pivot: Whether something of it can't be undone any more: a pivot has completed, or a person said that it is to be kept.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -138,23 +174,29 @@ class SagaReport(BaseModel):
     ended_at: datetime | None = None
     stages: dict[str, StageReport]
     compensation_order: tuple[str, ...] = ()
+    past_pivot: bool = False
 
     @classmethod
-    def of(cls, state: SagaState, policy: FailFast | ContinueWithFallback) -> Self:
-        """Project a saga's state."""
+    def of(cls, state: SagaState, children: Mapping[str, tuple[SagaReport, ...]] | None = None) -> Self:
+        """Project a saga's state, and the reports of the sagas that its stages ran."""
+        children = children or {}
         undone = sorted((record.undo_order, name) for name, record in state.stages.items() if record.undo_order >= 0)
-        shown = stage_states(state, policy)
+        shown = stage_states(state, state.policy)
         return cls(
             saga_id=state.started.saga_id,
             pipeline=state.started.pipeline,
             status=state.status,
             cause=state.cause,
             # The saga's own (deadline, caller) reach the ledger when the stages have been drained.
-            failures=tuple(sorted(state.failures, key=lambda failure: failure.at)),
+            failures=tuple(sorted([*state.failures, *_of_children(children)], key=lambda failure: failure.at)),
             started_at=state.started.at,
             ended_at=state.ended_at,
-            stages={name: StageReport.of(record, shown[name], state.graph[name].dependencies) for name, record in state.stages.items()},
+            stages={
+                name: StageReport.of(record, shown[name], state.graph[name].dependencies, children.get(name, ()))
+                for name, record in state.stages.items()
+            },
             compensation_order=tuple(name for _, name in undone),
+            past_pivot=bool(protected(state)),
         )
 
     @classmethod
@@ -164,11 +206,19 @@ class SagaReport(BaseModel):
         Raises:
             LedgerCorrupt: The events contradict the transition table.
         """
-        state = SagaState(events)
-        return cls.of(state, state.started.policy)
+        return cls.of(SagaState(events))
 
     def _outputs(self, *states: StageState) -> dict[str, StageOutput | None]:
         return {name: stage.output for name, stage in self.stages.items() if stage.state in states}
+
+    def _with_children(self, state: StageState) -> dict[str, StageOutput | None]:
+        found: dict[str, StageOutput | None] = {}
+        for name, stage in self.stages.items():
+            if stage.state is state:
+                found[name] = stage.output
+            for child in stage.children:
+                found |= {f"{name}/{inner}": output for inner, output in child._with_children(state).items()}  # noqa: SLF001 - of its own kind
+        return found
 
     def _names(self, state: StageState) -> tuple[str, ...]:
         return tuple(name for name, stage in self.stages.items() if stage.state is state)
@@ -185,18 +235,21 @@ class SagaReport(BaseModel):
 
     @property
     def stuck(self) -> dict[str, StageOutput | None]:
-        """The outputs of stages whose compensation failed for good: their effect stands."""
-        return self._outputs(_S.STUCK)
+        """The outputs of stages whose compensation failed for good: their effect stands.
+
+        A stage of a nested saga is named by its path, here and below: `book_hotel/charge_deposit`.
+        """
+        return self._with_children(_S.STUCK)
 
     @property
     def blocked(self) -> dict[str, StageOutput | None]:
         """The outputs of stages that are still in effect because something that depends on them is stuck or in doubt."""
-        return self._outputs(_S.BLOCKED)
+        return self._with_children(_S.BLOCKED)
 
     @property
     def in_doubt(self) -> dict[str, StageOutput | None]:
         """The stages of which nobody knows whether their effect landed, with what they returned, if anything."""
-        return self._outputs(_S.IN_DOUBT)
+        return self._with_children(_S.IN_DOUBT)
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -282,3 +335,38 @@ class SagaReport(BaseModel):
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         """What a notebook may choose from."""
         return {"text/plain": str(self), "image/svg+xml": self.to_svg(), "text/html": self._repr_html_()}
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What became of the sagas whose processes were thought to be gone.
+
+    Attributes:
+        reports: By id, of those that went on.
+        held: By id, of those that somebody alive holds after all.
+        failed: By id, of those that could not go on, and why.
+    """
+
+    reports: dict[str, SagaReport] = field(default_factory=dict)
+    held: dict[str, LedgerConflict] = field(default_factory=dict)
+    failed: dict[str, SagaError] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """A line for every saga."""
+        lines = [f"{saga_id}: {report.status.value.upper()}" for saga_id, report in self.reports.items()]
+        lines += [f"{saga_id}: left alone, {error}" for saga_id, error in self.held.items()]
+        lines += [f"{saga_id}: not recovered, {error}" for saga_id, error in self.failed.items()]
+        return "\n".join(lines) or "No saga has lost its process."
+
+
+def _of_children(children: Mapping[str, tuple[SagaReport, ...]]) -> list[Failure]:
+    """The failures of child sagas, their stages named by their paths."""
+    return [
+        failure.model_copy(update={"stage": name if failure.stage is None else f"{name}/{failure.stage}"})
+        for name, reports in children.items()
+        for report in reports
+        for failure in report.failures
+    ]
+
+
+StageReport.model_rebuild()

@@ -296,7 +296,7 @@ def test_a_saga_that_is_alive_cannot_be_undone_on_demand() -> None:
     async def too_early() -> None:
         running = asyncio.create_task(coordinator.run(three, saga_id="s"))
         await elapse(1)
-        with pytest.raises(MisuseError, match="expected a saga that has come to rest, got saga s, which is running"):
+        with pytest.raises(MisuseError, match="expected a saga that nobody is running, got saga s, which is running here"):
             await coordinator.compensate("s", three)
         await running
 

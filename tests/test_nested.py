@@ -8,9 +8,22 @@ from typing import Any
 import pytest
 from stageflow.api import Pipeline, PipelineContext, StageOutput
 
-from saga import Compensation, FailFast, MisuseError, Retry, SagaCoordinator, SagaReport, SagaStatus, StageState, nested
+from saga import (
+    Compensation,
+    FailFast,
+    LedgerError,
+    MisuseError,
+    Retry,
+    SagaCoordinator,
+    SagaReport,
+    SagaStatus,
+    StageState,
+    compensable,
+    nested,
+)
 from saga.nested import NestedSagaFailed
 from tests.controlled import elapse, run
+from tests.dying import Dying
 from tests.world import SEQUENCE, CardDeclined, Script, World, scene
 
 IMPATIENT = FailFast(compensation=Compensation(retry=Retry(attempts=1)))
@@ -224,3 +237,269 @@ def test_a_child_that_raises_through_is_told_with_its_own_words() -> None:
     assert str(error) == "its saga s is completed"
     assert isinstance(error, Exception)
     assert not isinstance(error, CardDeclined)
+
+
+# -- hard cases ------------------------------------------------------------------------------------------------------
+
+
+def generations(
+    scripts: dict[str, Script], kinds: dict[str, str] | None = None, policy: Any = None, pay_within: float | None = None
+) -> tuple[World, Pipeline]:
+    """trip (before -> book_hotel -> after) runs hotel (room -> charge_deposit -> confirm) runs bank (open -> pay), in one world."""
+    shape = {
+        "before": (),
+        "room": ("before",),
+        "open": ("room",),
+        "pay": ("open",),
+        "confirm": ("pay",),
+        "after": ("confirm",),
+        "aside": (),
+    }
+    world, flat = scene(shape, scripts, kinds)
+    stages: dict[str, Any] = {name: spec.runner for name, spec in flat.stages.items()}
+    stages["pay"].timeout = pay_within
+    bank = Pipeline(name="bank").with_stage("open", stages["open"]).with_stage("pay", stages["pay"], dependencies=("open",))
+    hotel = (
+        Pipeline(name="hotel")
+        .with_stage("room", stages["room"])
+        .with_stage("charge_deposit", nested(bank, policy), dependencies=("room",))
+        .with_stage("confirm", stages["confirm"], dependencies=("charge_deposit",))
+    )
+    trip = (
+        Pipeline(name="trip")
+        .with_stage("before", stages["before"])
+        .with_stage("book_hotel", nested(hotel, policy), dependencies=("before",))
+        .with_stage("after", stages["after"], dependencies=("book_hotel",))
+        .with_stage("aside", stages["aside"])
+    )
+    return world, trip
+
+
+PATH = "book_hotel/charge_deposit/pay"
+
+
+def test_what_is_stuck_in_a_grandchild_surfaces_with_its_path_and_is_settled_by_it() -> None:
+    world, trip = generations({"pay": Script(undo_fails=9), "after": Script("raise")}, policy=IMPATIENT)
+    coordinator = SagaCoordinator(IMPATIENT)
+
+    stuck = run(coordinator.run(trip, saga_id="s"))
+
+    assert stuck.status is SagaStatus.STUCK
+    assert list(stuck.stuck) == ["book_hotel", "book_hotel/charge_deposit", PATH]
+    assert list(stuck.blocked) == ["before", "book_hotel/room", "book_hotel/charge_deposit/open"]
+    assert PATH in {failure.stage for failure in stuck.failures}
+    assert f"await coordinator.settle('s', '{PATH}', 'undone', note='...')" in str(stuck)
+    assert str(stuck).count("coordinator.settle") == 1
+    assert world.standing.keys() == {"before", "room", "open", "pay"}
+    assert SagaReport.model_validate_json(stuck.model_dump_json()) == stuck
+
+    world.undo("pay")
+    settled = run(coordinator.settle("s", PATH, "undone", "the bank gave it back", by="ann"))
+    report = run(coordinator.resume("s", trip))
+
+    assert settled.status is SagaStatus.STUCK
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.clean
+    assert world.standing == {}
+    assert world.undone() == ["aside", "confirm", "pay", "open", "room", "before"]
+    assert world.refusals == []
+    grandchild = report.stages["book_hotel"].children[0].stages["charge_deposit"].children[0]
+    assert grandchild.stages["pay"].settled is not None
+    assert grandchild.stages["pay"].settled.by == "ann"
+
+
+def test_a_child_that_does_not_come_clean_on_its_own_way_back_surfaces_too() -> None:
+    world, trip = generations({"room": Script(undo_fails=9), "confirm": Script("raise")}, policy=IMPATIENT)
+    coordinator = SagaCoordinator(IMPATIENT)
+
+    report = run(coordinator.run(trip, saga_id="s"))
+
+    assert report.status is SagaStatus.STUCK
+    assert "book_hotel/room" in report.stuck
+    assert world.standing.keys() == {"before", "room"}
+    assert "book_hotel/confirm" in {failure.stage for failure in report.failures}
+
+
+def test_a_parent_that_stops_lets_its_children_start_nothing_more() -> None:
+    world, trip = generations({"room": Script(before=5), "aside": Script("raise", before=1)})
+
+    report = run(SagaCoordinator().run(trip, saga_id="s"))
+
+    assert "+pay" not in world.log
+    assert world.log == ["+before", "+room", "-room", "-before"]
+    assert report.status is SagaStatus.COMPENSATED
+    child = report.stages["book_hotel"].children[0]
+    assert child.status is SagaStatus.COMPENSATED
+    assert child.cause is not None
+    assert child.cause.message == "the saga that runs it is stopping"
+
+
+def test_a_cancel_by_id_reaches_a_stage_of_a_grandchild() -> None:
+    world, trip = generations({"pay": Script(before=5)})
+    coordinator = SagaCoordinator()
+
+    async def play() -> SagaReport:
+        running = asyncio.create_task(coordinator.run(trip, saga_id="s"))
+        while "pay" not in world.running:
+            await elapse(1)
+        await coordinator.cancel("s", "the customer left")
+        return await running
+
+    report = run(play())
+
+    assert "+confirm" not in world.log
+    assert [name for name in world.undone() if name != "aside"] == ["pay", "open", "room", "before"]
+    assert world.standing == {}
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+    assert report.cause.message == "the customer left"
+
+
+def test_a_child_that_is_begun_when_its_parent_is_stopping_runs_nothing() -> None:
+    world, child = scene({"x": ()})
+    _, parent = scene({"fails": ()}, {"fails": Script("raise", before=1)})
+
+    async def hesitates(ctx: Any) -> dict[str, str]:
+        await elapse(5)
+        return {"became": (await ctx.run_saga(child)).status.value}
+
+    async def nothing(_: Any) -> None: ...
+
+    report = run(SagaCoordinator().run(parent.with_stage("hesitates", compensable(hesitates, nothing)), saga_id="s"))
+
+    assert world.log == []
+    output = report.stages["hesitates"].output
+    assert output is not None
+    assert output.data == {"became": "compensated"}
+
+
+def test_a_child_that_cannot_go_on_fails_its_parents_stage_until_it_is_settled() -> None:
+    halting = FailFast(on_failure="halt")
+    world, trip = generations({"pay": Script("hang", lands=True)}, policy=halting, pay_within=1)
+    coordinator = SagaCoordinator(halting)
+    first = run(coordinator.run(trip, saga_id="s"))
+
+    second = run(coordinator.resume("s", trip))
+    run(coordinator.settle("s", PATH, "kept", "the bank has it"))
+    third = run(coordinator.resume("s", trip))
+
+    assert first.status is second.status is SagaStatus.HALTED
+    assert list(second.in_doubt) == ["book_hotel", "book_hotel/charge_deposit", PATH]
+    assert any("pay in doubt, without a probe and not idempotent" in failure.message for failure in second.failures)
+    assert third.status is SagaStatus.COMPLETED
+    assert all(count == 1 for count in world.standing.values())
+
+
+def test_of_two_stuck_stages_of_a_child_each_is_settled_by_its_path() -> None:
+    shape = {"a": (), "b": ()}
+    world, child = scene(shape, {name: Script(undo_fails=9) for name in shape})
+
+    async def fail(_: Any) -> None:
+        raise CardDeclined
+
+    parent = Pipeline(name="parent").with_stage("child", nested(child, IMPATIENT)).with_stage("fail", fail, "work", dependencies=("child",))
+    coordinator = SagaCoordinator(IMPATIENT)
+    stuck = run(coordinator.run(parent, saga_id="s"))
+    assert list(stuck.stuck) == ["child", "child/a", "child/b"]
+
+    for name in shape:
+        world.undo(name)
+        run(coordinator.settle("s", f"child/{name}", "undone", "by hand"))
+    report = run(coordinator.resume("s", parent))
+
+    assert report.status is SagaStatus.COMPENSATED
+
+
+def test_what_a_person_keeps_in_a_child_keeps_what_the_child_stands_on() -> None:
+    world, trip = generations({"pay": Script(undo_fails=9), "after": Script("raise")}, policy=IMPATIENT)
+    coordinator = SagaCoordinator(IMPATIENT)
+    run(coordinator.run(trip, saga_id="s"))
+
+    run(coordinator.settle("s", PATH, "kept", "the customer keeps it"))
+    report = run(coordinator.resume("s", trip))
+
+    assert report.status is SagaStatus.HALTED
+    assert report.clean
+    assert report.past_pivot
+    assert report.stages["book_hotel"].state is StageState.KEPT
+    assert world.standing.keys() == {"before", "room", "open", "pay"}
+
+
+def test_a_pivot_within_a_child_protects_what_the_child_stands_on() -> None:
+    world, trip = generations({"after": Script("raise", then=("ok",))}, {"pay": "pivot"})
+    coordinator = SagaCoordinator()
+
+    halted = run(coordinator.run(trip, saga_id="s"))
+    report = run(coordinator.resume("s", trip))
+
+    assert halted.status is SagaStatus.HALTED
+    assert halted.past_pivot
+    assert halted.compensation_order == ("aside",)
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+before", "+aside", "+room", "+open", "+pay", "+confirm", "-aside", "+aside", "+after"]
+
+
+def test_a_child_that_fails_after_its_pivot_halts_the_parent_and_both_go_on_from_there() -> None:
+    world, trip = generations({"confirm": Script("raise", then=("ok",))}, {"pay": "pivot"})
+    coordinator = SagaCoordinator()
+
+    halted = run(coordinator.run(trip, saga_id="s"))
+
+    assert halted.status is SagaStatus.HALTED
+    assert halted.stages["book_hotel"].state is StageState.FAILED
+    assert halted.stages["before"].state is StageState.KEPT
+    assert world.standing.keys() == {"before", "room", "open", "pay"}
+
+    report = run(coordinator.resume("s", trip))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.standing.keys() == {"before", "room", "open", "pay", "confirm", "after", "aside"}
+    assert all(count == 1 for count in world.standing.values())
+    assert len(report.stages["book_hotel"].children) == 1
+
+
+def test_a_child_that_fails_before_its_pivot_is_undone_with_its_parent() -> None:
+    world, trip = generations({"pay": Script("raise")}, {"pay": "pivot"})
+
+    report = run(SagaCoordinator().run(trip, saga_id="s"))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+def test_a_halted_child_goes_on_when_its_parent_does() -> None:
+    halting = FailFast(on_failure="halt")
+    world, trip = generations({"pay": Script("raise", then=("ok",))}, policy=halting)
+    coordinator = SagaCoordinator(halting)
+
+    halted = run(coordinator.run(trip, saga_id="s"))
+    report = run(coordinator.resume("s", trip))
+
+    assert halted.status is SagaStatus.HALTED
+    assert report.status is SagaStatus.COMPLETED
+    assert [name for name in world.log if name != "+aside"] == ["+before", "+room", "+open", "+pay", "+confirm", "+after"]
+    assert len(report.stages["book_hotel"].children) == 1
+    assert [child.status for child in report.stages["book_hotel"].children] == [SagaStatus.COMPLETED]
+
+
+@pytest.mark.parametrize("failing", [None, "after", "confirm"])
+def test_killed_at_any_event_a_family_comes_back_as_if_it_had_not_been(failing: str | None) -> None:
+    """Promise 11 with children and grandchildren, whose ledgers break together with their parent's."""
+    names = {"before", "room", "open", "pay", "confirm", "after", "aside"}
+    survived = 0
+    for killed_after in range(80):
+        scripts = {failing: Script("raise")} if failing else {}
+        world, trip = generations(scripts, dict.fromkeys(names, "probed"))
+        ledger = Dying(killed_after)
+        try:
+            report = run(SagaCoordinator(ledger=ledger).run(trip, saga_id="s"))
+            survived += 1
+        except LedgerError:
+            ledger.left = 10_000
+            ledger.forget_owners()
+            report = run(SagaCoordinator(ledger=ledger).resume("s", trip))
+
+        assert world.refusals == [], killed_after
+        assert world.standing.keys() == (set() if failing else names), (killed_after, str(report))
+        assert report.status is (SagaStatus.COMPENSATED if failing else SagaStatus.COMPLETED), (killed_after, str(report))
+    assert survived

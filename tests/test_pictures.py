@@ -516,6 +516,35 @@ def test_attempts_look_like_how_they_ended() -> None:
     assert "not run" in texts(parsed(report.to_svg("timeline")))
 
 
+def test_of_an_attempt_whose_process_was_lost_only_the_start_is_known() -> None:
+    story = Story("p", {"a": ()}).fails("a", 0, 9_000, "its process is gone", kind=FailureKind.CRASHED, in_doubt=True, will_retry=True)
+    story.tell(9_001, StageStarted, stage="a", attempt=2)
+    report = story.tell(9_003, StageCompleted, stage="a", output=StageOutput.ok()).ends(9_003, SagaStatus.COMPLETED).report
+
+    assert report.stages["a"].tries == ((moment(0), None, FailureKind.CRASHED), (moment(9_001), moment(9_003), None))
+    lost, done = bars(report).items()
+    assert lost[0] == "a, attempt 1: in doubt, 0.0 ms; its process is gone"
+    assert lost[1][0] == "in_doubt"
+    assert done[1][2] == pytest.approx(560 - 34)
+    assert "failed (crashed)" in details(report, "a")
+
+
+def test_an_undoing_that_a_probe_found_to_have_landed_has_no_end_of_its_own() -> None:
+    story = Story("p", {"a": (), "b": ("a",)}).done("a", 0, 1).fails("b", 1, 2, "no").turns_back(2)
+    story.tell(2, CompensationStarted, stage="a", attempt=1)
+    report = story.tell(3, StageProbed, stage="a", landed=False).ends(3, SagaStatus.COMPENSATED).report
+
+    assert report.stages["a"].state is StageState.UNDONE
+    assert bars(report)["a, attempt 1: in doubt, 0.0 ms"][0] == "in_doubt"
+
+
+def test_a_later_failure_does_not_end_an_attempt_again_whose_process_was_lost() -> None:
+    story = Story("p", {"a": ()}).fails("a", 0, 5, "its process is gone", kind=FailureKind.CRASHED, will_retry=True)
+    report = story.tell(9, StageFailed, stage="a", failure=failure("a", "called off", 9)).report
+
+    assert report.stages["a"].tries == ((moment(0), None, FailureKind.CRASHED),)
+
+
 def test_an_attempt_ends_when_its_outcome_is_known_and_not_when_a_fallback_a_probe_or_a_wait_is_over() -> None:
     story = Story("p", {"a": ()}, policy=ContinueWithFallback()).fails("a", 0, 1, "no")
     fell_back = story.tell(9, FallbackUsed, stage="a", output=StageOutput.ok(), source="stage").ends(9, SagaStatus.DEGRADED).report
@@ -710,6 +739,23 @@ def test_the_details_hold_effects_tracebacks_and_the_failures_of_a_nested_saga()
     assert "not mine" not in said
     assert "Output" not in said
     assert "deadline" not in said
+
+
+def test_the_details_hold_the_sagas_within_and_what_came_late() -> None:
+    report = Story("p", {"hotel": ()}).fails("hotel", 0, 1, "late", kind=FailureKind.TIMEOUT, in_doubt=True).report
+    stage = report.stages["hotel"].model_copy(update={"children": (three_stages(),), "late_output": StageOutput.ok(room=9)})
+
+    said = details(report.model_copy(update={"stages": {"hotel": stage}}), "hotel")
+
+    assert "it completed late, when it had been given up" in said
+    assert 'Output that came late { "room": 9 }' in said
+    assert "Saga within Saga 7f3a (book_trip): COMPENSATED after 1.24 s Cause: stage 'charge_card' raised" in said
+
+
+def test_what_to_call_next_stands_out_as_code() -> None:
+    header = twelve_stages().to_html().partition("<main>")[0]
+
+    assert "<p><code><bdi>await coordinator.settle(&#x27;7f3a&#x27;, &#x27;charge_card&#x27;" in header
 
 
 def nest(depth: int) -> Any:

@@ -106,6 +106,7 @@ class Script:
         then: The outcomes of further attempts; the last one is repeated.
         undo_fails: How many of its compensation's attempts fail.
         undo_takes: Seconds.
+        undo_bears_repetition: The outside world recognises a request to undo that it has carried out.
         probe: Whether it can be asked.
     """
 
@@ -118,6 +119,7 @@ class Script:
     undo_fails: int = 0
     undo_takes: float = 0.0
     order_matters: bool = True
+    undo_bears_repetition: bool = False
     attempts: list[str] = field(default_factory=list)
     undo_attempts: int = 0
 
@@ -140,10 +142,11 @@ async def perform(world: World, name: str, script: Script, ctx: SagaContext, *, 
             await script.gate.wait()
         if script.before:
             await elapse(script.before)
-        if (outcome == "ok" or script.lands) and key not in world.keys:
-            # A repeated attempt has its effect once.
-            world.keys.add(key)
-            world.land(name)
+        if outcome == "ok" or script.lands:
+            if key not in world.keys:
+                # A repeated attempt has its effect once.
+                world.keys.add(key)
+                world.land(name)
             if records:
                 await ctx.record(name)
         if script.after:
@@ -185,6 +188,8 @@ class Scripted(CompensableStage):
 
     async def compensate(self, ctx: CompensationContext) -> None:
         self.script.undo_attempts += 1
+        if self.script.undo_bears_repetition and ctx.idempotency_key in self.world.keys:
+            return
         self.world.begin_undo(self.name, order_matters=self.script.order_matters)
         try:
             if self.script.undo_takes:
@@ -192,6 +197,7 @@ class Scripted(CompensableStage):
             if self.script.undo_attempts <= self.script.undo_fails:
                 raise CardDeclined(f"undoing {self.name} was declined")
             self.world.undo(self.name)
+            self.world.keys.add(ctx.idempotency_key)
         except asyncio.CancelledError:
             self.world.refusals.append(f"the compensation of {self.name} was interrupted")
             raise

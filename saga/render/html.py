@@ -77,7 +77,7 @@ def _header(report: SagaReport, its: Drawing) -> str:
     parts = [tag("h1", _text(shortened(its.title, _LINE)) or "Saga"), tag("p", _sign(its.state) + its.verdict, class_="verdict")]
     if report.cause is not None:
         parts.append(tag("p", f"Cause: {_text(str(report.cause))}", class_="cause", tabindex="0"))
-    parts += [tag("p", _text(line)) for line in what_to_do(report)]
+    parts += [tag("p", tag("code", _text(line.strip())) if line.startswith(" ") else _text(line)) for line in what_to_do(report)]
     ended = f", ended {_moment(report.ended_at)}" if report.ended_at is not None else ""
     parts.append(tag("p", f"Saga {tag('code', _text(report.saga_id))}, started {_moment(report.started_at)}{ended}", class_="faint"))
     links = (("#graph", "Graph"), ("#timeline", "Timeline"), ("#stages", "Stages"), ("#details", "Details"))
@@ -142,6 +142,10 @@ def _details(name: str, stage: StageReport, report: SagaReport, anchors: dict[st
     parts += _values("Effects", list(stage.effects))
     if stage.output is not None:
         parts += _values("Output", stage.output.data)
+    if stage.late_output is not None:
+        parts += _values("Output that came late", stage.late_output.data)
+    for child in stage.children:
+        parts += [tag("h4", "Saga within"), tag("pre", _text(_cut(str(child))))]
     for failure in report.failures:
         if failure.stage is not None and (failure.stage == name or failure.stage.startswith(f"{name}/")):
             parts += _failure(failure)
@@ -153,7 +157,7 @@ def _tries(title: str, tries: tuple[Try, ...]) -> list[str]:
         return []
     items = []
     for started, ended, failed in tries:
-        outcome = "no outcome recorded" if ended is None else "completed" if failed is None else f"failed ({failed.value})"
+        outcome = f"failed ({failed.value})" if failed is not None else "completed" if ended is not None else "no outcome recorded"
         took = f", {duration((ended - started).total_seconds())}" if ended is not None else ""
         items.append(tag("li", f"{_moment(started)}{took}, {outcome}"))
     return [tag("h4", title), tag("ol", "".join(items))]

@@ -76,17 +76,19 @@ def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
     if stage.state is StageState.STUCK and undo is not None and undo.failure is not None:
         tries = "once" if undo.attempts == 1 else f"{undo.attempts} times"
         return f"its compensation failed {tries}, the last: {_said(undo.failure.type, undo.failure.message)}"
-    if stage.state is StageState.BLOCKED:
-        return "held back by what is stuck, in doubt or not undone"
     if stage.state is StageState.SKIPPED:
         return stage.skip_reason or ""
-    parts = []
+    parts = ["held back by what is stuck, in doubt or not undone"] if stage.state is StageState.BLOCKED else []
+    if stage.settled is not None:
+        parts.append(f"settled as {stage.settled.verdict.value} by {stage.settled.by}: {stage.settled.note}")
+    if stage.late_output is not None:
+        parts.append("it completed late, when it had been given up")
     if stage.failure is not None:
         mended = "at first it " if stage.state is StageState.KEPT or (undo and stage.output and not stage.effects) else ""
         parts.append(mended + str(stage.failure).removeprefix(f"stage {name!r} "))
     if stage.probed is not None:
         parts.append("asked, it had landed" if stage.probed else "asked, it had not landed")
-    if stage.state is StageState.UNDONE and undo is not None:
+    if stage.state is StageState.UNDONE and undo is not None and name in report.compensation_order:
         parts.append(f"undone {_ordinal(report.compensation_order.index(name) + 1)} in {seconds(undo.started_at, undo.ended_at)}")
         if undo.attempts > 1 and undo.failure is not None:
             parts.append(f"at attempt {undo.attempts}, after {_said(undo.failure.type, undo.failure.message)}")
@@ -102,6 +104,20 @@ def _said(kind: str, message: str) -> str:
     return f"{kind.rpartition('.')[2]}: {message}" if kind else message
 
 
+def _how_to_settle(report: SagaReport) -> list[str]:
+    """The exact next steps, for the innermost stages: what runs them finds out by itself."""
+    open_ones = [*report.stuck, *report.in_doubt]
+    innermost = [name for name in open_ones if not any(other.startswith(f"{name}/") for other in open_ones)]
+    settling = [f"  await coordinator.settle({report.saga_id!r}, {name!r}, 'undone', note='...')" for name in innermost]
+    if not settling:
+        return [f"To do: it was not undone to the end; go on with: await coordinator.resume({report.saga_id!r}, pipeline)"]
+    return [
+        "To do: look at the outside world, put it right by hand, and say so ('undone', 'kept' or 'retry'); then go on:",
+        *settling,
+        f"  await coordinator.resume({report.saga_id!r}, pipeline)",
+    ]
+
+
 def what_to_do(report: SagaReport) -> list[str]:
     """What is still in effect, and what a person has to do, a line each."""
     lines = []
@@ -114,9 +130,11 @@ def what_to_do(report: SagaReport) -> list[str]:
             lines.append(f"{label}: {', '.join(names)}.")
     match report.status:
         case SagaStatus.STUCK:
-            lines.append("To do: look at what is named above in the outside world, and put it right there by hand.")
+            lines += _how_to_settle(report)
+        case SagaStatus.HALTED if report.in_doubt:
+            lines += _how_to_settle(report)
         case SagaStatus.HALTED:
-            lines.append("To do: what was done is kept. Mend the cause, then go on, or undo it.")
+            lines.append(f"To do: what was done is kept. Mend the cause, then: await coordinator.resume({report.saga_id!r}, pipeline)")
         case SagaStatus.RUNNING | SagaStatus.COMPENSATING:
             lines.append("It has not come to rest: it is running, or its process is gone.")
         case _:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable
 from datetime import datetime
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -55,6 +54,7 @@ _MEANINGS: Final = {
     _S.UNDONE: "effect undone",
 }
 _SOLID: Final = frozenset({_S.KEPT, _S.UNDONE})
+_ALIVE: Final = frozenset({_S.RUNNING, _S.COMPENSATING})
 
 
 class _Bar(NamedTuple):
@@ -94,14 +94,23 @@ def timeline_section(report: SagaReport) -> str:
 def _panels(report: SagaReport) -> dict[str, list[_Row]]:
     """What ran in each direction."""
     said = {(failure.stage, failure.attempt, failure.kind): failure.message for failure in report.failures}
-    now = max((at for stage in report.stages.values() for at in (stage.started_at, stage.ended_at) if at), default=report.started_at)
+    undos = {name: stage.compensation.tries if stage.compensation is not None else () for name, stage in report.stages.items()}
+    every = [each for name, stage in report.stages.items() for each in (*stage.tries, *undos[name])]
+    now = max((at for each in every for at in (each.started_at, each.ended_at) if at is not None), default=report.started_at)
     forward, backward = [], []
 
-    def bars(name: str, tries: Iterable[Try], done: StageState, open_: StageState) -> tuple[_Bar, ...]:
+    def bars(name: str, tries: tuple[Try, ...], done: StageState) -> tuple[_Bar, ...]:
         found = []
         for attempt, (start, ended, failed) in enumerate(tries, 1):
-            state = _FAILED.get(failed, _S.FAILED) if failed is not None else open_ if ended is None else done
-            end = max(start, ended or now)
+            state, end = done, ended
+            if failed is not None:
+                state = _FAILED.get(failed, _S.FAILED)
+            elif ended is None and attempt == len(tries) and report.stages[name].state in _ALIVE:
+                state, end = report.stages[name].state, now
+            elif ended is None:
+                state = _S.IN_DOUBT
+            # Of an attempt whose process was lost only the start is known.
+            end = max(start, end or start)
             why = said.get((name, attempt, failed), "") if failed is not None else ""
             hint = f"{name}, attempt {attempt}: {words_of(state)}, {duration((end - start).total_seconds())}"
             found.append(_Bar(start, end, state, f"{hint}; {why}" if why else hint))
@@ -109,13 +118,12 @@ def _panels(report: SagaReport) -> dict[str, list[_Row]]:
 
     for name, stage in report.stages.items():
         done = _S.SKIPPED if stage.skip_reason is not None else _S.KEPT
-        tried = bars(name, stage.tries, done, _S.RUNNING if stage.state is _S.RUNNING else _S.IN_DOUBT)
+        tried = bars(name, stage.tries, done)
         is_cause = report.cause is not None and report.cause.stage == name
         note = _took(tried) + (", cause" if is_cause else "") if tried else words_of(stage.state)
         forward.append(_Row(pill(14, 4, stage.state), name, tried, note))
     for place, name in enumerate(report.compensation_order, 1):
-        undo = report.stages[name].compensation
-        tried = bars(name, undo.tries if undo is not None else (), _S.UNDONE, _S.COMPENSATING)
+        tried = bars(name, undos[name], _S.UNDONE)
         backward.append(_Row(badge(16, 12, str(place)), name, tried, _took(tried)))
     return {"Forward": forward, "Backward": backward} if backward else {"Forward": forward}
 

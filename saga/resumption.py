@@ -1,0 +1,203 @@
+"""Going on with a saga that nobody runs: what is recorded, and what is then to be done. Pure, like all that decides.
+
+A crash is no second code path: what the dead process left open is recorded as failed attempts, and the same plan is entered later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from saga.errors import MisuseError
+from saga.events import (
+    AnyEvent,
+    CompensationFailed,
+    SagaResumed,
+    SagaStatus,
+    SagaTurnedBack,
+    StageFailed,
+    StageSettled,
+    TurnReason,
+    Verdict,
+)
+from saga.failures import Failure, FailureKind
+from saga.graph import Role
+from saga.ledger import StageState
+from saga.policies import ContinueWithFallback, FailFast, Policy
+from saga.recovery import Rollback, SagaState, StageRecord, Step, final_status, stage_states, stopping, undo_step
+
+_S = StageState
+
+
+class Direction(Enum):
+    """Where a saga goes on to."""
+
+    FORWARD = auto()
+    BACKWARD = auto()
+    CONCLUDE = auto()
+    """Its forward run had been stopped: what follows from that is still to be done."""
+    NOWHERE = auto()
+    """Nothing is left to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chapter:
+    """How a saga goes on.
+
+    Attributes:
+        direction: Where to.
+        events: What is recorded first.
+        reason: Going backward, why.
+        stop: To be concluded, what had stopped it.
+        why_not: Going nowhere, why.
+    """
+
+    direction: Direction
+    events: tuple[AnyEvent, ...] = ()
+    reason: TurnReason | None = None
+    stop: Failure | None = None
+    why_not: str = ""
+
+
+def resumption(events: Sequence[AnyEvent], policy: Policy | None, *, forward: bool | None, by: str) -> Chapter:
+    """How a saga goes on that is resumed.
+
+    Args:
+        events: Its ledger.
+        policy: Its policy from here on; None: as before.
+        forward: As the caller wants it: None, True or False.
+        by: Who resumes it.
+
+    Raises:
+        MisuseError: It would run stages again that are in doubt.
+    """
+    state = SagaState(events)
+    chosen = policy if policy is not None else state.policy
+    ahead = SagaResumed(forward=True, policy=policy, by=by)
+    back = SagaResumed(forward=False, policy=policy, by=by)
+    if state.ended_at is None:
+        if state.reason is not None:
+            return Chapter(Direction.BACKWARD, (back, *crashed(state, goes_on=False)), state.reason)
+        stop = stopped_by(state, chosen)
+        direction = Direction.FORWARD if stop is None else Direction.CONCLUDE
+        return Chapter(direction, (ahead, *crashed(state, goes_on=stop is None)), stop=stop)
+    if state.status is SagaStatus.STUCK and state.reason is not None and not forward:
+        if not len(Rollback(SagaState([*events, back]), chosen, state.reason)):
+            return Chapter(Direction.NOWHERE, why_not="nothing can be undone before what is stuck or in doubt is settled")
+        return Chapter(Direction.BACKWARD, (back,), state.reason)
+    if state.status in {SagaStatus.COMPLETED, SagaStatus.DEGRADED}:
+        trial = SagaState([*events, ahead])
+        if not any(record.again for record in trial.stages.values()):
+            return Chapter(Direction.NOWHERE, why_not=f"it is {state.status.value}, nothing is left to run")
+    _refuse_undecided(state)
+    return Chapter(Direction.FORWARD, (ahead,))
+
+
+def undoing(events: Sequence[AnyEvent], *, by: str) -> Chapter:
+    """How a saga goes on that is undone on demand."""
+    state = SagaState(events)
+    if state.status is SagaStatus.COMPENSATING:
+        return resumption(events, None, forward=False, by=by)
+    turned = SagaTurnedBack(reason=TurnReason.REQUEST)
+    begun = (*crashed(state, goes_on=False), turned)
+    if state.ended_at is not None and not len(Rollback(SagaState([*events, *begun]), state.policy, TurnReason.REQUEST)):
+        return Chapter(Direction.NOWHERE, why_not="nothing is left to undo")
+    return Chapter(Direction.BACKWARD, begun, TurnReason.REQUEST)
+
+
+def stopped_by(state: SagaState, policy: FailFast | ContinueWithFallback) -> Failure | None:
+    """What had stopped a forward run whose process died, as far as its ledger tells; None if it may go on."""
+    if state.stop is not None:
+        return state.stop
+    found = [failure for name, failure in stopping(state, policy) if not _awaits_fallback(state, name, policy)]
+    cancelled = (record for record in state.stages.values() if record.state is _S.CANCELLED and not record.again)
+    found += [record.failure for record in cancelled if record.failure is not None]
+    return min(found, key=state.failures.index, default=None)
+
+
+def _awaits_fallback(state: SagaState, name: str, policy: FailFast | ContinueWithFallback) -> bool:
+    if not isinstance(policy, ContinueWithFallback):
+        return False
+    return name in policy.fallbacks or (state.graph[name].has_fallback and not state.stages[name].fallback_failed)
+
+
+def undecided(state: SagaState) -> tuple[str, ...]:
+    """The stages that would run again, though nobody knows whether they have had their effect and nothing can tell."""
+    return tuple(
+        name
+        for name, record in state.stages.items()
+        if record.doubt
+        and record.state in {_S.IN_DOUBT, _S.STUCK}
+        and not (record.may_repeat or state.graph[name].can_probe or state.graph[name].idempotent)
+    )
+
+
+def status_at_rest(state: SagaState, policy: FailFast | ContinueWithFallback) -> SagaStatus:
+    """Where a saga stands that had come to rest, after something became known of one of its stages."""
+    if state.reason is not None:
+        return final_status(state, policy)
+    if state.status not in {SagaStatus.COMPLETED, SagaStatus.DEGRADED, SagaStatus.STUCK}:
+        return state.status
+    # What a fallback had stood in for has come late: it serves nothing, and stands.
+    return SagaStatus.STUCK if len(Rollback(state, policy, TurnReason.ORPHANS)) else final_status(state, policy)
+
+
+def crashed(state: SagaState, *, goes_on: bool) -> list[StageFailed | CompensationFailed]:
+    """What the death of a saga's process has done to what was under way.
+
+    Args:
+        state: The saga's, as its process left it.
+        goes_on: Whether stages that were running are attempted again.
+    """
+    found: list[StageFailed | CompensationFailed] = []
+    for name, record in state.stages.items():
+        message = "its process is gone; what became of it is not in the ledger"
+        if record.state is _S.COMPENSATING:
+            failure = Failure.of(name, FailureKind.CRASHED, message, attempt=record.undo_attempts)
+            found.append(CompensationFailed(stage=name, failure=failure, will_retry=True))
+        elif record.state is _S.RUNNING:
+            failure = Failure.of(name, FailureKind.CRASHED, message, attempt=record.attempts)
+            if not record.is_acting and record.failure is not None:
+                # It waited for its next attempt.
+                failure = record.failure
+            in_doubt = record.is_acting and state.graph[name].role is not Role.PLAIN
+            if record.is_acting or not goes_on:
+                found.append(StageFailed(stage=name, failure=failure, in_doubt=in_doubt, will_retry=goes_on))
+    return found
+
+
+def _refuse_undecided(state: SagaState) -> None:
+    names = undecided(state)
+    if names:
+        raise MisuseError(
+            "a saga whose stages in doubt can be asked, or can run again",
+            got=f"{', '.join(names)} in doubt, without a probe and not idempotent",
+            hint="Look whether the effect has landed, then say so: settle(saga_id, stage, 'kept' or 'undone', note).",
+        )
+
+
+def refusal(state: SagaState, said: StageSettled) -> MisuseError | None:
+    """Why a person's word on a stage can't be taken; None if it can."""
+    record, node = state.stages[said.stage], state.graph[said.stage]
+    if state.ended_at is None:
+        return MisuseError("a saga that has come to rest", got=f"one that is {state.status.value}", stage=said.stage)
+    shown = stage_states(state, state.policy)[said.stage]
+    if shown not in {StageState.STUCK, StageState.IN_DOUBT}:
+        return MisuseError("a stage that is stuck or in doubt", got=f"one that is {shown.value}", stage=said.stage)
+    # Going forward, a retry runs it once more; going backward, something has to be there to be tried.
+    if (
+        said.verdict is Verdict.RETRY
+        and shown is StageState.IN_DOUBT
+        and state.reason is not None
+        and undo_step(node, _asked_anew(record)) is Step.HOLD
+    ):
+        return MisuseError(
+            "undone or kept", got="retry", stage=said.stage, hint="It has neither a probe nor a compensation that copes with doubt."
+        )
+    return None
+
+
+def _asked_anew(record: StageRecord) -> StageRecord:
+    return dataclasses.replace(record, answer=None, unanswered=False)

@@ -1,0 +1,337 @@
+"""What ignores its cancel is given up in time; what it comes to later is not lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from stageflow.api import Pipeline, StageOutput
+
+from saga import (
+    CompensableStage,
+    Compensation,
+    CompensationContext,
+    ContinueWithFallback,
+    FailFast,
+    MemoryLedger,
+    Policy,
+    Retry,
+    SagaContext,
+    SagaCoordinator,
+    SagaReport,
+    SagaStatus,
+    StageState,
+)
+from saga.events import SagaEnded, StageCompleted
+from tests.controlled import elapse, run
+from tests.world import Script, World, scene
+
+S = StageState
+
+
+class Deaf(CompensableStage):
+    """Does its work only once it is released, however often it is cancelled meanwhile."""
+
+    def __init__(self, world: World, *, deaf_undo: bool = False) -> None:
+        self.world = world
+        self.released = asyncio.Event()
+        self.deaf_undo = deaf_undo
+        self.undone_with: list[Any] = []
+        self.outcome: Callable[[], Any] = lambda: StageOutput.ok(seat="14A")
+
+    async def _wait(self) -> None:
+        while not self.released.is_set():
+            try:
+                await self.released.wait()
+            except asyncio.CancelledError:
+                continue
+
+    async def execute(self, ctx: SagaContext) -> Any:
+        if not self.deaf_undo:
+            await self._wait()
+        self.world.land("deaf")
+        return self.outcome()
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        if self.deaf_undo:
+            await self._wait()
+        self.undone_with.append(None if ctx.output is None else ctx.output.data)
+        self.world.begin_undo("deaf")
+        self.world.undo("deaf")
+        self.world.end_undo("deaf")
+
+
+class Doubtful(Deaf):
+    compensate_in_doubt = True
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        self.undone_with.append("in doubt" if ctx.in_doubt else ctx.output)
+        if "deaf" in self.world.standing:
+            self.world.undo("deaf")
+
+
+class DeniedByProbe(Deaf):
+    async def probe(self, ctx: CompensationContext) -> None:
+        return None
+
+
+def play(
+    kind: type[Deaf] = Deaf,
+    policy: Policy | None = None,
+    *,
+    released_when: Callable[[SagaReport | None], bool] = lambda report: report is not None,
+    outcome: Callable[[], Any] | None = None,
+    before: tuple[str, ...] = ("a",),
+) -> tuple[World, Deaf, SagaReport, SagaReport, SagaReport]:
+    """a -> deaf: the report that the caller gets, the one after the latecomer, and the one after resuming."""
+    world, pipeline = scene({"a": ()}, {"a": Script(undo_takes=20)})
+    world.dependencies["deaf"] = ("a",)
+
+    async def main() -> tuple[Deaf, SagaReport, SagaReport, SagaReport]:
+        stage = kind(world)
+        if outcome is not None:
+            stage.outcome = outcome
+        whole = pipeline.with_stage("deaf", stage, dependencies=before)
+        coordinator = SagaCoordinator(policy or FailFast(timeout=10, cancel_grace=2))
+        running = asyncio.create_task(coordinator.run(whole, saga_id="s"))
+        while not running.done() and not released_when(None):
+            await elapse(1)
+        if not running.done():
+            stage.released.set()
+        first = await running
+        stage.released.set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        second = await coordinator.report("s")
+        third = await coordinator.resume("s", whole)
+        assert coordinator._alive == {}
+        assert coordinator._late == {}
+        return stage, first, second, third
+
+    return world, *run(main())
+
+
+def test_the_caller_gets_its_report_in_time_and_the_late_completion_is_recorded_and_undone_on_resume() -> None:
+    world, stage, first, late, resumed = play()
+
+    assert first.status is SagaStatus.STUCK
+    assert first.stages["deaf"].state is S.IN_DOUBT
+    assert first.cause is not None
+    assert "ignored its cancel for 2 s and was given up; it may still be running" in first.cause.message
+    assert late.status is SagaStatus.STUCK
+    assert late.stages["deaf"].state is S.BLOCKED
+    assert late.stages["deaf"].late_output == StageOutput.ok(seat="14A")
+    assert late.stages["deaf"].output == StageOutput.ok(seat="14A")
+    assert "it completed late, when it had been given up" in str(late)
+    assert resumed.status is SagaStatus.COMPENSATED
+    assert stage.undone_with == [{"seat": "14A"}]
+    assert world.standing == {}
+    assert world.refusals == []
+
+
+def test_what_comes_late_while_the_saga_goes_backward_is_undone_at_once() -> None:
+    shape = {"a": (), "slow": ()}
+    world, pipeline = scene(shape, {"slow": Script(undo_takes=20)})
+    world.dependencies["deaf"] = ("a",)
+
+    async def main() -> SagaReport:
+        stage = Deaf(world)
+        whole = pipeline.with_stage("deaf", stage, dependencies=("a",))
+        coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2))
+        running = asyncio.create_task(coordinator.run(whole, saga_id="s"))
+        while "slow" not in world.undoing:
+            await elapse(1)
+        stage.released.set()
+        return await running
+
+    report = run(main())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.stages["deaf"].late_output == StageOutput.ok(seat="14A")
+    assert world.undone() == ["slow", "deaf", "a"]
+    assert world.standing == {}
+
+
+def test_what_comes_late_after_it_was_compensated_in_doubt_is_in_doubt_again() -> None:
+    world, stage, first, late, resumed = play(Doubtful)
+
+    assert first.status is SagaStatus.COMPENSATED
+    assert late.status is SagaStatus.STUCK
+    assert late.stages["deaf"].state is S.IN_DOUBT
+    assert resumed.status is SagaStatus.COMPENSATED
+    assert stage.undone_with == ["in doubt", "in doubt"]
+    assert world.standing == {}
+
+
+def test_what_comes_late_against_the_word_of_its_probe_stands() -> None:
+    world, _, first, late, resumed = play(DeniedByProbe)
+
+    assert first.status is SagaStatus.COMPENSATED
+    assert first.stages["deaf"].probed is False
+    assert late.status is SagaStatus.STUCK
+    assert "deaf" in late.blocked
+    assert resumed.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+def test_what_comes_late_although_a_fallback_stands_in_is_undone_on_resume() -> None:
+    policy = ContinueWithFallback(timeout=10, cancel_grace=2, fallbacks={"deaf": {"seat": None}})
+    world, stage, first, late, resumed = play(policy=policy)
+
+    assert first.status is SagaStatus.STUCK
+    assert late.status is SagaStatus.STUCK
+    assert resumed.status is SagaStatus.DEGRADED
+    assert resumed.kept["deaf"].data == {"seat": None}
+    assert stage.undone_with == [{"seat": "14A"}]
+    assert set(world.standing) == {"a"}
+
+
+@pytest.mark.parametrize("outcome", [lambda: StageOutput.fail("too late"), lambda: 42, lambda: StageOutput.skip("never mind")])
+def test_what_fails_late_changes_nothing(outcome: Callable[[], Any]) -> None:
+    _, _, first, late, _ = play(outcome=outcome)
+
+    assert first == late
+
+
+def test_a_compensation_that_comes_to_its_end_late_has_undone_its_stage() -> None:
+    world, pipeline = scene({"a": ()})
+    world.dependencies["deaf"] = ("a",)
+
+    async def main() -> tuple[SagaReport, SagaReport, SagaReport]:
+        stage = Deaf(world, deaf_undo=True)
+
+        async def fail(_: Any) -> None:
+            raise ValueError
+
+        whole = pipeline.with_stage("deaf", stage, dependencies=("a",)).with_stage("fail", fail, "work", dependencies=("deaf",))
+        coordinator = SagaCoordinator(FailFast(cancel_grace=2, compensation=Compensation(timeout=10, retry=Retry(attempts=1))))
+        first = await coordinator.run(whole, saga_id="s")
+        stage.released.set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return first, await coordinator.report("s"), await coordinator.resume("s", whole)
+
+    first, late, resumed = run(main())
+
+    assert first.stages["deaf"].state is S.STUCK
+    assert late.stages["deaf"].state is S.UNDONE
+    assert late.status is SagaStatus.STUCK
+    assert set(late.blocked) == {"a"}
+    assert resumed.status is SagaStatus.COMPENSATED
+    assert world.undone() == ["deaf", "a"]
+
+
+def test_what_comes_too_late_to_be_recorded_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    class Gone(MemoryLedger):
+        async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
+            if any(isinstance(event, StageCompleted) and event.late for event in events):
+                from saga import LedgerError
+
+                raise LedgerError("disk full")
+            await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
+
+    world, pipeline = scene({"a": ()})
+
+    async def main() -> None:
+        stage = Deaf(world)
+        coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2), ledger=Gone())
+        await coordinator.run(pipeline.with_stage("deaf", stage, dependencies=("a",)), saga_id="s")
+        stage.released.set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    with caplog.at_level(logging.ERROR, "saga"):
+        run(main())
+
+    assert "saga s: what came late (StageCompleted) could not be recorded; look at its stages in the outside world" in caplog.text
+
+
+def test_a_blocked_thread_does_not_hold_up_the_report_and_its_completion_is_recorded() -> None:
+    """In real time: a thread that nobody can cancel."""
+    go = threading.Event()
+
+    class Blocking(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> dict[str, Any]:
+            task = asyncio.ensure_future(asyncio.to_thread(go.wait, 60))
+            while not task.done():
+                try:
+                    await asyncio.shield(task)
+                except asyncio.CancelledError:
+                    continue
+            return {"written": True}
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    pipeline = Pipeline().with_stage("blocking", Blocking())
+
+    async def main() -> tuple[SagaReport, SagaReport]:
+        coordinator = SagaCoordinator(FailFast(timeout=0.05, cancel_grace=0.05))
+        first = await asyncio.wait_for(coordinator.run(pipeline, saga_id="s"), 5)
+        go.set()
+        while not (late := await coordinator.report("s")).stages["blocking"].late_output:
+            await asyncio.sleep(0)
+        return first, late
+
+    first, late = asyncio.run(main())
+
+    assert first.status is SagaStatus.STUCK
+    assert set(first.in_doubt) == {"blocking"}
+    assert late.stages["blocking"].output == StageOutput.ok(written=True)
+
+
+def test_a_compensation_that_fails_late_leaves_its_stage_stuck() -> None:
+    world = World({"deaf": ()})
+
+    class FailsLate(Deaf):
+        async def compensate(self, ctx: CompensationContext) -> None:
+            await self._wait()
+            raise OSError("refused")
+
+    async def main() -> tuple[SagaReport, SagaReport]:
+        stage = FailsLate(world, deaf_undo=True)
+
+        async def fail(_: Any) -> None:
+            raise ValueError
+
+        pipeline = Pipeline().with_stage("deaf", stage).with_stage("fail", fail, "work", dependencies=("deaf",))
+        coordinator = SagaCoordinator(FailFast(cancel_grace=2, compensation=Compensation(timeout=10, retry=Retry(attempts=1))))
+        first = await coordinator.run(pipeline, saga_id="s")
+        stage.released.set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return first, await coordinator.report("s")
+
+    first, late = run(main())
+
+    assert first == late
+    assert set(late.stuck) == {"deaf"}
+
+
+def test_what_comes_while_the_saga_is_coming_to_rest_is_recorded_behind_its_end() -> None:
+    released: list[Deaf] = []
+
+    class ReleasesAtTheEnd(MemoryLedger):
+        async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
+            if any(isinstance(event, SagaEnded) for event in events):
+                released[0].released.set()
+                await elapse(1)
+            await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
+
+    world = World({"deaf": ()})
+
+    async def main() -> SagaReport:
+        stage = Deaf(world)
+        released.append(stage)
+        coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2), ledger=ReleasesAtTheEnd())
+        await coordinator.run(Pipeline().with_stage("deaf", stage), saga_id="s")
+        await elapse(5)
+        return await coordinator.report("s")
+
+    report = run(main())
+
+    assert report.stages["deaf"].late_output == StageOutput.ok(seat="14A")
+    assert report.status is SagaStatus.STUCK

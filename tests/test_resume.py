@@ -1,0 +1,912 @@
+"""Going on with a saga that has come to rest: forward with what had completed, backward with what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stageflow.api import Pipeline, StageOutput
+
+from saga import (
+    CompensableStage,
+    Compensation,
+    CompensationContext,
+    ContinueWithFallback,
+    FailFast,
+    FailureKind,
+    GraphChanged,
+    LedgerConflict,
+    LedgerError,
+    MemoryLedger,
+    MisuseError,
+    Policy,
+    Retry,
+    SagaContext,
+    SagaCoordinator,
+    SagaNotFound,
+    SagaReport,
+    SagaStatus,
+    StageState,
+)
+from saga.events import (
+    CompensationCompleted,
+    FallbackUsed,
+    SagaEnded,
+    SagaResumed,
+    SagaStopped,
+    SagaTurnedBack,
+    StageCompleted,
+    StageStarted,
+)
+from saga.recovery import SagaState
+from tests.controlled import run
+from tests.dying import Dying
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Probed, Script, Scripted, World, scene
+
+HALT = FailFast(on_failure="halt")
+IMPATIENT = Compensation(retry=Retry(attempts=1))
+S = StageState
+
+
+def first_run(pipeline: Pipeline, policy: Policy = HALT, **fields: Any) -> tuple[SagaCoordinator, SagaReport]:
+    coordinator = SagaCoordinator(policy)
+    return coordinator, run(coordinator.run(pipeline, saga_id="s", **fields))
+
+
+# -- forward ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_halted_saga_runs_only_what_had_not_completed() -> None:
+    world, pipeline = scene(DIAMOND, {"b": Script("raise", before=1, then=("ok",))})
+    coordinator, halted = first_run(pipeline)
+    assert halted.status is SagaStatus.HALTED
+    assert set(world.standing) == {"a", "c"}
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert report.cause is None
+    assert world.log == ["+a", "+c", "+b", "+d"]
+    assert report.stages["b"].attempts == 2
+    assert [failure.stage for failure in report.failures] == ["b"]
+
+
+def test_what_had_completed_gives_its_output_to_what_runs_now() -> None:
+    seen: dict[str, Any] = {}
+    fails = [True]
+
+    async def price(_: Any) -> StageOutput:
+        return StageOutput.ok(amount=5)
+
+    async def charge(ctx: Any) -> None:
+        if fails.pop():
+            raise CardDeclined
+        seen.update(amount=ctx.inputs.get_from("price", "amount"), text=ctx.snapshot.input_text)
+
+    pipeline = Pipeline().with_stage("price", price, "work").with_stage("charge", charge, "work", dependencies=("price",))
+    coordinator, _ = first_run(pipeline, input_text="OSL-JFK")
+    fails.append(False)
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert seen == {"amount": 5, "text": "OSL-JFK"}
+
+
+class Keyed(CompensableStage):
+    """Says with which keys it ran and was undone; fails as often as it is told to."""
+
+    def __init__(self, fails: int = 0) -> None:
+        self.keys: list[tuple[int, str]] = []
+        self.undo_keys: list[str] = []
+        self.fails = fails
+
+    async def execute(self, ctx: SagaContext) -> None:
+        self.keys.append((ctx.attempt, ctx.idempotency_key))
+        if len(self.keys) <= self.fails:
+            raise CardDeclined
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        assert ctx.idempotency_key == f"{ctx.forward_key}/undo"
+        self.undo_keys.append(ctx.forward_key)
+
+
+def test_a_stage_that_failed_runs_on_with_its_key_and_its_count() -> None:
+    stage = Keyed(fails=3)
+    pipeline = Pipeline().with_stage("pay", stage)
+    coordinator, _ = first_run(pipeline, FailFast(on_failure="halt", retry=Retry(attempts=2, wait=0)))
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert stage.keys == [(1, "s/pay"), (2, "s/pay"), (3, "s/pay"), (4, "s/pay")]
+    assert report.stages["pay"].executions == 1
+
+
+def test_a_stage_that_was_undone_runs_again_with_another_key() -> None:
+    stage, after = Keyed(), Keyed(fails=1)
+    pipeline = Pipeline().with_stage("seat", stage).with_stage("pay", after, dependencies=("seat",))
+    coordinator, undone = first_run(pipeline, FailFast())
+    assert undone.status is SagaStatus.COMPENSATED
+
+    report = run(coordinator.resume("s", pipeline))
+    again = run(coordinator.compensate("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert report.stages["seat"].executions == 2
+    assert again.status is SagaStatus.COMPENSATED
+    assert stage.keys == [(1, "s/seat"), (1, "s/seat~2")]
+    # Its inputs are others than before: a key stands for one request with one content.
+    assert after.keys == [(1, "s/pay"), (1, "s/pay~2")]
+    assert stage.undo_keys == ["s/seat", "s/seat~2"]
+    assert after.undo_keys == ["s/pay~2"]
+
+
+def test_a_plain_stage_that_used_what_was_undone_runs_again() -> None:
+    scripts = {name: Script() for name in "abc"} | {"c": Script("raise", then=("ok",))}
+    world, pipeline = scene(SEQUENCE, scripts, {"b": "plain"})
+    coordinator, _ = first_run(pipeline, FailFast())
+    assert world.standing == {}
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert scripts["b"].attempts == ["ok", "ok"]
+    assert world.log == ["+a", "-a", "+a", "+c"]
+
+
+def test_a_redrive_that_fails_again_undoes_what_both_runs_did() -> None:
+    world, pipeline = scene(DIAMOND, {"d": Script("raise")})
+    coordinator, _ = first_run(pipeline)
+
+    report = run(coordinator.resume("s", pipeline, policy=FailFast()))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+    assert report.compensation_order[-1] == "a"
+    assert [failure.attempt for failure in report.failures] == [1, 2]
+
+
+def test_a_changed_policy_is_taken_and_recorded() -> None:
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise", then=("raise", "ok"))})
+    coordinator, _ = first_run(pipeline)
+    patient = FailFast(retry=Retry(attempts=2, wait=0))
+
+    report = run(coordinator.resume("s", pipeline, policy=patient, by="ann"))
+
+    assert report.status is SagaStatus.COMPLETED
+    (resumed,) = [event for event in run(coordinator.ledger.read("s")) if isinstance(event, SagaResumed)]
+    assert (resumed.forward, resumed.policy, resumed.by) == (True, patient, "ann")
+    assert world.log == ["+a", "+b", "+c"]
+
+
+def test_a_graph_that_changed_is_refused_with_the_difference_and_nothing_runs() -> None:
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise")})
+    coordinator, _ = first_run(pipeline)
+    other_world, other = scene(SEQUENCE | {"c": ("a",), "d": ("c",)})
+    before = run(coordinator.ledger.read("s"))
+
+    with pytest.raises(GraphChanged) as caught:
+        run(coordinator.resume("s", other))
+
+    assert caught.value.differences == ("stage 'd' is new", "stage 'c': dependencies was ['b'], is ['a']")
+    assert run(coordinator.ledger.read("s")) == before
+    assert other_world.log == []
+    assert run(coordinator.resume("s", pipeline)).status is SagaStatus.HALTED
+    assert world.log == ["+a", "+b"]
+
+
+def test_a_saga_that_has_ended_well_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "saga")
+    world, pipeline = scene(SEQUENCE, {"b": Script("raise")})
+    coordinator, degraded = first_run(pipeline, ContinueWithFallback(fallbacks={"b": {}}))
+    before = run(coordinator.ledger.read("s"))
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report == degraded
+    assert report.status is SagaStatus.DEGRADED
+    assert run(coordinator.ledger.read("s")) == before
+    assert "saga s: it is degraded, nothing is left to run" in caplog.text
+    assert world.log == ["+a", "+c"]
+
+
+def test_a_saga_that_went_on_without_a_branch_takes_it_up_again() -> None:
+    world, pipeline = scene({"a": (), "b": ("a",), "c": ("b",), "d": ("a",)}, {"b": Script("raise", then=("ok",))})
+    coordinator, degraded = first_run(pipeline, ContinueWithFallback(without_fallback="skip_branch"))
+    assert degraded.status is SagaStatus.DEGRADED
+    assert degraded.skipped == ("c",)
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "+d", "+b", "+c"]
+
+
+def test_a_saga_that_a_stage_cancelled_runs_on() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("cancel", then=("ok",))})
+    coordinator, cancelled = first_run(pipeline, FailFast())
+    assert cancelled.status is SagaStatus.CANCELLED
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "+b", "+c"]
+
+
+@pytest.mark.parametrize("landed", [True, False])
+def test_what_is_in_doubt_is_asked_before_it_runs_again(landed: bool) -> None:  # noqa: FBT001 - the case
+    script = Script("hang", lands=landed, then=("ok",))
+    world, pipeline = scene(SEQUENCE, {"b": script}, {"b": "probed"})
+    coordinator, _ = first_run(pipeline, FailFast(timeout=1, on_failure="halt"))
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert script.attempts == (["hang"] if landed else ["hang", "ok"])
+    assert world.log == ["+a", "+b", "+c"]
+
+
+def test_what_is_in_doubt_and_cannot_be_asked_has_to_be_settled_first() -> None:
+    script = Script("hang", lands=True, then=("ok",))
+    world, pipeline = scene(SEQUENCE, {"b": script})
+    coordinator, halted = first_run(pipeline, FailFast(timeout=1, on_failure="halt"))
+    assert halted.stages["b"].state is S.IN_DOUBT
+    before = run(coordinator.ledger.read("s"))
+
+    with pytest.raises(MisuseError, match=r"got b in doubt, without a probe and not idempotent\. Look whether the effect has landed"):
+        run(coordinator.resume("s", pipeline))
+
+    assert run(coordinator.ledger.read("s")) == before
+    run(coordinator.settle("s", "b", "kept", "the bank has it", output={"receipt": 7}))
+    report = run(coordinator.resume("s", pipeline))
+    assert report.status is SagaStatus.COMPLETED
+    assert report.kept["b"].data == {"receipt": 7}
+    assert script.attempts == ["hang"]
+    assert set(world.standing) == set("abc")
+
+
+def test_an_idempotent_stage_in_doubt_runs_again_with_its_key() -> None:
+    script = Script("hang", lands=True, then=("ok",))
+    world, pipeline = scene(SEQUENCE, {"b": script})
+    pipeline.stages["b"].runner.idempotent = True  # type: ignore[union-attr] # a scripted stage
+    coordinator, _ = first_run(pipeline, FailFast(timeout=1, on_failure="halt"))
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert script.attempts == ["hang", "ok"]
+    assert world.log == ["+a", "+b", "+c"]
+
+
+def test_a_stuck_saga_may_be_told_to_go_forward_instead() -> None:
+    world, pipeline = scene(DIAMOND, {"b": Script(undo_fails=9), "d": Script("raise", then=("ok",))})
+    coordinator, stuck = first_run(pipeline, FailFast(compensation=IMPATIENT))
+    assert stuck.status is SagaStatus.STUCK
+    assert set(stuck.stuck) == {"b"}
+    assert set(world.standing) == {"a", "b"}
+
+    report = run(coordinator.resume("s", pipeline, forward=True))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert set(world.standing) == set("abcd")
+    assert {name: stage.executions for name, stage in report.stages.items()} == {"a": 1, "b": 1, "c": 2, "d": 2}
+
+
+def test_only_one_coordinator_at_a_time_goes_on_with_a_saga() -> None:
+    import asyncio
+
+    ledger = MemoryLedger()
+    gate = asyncio.Event()
+    script = Script("raise", then=("ok",))
+    world, pipeline = scene(SEQUENCE, {"b": script})
+    one, two = SagaCoordinator(HALT, ledger=ledger), SagaCoordinator(HALT, ledger=ledger)
+
+    async def play() -> tuple[SagaReport, SagaReport]:
+        await one.run(pipeline, saga_id="s")
+        script.gate = gate
+        first = asyncio.create_task(one.resume("s", pipeline))
+        while len(script.attempts) < 2:
+            await asyncio.sleep(0)
+        with pytest.raises(LedgerConflict, match="saga s is held by"):
+            await two.resume("s", pipeline)
+        with pytest.raises(LedgerConflict, match="saga s is held by"):
+            await two.settle("s", "b", "undone", "by hand")
+        with pytest.raises(MisuseError, match="which is running here"):
+            await one.resume("s", pipeline)
+        gate.set()
+        return await first, await two.resume("s", pipeline)
+
+    done, untouched = run(play())
+
+    assert done.status is SagaStatus.COMPLETED
+    assert untouched == done
+    assert world.log == ["+a", "+b", "+c"]
+
+
+def test_an_unknown_saga_cannot_be_gone_on_with() -> None:
+    _, pipeline = scene(SEQUENCE)
+
+    for attempt in (
+        SagaCoordinator().resume("s", pipeline),
+        SagaCoordinator().compensate("s", pipeline),
+        SagaCoordinator().settle("s", "a", "undone", "by hand"),
+        SagaCoordinator().report("s"),
+    ):
+        with pytest.raises(SagaNotFound, match="expected the id of a saga in the ledger, got 's'"):
+            run(attempt)
+
+
+# -- pivots ----------------------------------------------------------------------------------------------------------
+
+#   before -> pivot -> after
+#   aside  ----------> after
+PAST = {"before": (), "aside": (), "pivot": ("before",), "after": ("pivot", "aside")}
+
+
+def test_after_the_pivot_a_redrive_goes_on_from_there() -> None:
+    scripts = {"after": Script("raise", then=("ok",))}
+    world, pipeline = scene(PAST, scripts, {"pivot": "pivot"})
+    coordinator, halted = first_run(pipeline, FailFast())
+    assert halted.status is SagaStatus.HALTED
+    assert halted.past_pivot is True
+    assert set(world.standing) == {"before", "pivot"}
+    assert set(halted.undone) == {"aside"}
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+before", "+aside", "+pivot", "-aside", "+aside", "+after"]
+
+
+TWO_PIVOTS = {"root": (), "left": ("root",), "right": ("root",), "p": ("left",), "q": ("right",)}
+
+
+@pytest.mark.parametrize("failing", ["p", "q"])
+def test_of_two_pivots_at_once_the_one_that_completes_protects_its_own(failing: str) -> None:
+    done = "q" if failing == "p" else "p"
+    world, pipeline = scene(
+        TWO_PIVOTS, {failing: Script("raise", before=1, then=("ok",)), done: Script(before=2)}, {"p": "pivot", "q": "pivot"}
+    )
+
+    coordinator, report = first_run(pipeline, FailFast())
+
+    lost = {"p": "left", "q": "right"}[failing]
+    assert report.status is SagaStatus.HALTED
+    assert world.undone() == [lost]
+    assert world.standing.keys() == {"root", "left", "right", done} - {lost}
+    assert run(coordinator.resume("s", pipeline)).status is SagaStatus.COMPLETED
+
+
+@pytest.mark.parametrize("in_flight", ["drain", "cancel"])
+@pytest.mark.parametrize("outcome", ["ok", "raise"])
+def test_a_pivot_in_flight_gets_its_time_and_its_outcome_decides(outcome: str, in_flight: Any) -> None:
+    shape = {"base": (), "p": ("base",), "sibling": ("base",)}
+    world, pipeline = scene(shape, {"p": Script(outcome, before=5), "sibling": Script("raise", before=1)}, {"p": "pivot"})
+
+    _, report = first_run(pipeline, FailFast(in_flight=in_flight))
+
+    assert world.refusals == []
+    assert set(world.standing) == ({"base", "p"} if outcome == "ok" else set())
+    assert report.status is (SagaStatus.HALTED if outcome == "ok" else SagaStatus.COMPENSATED)
+
+
+def test_a_pivot_that_outlasts_the_drain_is_interrupted_and_holds_what_it_stands_on() -> None:
+    world, pipeline = scene(BRANCHES, {"b": Script(before=50), "c": Script("raise")}, {"b": "pivot"})
+
+    _, report = first_run(pipeline, FailFast(in_flight="cancel", drain_timeout=10, compensation=Compensation(on_failure="continue")))
+
+    assert report.status is SagaStatus.STUCK
+    assert set(report.in_doubt) == {"b"}
+    assert set(report.blocked) == {"a"}
+    assert set(world.standing) == {"a"}
+
+
+# -- backward --------------------------------------------------------------------------------------------------------
+
+#   a -> (plain) -> c -> d, and e beside it
+GAPPED = {"a": (), "plain": ("a",), "c": ("plain",), "d": ("c",), "e": ("a",)}
+
+
+@pytest.mark.parametrize(
+    ("on_failure", "undone", "blocked"),
+    [
+        ("isolate", ["d", "e"], {"a"}),
+        ("continue", ["d", "e", "a"], set()),
+        ("halt", ["d"], {"a", "e"}),
+    ],
+)
+def test_stuck_blocked_and_undone_are_told_apart(on_failure: Any, undone: list[str], blocked: set[str]) -> None:
+    # Undone one at a time, the last started first: d, then c, which fails for good, then e and a.
+    scripts = {
+        "a": Script(order_matters=on_failure != "continue"),
+        "c": Script(before=2, undo_fails=9),
+        "e": Script(before=1),
+        "f": Script("raise"),
+    }
+    world, pipeline = scene(GAPPED | {"f": ("d", "e")}, scripts, {"plain": "plain"})
+    compensation = Compensation(retry=Retry(attempts=1), on_failure=on_failure, max_concurrency=1)
+
+    _, report = first_run(pipeline, FailFast(compensation=compensation))
+
+    assert world.refusals == []
+    assert report.status is SagaStatus.STUCK
+    assert set(report.stuck) == {"c"}
+    assert world.undone() == undone
+    assert set(report.undone) == set(undone)
+    assert set(report.blocked) == blocked
+    assert world.standing.keys() == {"c"} | blocked
+    assert "Still in effect, its undoing failed: c." in str(report)
+    assert "await coordinator.settle('s', 'c', 'undone', note='...')" in str(report)
+
+
+def stuck_saga(**more: Any) -> tuple[World, Pipeline, SagaCoordinator, SagaReport, dict[str, Script]]:
+    """a -> {b, c} -> d, where d failed and b can't be undone: a is blocked."""
+    scripts = {"b": Script(undo_fails=1), "d": Script("raise", then=("ok",))} | more
+    world, pipeline = scene(DIAMOND, scripts)
+    coordinator, report = first_run(pipeline, FailFast(compensation=IMPATIENT))
+    assert report.status is SagaStatus.STUCK
+    assert (set(report.stuck), set(report.blocked), set(report.undone)) == ({"b"}, {"a"}, {"c"})
+    return world, pipeline, coordinator, report, scripts
+
+
+def test_what_was_undone_by_hand_lets_the_blocked_ones_be_undone() -> None:
+    world, pipeline, coordinator, _, _ = stuck_saga()
+    world.undo("b")
+
+    settled = run(coordinator.settle("s", "b", "undone", "refunded by hand, ticket 4711", by="ann"))
+    report = run(coordinator.resume("s", pipeline))
+
+    assert settled.status is SagaStatus.STUCK
+    assert set(settled.blocked) == {"a"}
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+    assert world.undone() == ["c", "b", "a"]
+    word = report.stages["b"].settled
+    assert word is not None
+    assert (word.verdict, word.note, word.by) == ("undone", "refunded by hand, ticket 4711", "ann")
+    assert "settled as undone by ann: refunded by hand, ticket 4711" in str(report)
+
+
+def test_what_stands_in_the_way_is_mended_and_tried_again() -> None:
+    world, pipeline, coordinator, _, scripts = stuck_saga()
+
+    settled = run(coordinator.settle("s", "b", "retry", "the bank is back"))
+    report = run(coordinator.resume("s", pipeline))
+
+    assert settled.status is SagaStatus.STUCK
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.undone() == ["c", "b", "a"]
+    assert scripts["b"].undo_attempts == 2
+    compensation = report.stages["b"].compensation
+    assert compensation is not None
+    assert compensation.attempts == 2
+
+
+def test_what_is_to_be_kept_keeps_what_it_stands_on() -> None:
+    world, pipeline, coordinator, _, _ = stuck_saga()
+
+    settled = run(coordinator.settle("s", "b", "kept", "the customer keeps it"))
+    resumed = run(coordinator.resume("s", pipeline))
+
+    assert settled.status is SagaStatus.HALTED
+    assert set(settled.kept) == {"a", "b"}
+    assert resumed.status is SagaStatus.COMPLETED
+    assert set(world.standing) == set("abcd")
+    again = run(coordinator.compensate("s", pipeline))
+    assert set(again.kept) == {"a", "b"}
+    assert again.status is SagaStatus.HALTED
+    assert set(world.standing) == {"a", "b"}
+
+
+def test_before_anything_is_settled_a_stuck_saga_stays_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "saga")
+    world, pipeline, coordinator, stuck, scripts = stuck_saga()
+    before = run(coordinator.ledger.read("s"))
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report == stuck
+    assert run(coordinator.ledger.read("s")) == before
+    assert scripts["b"].undo_attempts == 1
+    assert set(world.standing) == {"a", "b"}
+    assert "nothing can be undone before what is stuck or in doubt is settled" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("stage", "verdict", "note", "message"),
+    [
+        ("b", "gone", "why", "expected undone, kept or retry as the verdict, for stage 'b', got 'gone'"),
+        ("b", "undone", " ", "expected a note that says why, for stage 'b', got ' '"),
+        ("c", "undone", "why", "expected a stage that is stuck or in doubt, for stage 'c', got one that is undone"),
+        ("a", "undone", "why", "expected a stage that is stuck or in doubt, for stage 'a', got one that is blocked"),
+        ("z", "undone", "why", r"expected a stage of saga s \(a, b, c, d\), got 'z'"),
+        ("b/x", "undone", "why", r"expected a stage of saga s \(a, b, c, d\), got 'b/x'"),
+    ],
+)
+def test_a_word_that_makes_no_sense_is_refused_and_nothing_is_recorded(stage: str, verdict: str, note: str, message: str) -> None:
+    _, _, coordinator, _, _ = stuck_saga()
+    before = run(coordinator.ledger.read("s"))
+
+    with pytest.raises(MisuseError, match=message):
+        run(coordinator.settle("s", stage, verdict, note))
+
+    assert run(coordinator.ledger.read("s")) == before
+
+
+def test_a_saga_that_is_alive_is_not_settled() -> None:
+    import asyncio
+
+    world, pipeline = scene(SEQUENCE, {"b": Script(before=5)})
+    coordinator = SagaCoordinator()
+
+    async def play() -> None:
+        running = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        while "a" not in world.standing:
+            await asyncio.sleep(0)
+        with pytest.raises(MisuseError, match="expected a saga that has come to rest, got saga s, which is alive"):
+            await coordinator.settle("s", "a", "undone", "by hand")
+        await running
+
+    run(play())
+
+
+def doubtful(policy: Policy, kind: str = "compensable") -> tuple[World, Pipeline, SagaCoordinator, SagaReport, Script]:
+    script = Script("hang", lands=True)
+    world, pipeline = scene(SEQUENCE, {"b": script}, {"b": kind})
+    coordinator, report = first_run(pipeline, policy)
+    return world, pipeline, coordinator, report, script
+
+
+def test_doubt_that_a_person_resolves() -> None:
+    for verdict, standing, status in (
+        ("undone", set(), SagaStatus.COMPENSATED),
+        ("kept", {"a", "b"}, SagaStatus.HALTED),
+    ):
+        world, pipeline, coordinator, report, _ = doubtful(FailFast(timeout=1))
+        assert set(report.in_doubt) == {"b"}
+        assert set(report.blocked) == {"a"}
+        if verdict == "undone":
+            world.undo("b")
+
+        run(coordinator.settle("s", "b", verdict, "looked at the bank's books"))
+        if verdict == "undone":
+            run(coordinator.resume("s", pipeline))
+
+        assert run(coordinator.report("s")).status is status
+        assert set(world.standing) == standing
+
+
+def test_a_retry_that_could_tell_nothing_new_is_refused() -> None:
+    _, _, coordinator, _, _ = doubtful(FailFast(timeout=1))
+
+    with pytest.raises(MisuseError, match=r"expected undone or kept, for stage 'b', got retry\. It has neither a probe nor"):
+        run(coordinator.settle("s", "b", "retry", "once more"))
+
+
+def test_going_forward_a_retry_runs_what_was_in_doubt_once_more() -> None:
+    world, pipeline, coordinator, _, script = doubtful(FailFast(timeout=1, on_failure="halt"))
+    script.then = ("ok",)
+
+    run(coordinator.settle("s", "b", "retry", "nothing has arrived at the bank"))
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert script.attempts == ["hang", "ok"]
+    assert set(world.standing) == set("abc")
+
+
+def test_a_probe_that_had_failed_is_asked_again_when_the_saga_is_resumed() -> None:
+    answers: list[Any] = [OSError("no line"), StageOutput.ok(found=True)]
+    undone: list[Any] = []
+
+    class Charge(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> None:
+            import asyncio
+
+            await asyncio.Event().wait()
+
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer  # type: ignore[no-any-return] # of the list above
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            assert ctx.output is not None
+            undone.append(ctx.output.data)
+
+    pipeline = Pipeline().with_stage("charge", Charge())
+    coordinator, report = first_run(pipeline, FailFast(timeout=1, compensation=IMPATIENT))
+    assert report.status is SagaStatus.STUCK
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert undone == [{"found": True}]
+
+
+# -- on demand -------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_undo_on_demand_does_nothing_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "saga")
+    world, pipeline = scene(DIAMOND)
+    coordinator, _ = first_run(pipeline)
+
+    first = run(coordinator.compensate("s", pipeline))
+    before = run(coordinator.ledger.read("s"))
+    second = run(coordinator.compensate("s", pipeline))
+
+    assert first == second
+    assert run(coordinator.ledger.read("s")) == before
+    assert first.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+    assert "saga s: nothing is left to undo" in caplog.text
+    assert "Nothing is left to do." in str(second)
+
+
+# -- a process that died ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["probed", "idempotent"])
+@pytest.mark.parametrize("failing", [None, "d"])
+@pytest.mark.parametrize("policy", [FailFast(), ContinueWithFallback(fallbacks={"b": {}})])
+def test_killed_at_any_event_and_resumed_the_world_is_as_if_it_had_not_been(kind: str, failing: str | None, policy: Policy) -> None:
+    """Promise 11, for every prefix of the ledger of a diamond."""
+    lengths = set()
+    for killed_after in range(40):
+        scripts = {name: Script(before=1) for name in DIAMOND} | {
+            "b": Script("raise" if isinstance(policy, ContinueWithFallback) else "ok")
+        }
+        if failing:
+            scripts[failing] = Script("raise", lands=kind == "probed" and isinstance(policy, FailFast))
+        world, pipeline = scene(DIAMOND, scripts, dict.fromkeys(DIAMOND, "probed" if kind == "probed" else "compensable"))
+        for spec in pipeline.stages.values():
+            spec.runner.idempotent = kind == "idempotent"  # type: ignore[union-attr] # scripted stages
+        for script in scripts.values():
+            script.undo_bears_repetition = kind == "idempotent"
+        ledger = Dying(killed_after)
+        coordinator = SagaCoordinator(policy, ledger=ledger)
+        try:
+            run(coordinator.run(pipeline, saga_id="s"))
+        except LedgerError:
+            ledger.left = 1000
+            report = run(SagaCoordinator(ledger=ledger).resume("s", pipeline))
+        else:
+            lengths.add(killed_after)
+            report = run(coordinator.report("s"))
+
+        assert world.refusals == [], killed_after
+        if failing and report.status is not SagaStatus.COMPLETED:
+            assert report.status is SagaStatus.COMPENSATED, (killed_after, str(report))
+            assert world.standing == {}, killed_after
+        elif failing:
+            # It died before it could say that the stage had failed, and the stage's effect was there.
+            assert scripts[failing].lands
+            assert set(world.standing) == set(DIAMOND)
+        else:
+            assert report.ok, (killed_after, str(report))
+            assert set(world.standing) == {"a", "c", "d"} | ({"b"} if isinstance(policy, FailFast) else set())
+        assert all(count == 1 for count in world.standing.values())
+    assert lengths, "the last of the runs was never cut short"
+
+
+def test_a_stage_that_cannot_tell_is_in_doubt_after_its_process_died() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script(before=1)})
+    ledger = Dying(3)  # a started, a completed, b started
+
+    with pytest.raises(Exception, match="killed"):
+        run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+    ledger.left = 1000
+    report = run(SagaCoordinator(ledger=ledger).resume("s", pipeline))
+
+    assert set(world.standing) == {"a", "b"}
+    assert report.status is SagaStatus.STUCK
+    assert set(report.in_doubt) == {"b"}
+    assert set(report.blocked) == {"a"}
+    assert report.cause is not None
+    assert report.cause.kind is FailureKind.CRASHED
+    assert "stage 'b' lost its process: its process is gone; what became of it is not in the ledger" in str(report.cause)
+
+
+def test_a_stage_with_attempts_left_uses_them_after_its_process_died() -> None:
+    world, pipeline = scene(SEQUENCE)
+    ledger = Dying(3)
+    policy = FailFast(retry=Retry(attempts=2))
+
+    with pytest.raises(Exception, match="killed"):
+        run(SagaCoordinator(policy, ledger=ledger).run(pipeline, saga_id="s"))
+    ledger.left = 1000
+    report = run(SagaCoordinator(ledger=ledger).resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "+b", "+c"]
+    started = [event.attempt for event in run(ledger.read("s")) if isinstance(event, StageStarted) and event.stage == "b"]
+    assert started == [1, 2]
+
+
+@given(kill=st.integers(0, 25), again=st.integers(0, 25))
+def test_killed_twice_it_comes_back_all_the_same(kill: int, again: int) -> None:
+    world, pipeline = scene(DIAMOND, {"d": Script("raise")}, dict.fromkeys(DIAMOND, "probed"))
+    ledger = Dying(kill)
+    with contextlib.suppress(LedgerError):
+        run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+    was_undone = SagaState(run(ledger.read("s"))).ended_at is not None
+    ledger.left = again
+    with contextlib.suppress(LedgerError):
+        run(SagaCoordinator(ledger=ledger).resume("s", pipeline, forward=False if was_undone else None))
+    ledger.left = 1000
+
+    report = run(SagaCoordinator(ledger=ledger).compensate("s", pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.refusals == []
+    assert world.standing == {}
+
+
+def killed_while(pipeline: Pipeline, policy: Policy, kills: type[Any], stop: Any = None) -> tuple[SagaCoordinator, Exception]:
+    """Run a saga whose ledger takes nothing from an event of that type on."""
+
+    class Killing(Dying):
+        async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
+            if any(isinstance(event, kills) for event in events):
+                self.left = 0
+            await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
+
+    ledger = Killing(1000)
+    coordinator = SagaCoordinator(policy, ledger=ledger)
+    with pytest.raises(LedgerError, match="killed") as caught:
+        run(coordinator.run(pipeline, saga_id="s"))
+    ledger.left = 1000
+    return SagaCoordinator(ledger=_reread(ledger)), caught.value
+
+
+def _reread(ledger: MemoryLedger) -> MemoryLedger:
+    fresh = MemoryLedger()
+    fresh._sagas = ledger._sagas
+    return fresh
+
+
+@pytest.mark.parametrize("kills", [SagaStopped, StageCompleted, SagaTurnedBack, SagaEnded])
+def test_killed_after_its_deadline_a_saga_is_undone_once_the_deadline_is_in_the_ledger(kills: type[Any]) -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script(before=50)}, dict.fromkeys(SEQUENCE, "probed"))
+    coordinator, _ = killed_while(pipeline, FailFast(deadline=10), kills)
+
+    report = run(coordinator.resume("s", pipeline))
+
+    if kills in {SagaStopped, StageCompleted}:
+        # Nobody knows of the deadline: it runs on, with a new one.
+        assert report.status is SagaStatus.COMPENSATED or world.standing.keys() == set("abc")
+    else:
+        assert report.status is SagaStatus.COMPENSATED
+        assert world.standing == {}
+    assert world.refusals == []
+
+
+def test_killed_between_a_cancel_and_its_end_a_saga_stays_cancelled() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("cancel")})
+    coordinator, _ = killed_while(pipeline, FailFast(), SagaEnded)
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.CANCELLED
+    assert world.log == ["+a"]
+
+
+@pytest.mark.parametrize("kind", ["fallback", "compensable"])
+def test_killed_before_its_fallback_stood_in_it_stands_in_then(kind: str) -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("raise")}, {"b": kind})
+    policy = ContinueWithFallback(fallbacks={} if kind == "fallback" else {"b": {"instead_of": "b"}})
+    coordinator, _ = killed_while(pipeline, policy, FallbackUsed)
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.DEGRADED
+    assert report.kept["b"].data == {"instead_of": "b"}
+    assert world.log == ["+a", "+c"]
+
+
+def test_killed_while_it_waited_for_its_next_attempt_it_is_attempted_again() -> None:
+    script = Script("raise", then=("raise", "ok"))
+    world, pipeline = scene({"a": ()}, {"a": script})
+
+    class KillsTheSecond(Dying):
+        async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
+            if any(isinstance(event, StageStarted) and event.attempt == 2 for event in events):
+                self.left = 0
+            await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
+
+    ledger = KillsTheSecond(1000)
+    with pytest.raises(LedgerError):
+        run(SagaCoordinator(FailFast(retry=Retry(attempts=3)), ledger=ledger).run(pipeline, saga_id="s"))
+
+    report = run(SagaCoordinator(ledger=_reread(ledger)).resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert script.attempts == ["raise", "raise", "ok"]
+    assert [failure.kind for failure in report.failures] == [FailureKind.EXCEPTION] * 2
+    assert world.log == ["+a"]
+
+
+class Unanswering(Scripted):
+    def __init__(self, world: World, name: str, script: Script) -> None:
+        super().__init__(world, name, script)
+        self.answers: list[Any] = []
+
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        raise OSError("no line")
+
+
+def test_a_probe_that_still_does_not_answer_lets_nothing_run_again() -> None:
+    """Not even where a stage has its attempts left: a charge might land twice."""
+    script = Script("hang", lands=True, then=("ok",))
+    world = World({"b": ()})
+    pipeline = Pipeline().with_stage("b", Unanswering(world, "b", script))
+    coordinator, _ = first_run(pipeline, FailFast(timeout=1, on_failure="halt", compensation=IMPATIENT))
+
+    report = run(coordinator.resume("s", pipeline, policy=FailFast(retry=Retry(attempts=5), compensation=IMPATIENT)))
+
+    assert script.attempts == ["hang"]
+    assert report.status is SagaStatus.STUCK
+    assert set(report.in_doubt) == {"b"}
+
+
+def test_a_retry_is_accepted_for_a_fallback_whose_stage_can_be_asked() -> None:
+    script = Script("hang", lands=True)
+    world = World({"b": ()})
+    pipeline = Pipeline().with_stage("b", Unanswering(world, "b", script))
+    policy = ContinueWithFallback(timeout=1, fallbacks={"b": {}}, compensation=IMPATIENT)
+    coordinator, first = first_run(pipeline, policy)
+    assert first.status is SagaStatus.STUCK
+    Unanswering.probe, unanswering = Probed.probe, Unanswering.probe  # type: ignore[method-assign] # the line is mended
+    try:
+        run(coordinator.settle("s", "b", "retry", "the line is back"))
+        report = run(coordinator.resume("s", pipeline))
+    finally:
+        Unanswering.probe = unanswering  # type: ignore[method-assign] # as above
+
+    assert report.status is SagaStatus.DEGRADED
+    assert report.kept["b"].data == {}
+    assert report.stages["b"].late_output is not None
+    assert world.log == ["+b", "-b"]
+
+
+def test_a_saga_whose_process_died_is_gone_on_with_before_anything_is_settled() -> None:
+    _, pipeline = scene(SEQUENCE)
+    coordinator, _ = killed_while(pipeline, FailFast(), SagaEnded)
+
+    with pytest.raises(MisuseError, match="expected a saga that has come to rest, for stage 'a', got one that is running"):
+        run(coordinator.settle("s", "a", "undone", "by hand"))
+
+
+def test_a_saga_whose_process_died_can_be_undone_on_demand() -> None:
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise")})
+    for kills in (SagaEnded, SagaTurnedBack, CompensationCompleted):
+        world, pipeline = scene(SEQUENCE, {"c": Script("raise")}, dict.fromkeys(SEQUENCE, "probed"))
+        coordinator, _ = killed_while(pipeline, FailFast(), kills)
+
+        report = run(coordinator.compensate("s", pipeline))
+
+        assert report.status is SagaStatus.COMPENSATED
+        assert world.standing == {}
+        assert world.refusals == []
+
+
+def test_who_settles_is_unknown_where_the_process_has_no_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    import getpass
+
+    def nobody() -> str:
+        raise KeyError("no such user")
+
+    _, _, coordinator, _, _ = stuck_saga()
+    monkeypatch.setattr(getpass, "getuser", nobody)
+
+    report = run(coordinator.settle("s", "b", "undone", "by hand"))
+
+    assert report.stages["b"].settled is not None
+    assert report.stages["b"].settled.by == "unknown"
