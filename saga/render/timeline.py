@@ -36,6 +36,7 @@ _CUT: Final = 34.0
 _TICK: Final = 90.0
 _NAME_ROOM: Final = 24
 _LEAD: Final = 38.0
+_LEAST_ROOM: Final = 7
 _MINUTE: Final = 60
 _UNITS: Final = (("s", 1.0, 0.1), ("ms", 1e3, 1e-4), ("µs", 1e6, 0.0))
 """Units, how many of them make a second, and from which step on the axis they read well."""
@@ -220,8 +221,8 @@ def _moment(since: float, step: float) -> str:
 
 def _drawn(panels: dict[str, list[_Row]]) -> tuple[list[str], float, float]:
     """The panels beneath each other, with the width and the height that they take."""
-    names = {shortened(row.name, _NAME_ROOM) for rows in panels.values() for row in rows}
-    gutter = _LEAD + max(map(cells, names), default=0) * NAME_CELL + 16
+    widest = max((cells(shortened(row.name, _NAME_ROOM)) for rows in panels.values() for row in rows), default=0)
+    gutter = _LEAD + max(widest, _LEAST_ROOM) * NAME_CELL + 16
     parts = []
     height = 0.0
     for title, rows in panels.items():
