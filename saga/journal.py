@@ -117,7 +117,13 @@ class Journal:
         # Reserved before the write is awaited: a second record meanwhile goes behind this one.
         self._version += len(events)
         try:
-            await self._append(events, version, release=release)
+            if self._token is not None:
+                await self._ledger.append(self.saga_id, events, expected_version=version, token=self._token, release=release)
+                self._released = release
+            elif self._is_creating:
+                await self._wait_for_creation(events)
+            else:
+                await self._create(events)
         except LedgerError as error:
             self.error = error
             raise
@@ -130,13 +136,6 @@ class Journal:
             raise self.error from error
         if self._listeners:
             tell(self._listeners, self.saga_id, events)
-
-    async def _append(self, events: Sequence[AnyEvent], version: int, *, release: bool) -> None:
-        if self._token is None:
-            await (self._wait_for_creation(events) if self._is_creating else self._create(events))
-            return
-        await self._ledger.append(self.saga_id, events, expected_version=version, token=self._token, release=release)
-        self._released = release
 
     async def _create(self, events: Sequence[AnyEvent]) -> None:
         self._is_creating = True

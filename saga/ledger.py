@@ -259,7 +259,7 @@ class MemoryLedger(Ledger):
         keep: How many sagas about which nothing is left to do are kept; the oldest are forgotten first. Nothing else ever is.
     """
 
-    lease = None
+    lease: float | None = None
     durable = False
 
     def __init__(self, keep: int = 10_000) -> None:
