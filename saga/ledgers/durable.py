@@ -50,6 +50,7 @@ class DurableLedger(Ledger):
     """Keeps sagas in a database; see the ledgers themselves."""
 
     lease: float | None
+    durable = True
 
     def __init__(
         self, name: str, store: Callable[[], Store], *, lease: float, patience: float, max_event_bytes: int, redact: Redact | None
