@@ -161,6 +161,9 @@ class LiveSaga(Host):
         write.add_done_callback(retrieved)
         # A cancel of the stage is no cancel of the ledger: what it did is recorded.
         await asyncio.shield(write)
+        refused = self.journal.unstorable.pop(stage, None)
+        if refused is not None:
+            raise refused
 
     async def run_child(
         self, stage: str, attempt: int, pipeline: Pipeline, context: PipelineContext | None, policy: Policy | None, fields: dict[str, Any]

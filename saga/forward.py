@@ -433,6 +433,11 @@ class Forward:
             await self._record(StageSkipped(stage=name, reason=said(output.data.get("reason") or "it said so"), output=copy))
         else:
             await self._record(StageCompleted(stage=name, output=copy))
+            refused = self._saga.journal.unstorable.pop(name, None)
+            if refused is not None:
+                # Its effect stands and is known; but whoever resumed this saga would lack what it gave.
+                message = f"{refused}: no durable ledger can keep it"
+                self.stop(Failure.of(name, FailureKind.CONTRACT, message, attempt=self._state.stages[name].attempts))
 
     async def _pause(self, seconds: float) -> bool:
         """Wait for the next attempt; whether there is to be one."""

@@ -20,6 +20,7 @@ from saga import (
     LedgerConflict,
     LedgerError,
     MemoryLedger,
+    MisuseError,
     PipelineInvalid,
     SagaContext,
     SagaCoordinator,
@@ -335,3 +336,65 @@ def test_an_output_model_that_is_none_is_refused() -> None:
 
     with pytest.raises(PipelineInvalid, match="expected output_model to be a pydantic model, a dataclass or None, for stage 'book'"):
         run(SagaCoordinator().run(Pipeline().with_stage("book", Book)))
+
+
+# -- what can't be stored --------------------------------------------------------------------------------------------
+
+
+def unstorable(**how: Any) -> tuple[list[Any], Any]:
+    """a -> book: `book` gives, or records, or fails with something that JSON can't hold."""
+    undone: list[Any] = []
+
+    class Book(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            if how.get("records"):
+                await ctx.record({"seat": "14A"})
+                await ctx.record({"line": object()})
+            if how.get("fails"):
+                return StageOutput.fail("declined", data={"line": object()})
+            return StageOutput.ok(seat="14A", line=object())
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            undone.append(ctx.effects or (ctx.output and ctx.output.data["seat"]))
+
+    world, pipeline = scene({"a": ()})
+    pipeline = pipeline.with_stage("book", Book(), dependencies=("a",))
+    report = run(SagaCoordinator(ledger=Slow()).run(pipeline, saga_id="s"))
+    assert world.standing == {}
+    assert report.status is SagaStatus.COMPENSATED
+    return undone, report
+
+
+def test_an_output_that_cannot_be_stored_stops_the_saga_and_what_the_stage_did_is_undone() -> None:
+    undone, report = unstorable()
+
+    assert undone == ["14A"]
+    assert report.cause.stage == "book"
+    assert report.cause.kind == "contract"
+    assert "expected plain data at data['line'], got object" in report.cause.message
+    assert "no durable ledger can keep it" in report.cause.message
+
+
+def test_an_effect_that_cannot_be_stored_fails_its_stage_which_is_undone_for_all_that_it_recorded() -> None:
+    undone, report = unstorable(records=True)
+
+    (effects,) = undone
+    assert effects[0] == {"seat": "14A"}
+    assert effects[1]["line"].type == "object"
+    assert "expected plain data at effect['line'], got object" in report.cause.message
+
+
+def test_what_is_beside_a_failure_may_be_anything() -> None:
+    _, report = unstorable(fails=True)
+
+    assert report.cause.message == "declined"
+    assert report.stages["book"].output.data["line"].type == "object"
+
+
+def test_an_input_that_cannot_be_stored_is_refused_before_anything_runs() -> None:
+    world, pipeline = scene(SEQUENCE)
+
+    with pytest.raises(MisuseError, match=r"expected plain data at context\['metadata'\]\['line'\], got object"):
+        run(SagaCoordinator(ledger=Slow()).run(pipeline, metadata={"line": object()}))
+
+    assert world.log == []
