@@ -9,8 +9,9 @@ import os
 import re
 import secrets
 import shlex
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, redirect_stdout
 from datetime import datetime, timedelta
 from functools import wraps
 from importlib.metadata import version
@@ -219,7 +220,8 @@ def recover(
             task = asyncio.create_task(coordinator.recover(pipelines, concurrency=concurrency))
             with interruptible(task, lambda: _say(_FIRST), lambda: _say(_SECOND)):
                 try:
-                    recovery = await task
+                    with redirect_stdout(sys.stderr):
+                        recovery = await task
                 except asyncio.CancelledError:
                     return Exit.INTERRUPTED
         typer.echo(recovery)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,13 +91,13 @@ class _Warning:
 
     def first(self) -> None:
         """What happens now, and what a second Ctrl-C would leave."""
-        for line in (f"Interrupted: {self._what_follows()}.", f"A second Ctrl-C stops at once{self._what_is_left('leaves')}."):
+        for line in (f"Interrupted: {self._what_follows()}.", *self._stopping("A second Ctrl-C stops at once", "leaves")):
             self.console.print(Text(line, style="bold yellow"), soft_wrap=not self.console.is_terminal)
 
     def second(self) -> None:
         """What is left; written straight to the terminal, whatever the console is doing now."""
         cursor = "\x1b[?25h\n" if self.console.is_terminal else ""
-        os.write(2, f"{cursor}Stopped at once{self._what_is_left('left')}.\n".encode())
+        os.write(2, "".join([cursor, *(f"{line}\n" for line in self._stopping("Stopped at once", "left"))]).encode())
 
     def _what_follows(self) -> str:
         state = self.family.sagas.get(self.family.head)
@@ -111,13 +111,14 @@ class _Warning:
             return f"{waits}keeping what was done, as its policy says"
         return f"{waits}undoing what was done"
 
-    def _what_is_left(self, verb: str) -> str:
+    def _stopping(self, stops: str, leaves: str) -> Iterator[str]:
         standing = list(self.family.standing())
         unknown = [name for name, shown in standing if shown in {_S.RUNNING, _S.COMPENSATING, _S.IN_DOUBT}]
         known = [name for name, _ in standing if name not in set(unknown)]
         parts = [f"in effect: {', '.join(known)}"] if known else []
         parts += [f"in doubt: {', '.join(unknown)}"] if unknown else []
-        if not parts:
-            return ""
-        later = "The ledger is in memory, so nothing will know of that" if self.goes_on is None else f"To go on from there: {self.goes_on}"
-        return f" and {verb} {'; '.join(parts)}. {later}"
+        yield f"{stops} and {leaves} {'; '.join(parts) or 'nothing in effect'}."
+        if self.goes_on is not None:
+            yield f"What goes on from there: {self.goes_on}"
+        elif parts:
+            yield "The ledger is in memory: nothing knows of that then."
