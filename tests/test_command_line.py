@@ -13,7 +13,9 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -894,48 +896,111 @@ ship.has_effect""",
 )
 
 
-def test_a_recovery_is_interrupted(shop: Shop) -> None:
+def test_a_recovery_is_interrupted(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.really("run", "shop:crash", "--id", "s")
+    shop.write("shop.py", WAITING.replace('ending("crash", die)', 'ending("crash", wait)'))
+
+    with once_it_shows("waiting for a lorry", interrupt_this_process, monkeypatch) as shown:
+        done = shop.saga("recover", "shop:crash")
+
+    assert done.code == Exit.INTERRUPTED
+    assert "Interrupted: what these sagas did is undone, as their policies say. A second Ctrl-C stops at once.\n" in shown()
+    assert "s  COMPENSATED\n" in shown()
+
+
+def test_a_recovery_that_is_interrupted_twice_leaves_its_sagas_to_the_next_one(shop: Shop) -> None:
     shop.really("run", "shop:crash", "--id", "s")
     shop.write("shop.py", WAITING.replace('ending("crash", die)', 'ending("crash", wait)'))
     terminal = Terminal(shop, "recover", "shop:crash", columns=200)
 
     terminal.until("waiting for a lorry")
     terminal.press("\x03")
+    terminal.until("Interrupted")
+    terminal.press("\x03")
     code, shown = terminal.to_the_end()
+    shop.write("a-lorry", "")
 
     assert code == Exit.INTERRUPTED
-    assert "Interrupted: what these sagas did is undone, as their policies say. A second Ctrl-C stops at once." in shown
-    assert "s  COMPENSATED" in shown
+    assert "Stopped at once; saga recover goes on from there." in shown
+    assert shop.saga("recover", "shop:crash").out == "s: COMPLETED\n"
 
 
-def test_watch_looks_on_until_the_saga_has_come_to_rest(shop: Shop) -> None:
+def test_an_interruption_before_the_saga_has_begun_leaves_no_trace(shop: Shop) -> None:
+    shop.write(
+        "rude.py",
+        """
+import os, signal
+from shop import Reserve, Pipeline
+
+class Rude(Reserve):
+    @property
+    def retry(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+pipeline = Pipeline(name="rude").with_stage("rude", Rude())
+""",
+    )
+
+    done = shop.saga("run", "rude:pipeline", "--id", "s")
+
+    assert (done.code, done.out) == (Exit.INTERRUPTED, "")
+    assert done.err.startswith("Interrupted: nothing has been done yet.\n")
+    assert shop.saga("show", "s").code == Exit.MISUSE
+    sys.modules.pop("rude", None)
+
+
+def interrupt_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@contextmanager
+def once_it_shows(text: str, then: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+    """Do something as soon as stderr, which counts as a terminal, has shown this; gives what it has shown in the end."""
+    read, write = os.pipe()
+    shown: list[str] = []
+
+    def look_on() -> None:
+        done = False
+        with os.fdopen(read) as lines:
+            while found := lines.read(1):
+                shown.append(found)
+                if not done and text in "".join(shown[-len(text) :]):
+                    done = True
+                    then()
+
+    looker = threading.Thread(target=look_on)
+    looker.start()
+    with os.fdopen(write, "w", buffering=1) as stderr, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", stderr)
+        patched.setenv("FORCE_COLOR", "1")
+        patched.setenv("TERM", "xterm")
+        yield lambda: plain("".join(shown))
+    looker.join()
+
+
+def test_watch_looks_on_until_the_saga_has_come_to_rest(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.write("shop.py", WAITING.replace('ending("order", ship)', 'ending("order", wait)'))
     running = Terminal(shop, "run", "shop:order", "--id", "s")
     running.until("waiting for a lorry")
-    watching = Terminal(shop, "watch", "s", TERM="dumb")
-    picture = Terminal(shop, "watch", "s")
 
-    assert re.search(r"ship +> running", plain(picture.until("2 of 3 done")))
-    shop.write("a-lorry", "")
+    with once_it_shows("2 of 3 done", lambda: shop.write("a-lorry", ""), monkeypatch) as shown:
+        done = shop.saga("watch", "s")
 
+    assert re.search(r"ship +> running", shown())
+    assert done.code == Exit.COMPLETED
+    assert done.out.startswith("Saga s (order): COMPLETED")
     assert running.to_the_end()[0] == Exit.COMPLETED
-    code, shown = watching.to_the_end()
-    assert code == Exit.COMPLETED
-    assert "s  ship: completed\r\ns  COMPLETED\r\nSaga s (order): COMPLETED" in shown
-    assert picture.to_the_end()[0] == Exit.COMPLETED
 
 
-def test_ctrl_c_ends_the_watching_and_not_the_saga(shop: Shop) -> None:
+def test_ctrl_c_ends_the_watching_and_not_the_saga(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.write("shop.py", WAITING.replace('ending("order", ship)', 'ending("order", wait)'))
     running = Terminal(shop, "run", "shop:order", "--id", "s")
     running.until("waiting for a lorry")
-    watching = Terminal(shop, "watch", "s")
 
-    watching.until("2 of 3 done")
-    watching.press("\x03")
-    code, shown = watching.to_the_end()
+    with once_it_shows("2 of 3 done", interrupt_this_process, monkeypatch) as shown:
+        done = shop.saga("watch", "s")
     shop.write("a-lorry", "")
 
-    assert code == Exit.INTERRUPTED
-    assert "Watching s no longer; it goes on by itself." in shown
+    assert done.code == Exit.INTERRUPTED
+    assert "Watching s no longer; it goes on by itself.\n" in shown()
     assert running.to_the_end()[0] == Exit.COMPLETED

@@ -15,7 +15,7 @@ from rich.console import Console
 from stageflow.api import StageOutput
 
 from saga import ContinueWithFallback, FailFast, MemoryLedger, Policy, SagaCoordinator, SagaReport
-from saga.cli.conduct import Outcome, conduct
+from saga.cli.conduct import Notice, Outcome, conduct
 from saga.cli.family import Family
 from saga.cli.interrupt import interruptible
 from saga.cli.lines import tell
@@ -403,3 +403,49 @@ def test_ctrl_c_before_the_saga_has_begun_leaves_nothing() -> None:
 
     assert outcome == Outcome(None, interrupted=True)
     assert written(console) == ("Interrupted: nothing has been done yet.\nA second Ctrl-C stops at once and leaves nothing in effect.\n")
+
+
+def test_ctrl_c_on_the_way_back_leaves_compensations_alone_and_says_how_to_go_on() -> None:
+    console = on_paper()
+    family = family_of(SEQUENCE, *completed("a"), *completed("b"), *failed("c"), turned(), CompensationStarted(stage="b", attempt=1))
+
+    Notice(family, console, "saga resume s").first()
+
+    assert written(console).splitlines() == [
+        "Interrupted: it is being undone already, and that goes on.",
+        "A second Ctrl-C stops at once and leaves in effect: a; in doubt: b.",
+        "What goes on from there: saga resume s",
+    ]
+
+
+def test_a_second_ctrl_c_gives_the_cursor_back_and_names_the_stages_of_nested_sagas(capfd: pytest.CaptureFixture[str]) -> None:
+    family = family_of(SEQUENCE, StageStarted(stage="a", attempt=1))
+    started = SagaStarted(saga_id="s/a", pipeline="hotel", graph=graph(SEQUENCE), policy=FailFast(), parent="s", parent_stage="a")
+    for event in (started, *completed("a")):
+        family.hear("s/a", event)
+
+    Notice(family, in_colour(), None).second()
+
+    assert capfd.readouterr().err == (
+        "\x1b[?25h\nStopped at once and left in effect: a/a; in doubt: a.\nThe ledger is in memory: nothing knows of that then.\n"
+    )
+
+
+def test_a_family_is_read_from_the_ledger_once_and_then_only_what_is_new() -> None:
+    ledger = MemoryLedger()
+
+    async def story() -> tuple[list[AnyEvent], list[AnyEvent]]:
+        started, *rest = family_events()
+        token = await ledger.create("s", "somebody", [started])
+        family = await Family.read(ledger, "s")
+        await ledger.append("s", rest, expected_version=1, token=token)
+        news = [event async for _, event in family.news(ledger)]
+        for event in news:
+            family.hear("s", event)
+        return news, [event async for _, event in family.news(ledger)]
+
+    assert asyncio.run(story()) == (list(completed("a")), [])
+
+
+def family_events() -> list[AnyEvent]:
+    return [SagaStarted(at=at(0), saga_id="s", pipeline="trip", graph=graph(SEQUENCE), policy=FailFast()), *completed("a")]

@@ -302,8 +302,10 @@ def watch(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) ->
             await _refuse_unknown(opened, saga_id)
             family = await Family.read(opened, saga_id)
             async with view(family, _stderr()) as hear:
-                async for seen, event in _news(opened, family):
-                    hear(seen, event)
+                while family.sagas[saga_id].ended_at is None:
+                    await asyncio.sleep(_LOOKS)
+                    async for member, event in family.news(opened):
+                        hear(member, event)
             return await SagaCoordinator(ledger=opened).report(saga_id)
 
     try:
@@ -313,21 +315,6 @@ def watch(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) ->
         raise typer.Exit(Exit.INTERRUPTED) from None
     _print_report(report, as_json=as_json)
     raise typer.Exit(exit_of_status(report.status))
-
-
-async def _news(ledger: Ledger, family: Family) -> AsyncIterator[tuple[str, AnyEvent]]:
-    """What happens in a family, until its head has come to rest."""
-    seen = {saga_id: len(await ledger.read(saga_id)) for saga_id in family.sagas}
-    while family.sagas[family.head].ended_at is None:
-        await asyncio.sleep(_LOOKS)
-        for parent in list(family.sagas):
-            for entry in await ledger.list(parent=parent):
-                seen.setdefault(entry.saga_id, 0)
-        for saga_id, number in seen.items():
-            events = await ledger.read(saga_id)
-            seen[saga_id] = len(events)
-            for event in events[number:]:
-                yield saga_id, event
 
 
 # -- a person's word ---------------------------------------------------------------------------------------------

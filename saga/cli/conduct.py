@@ -64,7 +64,7 @@ async def conduct(
     with contextlib.redirect_stdout(sys.stderr):
         async with view(family, console) as hear:
             coordinator = SagaCoordinator(policy, ledger=ledger, listeners=[hear])
-            warning = _Warning(family, console, goes_on if ledger.durable else None)
+            warning = Notice(family, console, goes_on if ledger.durable else None)
             task = asyncio.create_task(work(coordinator))
             with interruptible(task, warning.first, warning.second):
                 try:
@@ -76,7 +76,7 @@ async def conduct(
 
 
 @dataclass(frozen=True, slots=True)
-class _Warning:
+class Notice:
     """What is said to somebody who presses Ctrl-C.
 
     Attributes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
 from typing import Self
 
 from saga.events import AnyEvent, SagaStarted, SagaStatus
@@ -24,22 +25,28 @@ class Family:
     def __init__(self, head: str) -> None:
         self.head = head
         self.sagas: dict[str, SagaState] = {}
+        self._heard: Counter[str] = Counter()
 
     @classmethod
     async def read(cls, ledger: Ledger, head: str) -> Self:
         """What the ledger holds of them now."""
         family = cls(head)
-        waiting = [head]
+        async for saga_id, event in family.news(ledger):
+            family.hear(saga_id, event)
+        return family
+
+    async def news(self, ledger: Ledger) -> AsyncIterator[tuple[str, AnyEvent]]:
+        """What the ledger holds of them that has not been heard, parents first."""
+        waiting = [self.head]
         while waiting:
             saga_id = waiting.pop()
-            events = await ledger.read(saga_id)
-            if events:
-                family.sagas[saga_id] = SagaState(events)
-                waiting += [entry.saga_id for entry in await ledger.list(parent=saga_id)]
-        return family
+            for event in (await ledger.read(saga_id))[self._heard[saga_id] :]:
+                yield saga_id, event
+            waiting += [entry.saga_id for entry in await ledger.list(parent=saga_id)]
 
     def hear(self, saga_id: str, event: AnyEvent) -> None:
         """Take in an event; those of other sagas are passed over."""
+        self._heard[saga_id] += 1
         if isinstance(event, SagaStarted):
             if saga_id == self.head or event.parent in self.sagas:
                 self.sagas[saga_id] = SagaState([event])
@@ -61,12 +68,11 @@ class Family:
                     yield f"{prefix}{name}", shown
 
     def _branches(self) -> Iterator[tuple[str, SagaState]]:
-        paths = {self.head: ""}
+        paths: dict[str | None, str] = {}
         for saga_id, state in self.sagas.items():
-            if state.started.parent in paths:
-                paths[saga_id] = f"{paths[state.started.parent]}{state.started.parent_stage}/"
-            if saga_id in paths:
-                yield paths[saga_id], state
+            started = state.started
+            paths[saga_id] = f"{paths[started.parent]}{started.parent_stage}/" if started.parent in paths else ""
+            yield paths[saga_id], state
 
 
 def to_undo(state: SagaState) -> frozenset[str]:

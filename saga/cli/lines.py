@@ -33,7 +33,7 @@ def tell(event: AnyEvent) -> str:
     return f"{event.stage}: {said}" if said else ""
 
 
-def _of_saga(event: AnyEvent) -> str:
+def _of_saga(event: SagaStarted | SagaResumed | SagaStopped | SagaTurnedBack | SagaEnded) -> str:
     match event:
         case SagaStarted():
             return f"{event.pipeline} started"
@@ -43,10 +43,8 @@ def _of_saga(event: AnyEvent) -> str:
             return f"stopped: {event.cause}"
         case SagaTurnedBack():
             return f"turned back: {event.cause or event.reason.value}"
-        case SagaEnded():
-            return event.status.value.upper()
         case _:
-            raise AssertionError(event)
+            return event.status.value.upper()
 
 
 def _of_stage(event: StageEvent) -> str:
