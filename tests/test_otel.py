@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
 from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -17,7 +20,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
-from stageflow.api import Pipeline
+from stageflow.api import Pipeline, StageOutput
 
 from saga import (
     CompensableStage,
@@ -31,9 +34,12 @@ from saga import (
     SagaCoordinator,
     SagaReport,
     SagaStatus,
+    StageState,
     nested,
 )
 from saga.events import (
+    AnyEvent,
+    CompensationStarted,
     EffectRecorded,
     SagaEnded,
     SagaResumed,
@@ -41,16 +47,19 @@ from saga.events import (
     StageCompleted,
     StageFailed,
     StageSettled,
+    StageStarted,
     TurnReason,
     Verdict,
 )
 from saga.failures import Failure, FailureKind
 from saga.listeners.otel import OpenTelemetryListener
-from tests.controlled import run
-from tests.world import SEQUENCE, Script, WithFallback, scene
+from tests.controlled import elapse, run
+from tests.test_latecomers import Doubtful
+from tests.test_properties import cases
+from tests.world import SEQUENCE, Probed, Script, WithFallback, scene
 
 ONCE = FailFast(compensation=Compensation(retry=Retry(attempts=1)))
-T0 = datetime(2026, 1, 1, tzinfo=UTC)
+CASES = min(int(os.environ.get("SAGA_CASES", "200")), 2000)
 
 
 class Backend:
@@ -207,6 +216,28 @@ def test_a_timeout_that_leaves_a_stage_in_doubt_says_so_and_its_probe_is_noted()
     assert attributes(span)["saga.stage.in_doubt"] is True
     (probed,) = [event for event in backend.span("saga scene").events if event.name == "saga.stage_probed"]
     assert probed.attributes == {"saga.stage.name": "c", "saga.stage.landed": False}
+
+
+def test_a_probe_that_fails_is_noted_and_asked_again_and_counted() -> None:
+    class SlowToAnswer(Probed):
+        answers = iter([None])
+
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            for _ in self.answers:
+                raise ConnectionError("the line is busy")
+            return await super().probe(ctx)
+
+    backend = Backend()
+    world, _ = scene({"a": ()})
+    pipeline = Pipeline(name="scene").with_stage("a", SlowToAnswer(world, "a", Script("hang")))
+
+    run(backend.coordinator(FailFast(timeout=5)).run(pipeline))
+
+    busy, answered = [event for event in backend.span("saga scene").events if event.name == "saga.stage_probed"]
+    assert busy.attributes is not None
+    assert busy.attributes["exception.message"] == "the line is busy"
+    assert answered.attributes == {"saga.stage.name": "a", "saga.stage.landed": False}
+    assert backend.points("saga.retries") == {key(saga__stage__name="a", saga__action="probe"): 1}
 
 
 def test_the_span_of_whoever_runs_the_saga_is_its_parent() -> None:
@@ -398,9 +429,28 @@ def test_what_is_in_doubt_now_is_counted_when_the_saga_rests_and_until_a_person_
     assert run(main()) == [1, 0]
 
 
+def test_what_completes_after_it_was_undone_is_in_doubt_from_then_on() -> None:
+    backend = Backend()
+    world, _ = scene({"deaf": ()})
+
+    async def main() -> list[int]:
+        stage = Doubtful(world)
+        pipeline = Pipeline(name="scene").with_stage("deaf", stage)
+        report = await backend.coordinator(FailFast(timeout=10, cancel_grace=2)).run(pipeline, saga_id="s")
+        assert report.status is SagaStatus.COMPENSATED
+        seen = [backend.now("saga.stage.in_doubt")]
+        stage.released.set()
+        await elapse(1)
+        return [*seen, backend.now("saga.stage.in_doubt")]
+
+    assert run(main()) == [0, 1]
+    assert backend.names() == ["execute deaf", "compensate deaf", "saga scene"]
+    assert backend.points("saga.duration") == {key(saga__status="compensated"): 1}
+
+
 def test_a_process_that_starts_counts_what_waits_in_its_ledger() -> None:
     ledger = MemoryLedger()
-    _, pipeline = scene(SEQUENCE, {"c": Script("raise"), "b": Script(undo_fails=1)})
+    _, pipeline = scene({"b": (), "c": ("b",)}, {"c": Script("raise"), "b": Script(undo_fails=1)})
     before = SagaCoordinator(ONCE, ledger=ledger)
     backend = Backend()
 
@@ -410,7 +460,8 @@ def test_a_process_that_starts_counts_what_waits_in_its_ledger() -> None:
         await backend.listener.survey(ledger)
         seen = [backend.now("saga.stage.stuck")]
         # Elsewhere, and this listener isn't told.
-        await before.settle("s", "b", "undone", "by hand")
+        settled = await before.settle("s", "b", "undone", "by hand")
+        assert settled.status is SagaStatus.COMPENSATED
         await backend.listener.survey(ledger)
         return [*seen, backend.now("saga.stage.stuck")]
 
@@ -429,9 +480,27 @@ def test_a_survey_leaves_a_saga_that_is_alive_alone() -> None:
         seen = [backend.now("saga.stage.stuck")]
         backend.listener("s", SagaResumed(forward=False, by="anna"))
         await backend.listener.survey(ledger)
+        assert list(backend.listener._at_rest) == []
         return [*seen, backend.now("saga.stage.stuck")]
 
     assert run(main()) == [1, 0]
+
+
+def test_a_saga_that_failed_and_then_completed_is_an_error_once() -> None:
+    backend = Backend()
+    _, pipeline = scene(SEQUENCE, {"c": Script("raise", then=("ok",))})
+    coordinator = backend.coordinator()
+
+    async def main() -> None:
+        await coordinator.run(pipeline, saga_id="s")
+        await coordinator.resume("s", pipeline)
+
+    run(main())
+
+    first, second = [span for span in backend.spans if span.name == "saga scene"]
+    assert first.status.status_code is StatusCode.ERROR
+    assert second.status.status_code is StatusCode.UNSET
+    assert attributes(second)["saga.status"] == "completed"
 
 
 def test_what_is_resumed_here_and_was_started_elsewhere_has_spans_without_a_pipelines_name() -> None:
@@ -488,14 +557,16 @@ def test_sagas_at_rest_are_remembered_up_to_a_limit() -> None:
     coordinator = backend.coordinator(ONCE)
 
     async def main() -> None:
-        for number in range(5):
+        for number in range(4):
             await coordinator.run(pipeline, saga_id=f"{number}")
+        await coordinator.settle("2", "b", "retry", "the bank is back")
+        await coordinator.run(pipeline, saga_id="4")
 
     run(main())
 
-    assert list(backend.listener._at_rest) == ["3", "4"]
+    assert list(backend.listener._at_rest) == ["2", "4"]
     assert backend.listener._alive == {}
-    assert backend.now("saga.stage.stuck") == 2
+    assert backend.now("saga.stage.stuck") == 1
 
 
 def test_a_saga_in_which_nothing_failed_keeps_none_of_its_outputs_in_memory() -> None:
@@ -547,6 +618,48 @@ def test_a_fallback_that_fails_is_noted() -> None:
     assert failed.name == "saga.fallback_failed"
     assert failed.attributes is not None
     assert failed.attributes["exception.message"] == "no price in the cache"
+
+
+@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(cases())
+def test_whatever_a_saga_does_its_telemetry_agrees_with_its_ledger(case: Mapping[str, Any]) -> None:
+    backend, ledger, mishaps = Backend(), MemoryLedger(), []
+    _, pipeline = scene(case["shape"], case["scripts"], case["kinds"])
+    for script in case["scripts"].values():
+        script.attempts.clear()
+        script.undo_attempts = 0
+
+    def listener(saga_id: str, event: AnyEvent) -> None:
+        try:
+            backend.listener(saga_id, event)
+        except Exception as error:  # noqa: BLE001 - the coordinator would log it and go on
+            mishaps.append(error)
+
+    async def play() -> SagaReport:
+        coordinator = SagaCoordinator(case["policy"], ledger=ledger, listeners=[listener])
+        task = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        if case["cancel_at"] is not None:
+            await elapse(case["cancel_at"])
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        return await coordinator.report("s")
+
+    report = run(play())
+
+    events = run(ledger.read("s"))
+    begun = [event for event in events if isinstance(event, StageStarted | CompensationStarted)]
+    assert mishaps == []
+    assert len(backend.spans) == len(begun) + 1
+    assert backend.now("saga.active") == 0
+    assert backend.now("saga.retries") == sum(getattr(event, "will_retry", False) for event in events)
+    states = [stage.state for stage in report.stages.values()]
+    assert backend.now("saga.stage.stuck") == states.count(StageState.STUCK)
+    assert backend.now("saga.stage.in_doubt") == states.count(StageState.IN_DOUBT)
+    assert backend.points("saga.duration") == {key(saga__status=report.status.value): 1}
+    assert attributes(backend.span("saga scene"))["saga.status"] == report.status.value
+    for span in backend.spans:
+        assert span.name.startswith("compensate") is bool(span.links)
 
 
 # -- the page that names them ------------------------------------------------------------------------------------

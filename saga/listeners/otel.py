@@ -188,7 +188,6 @@ class OpenTelemetryListener:
             self._duration.record((event.at - saga.began).total_seconds(), taken)
             self._counts_as(saga, None)
             saga.root, saga.inside = None, Context()
-            saga.attempts.clear()
         self._alive.pop(saga_id, None)
         self._rest(saga_id, saga)
 
