@@ -13,6 +13,7 @@ from saga.events import AnyEvent, EffectRecorded
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.outputs import copied, copied_output
+from saga.watch import retrieved
 
 if TYPE_CHECKING:
     from stageflow.api import Pipeline, PipelineContext
@@ -156,7 +157,13 @@ class LiveSaga(Host):
         """Write one partial effect of a running stage to the ledger."""
         if self.journal.state.graph[stage].role is not Role.COMPENSABLE:
             raise refuse_record(stage)
-        await self.journal.record(EffectRecorded(stage=stage, effect=copied(effect)))
+        write = asyncio.create_task(self.journal.record(EffectRecorded(stage=stage, effect=copied(effect))))
+        write.add_done_callback(retrieved)
+        # A cancel of the stage is no cancel of the ledger: what it did is recorded.
+        await asyncio.shield(write)
+        refused = self.journal.unstorable.pop(stage, None)
+        if refused is not None:
+            raise refused
 
     async def run_child(
         self, stage: str, attempt: int, pipeline: Pipeline, context: PipelineContext | None, policy: Policy | None, fields: dict[str, Any]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from stageflow.api import Pipeline, StageOutput
 
 from saga.compensable import PivotStage
@@ -187,7 +187,7 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         retry=_declared(name, sample, "retry", Retry),
         timeout=_declared_seconds(name, sample),
         compensation=_declared(name, sample, "compensation", Compensation),
-        output_model=getattr(sample, "output_model", None),
+        output_model=_declared_model(name, sample),
         patient=bool(getattr(sample, "bounds_itself", False)),
         has_effect=_declared(name, sample, "has_effect", bool),
     )
@@ -201,7 +201,7 @@ def _restored(name: str, model: Any, data: dict[str, Any]) -> dict[str, Any]:
         raise PipelineInvalid(
             f"an output_model that its recorded output fits ({model.__qualname__})", got=str(error), stage=name
         ) from error
-    return data | (value if isinstance(value, dict) else {key: getattr(value, key) for key in data if hasattr(value, key)})
+    return {key: getattr(value, key, plain) for key, plain in data.items()}
 
 
 def _instance(name: str, make: Callable[[], Any]) -> Any:
@@ -248,6 +248,13 @@ def _declared_seconds(name: str, stage: object) -> float | None:
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")):
         return value
     raise PipelineInvalid("timeout to be None or more than 0 seconds", got=repr(value), stage=name)
+
+
+def _declared_model(name: str, stage: object) -> Any:
+    model = getattr(stage, "output_model", None)
+    if model is None or (isinstance(model, type) and (issubclass(model, BaseModel) or is_dataclass(model))):
+        return model
+    raise PipelineInvalid("output_model to be a pydantic model, a dataclass or None", got=repr(model), stage=name)
 
 
 _KNOWN: Final[dict[int, tuple[weakref.ref[Pipeline], Blueprint]]] = {}

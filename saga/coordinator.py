@@ -20,13 +20,14 @@ from saga.asking import ask
 from saga.backward import Backward
 from saga.blueprint import Blueprint
 from saga.compensable import child_id
-from saga.errors import GraphChanged, LedgerConflict, LedgerError, MisuseError, SagaError, SagaExists, SagaNotFound
+from saga.errors import GraphChanged, LedgerConflict, LedgerError, MisuseError, NotStorable, SagaError, SagaExists, SagaNotFound
 from saga.events import AnyEvent, SagaEnded, SagaStarted, SagaTurnedBack, StageSettled, TurnReason, Verdict
 from saga.failures import Failure
 from saga.forward import Forward
 from saga.journal import Journal, Listener, tell
 from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger
-from saga.outputs import copied
+from saga.outputs import copied, refuse_unstorable
+from saga.owners import this_process
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery import SagaState, Step, conclude, final_status, undo_step
 from saga.report import Recovery, SagaReport
@@ -85,7 +86,7 @@ class SagaCoordinator:
         self.ledger: Final = ledger if ledger is not None else MemoryLedger()
         self._interceptors = tuple(interceptors)
         self._listeners = tuple(listeners)
-        self._owner = secrets.token_hex(16)
+        self._owner = this_process()
         self._alive: dict[str, LiveSaga | None] = {}
         self._late: dict[str, list[AnyEvent]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -367,7 +368,7 @@ class SagaCoordinator:
                 pipeline=blueprint.name,
                 graph=blueprint.graph,
                 policy=policy,
-                input={name: value for name in _INPUT if (value := getattr(context, name))},
+                input=self._input(context),
                 parent=parent,
                 parent_stage=parent_stage,
             )
@@ -376,6 +377,15 @@ class SagaCoordinator:
             self._unhold(saga_id)
             raise
         return self._lives(blueprint, policy, journal, context)
+
+    def _input(self, context: PipelineContext) -> dict[str, Any]:
+        found = {name: value for name in _INPUT if (value := getattr(context, name))}
+        if self.ledger.durable:
+            try:
+                refuse_unstorable(found, "context")
+            except NotStorable as refused:
+                raise MisuseError("a context that a durable ledger can keep", got=str(refused)) from None
+        return found
 
     async def _take(self, saga_id: str, pipeline: Pipeline, policy: Policy | None = None) -> LiveSaga:
         """Take over a saga that nobody is running."""

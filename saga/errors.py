@@ -12,6 +12,7 @@
      ├── LedgerError           the ledger could not record or read
      │    ├── LedgerCorrupt    the events contradict the transition table
      │    └── LedgerConflict   somebody else wrote to the saga, or holds its lease
+     ├── NotStorable           a value can't be written as JSON and read back
      └── SagaFailed            raised on request, by `SagaReport.raise_for_status()`
 
 A failing stage raises none of these: `SagaCoordinator.run` answers with a report.
@@ -20,7 +21,8 @@ A failing stage raises none of these: `SagaCoordinator.run` answers with a repor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
+from typing import Self
 
 
 class SagaError(Exception):
@@ -81,7 +83,7 @@ class LedgerError(SagaError):
 
 
 class LedgerCorrupt(LedgerError):
-    """An event follows one that it may not follow; the saga is left as it is."""
+    """What the ledger holds is not what was written, or an event follows one that it may not follow; all is left as it is."""
 
 
 class LedgerConflict(LedgerError):
@@ -96,6 +98,50 @@ class LedgerConflict(LedgerError):
         self.holder = holder
         self.until = until
         super().__init__(message)
+
+    @classmethod
+    def missing(cls, saga_id: str) -> Self:
+        """There is no such saga."""
+        return cls(f"there is no saga {saga_id}")
+
+    @classmethod
+    def exists(cls, saga_id: str) -> Self:
+        """There is one already."""
+        return cls(f"saga {saga_id} exists already; nothing was recorded")
+
+    @classmethod
+    def held(cls, saga_id: str, by: str, *, holder: str, until: datetime | None = None) -> Self:
+        """Another owner holds the lease and counts as alive."""
+        when = "until it is released" if until is None else f"until it is released, or until {_clock(until)} if {holder} says nothing more"
+        return cls(f"saga {saga_id} is held by {holder}; {by} has to wait {when}", holder=holder, until=until)
+
+    @classmethod
+    def overtaken(cls, saga_id: str, token: int, current: int, *, holder: str | None, until: datetime | None = None) -> Self:
+        """The lease was lost to a later holder."""
+        now = "nobody holds it now" if holder is None else f"{holder} holds it" + ("" if until is None else f" until {_clock(until)}")
+        message = f"saga {saga_id} is written with lease token {token}, the current one is {current}: {now}; nothing was recorded"
+        return cls(message, holder=holder, until=until)
+
+    @classmethod
+    def outdated(cls, saga_id: str, expected: int, found: int) -> Self:
+        """There are more or fewer events than the writer knew of."""
+        return cls(f"saga {saga_id} has {found} events, expected {expected}: somebody else wrote to it; nothing was recorded")
+
+
+def _clock(when: datetime) -> str:
+    return f"{when.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+class NotStorable(SagaError, ValueError):
+    """A value can't be written as JSON and read back equal, so no durable ledger can keep it.
+
+    Attributes:
+        path: Which one: `data['connection']`.
+    """
+
+    def __init__(self, path: str, why: str) -> None:
+        self.path = path
+        super().__init__(f"expected plain data at {path}, got {why}")
 
 
 class SagaFailed(ExceptionGroup, SagaError):

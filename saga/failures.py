@@ -9,7 +9,7 @@ from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from saga.text import qualified, said
+from saga.text import qualified, said, written
 
 
 class FailureKind(StrEnum):
@@ -82,7 +82,7 @@ class Failure(BaseModel):
             message=said(error) or type(error).__name__,
             attempt=attempt,
             at=datetime.now(UTC),
-            traceback="".join(tracebacks.format_exception(error)),
+            traceback=written("".join(tracebacks.format_exception(error))),
             exception=error,
         )
 

@@ -51,16 +51,16 @@ class _Listener(BaseInterceptor):
 
     name = "saga"
 
-    def __init__(self, started: Container[str]) -> None:
+    def __init__(self, called: Container[str]) -> None:
         self.answered: dict[str, StageOutput] = {}
-        self._started = started
+        self._called = called
 
     async def before(self, stage_name: str, ctx: PipelineContext) -> None:
         """Let the stage run."""
 
     async def after(self, stage_name: str, result: StageResult, _ctx: PipelineContext) -> None:
         """Note an answer for a stage whose runner was never called."""
-        if stage_name not in self._started:
+        if stage_name not in self._called:
             self.answered[stage_name] = StageOutput.ok(result.data)
 
 
@@ -112,6 +112,7 @@ class Forward:
         self._interceptors = list(interceptors)
         self._runs: dict[str, _StageRun] = {}
         self._running: set[_StageRun] = set()
+        self._called: set[str] = set()
         self._fallen = {name for name, record in self._state.stages.items() if record.with_branch and not record.again}
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
@@ -139,7 +140,7 @@ class Forward:
         }
         deadline = self._policy.deadline
         timer = None if deadline is None else self._loop.call_later(deadline, self._out_of_time, deadline)
-        listener = _Listener(self._runs)
+        listener = _Listener(self._called)
         results: Mapping[str, StageOutput] = {}
         try:
             results = await Pipeline(saga.blueprint.name, stages).run(saga.private_context(), interceptors=[*self._interceptors, listener])
@@ -244,6 +245,7 @@ class Forward:
         if record.state in _ENDED_WELL and not record.again:
             assert record.output is not None  # what ended so has given one
             given = copied_output(record.output)
+            self._called.add(name)
 
             async def give() -> StageOutput:
                 return given
@@ -251,6 +253,7 @@ class Forward:
             return lambda _: give()
 
         async def wait_for_stage(ctx: StageContext) -> StageOutput:
+            self._called.add(name)
             run = self._runs.get(name)
             if run is None:
                 if self.is_stopping():
@@ -310,7 +313,9 @@ class Forward:
             self.stop(Failure.of(None, FailureKind.CANCELLED, cancelled))
         if self.is_stopping():
             return _STOPPING
-        outcome = await self._left_open(run) or await self._attempts(run)
+        outcome = None if run.record.state is StageState.NOT_RUN else await self._left_open(run)
+        if outcome is None:
+            outcome = await self._attempts(run)
         if run.given_up:
             if outcome.failure is None and outcome.output is not None and outcome.output.status is StageStatus.OK:
                 self._saga.comes_late(StageCompleted(stage=run.name, output=copied_output(outcome.output), late=True))
@@ -428,6 +433,11 @@ class Forward:
             await self._record(StageSkipped(stage=name, reason=said(output.data.get("reason") or "it said so"), output=copy))
         else:
             await self._record(StageCompleted(stage=name, output=copy))
+            refused = self._saga.journal.unstorable.pop(name, None)
+            if refused is not None:
+                # Its effect stands and is known; but whoever resumed this saga would lack what it gave.
+                message = f"{refused}: no durable ledger can keep it"
+                self.stop(Failure.of(name, FailureKind.CONTRACT, message, attempt=self._state.stages[name].attempts))
 
     async def _pause(self, seconds: float) -> bool:
         """Wait for the next attempt; whether there is to be one."""

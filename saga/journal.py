@@ -8,9 +8,25 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from saga.errors import LedgerError
-from saga.events import AnyEvent, CompensationStarted, EffectRecorded, SagaEnded, SagaResumed, SagaStarted, StageStarted
+from saga.errors import LedgerError, NotStorable
+from saga.events import (
+    AnyEvent,
+    CompensationStarted,
+    EffectRecorded,
+    FallbackUsed,
+    SagaEnded,
+    SagaResumed,
+    SagaStarted,
+    StageCompleted,
+    StageFailed,
+    StageProbed,
+    StageSkipped,
+    StageStarted,
+    event_from_json,
+    event_to_json,
+)
 from saga.ledger import Ledger
+from saga.outputs import refuse_unstorable, refuse_unstorable_output
 from saga.recovery import SagaState
 
 Listener = Callable[[str, AnyEvent], None]
@@ -22,6 +38,7 @@ It is told of the start of an attempt in the task that then runs the attempt, so
 _LOG: Final = logging.getLogger("saga")
 _AWAITED: Final = (StageStarted, CompensationStarted, EffectRecorded, SagaResumed, SagaEnded)
 """What has to be in the ledger before anybody goes on; everything else may be written together with the next of these."""
+_WITH_OUTPUT: Final = (StageCompleted, StageFailed, StageSkipped, StageProbed, FallbackUsed)
 _LINGER: Final = 0.002
 """Seconds after which an event is written although nobody waits for it."""
 
@@ -31,6 +48,9 @@ class Journal:
 
     To a durable ledger, an event that guards nothing is written together with the next one that does: a completion with the
     starts that it enables is one write (promise 6).
+
+    Of a value that a durable ledger can't hold it writes a text; if a stage gave or recorded it, `unstorable` has the error under the
+    stage, until somebody takes it.
 
     After an append that failed nothing more is written: what the state then says beyond the ledger is unknown to
     whoever resumes, so no further effect may start.
@@ -50,6 +70,7 @@ class Journal:
         self.saga_id: Final = saga_id
         self.state: Final = state
         self.error: LedgerError | None = None
+        self.unstorable: dict[str, NotStorable] = {}
         self._ledger = ledger
         self._version = version
         self._token = token
@@ -84,6 +105,8 @@ class Journal:
         """
         if self.error is not None:
             raise self.error
+        if self._ledger.durable:
+            events = tuple(self._storable(event) for event in events)
         for event in events:
             self.state.apply(event)
         if self._ledger.durable and not isinstance(events[-1], _AWAITED):
@@ -95,6 +118,20 @@ class Journal:
             events = (*self._pending, *events)
             self._forget_pending()
         await self._write(events, release=release)
+
+    def _storable(self, event: AnyEvent) -> AnyEvent:
+        """The event, with a text in the place of what JSON can't hold."""
+        output = event.output if isinstance(event, _WITH_OUTPUT) else None
+        effect = event.effect if isinstance(event, EffectRecorded) else None
+        try:
+            if output is not None:
+                refuse_unstorable_output(output)
+            refuse_unstorable(effect, "effect")
+        except NotStorable as refused:
+            if isinstance(event, StageCompleted | EffectRecorded):
+                self.unstorable[event.stage] = refused
+            return event_from_json(event_to_json(event))
+        return event
 
     def _forget_pending(self) -> None:
         self._pending.clear()
@@ -120,7 +157,13 @@ class Journal:
         # Reserved before the write is awaited: a second record meanwhile goes behind this one.
         self._version += len(events)
         try:
-            await self._append(events, version, release=release)
+            if self._token is not None:
+                await self._ledger.append(self.saga_id, events, expected_version=version, token=self._token, release=release)
+                self._released = release
+            elif self._is_creating:
+                await self._wait_for_creation(events)
+            else:
+                await self._create(events)
         except LedgerError as error:
             self.error = error
             raise
@@ -133,13 +176,6 @@ class Journal:
             raise self.error from error
         if self._listeners:
             tell(self._listeners, self.saga_id, events)
-
-    async def _append(self, events: Sequence[AnyEvent], version: int, *, release: bool) -> None:
-        if self._token is None:
-            await (self._wait_for_creation(events) if self._is_creating else self._create(events))
-            return
-        await self._ledger.append(self.saga_id, events, expected_version=version, token=self._token, release=release)
-        self._released = release
 
     async def _create(self, events: Sequence[AnyEvent]) -> None:
         self._is_creating = True

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -120,6 +120,11 @@ FORGETTABLE: Final = frozenset({SagaStatus.COMPLETED, SagaStatus.DEGRADED, SagaS
 
 def status_after(before: SagaStatus, events: Sequence[AnyEvent]) -> SagaStatus:
     """Where a saga stands after these events, if it stood at `before`."""
+    return status_said(events) or before
+
+
+def status_said(events: Sequence[AnyEvent]) -> SagaStatus | None:
+    """Where a saga stands after these events; None: where it stood before them."""
     for event in reversed(events):
         match event:
             case SagaEnded(status=status):
@@ -132,14 +137,14 @@ def status_after(before: SagaStatus, events: Sequence[AnyEvent]) -> SagaStatus:
                 return SagaStatus.RUNNING
             case _:
                 continue
-    return before
+    return None
 
 
 class Ledger(Protocol):
     """Where sagas are recorded.
 
     An append is either recorded whole, before the call returns, or not at all. Appends of one saga take effect in
-    the order of the calls.
+    the order of the calls. A call that is cancelled may have been carried out all the same.
 
     Whoever writes to a saga holds its lease: `create` and `acquire` give a token that goes with every append, and
     a later holder's token is higher. An owner that says nothing for longer than `lease` counts as gone, and what it held may be
@@ -172,7 +177,10 @@ class Ledger(Protocol):
         ...
 
     async def release(self, saga_id: str, token: int) -> None:
-        """Give the lease back; a lease that was lost in the meantime is left alone."""
+        """Give the lease back; a lease that was lost in the meantime is left alone.
+
+        The token stays good for appends until somebody takes the lease.
+        """
         ...
 
     async def beat(self, owner: str) -> None:
@@ -183,7 +191,8 @@ class Ledger(Protocol):
         """Record events behind the `expected_version` events that are already there; with `release`, give the lease back with them.
 
         Raises:
-            LedgerConflict: There are more or fewer events, the token is not the current one, or there is no such saga.
+            LedgerConflict: There are more or fewer events, the token is not the current one, or there is no such saga; nothing was
+                recorded. When the lease was lost, the error says who holds it now and until when.
             LedgerError: They can't be recorded.
         """
         ...
@@ -197,14 +206,19 @@ class Ledger(Protocol):
         ...
 
     async def list(self, *, statuses: Collection[SagaStatus] | None = None, parent: str | None = None) -> Sequence[Entry]:
-        """The sagas, oldest first: all, those in some statuses, the children of one."""
+        """The sagas in the order in which they were created: all, those in some statuses, the children of one."""
         ...
 
     async def prune(self, older_than: timedelta) -> Sequence[str]:
         """Forget sagas whose last event is older and about which nothing is left to do; their ids.
 
-        A child goes with the saga that runs it, and both stay while anything is left to do about one of them.
+        A child goes with the saga that runs it, and both stay while anything is left to do about one of them, one of them is
+        younger, or somebody who counts as alive holds one of them.
         """
+        ...
+
+    async def close(self) -> None:
+        """Let go of files and connections, when everything asked for before has been done; nothing more may be asked for."""
         ...
 
     async def completions(self, saga_id: str) -> dict[str, StageOutput]:
@@ -245,7 +259,7 @@ class MemoryLedger(Ledger):
         keep: How many sagas about which nothing is left to do are kept; the oldest are forgotten first. Nothing else ever is.
     """
 
-    lease = None
+    lease: float | None = None
     durable = False
 
     def __init__(self, keep: int = 10_000) -> None:
@@ -256,7 +270,7 @@ class MemoryLedger(Ledger):
     async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
         """Record a new saga."""
         if saga_id in self._sagas:
-            raise LedgerConflict(f"saga {saga_id} exists already; nothing was recorded")
+            raise LedgerConflict.exists(saga_id)
         started = events[0]
         assert isinstance(started, SagaStarted)  # the journal sees to that
         self._sagas[saga_id] = _Kept(list(events), started, owner, 1, [])
@@ -267,36 +281,41 @@ class MemoryLedger(Ledger):
     async def acquire(self, saga_id: str, owner: str) -> int:
         """Take the lease; it lasts until it is released, because its holder lives in this process."""
         saga = self._find(saga_id)
-        if saga.owner not in {None, owner}:
-            raise LedgerConflict(f"saga {saga_id} is held by {saga.owner}; {owner} has to wait until it is released", holder=saga.owner)
+        if saga.owner is not None and saga.owner != owner:
+            raise LedgerConflict.held(saga_id, owner, holder=saga.owner)
         saga.owner = owner
         saga.token += 1
+        self._review(saga)
         return saga.token
 
     def _find(self, saga_id: str) -> _Kept:
         saga = self._sagas.get(saga_id)
         if saga is None:
-            raise LedgerConflict(f"there is no saga {saga_id}")
+            raise LedgerConflict.missing(saga_id)
         return saga
 
     async def release(self, saga_id: str, token: int) -> None:
         """Give the lease back."""
         saga = self._sagas.get(saga_id)
         if saga is not None and saga.token == token:
-            self._let_go(saga)
+            saga.owner = None
+            self._review(saga)
 
-    def _let_go(self, saga: _Kept) -> None:
-        saga.owner = None
+    def _review(self, saga: _Kept) -> None:
+        """Note whether anything is left to do about a saga, those that run it, and their children."""
+        while saga.started.parent in self._sagas:
+            saga = self._sagas[saga.started.parent]
         saga_id = saga.started.saga_id
         self._done.pop(saga_id, None)
-        if saga.started.parent in self._sagas or not self._is_forgettable(saga):
-            return
-        self._done[saga_id] = None
+        if all(one.owner is None and one.status in FORGETTABLE for one in self._family(saga)):
+            self._done[saga_id] = None
         while len(self._done) > self._keep:
             self._forget(next(iter(self._done)))
 
-    def _is_forgettable(self, saga: _Kept) -> bool:
-        return saga.status in FORGETTABLE and all(self._is_forgettable(self._sagas[child]) for child in saga.children)
+    def _family(self, saga: _Kept) -> Iterator[_Kept]:
+        yield saga
+        for child in saga.children:
+            yield from self._family(self._sagas[child])
 
     def _forget(self, saga_id: str) -> list[str]:
         self._done.pop(saga_id, None)
@@ -308,22 +327,24 @@ class MemoryLedger(Ledger):
     async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int, release: bool = False) -> None:
         """Record the events."""
         saga = self._find(saga_id)
-        if len(saga.events) != expected_version:
-            raise LedgerConflict(f"saga {saga_id} has {len(saga.events)} events, expected {expected_version}: somebody else wrote to it")
         if saga.token != token:
-            raise LedgerConflict(f"saga {saga_id} is written with lease token {token}, the current one is {saga.token}")
+            raise LedgerConflict.overtaken(saga_id, token, saga.token, holder=saga.owner)
+        if len(saga.events) != expected_version:
+            raise LedgerConflict.outdated(saga_id, expected_version, len(saga.events))
         saga.events.extend(events)
         saga.status = status_after(saga.status, events)
         if release:
-            self._let_go(saga)
+            saga.owner = None
+        if saga.owner is None:
+            self._review(saga)
 
     async def read(self, saga_id: str) -> Sequence[AnyEvent]:
-        """All events of a saga, oldest first."""
+        """All events of a saga."""
         saga = self._sagas.get(saga_id)
         return () if saga is None else tuple(saga.events)
 
     async def list(self, *, statuses: Collection[SagaStatus] | None = None, parent: str | None = None) -> Sequence[Entry]:
-        """The sagas, oldest first."""
+        """The sagas."""
         if parent is None:
             sagas = list(self._sagas.values())
         else:
@@ -346,5 +367,8 @@ class MemoryLedger(Ledger):
     async def prune(self, older_than: timedelta) -> Sequence[str]:
         """Forget old sagas about which nothing is left to do."""
         before = datetime.now(UTC) - older_than
-        old = [saga_id for saga_id in self._done if self._sagas[saga_id].events[-1].at < before]
+        old = [done for done in self._done if all(one.events[-1].at < before for one in self._family(self._sagas[done]))]
         return tuple(gone for saga_id in old for gone in self._forget(saga_id))
+
+    async def close(self) -> None:
+        """There is nothing to let go of."""

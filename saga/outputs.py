@@ -10,16 +10,17 @@ import base64
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NoReturn
 from uuid import UUID
 
-from pydantic import BaseModel, PlainSerializer, PlainValidator, ValidationInfo, WithJsonSchema
+from pydantic import BaseModel, PlainSerializer, PlainValidator, SerializationInfo, ValidationInfo, WithJsonSchema
 from stageflow.api import StageArtifact, StageEvent, StageOutput, StageStatus
 
-from saga.text import qualified, said, shown
+from saga.errors import NotStorable
+from saga.text import qualified, said, shown, written
 
 TAG: Final = "$saga"
 _ATOMS: Final = frozenset({str, int, float, bool, type(None), bytes, Decimal, datetime, date, time, timedelta, UUID})
@@ -77,7 +78,24 @@ def copied_output(output: StageOutput) -> StageOutput:
     return dataclasses.replace(output, data=copied(output.data), artifacts=copied(output.artifacts), events=copied(output.events))
 
 
+def _is_text(value: str) -> bool:
+    return value.isascii() or value == written(value)
+
+
+_LEVELS: Final = 150
+"""How deeply JSON nests at most: pydantic writes 255 levels and reads 200, and a value stands within an output, an event and a row."""
+_BITS: Final = 1024
+_PLAIN: Final = frozenset({str, int, float, bool, type(None)})
+_LIMITED: Final[dict[type, Callable[[Any], bool]]] = {
+    str: _is_text,
+    int: lambda number: number.bit_length() <= _BITS,
+    float: math.isfinite,
+}
+"""Which values JSON has of the types that it has: UTF-8 lacks surrogates, and pydantic reads no number of more than 4,300 digits."""
 _ENCODERS: Final[dict[type, tuple[str, Callable[[Any], Any]]]] = {
+    str: ("text", lambda text: base64.b64encode(text.encode("utf-8", "surrogatepass")).decode("ascii")),
+    int: ("int", hex),
+    float: ("float", repr),
     datetime: ("datetime", datetime.isoformat),
     date: ("date", date.isoformat),
     time: ("time", time.isoformat),
@@ -85,6 +103,7 @@ _ENCODERS: Final[dict[type, tuple[str, Callable[[Any], Any]]]] = {
     UUID: ("uuid", str),
     Decimal: ("decimal", str),
     bytes: ("bytes", lambda raw: base64.b64encode(raw).decode("ascii")),
+    Opaque: ("opaque", lambda opaque: [opaque.type, opaque.text]),
 }
 _COLLECTIONS: Final[dict[type, str]] = {tuple: "tuple", set: "set", frozenset: "frozenset"}
 _DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
@@ -95,6 +114,8 @@ _DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
     "uuid": UUID,
     "decimal": Decimal,
     "bytes": base64.b64decode,
+    "text": lambda raw: base64.b64decode(raw).decode("utf-8", "surrogatepass"),
+    "int": lambda digits: int(digits, 16),
     "float": float,
     "tuple": lambda items: tuple(decoded(item) for item in items),
     "set": lambda items: {decoded(item) for item in items},
@@ -111,39 +132,95 @@ def encoded(value: Any) -> Any:
     plain data.
     """
     try:
-        return _encoded(value)
+        return _encoded(value, _opaque, _LEVELS)
     except RecursionError:
         return _opaque(value, "nested too deeply, or within itself")
 
 
-def _opaque(value: Any, text: str) -> dict[str, Any]:
-    return {TAG: "opaque", "value": [qualified(type(value)), text]}
+def refuse_unstorable(value: Any, name: str) -> None:
+    """Refuse what has no encoding, and would come back from a durable ledger as an `Opaque`.
+
+    Args:
+        value: What is to be kept.
+        name: What the error calls it: `effect`; of its parts it then says `effect['seats'][2]`.
+
+    Raises:
+        NotStorable: It, or a part of it, has no encoding; the error says which part.
+    """
+    stored(value, name)
 
 
-def _encoded(value: Any) -> Any:
+def refuse_unstorable_output(output: StageOutput) -> None:
+    """Refuse an output of which a part has no encoding: `data['connection']`.
+
+    Raises:
+        NotStorable: The error says which part.
+    """
+    _output_to_json(output, stored)
+
+
+def stored(value: Any, name: str) -> Any:
+    """Turn a value into plain JSON as `encoded` does, but refuse what has no encoding; see `refuse_unstorable`."""
+    try:
+        return _encoded(value, _refused, _LEVELS)
+    except RecursionError:
+        raise NotStorable(name, f"more than {_LEVELS} levels, or a value within itself") from None
+    except NotStorable:
+        for part, item in _parts(value, name):
+            stored(item, part)
+        raise NotStorable(name, f"{qualified(type(value))}, which has no encoding as JSON") from None
+
+
+def _parts(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    match value:
+        case dict():
+            yield from ((f"the key {shown(key)} of {name}", key) for key in value)
+            yield from ((f"{name}[{shown(key)}]", item) for key, item in value.items())
+        case list() | tuple():
+            yield from ((f"{name}[{index}]", item) for index, item in enumerate(value))
+        case set() | frozenset():
+            yield from ((f"an item of {name}", item) for item in value)
+        case BaseModel():
+            yield from ((f"{name}.{field}", item) for field, item in value.model_dump().items())
+        case _ if dataclasses.is_dataclass(value):
+            yield from ((f"{name}.{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value))
+
+
+def _opaque(value: Any, text: str | None = None) -> dict[str, Any]:
+    return {TAG: "opaque", "value": [qualified(type(value)), shown(value) if text is None else text]}
+
+
+def _refused(_: Any) -> NoReturn:
+    raise NotStorable("", "")  # `stored` finds out where
+
+
+def _encoded(value: Any, otherwise: Callable[[Any], Any], levels: int) -> Any:
     kind = type(value)
-    if kind is float and not math.isfinite(value):
-        return {TAG: "float", "value": repr(value)}
-    if kind in {str, int, float, bool, type(None)}:
-        return value
+    if kind in _PLAIN:
+        return value if kind not in _LIMITED or _LIMITED[kind](value) else _tagged(kind, value)
+    if levels < 0:
+        raise RecursionError
     if kind is list:
-        return [_encoded(item) for item in value]
+        return [_encoded(item, otherwise, levels - 1) for item in value]
     if kind is dict:
-        if TAG not in value and all(type(key) is str for key in value):
-            return {key: _encoded(item) for key, item in value.items()}
-        return {TAG: "dict", "value": [[_encoded(key), _encoded(item)] for key, item in value.items()]}
+        if TAG not in value and all(type(key) is str and _is_text(key) for key in value):
+            return {key: _encoded(item, otherwise, levels - 1) for key, item in value.items()}
+        pairs = [[_encoded(part, otherwise, levels - 3) for part in pair] for pair in value.items()]
+        return {TAG: "dict", "value": pairs}
     if kind in _ENCODERS:
-        tag, encode = _ENCODERS[kind]
-        return {TAG: tag, "value": encode(value)}
+        return _tagged(kind, value)
     if kind in _COLLECTIONS:
-        return {TAG: _COLLECTIONS[kind], "value": [_encoded(item) for item in value]}
-    if kind is Opaque:
-        return {TAG: "opaque", "value": [value.type, value.text]}
+        return {TAG: _COLLECTIONS[kind], "value": [_encoded(item, otherwise, levels - 2) for item in value]}
     if isinstance(value, BaseModel):
-        return _encoded(value.model_dump())
+        return _encoded(value.model_dump(), otherwise, levels)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _encoded({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
-    return _opaque(value, shown(value))
+        return _encoded({field.name: getattr(value, field.name) for field in dataclasses.fields(value)}, otherwise, levels)
+    return otherwise(value)
+
+
+def _tagged(kind: type, value: Any) -> dict[str, Any]:
+    tag, encode = _ENCODERS[kind]
+    return {TAG: tag, "value": encode(value)}
 
 
 def decoded(value: Any) -> Any:
@@ -163,15 +240,29 @@ def decoded(value: Any) -> Any:
     return _DECODERS[value[TAG]](value["value"])
 
 
-def _output_to_json(output: StageOutput) -> dict[str, Any]:
+STRICT: Final = object()
+"""The context in which what has no encoding is refused when an event is written: `dump_json(..., context=STRICT)`."""
+
+
+def _leniently(value: Any, _: str) -> Any:
+    return encoded(value)
+
+
+def _output_to_json(output: StageOutput, encode: Callable[[Any, str], Any]) -> dict[str, Any]:
     plain = {
         "status": output.status.value,
-        "data": encoded(output.data),
+        "data": encode(output.data, "data"),
         "error": None if output.error is None else said(output.error),
-        "duration_ms": output.duration_ms,
+        "duration_ms": encode(output.duration_ms, "duration_ms"),
         "version": None if output.version is None else said(output.version),
-        "artifacts": [encoded([item.type, item.payload, item.timestamp]) for item in output.artifacts],
-        "events": [encoded([item.type, item.data, item.timestamp]) for item in output.events],
+        "artifacts": [
+            [encode(getattr(item, field), f"artifacts[{index}].{field}") for field in ("type", "payload", "timestamp")]
+            for index, item in enumerate(output.artifacts)
+        ],
+        "events": [
+            [encode(getattr(item, field), f"events[{index}].{field}") for field in ("type", "data", "timestamp")]
+            for index, item in enumerate(output.events)
+        ],
     }
     return {key: value for key, value in plain.items() if key in {"status", "data"} or value}
 
@@ -182,15 +273,20 @@ def _output_from(value: Any) -> StageOutput:
     fields: dict[str, Any] = dict(value)
     fields["status"] = StageStatus(fields["status"])
     fields["data"] = decoded(fields["data"])
+    fields["duration_ms"] = decoded(fields.get("duration_ms"))
     fields["artifacts"] = [StageArtifact(*decoded(item)) for item in fields.get("artifacts", ())]
     fields["events"] = [StageEvent(*decoded(item)) for item in fields.get("events", ())]
     return StageOutput(**fields)
 
 
+def _write_output(output: StageOutput, info: SerializationInfo) -> dict[str, Any]:
+    return _output_to_json(output, stored if info.context is STRICT else _leniently)
+
+
 Output = Annotated[
     StageOutput,
     PlainValidator(_output_from),
-    PlainSerializer(_output_to_json, when_used="json"),
+    PlainSerializer(_write_output, when_used="json"),
     WithJsonSchema({"type": "object", "required": ["status", "data"], "title": "StageOutput"}),
 ]
 """A stageflow output inside a pydantic model."""
@@ -201,10 +297,14 @@ def _plain_from(value: Any, info: ValidationInfo) -> Any:
     return decoded(value) if info.mode == "json" else value
 
 
+def _write_plain(value: Any, info: SerializationInfo) -> Any:
+    return stored(value, "value") if info.context is STRICT else encoded(value)
+
+
 Plain = Annotated[
     Any,
     PlainValidator(_plain_from),
-    PlainSerializer(encoded, when_used="json"),
+    PlainSerializer(_write_plain, when_used="json"),
     WithJsonSchema({"description": "Any value; types that JSON lacks carry a $saga tag."}),
 ]
 """Any value inside a pydantic model, tagged in JSON."""

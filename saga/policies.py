@@ -29,6 +29,7 @@ from tenacity import RetryCallState, wait_exponential, wait_random_exponential
 
 from saga.errors import PolicyInvalid
 from saga.failures import Failure, FailureKind
+from saga.outputs import Plain
 from saga.text import qualified
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -211,7 +212,7 @@ class ContinueWithFallback(_Policy):
     """
 
     policy: Literal["continue_with_fallback"] = "continue_with_fallback"
-    fallbacks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    fallbacks: dict[str, dict[str, Plain]] = Field(default_factory=dict)
     without_fallback: Literal["fail", "skip_branch"] = "fail"
     orphans: Literal["compensate", "keep"] = "compensate"
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 from stageflow.api import StageOutput
 
@@ -50,9 +50,35 @@ from saga.policies import ContinueWithFallback, FailFast
 _S = StageState
 
 
-@dataclass(slots=True)
+_BEGINNINGS: Final = frozenset({StageStarted, StageSkipped, StageFailed})
+
+
+class Try(NamedTuple):
+    """One attempt.
+
+    Attributes:
+        started_at: When it started, UTC.
+        ended_at: When its outcome was recorded, UTC; None if it still runs, or its process was lost.
+        failed: In what way it failed; None if it did not, or still runs.
+    """
+
+    started_at: datetime
+    ended_at: datetime | None = None
+    failed: FailureKind | None = None
+
+
+def _ended(tries: tuple[Try, ...], at: datetime, failed: FailureKind | None = None) -> tuple[Try, ...]:
+    """The attempts, with the last one ended; one that has ended, or was never started, is left alone."""
+    if not tries or tries[-1].ended_at is not None or tries[-1].failed is not None:
+        return tries
+    # When a process was lost, nobody knows; it is noticed when the saga is resumed, which may be a week later.
+    return (*tries[:-1], Try(tries[-1].started_at, None if failed is FailureKind.CRASHED else at, failed))
+
+
 class StageRecord:
     """What the events say of one stage.
+
+    No dataclass: what a stage never comes to stays on the class, and one record for each stage of each saga costs next to nothing.
 
     Attributes:
         state: Where it stands; never BLOCKED, which is read off the other stages.
@@ -82,6 +108,8 @@ class StageRecord:
         undo_attempts: Compensation attempts that started.
         undo_order: Its place in the order in which compensations first started; -1 if none did.
         undo_failure: The last failure of its compensation or probe.
+        tries: Its forward attempts, oldest first.
+        undo_tries: Its compensation's attempts, oldest first.
     """
 
     state: StageState = _S.NOT_RUN
@@ -116,6 +144,8 @@ class StageRecord:
     undo_started_at: datetime | None = None
     undo_ended_at: datetime | None = None
     undo_failure: Failure | None = None
+    tries: tuple[Try, ...] = ()
+    undo_tries: tuple[Try, ...] = ()
 
 
 class SagaState:
@@ -259,17 +289,17 @@ class SagaState:
 
     def _is_due(self, record: StageRecord, event: StageEvent) -> bool:
         """Whether an event that the state allows is one that the saga waits for."""
-        match event:
-            case StageStarted() | StageSkipped() | StageFailed():
-                return record.again or record.state is _S.NOT_RUN or record.state is _S.RUNNING
-            case StageCompleted(late=late):
-                return late is (record.state is not _S.RUNNING)
-            case CompensationCompleted(late=late):
-                return late is (record.state is _S.STUCK)
-            case StageSettled():
-                return (record.doubt or record.state is _S.STUCK) and self.ended_at is not None
-            case _:
-                return True
+        state, kind = record.state, type(event)
+        if kind is StageCompleted or kind is CompensationCompleted:
+            waited_for = state is _S.RUNNING or state is _S.COMPENSATING
+            return event.late is not waited_for  # type: ignore[attr-defined] # of these two kinds
+        if state is _S.NOT_RUN or state is _S.RUNNING:
+            return True
+        if kind in _BEGINNINGS:
+            return record.again
+        if kind is StageSettled:
+            return (record.doubt or state is _S.STUCK) and self.ended_at is not None
+        return True
 
     def _stage_started(self, record: StageRecord, event: StageStarted) -> None:
         if self.status is not SagaStatus.RUNNING:
@@ -284,6 +314,7 @@ class SagaState:
         record.state, record.answer, record.unanswered, record.again, record.failed = _S.RUNNING, None, False, False, False
         record.with_branch, record.skip_reason, record.may_repeat = False, None, False
         record.is_acting, record.attempts, record.execution = True, event.attempt, event.execution
+        record.tries = (*record.tries, Try(event.at))
 
     def _effect_recorded(self, record: StageRecord, event: EffectRecorded) -> None:
         record.effects = (*record.effects, event.effect)
@@ -295,6 +326,7 @@ class SagaState:
             return
         record.state, record.landed, record.doubt = _S.KEPT, True, False
         record.output, record.ended_at = event.output, event.at
+        record.tries = _ended(record.tries, event.at)
 
     def _completed_late(self, record: StageRecord, event: StageCompleted) -> None:
         record.late_output = event.output
@@ -316,6 +348,7 @@ class SagaState:
         # A retry that is called off repeats the failure that it was meant to mend.
         self._note(event.failure)
         record.failure, record.is_acting = event.failure, False
+        record.tries = _ended(record.tries, event.at, event.failure.kind)
         # An attempt that may have landed is not answered for by a later one that did not, unless the outside world
         # would have recognised the request.
         record.doubt = event.in_doubt or (record.doubt and not self.graph[event.stage].idempotent)
@@ -336,6 +369,7 @@ class SagaState:
         record.state, record.output, record.is_acting, record.again = _S.SKIPPED, event.output, False, False
         record.skip_reason, record.with_branch = event.reason, event.with_branch
         record.ended_at = event.at if record.started_at else None
+        record.tries = _ended(record.tries, event.at)
 
     def _fallback_used(self, record: StageRecord, event: FallbackUsed) -> None:
         record.state, record.fell_back = _S.FALLBACK, True
@@ -379,14 +413,17 @@ class SagaState:
             self._undo_started += 1
             record.undo_started_at = event.at
         record.state, record.undo_attempts, record.is_acting = _S.COMPENSATING, event.attempt, True
+        record.undo_tries = (*record.undo_tries, Try(event.at))
 
     def _compensation_completed(self, record: StageRecord, event: CompensationCompleted) -> None:
         record.state, record.doubt, record.is_acting = _S.UNDONE, False, False
         record.undo_ended_at = event.at
+        record.undo_tries = _ended(record.undo_tries, event.at)
 
     def _compensation_failed(self, record: StageRecord, event: CompensationFailed) -> None:
         self._note(event.failure)
         record.undo_failure, record.is_acting = event.failure, False
+        record.undo_tries = _ended(record.undo_tries, event.at, event.failure.kind)
         record.undo_in_question = event.failure.kind is FailureKind.CRASHED
         if event.past_pivot:
             record.past_pivot, record.doubt = True, False
@@ -441,9 +478,9 @@ class SagaState:
 
 def _forget(record: StageRecord) -> None:
     """A new execution begins: nothing of the one before it stands."""
-    fresh = StageRecord(anew=record.anew)
-    for name in StageRecord.__slots__:
-        setattr(record, name, getattr(fresh, name))
+    anew = record.anew
+    vars(record).clear()
+    record.anew = anew
 
 
 class Step(Enum):

@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 from stageflow.api import PipelineResults, StageOutput
 
-from saga.errors import LedgerConflict, SagaError, SagaFailed
+from saga.errors import LedgerConflict, MisuseError, SagaError, SagaFailed
 from saga.events import AnyEvent, SagaStatus, StageSettled, Verdict
 from saga.failures import Failure
 from saga.ledger import StageState
 from saga.outputs import Output, Plain, copied, copied_output
-from saga.recovery import SagaState, StageRecord, protected, stage_states
+from saga.recovery import SagaState, StageRecord, Try, protected, stage_states
+from saga.render.drawing import drawing
+from saga.render.graph import graph_svg
+from saga.render.html import fragment, page
+from saga.render.mermaid import graph_mermaid
 from saga.render.text import summary
+from saga.render.timeline import timeline_svg
 
 _S = StageState
 
 
-class CompensationReport(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompensationReport:
     """What became of one stage's compensation.
 
     Attributes:
@@ -29,17 +35,18 @@ class CompensationReport(BaseModel):
         started_at: When the first one did, UTC.
         ended_at: When the effect was undone, or given up as stuck, UTC; None if neither has happened.
         failure: The last failure of the compensation or of the probe.
+        tries: Each attempt: its start, its end and in what way it failed.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     attempts: int
     started_at: datetime | None
     ended_at: datetime | None
     failure: Failure | None
+    tries: tuple[Try, ...] = ()
 
 
-class Settlement(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
     """What a person said of a stage that was stuck or in doubt.
 
     Attributes:
@@ -48,8 +55,6 @@ class Settlement(BaseModel):
         by: Who.
         at: When, UTC.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     verdict: Verdict
     note: str
@@ -62,7 +67,8 @@ class Settlement(BaseModel):
         return cls(verdict=event.verdict, note=event.note, by=event.by, at=event.at)
 
 
-class StageReport(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageReport:
     """What became of one stage.
 
     Attributes:
@@ -81,9 +87,9 @@ class StageReport(BaseModel):
         children: The sagas that this execution and those before it ran, oldest first.
         probed: What its probe answered: whether its effect had landed; None if it gave no answer.
         compensation: What became of its compensation; None if neither it nor a probe was tried.
+        dependencies: The stages that it waits for.
+        tries: Each attempt: its start, its end and in what way it failed.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     state: StageState
     output: Output | None = None
@@ -100,12 +106,14 @@ class StageReport(BaseModel):
     children: tuple[SagaReport, ...] = ()
     probed: bool | None = None
     compensation: CompensationReport | None = None
+    dependencies: tuple[str, ...] = ()
+    tries: tuple[Try, ...] = ()
 
     @classmethod
-    def of(cls, record: StageRecord, state: StageState, children: tuple[SagaReport, ...] = ()) -> Self:
+    def of(cls, record: StageRecord, state: StageState, dependencies: tuple[str, ...], children: tuple[SagaReport, ...] = ()) -> Self:
         """Project what the events say of one stage."""
         if record.state is _S.NOT_RUN:
-            return cls(state=state)
+            return cls(state=state, dependencies=dependencies)
         undo = None
         if record.undo_attempts or record.undo_failure is not None:
             undo = CompensationReport(
@@ -113,6 +121,7 @@ class StageReport(BaseModel):
                 started_at=record.undo_started_at,
                 ended_at=record.undo_ended_at,
                 failure=record.undo_failure,
+                tries=record.undo_tries,
             )
         return cls(
             state=state,
@@ -130,6 +139,8 @@ class StageReport(BaseModel):
             children=children,
             probed=record.answer,
             compensation=undo,
+            dependencies=dependencies,
+            tries=record.tries,
         )
 
 
@@ -177,7 +188,10 @@ class SagaReport(BaseModel):
             failures=tuple(sorted([*state.failures, *_of_children(children)], key=lambda failure: failure.at)),
             started_at=state.started.at,
             ended_at=state.ended_at,
-            stages={name: StageReport.of(record, shown[name], children.get(name, ())) for name, record in state.stages.items()},
+            stages={
+                name: StageReport.of(record, shown[name], state.graph[name].dependencies, children.get(name, ()))
+                for name, record in state.stages.items()
+            },
             compensation_order=tuple(name for _, name in undone),
             past_pivot=bool(protected(state)),
         )
@@ -301,6 +315,38 @@ class SagaReport(BaseModel):
         """A summary for a terminal."""
         return summary(self)
 
+    def to_svg(self, view: Literal["graph", "timeline"] = "graph") -> str:
+        """A picture that needs nothing but itself, for light and for dark surroundings.
+
+        Args:
+            view: `graph`: the stages in layers, with forward and backward arrows; `timeline`: a bar for each attempt.
+
+        Raises:
+            MisuseError: There is no such view.
+        """
+        match view:
+            case "graph":
+                return graph_svg(drawing(self))
+            case "timeline":
+                return timeline_svg(self)
+        raise MisuseError("view to be 'graph' or 'timeline'", got=repr(view))
+
+    def to_mermaid(self) -> str:
+        """The graph as a Mermaid flowchart, without the backward arrows where all would be more than Mermaid draws (500)."""
+        return graph_mermaid(drawing(self))
+
+    def to_html(self) -> str:
+        """One file with both pictures, the table, and each stage's attempts, failures, effects and output; it needs nothing else."""
+        return page(self)
+
+    def _repr_html_(self) -> str:
+        """The graph, in a notebook."""
+        return fragment(self)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """What a notebook may choose from."""
+        return {"text/plain": str(self), "image/svg+xml": self.to_svg(), "text/html": self._repr_html_()}
+
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
@@ -344,6 +390,3 @@ def _of_children(children: Mapping[str, tuple[SagaReport, ...]]) -> list[Failure
         for report in reports
         for failure in report.failures
     ]
-
-
-StageReport.model_rebuild()

@@ -5,7 +5,7 @@ A crash is no second code path: what the dead process left open is recorded as f
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -200,4 +200,6 @@ def refusal(state: SagaState, said: StageSettled) -> MisuseError | None:
 
 
 def _asked_anew(record: StageRecord) -> StageRecord:
-    return dataclasses.replace(record, answer=None, unanswered=False)
+    asked = copy.copy(record)
+    asked.answer, asked.unanswered = None, False
+    return asked

@@ -11,7 +11,7 @@ def qualified(kind: type) -> str:
 def said(value: object) -> str:
     """What `str` gives, or a stand-in when it fails."""
     try:
-        return str(value)
+        return written(str(value))
     except Exception as error:  # noqa: BLE001 - whatever the user's __str__ raises
         return f"<{qualified(type(value))}, which can't be put into words: {type(error).__name__}>"
 
@@ -19,6 +19,11 @@ def said(value: object) -> str:
 def shown(value: object) -> str:
     """What `repr` gives, or a stand-in when it fails."""
     try:
-        return repr(value)
+        return written(repr(value))
     except Exception as error:  # noqa: BLE001 - whatever the user's __repr__ raises
         return f"<{qualified(type(value))}, which can't be shown: {type(error).__name__}>"
+
+
+def written(text: str) -> str:
+    """Text that can be written: what UTF-8 lacks, such as the odd bytes in a file's name, is escaped."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -92,7 +92,7 @@ async def bounded(call: Awaitable[Any], *, seconds: float | None, grace: float, 
         return await call
 
     task = asyncio.create_task(run())
-    task.add_done_callback(_retrieved)
+    task.add_done_callback(retrieved)
     waiting: set[asyncio.Task[Any]] = {task} if stop is None else {task, asyncio.create_task(stop.wait())}
     try:
         await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -116,7 +116,7 @@ def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
         task.cancel()
 
 
-def _retrieved(task: asyncio.Task[Any]) -> None:
-    # asyncio complains of an exception that nobody looked at; one that comes after its time is no news.
+def retrieved(task: asyncio.Task[Any]) -> None:
+    """Look at a task's exception: asyncio complains of one that nobody looked at, and one that comes after its time is no news."""
     if not task.cancelled():
         task.exception()

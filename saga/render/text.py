@@ -28,12 +28,24 @@ SIGNS: Final = {
 """A sign for each state, so that no reader depends on colour."""
 
 
+_MINUTE: Final = 60
+
+
 def seconds(start: datetime | None, end: datetime | None) -> str:
     """The time between, in a unit that reads well; empty when either end is missing."""
     if start is None or end is None:
         return ""
-    span = (end - start).total_seconds()
-    return f"{span * 1000:.1f} ms" if span < 1 else f"{span:.2f} s"
+    return duration((end - start).total_seconds())
+
+
+def duration(span: float) -> str:
+    """So many seconds, in a unit that reads well."""
+    if round(span, 4) < 1:
+        return f"{span * 1000:.1f} ms"
+    if round(span, 2) < _MINUTE:
+        return f"{span:.2f} s"
+    minutes, rest = divmod(round(span), _MINUTE)
+    return f"{minutes} min {rest} s" if minutes < _MINUTE else f"{minutes // _MINUTE} h {minutes % _MINUTE} min"
 
 
 def summary(report: SagaReport) -> str:
@@ -48,17 +60,18 @@ def summary(report: SagaReport) -> str:
     for name, state, tries, time, why in rows:
         cells = (name.ljust(widths[0]), state.ljust(widths[1]), tries.ljust(widths[2]), time.rjust(widths[3]), why)
         lines.append(("  " + "  ".join(cells)).rstrip())
-    lines += ["", *_what_to_do(report)]
+    lines += ["", *what_to_do(report)]
     return "\n".join(lines)
 
 
 def _row(name: str, stage: StageReport, report: SagaReport) -> tuple[str, str, str, str, str]:
     tries = f"{stage.attempts} attempt{'' if stage.attempts == 1 else 's'}" if stage.attempts else ""
     state = f"{SIGNS[stage.state]} {stage.state.value.replace('_', ' ')}"
-    return name, state, tries, seconds(stage.started_at, stage.ended_at), _why(name, stage, report)
+    return name, state, tries, seconds(stage.started_at, stage.ended_at), explanation(name, stage, report)
 
 
-def _why(name: str, stage: StageReport, report: SagaReport) -> str:
+def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
+    """What there is to explain about a stage; empty if nothing is."""
     undo = stage.compensation
     if stage.state is StageState.STUCK and undo is not None and undo.failure is not None:
         tries = "once" if undo.attempts == 1 else f"{undo.attempts} times"
@@ -105,7 +118,8 @@ def _how_to_settle(report: SagaReport) -> list[str]:
     ]
 
 
-def _what_to_do(report: SagaReport) -> list[str]:
+def what_to_do(report: SagaReport) -> list[str]:
+    """What is still in effect, and what a person has to do, a line each."""
     lines = []
     for label, names in (
         ("Still in effect, its undoing failed", report.stuck),

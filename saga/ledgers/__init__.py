@@ -1,0 +1,33 @@
+"""Durable ledgers: `saga.ledgers.sqlite.SQLiteLedger` and `saga.ledgers.postgres.PostgresLedger`.
+
+Each is imported from its own file, because each needs something that not everybody has; `open_ledger` does that by itself.
+"""
+
+from __future__ import annotations
+
+from saga.errors import MisuseError
+from saga.ledger import Ledger, MemoryLedger
+
+
+def open_ledger(url: str) -> Ledger:
+    """The ledger at a URL: `memory:`, `sqlite:///path/to/file` (with four slashes from the root) or `postgresql://...`.
+
+    Raises:
+        MisuseError: It is no such URL.
+        ModuleNotFoundError: The ledger's driver is not installed; the message says how to get it.
+    """
+    scheme, _, rest = url.partition(":")
+    match scheme:
+        case "memory" if not rest:
+            return MemoryLedger()
+        case "sqlite" if rest.startswith("///") and rest != "///":
+            from saga.ledgers.sqlite import SQLiteLedger  # noqa: PLC0415 - see above
+
+            return SQLiteLedger(rest.removeprefix("///"))
+        case "postgresql" | "postgres" if rest.startswith("//"):
+            from saga.ledgers.postgres import PostgresLedger  # noqa: PLC0415 - see above
+
+            return PostgresLedger(url)
+        case _:
+            # Not the URL itself: it may hold a password.
+            raise MisuseError("a ledger's URL: memory:, sqlite:///path or postgresql://...", got=repr(scheme + ":" if rest else url))

@@ -1,0 +1,186 @@
+"""What all durable ledgers have in common: two threads, one that writes in batches and one that reads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+from collections.abc import Callable, Collection, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Protocol, Self
+
+from saga.errors import LedgerError, MisuseError
+from saga.events import AnyEvent, SagaStatus
+from saga.ledger import Entry, Ledger
+from saga.ledgers.rows import Acquire, Append, Beat, Prune, Pruned, Redact, Release, Request, Writer, check_name, iso
+from saga.ledgers.workers import Worker
+
+MAX_EVENT_BYTES: Final = 16 * 2**20
+
+
+class Store(Protocol):
+    """A database, from the one thread that uses it; it connects when it is first used, and again after `close` or a failure."""
+
+    def write(self, requests: Sequence[Request]) -> Sequence[Any]:
+        """Carry out a batch of requests.
+
+        When it returns, all of it is on disk. A request that conflicts has a `LedgerConflict` for an answer and changes nothing;
+        the others are carried out.
+
+        Raises:
+            LedgerError: None was carried out, or, where the message says so, it isn't known.
+        """
+        ...
+
+    def read(self, saga_id: str) -> Sequence[AnyEvent]:
+        """All events of a saga."""
+        ...
+
+    def list(self, statuses: Collection[SagaStatus] | None, parent: str | None) -> Sequence[Entry]:
+        """What is known of the sagas."""
+        ...
+
+    def close(self) -> None:
+        """Disconnect."""
+        ...
+
+
+class DurableLedger(Ledger):
+    """Keeps sagas in a database; see the ledgers themselves."""
+
+    lease: float | None
+    durable = True
+
+    def __init__(
+        self, name: str, store: Callable[[], Store], *, lease: float, patience: float, max_event_bytes: int, redact: Redact | None
+    ) -> None:
+        for what, number in (("lease", lease), ("patience", patience), ("max_event_bytes", max_event_bytes)):
+            if not number > 0:
+                raise MisuseError(f"a number above 0 for {what}", got=repr(number))
+        self.lease = lease
+        self._name = name
+        self._store = store
+        self._rows = Writer(max_event_bytes, redact)
+        self._threads: tuple[Worker[Store], Worker[Store]] | None = None
+        self._starting = threading.Lock()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        """Say where it is."""
+        return self._name
+
+    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
+        """Record a new saga's first events."""
+        request = self._rows.create(saga_id, owner, events)
+        token: int = await self._writer.ask(request, len(request.row.body))
+        return token
+
+    async def acquire(self, saga_id: str, owner: str) -> int:
+        """Take the lease of a saga.
+
+        A holder whose process is known to be gone doesn't count as alive, even if its lease goes on for a while.
+        """
+        check_name("saga id", saga_id)
+        check_name("owner", owner)
+        token: int = await self._writer.ask(Acquire(saga_id, owner))
+        return token
+
+    async def release(self, saga_id: str, token: int) -> None:
+        """Give the lease back."""
+        check_name("saga id", saga_id)
+        await self._writer.ask(Release(saga_id, token))
+
+    async def beat(self, owner: str) -> None:
+        """Say that an owner is alive."""
+        check_name("owner", owner)
+        await self._writer.ask(Beat(owner))
+
+    async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int, release: bool = False) -> None:
+        """Record events."""
+        check_name("saga id", saga_id)
+        request = Append(saga_id, token, release, self._rows.row(saga_id, expected_version, events))
+        await self._writer.ask(request, len(request.row.body))
+
+    async def read(self, saga_id: str) -> Sequence[AnyEvent]:
+        """All events of a saga."""
+        check_name("saga id", saga_id)
+        events: Sequence[AnyEvent] = await self._reader.ask(lambda store: store.read(saga_id))
+        return events
+
+    async def list(self, *, statuses: Collection[SagaStatus] | None = None, parent: str | None = None) -> Sequence[Entry]:
+        """The sagas."""
+        check_name("saga id", parent or "")
+        entries: Sequence[Entry] = await self._reader.ask(lambda store: store.list(statuses, parent))
+        return entries
+
+    async def prune(self, older_than: timedelta) -> Sequence[str]:
+        """Forget old sagas; a few hundred at a time, so that other appends get their turn."""
+        before, after = iso(datetime.now(UTC) - older_than), 0
+        forgotten: tuple[str, ...] = ()
+        while True:
+            pruned: Pruned = await self._writer.ask(Prune(before, after))
+            forgotten += pruned.saga_ids
+            if pruned.last is None:
+                return forgotten
+            after = pruned.last
+
+    async def close(self) -> None:
+        """Write what was asked for before, and let go of the database."""
+        self._closed = True
+        if self._threads is not None:
+            for worker in self._threads:
+                worker.stop()
+            for worker in self._threads:
+                await asyncio.to_thread(worker.join)
+
+    async def __aenter__(self) -> Self:
+        """Use it for the length of a block."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close it."""
+        await self.close()
+
+    @property
+    def _writer(self) -> Worker[Store]:
+        return self._workers()[0]
+
+    @property
+    def _reader(self) -> Worker[Store]:
+        return self._workers()[1]
+
+    def _workers(self) -> tuple[Worker[Store], Worker[Store]]:
+        if self._closed:
+            raise LedgerError(f"{self._name} is closed")
+        # A process that was forked off has none of our threads, and must not touch their connections.
+        if self._threads is None or self._threads[0].pid != os.getpid():
+            with self._starting:
+                self._start()
+        assert self._threads is not None  # they have just been started
+        return self._threads
+
+    def _start(self) -> None:
+        if self._threads is not None and self._threads[0].pid == os.getpid():
+            return  # the event loop of another thread was faster
+        self._threads = (
+            Worker(f"{self._name} (writes)", self._store, _at_once),
+            Worker(f"{self._name} (reads)", self._store, _one_by_one),
+        )
+        for worker in self._threads:
+            # At the end of the process, workers.py sees to it that they end, and waits for that.
+            weakref.finalize(self, worker.stop).atexit = False
+
+
+def _at_once(store: Store, requests: Sequence[Request]) -> Sequence[Any]:
+    return store.write(requests)
+
+
+def _one_by_one(store: Store, reads: Sequence[Callable[[Store], Any]]) -> Sequence[Any]:
+    answers: list[Any] = []
+    for read in reads:
+        try:
+            answers.append(read(store))
+        except LedgerError as error:
+            answers.append(error)
+    return answers

@@ -1,0 +1,413 @@
+"""`PostgresLedger`: sagas in a schema of a PostgreSQL database, for any number of processes and machines.
+
+This is the only file that knows psycopg; the extra `postgres` brings it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from datetime import datetime
+from functools import partial
+from itertools import chain
+from typing import Any, Final, LiteralString, TypeVar, assert_never
+
+try:
+    import psycopg
+    from psycopg import sql
+    from psycopg.conninfo import conninfo_to_dict
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError("PostgresLedger needs psycopg: pip install 'stageflow-saga[postgres]'", name="psycopg") from missing
+
+from saga.errors import LedgerConflict, LedgerError, MisuseError
+from saga.events import AnyEvent, SagaStatus
+from saga.ledger import FORGETTABLE, Entry
+from saga.ledgers.durable import MAX_EVENT_BYTES, DurableLedger
+from saga.ledgers.rows import Acquire, Append, Beat, Create, Prune, Pruned, Redact, Release, Request, events_in
+from saga.owners import is_gone
+
+T = TypeVar("T")
+
+MIGRATIONS: Final[tuple[tuple[LiteralString, ...], ...]] = (
+    (
+        """CREATE TABLE sagas (
+            number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+            id text NOT NULL UNIQUE,
+            pipeline text NOT NULL,
+            parent text,
+            parent_stage text,
+            status text NOT NULL,
+            started_at timestamptz NOT NULL,
+            updated_at timestamptz NOT NULL,
+            version bigint NOT NULL,
+            token bigint NOT NULL,
+            owner text
+        )""",
+        "CREATE INDEX sagas_by_parent ON sagas (parent) WHERE parent IS NOT NULL",
+        "CREATE INDEX sagas_by_status ON sagas (status)",
+        """CREATE TABLE events (
+            number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+            saga text NOT NULL,
+            first bigint NOT NULL,
+            checksum bigint NOT NULL,
+            body text NOT NULL,
+            UNIQUE (saga, first)
+        )""",
+        "CREATE TABLE owners (id text PRIMARY KEY, until timestamptz NOT NULL)",
+        # In order, in one call, with an answer for each: in SQL alone, a second append of one saga in one batch could not see the first.
+        """CREATE FUNCTION write(_requests json, _owners text[], _lease interval) RETURNS SETOF integer LANGUAGE plpgsql AS $$
+        DECLARE
+            asked record;
+        BEGIN
+            INSERT INTO owners (id, until) SELECT unnest(_owners), clock_timestamp() + _lease
+            ON CONFLICT (id) DO UPDATE SET until = excluded.until;
+            FOR asked IN SELECT * FROM json_to_recordset(_requests) AS asked (
+                n integer, saga_id text, first bigint, added bigint, checksum bigint, body text, status text, at timestamptz,
+                token bigint, release boolean, owner text, pipeline text, parent text, parent_stage text, started_at timestamptz
+            ) ORDER BY n LOOP
+                IF asked.owner IS NOT NULL THEN
+                    INSERT INTO sagas (id, pipeline, parent, parent_stage, status, started_at, updated_at, version, token, owner)
+                    VALUES (
+                        asked.saga_id, asked.pipeline, asked.parent, asked.parent_stage, asked.status, asked.started_at, asked.at,
+                        asked.added, 1, asked.owner
+                    ) ON CONFLICT (id) DO NOTHING;
+                ELSE
+                    UPDATE sagas SET
+                        version = version + asked.added,
+                        status = coalesce(asked.status, status),
+                        updated_at = asked.at,
+                        owner = CASE WHEN asked.release THEN NULL ELSE owner END
+                    WHERE id = asked.saga_id AND version = asked.first AND token = asked.token;
+                END IF;
+                IF FOUND THEN
+                    INSERT INTO events (saga, first, checksum, body)
+                    VALUES (asked.saga_id, asked.first, asked.checksum, asked.body);
+                ELSE
+                    RETURN NEXT asked.n;
+                END IF;
+            END LOOP;
+        END $$""",
+    ),
+)
+"""What makes a schema of version n out of one of version n - 1. Those that have been released are never changed."""
+
+_WRITE: Final = "SELECT write(%s, %s, %s * interval '1 second')"
+_BEAT: Final = """
+    INSERT INTO owners (id, until) VALUES (%s, clock_timestamp() + %s * interval '1 second')
+    ON CONFLICT (id) DO UPDATE SET until = excluded.until
+"""
+_HOLDER: Final = """
+    SELECT version, token, owner, until, coalesce(until >= clock_timestamp(), false)
+    FROM sagas LEFT JOIN owners ON owners.id = owner WHERE sagas.id = %s FOR UPDATE OF sagas
+"""
+_READ: Final = """
+    SELECT version, first, checksum, body
+    FROM (SELECT %s::text AS id) AS asked LEFT JOIN sagas USING (id) LEFT JOIN events ON saga = asked.id ORDER BY first
+"""
+_ENTRIES: Final = """
+    SELECT sagas.id, pipeline, status, started_at, updated_at, parent, parent_stage, owner, until
+    FROM sagas LEFT JOIN owners ON owners.id = owner
+    WHERE (%(statuses)s::text[] IS NULL OR status = ANY(%(statuses)s)) AND (%(parent)s::text IS NULL OR parent = %(parent)s)
+    ORDER BY number
+"""
+_OLD: Final = """
+    WITH RECURSIVE roots AS (
+        SELECT number, id FROM sagas
+        WHERE number > %(after)s AND status = ANY(%(over)s) AND updated_at < %(before)s
+            AND NOT EXISTS (SELECT 1 FROM sagas AS above WHERE above.id = sagas.parent)
+        ORDER BY number LIMIT 500
+    ),
+    families (root, id) AS (
+        SELECT number, id FROM roots UNION ALL SELECT root, sagas.id FROM families JOIN sagas ON parent = families.id
+    )
+    SELECT root, sagas.id, bool_and(
+        status = ANY(%(over)s) AND updated_at < %(before)s AND (owner IS NULL OR until IS NULL OR until < clock_timestamp())
+    ) OVER (PARTITION BY root)
+    FROM families JOIN sagas ON sagas.id = families.id LEFT JOIN owners ON owners.id = owner ORDER BY root
+"""
+_AGAIN: Final = frozenset({"40001", "40P01"})
+"""Nothing was done, because of a conflict between transactions; it may go well the next time."""
+
+
+class PostgresLedger(DurableLedger):
+    """Keeps sagas in a schema of a PostgreSQL database.
+
+    An append is on disk before the call returns; those of many sagas that come together share one commit. Any number of processes
+    may use the schema at once. When the connection breaks, the ledger connects again and finds out by reading what became of the
+    appends that were under way.
+
+    Args:
+        dsn: Where the database is: a URL or a connection string of libpq.
+        schema: The schema; it is made when it is first used.
+        lease: Seconds after which an owner that did not `beat` counts as gone, by the server's clock.
+        patience: Seconds that a batch of appends waits for a server that is gone, or for locks of others, before it fails; an append that
+            comes meanwhile waits for that, too.
+        max_event_bytes: How many bytes of JSON one event may have.
+        redact: What every event goes through before it is stored. What it takes out is missing when a saga is resumed, too.
+
+    Raises:
+        MisuseError: An argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        schema: str = "saga",
+        lease: float = 30.0,
+        patience: float = 10.0,
+        max_event_bytes: int = MAX_EVENT_BYTES,
+        redact: Redact | None = None,
+    ) -> None:
+        try:
+            where = conninfo_to_dict(dsn)
+        except psycopg.ProgrammingError as error:
+            # The error may quote the string, which may hold a password.
+            raise MisuseError("a connection string or URL of PostgreSQL", got="one that libpq can't read") from error
+        super().__init__(
+            f"PostgresLedger({where.get('dbname', '')!r}, schema={schema!r})",
+            partial(_Store, dsn, schema, lease, patience),
+            lease=lease,
+            patience=patience,
+            max_event_bytes=max_event_bytes,
+            redact=redact,
+        )
+
+
+class _Store:
+    def __init__(self, dsn: str, schema: str, lease: float, patience: float) -> None:
+        self._dsn = dsn
+        self._schema = schema
+        self._lease = lease
+        self._patience = patience
+        self._opened: psycopg.Connection[Any] | None = None
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def write(self, requests: Sequence[Request]) -> Sequence[Any]:
+        return self._write(requests, in_doubt=False)
+
+    def _write(self, requests: Sequence[Request], *, in_doubt: bool) -> Sequence[Any]:
+        try:
+            return self._patiently(lambda connection, in_doubt: self._carry_out(connection, requests, in_doubt), in_doubt=in_doubt)
+        except LedgerError as error:
+            if len(requests) == 1 or isinstance(error.__cause__, psycopg.OperationalError):
+                raise
+            # It is about one of them, and each in a transaction of its own shows which.
+            return [self._alone(request) for request in requests]
+
+    def _alone(self, request: Request) -> Any:
+        try:
+            # In doubt: some of the batch may have been carried out.
+            return self._write((request,), in_doubt=True)[0]
+        except LedgerError as error:
+            return error
+
+    def _carry_out(self, connection: psycopg.Connection[Any], requests: Sequence[Request], in_doubt: bool) -> Sequence[Any]:  # noqa: FBT001 - as `_patiently` calls it
+        rows = [_row(n, request) for n, request in enumerate(requests) if isinstance(request, Create | Append)]
+        refused: set[int] = set()
+        if rows:
+            owners = list({request.owner for request in requests if isinstance(request, Create)})
+            found = connection.execute(_WRITE, (json.dumps(rows, ensure_ascii=False), owners, self._lease))
+            refused = {n for (n,) in found}
+        return [self._answer(connection, request, in_doubt, n in refused) for n, request in enumerate(requests)]
+
+    def _answer(self, connection: psycopg.Connection[Any], request: Request, in_doubt: bool, is_refused: bool) -> Any:  # noqa: FBT001 - as above
+        try:
+            match request:
+                case Append():
+                    return self._conflict(connection, request, in_doubt) if is_refused else None
+                case Create():
+                    return self._conflict(connection, request, in_doubt) if is_refused else 1
+                case Acquire():
+                    return self._acquire(connection, request)
+                case Release(saga_id, token):
+                    connection.execute("UPDATE sagas SET owner = NULL WHERE id = %s AND token = %s", (saga_id, token))
+                    return None
+                case Beat(owner):
+                    connection.execute(_BEAT, (owner, self._lease))
+                    return None
+                case Prune():
+                    return self._prune(connection, request)
+                case _:
+                    assert_never(request)
+        except LedgerConflict as conflict:
+            return conflict
+
+    def _conflict(self, connection: psycopg.Connection[Any], request: Create | Append, in_doubt: bool) -> Any:  # noqa: FBT001 - as above
+        """Why a row was refused; or, if the connection broke when it was first written, that it is there."""
+        saga_id, row = request.saga_id, request.row
+        ours = "SELECT 1 FROM events WHERE saga = %s AND first = %s AND checksum = %s"
+        if in_doubt and connection.execute(ours, (saga_id, row.first, row.checksum)).fetchone():
+            return 1 if isinstance(request, Create) else None
+        if isinstance(request, Create):
+            raise LedgerConflict.exists(saga_id)
+        version, token, holder, until, _ = self._holder(connection, saga_id)
+        if token != request.token:
+            raise LedgerConflict.overtaken(saga_id, request.token, token, holder=holder, until=until)
+        raise LedgerConflict.outdated(saga_id, row.first, version)
+
+    def _holder(self, connection: psycopg.Connection[Any], saga_id: str) -> tuple[int, int, str | None, datetime | None, bool]:
+        found: tuple[int, int, str | None, datetime | None, bool] | None = connection.execute(_HOLDER, (saga_id,)).fetchone()
+        if found is None:
+            raise LedgerConflict.missing(saga_id)
+        return found
+
+    def _acquire(self, connection: psycopg.Connection[Any], request: Acquire) -> int:
+        saga_id, owner = request
+        with connection.transaction():
+            _, token, holder, until, is_alive = self._holder(connection, saga_id)
+            if holder is not None and holder != owner and is_alive and not is_gone(holder):
+                raise LedgerConflict.held(saga_id, owner, holder=holder, until=until)
+            connection.execute("UPDATE sagas SET owner = %s, token = token + 1 WHERE id = %s", (owner, saga_id))
+            connection.execute(_BEAT, (owner, self._lease))
+        return token + 1
+
+    def _prune(self, connection: psycopg.Connection[Any], request: Prune) -> Pruned:
+        with connection.transaction():
+            # Nobody may take up one of them between the look and the deletion.
+            connection.execute("LOCK TABLE sagas IN SHARE ROW EXCLUSIVE MODE")
+            values = {"after": request.after, "before": request.before, "over": [status.value for status in FORGETTABLE]}
+            found = connection.execute(_OLD, values).fetchall()
+            forgotten = [saga_id for _, saga_id, is_over in found if is_over]
+            connection.execute("DELETE FROM events WHERE saga = ANY(%s)", (forgotten,))
+            connection.execute("DELETE FROM sagas WHERE id = ANY(%s)", (forgotten,))
+            connection.execute(
+                "DELETE FROM owners WHERE until < clock_timestamp() AND NOT EXISTS (SELECT 1 FROM sagas WHERE owner = owners.id)"
+            )
+        return Pruned(tuple(forgotten), found[-1][0] if found else None)
+
+    def read(self, saga_id: str) -> Sequence[AnyEvent]:
+        found = self._patiently(lambda connection, _: connection.execute(_READ, (saga_id,)).fetchall())
+        rows = [(first, checksum, body.encode()) for _, first, checksum, body in found if first is not None]
+        return events_in(saga_id, found[0][0], rows)
+
+    def list(self, statuses: Collection[SagaStatus] | None, parent: str | None) -> Sequence[Entry]:
+        values = {"statuses": None if statuses is None else [status.value for status in statuses], "parent": parent}
+        rows = self._patiently(lambda connection, _: connection.execute(_ENTRIES, values).fetchall())
+        return tuple(_entry(*row) for row in rows)
+
+    # -- the connection ------------------------------------------------------------------------------------------
+
+    def _patiently(self, work: Callable[[psycopg.Connection[Any], bool], T], *, in_doubt: bool = False) -> T:
+        """Do it, and if the connection breaks do it again; it is told when it may have been done before."""
+        deadline, pause = time.monotonic() + self._patience, 0.05
+        while True:
+            is_sent = False
+            try:
+                connection = self._connection()
+                is_sent = True
+                return work(connection, in_doubt)
+            except psycopg.Error as error:
+                is_gone = self._opened is None or self._opened.closed
+                in_doubt = in_doubt or (is_gone and is_sent)
+                if is_gone:
+                    self.close()
+                if not (is_gone or error.sqlstate in _AGAIN) or time.monotonic() + pause > deadline:
+                    raise self._told(error, in_doubt=in_doubt) from error
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+
+    def _connection(self) -> psycopg.Connection[Any]:
+        if self._opened is None:
+            connection = psycopg.connect(**self._parameters(), autocommit=True)
+            try:
+                self._prepare(connection)
+            except BaseException:
+                connection.close()
+                raise
+            self._opened = connection
+        return self._opened
+
+    def _parameters(self) -> dict[str, Any]:
+        # A server that is cut off from the network is noticed after `patience`, too, not after the quarter of an hour that TCP takes.
+        seconds = math.ceil(self._patience)
+        defaults = {"connect_timeout": seconds, "tcp_user_timeout": seconds * 1000, "application_name": "saga"}
+        return defaults | conninfo_to_dict(self._dsn) | {"client_encoding": "utf8"}
+
+    def _prepare(self, connection: psycopg.Connection[Any]) -> None:
+        settings = {
+            "search_path": sql.Identifier(self._schema).as_string(),
+            "TimeZone": "UTC",
+            "lock_timeout": f"{math.ceil(self._patience * 1000)}ms",
+        }
+        for name, value in settings.items():
+            connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+        # A server, database or role that does without it may; a ledger can't. What waits for replicas, too, is left as it is.
+        connection.execute("SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'")
+        if self._version(connection) == len(MIGRATIONS):
+            return
+        with connection.transaction():
+            connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (f"saga ledger {self._schema}",))
+            found = self._version(connection)  # once more, now that no other process can
+            if not found:
+                if connection.execute("SELECT to_regnamespace(%s)", (settings["search_path"],)).fetchone() == (None,):
+                    connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(self._schema)))
+                connection.execute("CREATE TABLE schema_version (version integer NOT NULL)")
+                connection.execute("INSERT INTO schema_version VALUES (0)")
+            for statement in chain(*MIGRATIONS[found:]):
+                connection.execute(statement)
+            connection.execute("UPDATE schema_version SET version = %s", (len(MIGRATIONS),))
+
+    def _version(self, connection: psycopg.Connection[Any]) -> int:
+        if connection.execute("SELECT to_regclass('schema_version')").fetchone() == (None,):
+            return 0
+        rows = connection.execute("SELECT version FROM schema_version").fetchall()
+        found = int(rows[0][0]) if len(rows) == 1 else -1
+        if not 0 < found <= len(MIGRATIONS):
+            raise LedgerError(
+                f"the ledger in schema {self._schema!r} has schema version {found}, this version of saga knows up to {len(MIGRATIONS)}: "
+                "it was written by a newer one. Nothing was changed."
+            )
+        return found
+
+    def close(self) -> None:
+        if self._opened is not None:
+            with suppress(psycopg.Error):
+                self._opened.close()
+            self._opened = None
+
+    def _told(self, error: psycopg.Error, *, in_doubt: bool) -> LedgerError:
+        """Say what PostgreSQL says, and what is known."""
+        outcome = "whether it was recorded is not known" if in_doubt else "nothing was recorded"
+        return LedgerError(f"the ledger in schema {self._schema!r} failed: {str(error).strip()}; {outcome}")
+
+
+def _row(n: int, request: Create | Append) -> dict[str, Any]:
+    row = request.row
+    asked: dict[str, Any] = {
+        "n": n,
+        "saga_id": request.saga_id,
+        "first": row.first,
+        "added": row.added,
+        "checksum": row.checksum,
+        "body": row.body,
+        "status": row.status,
+        "at": row.at,
+    }
+    if isinstance(request, Append):
+        return asked | {"token": request.token, "release": request.release}
+    return asked | {
+        "owner": request.owner,
+        "pipeline": request.pipeline,
+        "parent": request.parent,
+        "parent_stage": request.parent_stage,
+        "started_at": request.started_at,
+    }
+
+
+def _entry(
+    saga_id: str,
+    pipeline: str,
+    status: str,
+    started_at: datetime,
+    updated_at: datetime,
+    parent: str | None,
+    parent_stage: str | None,
+    owner: str | None,
+    until: datetime | None,
+) -> Entry:
+    return Entry(saga_id, pipeline, SagaStatus(status), started_at, updated_at, parent, parent_stage, owner, until)

@@ -1,0 +1,216 @@
+"""What durable ledgers are asked to write, and the rows that come of it: JSON lines under a checksum."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Final, NamedTuple
+
+from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
+
+from saga.errors import LedgerCorrupt, LedgerError
+from saga.events import AnyEvent, SagaStarted, event_from_json, event_to_json
+from saga.ledger import status_said
+from saga.text import written
+
+Redact = Callable[[AnyEvent], AnyEvent]
+"""Gives an event without what must not be stored."""
+
+
+class Row(NamedTuple):
+    """The events of one append.
+
+    Attributes:
+        first: How many events of the saga are before them.
+        added: How many they are.
+        body: A line of JSON each.
+        checksum: What tells that this is what was written, for this saga and at this place.
+        status: Where the saga stands after them; None: where it stood before.
+        at: When the last of them was recorded, in ISO 8601, UTC.
+    """
+
+    first: int
+    added: int
+    body: str
+    checksum: int
+    status: str | None
+    at: str
+
+
+class Create(NamedTuple):
+    """Begin a saga; `Row.first` is 0."""
+
+    saga_id: str
+    owner: str
+    pipeline: str
+    parent: str | None
+    parent_stage: str | None
+    started_at: str
+    row: Row
+
+
+class Append(NamedTuple):
+    """Add to a saga."""
+
+    saga_id: str
+    token: int
+    release: bool
+    row: Row
+
+
+class Acquire(NamedTuple):
+    """Take a lease."""
+
+    saga_id: str
+    owner: str
+
+
+class Release(NamedTuple):
+    """Give a lease back."""
+
+    saga_id: str
+    token: int
+
+
+class Beat(NamedTuple):
+    """Extend all leases of an owner."""
+
+    owner: str
+
+
+class Prune(NamedTuple):
+    """Forget what ended before a time, out of the sagas numbered above `after`."""
+
+    before: str
+    after: int
+
+
+class Pruned(NamedTuple):
+    """What came of a `Prune`: who is forgotten, and the number to go on after; None: that was all."""
+
+    saga_ids: tuple[str, ...]
+    last: int | None
+
+
+Request = Create | Append | Acquire | Release | Beat | Prune
+
+
+class Writer:
+    """Makes rows of events.
+
+    Args:
+        max_event_bytes: How many bytes of JSON one event may have.
+        redact: What every event goes through first.
+    """
+
+    def __init__(self, max_event_bytes: int, redact: Redact | None) -> None:
+        self._max = max_event_bytes
+        self._redact = redact
+
+    def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> Create:
+        """Make the rows of a new saga."""
+        started = events[0]
+        assert isinstance(started, SagaStarted)  # the journal sees to that
+        parts = {"saga id": saga_id, "owner": owner, "pipeline name": started.pipeline}
+        for what, text in (parts | {"parent": started.parent or "", "stage name": started.parent_stage or ""}).items():
+            check_name(what, text)
+        row = self.row(saga_id, 0, events)
+        return Create(saga_id, owner, started.pipeline, started.parent, started.parent_stage, iso(started.at), row)
+
+    def row(self, saga_id: str, first: int, events: Sequence[AnyEvent]) -> Row:
+        """Make a row of events.
+
+        Raises:
+            LedgerError: One of them can't be written, or is too large; nothing was recorded.
+        """
+        body = "\n".join([self._line(saga_id, event) for event in events])
+        status = status_said(events)
+        return Row(first, len(events), body, checksum(saga_id, first, body.encode()), status and status.value, iso(events[-1].at))
+
+    def _line(self, saga_id: str, event: AnyEvent) -> str:
+        stored = event if self._redact is None else self._redacted(saga_id, event)
+        try:
+            line = event_to_json(stored, strict=True)
+        except PydanticSerializationError as error:
+            raise LedgerError(f"{_named(saga_id, event)} can't be stored: {str(error).rpartition('NotStorable: ')[2]}") from error
+        size = len(line) if line.isascii() else len(line.encode())
+        if size > self._max:
+            too_large = f"has {size:,} bytes of JSON, the ledger takes {self._max:,} (max_event_bytes)"
+            raise LedgerError(f"{_named(saga_id, event)} {too_large}; nothing was recorded")
+        return line
+
+    def _redacted(self, saga_id: str, event: AnyEvent) -> AnyEvent:
+        """What is left of an event; when that can't be known, what should be hidden must not be stored."""
+        assert self._redact is not None  # else nobody asks
+        try:
+            redacted = self._redact(event)
+        except Exception as error:  # whatever the user's code raises
+            raise LedgerError(f"{_named(saga_id, event)} can't be stored: redact raised {type(error).__name__}: {error}") from error
+        if type(redacted) is not type(event):
+            raise LedgerError(f"{_named(saga_id, event)} can't be stored: expected one from redact, got {type(redacted).__name__}")
+        return redacted
+
+
+_LONGEST: Final = 500
+
+
+def check_name(what: str, text: str) -> None:
+    """Refuse a name that not every database can hold; others that are written with it must not suffer for it.
+
+    Raises:
+        LedgerError: It is too long, or contains NUL or what UTF-8 lacks.
+    """
+    if len(text) > _LONGEST or (not text.isprintable() and ("\0" in text or written(text) != text)):
+        raise LedgerError(f"expected a {what} of at most {_LONGEST} characters, without NUL and surrogates, got {text[:_LONGEST]!r}")
+
+
+def _named(saga_id: str, event: AnyEvent) -> str:
+    stage = getattr(event, "stage", None)
+    return f"{type(event).__name__} of saga {saga_id}" + ("" if stage is None else f", stage {stage!r},")
+
+
+def iso(when: datetime) -> str:
+    """Write a time in UTC; the texts sort as the times do."""
+    return (when if when.tzinfo is UTC else when.astimezone(UTC)).isoformat()
+
+
+def checksum(saga_id: str, first: int, body: bytes) -> int:
+    """What tells that a body is what was written, for this saga and at this place: CRC-32 notices any few flipped bits."""
+    return zlib.crc32(body, zlib.crc32(f"{saga_id}/{first}/".encode()))
+
+
+def events_in(saga_id: str, version: int | None, rows: Iterable[tuple[int, int, bytes]]) -> tuple[AnyEvent, ...]:
+    """Read a saga's events out of its rows, in order.
+
+    Args:
+        saga_id: The saga.
+        version: How many events it has, by its own row; None: there is no such row.
+        rows: For each append: how many events are before it, its checksum, its body.
+
+    Raises:
+        LedgerCorrupt: They are not the rows that were written.
+    """
+    events: list[AnyEvent] = []
+    for first, expected, body in rows:
+        if first != len(events):
+            raise _corrupt(saga_id, len(events), f"the next row begins at event {first}")
+        if checksum(saga_id, first, body) != expected:
+            raise _corrupt(saga_id, first, "the row's checksum says that it was changed")
+        try:
+            events += [event_from_json(line) for line in body.split(b"\n")]
+        except ValidationError as error:
+            raise _corrupt(
+                saga_id, len(events), f"no event of this version of saga: {error.errors(include_url=False)[0]['msg']}"
+            ) from error
+    if version != len(events) and (events or version is not None):
+        raise _corrupt(saga_id, len(events), f"there are {len(events)} events, and the saga's row says {version}")
+    return tuple(events)
+
+
+def _corrupt(saga_id: str, position: int, why: str) -> LedgerCorrupt:
+    return LedgerCorrupt(
+        f"the ledger is damaged: saga {saga_id} can't be read at event {position}: {why}. Nothing was changed. "
+        "Restore the ledger from a backup, or see to what this saga did by hand."
+    )

@@ -1,0 +1,466 @@
+"""`SQLiteLedger`: sagas in one file, for any number of processes of one machine."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime
+from functools import cache, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final, assert_never
+
+from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
+from saga.events import AnyEvent, SagaStatus
+from saga.ledger import FORGETTABLE, Entry
+from saga.ledgers.durable import MAX_EVENT_BYTES, DurableLedger
+from saga.ledgers.rows import (
+    Acquire,
+    Append,
+    Beat,
+    Create,
+    Prune,
+    Pruned,
+    Redact,
+    Release,
+    Request,
+    events_in,
+)
+from saga.owners import is_gone
+
+MIGRATIONS: Final = (
+    (
+        """CREATE TABLE sagas (
+            number INTEGER PRIMARY KEY,
+            id TEXT NOT NULL UNIQUE,
+            pipeline TEXT NOT NULL,
+            parent TEXT,
+            parent_stage TEXT,
+            status TEXT NOT NULL,
+            started_at TEXT NOT NULL,
+            updated_at TEXT NOT NULL,
+            version INTEGER NOT NULL,
+            token INTEGER NOT NULL,
+            owner TEXT
+        )""",
+        "CREATE INDEX sagas_by_parent ON sagas (parent) WHERE parent IS NOT NULL",
+        "CREATE INDEX sagas_by_status ON sagas (status)",
+        # Not clustered by saga: of a thousand sagas that write at once, each would touch a page of its own.
+        """CREATE TABLE events (
+            number INTEGER PRIMARY KEY,
+            saga TEXT NOT NULL,
+            first INTEGER NOT NULL,
+            checksum INTEGER NOT NULL,
+            body TEXT NOT NULL
+        )""",
+        "CREATE UNIQUE INDEX events_by_saga ON events (saga, first)",
+        "CREATE TABLE owners (id TEXT PRIMARY KEY, until REAL NOT NULL) WITHOUT ROWID",
+    ),
+)
+"""What makes a file of version n out of one of version n - 1. Those that have been released are never changed."""
+
+_APPLICATION: Final = int.from_bytes(b"saga")
+_CHUNK: Final = 500
+_FORGETTABLE: Final = ", ".join(f"'{status.value}'" for status in sorted(FORGETTABLE))
+
+_CREATE: Final = """
+    INSERT INTO sagas (id, pipeline, parent, parent_stage, status, started_at, updated_at, version, token, owner)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, 1, ?) ON CONFLICT (id) DO NOTHING
+"""
+_APPEND: Final = """
+    UPDATE sagas
+    SET version = version + ?, status = coalesce(?, status), updated_at = ?, owner = CASE WHEN ? THEN NULL ELSE owner END
+    WHERE id = ? AND version = ? AND token = ?
+"""
+_INSERT: Final = "INSERT INTO events (saga, first, checksum, body) VALUES (?, ?, ?, ?)"
+_BEAT: Final = "INSERT INTO owners (id, until) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET until = excluded.until"
+_HOLDER: Final = "SELECT version, token, owner, until FROM sagas LEFT JOIN owners ON owners.id = owner WHERE sagas.id = ?"
+_OLD: Final = f"""
+    WITH RECURSIVE roots AS (
+        SELECT number, id FROM sagas
+        WHERE number > :after AND status IN ({_FORGETTABLE}) AND updated_at < :before
+            AND NOT EXISTS (SELECT 1 FROM sagas AS above WHERE above.id = sagas.parent)
+        ORDER BY number LIMIT {_CHUNK}
+    ),
+    families (root, id) AS (
+        SELECT number, id FROM roots UNION ALL SELECT root, sagas.id FROM families JOIN sagas ON parent = families.id
+    )
+    SELECT root, sagas.id, min(
+        status IN ({_FORGETTABLE}) AND updated_at < :before AND (owner IS NULL OR until IS NULL OR until < :now)
+    ) OVER (PARTITION BY root)
+    FROM families JOIN sagas ON sagas.id = families.id LEFT JOIN owners ON owners.id = owner ORDER BY root
+"""  # noqa: S608 - made of constants
+_READ: Final = """
+    SELECT version, first, checksum, CAST(body AS BLOB)
+    FROM (SELECT ? AS id) AS asked LEFT JOIN sagas USING (id) LEFT JOIN events ON saga = asked.id ORDER BY first
+"""
+_ENTRIES: Final = """
+    SELECT sagas.id, pipeline, status, started_at, updated_at, parent, parent_stage, owner, until
+    FROM sagas LEFT JOIN owners ON owners.id = owner
+"""
+
+
+class SQLiteLedger(DurableLedger):
+    """Keeps sagas in an SQLite file.
+
+    An append is on disk before the call returns (WAL, `synchronous=FULL`); those of many sagas that come together share one
+    commit. Any number of processes of one machine may use the file at once; network file systems won't do, because SQLite's
+    locks don't work there.
+
+    Args:
+        path: The file. It is made when it is first used; its directory has to be there.
+        lease: Seconds after which an owner that did not `beat` counts as gone.
+        patience: Seconds that a batch of appends waits for other processes that write.
+        max_event_bytes: How many bytes of JSON one event may have.
+        redact: What every event goes through before it is stored. What it takes out is missing when a saga is resumed, too.
+        clock: What time it is for the leases, in seconds; the same for all processes that use the file.
+
+    Raises:
+        MisuseError: An argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        lease: float = 30.0,
+        patience: float = 10.0,
+        max_event_bytes: int = MAX_EVENT_BYTES,
+        redact: Redact | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if os.fspath(path) in {"", ":memory:"}:
+            raise MisuseError("the path of a file", got=repr(path), hint="A ledger in memory is a MemoryLedger.")
+        # Made absolute now: the working directory may be another one when the file is opened.
+        self.path: Final = Path(path).absolute()
+        super().__init__(
+            f"SQLiteLedger({str(path)!r})",
+            partial(_Store, self.path, lease, patience, clock),
+            lease=lease,
+            patience=patience,
+            max_event_bytes=max_event_bytes,
+            redact=redact,
+        )
+
+
+class _Store:
+    def __init__(self, path: Path, lease: float, patience: float, clock: Callable[[], float]) -> None:
+        self._path = path
+        self._lease = lease
+        self._patience = patience
+        self._clock = clock
+        self._opened: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
+        self._beaten: set[str] = set()
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def write(self, requests: Sequence[Request]) -> Sequence[Any]:
+        try:
+            return self._transaction(requests)
+        except LedgerError:
+            self.close()
+            raise
+        except sqlite3.Error as error:
+            self.close()
+            if len(requests) > 1 and not isinstance(error, sqlite3.OperationalError):
+                # It is about one of them, and each in a transaction of its own shows which.
+                return [self._alone(request) for request in requests]
+            raise _told(error, self._path, self._patience) from error
+
+    def _alone(self, request: Request) -> Any:
+        try:
+            return self.write((request,))[0]
+        except LedgerError as error:
+            return error
+
+    def _transaction(self, requests: Sequence[Request]) -> Sequence[Any]:
+        connection = self._connection()
+        self._beaten.clear()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            answers = [self._carry_out(connection, request) for request in requests]
+            connection.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            raise
+        return answers
+
+    def _carry_out(self, connection: sqlite3.Connection, request: Request) -> Any:
+        try:
+            match request:
+                case Append():
+                    return self._append(connection, request)
+                case Create():
+                    return self._create(connection, request)
+                case Acquire():
+                    return self._acquire(connection, request)
+                case Release(saga_id, token):
+                    connection.execute("UPDATE sagas SET owner = NULL WHERE id = ? AND token = ?", (saga_id, token))
+                    return None
+                case Beat(owner):
+                    return self._beat(connection, owner)
+                case Prune():
+                    return self._prune(connection, request)
+                case _:
+                    assert_never(request)
+        except LedgerConflict as conflict:
+            return conflict
+
+    def _create(self, connection: sqlite3.Connection, request: Create) -> int:
+        saga_id, owner, pipeline, parent, parent_stage, started_at, row = request
+        values = (saga_id, pipeline, parent, parent_stage, row.status, started_at, row.at, row.added, owner)
+        if not connection.execute(_CREATE, values).rowcount:
+            raise LedgerConflict.exists(saga_id)
+        self._insert(connection, saga_id, row.first, row.checksum, row.body)
+        self._beat(connection, owner)
+        return 1
+
+    def _append(self, connection: sqlite3.Connection, request: Append) -> None:
+        saga_id, token, release, (first, added, body, checksum, status, at) = request
+        if not connection.execute(_APPEND, (added, status, at, release, saga_id, first, token)).rowcount:
+            version, current, holder, until = self._holder(connection, saga_id)
+            if current != token:
+                raise LedgerConflict.overtaken(saga_id, token, current, holder=holder, until=_when(until))
+            raise LedgerConflict.outdated(saga_id, first, version)
+        self._insert(connection, saga_id, first, checksum, body)
+
+    def _insert(self, connection: sqlite3.Connection, saga_id: str, first: int, checksum: int, body: str) -> None:
+        connection.execute(_INSERT, (saga_id, first, checksum, body))
+
+    def _holder(self, connection: sqlite3.Connection, saga_id: str) -> tuple[int, int, str | None, float | None]:
+        found: tuple[int, int, str | None, float | None] | None = connection.execute(_HOLDER, (saga_id,)).fetchone()
+        if found is None:
+            raise LedgerConflict.missing(saga_id)
+        return found
+
+    def _acquire(self, connection: sqlite3.Connection, request: Acquire) -> int:
+        saga_id, owner = request
+        _, token, holder, until = self._holder(connection, saga_id)
+        if holder not in {None, owner} and until is not None and until >= self._clock() and not is_gone(str(holder)):
+            raise LedgerConflict.held(saga_id, owner, holder=str(holder), until=_when(until))
+        connection.execute("UPDATE sagas SET owner = ?, token = token + 1 WHERE id = ?", (owner, saga_id))
+        self._beat(connection, owner)
+        return token + 1
+
+    def _beat(self, connection: sqlite3.Connection, owner: str) -> None:
+        if owner not in self._beaten:
+            connection.execute(_BEAT, (owner, self._clock() + self._lease))
+            self._beaten.add(owner)
+
+    def _prune(self, connection: sqlite3.Connection, request: Prune) -> Pruned:
+        found = connection.execute(_OLD, {"after": request.after, "before": request.before, "now": self._clock()}).fetchall()
+        forgotten = [(saga_id,) for _, saga_id, is_over in found if is_over]
+        connection.executemany("DELETE FROM events WHERE saga = ?", forgotten)
+        connection.executemany("DELETE FROM sagas WHERE id = ?", forgotten)
+        connection.execute(
+            "DELETE FROM owners WHERE until < ? AND NOT EXISTS (SELECT 1 FROM sagas WHERE owner = owners.id)", (self._clock(),)
+        )
+        return Pruned(tuple(saga_id for (saga_id,) in forgotten), found[-1][0] if found else None)
+
+    def read(self, saga_id: str) -> Sequence[AnyEvent]:
+        with self._reading() as connection:
+            found = connection.execute(_READ, (saga_id,)).fetchall()
+            return events_in(saga_id, found[0][0], [(first, expected, body) for _, first, expected, body in found if first is not None])
+
+    def list(self, statuses: Collection[SagaStatus] | None, parent: str | None) -> Sequence[Entry]:
+        wanted: dict[str, Sequence[str]] = {}
+        if statuses is not None:
+            wanted[f"status IN ({', '.join('?' * len(statuses))})"] = [status.value for status in statuses]
+        if parent is not None:
+            wanted["parent = ?"] = [parent]
+        where = f" WHERE {' AND '.join(wanted)}" if wanted else ""
+        with self._reading() as connection:
+            rows = connection.execute(f"{_ENTRIES}{where} ORDER BY sagas.number", list(chain(*wanted.values()))).fetchall()
+            return tuple(_entry(*row) for row in rows)
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        try:
+            yield self._connection()
+        except LedgerError:
+            self.close()
+            raise
+        except sqlite3.Error as error:
+            self.close()
+            raise _told(error, self._path, self._patience) from error
+        except (TypeError, ValueError, OverflowError) as error:
+            # A damaged row may hold values of any type.
+            raise LedgerCorrupt(f"the ledger {self._path} is damaged: {error}. {_UNCHANGED}") from error
+
+    def close(self) -> None:
+        if self._opened is not None:
+            with suppress(sqlite3.Error):
+                self._opened.close()
+            self._opened = None
+
+    # -- the file ------------------------------------------------------------------------------------------------
+
+    def _connection(self) -> sqlite3.Connection:
+        if self._opened is None:
+            self._opened = _open(self._path, self._patience)
+            self._file = _identity(self._path)
+        elif _identity(self._path) != self._file:
+            # SQLite would go on to write to the file that nobody can find any more.
+            raise LedgerError(f"the ledger {self._path} was moved, deleted or replaced while it was in use; nothing was recorded")
+        return self._opened
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _open(path: Path, patience: float) -> sqlite3.Connection:
+    """Open a ledger, and make it if there is none.
+
+    Raises:
+        LedgerError: The file is no ledger, or not one of a version that is known; it was not changed.
+    """
+    wal = path.with_name(f"{path.name}-wal")
+    # First the log, then the file: another process that is just making the ledger makes the file first.
+    if wal.exists() and not path.exists():
+        raise LedgerError(f"the ledger {path} is gone, but its log {wal.name} is there; put the file back, or move the log away")
+    if not path.exists():
+        _make(path, patience)
+    if not path.stat().st_size:
+        raise LedgerCorrupt(f"expected a ledger in {path}, got an empty file; delete it to begin a new ledger. {_UNCHANGED}")
+    connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=patience)
+    try:
+        _prepare(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    found = connection.execute("PRAGMA application_id").fetchone()[0]
+    if found != _APPLICATION:
+        raise LedgerError(f"expected a ledger in {path}, got another program's database (application_id {found}). {_UNCHANGED}")
+    # FULL: a commit is on disk when it returns; fullfsync: on macOS, too. cell_size_check: look for damage when a page is read.
+    for pragma in ("synchronous = FULL", "fullfsync = ON", "checkpoint_fullfsync = ON", "cell_size_check = ON"):
+        connection.execute(f"PRAGMA {pragma}")
+    _migrate(connection, path)
+    missing = _schema(len(MIGRATIONS)) - set(connection.execute(_SCHEMA))
+    if missing:
+        names = ", ".join(sorted(name for name, _ in missing))
+        raise LedgerCorrupt(f"the ledger {path} is damaged, or was changed by hand: {names} is not as it was made. {_UNCHANGED}")
+
+
+def _make(path: Path, patience: float) -> None:
+    """Make a ledger under another name first: whoever sees the file sees all of it, and an empty one is known to be damaged."""
+    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+    try:
+        with closing(sqlite3.connect(new, isolation_level=None, timeout=patience)) as connection:
+            for pragma in ("journal_mode = WAL", "synchronous = FULL", "fullfsync = ON", f"application_id = {_APPLICATION}"):
+                connection.execute(f"PRAGMA {pragma}")
+            _migrate(connection, new)
+        with suppress(FileExistsError):  # another process was faster
+            os.link(new, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise LedgerError(f"the ledger {path} can't be made: {error}") from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _sync(directory: Path) -> None:
+    """Have the name of a new file on disk, too."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_SCHEMA: Final = "SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL"
+
+
+@cache
+def _schema(version: int) -> frozenset[tuple[str, str]]:
+    """What `_SCHEMA` finds in a file of that version."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        for statement in chain(*MIGRATIONS[:version]):
+            connection.execute(statement)
+        return frozenset(connection.execute(_SCHEMA))
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    """Bring a file to the version that is known here, in one transaction."""
+    if _version(connection, path) == len(MIGRATIONS):
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    # Once more, now that no other process can.
+    for statement in chain(*MIGRATIONS[_version(connection, path) :]):
+        connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    connection.execute("COMMIT")
+
+
+def _version(connection: sqlite3.Connection, path: Path) -> int:
+    found: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    if not 0 <= found <= len(MIGRATIONS):
+        raise LedgerError(
+            f"the ledger {path} has schema version {found}, this version of saga knows up to {len(MIGRATIONS)}: "
+            f"it was written by a newer one. {_UNCHANGED}"
+        )
+    return found
+
+
+def _entry(
+    saga_id: str,
+    pipeline: str,
+    status: str,
+    started_at: str,
+    updated_at: str,
+    parent: str | None,
+    parent_stage: str | None,
+    owner: str | None,
+    until: float | None,
+) -> Entry:
+    return Entry(
+        saga_id,
+        pipeline,
+        SagaStatus(status),
+        datetime.fromisoformat(started_at),
+        datetime.fromisoformat(updated_at),
+        parent,
+        parent_stage,
+        owner,
+        _when(until) if owner is not None else None,
+    )
+
+
+def _when(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+_UNCHANGED: Final = "Nothing was changed."
+
+
+def _told(error: sqlite3.Error, path: Path, patience: float) -> LedgerError:
+    """Say what SQLite says, and what to do."""
+    name = getattr(error, "sqlite_errorname", "") or ""
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        return LedgerCorrupt(
+            f"the ledger {path} is damaged, or no ledger: {error}. {_UNCHANGED} Restore it from a backup, or save what is left of it "
+            "with sqlite3's .recover"
+        )
+    hints = {
+        "SQLITE_BUSY": f"another process or program has held its lock for more than {patience:g} s",
+        "SQLITE_FULL": "there is no room left for it",
+        "SQLITE_READONLY": "the file can't be written to; see to its permissions",
+        "SQLITE_CANTOPEN": "it, or its log beside it, can't be opened; see to the directory and its permissions",
+        "SQLITE_IOERR": "the disk failed",
+    }
+    hint = next((f" ({hint})" for start, hint in hints.items() if name.startswith(start)), "")
+    return LedgerError(f"the ledger {path} failed: {error}{hint}; nothing was recorded")

@@ -1,0 +1,152 @@
+"""Threads that carry out what event loops ask of a database: all that is waiting at once, so that it shares one commit."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
+
+from saga.errors import LedgerError
+
+_MOST: Final = 2**24
+"""A batch is closed when it holds so many bytes."""
+
+
+class Closable(Protocol):
+    """What a worker works with; it is made, used and closed in the worker's thread."""
+
+    def close(self) -> None:
+        """Let go of the connection, if there is one; it may be used again."""
+        ...
+
+
+S = TypeVar("S", bound=Closable)
+
+
+class _Job(NamedTuple):
+    request: Any
+    size: int
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Any]
+
+
+class Worker(Generic[S]):
+    """One thread with one connection.
+
+    Args:
+        name: The thread's name.
+        store: Makes what it works with.
+        work: Carries out a batch of requests: an answer for each, in their order; an answer that is an exception is raised. What it
+            raises itself is the answer to all.
+
+    The thread is a daemon: a program that forgets to close its ledger ends all the same.
+    """
+
+    def __init__(self, name: str, store: Callable[[], S], work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> None:
+        self.pid: Final = os.getpid()
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, args=(store, work), name=name, daemon=True)
+        self._thread.start()
+        _WORKING.add(self)
+
+    def ask(self, request: Any, size: int = 0) -> asyncio.Future[Any]:
+        """Have a request carried out; the answer is for the event loop that runs.
+
+        Args:
+            request: What `work` understands.
+            size: How many bytes of a batch it takes.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        self._jobs.put(_Job(request, size, loop, future))
+        return future
+
+    def stop(self) -> None:
+        """Have the thread end when it has done what was asked for before."""
+        self._jobs.put(None)
+
+    def join(self, seconds: float | None = None) -> None:
+        """Wait until it has ended."""
+        self._thread.join(seconds)
+
+    def _run(self, store: Callable[[], S], work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> None:
+        opened = store()
+        while self._turn(opened, work):
+            pass
+        opened.close()
+
+    def _turn(self, store: S, work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> bool:
+        """Carry out one batch; whether there may be another."""
+        # While the thread waits for more it must hold on to nothing that was asked for: it may be what keeps a ledger alive.
+        jobs, goes_on = self._take()
+        if jobs:
+            _answer(jobs, _answers(store, work, [job.request for job in jobs]))
+        return goes_on
+
+    def _take(self) -> tuple[list[_Job], bool]:
+        jobs: list[_Job] = []
+        size = 0
+        while size < _MOST and not (jobs and self._jobs.empty()):
+            job = self._jobs.get()
+            if job is None:
+                return jobs, False
+            jobs.append(job)
+            size += job.size
+        return jobs, True
+
+
+def _answers(store: S, work: Callable[[S, Sequence[Any]], Sequence[Any]], requests: Sequence[Any]) -> Sequence[Any]:
+    try:
+        return work(store, requests)
+    except LedgerError as error:
+        failure = error
+    except Exception as error:  # noqa: BLE001 - whoever waits has to be told, whatever it is
+        failure = LedgerError(f"the ledger failed: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+    # Each gets one of their own: every `raise` adds to an exception's traceback.
+    return [_again(failure) for _ in requests]
+
+
+def _again(error: LedgerError) -> LedgerError:
+    copy = type(error)(str(error))
+    copy.__cause__ = error.__cause__
+    return copy
+
+
+def _answer(jobs: Sequence[_Job], answers: Sequence[Any]) -> None:
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
+    for job, answer in zip(jobs, answers, strict=True):
+        by_loop.setdefault(job.loop, []).append((job.future, answer))
+    for loop, answered in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_settle, answered)
+        except RuntimeError:
+            continue  # the loop is closed, and whoever asked is gone with it
+
+
+def _settle(answered: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
+    for future, answer in answered:
+        if future.done():
+            continue  # whoever asked was cancelled
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
+
+
+_WORKING: Final[weakref.WeakSet[Worker[Any]]] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Close the connections of ledgers that nobody closed; what was answered is on disk already."""
+    mine = [worker for worker in _WORKING if worker.pid == os.getpid()]
+    for worker in mine:
+        worker.stop()
+    for worker in mine:
+        worker.join(5.0)

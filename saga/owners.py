@@ -1,0 +1,67 @@
+"""Who holds a lease: names for owners, and whether the process that an owner lived in is certainly gone."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import Final
+
+_PROC: Final = Path("/proc")
+_PARTS: Final = 6
+
+
+def this_process() -> str:
+    """A new name for an owner that lives in this process.
+
+    It says host, process id, the process's start, its pid namespace and the machine's boot, and ends in a random part: two
+    owners in one process have two names.
+    """
+    pid = os.getpid()
+    return "/".join((socket.gethostname(), str(pid), _stat(pid)[1], *_here(), secrets.token_hex(8)))
+
+
+def is_gone(owner: str) -> bool:
+    """Whether the process that an owner lived in certainly runs no more.
+
+    It can be certain only of a process of the same boot of the same machine and of the same pid namespace, and only where
+    there is /proc; elsewhere an owner is gone when its lease has ended, and not before.
+    """
+    parts = owner.split("/")
+    if len(parts) != _PARTS:
+        return False
+    host, pid, started, namespace, boot, _ = parts
+    if not (started and namespace and boot) or host != socket.gethostname() or (namespace, boot) != _here():
+        return False
+    try:
+        # Not by a look into /proc: it may be mounted so that it hides other users' processes.
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, ValueError, OverflowError):
+        return False
+    state, starts = _stat(int(pid))
+    # A zombie runs no more, though nobody has asked for its exit code yet. A pid may have been given to another process since.
+    return state == "Z" or starts not in {"", started}
+
+
+def _stat(pid: int) -> tuple[str, str]:
+    """A process's state, and when it started in clock ticks since the boot; empty when they can't be known."""
+    try:
+        stat = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "", ""
+    # The second field is the program's name in parentheses, and may hold spaces and parentheses itself.
+    fields = stat.rpartition(") ")[2].split()
+    return fields[0], fields[19]
+
+
+def _here() -> tuple[str, str]:
+    """The pid namespace and the boot; empty where there is no /proc."""
+    try:
+        namespace = (_PROC / "self" / "ns" / "pid").readlink().name
+        boot = (_PROC / "sys" / "kernel" / "random" / "boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return "", ""
+    return namespace, boot

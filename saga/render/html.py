@@ -1,0 +1,187 @@
+"""The report as one HTML file: pictures, table and details, without scripts, readable offline, on paper, by keyboard and by ear.
+
+A node of the graph is a link to its stage's details, which the browser opens by itself, because the link leads into them.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from importlib import resources
+from string import Template
+from typing import TYPE_CHECKING, Any, Final
+
+from saga.failures import Failure
+from saga.ledger import StageState
+from saga.outputs import encoded
+from saga.render.colours import DARK, LIGHT, Scheme, stylesheet
+from saga.render.drawing import Drawing, drawing
+from saga.render.graph import graph_section, graph_svg
+from saga.render.lettering import cells, escaped, one_line, shortened, wrapped
+from saga.render.svg import tag, words_of
+from saga.render.text import SIGNS, duration, explanation, seconds, what_to_do
+from saga.render.timeline import timeline_section
+
+if TYPE_CHECKING:
+    from saga.recovery import Try
+    from saga.report import SagaReport, StageReport
+
+_NAME_ROOM: Final = 30
+_LINE: Final = 120
+"""Columns of a name, or half of an explanation, that the overview shows; the details have all of it."""
+_MOST: Final = 50_000
+"""Characters of one output, or of one traceback, that are shown; a browser chokes on much more."""
+
+
+def page(report: SagaReport) -> str:
+    """A whole page for one saga."""
+    its = drawing(report)
+    anchors = {name: f"stage-{place}" for place, name in enumerate(report.stages, 1)}
+    body = "\n".join((_header(report, its), _main(report, its, anchors)))
+    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        title=escaped(one_line(f"{its.title}: {its.verdict}")),
+        pictures=stylesheet(),
+        light=_variables(LIGHT),
+        dark=_variables(DARK),
+        body=body,
+    )
+
+
+def fragment(report: SagaReport) -> str:
+    """The graph for a cell of a notebook: a picture that is scrolled when it is larger than the cell."""
+    return tag("div", graph_svg(drawing(report)), style="overflow:auto;max-height:80vh")
+
+
+def _variables(scheme: Scheme) -> str:
+    focus, cause = scheme.states[StageState.RUNNING].ink, scheme.states[StageState.FAILED].ink
+    values = {"paper": scheme.paper, "text": scheme.text, "faint": scheme.faint, "line": scheme.line, "band": scheme.band}
+    values |= {"edge": scheme.edge, "focus": focus, "cause": cause}
+    return "; ".join(f"--{name}: {value}" for name, value in values.items())
+
+
+def _text(words: str) -> str:
+    """Somebody else's words: their direction, left or right, is kept to themselves."""
+    return tag("bdi", escaped(words)) if words else ""
+
+
+def _name(name: str, anchors: dict[str, str]) -> str:
+    return tag("a", _text(shortened(name, _LINE)), class_="name", href=f"#{anchors[name]}")
+
+
+def _sign(state: StageState) -> str:
+    return tag("span", tag("span", escaped(SIGNS[state]), class_="saga-pill", aria_hidden="true"), class_=f"saga-{state}")
+
+
+def _header(report: SagaReport, its: Drawing) -> str:
+    parts = [tag("h1", _text(shortened(its.title, _LINE)) or "Saga"), tag("p", _sign(its.state) + its.verdict, class_="verdict")]
+    if report.cause is not None:
+        parts.append(tag("p", f"Cause: {_text(str(report.cause))}", class_="cause", tabindex="0"))
+    parts += [tag("p", tag("code", _text(line.strip())) if line.startswith(" ") else _text(line)) for line in what_to_do(report)]
+    ended = f", ended {_moment(report.ended_at)}" if report.ended_at is not None else ""
+    parts.append(tag("p", f"Saga {tag('code', _text(report.saga_id))}, started {_moment(report.started_at)}{ended}", class_="faint"))
+    links = (("#graph", "Graph"), ("#timeline", "Timeline"), ("#stages", "Stages"), ("#details", "Details"))
+    nav = tag("nav", "".join(tag("a", words, href=to) for to, words in links), aria_label="On this page")
+    return tag("header", "\n".join(parts)) + "\n" + nav
+
+
+def _main(report: SagaReport, its: Drawing, anchors: dict[str, str]) -> str:
+    links = {name: f"#{anchor}" for name, anchor in anchors.items()}
+    details = "\n".join(_details(name, stage, report, anchors) for name, stage in report.stages.items())
+    parts = (
+        tag("h2", "Graph", id="graph"),
+        _box("Graph, scrolls", graph_section(its, links)),
+        tag("h2", "Timeline", id="timeline"),
+        _box("Timeline, scrolls", timeline_section(report)),
+        tag("h2", "Stages", id="stages"),
+        _box("Table of stages, scrolls", _table(report, anchors)),
+        tag("h2", "Details", id="details"),
+        details,
+    )
+    return tag("main", "\n".join(parts))
+
+
+def _box(label: str, inside: str) -> str:
+    """A part that scrolls by itself; the keyboard scrolls it, too, once it has the focus."""
+    return tag("div", inside, class_="box", role="region", aria_label=label, tabindex="0")
+
+
+def _table(report: SagaReport, anchors: dict[str, str]) -> str:
+    places = {name: str(place) for place, name in enumerate(report.compensation_order, 1)}
+    heads = {"Stage": "", "State": "", "Attempts": "number", "Time": "number", "Undoing": "number", "What happened": ""}
+    head = tag("thead", tag("tr", "".join(tag("th", words, scope="col", class_=kind) for words, kind in heads.items())))
+    rows = []
+    for name, stage in report.stages.items():
+        parts = (
+            tag("th", _name(name, anchors), scope="row"),
+            tag("td", _sign(stage.state) + words_of(stage.state)),
+            tag("td", str(stage.attempts), class_="number"),
+            tag("td", seconds(stage.started_at, stage.ended_at) or "-", class_="number"),
+            tag("td", places.get(name, "-"), class_="number"),
+            tag("td", "".join(_text(line) for line in wrapped(explanation(name, stage, report), 2 * _LINE, 1)) or "-"),
+        )
+        rows.append(tag("tr", "".join(parts)))
+    caption = tag("caption", f"The {len(report.stages)} stages, each after those that it depends on")
+    widest = min(max(map(cells, report.stages), default=0), _NAME_ROOM)
+    return tag("table", caption + head + tag("tbody", "\n".join(rows)), style=f"--names: {widest}ch")
+
+
+def _details(name: str, stage: StageReport, report: SagaReport, anchors: dict[str, str]) -> str:
+    heading = tag("h3", tag("span", _text(name), class_="name"))
+    summary = tag("summary", f"{_sign(stage.state)} {heading} {tag('span', words_of(stage.state), class_='faint')}")
+    needs = ", ".join(_name(needed, anchors) for needed in stage.dependencies) or "nothing"
+    facts = [("Depends on", needs)]
+    if name in report.compensation_order:
+        facts.append(("Order of undoing", f"number {report.compensation_order.index(name) + 1} of {len(report.compensation_order)}"))
+    if explained := explanation(name, stage, report):
+        facts.append(("What happened", _text(explained)))
+    parts = [tag("dl", "".join(tag("dt", term) + tag("dd", fact) for term, fact in facts))]
+    parts += _tries("Attempts", stage.tries)
+    if stage.compensation is not None:
+        parts += _tries("Attempts to undo it", stage.compensation.tries)
+    parts += _values("Effects", list(stage.effects))
+    if stage.output is not None:
+        parts += _values("Output", stage.output.data)
+    if stage.late_output is not None:
+        parts += _values("Output that came late", stage.late_output.data)
+    for child in stage.children:
+        parts += [tag("h4", "Saga within"), tag("pre", _text(_cut(str(child))))]
+    for failure in report.failures:
+        if failure.stage is not None and (failure.stage == name or failure.stage.startswith(f"{name}/")):
+            parts += _failure(failure)
+    return tag("details", summary + tag("div", "\n".join(parts), class_="inside", id=anchors[name], tabindex="-1"))
+
+
+def _tries(title: str, tries: tuple[Try, ...]) -> list[str]:
+    if not tries:
+        return []
+    items = []
+    for started, ended, failed in tries:
+        outcome = f"failed ({failed.value})" if failed is not None else "completed" if ended is not None else "no outcome recorded"
+        took = f", {duration((ended - started).total_seconds())}" if ended is not None else ""
+        items.append(tag("li", f"{_moment(started)}{took}, {outcome}"))
+    return [tag("h4", title), tag("ol", "".join(items))]
+
+
+def _values(title: str, value: Any) -> list[str]:
+    return [tag("h4", title), tag("pre", _text(_cut(_json(value))), tabindex="0")] if value else []
+
+
+def _failure(failure: Failure) -> list[str]:
+    parts = [tag("h4", f"Failure, {_moment(failure.at)}"), tag("p", _text(_cut(str(failure))))]
+    return [*parts, tag("pre", _text(_cut(failure.traceback)))] if failure.traceback else parts
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(encoded(value), indent=2, ensure_ascii=False)
+    except RecursionError:
+        return "nested too deeply to be shown"
+
+
+def _cut(words: str) -> str:
+    return words if len(words) <= _MOST else f"{words[:_MOST]} … and {len(words) - _MOST:,} more characters"
+
+
+def _moment(at: datetime) -> str:
+    return tag("time", f"{at:%Y-%m-%d %H:%M:%S}.{at.microsecond // 1000:03} UTC", datetime=at.isoformat())

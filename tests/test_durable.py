@@ -1,0 +1,400 @@
+"""What changes with a ledger that outlives the process: fewer writes, owners that say that they are alive, recovery, plain data."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from stageflow.api import Pipeline, StageOutput
+
+from saga import (
+    CompensableStage,
+    CompensationContext,
+    FailFast,
+    LedgerConflict,
+    LedgerError,
+    MemoryLedger,
+    MisuseError,
+    PipelineInvalid,
+    SagaContext,
+    SagaCoordinator,
+    SagaStatus,
+)
+from saga.events import AnyEvent, SagaStarted, StageCompleted, StageStarted, event_from_json, event_to_json
+from tests.controlled import elapse, run
+from tests.dying import Dying
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, Script, scene
+
+
+class Slow(MemoryLedger):
+    """Takes its time for every write, in the order of the calls, and remembers what was written together."""
+
+    durable = True
+    lease = 30.0
+
+    def __init__(self, seconds: float = 0.01) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.writes: list[list[str]] = []
+        self.beats = 0
+        self.turn = asyncio.Lock()
+        self.breaks_at: type[Any] | None = None
+
+    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
+        await self._written(events)
+        return await super().create(saga_id, owner, events)
+
+    async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int, release: bool = False) -> None:
+        await self._written(events)
+        await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
+
+    async def _written(self, events: Sequence[AnyEvent]) -> None:
+        async with self.turn:
+            await elapse(self.seconds)
+        if self.breaks_at is not None and any(isinstance(event, self.breaks_at) for event in events):
+            raise OSError("no space left")
+        self.writes.append([type(event).__name__ for event in events])
+
+    async def beat(self, owner: str) -> None:
+        self.beats += 1
+        if self.beats == 2:
+            raise LedgerError("no line")
+
+
+def test_a_completion_is_written_together_with_the_start_that_it_enables() -> None:
+    world, pipeline = scene(SEQUENCE)
+    ledger = Slow()
+
+    report = run(SagaCoordinator(ledger=ledger).run(pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "+b", "+c"]
+    assert ledger.writes == [
+        ["SagaStarted", "StageStarted"],
+        ["StageCompleted", "StageStarted"],
+        ["StageCompleted", "StageStarted"],
+        ["StageCompleted", "SagaEnded"],
+    ]
+
+
+def test_an_undo_is_written_together_with_the_next_one() -> None:
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise")})
+    ledger = Slow()
+
+    run(SagaCoordinator(ledger=ledger).run(pipeline))
+
+    assert world.standing == {}
+    assert ledger.writes[3:] == [
+        ["StageFailed", "SagaTurnedBack", "CompensationStarted"],
+        ["CompensationCompleted", "CompensationStarted"],
+        ["CompensationCompleted", "SagaEnded"],
+    ]
+
+
+def test_what_nobody_waits_for_is_written_soon_all_the_same() -> None:
+    _, pipeline = scene(BRANCHES, {"b": Script(before=60)})
+    ledger = Slow()
+    coordinator = SagaCoordinator(ledger=ledger)
+
+    async def play() -> list[Any]:
+        running = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        await elapse(1)
+        seen = [event.stage for event in await ledger.read("s") if isinstance(event, StageCompleted)]
+        await running
+        return seen
+
+    assert run(play()) == ["a", "c"]
+
+
+def test_many_first_stages_go_into_one_write_behind_the_one_that_creates_the_saga() -> None:
+    shape: dict[str, tuple[str, ...]] = dict.fromkeys("abcdefgh", ())
+    world, pipeline = scene(shape)
+    ledger = Slow()
+
+    report = run(SagaCoordinator(ledger=ledger).run(pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert sorted(world.log) == [f"+{name}" for name in shape]
+    assert ledger.writes[:2] == [["SagaStarted", "StageStarted"], ["StageStarted"] * 7]
+
+
+@pytest.mark.parametrize("breaks_at", [SagaStarted, StageStarted, StageCompleted])
+def test_when_the_first_write_fails_every_branch_learns_of_it_and_nothing_runs(breaks_at: type[Any]) -> None:
+    shape: dict[str, tuple[str, ...]] = dict.fromkeys("abc", ()) | {"d": ("a", "b", "c")}
+    world, pipeline = scene(shape)
+    ledger = Slow()
+    ledger.breaks_at = breaks_at
+
+    with pytest.raises(LedgerError, match="no space left"):
+        run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+
+    assert sorted(world.log) == (["+a", "+b", "+c"] if breaks_at is StageCompleted else [])
+
+
+def test_what_could_not_be_written_late_is_told_to_whoever_records_next() -> None:
+    world, pipeline = scene(BRANCHES, {"b": Script(before=60)})
+    ledger = Slow()
+    ledger.breaks_at = StageCompleted
+
+    with pytest.raises(LedgerError, match="no space left"):
+        run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+
+    assert world.log == ["+a"]
+
+
+def test_an_owner_says_that_it_is_alive_as_long_as_a_saga_of_its_is(caplog: pytest.LogCaptureFixture) -> None:
+    _, pipeline = scene({"a": ()}, {"a": Script(before=45)})
+    ledger = Slow()
+    coordinator = SagaCoordinator(ledger=ledger)
+
+    async def play() -> None:
+        await asyncio.gather(coordinator.run(pipeline), coordinator.run(pipeline))
+        assert ledger.beats == 4
+        await elapse(100)
+        assert ledger.beats == 4
+
+    run(play())
+
+    assert "the ledger could not be told that" in caplog.text
+
+
+def test_a_stage_that_is_cancelled_while_it_records_an_effect_is_undone_for_it() -> None:
+    world, pipeline = scene({"a": (), "b": ()}, {"a": Script("raise", before=0.5), "b": Script(before=0.45)}, {"b": "recording"})
+    ledger = Slow(seconds=0.2)
+
+    report = run(SagaCoordinator(FailFast(in_flight="cancel"), ledger=ledger).run(pipeline))
+
+    assert report.stages["b"].effects == ("b",)
+    assert report.stages["b"].failure is not None
+    assert report.stages["b"].failure.kind == "interrupted"
+    assert set(report.in_doubt) == {"b"}
+    assert world.log == ["+b"]
+
+
+# -- recovery --------------------------------------------------------------------------------------------------------
+
+
+def test_every_saga_whose_process_is_gone_is_gone_on_with() -> None:
+    async def nothing(_: Any) -> None: ...
+
+    ledger = Dying(1000)
+    worlds = {}
+    for number in range(5):
+        worlds[number], pipeline = scene(DIAMOND, {"d": Script("raise" if number % 2 else "ok")}, dict.fromkeys(DIAMOND, "probed"))
+        pipeline = Pipeline(name=f"scene {number}", stages=dict(pipeline.stages))
+        ledger.left = 4 + number
+        with contextlib.suppress(LedgerError):
+            run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id=f"s{number}"))
+        worlds[number].pipeline = pipeline  # type: ignore[attr-defined] # kept beside its world
+    ledger.left = 1000
+    pipelines = [world.pipeline for world in worlds.values()]  # type: ignore[attr-defined] # as above
+    unknown = Pipeline(name="unknown").with_stage("a", nothing, "work")
+    ledger.left = 1
+    with contextlib.suppress(LedgerError):
+        run(SagaCoordinator(ledger=ledger).run(unknown, saga_id="of another service"))
+    ledger.left = 1000
+    ledger.forget_owners()
+    ledger._sagas["s0"].owner = "somebody alive"
+
+    recovery = run(SagaCoordinator(ledger=ledger).recover(pipelines, concurrency=2))
+
+    assert {saga_id: report.status.value for saga_id, report in recovery.reports.items()} == {
+        "s1": "compensated",
+        "s2": "completed",
+        "s3": "compensated",
+        "s4": "completed",
+    }
+    assert set(recovery.held) == {"s0"}
+    assert isinstance(recovery.held["s0"], LedgerConflict)
+    assert set(recovery.failed) == {"of another service"}
+    assert "expected a pipeline named 'unknown', got those named scene 0, scene 1" in str(recovery.failed["of another service"])
+    assert "s1: COMPENSATED" in str(recovery)
+    assert "s0: left alone, saga s0 is held by somebody alive" in str(recovery)
+    assert "of another service: not recovered, expected a pipeline" in str(recovery)
+    for number in (1, 2, 3, 4):
+        assert worlds[number].refusals == []
+        assert set(worlds[number].standing) == (set() if number % 2 else set(DIAMOND))
+
+
+def test_where_no_saga_lost_its_process_there_is_nothing_to_recover() -> None:
+    _, pipeline = scene(SEQUENCE)
+    coordinator = SagaCoordinator()
+    run(coordinator.run(pipeline))
+
+    assert str(run(coordinator.recover({"scene": pipeline}))) == "No saga has lost its process."
+
+
+# -- outputs that come back ------------------------------------------------------------------------------------------
+
+
+class Booking(BaseModel):
+    seat: str
+    price: float
+
+
+@dataclass
+class Receipt:
+    booking: Booking
+
+
+class Receipts(BaseModel):
+    booking: Booking
+
+
+class Stored(MemoryLedger):
+    """Gives back what it was given as a durable ledger does: read from JSON."""
+
+    durable = True
+
+    async def read(self, saga_id: str) -> Sequence[AnyEvent]:
+        return tuple(event_from_json(event_to_json(event)) for event in await super().read(saga_id))
+
+
+@pytest.mark.parametrize("model", [None, Receipt, Receipts])
+def test_an_output_comes_back_from_a_durable_ledger_as_what_its_stage_declares(model: Any) -> None:
+    undone: list[Any] = []
+
+    class Book(CompensableStage):
+        output_model = model
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            return StageOutput.ok(booking=Booking(seat="14A", price=9.5), note="window")
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            assert ctx.output is not None
+            undone.append(ctx.output.data)
+
+    pipeline = Pipeline().with_stage("book", Book).with_stage("other", Book)
+    ledger = Stored()
+    run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+
+    run(SagaCoordinator(ledger=ledger).compensate("s", pipeline))
+
+    booking = {"seat": "14A", "price": 9.5} if model is None else Booking(seat="14A", price=9.5)
+    assert undone == [{"booking": booking, "note": "window"}] * 2
+
+
+def test_an_output_that_no_longer_fits_its_model_is_refused_before_anything_runs() -> None:
+    class Book(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            return StageOutput.ok(booking={"seat": 14})
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            raise AssertionError
+
+    class Typed(Book):
+        output_model = Receipt
+
+    ledger = Stored()
+    run(SagaCoordinator(ledger=ledger).run(Pipeline().with_stage("book", Book), saga_id="s"))
+
+    with pytest.raises(PipelineInvalid, match="expected an output_model that its recorded output fits"):
+        run(SagaCoordinator(ledger=ledger).compensate("s", Pipeline().with_stage("book", Typed)))
+
+    assert run(SagaCoordinator(ledger=ledger).report("s")).status is SagaStatus.COMPLETED
+
+
+# -- listeners -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ledger", [MemoryLedger, Slow])
+def test_listeners_are_told_what_is_in_the_ledger_and_harm_no_saga(ledger: Any, caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[tuple[str, AnyEvent]] = []
+
+    def fails(_: str, event: AnyEvent) -> None:
+        raise ValueError("deaf")
+
+    kept = ledger()
+    _, pipeline = scene(SEQUENCE, {"c": Script("raise", undo_fails=9), "b": Script(undo_fails=9)})
+    coordinator = SagaCoordinator(FailFast(), ledger=kept, listeners=[fails, lambda saga_id, event: heard.append((saga_id, event))])
+
+    async def play() -> None:
+        await coordinator.run(pipeline, saga_id="s")
+        await coordinator.settle("s", "b", "undone", "by hand")
+        await coordinator.resume("s", pipeline)
+
+    with caplog.at_level(logging.ERROR, "saga"):
+        run(play())
+
+    assert heard == [("s", event) for event in run(kept.read("s"))]
+    assert "saga s: a listener failed on SagaStarted; the saga goes on" in caplog.text
+
+
+def test_an_output_model_that_is_none_is_refused() -> None:
+    class Book(CompensableStage):
+        output_model = dict
+
+        async def execute(self, ctx: SagaContext) -> None: ...
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    with pytest.raises(PipelineInvalid, match="expected output_model to be a pydantic model, a dataclass or None, for stage 'book'"):
+        run(SagaCoordinator().run(Pipeline().with_stage("book", Book)))
+
+
+# -- what can't be stored --------------------------------------------------------------------------------------------
+
+
+def unstorable(**how: Any) -> tuple[list[Any], Any]:
+    """a -> book: `book` gives, or records, or fails with something that JSON can't hold."""
+    undone: list[Any] = []
+
+    class Book(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            if how.get("records"):
+                await ctx.record({"seat": "14A"})
+                await ctx.record({"line": object()})
+            if how.get("fails"):
+                return StageOutput.fail("declined", data={"line": object()})
+            return StageOutput.ok(seat="14A", line=object())
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            undone.append(ctx.effects or (ctx.output and ctx.output.data["seat"]))
+
+    world, pipeline = scene({"a": ()})
+    pipeline = pipeline.with_stage("book", Book(), dependencies=("a",))
+    report = run(SagaCoordinator(ledger=Slow()).run(pipeline, saga_id="s"))
+    assert world.standing == {}
+    assert report.status is SagaStatus.COMPENSATED
+    return undone, report
+
+
+def test_an_output_that_cannot_be_stored_stops_the_saga_and_what_the_stage_did_is_undone() -> None:
+    undone, report = unstorable()
+
+    assert undone == ["14A"]
+    assert report.cause.stage == "book"
+    assert report.cause.kind == "contract"
+    assert "expected plain data at data['line'], got object" in report.cause.message
+    assert "no durable ledger can keep it" in report.cause.message
+
+
+def test_an_effect_that_cannot_be_stored_fails_its_stage_which_is_undone_for_all_that_it_recorded() -> None:
+    undone, report = unstorable(records=True)
+
+    (effects,) = undone
+    assert effects[0] == {"seat": "14A"}
+    assert effects[1]["line"].type == "object"
+    assert "expected plain data at effect['line'], got object" in report.cause.message
+
+
+def test_what_is_beside_a_failure_may_be_anything() -> None:
+    _, report = unstorable(fails=True)
+
+    assert report.cause.message == "declined"
+    assert report.stages["book"].output.data["line"].type == "object"
+
+
+def test_an_input_that_cannot_be_stored_is_refused_before_anything_runs() -> None:
+    world, pipeline = scene(SEQUENCE)
+
+    with pytest.raises(MisuseError, match=r"expected plain data at context\['metadata'\]\['line'\], got object"):
+        run(SagaCoordinator(ledger=Slow()).run(pipeline, metadata={"line": object()}))
+
+    assert world.log == []

@@ -1,0 +1,625 @@
+"""What every ledger does, in memory, in a file and in PostgreSQL alike."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saga import FailFast, Ledger, LedgerConflict, LedgerError, SagaStatus
+from saga.events import (
+    AnyEvent,
+    SagaEnded,
+    SagaResumed,
+    SagaStarted,
+    SagaTurnedBack,
+    StageCompleted,
+    StageProbed,
+    StageStarted,
+    TurnReason,
+)
+from tests.places import Memory, Place, PostgresSchema, SQLiteFile
+from tests.test_ledger import ALL, GRAPH, OUTPUT
+
+FIRST, SECOND = StageStarted(stage="a", attempt=1), StageCompleted(stage="a", output=OUTPUT)
+LONG_AGO = datetime.now(UTC) - timedelta(days=30)
+DONE = SagaEnded(status=SagaStatus.COMPLETED, at=LONG_AGO)
+
+
+def started(saga_id: str = "s", at: datetime = LONG_AGO, parent: str | None = None) -> SagaStarted:
+    stage = None if parent is None else "a"
+    return SagaStarted(saga_id=saga_id, pipeline="p", graph=GRAPH, policy=FailFast(), at=at, parent=parent, parent_stage=stage)
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    match request.param:
+        case "memory":
+            return Memory()
+        case "sqlite":
+            return SQLiteFile(tmp_path / "sagas.db")
+        case _:
+            return PostgresSchema(request.getfixturevalue("postgres").get_uri(), request.getfixturevalue("new_schema")())
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def durable(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "sqlite":
+        return SQLiteFile(tmp_path / "sagas.db")
+    return PostgresSchema(request.getfixturevalue("postgres").get_uri(), request.getfixturevalue("new_schema")())
+
+
+def on(ledger: Ledger, *acts: Callable[[Ledger], Any]) -> list[Any]:
+    """Do one thing after another with a ledger, and close it; what is raised is an answer."""
+
+    async def play() -> list[Any]:
+        answers = []
+        for act in acts:
+            try:
+                answers.append(await act(ledger))
+            except LedgerError as error:
+                answers.append(error)
+        await ledger.close()
+        return answers
+
+    return asyncio.run(play())
+
+
+def create(saga_id: str = "s", owner: str = "me", *more: AnyEvent, parent: str | None = None, at: datetime = LONG_AGO) -> Any:
+    return lambda ledger: ledger.create(saga_id, owner, (started(saga_id, at, parent), *more))
+
+
+def append(*events: AnyEvent, version: int = 1, token: int = 1, saga_id: str = "s", release: bool = False) -> Any:
+    return lambda ledger: ledger.append(saga_id, events, expected_version=version, token=token, release=release)
+
+
+def acquire(owner: str, saga_id: str = "s") -> Any:
+    return lambda ledger: ledger.acquire(saga_id, owner)
+
+
+def release(token: int, saga_id: str = "s") -> Any:
+    return lambda ledger: ledger.release(saga_id, token)
+
+
+def read(saga_id: str = "s") -> Any:
+    return lambda ledger: ledger.read(saga_id)
+
+
+def listed(**which: Any) -> Any:
+    async def ids(ledger: Ledger) -> list[str]:
+        return [entry.saga_id for entry in await ledger.list(**which)]
+
+    return ids
+
+
+def ended(saga_id: str, status: SagaStatus = SagaStatus.COMPLETED, at: datetime = LONG_AGO) -> Any:
+    return append(SagaEnded(status=status, at=at), saga_id=saga_id, release=True)
+
+
+def prune(days: float = 1) -> Any:
+    async def pruned(ledger: Ledger) -> set[str]:
+        return set(await ledger.prune(timedelta(days=days)))
+
+    return pruned
+
+
+# -- recording -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_recorded_is_read_back_in_order(place: Place) -> None:
+    *_, events = on(place.open(), create(), append(FIRST, SECOND), append(DONE, version=3), read())
+
+    assert events == (started(), FIRST, SECOND, DONE)
+
+
+@pytest.mark.parametrize("event", ALL, ids=lambda event: type(event).__name__)
+def test_every_event_is_read_back_equal(place: Place, event: AnyEvent) -> None:
+    *_, events = on(place.open(), create(), append(event), read())
+
+    assert events == (started(), event)
+
+
+def test_a_saga_may_begin_with_several_events(place: Place) -> None:
+    token, appended, events = on(place.open(), create("s", "me", FIRST), append(SECOND, version=2), read())
+
+    assert (token, appended) == (1, None)
+    assert events == (started(), FIRST, SECOND)
+
+
+def test_of_a_saga_that_is_not_there_nothing_is_read_and_nothing_can_be_done(place: Place) -> None:
+    events, appended, acquired, released, completions = on(
+        place.open(), read(), append(FIRST), acquire("me"), release(1), lambda ledger: ledger.completions("s")
+    )
+
+    assert events == ()
+    assert isinstance(appended, LedgerConflict)
+    assert isinstance(acquired, LedgerConflict)
+    assert str(appended) == str(acquired) == "there is no saga s"
+    assert released is None
+    assert completions == {}
+
+
+def test_a_saga_is_created_once(place: Place) -> None:
+    _, again, events, entries = on(place.open(), create(), create("s", "you", FIRST), read(), lambda ledger: ledger.list())
+
+    assert isinstance(again, LedgerConflict)
+    assert str(again) == "saga s exists already; nothing was recorded"
+    assert events == (started(),)
+    assert entries[0].owner == "me"
+
+
+@pytest.mark.parametrize("version", [0, 1, 3])
+def test_an_append_behind_more_or_fewer_events_is_refused_whole(place: Place, version: int) -> None:
+    *_, refused, events = on(place.open(), create(), append(FIRST), append(SECOND, DONE, version=version), read())
+
+    assert isinstance(refused, LedgerConflict)
+    assert str(refused) == f"saga s has 2 events, expected {version}: somebody else wrote to it; nothing was recorded"
+    assert events == (started(), FIRST)
+
+
+def test_the_same_append_twice_is_recorded_once(place: Place) -> None:
+    *_, first, second, events = on(place.open(), create(), append(FIRST), append(FIRST), read())
+
+    assert first is None
+    assert isinstance(second, LedgerConflict)
+    assert events == (started(), FIRST)
+
+
+def test_appends_of_one_saga_take_effect_in_the_order_of_the_calls(place: Place) -> None:
+    events = tuple(StageStarted(stage="a", attempt=number) for number in range(1, 50))
+
+    async def at_once(ledger: Ledger) -> None:
+        calls = [ledger.append("s", (event,), expected_version=number, token=1) for number, event in enumerate(events, 1)]
+        await asyncio.gather(*calls)
+
+    *_, found = on(place.open(), create(), at_once, read())
+
+    assert found == (started(), *events)
+
+
+def test_an_append_that_is_refused_does_not_keep_those_with_it_from_being_recorded(place: Place) -> None:
+    good = [
+        append(FIRST, saga_id="a"), append(FIRST, saga_id="d"), append(SECOND, saga_id="d", version=2), create("g"), acquire("me", "f"),
+        append(FIRST, saga_id="e"),
+    ]  # fmt: skip
+    bad = [
+        append(FIRST, saga_id="b", version=7), append(FIRST, saga_id="c", token=7), append(FIRST, saga_id="z"),
+        append(SECOND, saga_id="d", version=9), create("e"), acquire("you", "e"),
+    ]  # fmt: skip
+
+    async def at_once(ledger: Ledger) -> list[Any]:
+        await asyncio.gather(*(create(name)(ledger) for name in "abcdef"))
+        mixed = [act for pair in zip(good, bad, strict=True) for act in pair]
+        return await asyncio.gather(*(act(ledger) for act in mixed), return_exceptions=True)
+
+    answers, *events = on(place.open(), at_once, *(read(name) for name in "abcdefg"))
+
+    assert [isinstance(answer, LedgerConflict) for answer in answers] == [False, True] * 6
+    assert [len(found) for found in events] == [2, 1, 1, 3, 2, 1, 1]
+
+
+def test_an_append_that_was_cancelled_is_there_whole_or_not_at_all(place: Place) -> None:
+    async def impatient(ledger: Ledger) -> None:
+        task = asyncio.create_task(append(FIRST, SECOND)(ledger))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    *_, events = on(place.open(), create(), impatient, create("other"), read())
+
+    assert events in ((started(),), (started(), FIRST, SECOND))
+
+
+def test_completions_are_read_from_the_events(place: Place) -> None:
+    probed = StageProbed(stage="b", landed=True, output=OUTPUT)
+
+    *_, completions = on(place.open(), create(), append(FIRST, SECOND, probed), lambda ledger: ledger.completions("s"))
+
+    assert completions == {"a": OUTPUT, "b": OUTPUT}
+
+
+# -- leases ----------------------------------------------------------------------------------------------------------
+
+
+def test_whoever_holds_a_saga_keeps_others_from_it_until_it_lets_go(place: Place) -> None:
+    ledger = place.open()
+
+    first, refused, released, second = on(ledger, create(), acquire("you"), release(1), acquire("you"))
+
+    assert first == 1
+    assert isinstance(refused, LedgerConflict)
+    assert "saga s is held by me; you has to wait until it is released" in str(refused)
+    assert refused.holder == "me"
+    assert (refused.until is None) is (ledger.lease is None)
+    assert released is None
+    assert second > first
+
+
+def test_the_holder_itself_gets_a_new_token_and_the_old_one_is_refused(place: Place) -> None:
+    _, token, old, new = on(place.open(), create(), acquire("me"), append(FIRST), append(FIRST, token=2))
+
+    assert token == 2
+    assert isinstance(old, LedgerConflict)
+    assert "saga s is written with lease token 1, the current one is 2: me holds it" in str(old)
+    assert new is None
+
+
+def test_who_has_lost_its_lease_learns_who_holds_it(place: Place) -> None:
+    ledger = place.open()
+
+    *_, refused, late_release, entries, events = on(
+        ledger, create(), release(1), acquire("you"), append(FIRST), release(1), lambda ledger: ledger.list(), read()
+    )
+
+    assert isinstance(refused, LedgerConflict)
+    assert refused.holder == "you"
+    assert (refused.until is None) is (ledger.lease is None)
+    assert late_release is None
+    assert entries[0].owner == "you"
+    assert events == (started(),)
+
+
+def test_when_nobody_holds_a_saga_the_last_token_is_good_until_somebody_takes_it(place: Place) -> None:
+    *_, after_release, taken, released, too_late = on(
+        place.open(), create(), append(FIRST, release=True), append(SECOND, version=2), acquire("you"), release(2), append(DONE, version=3)
+    )
+
+    assert after_release is None
+    assert taken == 2
+    assert released is None
+    assert isinstance(too_late, LedgerConflict)
+    assert "nobody holds it now" in str(too_late)
+    assert too_late.holder is None
+
+
+def test_an_append_may_give_the_lease_back(place: Place) -> None:
+    *_, entries, taken = on(place.open(), create(), append(DONE, release=True), lambda ledger: ledger.list(), acquire("you"))
+
+    assert entries[0].owner is None
+    assert entries[0].until is None
+    assert taken == 2
+
+
+def test_an_append_that_is_refused_does_not_give_the_lease_back(place: Place) -> None:
+    *_, refused, entries = on(place.open(), create(), append(DONE, version=7, release=True), lambda ledger: ledger.list())
+
+    assert isinstance(refused, LedgerConflict)
+    assert entries[0].owner == "me"
+    assert entries[0].status is SagaStatus.RUNNING
+
+
+def test_an_owner_that_says_nothing_for_longer_than_its_lease_may_be_succeeded(durable: Place) -> None:
+    ledger = durable.open(lease=30.0)
+
+    async def pause(_: Ledger) -> None:
+        durable.pass_time(29)
+
+    async def pause_again(_: Ledger) -> None:
+        durable.pass_time(2)
+
+    _, _, too_early, _, own, _, token, late = on(
+        ledger, create(), pause, acquire("you"), pause_again, append(FIRST), read(), acquire("you"), append(SECOND, version=2)
+    )
+
+    assert isinstance(too_early, LedgerConflict)
+    assert own is None, "its lease has ended, but nobody took it"
+    assert token == 2
+    assert isinstance(late, LedgerConflict)
+    assert late.holder == "you"
+    assert late.until is not None
+
+
+@pytest.mark.parametrize("sign_of_life", ["beat", "create", "acquire"])
+def test_an_owner_that_says_that_it_is_alive_keeps_all_its_sagas(durable: Place, sign_of_life: str) -> None:
+    async def pause(_: Ledger) -> None:
+        durable.pass_time(20)
+
+    signs: dict[str, Any] = {"beat": lambda ledger: ledger.beat("me"), "create": create("third"), "acquire": acquire("me", "second")}
+
+    *_, first, second = on(
+        durable.open(lease=30.0),
+        create("first"), create("second"), pause, signs[sign_of_life], pause, acquire("you", "first"), acquire("you", "second"),
+    )  # fmt: skip
+
+    assert isinstance(first, LedgerConflict)
+    assert isinstance(second, LedgerConflict)
+
+
+def test_an_owner_whose_process_is_gone_is_succeeded_at_once(durable: Place) -> None:
+    import subprocess
+    import sys
+
+    gone = subprocess.run(
+        [sys.executable, "-c", "from saga.owners import this_process; print(this_process())"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+    *_, token = on(durable.open(lease=3600.0), create("s", gone), acquire("you"))
+
+    assert token == 2
+
+
+def test_of_many_that_take_a_saga_at_once_one_gets_it(durable: Place) -> None:
+    ledgers = [durable.open() for _ in range(4)]
+
+    async def play() -> list[Any]:
+        await ledgers[0].create("s", "me", (started(),))
+        await ledgers[0].release("s", 1)
+        takers = [ledger.acquire("s", f"taker {number}") for number, ledger in enumerate(ledgers)]
+        answers = await asyncio.gather(*takers, return_exceptions=True)
+        for ledger in ledgers:
+            await ledger.close()
+        return answers
+
+    answers = asyncio.run(play())
+
+    assert sorted(isinstance(answer, LedgerConflict) for answer in answers) == [False, True, True, True]
+
+
+# -- looking ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_says_what_is_known_of_a_saga(place: Place) -> None:
+    at = datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC)
+    ledger = place.open()
+
+    *_, entries = on(
+        ledger, create("parent"), create("s", parent="parent"), append(replace(FIRST, at=at)), lambda ledger: ledger.list(parent="parent")
+    )
+
+    (entry,) = entries
+    assert (entry.saga_id, entry.pipeline, entry.status) == ("s", "p", SagaStatus.RUNNING)
+    assert (entry.parent, entry.parent_stage) == ("parent", "a")
+    assert (entry.started_at, entry.updated_at) == (LONG_AGO, at)
+    assert entry.owner == "me"
+    assert (entry.until is None) is (ledger.lease is None)
+
+
+def test_sagas_are_listed_in_the_order_in_which_they_were_created(place: Place) -> None:
+    later = LONG_AGO + timedelta(days=1)
+
+    *_, everything, of_c = on(place.open(), create("c", at=later), create("a"), create("b", parent="c"), listed(), listed(parent="c"))
+
+    assert everything == ["c", "a", "b"]
+    assert of_c == ["b"]
+
+
+def test_sagas_are_listed_by_status(place: Place) -> None:
+    *_, running, two, none, of_parent = on(
+        place.open(),
+        create("a"), create("b"), ended("b"), create("c"), ended("c", SagaStatus.STUCK), create("d", parent="a"),
+        listed(statuses={SagaStatus.RUNNING}),
+        listed(statuses=[SagaStatus.STUCK, SagaStatus.COMPLETED]),
+        listed(statuses=()),
+        listed(statuses={SagaStatus.RUNNING}, parent="a"),
+    )  # fmt: skip
+
+    assert running == ["a", "d"]
+    assert two == ["b", "c"]
+    assert none == []
+    assert of_parent == ["d"]
+
+
+STATUSES: dict[str, tuple[list[AnyEvent], SagaStatus]] = {
+    "nothing more": ([], SagaStatus.RUNNING),
+    "a stage's event": ([FIRST], SagaStatus.RUNNING),
+    "turning back": ([SagaTurnedBack(reason=TurnReason.FAILURE), FIRST], SagaStatus.COMPENSATING),
+    "an end": ([SagaTurnedBack(reason=TurnReason.FAILURE), SagaEnded(status=SagaStatus.COMPENSATED)], SagaStatus.COMPENSATED),
+    "an end, and a late event": ([SagaEnded(status=SagaStatus.STUCK), SECOND], SagaStatus.STUCK),
+    "going on": ([SagaEnded(status=SagaStatus.HALTED), SagaResumed(forward=True, by="ann")], SagaStatus.RUNNING),
+    "going back": ([SagaEnded(status=SagaStatus.HALTED), SagaResumed(forward=False, by="ann")], SagaStatus.COMPENSATING),
+}
+
+
+@pytest.mark.parametrize("case", STATUSES)
+@pytest.mark.parametrize("how", ["together", "one by one"])
+def test_a_saga_stands_where_its_last_telling_event_says(place: Place, case: str, how: str) -> None:
+    events, status = STATUSES[case]
+    one_by_one = [append(event, version=number) for number, event in enumerate(events, 1)]
+    appends = [append(*events)] if how == "together" and events else one_by_one
+
+    *_, entries = on(place.open(), create(), *appends, lambda ledger: ledger.list())
+
+    assert entries[0].status is status
+
+
+# -- forgetting ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [status for status in SagaStatus if status not in {SagaStatus.RUNNING, SagaStatus.COMPENSATING}])
+def test_only_a_saga_about_which_nothing_is_left_to_do_is_forgotten(place: Place, status: SagaStatus) -> None:
+    over = status not in {SagaStatus.STUCK, SagaStatus.HALTED}
+
+    *_, forgotten, events, left, again = on(place.open(), create(), ended("s", status), prune(), read(), listed(), prune())
+
+    assert forgotten == ({"s"} if over else set())
+    assert events == (() if over else (started(), SagaEnded(status=status, at=LONG_AGO)))
+    assert left == ([] if over else ["s"])
+    assert again == set()
+
+
+def test_a_saga_that_is_alive_is_not_forgotten(place: Place) -> None:
+    *_, forgotten = on(
+        place.open(), create("running"), create("back"), append(SagaTurnedBack(reason=TurnReason.REQUEST), saga_id="back"), prune()
+    )
+
+    assert forgotten == set()
+
+
+def test_a_saga_whose_last_event_is_younger_is_not_forgotten(place: Place) -> None:
+    recently = datetime.now(UTC) - timedelta(hours=36)
+
+    *_, kept, gone = on(place.open(), create(), ended("s", at=recently), prune(days=2), prune(days=1))
+
+    assert kept == set()
+    assert gone == {"s"}
+
+
+def test_a_saga_that_somebody_holds_is_not_forgotten(place: Place) -> None:
+    *_, held, _, free = on(place.open(), create(), ended("s"), acquire("you"), prune(), release(2), prune())
+
+    assert held == set()
+    assert free == {"s"}
+
+
+def test_a_saga_whose_holder_is_gone_is_forgotten(durable: Place) -> None:
+    async def pause(_: Ledger) -> None:
+        durable.pass_time(31)
+
+    *_, held, _, gone = on(durable.open(lease=30.0), create(), append(DONE), prune(), pause, prune())
+
+    assert held == set()
+    assert gone == {"s"}
+
+
+FAMILY: dict[str, tuple[list[Any], set[str]]] = {
+    "all is over": ([ended("grandchild"), ended("child"), ended("s")], {"s", "child", "grandchild"}),
+    "the root is stuck": ([ended("grandchild"), ended("child"), ended("s", SagaStatus.STUCK)], set()),
+    "a child is stuck": ([ended("grandchild"), ended("child", SagaStatus.STUCK), ended("s")], set()),
+    "a grandchild is stuck": ([ended("grandchild", SagaStatus.STUCK), ended("child"), ended("s")], set()),
+    "a grandchild ends last": ([ended("child"), ended("s"), ended("grandchild")], {"s", "child", "grandchild"}),
+    "a grandchild is younger": ([ended("child"), ended("s"), ended("grandchild", at=datetime.now(UTC))], set()),
+    "a grandchild is held": ([ended("grandchild"), ended("child"), ended("s"), acquire("you", "grandchild")], set()),
+    "a child became stuck later": (
+        [ended("grandchild"), ended("child"), ended("s"), acquire("you", "child"),
+         append(SagaEnded(status=SagaStatus.STUCK, at=LONG_AGO), saga_id="child", version=2, token=2, release=True)],
+        set(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAMILY)
+def test_a_child_goes_with_the_saga_that_runs_it(place: Place, case: str) -> None:
+    acts, expected = FAMILY[case]
+
+    *_, forgotten, left = on(
+        place.open(),
+        create(), create("child", parent="s"), create("grandchild", parent="child"), create("other"),
+        *acts, prune(), listed(),
+    )  # fmt: skip
+
+    assert forgotten == expected
+    assert set(left) == {"s", "child", "grandchild", "other"} - expected
+
+
+def test_a_child_whose_parent_is_not_there_goes_by_itself(place: Place) -> None:
+    *_, forgotten = on(place.open(), create("child", parent="nobody"), ended("child"), prune())
+
+    assert forgotten == {"child"}
+
+
+def test_an_id_is_free_again_when_its_saga_is_forgotten(place: Place) -> None:
+    *_, forgotten, created, events = on(
+        place.open(), create(), append(FIRST), append(DONE, version=2, release=True), prune(), create(), read()
+    )
+
+    assert forgotten == {"s"}
+    assert created == 1
+    assert events == (started(),)
+
+
+def test_many_more_sagas_than_are_forgotten_at_once_are_forgotten(durable: Place) -> None:
+    async def many(ledger: Ledger) -> None:
+        await asyncio.gather(*(create(f"s{number}")(ledger) for number in range(1100)))
+        await asyncio.gather(*(ended(f"s{number}")(ledger) for number in range(1100) if number % 100))
+
+    _, forgotten, left = on(durable.open(), many, prune(), listed())
+
+    assert len(forgotten) == 1089
+    assert left == [f"s{number}" for number in range(0, 1100, 100)]
+
+
+# -- opening and closing ---------------------------------------------------------------------------------------------
+
+
+def test_what_was_recorded_is_there_for_who_opens_it_next(durable: Place) -> None:
+    on(durable.open(), create(), append(FIRST))
+
+    events, entries, token = on(durable.open(), read(), lambda ledger: ledger.list(), acquire("me"))
+
+    assert events == (started(), FIRST)
+    assert entries[0].owner == "me"
+    assert token == 2
+
+
+def test_ledgers_on_one_place_see_what_the_others_recorded(durable: Place) -> None:
+    mine, yours = durable.open(), durable.open()
+
+    async def play() -> list[Any]:
+        await create()(mine)
+        seen = await yours.read("s")
+        refused = await asyncio.gather(append(FIRST, version=0)(yours), create()(yours), return_exceptions=True)
+        await append(FIRST)(yours)
+        found = await mine.read("s")
+        await mine.close()
+        await yours.close()
+        return [seen, refused, found]
+
+    seen, refused, found = asyncio.run(play())
+
+    assert seen == (started(),)
+    assert all(isinstance(answer, LedgerConflict) for answer in refused)
+    assert found == (started(), FIRST)
+
+
+def test_a_ledger_serves_one_event_loop_after_another(durable: Place) -> None:
+    ledger = durable.open()
+
+    asyncio.run(create()(ledger))
+    asyncio.run(append(FIRST)(ledger))
+
+    assert on(ledger, read()) == [(started(), FIRST)]
+
+
+def test_a_ledger_serves_event_loops_in_several_threads(durable: Place) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    ledger = durable.open()
+
+    async def play(name: str) -> None:
+        await create(name)(ledger)
+        for number in range(20):
+            await append(FIRST, saga_id=name, version=1 + number)(ledger)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda name: asyncio.run(play(name)), "abcd"))
+
+    assert [len(events) for events in on(ledger, *(read(name) for name in "abcd"))] == [21] * 4
+
+
+def test_closing_waits_for_what_was_asked_for_and_then_nothing_more_can_be_asked(durable: Place) -> None:
+    ledger = durable.open()
+
+    async def play() -> Any:
+        await create()(ledger)
+        appended = asyncio.create_task(append(FIRST)(ledger))
+        await asyncio.sleep(0)
+        await ledger.close()
+        await ledger.close()
+        await appended
+        with pytest.raises(LedgerError, match="is closed"):
+            await append(SECOND, version=2)(ledger)
+        with pytest.raises(LedgerError, match="is closed"):
+            await ledger.read("s")
+
+    asyncio.run(play())
+
+    assert on(durable.open(), read()) == [(started(), FIRST)]
+
+
+def test_a_ledger_is_closed_at_the_end_of_its_block(durable: Place) -> None:
+    async def play() -> None:
+        async with durable.open() as ledger:  # type: ignore[attr-defined] # durable ledgers have one
+            await create()(ledger)
+        with pytest.raises(LedgerError, match="is closed"):
+            await ledger.read("s")
+
+    asyncio.run(play())
+
+
+def test_a_ledger_that_was_never_used_can_be_closed(place: Place) -> None:
+    assert on(place.open()) == []
