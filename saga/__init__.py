@@ -12,19 +12,21 @@ from saga.errors import (
     LedgerCorrupt,
     LedgerError,
     MisuseError,
+    NotStorable,
     PipelineInvalid,
     PolicyInvalid,
     SagaError,
     SagaExists,
     SagaFailed,
     SagaNotFound,
+    SagaUnrecorded,
 )
-from saga.events import SagaStatus
+from saga.events import SagaStatus, Verdict
 from saga.failures import Failure, FailureKind
 from saga.ledger import Ledger, MemoryLedger, StageState
 from saga.nested import nested
 from saga.policies import Compensation, ContinueWithFallback, FailFast, Policy, Retry, load_policy
-from saga.report import SagaReport, StageReport
+from saga.report import Recovery, SagaReport, StageReport
 
 __all__ = [
     "CompensableStage",
@@ -41,10 +43,12 @@ __all__ = [
     "LedgerError",
     "MemoryLedger",
     "MisuseError",
+    "NotStorable",
     "PipelineInvalid",
     "PivotStage",
     "Policy",
     "PolicyInvalid",
+    "Recovery",
     "Retry",
     "SagaContext",
     "SagaCoordinator",
@@ -54,8 +58,10 @@ __all__ = [
     "SagaNotFound",
     "SagaReport",
     "SagaStatus",
+    "SagaUnrecorded",
     "StageReport",
     "StageState",
+    "Verdict",
     "compensable",
     "load_policy",
     "nested",

@@ -20,12 +20,23 @@ from saga.asking import ask
 from saga.backward import Backward
 from saga.blueprint import Blueprint
 from saga.compensable import child_id
-from saga.errors import GraphChanged, LedgerConflict, LedgerError, MisuseError, NotStorable, SagaError, SagaExists, SagaNotFound
+from saga.errors import (
+    GraphChanged,
+    LedgerConflict,
+    LedgerError,
+    MisuseError,
+    NotStorable,
+    SagaError,
+    SagaExists,
+    SagaNotFound,
+    SagaUnrecorded,
+)
 from saga.events import AnyEvent, SagaEnded, SagaStarted, SagaTurnedBack, StageSettled, TurnReason, Verdict
 from saga.failures import Failure
 from saga.forward import Forward
+from saga.graph import Role
 from saga.journal import Journal, Listener, tell
-from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger
+from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, StageState
 from saga.outputs import copied, refuse_unstorable
 from saga.owners import this_process
 from saga.policies import ContinueWithFallback, FailFast, Policy
@@ -475,6 +486,11 @@ class SagaCoordinator:
         try:
             await work
             return await self._report(saga.journal.state, saga)
+        except LedgerConflict:
+            # Somebody else goes on with it; what is in effect is theirs to know.
+            raise
+        except LedgerError as error:
+            raise _unrecorded(saga.journal.state, error) from error
         finally:
             await self._let_go(saga)
             if saga.id in self._late:
@@ -608,6 +624,15 @@ class SagaCoordinator:
         except SagaError:
             names = ", ".join(type(event).__name__ for event in events)
             _LOG.exception("saga %s: what came late (%s) could not be recorded; look at its stages in the outside world", saga_id, names)
+
+
+def _unrecorded(state: SagaState, error: LedgerError) -> SagaUnrecorded:
+    stands = {StageState.KEPT, StageState.STUCK, StageState.COMPENSATING}
+    under_way = {StageState.RUNNING, StageState.COMPENSATING}
+    effects = [name for name, record in state.stages.items() if state.graph[name].role is not Role.PLAIN and record.state in stands]
+    unknown = [name for name, record in state.stages.items() if record.state in under_way]
+    in_effect = [name for name in effects if name not in unknown]
+    return SagaUnrecorded(state.started.saga_id, error, in_effect=in_effect, unknown=unknown)
 
 
 async def _nothing() -> None:

@@ -11,7 +11,8 @@
      │    └── GraphChanged     the pipeline is not the one that the saga was started with
      ├── LedgerError           the ledger could not record or read
      │    ├── LedgerCorrupt    the events contradict the transition table
-     │    └── LedgerConflict   somebody else wrote to the saga, or holds its lease
+     │    ├── LedgerConflict   somebody else wrote to the saga, or holds its lease
+     │    └── SagaUnrecorded   a saga could not record how it went on, and stopped
      ├── NotStorable           a value can't be written as JSON and read back
      └── SagaFailed            raised on request, by `SagaReport.raise_for_status()`
 
@@ -130,6 +131,26 @@ class LedgerConflict(LedgerError):
 
 def _clock(when: datetime) -> str:
     return f"{when.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+class SagaUnrecorded(LedgerError):
+    """A saga could not record how it went on, so it stopped where it was; its `__cause__` is what the ledger said.
+
+    Attributes:
+        saga_id: The saga's id.
+        in_effect: The stages whose effect stands, as far as is known.
+        unknown: The stages that were running or being undone when the ledger failed.
+    """
+
+    def __init__(self, saga_id: str, why: Exception, *, in_effect: Sequence[str], unknown: Sequence[str]) -> None:
+        self.saga_id = saga_id
+        self.in_effect = tuple(in_effect)
+        self.unknown = tuple(unknown)
+        super().__init__(
+            f"saga {saga_id} stopped, because its ledger failed: {why}. Nothing more was started. "
+            f"In effect: {', '.join(in_effect) or 'nothing'}; under way when it failed: {', '.join(unknown) or 'nothing'}. "
+            f"When the ledger is back, go on: await coordinator.resume({saga_id!r}, pipeline)"
+        )
 
 
 class NotStorable(SagaError, ValueError):

@@ -336,7 +336,7 @@ def test_a_stage_that_cancels_after_it_recorded_an_effect_is_undone_for_it_when_
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_a_stage_in_doubt_falls_back_and_stays_in_doubt(works: bool) -> None:  # noqa: FBT001 - a parameter of the test
+def test_a_stage_in_doubt_falls_back_and_stays_in_doubt(works: bool) -> None:
     class Slow(Items):
         timeout = 1.0
 

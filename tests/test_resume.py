@@ -239,7 +239,7 @@ def test_a_saga_that_a_stage_cancelled_runs_on() -> None:
 
 
 @pytest.mark.parametrize("landed", [True, False])
-def test_what_is_in_doubt_is_asked_before_it_runs_again(landed: bool) -> None:  # noqa: FBT001 - the case
+def test_what_is_in_doubt_is_asked_before_it_runs_again(landed: bool) -> None:
     script = Script("hang", lands=landed, then=("ok",))
     world, pipeline = scene(SEQUENCE, {"b": script}, {"b": "probed"})
     coordinator, _ = first_run(pipeline, FailFast(timeout=1, on_failure="halt"))

@@ -101,7 +101,7 @@ _BEAT: Final = """
 """
 _HOLDER: Final = """
     SELECT version, token, owner, until, coalesce(until >= clock_timestamp(), false)
-    FROM sagas LEFT JOIN owners ON owners.id = owner WHERE sagas.id = %s FOR UPDATE OF sagas
+    FROM sagas LEFT JOIN owners ON owners.id = owner WHERE sagas.id = %s
 """
 _READ: Final = """
     SELECT version, first, checksum, body
@@ -259,6 +259,8 @@ class _Store:
     def _acquire(self, connection: psycopg.Connection[Any], request: Acquire) -> int:
         saga_id, owner = request
         with connection.transaction():
+            # In a statement of its own: whoever waited for the row here would else see the new owner, but not its beat.
+            connection.execute("SELECT FROM sagas WHERE id = %s FOR UPDATE", (saga_id,))
             _, token, holder, until, is_alive = self._holder(connection, saga_id)
             if holder is not None and holder != owner and is_alive and not is_gone(holder):
                 raise LedgerConflict.held(saga_id, owner, holder=holder, until=until)

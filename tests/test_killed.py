@@ -1,0 +1,176 @@
+"""`kill -9` of a real process at every write of its ledger, then recovery in a new one: the world is as if nothing had happened."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.order_fulfilment.bank import Bank
+from examples.order_fulfilment.books import InForce, read_books
+from examples.order_fulfilment.carrier import Carrier
+from examples.order_fulfilment.inventory import Inventory
+from examples.order_fulfilment.opening import ADDRESSES, CREDIT, STOCK
+from examples.order_fulfilment.orders import Order
+from tests.scripts.mortal import Books
+from tests.world import DIAMOND
+
+ROOT = Path(__file__).parent.parent
+
+
+class Nursery:
+    """Has deeds done by processes of their own."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.scripts.mortal"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def do(self, **deed: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(deed) + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        assert not answer["failed"], answer
+        return answer
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+def random_dag(seed: int) -> dict[str, list[str]]:
+    dice = random.Random(seed)
+    names = "abcdef"
+    return {name: sorted(dice.sample(names[:place], min(place, dice.randint(0, 2)))) for place, name in enumerate(names)}
+
+
+SHAPES = {"diamond": {name: list(needs) for name, needs in DIAMOND.items()}} | {f"random {seed}": random_dag(seed) for seed in (2,)}
+
+
+@pytest.mark.parametrize("kind", ["probed", "idempotent"])
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_process_killed_at_any_write_is_recovered_as_if_it_had_not_been(
+    shape: str, fails: bool, kind: str, nursery: Nursery, tmp_path: Path
+) -> None:
+    """Promises 2 and 11."""
+    graph = SHAPES[shape]
+    failing = list(graph)[-1] if fails else None
+    case: dict[str, Any] = {"what": "dag", "shape": graph, "failing": failing, "kind": kind}
+    (tmp_path / "whole").mkdir()
+    whole = nursery.do(deed="run", folder=str(tmp_path / "whole"), **case)
+    expected = Books(tmp_path / "whole" / "books.sqlite")
+
+    for moment in ("before", "after"):
+        write, killed = 0, True
+        while killed:
+            write += 1
+            folder = tmp_path / f"{moment} {write}"
+            folder.mkdir()
+            where = f"killed {moment} write {write}"
+            killed = nursery.do(deed="run", folder=str(folder), kill_at=write, moment=moment, **case)["killed"]
+            recovered = nursery.do(deed="recover", folder=str(folder), **case)["recovered"]
+            again = nursery.do(deed="recover", folder=str(folder), **case)["recovered"]
+
+            books = Books(folder / "books.sqlite")
+            never_began = (write, moment) == (1, "before")
+            assert again == {}, where
+            assert recovered in ({}, {"s": whole["status"]}), where
+            assert recovered or never_began or not killed or moment == "after", where
+            assert books.standing() == ([] if never_began else expected.standing()), where
+            done = books.deeds()
+            assert not [stage for deed, stage in done if deed == "undone under its dependents"], where
+            for stage in graph:
+                # No effect and no undo ran twice, and none was left out.
+                assert done.count(("did", stage)) <= 1, where
+                assert done.count(("undid", stage)) == done.count(("did", stage)) * fails, where
+        # Every write was reached: the one that begins the saga, those of its stages, the one that ends it.
+        assert write > 4
+
+
+def test_a_process_killed_again_while_it_recovers_is_recovered_by_the_next(nursery: Nursery, tmp_path: Path) -> None:
+    case: dict[str, Any] = {"what": "dag", "shape": SHAPES["diamond"], "failing": "d", "kind": "probed"}
+    for first in (3, 5, 7):
+        for second in (1, 2, 3):
+            folder = tmp_path / f"{first} {second}"
+            folder.mkdir()
+            assert nursery.do(deed="run", folder=str(folder), kill_at=first, moment="after", **case)["killed"]
+            assert nursery.do(deed="recover", folder=str(folder), kill_at=second, moment="before", **case)["killed"]
+            recovered = nursery.do(deed="recover", folder=str(folder), **case)
+
+            assert recovered["recovered"] == {"s": "compensated"}
+            assert Books(folder / "books.sqlite").standing() == []
+
+
+def test_what_cannot_be_known_is_in_doubt(nursery: Nursery, tmp_path: Path) -> None:
+    case: dict[str, Any] = {"what": "dag", "shape": {"a": [], "b": ["a"]}, "failing": None, "kind": "silent"}
+    assert nursery.do(deed="run", folder=str(tmp_path), kill_at=2, moment="after", **case)["killed"]
+
+    recovered = nursery.do(deed="recover", folder=str(tmp_path), **case)
+
+    assert recovered["recovered"] == {"s": "stuck"}
+    assert Books(tmp_path / "books.sqlite").standing() == ["a"]
+
+
+def an_order(address: str) -> Order:
+    """The first one in the file that nothing but its address can stop."""
+    lines = (ROOT / "examples/order_fulfilment/orders.jsonl").read_text("utf-8").splitlines()
+    orders = [Order.model_validate_json(line) for line in lines]
+    order = next(each for each in orders if each.card.startswith("card-") and "moon lamp" not in each.items and each.cents < 1_000_00)
+    return order.model_copy(update={"address": address})
+
+
+async def open_shop(folder: Path) -> None:
+    with (
+        closing(Inventory(folder / "inventory.sqlite")) as inventory,
+        closing(Bank(folder / "bank.sqlite")) as bank,
+        closing(Carrier(folder / "carrier.sqlite")) as carrier,
+    ):
+        await inventory.stock_up(STOCK)
+        await bank.open_accounts(CREDIT)
+        await carrier.learn_addresses(ADDRESSES)
+
+
+@pytest.mark.parametrize("is_deliverable", [True, False])
+def test_an_order_whose_process_is_killed_at_any_write_balances_to_the_cent(is_deliverable: bool, nursery: Nursery, tmp_path: Path) -> None:
+    order = an_order(ADDRESSES[0] if is_deliverable else "Atlantis")
+    case: dict[str, Any] = {"what": "order", "input": order.model_dump_json()}
+    write, survived = 0, False
+
+    while not survived:
+        write += 1
+        for moment in ("before", "after"):
+            folder = tmp_path / f"{moment} {write}"
+            folder.mkdir()
+            asyncio.run(open_shop(folder))
+            died = nursery.do(deed="run", folder=str(folder), kill_at=write, moment=moment, **case)
+            survived = not died["killed"]
+            recovered = nursery.do(deed="recover", folder=str(folder), **case)
+
+            books = read_books(folder)
+            assert books.damage == []
+            assert sum(books.accounts.values()) == sum(CREDIT.values())
+            began = (write, moment) != (1, "before")
+            fulfilled = InForce.fulfilled(order) if is_deliverable and began else InForce()
+            assert books.in_force[order.id] == fulfilled, (moment, write, recovered)
+    assert write > 5
