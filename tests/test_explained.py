@@ -53,12 +53,13 @@ def test_a_fallback_stands_in_and_nothing_leads_back() -> None:
     assert states(drawing)["price"] is S.FALLBACK
     assert set(states(drawing).values()) == {S.KEPT, S.FALLBACK}
     assert drawing.undoes == ()
+    assert [box.label for box in drawing.boxes if box.is_cause] == ["fails, its fallback stands in"]
 
 
 def test_a_skipped_branch_leads_back_to_what_served_it_alone() -> None:
-    drawing = drawing_if(thought_of(ContinueWithFallback(without_fallback="skip_branch")), "price")
+    drawing = drawing_if(thought_of(ContinueWithFallback(without_fallback="skip_branch")), "courier")
 
-    assert states(drawing)["charge"] is states(drawing)["hand_over"] is S.SKIPPED
+    assert states(drawing)["price"] is states(drawing)["hand_over"] is S.SKIPPED
     assert states(drawing)["stock"] is S.UNDONE
     assert ("price", "stock") in drawing.undoes
 

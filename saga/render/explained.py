@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from saga.lint import Consequence, Explanation
 
 _S = StageState
-_MEANINGS: Final = {_S.FAILED: "fails", _S.FALLBACK: "its fallback stands in", _S.STUCK: "impossible to undo"}
+_MEANINGS: Final = {_S.FAILED: "fails", _S.FALLBACK: "fails, its fallback stands in", _S.STUCK: "impossible to undo"}
 _TURNED: Final = frozenset({_S.FAILED, _S.SKIPPED, _S.UNDONE})
 """Where the backward arrows come from."""
 _NAME_ROOM: Final = 30
@@ -50,8 +50,6 @@ def drawing_if(explanation: Explanation, stage: str) -> Drawing:
 def _box(name: str, consequence: Consequence, wave: int | None) -> Box:
     state = _state(name, consequence)
     label = _MEANINGS.get(state, state.value.replace("_", " "))
-    if name == consequence.stage and state is _S.FALLBACK:
-        label = "fails, its fallback stands in"
     order = f", number {wave} in the order of undoing" if wave is not None else ""
     return Box(name=name, state=state, label=label, hint=f"{name}: {label}{order}", order=wave, is_cause=name == consequence.stage)
 
