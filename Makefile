@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test campaign mutants lint types layers docs pictures bench clean
+.PHONY: demo test campaign mutants lint types layers schemas docs pictures bench clean
 
 demo: $(VENV)/.core  ## run the main job: 1,000 orders against three databases
 	$(BIN)/python -m examples.order_fulfilment
@@ -26,6 +26,9 @@ types: $(VENV)/.dev
 
 layers: $(VENV)/.dev
 	$(BIN)/lint-imports
+
+schemas: $(VENV)/.core  ## write the JSON schemas of policy, report and events
+	$(BIN)/python -m saga.schemas schemas
 
 docs: $(VENV)/.docs  ## build the docs into build/site; a link that leads nowhere fails
 	$(BIN)/zensical build --strict --clean

