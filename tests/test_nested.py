@@ -288,8 +288,8 @@ def test_what_is_stuck_in_a_grandchild_surfaces_with_its_path_and_is_settled_by_
     assert list(stuck.stuck) == ["book_hotel", "book_hotel/charge_deposit", PATH]
     assert list(stuck.blocked) == ["before", "book_hotel/room", "book_hotel/charge_deposit/open"]
     assert PATH in {failure.stage for failure in stuck.failures}
-    assert f"await coordinator.settle('s', '{PATH}', 'undone', note='...')" in str(stuck)
-    assert str(stuck).count("coordinator.settle") == 1
+    assert f"saga settle s {PATH} undone --note '...'" in str(stuck)
+    assert str(stuck).count("saga settle") == 1
     assert world.standing.keys() == {"before", "room", "open", "pay"}
     assert SagaReport.model_validate_json(stuck.model_dump_json()) == stuck
 

@@ -441,7 +441,7 @@ def test_stuck_blocked_and_undone_are_told_apart(on_failure: Any, undone: list[s
     assert set(report.blocked) == blocked
     assert world.standing.keys() == {"c"} | blocked
     assert "Still in effect, its undoing failed: c." in str(report)
-    assert "await coordinator.settle('s', 'c', 'undone', note='...')" in str(report)
+    assert "saga settle s c undone --note '...'" in str(report)
 
 
 def stuck_saga(**more: Any) -> tuple[World, Pipeline, SagaCoordinator, SagaReport, dict[str, Script]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from shlex import quote
 from typing import TYPE_CHECKING, Final
 
 from saga.events import SagaStatus
@@ -105,16 +106,16 @@ def _said(kind: str, message: str) -> str:
 
 
 def _how_to_settle(report: SagaReport) -> list[str]:
-    """The exact next steps, for the innermost stages: what runs them finds out by itself."""
+    """The exact next commands, for the innermost stages: what runs them finds out by itself."""
     open_ones = [*report.stuck, *report.in_doubt]
     innermost = [name for name in open_ones if not any(other.startswith(f"{name}/") for other in open_ones)]
-    settling = [f"  await coordinator.settle({report.saga_id!r}, {name!r}, 'undone', note='...')" for name in innermost]
-    if not settling:
-        return [f"To do: it was not undone to the end; go on with: await coordinator.resume({report.saga_id!r}, pipeline)"]
+    resume = f"saga resume {quote(report.saga_id)}"
+    if not innermost:
+        return [f"To do: it was not undone to the end; go on with: {resume}"]
     return [
-        "To do: look at the outside world, put it right by hand, and say so ('undone', 'kept' or 'retry'); then go on:",
-        *settling,
-        f"  await coordinator.resume({report.saga_id!r}, pipeline)",
+        "To do: look at the outside world, put it right by hand, and say so (undone, kept or retry); then go on:",
+        *(f"  saga settle {quote(report.saga_id)} {quote(name)} undone --note '...'" for name in innermost),
+        f"  {resume}",
     ]
 
 
@@ -134,7 +135,7 @@ def what_to_do(report: SagaReport) -> list[str]:
         case SagaStatus.HALTED if report.in_doubt:
             lines += _how_to_settle(report)
         case SagaStatus.HALTED:
-            lines.append(f"To do: what was done is kept. Mend the cause, then: await coordinator.resume({report.saga_id!r}, pipeline)")
+            lines.append(f"To do: what was done is kept. Mend the cause, then: saga resume {quote(report.saga_id)}")
         case SagaStatus.RUNNING | SagaStatus.COMPENSATING:
             lines.append("It has not come to rest: it is running, or its process is gone.")
         case _:

@@ -1,0 +1,539 @@
+"""The commands of `saga`."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import os
+import re
+import secrets
+import shlex
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, redirect_stdout
+from datetime import datetime, timedelta
+from functools import wraps
+from importlib.metadata import version
+from pathlib import Path
+from traceback import format_exc
+from typing import Annotated, Any, Final, NoReturn
+
+import typer
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from stageflow.api import Pipeline
+
+from saga.cli.conduct import conduct
+from saga.cli.exits import Exit, exit_of_error, exit_of_status, in_a_line
+from saga.cli.family import Family
+from saga.cli.interrupt import interruptible
+from saga.cli.pipelines import did_you_mean, load, load_all
+from saga.cli.settings import settings
+from saga.cli.view import tell_on, view
+from saga.coordinator import SagaCoordinator
+from saga.errors import LedgerCorrupt, MisuseError, SagaExists, SagaNotFound
+from saga.events import AnyEvent, SagaStarted, SagaStatus, Verdict, event_from_json, event_to_json
+from saga.ledger import ALIVE, Entry, Ledger
+from saga.ledgers import open_ledger
+from saga.lint import Explanation, Finding, Severity
+from saga.lint import check as find
+from saga.lint import explain as consequences
+from saga.policies import Policy, load_policy
+from saga.recovery import SagaState
+from saga.report import SagaReport
+
+MEMORY: Final = "memory:"
+_LOOKS: Final = 0.25
+"""Seconds between two looks of `saga watch` into the ledger."""
+_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+app: Final = typer.Typer(
+    help="Run pipelines that undo what they did when they fail, and look after those that could not.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")]
+
+
+def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command: one that says in a line what went wrong, and shows a traceback only when it is asked to."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def guarded(*, traceback: bool, **given: Any) -> None:
+            try:
+                function(**given)
+            except (typer.Exit, typer.Abort, BrokenPipeError):
+                raise
+            except Exception as error:  # noqa: BLE001 - at night, a line says more than a traceback
+                typer.echo(format_exc() if traceback else f"saga: {in_a_line(error)}", err=True)
+                raise typer.Exit(exit_of_error(error)) from None
+
+        signature = inspect.signature(function, eval_str=True)
+        option = inspect.Parameter("traceback", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Traceback)
+        guarded.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined] # typer reads it
+        guarded.__annotations__ = function.__annotations__ | {"traceback": Traceback}
+        app.command(name)(guarded)
+        return function
+
+    return register
+
+
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
+    if wanted:
+        typer.echo(f"saga {version('stageflow-saga')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
+) -> None: ...
+
+
+def _known_ids(ctx: typer.Context) -> list[str]:
+    async def ids() -> list[str]:
+        async with _opened(_url(ctx.params.get("ledger"))) as ledger:
+            return [entry.saga_id for entry in await ledger.list()]
+
+    return _completed(ids())
+
+
+def _known_stages(ctx: typer.Context) -> list[str]:
+    async def stages() -> list[str]:
+        async with _opened(_url(ctx.params.get("ledger"))) as ledger:
+            family = await Family.read(ledger, ctx.params["saga_id"])
+            return list(family.sagas[family.head].stages)
+
+    return _completed(stages())
+
+
+def _completed(words: Coroutine[Any, Any, list[str]]) -> list[str]:
+    try:
+        return asyncio.run(words)
+    except Exception:  # noqa: BLE001 - a shell that completes a word has no place for an error
+        return []
+
+
+SagaId = Annotated[str, typer.Argument(metavar="ID", help="The saga's id.", autocompletion=_known_ids)]
+Stage = Annotated[str, typer.Argument(metavar="STAGE", help="The stage; one of a nested saga by its path.", autocompletion=_known_stages)]
+Target = Annotated[str, typer.Argument(metavar="MODULE:PIPELINE", help="A Pipeline, or a function that returns one.")]
+KnownTarget = Annotated[
+    str | None, typer.Argument(metavar="[MODULE:PIPELINE]", help="Its pipeline; by default found in [tool.saga] pipelines.")
+]
+LedgerUrl = Annotated[
+    str | None,
+    typer.Option("--ledger", metavar="URL", envvar="SAGA_LEDGER", help="memory:, sqlite:///path or postgresql://...", show_default=False),
+]
+PolicyFile = Annotated[Path | None, typer.Option("--policy", metavar="FILE", help="A policy, in TOML or JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
+
+
+# -- running -----------------------------------------------------------------------------------------------------
+
+
+@command("run")
+def run(
+    target: Target,
+    text: Annotated[str, typer.Option("--input", metavar="TEXT|@FILE", help="The input text, or a JSON object of context fields.")] = "",
+    policy: PolicyFile = None,
+    ledger: LedgerUrl = None,
+    saga_id: Annotated[str | None, typer.Option("--id", metavar="ID", help="The saga's id; a new one by default.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a pipeline as a saga."""
+    pipeline, fields, chosen = load(target), _fields(text), _policy(policy)
+    name = saga_id if saga_id is not None else secrets.token_hex(6)
+    url = _url(ledger)
+
+    async def work(coordinator: SagaCoordinator) -> SagaReport:
+        return await coordinator.run(pipeline, saga_id=name, **fields)
+
+    asyncio.run(_conduct(url, name, work, _goes_on(name, target, ledger), policy=chosen, as_json=as_json))
+
+
+@command("resume")
+def resume(
+    saga_id: SagaId,
+    target: KnownTarget = None,
+    policy: PolicyFile = None,
+    forward: Annotated[bool, typer.Option("--forward", help="Run on, also a saga that is stuck on its way back.")] = False,
+    ledger: LedgerUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a saga that halted, is stuck or lost its process."""
+    chosen = None if policy is None else load_policy(policy)
+    url = _durable(ledger)
+
+    async def work(coordinator: SagaCoordinator) -> SagaReport:
+        pipeline = await _pipeline_of(coordinator.ledger, saga_id, target)
+        return await coordinator.resume(saga_id, pipeline, policy=chosen, forward=forward or None)
+
+    asyncio.run(_conduct(url, saga_id, work, _goes_on(saga_id, target, ledger), as_json=as_json))
+
+
+@command("compensate")
+def compensate(saga_id: SagaId, target: KnownTarget = None, ledger: LedgerUrl = None, as_json: AsJson = False) -> None:
+    """Undo a saga, also one that completed."""
+    url = _durable(ledger)
+
+    async def work(coordinator: SagaCoordinator) -> SagaReport:
+        return await coordinator.compensate(saga_id, await _pipeline_of(coordinator.ledger, saga_id, target))
+
+    asyncio.run(_conduct(url, saga_id, work, _goes_on(saga_id, target, ledger), as_json=as_json))
+
+
+async def _conduct(
+    url: str,
+    saga_id: str,
+    work: Callable[[SagaCoordinator], Coroutine[Any, Any, SagaReport]],
+    goes_on: str,
+    *,
+    policy: Policy | None = None,
+    as_json: bool,
+) -> NoReturn:
+    async with _opened(url) as ledger:
+        outcome = await conduct(ledger, saga_id, work, console=_stderr(), goes_on=goes_on, policy=policy)
+    if outcome.report is None:
+        raise typer.Exit(Exit.INTERRUPTED)
+    _print_report(outcome.report, as_json=as_json)
+    raise typer.Exit(exit_of_status(outcome.report.status, interrupted=outcome.interrupted))
+
+
+@command("recover")
+def recover(
+    targets: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODULE:PIPELINE]...", help="The pipelines; by default [tool.saga] pipelines.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="How many sagas go on at once.")] = 10,
+    ledger: LedgerUrl = None,
+) -> None:
+    """Go on with every saga whose process is gone."""
+    pipelines = _pipelines(targets or settings(Path.cwd()).pipelines)
+    url = _durable(ledger)
+
+    async def all_of_them() -> Exit:
+        async with _opened(url) as opened:
+            coordinator = SagaCoordinator(ledger=opened, listeners=[tell_on(_stderr())])
+            task = asyncio.create_task(coordinator.recover(pipelines, concurrency=concurrency))
+            with interruptible(task, lambda: _say(_FIRST), lambda: _say(_SECOND)):
+                try:
+                    with redirect_stdout(sys.stderr):
+                        recovery = await task
+                except asyncio.CancelledError:
+                    return Exit.INTERRUPTED
+        typer.echo(recovery)
+        ends = {exit_of_status(report.status) for report in recovery.reports.values()}
+        ends |= {Exit.FAILED} if recovery.failed else set()
+        return next((gravest for gravest in (Exit.STUCK, Exit.FAILED, Exit.HALTED) if gravest in ends), Exit.COMPLETED)
+
+    raise typer.Exit(asyncio.run(all_of_them()))
+
+
+_FIRST: Final = "Interrupted: what these sagas did is undone, as their policies say. A second Ctrl-C stops at once."
+_SECOND: Final = "Stopped at once; saga recover goes on from there."
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+# -- looking -----------------------------------------------------------------------------------------------------
+
+
+@command("list")
+def list_(
+    statuses: Annotated[list[SagaStatus] | None, typer.Option("--status", help="Only those that stand so; may be repeated.")] = None,
+    nested: Annotated[bool, typer.Option("--nested", help="Also those that stages of other sagas run.")] = False,
+    ledger: LedgerUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the sagas, oldest first."""
+
+    async def entries() -> list[Entry]:
+        async with _opened(_durable(ledger)) as opened:
+            return [entry for entry in await opened.list(statuses=statuses or None) if nested or entry.parent is None]
+
+    found = asyncio.run(entries())
+    if as_json:
+        typer.echo(TypeAdapter(list[Entry]).dump_json(found).decode())
+        return
+    rows = [(entry.saga_id, entry.pipeline, entry.status.value, _when(entry.started_at), _runs(entry)) for entry in found]
+    for line in _columns([("ID", "PIPELINE", "STATUS", "STARTED", ""), *rows]):
+        typer.echo(line)
+
+
+def _when(moment: datetime) -> str:
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _runs(entry: Entry) -> str:
+    if entry.status not in ALIVE:
+        return ""
+    return "nobody runs it" if entry.owner is None else "somebody runs it"
+
+
+def _columns(cells: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+@command("show")
+def show(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) -> None:
+    """Show what became of a saga, and what is to be done about it."""
+
+    async def report() -> SagaReport:
+        async with _opened(_durable(ledger)) as opened:
+            await _refuse_unknown(opened, saga_id)
+            return await SagaCoordinator(ledger=opened).report(saga_id)
+
+    _print_report(asyncio.run(report()), as_json=as_json)
+
+
+@command("watch")
+def watch(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) -> None:
+    """Look on while another process runs a saga, until it has come to rest."""
+
+    async def looking_on() -> SagaReport:
+        async with _opened(_durable(ledger)) as opened:
+            await _refuse_unknown(opened, saga_id)
+            family = await Family.read(opened, saga_id)
+            async with view(family, _stderr()) as hear:
+                while family.sagas[saga_id].ended_at is None:
+                    await asyncio.sleep(_LOOKS)
+                    async for member, event in family.news(opened):
+                        hear(member, event)
+            return await SagaCoordinator(ledger=opened).report(saga_id)
+
+    try:
+        report = asyncio.run(looking_on())
+    except KeyboardInterrupt:
+        typer.echo(f"Watching {saga_id} no longer; it goes on by itself.", err=True)
+        raise typer.Exit(Exit.INTERRUPTED) from None
+    _print_report(report, as_json=as_json)
+    raise typer.Exit(exit_of_status(report.status))
+
+
+# -- a person's word ---------------------------------------------------------------------------------------------
+
+
+@command("settle")
+def settle(
+    saga_id: SagaId,
+    stage: Stage,
+    verdict: Annotated[Verdict, typer.Argument(help="undone: nothing of it stands. kept: it stands, and is to. retry: try once more.")],
+    note: Annotated[str, typer.Option("--note", help="Why; for whoever reads the ledger later.")],
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="JSON|@FILE", help="With kept: the output data of a stage that gave none.")
+    ] = None,
+    ledger: LedgerUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what became of a stage that is stuck or in doubt."""
+    data = None if output is None else _json_object(output, "--output")
+
+    async def settled() -> SagaReport:
+        async with _opened(_durable(ledger)) as opened:
+            await _refuse_unknown(opened, saga_id)
+            return await SagaCoordinator(ledger=opened).settle(saga_id, stage, verdict, note, output=data)
+
+    _print_report(asyncio.run(settled()), as_json=as_json)
+
+
+# -- before it runs ----------------------------------------------------------------------------------------------
+
+
+@command("check")
+def check(target: Target, policy: PolicyFile = None, as_json: AsJson = False) -> None:
+    """Find what is wrong with a pipeline, without running it."""
+    findings = find(load(target), _policy(policy))
+    if as_json:
+        typer.echo(TypeAdapter(list[Finding]).dump_json(findings).decode())
+    else:
+        for finding in findings:
+            typer.echo(finding)
+    raise typer.Exit(Exit.FOUND if any(finding.severity is Severity.ERROR for finding in findings) else Exit.COMPLETED)
+
+
+@command("explain")
+def explain(target: Target, policy: PolicyFile = None, as_json: AsJson = False) -> None:
+    """Say for every stage what follows when it fails."""
+    explanation = consequences(load(target), _policy(policy))
+    typer.echo(TypeAdapter(Explanation).dump_json(explanation).decode() if as_json else str(explanation))
+
+
+# -- the ledger's keeping ----------------------------------------------------------------------------------------
+
+
+@command("prune")
+def prune(
+    older_than: Annotated[str, typer.Option("--older-than", metavar="AGE", help="How old, as in 30d, 12h or 90m.")],
+    ledger: LedgerUrl = None,
+) -> None:
+    """Forget old sagas about which nothing is left to do."""
+    age = _age(older_than)
+
+    async def forgotten() -> tuple[str, ...]:
+        async with _opened(_durable(ledger)) as opened:
+            return tuple(await opened.prune(age))
+
+    gone = asyncio.run(forgotten())
+    for saga_id in gone:
+        typer.echo(saga_id)
+    typer.echo(f"{len(gone)} forgotten", err=True)
+
+
+def _age(text: str) -> timedelta:
+    found = re.fullmatch(r"(\d+)([smhdw])", text)
+    if not found:
+        raise MisuseError("an age such as 30d, 12h or 90m", got=repr(text))
+    return timedelta(**{_UNITS[found[2]]: int(found[1])})
+
+
+@command("export")
+def export(saga_id: SagaId, ledger: LedgerUrl = None) -> None:
+    """Write the events of a saga, and of those that its stages run, as JSON lines."""
+
+    async def events() -> list[AnyEvent]:
+        async with _opened(_durable(ledger)) as opened:
+            await _refuse_unknown(opened, saga_id)
+            family = await Family.read(opened, saga_id)
+            return [event for member in family.sagas for event in await opened.read(member)]
+
+    for event in asyncio.run(events()):
+        typer.echo(event_to_json(event))
+
+
+@command("import")
+def import_(file: Annotated[typer.FileText, typer.Argument(help="What export wrote; - for stdin.")], ledger: LedgerUrl = None) -> None:
+    """Take over sagas that `saga export` has written, be it from another ledger."""
+    sagas = _sagas_in(file)
+
+    async def taken_over() -> None:
+        async with _opened(_durable(ledger, exists=False)) as opened:
+            for saga_id in sagas:
+                if await opened.read(saga_id):
+                    raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Nothing was imported.")
+            for saga_id, events in sagas.items():
+                await opened.release(saga_id, await opened.create(saga_id, f"import-{secrets.token_hex(8)}", events))
+
+    asyncio.run(taken_over())
+    for saga_id, events in sagas.items():
+        typer.echo(f"{saga_id}  {SagaState(events).status.value}")
+
+
+def _sagas_in(lines: Iterator[str]) -> dict[str, list[AnyEvent]]:
+    sagas: dict[str, list[AnyEvent]] = {}
+    current: list[AnyEvent] | None = None
+    for number, line in enumerate(lines, 1):
+        try:
+            event = event_from_json(line)
+        except ValidationError as error:
+            raise LedgerCorrupt(
+                f"expected an event of a saga in line {number}, got {error.errors()[0]['msg']}; nothing was imported"
+            ) from None
+        if isinstance(event, SagaStarted):
+            if event.saga_id in sagas:
+                raise LedgerCorrupt(f"line {number} begins saga {event.saga_id} a second time; nothing was imported")
+            current = sagas[event.saga_id] = []
+        if current is None:
+            raise LedgerCorrupt(f"expected SagaStarted in line {number}, got {type(event).__name__}; nothing was imported")
+        current.append(event)
+    for events in sagas.values():
+        SagaState(events)
+    return sagas
+
+
+# -- what the commands have in common ----------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _opened(url: str) -> AsyncIterator[Ledger]:
+    ledger = open_ledger(url)
+    try:
+        yield ledger
+    finally:
+        await ledger.close()
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def _url(given: str | None) -> str:
+    return given or settings(Path.cwd()).ledger or MEMORY
+
+
+def _durable(given: str | None, *, exists: bool = True) -> str:
+    """The URL of a ledger that outlives the process; of one that is there already, unless `exists` is False."""
+    url = _url(given)
+    if url == MEMORY:
+        raise MisuseError(
+            "a ledger that outlives the process",
+            got=MEMORY,
+            hint="Give --ledger sqlite:///sagas.db, set SAGA_LEDGER, or set ledger in [tool.saga] of pyproject.toml.",
+        )
+    file = Path(url.removeprefix("sqlite:///"))
+    if exists and url.startswith("sqlite:") and not file.exists():
+        # Opening it would make an empty one, in which nobody finds the saga that they look for.
+        raise MisuseError("a ledger that is there", got=f"{url}, and there is no file {file.absolute()}")
+    return url
+
+
+def _policy(given: Path | None) -> Policy | None:
+    chosen = given or settings(Path.cwd()).policy
+    return None if chosen is None else load_policy(chosen)
+
+
+def _fields(given: str) -> dict[str, Any]:
+    return _json_object(given, "--input") if given.startswith("@") else {"input_text": given} if given else {}
+
+
+def _json_object(given: str, option: str) -> dict[str, Any]:
+    text = Path(given[1:]).read_text(encoding="utf-8") if given.startswith("@") else given
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise MisuseError(f"JSON for {option}", got=str(error)) from None
+    if not isinstance(found, dict):
+        raise MisuseError(f"a JSON object for {option}", got=text[:80])
+    return found
+
+
+def _pipelines(targets: Sequence[str]) -> dict[str, Pipeline]:
+    if not targets:
+        raise MisuseError("MODULE:PIPELINE, or pipelines in [tool.saga] of pyproject.toml", got="neither")
+    return load_all(targets)
+
+
+async def _pipeline_of(ledger: Ledger, saga_id: str, target: str | None) -> Pipeline:
+    await _refuse_unknown(ledger, saga_id)
+    if target is not None:
+        return load(target)
+    started = (await ledger.read(saga_id))[0]
+    assert isinstance(started, SagaStarted)  # every ledger begins so
+    known = _pipelines(settings(Path.cwd()).pipelines)
+    if started.pipeline not in known:
+        raise MisuseError(
+            f"the pipeline {started.pipeline!r} among [tool.saga] pipelines", got=", ".join(known), hint="Or give it as MODULE:PIPELINE."
+        )
+    return known[started.pipeline]
+
+
+async def _refuse_unknown(ledger: Ledger, saga_id: str) -> None:
+    if not await ledger.read(saga_id):
+        known = [entry.saga_id for entry in await ledger.list()]
+        raise SagaNotFound("the id of a saga in the ledger", got=repr(saga_id), hint=did_you_mean(saga_id, known))
+
+
+def _goes_on(saga_id: str, target: str | None, ledger: str | None) -> str:
+    # What the environment says it will say again; and a URL may hold a password.
+    option = [] if ledger is None or ledger == os.environ.get("SAGA_LEDGER") else ["--ledger", "URL" if "@" in ledger else ledger]
+    return shlex.join(["saga", "resume", saga_id, *([target] if target else []), *option])
+
+
+def _print_report(report: SagaReport, *, as_json: bool) -> None:
+    typer.echo(report.model_dump_json() if as_json else str(report))

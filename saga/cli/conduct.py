@@ -1,0 +1,124 @@
+"""Carrying out a saga's work while somebody looks on, and may press Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from saga.cli.family import Family
+from saga.cli.interrupt import interruptible
+from saga.cli.view import view
+from saga.coordinator import SagaCoordinator
+from saga.errors import SagaNotFound
+from saga.events import SagaStatus
+from saga.ledger import Ledger, StageState
+from saga.policies import Policy
+from saga.report import SagaReport
+
+_S = StageState
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of it.
+
+    Attributes:
+        report: The saga's; None if it was interrupted before there was one.
+        interrupted: Whether somebody pressed Ctrl-C.
+    """
+
+    report: SagaReport | None
+    interrupted: bool
+
+
+async def conduct(
+    ledger: Ledger,
+    saga_id: str,
+    work: Callable[[SagaCoordinator], Coroutine[Any, Any, SagaReport]],
+    *,
+    console: Console,
+    goes_on: str,
+    policy: Policy | None = None,
+) -> Outcome:
+    """Carry out some work on a saga, show it, and see to it that an interruption undoes what was done.
+
+    What stages print goes to stderr: stdout is for the report.
+
+    Args:
+        ledger: Where it is recorded.
+        saga_id: Its id.
+        work: What to do.
+        console: Where it is shown.
+        goes_on: The command that goes on with it later.
+        policy: The coordinator's.
+    """
+    family = await Family.read(ledger, saga_id)
+    with contextlib.redirect_stdout(sys.stderr):
+        async with view(family, console) as hear:
+            coordinator = SagaCoordinator(policy, ledger=ledger, listeners=[hear])
+            warning = Notice(family, console, goes_on if ledger.durable else None)
+            task = asyncio.create_task(work(coordinator))
+            with interruptible(task, warning.first, warning.second):
+                try:
+                    return Outcome(await task, interrupted=False)
+                except asyncio.CancelledError:
+                    with contextlib.suppress(SagaNotFound):
+                        return Outcome(await coordinator.report(saga_id), interrupted=True)
+                    return Outcome(None, interrupted=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What is said to somebody who presses Ctrl-C.
+
+    Attributes:
+        family: What it is about.
+        console: Where it is said.
+        goes_on: The command that goes on later; None: the ledger dies with the process.
+    """
+
+    family: Family
+    console: Console
+    goes_on: str | None
+
+    def first(self) -> None:
+        """What happens now, and what a second Ctrl-C would leave."""
+        for line in (f"Interrupted: {self._what_follows()}.", *self._stopping("A second Ctrl-C stops at once", "leaves")):
+            self.console.print(Text(line, style="bold yellow"), soft_wrap=not self.console.is_terminal)
+
+    def second(self) -> None:
+        """What is left; written straight to the terminal, whatever the console is doing now."""
+        cursor = "\x1b[?25h\n" if self.console.is_terminal else ""
+        os.write(2, "".join([cursor, *(f"{line}\n" for line in self._stopping("Stopped at once", "left"))]).encode())
+
+    def _what_follows(self) -> str:
+        state = self.family.sagas.get(self.family.head)
+        if state is None:
+            return "nothing has been done yet"
+        if state.status is SagaStatus.COMPENSATING:
+            return "it is being undone already, and that goes on"
+        running = [name for name, record in state.stages.items() if record.state is _S.RUNNING]
+        waits = f"waiting for {', '.join(running)}, then " if running else ""
+        if state.policy.on_interrupt == "halt":
+            return f"{waits}keeping what was done, as its policy says"
+        return f"{waits}undoing what was done"
+
+    def _stopping(self, stops: str, leaves: str) -> Iterator[str]:
+        standing = list(self.family.standing())
+        unknown = [name for name, shown in standing if shown in {_S.RUNNING, _S.COMPENSATING, _S.IN_DOUBT}]
+        known = [name for name, _ in standing if name not in set(unknown)]
+        parts = [f"in effect: {', '.join(known)}"] if known else []
+        parts += [f"in doubt: {', '.join(unknown)}"] if unknown else []
+        yield f"{stops} and {leaves} {'; '.join(parts) or 'nothing in effect'}."
+        if self.goes_on is not None:
+            yield f"What goes on from there: {self.goes_on}"
+        elif parts:
+            yield "The ledger is in memory: nothing knows of that then."

@@ -1,0 +1,50 @@
+"""Ctrl-C: once to turn a saga back, twice to leave it as it is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from saga.cli.exits import Exit
+
+
+@contextmanager
+def interruptible(
+    work: asyncio.Task[Any], first: Callable[[], None], second: Callable[[], None], leave: Callable[[int], object] = os._exit
+) -> Iterator[None]:
+    """For the length of a block, let SIGINT or SIGTERM cancel the work, and another one end the process at once.
+
+    Args:
+        work: What is cancelled.
+        first: Is called before that.
+        second: Is called before the process ends; in the middle of whatever it does, so it may do little.
+        leave: Ends the process.
+    """
+    loop = asyncio.get_running_loop()
+    came: list[int] = []
+
+    def turn_back() -> None:
+        first()
+        work.cancel()
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        came.append(number)
+        if len(came) == 1:
+            loop.call_soon_threadsafe(turn_back)
+            return
+        second()
+        # Not by an exception: to unwind would cancel compensations in the middle. A process that dies is what ledgers are made for.
+        leave(Exit.INTERRUPTED)
+
+    # Not the loop's own handlers: those wait for a stage that blocks the loop.
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

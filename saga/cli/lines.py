@@ -1,0 +1,100 @@
+"""Events in words."""
+
+from __future__ import annotations
+
+from saga.events import (
+    AnyEvent,
+    CompensationCompleted,
+    CompensationFailed,
+    CompensationStarted,
+    FallbackFailed,
+    FallbackUsed,
+    SagaEnded,
+    SagaResumed,
+    SagaStarted,
+    SagaStopped,
+    SagaTurnedBack,
+    StageCompleted,
+    StageEvent,
+    StageFailed,
+    StageProbed,
+    StageSettled,
+    StageSkipped,
+    StageStarted,
+)
+from saga.failures import Failure
+
+
+def tell(event: AnyEvent) -> str:
+    """An event as a line; empty if it is of no interest to somebody who looks on."""
+    if not isinstance(event, StageEvent):
+        return _of_saga(event)
+    said = _of_undoing(event) or _of_stage(event)
+    return f"{event.stage}: {said}" if said else ""
+
+
+def _of_saga(event: SagaStarted | SagaResumed | SagaStopped | SagaTurnedBack | SagaEnded) -> str:
+    match event:
+        case SagaStarted():
+            return f"{event.pipeline} started"
+        case SagaResumed(forward=forward):
+            return f"goes on {'forward' if forward else 'backward'}, resumed by {event.by}"
+        case SagaStopped():
+            return f"stopped: {event.cause}"
+        case SagaTurnedBack():
+            return f"turned back: {event.cause or event.reason.value}"
+        case _:
+            return event.status.value.upper()
+
+
+def _of_stage(event: StageEvent) -> str:
+    match event:
+        case StageStarted():
+            return "started" + _attempt(event.attempt)
+        case StageCompleted():
+            return "completed" + (" late" if event.late else "")
+        case StageFailed():
+            return said(event.failure) + ("; in doubt" if event.in_doubt else "") + _again(event)
+        case StageSkipped():
+            return f"skipped, {event.reason}"
+        case FallbackUsed():
+            return "its fallback stands in"
+        case FallbackFailed():
+            return f"its fallback failed: {said(event.failure)}"
+        case StageProbed():
+            return f"asked, {_answer(event)}"
+        case StageSettled():
+            return f"settled as {event.verdict.value} by {event.by}: {event.note}"
+        case _:
+            return ""
+
+
+def _of_undoing(event: StageEvent) -> str:
+    match event:
+        case CompensationStarted():
+            return "being undone" + _attempt(event.attempt)
+        case CompensationCompleted():
+            return "undone" + (" late" if event.late else "")
+        case CompensationFailed():
+            return said(event.failure) + _again(event)
+        case _:
+            return ""
+
+
+def _attempt(number: int) -> str:
+    return f", attempt {number}" if number > 1 else ""
+
+
+def _again(event: StageFailed | CompensationFailed | StageProbed) -> str:
+    return "; it is tried again" if event.will_retry else ""
+
+
+def _answer(event: StageProbed) -> str:
+    if event.failure is not None:
+        return f"no answer: {said(event.failure)}{_again(event)}"
+    return "it has landed" if event.landed else "it has not landed"
+
+
+def said(failure: Failure) -> str:
+    """A failure without its stage, which is named beside it."""
+    return str(failure).removeprefix(f"stage {failure.stage!r} ")

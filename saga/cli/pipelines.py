@@ -1,0 +1,90 @@
+"""Finding a pipeline by MODULE:PIPELINE."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from operator import attrgetter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from stageflow.api import Pipeline
+
+from saga.errors import MisuseError
+from saga.text import said, shown
+
+
+def load(target: str) -> Pipeline:
+    """Import a pipeline; the current directory comes first.
+
+    Args:
+        target: `module:attribute`; the attribute is a `Pipeline`, or takes no arguments and returns one.
+
+    Raises:
+        MisuseError: There is none.
+    """
+    module_name, colon, attribute = target.partition(":")
+    if not (module_name and colon and attribute):
+        raise MisuseError("MODULE:PIPELINE, as in shop:book_trip", got=repr(target))
+    module = _module(module_name)
+    try:
+        found = attrgetter(attribute)(module)
+    except AttributeError:
+        raise MisuseError(f"a pipeline in {module_name}", got=repr(attribute), hint=_others(attribute, module)) from None
+    return _pipeline(found, target)
+
+
+def load_all(targets: Iterable[str]) -> dict[str, Pipeline]:
+    """Import pipelines, by their names."""
+    return {pipeline.name: pipeline for pipeline in map(load, targets)}
+
+
+def _module(name: str) -> ModuleType:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or not f"{name}.".startswith(f"{missing.name}."):
+            raise _broken(name, missing) from missing
+        near = sorted(path.stem for path in Path(here).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists())
+        raise MisuseError(
+            "a module that can be imported from here", got=repr(name), hint=did_you_mean(missing.name.rpartition(".")[2], near)
+        ) from None
+    except Exception as error:
+        raise _broken(name, error) from error
+
+
+def _broken(name: str, error: Exception) -> MisuseError:
+    return MisuseError(f"a module {name} that can be imported", got=f"{type(error).__name__}: {said(error)}")
+
+
+def _others(attribute: str, module: ModuleType) -> str:
+    pipelines = sorted(name for name, value in vars(module).items() if isinstance(value, Pipeline))
+    hint = did_you_mean(attribute, [*pipelines, *(name for name, value in vars(module).items() if callable(value))])
+    return hint or (f"It has: {', '.join(pipelines)}." if pipelines else "")
+
+
+def did_you_mean(wrong: str, known: Sequence[str]) -> str:
+    """A hint at what is spelled alike; empty when nothing is."""
+    near = get_close_matches(wrong, known, n=1)
+    return f"Did you mean {near[0]}?" if near else ""
+
+
+def _pipeline(found: Any, target: str) -> Pipeline:
+    if isinstance(found, Pipeline):
+        return found
+    expected = f"a Pipeline, or a function without arguments that returns one, at {target}"
+    if not callable(found):
+        raise MisuseError(expected, got=shown(found))
+    try:
+        made = found()
+    except Exception as error:
+        raise MisuseError(expected, got=f"{type(error).__name__}: {said(error)}") from error
+    if not isinstance(made, Pipeline):
+        raise MisuseError(expected, got=f"a function that returns {shown(made)}")
+    return made

@@ -1,0 +1,48 @@
+"""What `[tool.saga]` in pyproject.toml says."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from saga.errors import MisuseError
+
+
+class Settings(BaseModel):
+    """The defaults of a project.
+
+    Attributes:
+        ledger: The URL of its ledger.
+        pipelines: Where its pipelines are, as MODULE:PIPELINE.
+        policy: The file with the policy of `saga run`, `saga check` and `saga explain`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ledger: str | None = None
+    pipelines: tuple[str, ...] = ()
+    policy: Path | None = None
+
+
+def settings(folder: Path) -> Settings:
+    """Read `[tool.saga]` from the pyproject.toml of this folder; without one there are no defaults.
+
+    Raises:
+        MisuseError: It holds what makes no sense.
+    """
+    try:
+        text = (folder / "pyproject.toml").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return Settings()
+    try:
+        return Settings.model_validate(tomllib.loads(text).get("tool", {}).get("saga", {}))
+    except tomllib.TOMLDecodeError as error:
+        raise MisuseError("TOML in pyproject.toml", got=str(error)) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise MisuseError(
+            f"{', '.join(Settings.model_fields)} in [tool.saga] of pyproject.toml", got=f"{where}: {first['msg'].lower()}"
+        ) from None

@@ -1,0 +1,75 @@
+"""What is shown of a saga while it runs: a live picture in a terminal, lines elsewhere. Both draw what the events say."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC, datetime
+from typing import Final
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from saga.cli.family import Family
+from saga.cli.lines import tell
+from saga.cli.picture import picture
+from saga.events import AnyEvent
+from saga.journal import Listener
+
+_FRAMES: Final = 0.1
+"""Seconds between two pictures."""
+
+
+def view(family: Family, console: Console) -> AbstractAsyncContextManager[Listener]:
+    """Show a family for the length of a block; what it gives wants to hear of every event."""
+    return _live(family, console) if console.is_terminal and not console.is_dumb_terminal else _lines(family, console)
+
+
+def tell_on(console: Console) -> Listener:
+    """What prints a line for each event that is of interest."""
+
+    def hear(saga_id: str, event: AnyEvent) -> None:
+        told = tell(event)
+        if told:
+            console.print(Text(f"{saga_id}  {told}"), soft_wrap=True)
+
+    return hear
+
+
+@asynccontextmanager
+async def _lines(family: Family, console: Console) -> AsyncIterator[Listener]:
+    told = tell_on(console)
+
+    def hear(saga_id: str, event: AnyEvent) -> None:
+        family.hear(saga_id, event)
+        told(saga_id, event)
+
+    yield hear
+
+
+@asynccontextmanager
+async def _live(family: Family, console: Console) -> AsyncIterator[Listener]:
+    touched = [""]
+
+    def hear(saga_id: str, event: AnyEvent) -> None:
+        family.hear(saga_id, event)
+        touched[0] = saga_id + "/" + getattr(event, "stage", "")
+
+    def draw() -> RenderableType:
+        return picture(family, datetime.now(UTC), console.width, console.height, focus=touched[0])
+
+    # Drawn by a task and not by rich's thread, which would read the family while the saga writes to it.
+    with Live(console=console, get_renderable=draw, auto_refresh=False, transient=True) as live:
+
+        async def redraw() -> None:
+            while True:
+                live.refresh()
+                await asyncio.sleep(_FRAMES)
+
+        drawing = asyncio.create_task(redraw())
+        try:
+            yield hear
+        finally:
+            drawing.cancel()

@@ -1,0 +1,1006 @@
+"""`saga` on the command line: in this process where that is enough, as a real process where signals and terminals matter."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import runpy
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from saga.cli import main
+from saga.cli.exits import Exit, exit_of_status
+from saga.events import SagaStatus
+from saga.report import SagaReport
+
+ROOT = Path(__file__).parent.parent
+
+SHOP = """
+import asyncio
+import os
+from pathlib import Path
+
+from saga import CompensableStage, Compensation, Retry, nested
+from stageflow.api import Pipeline, StageOutput
+
+DOWN = Path("the-bank-is-down")
+
+
+class Reserve(CompensableStage):
+    async def execute(self, ctx):
+        print("reserved for", ctx.snapshot.input_text)
+        return StageOutput.ok(booking=ctx.snapshot.input_text)
+
+    async def compensate(self, ctx):
+        print("cancelled", ctx.output.data["booking"])
+
+
+class Charge(CompensableStage):
+    compensation = Compensation(retry=Retry(attempts=1))
+
+    async def execute(self, ctx):
+        return StageOutput.ok(receipt=7)
+
+    async def compensate(self, ctx):
+        if DOWN.exists():
+            raise ConnectionError("the bank doesn't answer")
+
+
+class ChargeSlowly(Charge):
+    compensate_in_doubt = True
+
+    async def execute(self, ctx):
+        print("the bank is asked", flush=True)
+        await asyncio.Event().wait()
+
+
+class RefundSlowly(Charge):
+    async def compensate(self, ctx):
+        print("the bank is asked for it back", flush=True)
+        if DOWN.exists():
+            await asyncio.Event().wait()
+
+
+async def decline(ctx):
+    return StageOutput.fail("declined")
+
+
+async def stop(ctx):
+    return StageOutput.cancel("sold out")
+
+
+async def die(ctx):
+    print("dies", flush=True)
+    os._exit(9)
+
+
+async def ship(ctx):
+    return {"parcel": 1} if not DOWN.exists() else StageOutput.fail("no lorry")
+
+
+ship.has_effect = False
+seat = Pipeline(name="seat").with_stage("reserve_seat", Reserve)
+paid = seat.with_stage("charge_card", Charge, dependencies=("reserve_seat",))
+
+
+def ending(name, stage):
+    return Pipeline(name=name, stages=paid.stages).with_stage("ship", stage, "work", dependencies=("charge_card",))
+
+
+trip = ending("trip", decline)
+order = ending("order", ship)
+sold_out = ending("sold_out", stop)
+crash = ending("crash", die)
+slow = Pipeline(name="slow", stages=seat.stages).with_stage("charge_card", ChargeSlowly, dependencies=("reserve_seat",))
+refund = Pipeline(name="refund", stages=seat.stages).with_stage("charge_card", RefundSlowly, dependencies=("reserve_seat",)).with_stage(
+    "ship", decline, "work", dependencies=("charge_card",)
+)
+family = Pipeline(name="family").with_stage("book", nested(trip))
+number = 7
+
+
+def made():
+    return seat
+
+
+def made_wrong():
+    return 7
+
+
+def breaks():
+    raise ValueError("no catalogue")
+"""
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Shop:
+    """A folder with a module of pipelines, and `saga` in it."""
+
+    folder: Path
+    capture: pytest.CaptureFixture[str]
+
+    def saga(self, *arguments: str) -> Done:
+        """Run it in this process."""
+        with pytest.raises(SystemExit) as exited:
+            main(arguments)
+        out, err = self.capture.readouterr()
+        return Done(int(exited.value.code or 0), out, err)
+
+    def really(self, *arguments: str, **environment: str) -> Done:
+        """Run it in a process of its own."""
+        command = [sys.executable, "-W", "error", "-m", "saga", *arguments]
+        done = subprocess.run(command, cwd=self.folder, env=self.environment(**environment), capture_output=True, text=True, check=False)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "SAGA_LEDGER": "sqlite:///sagas.db", "TERM": "xterm"} | more
+
+    def write(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def breaks_the_bank(self) -> None:
+        self.write("the-bank-is-down", "")
+
+    def mends_the_bank(self) -> None:
+        (self.folder / "the-bank-is-down").unlink()
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Shop]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("SAGA_LEDGER", "sqlite:///sagas.db")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    place = Shop(tmp_path, capsys)
+    place.write("shop.py", SHOP)
+    yield place
+    sys.modules.pop("shop", None)
+
+
+# -- running -----------------------------------------------------------------------------------------------------
+
+
+def test_run_puts_the_report_on_stdout_and_what_happens_on_stderr(shop: Shop) -> None:
+    done = shop.saga("run", "shop:trip", "--input", "OSL-JFK", "--id", "s")
+
+    assert done.code == Exit.COMPENSATED
+    assert done.out.startswith("Saga s (trip): COMPENSATED after ")
+    assert done.out.endswith("Nothing is left to do.\n")
+    assert done.err.splitlines() == [
+        "s  trip started",
+        "s  reserve_seat: started",
+        "reserved for OSL-JFK",
+        "s  reserve_seat: completed",
+        "s  charge_card: started",
+        "s  charge_card: completed",
+        "s  ship: started",
+        "s  ship: reported a failure: declined",
+        "s  turned back: stage 'ship' reported a failure: declined",
+        "s  charge_card: being undone",
+        "s  charge_card: undone",
+        "s  reserve_seat: being undone",
+        "cancelled OSL-JFK",
+        "s  reserve_seat: undone",
+        "s  COMPENSATED",
+    ]
+
+
+def test_with_json_stdout_holds_a_report_and_nothing_else(shop: Shop) -> None:
+    done = shop.saga("run", "shop:order", "--json")
+
+    report = SagaReport.model_validate_json(done.out)
+    assert done.code == Exit.COMPLETED
+    assert report.status is SagaStatus.COMPLETED
+    assert report.kept["ship"].data == {"parcel": 1}
+    assert re.fullmatch("[0-9a-f]{12}", report.saga_id)
+
+
+def test_every_end_has_an_exit_code_of_its_own(shop: Shop) -> None:
+    shop.write("halt.toml", 'policy = "fail_fast"\non_failure = "halt"\n')
+    shop.write("degrade.toml", 'policy = "continue_with_fallback"\n[fallbacks.ship]\nparcel = 0\n')
+
+    codes = [
+        shop.saga("run", "shop:order").code,
+        shop.saga("run", "shop:trip", "--policy", "degrade.toml").code,
+        shop.saga("run", "shop:trip").code,
+        shop.saga("run", "shop:trip", "--policy", "halt.toml").code,
+        shop.saga("run", "shop:sold_out").code,
+        shop.saga("run", "shop:nothing").code,
+    ]
+    shop.breaks_the_bank()
+    codes.append(shop.saga("run", "shop:trip").code)
+
+    assert codes == [Exit.COMPLETED, Exit.DEGRADED, Exit.COMPENSATED, Exit.HALTED, Exit.CANCELLED, Exit.MISUSE, Exit.STUCK]
+    assert len(set(codes)) == len(codes)
+
+
+def test_an_interruption_counts_less_than_a_saga_that_is_stuck() -> None:
+    assert exit_of_status(SagaStatus.COMPENSATED, interrupted=True) is Exit.INTERRUPTED
+    assert exit_of_status(SagaStatus.STUCK, interrupted=True) is Exit.STUCK
+
+
+def test_the_input_may_be_a_file_of_context_fields(shop: Shop) -> None:
+    shop.write("input.json", json.dumps({"input_text": "OSL-LIS", "metadata": {"agent": "ann"}}))
+
+    done = shop.saga("run", "shop:seat", "--input", "@input.json", "--id", "s")
+
+    assert "reserved for OSL-LIS" in done.err
+    assert json.loads(shop.saga("export", "s").out.splitlines()[0])["input"]["metadata"] == {"agent": "ann"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "expected JSON for --input, got Expecting property name"),
+        ("[1]", "expected a JSON object for --input, got [1]"),
+        ('{"colour": 1}', "expected fields of stageflow's PipelineContext, got "),
+    ],
+)
+def test_an_input_file_that_makes_no_sense_is_refused(shop: Shop, text: str, said: str) -> None:
+    shop.write("input.json", text)
+
+    done = shop.saga("run", "shop:seat", "--input", "@input.json")
+
+    assert done.code == Exit.MISUSE
+    assert said in done.err
+
+
+def test_a_run_in_memory_needs_no_file(shop: Shop) -> None:
+    assert shop.saga("run", "shop:order", "--ledger", "memory:").code == Exit.COMPLETED
+    assert not (shop.folder / "sagas.db").exists()
+
+
+# -- misuse ------------------------------------------------------------------------------------------------------
+
+
+A_PIPELINE = "expected a Pipeline, or a function without arguments that returns one,"
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("shop", "saga: expected MODULE:PIPELINE, as in shop:book_trip, got 'shop'\n"),
+        ("shopp:trip", "saga: expected a module that can be imported from here, got 'shopp'. Did you mean shop?\n"),
+        ("zzz:trip", "saga: expected a module that can be imported from here, got 'zzz'\n"),
+        ("shop:tripp", "saga: expected a pipeline in shop, got 'tripp'. Did you mean trip?\n"),
+        (
+            "shop:zzz",
+            "saga: expected a pipeline in shop, got 'zzz'. It has: crash, family, order, paid, refund, seat, slow, sold_out, trip.\n",
+        ),
+        ("shop:number", f"saga: {A_PIPELINE} at shop:number, got 7\n"),
+        (
+            "shop:made_wrong",
+            f"saga: {A_PIPELINE} at shop:made_wrong, got a function that returns 7\n",
+        ),
+        ("shop:breaks", f"saga: {A_PIPELINE} at shop:breaks, got ValueError: no catalogue\n"),
+        ("broken:trip", "saga: expected a module broken that can be imported, got ZeroDivisionError: division by zero\n"),
+        ("lacking:trip", "saga: expected a module lacking that can be imported, got ModuleNotFoundError: No module named 'airline'\n"),
+        ("empty:trip", "saga: expected a pipeline in empty, got 'trip'\n"),
+    ],
+)
+def test_a_pipeline_that_is_not_there_is_refused_in_a_line(shop: Shop, target: str, said: str) -> None:
+    shop.write("broken.py", "1 / 0")
+    shop.write("lacking.py", "import airline")
+    shop.write("empty.py", "")
+
+    done = shop.saga("run", target)
+
+    assert (done.code, done.err) == (Exit.MISUSE, said)
+    sys.modules.pop("empty", None)
+
+
+def test_a_function_that_returns_a_pipeline_is_called(shop: Shop) -> None:
+    assert shop.saga("run", "shop:made").code == Exit.COMPLETED
+
+
+def test_a_traceback_is_shown_when_it_is_asked_for(shop: Shop) -> None:
+    done = shop.saga("run", "shop:breaks", "--traceback")
+
+    assert done.code == Exit.MISUSE
+    assert done.err.startswith("Traceback (most recent call last):")
+    assert 'raise ValueError("no catalogue")' in done.err
+
+
+def test_a_taken_id_a_missing_policy_and_an_unknown_option_are_misuse(shop: Shop) -> None:
+    shop.saga("run", "shop:seat", "--id", "s")
+
+    taken = shop.saga("run", "shop:seat", "--id", "s")
+    missing = shop.saga("run", "shop:seat", "--policy", "none.toml")
+    unknown = shop.saga("run", "shop:seat", "--bogus")
+
+    assert (taken.code, missing.code, unknown.code) == (Exit.MISUSE,) * 3
+    assert taken.err == "saga: expected a saga id that is not in the ledger yet, got 's'. Read what became of it with report().\n"
+    assert "none.toml" in missing.err
+    assert "No such option: --bogus" in unknown.err
+
+
+def test_looking_into_a_ledger_needs_one_that_lasts(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SAGA_LEDGER")
+
+    done = shop.saga("list")
+
+    assert done.code == Exit.MISUSE
+    assert done.err.startswith("saga: expected a ledger that outlives the process, got memory:. Give --ledger sqlite:///")
+
+
+def test_a_mistyped_file_is_not_made_into_an_empty_ledger(shop: Shop) -> None:
+    done = shop.saga("show", "s", "--ledger", "sqlite:///saggas.db")
+
+    assert done.code == Exit.MISUSE
+    assert f"there is no file {shop.folder / 'saggas.db'}" in done.err
+    assert not (shop.folder / "saggas.db").exists()
+
+
+def test_an_unknown_id_is_refused_with_the_nearest_one(shop: Shop) -> None:
+    shop.saga("run", "shop:seat", "--id", "trip-77")
+
+    done = shop.saga("show", "trip-7")
+
+    assert (done.code, done.err) == (Exit.MISUSE, "saga: expected the id of a saga in the ledger, got 'trip-7'. Did you mean trip-77?\n")
+
+
+def test_a_ledger_that_fails_is_no_misuse(shop: Shop) -> None:
+    shop.write("sagas.db", "this is no database" * 100)
+
+    done = shop.saga("list")
+
+    assert done.code == Exit.FAILED
+    assert done.err.startswith("saga: ")
+    assert "Traceback" not in done.err
+
+
+def test_what_nobody_foresaw_is_said_in_a_line_too(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saga.cli.commands.find", "no function")
+
+    done = shop.saga("check", "shop:seat")
+
+    assert (done.code, done.err) == (Exit.FAILED, "saga: TypeError: 'str' object is not callable\n")
+
+
+def test_a_reader_that_goes_away_is_no_error_to_talk_about(shop: Shop) -> None:
+    shop.saga("run", "shop:seat", "--id", "s")
+    command = [sys.executable, "-m", "saga", "export", "s"]
+    read, write = os.pipe()
+    os.close(read)
+
+    done = subprocess.run(command, cwd=shop.folder, env=shop.environment(), stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+
+    assert done.stderr == ""
+
+
+def test_without_its_extra_the_command_says_how_to_get_it(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "saga.cli.commands", raising=False)
+    monkeypatch.setitem(sys.modules, "typer", None)
+
+    done = shop.saga("list")
+
+    assert (done.code, done.err) == (
+        Exit.MISUSE,
+        "saga: the command line needs typer. Install it with: pip install 'stageflow-saga[cli]'\n",
+    )
+
+
+def test_another_module_that_is_missing_is_not_taken_for_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "saga.cli.commands", raising=False)
+    monkeypatch.setitem(sys.modules, "saga.lint", None)
+
+    with pytest.raises(ModuleNotFoundError, match=r"saga\.lint"):
+        main(["list"])
+
+
+# -- what a project says -----------------------------------------------------------------------------------------
+
+
+def test_a_project_names_its_ledger_its_pipelines_and_its_policy(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SAGA_LEDGER")
+    shop.write("halt.toml", 'policy = "fail_fast"\non_failure = "halt"\n')
+    shop.write(
+        "pyproject.toml", '[tool.saga]\nledger = "sqlite:///other.db"\npipelines = ["shop:seat", "shop:trip"]\npolicy = "halt.toml"\n'
+    )
+
+    halted = shop.saga("run", "shop:trip", "--id", "s")
+    undone = shop.saga("compensate", "s")
+
+    assert halted.code == Exit.HALTED
+    assert undone.code == Exit.COMPENSATED
+    assert (shop.folder / "other.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[tool.saga", "saga: expected TOML in pyproject.toml, got "),
+        (
+            "[tool.saga]\nledgr = 1",
+            "saga: expected ledger, pipelines, policy in [tool.saga] of pyproject.toml, got ledgr: extra inputs are not permitted\n",
+        ),
+    ],
+)
+def test_a_project_that_says_what_makes_no_sense_is_refused(shop: Shop, monkeypatch: pytest.MonkeyPatch, text: str, said: str) -> None:
+    monkeypatch.delenv("SAGA_LEDGER")
+    shop.write("pyproject.toml", text)
+
+    done = shop.saga("run", "shop:seat")
+
+    assert done.code == Exit.MISUSE
+    assert done.err.startswith(said)
+
+
+def test_a_pipeline_that_the_project_does_not_name_is_asked_for(shop: Shop) -> None:
+    shop.saga("run", "shop:order", "--id", "s")
+
+    nothing = shop.saga("compensate", "s")
+    shop.write("pyproject.toml", '[tool.saga]\npipelines = ["shop:seat"]\n')
+    other = shop.saga("compensate", "s")
+
+    assert nothing.err == "saga: expected MODULE:PIPELINE, or pipelines in [tool.saga] of pyproject.toml, got neither\n"
+    assert other.err == "saga: expected the pipeline 'order' among [tool.saga] pipelines, got seat. Or give it as MODULE:PIPELINE.\n"
+
+
+# -- a saga's later life -----------------------------------------------------------------------------------------
+
+
+def test_a_halted_saga_is_resumed_under_another_policy(shop: Shop) -> None:
+    shop.write("halt.toml", 'policy = "fail_fast"\non_failure = "halt"\n')
+    shop.write("degrade.toml", 'policy = "continue_with_fallback"\n[fallbacks.ship]\nparcel = 0\n')
+    halted = shop.saga("run", "shop:trip", "--id", "s", "--policy", "halt.toml")
+
+    resumed = shop.saga("resume", "s", "shop:trip", "--policy", "degrade.toml")
+
+    assert halted.out.endswith("To do: what was done is kept. Mend the cause, then: saga resume s\n")
+    assert resumed.code == Exit.DEGRADED
+    assert re.search(r"^s  goes on forward, resumed by .+$", resumed.err, re.MULTILINE)
+    assert "charge_card" not in resumed.err
+
+
+def test_a_stuck_saga_is_settled_and_then_goes_on(shop: Shop) -> None:
+    shop.breaks_the_bank()
+    stuck = shop.saga("run", "shop:trip", "--id", "s")
+
+    settled = shop.saga("settle", "s", "charge_card", "undone", "--note", "refunded by hand, ticket 4711")
+    resumed = shop.saga("resume", "s", "shop:trip")
+
+    assert stuck.out.splitlines()[-3:] == [
+        "To do: look at the outside world, put it right by hand, and say so (undone, kept or retry); then go on:",
+        "  saga settle s charge_card undone --note '...'",
+        "  saga resume s",
+    ]
+    assert settled.code == Exit.COMPLETED
+    assert "refunded by hand, ticket 4711" in settled.out
+    assert settled.out.endswith("To do: it was not undone to the end; go on with: saga resume s\n")
+    assert resumed.code == Exit.COMPENSATED
+
+
+def test_a_stuck_saga_may_be_run_on_forward(shop: Shop) -> None:
+    shop.breaks_the_bank()
+    shop.saga("run", "shop:order", "--id", "s")
+    shop.mends_the_bank()
+
+    resumed = shop.saga("resume", "s", "shop:order", "--forward")
+
+    assert resumed.code == Exit.COMPLETED
+
+
+def test_a_stage_that_is_kept_may_be_given_an_output(shop: Shop) -> None:
+    shop.write("timeout.toml", 'policy = "fail_fast"\ntimeout = 0.01\non_failure = "halt"\n')
+    shop.write("slow.py", SHOP.replace("compensate_in_doubt = True", ""))
+    shop.saga("run", "slow:slow", "--id", "s", "--policy", "timeout.toml")
+
+    settled = shop.saga("settle", "s", "charge_card", "kept", "--note", "it is in the books", "--output", '{"receipt": 9}', "--json")
+
+    assert SagaReport.model_validate_json(settled.out).kept["charge_card"].data == {"receipt": 9}
+    sys.modules.pop("slow", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("ship", "undone", "--note", "x"), "saga: expected a stage that is stuck or in doubt, for stage 'ship', got one that is kept\n"),
+        (("ship", "undone", "--note", " "), "saga: expected a note that says why, for stage 'ship', got ' '\n"),
+        (("nothing", "undone", "--note", "x"), "saga: expected a stage of saga s (reserve_seat, charge_card, ship), got 'nothing'\n"),
+    ],
+)
+def test_a_verdict_that_makes_no_sense_is_refused(shop: Shop, arguments: tuple[str, ...], said: str) -> None:
+    shop.saga("run", "shop:order", "--id", "s")
+
+    done = shop.saga("settle", "s", *arguments)
+
+    assert (done.code, done.err) == (Exit.MISUSE, said)
+
+
+def test_a_verdict_is_one_of_three(shop: Shop) -> None:
+    done = shop.saga("settle", "s", "ship", "perhaps", "--note", "x")
+
+    assert done.code == Exit.MISUSE
+    assert "'perhaps'" in done.err
+
+
+def test_list_shows_the_sagas_and_may_pick_some(shop: Shop) -> None:
+    shop.saga("run", "shop:order", "--id", "first")
+    shop.saga("run", "shop:family", "--id", "second")
+
+    everything = shop.saga("list").out.splitlines()
+    with_children = shop.saga("list", "--nested", "--json")
+    undone = shop.saga("list", "--status", "compensated", "--status", "stuck").out.splitlines()
+
+    assert everything[0].split() == ["ID", "PIPELINE", "STATUS", "STARTED"]
+    assert [line.split()[:3] for line in everything[1:]] == [["first", "order", "completed"], ["second", "family", "compensated"]]
+    assert [entry["saga_id"] for entry in json.loads(with_children.out)] == ["first", "second", "second/book"]
+    assert [line.split()[0] for line in undone[1:]] == ["second"]
+
+
+def test_show_prints_the_report_again(shop: Shop) -> None:
+    ran = shop.saga("run", "shop:family", "--id", "s")
+
+    assert shop.saga("show", "s") == (Exit.COMPLETED, ran.out, "")
+    assert SagaReport.model_validate_json(shop.saga("show", "s", "--json").out).saga_id == "s"
+
+
+def test_a_saga_moves_to_another_ledger_with_its_children(shop: Shop) -> None:
+    ran = shop.saga("run", "shop:family", "--id", "s")
+    exported = shop.saga("export", "s").out
+    shop.write("s.jsonl", exported)
+
+    imported = shop.saga("import", "s.jsonl", "--ledger", "sqlite:///new.db")
+
+    assert imported == (Exit.COMPLETED, "s  compensated\ns/book  compensated\n", "")
+    assert shop.saga("show", "s", "--ledger", "sqlite:///new.db").out == ran.out
+    assert shop.saga("export", "s", "--ledger", "sqlite:///new.db").out == exported
+    assert not re.search("runs it", shop.saga("list", "--ledger", "sqlite:///new.db").out)
+
+
+def test_an_import_is_refused_as_a_whole(shop: Shop) -> None:
+    shop.saga("run", "shop:order", "--id", "s")
+    lines = shop.saga("export", "s").out.splitlines(keepends=True)
+    files = {
+        "again.jsonl": lines,
+        "headless.jsonl": lines[1:],
+        "twice.jsonl": [*lines, lines[0]],
+        "garbled.jsonl": [lines[0], "{}\n"],
+        "contradictory.jsonl": [line for line in lines if '"stage_started"' not in line],
+    }
+    for name, content in files.items():
+        shop.write(name, "".join(content))
+
+    done = {
+        name: shop.saga("import", name, "--ledger", "sqlite:///" + ("sagas.db" if name == "again.jsonl" else "new.db")) for name in files
+    }
+
+    assert {name: (one.code, one.err.partition(", got Unable")[0]) for name, one in done.items()} == {
+        "again.jsonl": (Exit.MISUSE, "saga: expected a saga id that is not in the ledger yet, got 's'. Nothing was imported.\n"),
+        "headless.jsonl": (Exit.FAILED, "saga: expected SagaStarted in line 1, got StageStarted; nothing was imported\n"),
+        "twice.jsonl": (Exit.FAILED, f"saga: line {len(lines) + 1} begins saga s a second time; nothing was imported\n"),
+        "garbled.jsonl": (Exit.FAILED, "saga: expected an event of a saga in line 2"),
+        "contradictory.jsonl": (Exit.FAILED, done["contradictory.jsonl"].err),
+    }
+    assert "StageCompleted" in done["contradictory.jsonl"].err
+    assert not (shop.folder / "new.db").exists()
+
+
+def test_prune_forgets_what_is_old_and_done(shop: Shop) -> None:
+    shop.saga("run", "shop:order", "--id", "s")
+
+    young = shop.saga("prune", "--older-than", "1d")
+    old = shop.saga("prune", "--older-than", "0s")
+
+    assert young == (Exit.COMPLETED, "", "0 forgotten\n")
+    assert old == (Exit.COMPLETED, "s\n", "1 forgotten\n")
+    assert shop.saga("prune", "--older-than", "soon").err == "saga: expected an age such as 30d, 12h or 90m, got 'soon'\n"
+
+
+# -- before it runs ----------------------------------------------------------------------------------------------
+
+
+def test_check_exits_with_what_it_found(shop: Shop) -> None:
+    shop.write(
+        "risky.py",
+        "from shop import paid, Charge, decline\ndecline.has_effect = True\n"
+        "pipeline = paid.with_stage('mail', decline, 'work').with_stage('last', Charge, dependencies=('mail',))\n",
+    )
+
+    fine = shop.saga("check", "shop:order")
+    risky = shop.saga("check", "risky:pipeline")
+    as_json = shop.saga("check", "risky:pipeline", "--json")
+
+    assert fine == (Exit.COMPLETED, "", "")
+    assert risky.code == Exit.FOUND
+    assert risky.out.startswith("stage 'mail': error irreversible-before-fallible: ")
+    assert json.loads(as_json.out)[0]["code"] == "irreversible-before-fallible"
+    sys.modules.pop("risky", None)
+
+
+def test_explain_says_what_follows_under_a_policy(shop: Shop) -> None:
+    shop.write("halt.toml", 'policy = "fail_fast"\non_failure = "halt"\n')
+
+    text = shop.saga("explain", "shop:order")
+    halting = shop.saga("explain", "shop:order", "--policy", "halt.toml", "--json")
+
+    assert text.code == Exit.COMPLETED
+    assert "If ship fails: COMPENSATED\n  undone: charge_card; then reserve_seat\n" in text.out
+    assert json.loads(halting.out)["stages"]["ship"]["status"] == "halted"
+
+
+# -- the command itself ------------------------------------------------------------------------------------------
+
+
+def test_it_runs_as_a_module(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["saga", "--version"])
+
+    with pytest.raises(SystemExit) as exited:
+        runpy.run_module("saga", run_name="__main__", alter_sys=True)
+
+    assert exited.value.code == 0
+    assert re.fullmatch(r"saga \d+\.\d+\.\d+\n", shop.capture.readouterr().out)
+    runpy.run_module("saga", run_name="somebody")
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("saga show t", ["trip-77"]),
+        ("saga settle trip-77 ", ["reserve_seat", "charge_card", "ship"]),
+        ("saga settle none ", []),
+        ("saga show --ledger sqlite:///none/none.db ", []),
+    ],
+)
+def test_the_shell_completes_ids_and_stages(shop: Shop, monkeypatch: pytest.MonkeyPatch, typed: str, words: list[str]) -> None:
+    shop.saga("run", "shop:order", "--id", "trip-77")
+    monkeypatch.setenv("_SAGA_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(typed.count(" ")))
+
+    done = shop.saga()
+
+    assert (done.code, done.out.split(), done.err) == (0, words, "")
+
+
+def test_the_shell_is_offered_completion(shop: Shop) -> None:
+    helped = shop.saga("--help").out
+
+    assert "--show-completion" in helped
+    assert "--install-completion" in helped
+
+
+def test_the_documented_exit_codes_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "reference" / "command-line.md").read_text(encoding="utf-8")
+
+    documented = {int(code): name for code, name in re.findall(r"^\| (\d+) \| (\w+) \|", page, re.MULTILINE)}
+
+    assert documented == {int(code): code.name.lower() for code in Exit}
+
+
+def test_every_command_is_documented(shop: Shop) -> None:
+    page = (ROOT / "docs" / "reference" / "command-line.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^  ([a-z]+)  ", shop.saga("--help").out.partition("Commands:")[2], re.MULTILINE)
+
+    assert len(commands) == 13
+    for command in commands:
+        options = re.findall(r"^  (--[a-z-]+)", shop.saga(command, "--help").out, re.MULTILINE)
+        section = re.search(rf"^### `saga {command}.*?(?=^##|\Z)", page, re.MULTILINE | re.DOTALL)
+        assert section, command
+        for option in set(options) - {"--help", "--traceback", "--ledger", "--json"}:
+            assert option in section[0], (command, option)
+
+
+# -- signals and terminals, with real processes ------------------------------------------------------------------
+
+
+IMPATIENT = 'policy = "fail_fast"\nin_flight = "cancel"\n'
+INTERRUPTED = (
+    "Interrupted: waiting for charge_card, then undoing what was done.",
+    "A second Ctrl-C stops at once and leaves in effect: reserve_seat; in doubt: charge_card.",
+    "What goes on from there: saga resume s shop:slow",
+)
+
+
+class Terminal:
+    """A real terminal in which `saga` runs."""
+
+    def __init__(self, shop: Shop, *arguments: str, columns: int = 100, rows: int = 30, **environment: str) -> None:
+        self._mine, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        takes_it = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+        command = [sys.executable, "-c", takes_it, sys.executable, "-W", "error", "-m", "saga", *arguments]
+        self.process = subprocess.Popen(
+            command,
+            cwd=shop.folder,
+            env=shop.environment(**environment),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self.seen = ""
+
+    def until(self, text: str) -> str:
+        """Wait until it shows this; all that it has shown."""
+        while text not in self.seen:
+            read = self._read()
+            assert read, f"it ended without showing {text!r}:\n{self.seen}"
+            self.seen += read
+        return self.seen
+
+    def to_the_end(self) -> tuple[int, str]:
+        """Wait for it to end: its exit code, and all that it has shown."""
+        while read := self._read():
+            self.seen += read
+        os.close(self._mine)
+        return self.process.wait(), self.seen
+
+    def press(self, keys: str) -> None:
+        os.write(self._mine, keys.encode())
+
+    def _read(self) -> str:
+        try:
+            return os.read(self._mine, 65536).decode(errors="replace")
+        except OSError:  # Linux says so that nobody is at the other end any more
+            return ""
+
+
+def plain(shown: str) -> str:
+    """What is shown, without colours and the movements of the cursor."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "")
+
+
+def test_ctrl_c_in_a_terminal_undoes_and_says_so(shop: Shop) -> None:
+    shop.write("impatient.toml", IMPATIENT)
+    terminal = Terminal(shop, "run", "shop:slow", "--id", "s", "--policy", "impatient.toml", columns=200)
+
+    terminal.until("the bank is asked")
+    terminal.press("\x03")
+    code, shown = terminal.to_the_end()
+
+    assert code == Exit.INTERRUPTED
+    for line in INTERRUPTED:
+        assert line in plain(shown)
+    assert "Saga s (slow): COMPENSATED after" in plain(shown)
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor is back"
+
+
+def test_a_second_ctrl_c_leaves_what_the_first_one_said_and_resume_goes_on(shop: Shop) -> None:
+    shop.breaks_the_bank()
+    terminal = Terminal(shop, "run", "shop:refund", "--id", "s", columns=200)
+
+    terminal.until("the bank is asked for it back")
+    terminal.press("\x03")
+    first = plain(terminal.until("What goes on from there"))
+    terminal.press("\x03")
+    code, shown = terminal.to_the_end()
+    shop.mends_the_bank()
+    resumed = shop.saga("resume", "s", "shop:refund")
+
+    assert "Interrupted: it is being undone already, and that goes on." in first
+    assert "A second Ctrl-C stops at once and leaves in effect: reserve_seat; in doubt: charge_card." in first
+    assert code == Exit.INTERRUPTED
+    assert "Stopped at once and left in effect: reserve_seat; in doubt: charge_card." in plain(shown)
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor is back"
+    assert resumed.code == Exit.COMPENSATED
+
+
+def test_a_terminal_shows_the_stages_as_they_stand_and_then_the_report(shop: Shop) -> None:
+    shop.write("impatient.toml", IMPATIENT)
+    terminal = Terminal(shop, "run", "shop:slow", "--id", "s", "--policy", "impatient.toml")
+
+    shown = plain(terminal.until("0.1 s"))
+    terminal.press("\x03")
+    terminal.to_the_end()
+
+    assert re.search(r"slow  s  running  0\.\d s\n", shown)
+    assert re.search(r"reserve_seat +\+ kept +attempt 1 +[\d.]+ ms", shown)
+    assert re.search(r"charge_card +> running +attempt 1 +0\.\d s", shown)
+    assert "1 of 2 done" in shown
+
+
+def test_a_narrow_terminal_without_colours_is_served(shop: Shop) -> None:
+    shop.write("impatient.toml", IMPATIENT)
+    terminal = Terminal(shop, "run", "shop:slow", "--id", "s", "--policy", "impatient.toml", columns=60, NO_COLOR="1")
+
+    shown = terminal.until("1 of 2 done")
+    terminal.press("\x03")
+    terminal.to_the_end()
+
+    assert max(map(len, plain(shown).splitlines())) <= 60
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", shown)
+
+
+def test_a_terminal_that_can_do_nothing_gets_lines(shop: Shop) -> None:
+    terminal = Terminal(shop, "run", "shop:order", "--id", "s", TERM="dumb")
+
+    code, shown = terminal.to_the_end()
+
+    assert code == Exit.COMPLETED
+    assert "\x1b" not in shown
+    assert "s  ship: completed" in shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_without_a_terminal_undoes_and_says_so(shop: Shop, number: signal.Signals) -> None:
+    shop.write("impatient.toml", IMPATIENT)
+    command = [sys.executable, "-W", "error", "-m", "saga", "run", "shop:slow", "--id", "s", "--policy", "impatient.toml", "--json"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    with subprocess.Popen(command, cwd=shop.folder, env=shop.environment(), **pipes) as process:
+        assert process.stderr is not None
+        before: list[str] = []
+        while "the bank is asked\n" not in before:
+            before.append(process.stderr.readline())
+        process.send_signal(number)
+        out, err = process.communicate()
+
+    assert process.returncode == Exit.INTERRUPTED
+    assert SagaReport.model_validate_json(out).status is SagaStatus.COMPENSATED
+    assert tuple(err.splitlines()[:3]) == INTERRUPTED
+
+
+def test_a_saga_whose_process_died_is_recovered(shop: Shop) -> None:
+    died = shop.really("run", "shop:crash", "--id", "s")
+    shop.write("shop.py", SHOP.replace('ending("crash", die)', 'ending("crash", decline)'))
+    listed = shop.saga("list").out
+
+    recovered = shop.saga("recover", "shop:crash")
+
+    assert died.code == 9
+    assert listed.splitlines()[1].split()[:3] == ["s", "crash", "running"]
+    assert (recovered.code, recovered.out) == (Exit.COMPLETED, "s: COMPENSATED\n")
+    assert "s  ship: lost its process: its process is gone" in recovered.err
+    assert shop.saga("recover", "shop:crash").out == "No saga has lost its process.\n"
+
+
+def test_recover_exits_with_what_is_left_to_do(shop: Shop) -> None:
+    shop.really("run", "shop:crash", "--id", "s")
+
+    unknown = shop.saga("recover", "shop:seat")
+    shop.breaks_the_bank()
+    shop.write("shop.py", SHOP.replace('ending("crash", die)', 'ending("crash", decline)'))
+    sys.modules.pop("shop")
+    stuck = shop.saga("recover", "shop:crash")
+
+    assert unknown.code == Exit.FAILED
+    assert unknown.out.startswith("s: not recovered, expected a pipeline named 'crash', got those named seat")
+    assert stuck.code == Exit.STUCK
+
+
+WAITING = SHOP.replace(
+    "ship.has_effect",
+    """
+async def wait(ctx):
+    print("waiting for a lorry", flush=True)
+    while not Path("a-lorry").exists():
+        await asyncio.sleep(0.01)
+
+
+ship.has_effect""",
+)
+
+
+def test_a_recovery_is_interrupted(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.really("run", "shop:crash", "--id", "s")
+    shop.write("shop.py", WAITING.replace('ending("crash", die)', 'ending("crash", wait)'))
+
+    with once_it_shows("waiting for a lorry", interrupt_this_process, monkeypatch) as shown:
+        done = shop.saga("recover", "shop:crash")
+
+    assert done.code == Exit.INTERRUPTED
+    assert "Interrupted: what these sagas did is undone, as their policies say. A second Ctrl-C stops at once.\n" in shown()
+    assert "s  COMPENSATED\n" in shown()
+
+
+def test_a_recovery_that_is_interrupted_twice_leaves_its_sagas_to_the_next_one(shop: Shop) -> None:
+    shop.really("run", "shop:crash", "--id", "s")
+    shop.write("shop.py", WAITING.replace('ending("crash", die)', 'ending("crash", wait)'))
+    terminal = Terminal(shop, "recover", "shop:crash", columns=200)
+
+    terminal.until("waiting for a lorry")
+    terminal.press("\x03")
+    terminal.until("Interrupted")
+    terminal.press("\x03")
+    code, shown = terminal.to_the_end()
+    shop.write("a-lorry", "")
+
+    assert code == Exit.INTERRUPTED
+    assert "Stopped at once; saga recover goes on from there." in shown
+    assert shop.saga("recover", "shop:crash").out == "s: COMPLETED\n"
+
+
+def test_an_interruption_before_the_saga_has_begun_leaves_no_trace(shop: Shop) -> None:
+    shop.write(
+        "rude.py",
+        """
+import os, signal
+from shop import Reserve, Pipeline
+
+class Rude(Reserve):
+    @property
+    def retry(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+pipeline = Pipeline(name="rude").with_stage("rude", Rude())
+""",
+    )
+
+    done = shop.saga("run", "rude:pipeline", "--id", "s")
+
+    assert (done.code, done.out) == (Exit.INTERRUPTED, "")
+    assert done.err.startswith("Interrupted: nothing has been done yet.\n")
+    assert shop.saga("show", "s").code == Exit.MISUSE
+    sys.modules.pop("rude", None)
+
+
+def interrupt_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@contextmanager
+def once_it_shows(text: str, then: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+    """Do something as soon as stderr, which counts as a terminal, has shown this; gives what it has shown in the end."""
+    read, write = os.pipe()
+    shown: list[str] = []
+
+    def look_on() -> None:
+        done = False
+        with os.fdopen(read) as lines:
+            while found := lines.read(1):
+                shown.append(found)
+                if not done and text in "".join(shown[-len(text) :]):
+                    done = True
+                    then()
+
+    looker = threading.Thread(target=look_on)
+    looker.start()
+    with os.fdopen(write, "w", buffering=1) as stderr, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", stderr)
+        patched.setenv("FORCE_COLOR", "1")
+        patched.setenv("TERM", "xterm")
+        yield lambda: plain("".join(shown))
+    looker.join()
+
+
+def test_watch_looks_on_until_the_saga_has_come_to_rest(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.write("shop.py", WAITING.replace('ending("order", ship)', 'ending("order", wait)'))
+    running = Terminal(shop, "run", "shop:order", "--id", "s")
+    running.until("waiting for a lorry")
+
+    with once_it_shows("2 of 3 done", lambda: shop.write("a-lorry", ""), monkeypatch) as shown:
+        done = shop.saga("watch", "s")
+
+    assert re.search(r"ship +> running", shown())
+    assert done.code == Exit.COMPLETED
+    assert done.out.startswith("Saga s (order): COMPLETED")
+    assert running.to_the_end()[0] == Exit.COMPLETED
+
+
+def test_ctrl_c_ends_the_watching_and_not_the_saga(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.write("shop.py", WAITING.replace('ending("order", ship)', 'ending("order", wait)'))
+    running = Terminal(shop, "run", "shop:order", "--id", "s")
+    running.until("waiting for a lorry")
+
+    with once_it_shows("2 of 3 done", interrupt_this_process, monkeypatch) as shown:
+        done = shop.saga("watch", "s")
+    shop.write("a-lorry", "")
+
+    assert done.code == Exit.INTERRUPTED
+    assert "Watching s no longer; it goes on by itself.\n" in shown()
+    assert running.to_the_end()[0] == Exit.COMPLETED

@@ -1,0 +1,451 @@
+"""What is shown of a saga while it runs: the tree, the rows, the bar, the lines, and what Ctrl-C says."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from rich.console import Console
+from stageflow.api import StageOutput
+
+from saga import ContinueWithFallback, FailFast, MemoryLedger, Policy, SagaCoordinator, SagaReport
+from saga.cli.conduct import Notice, Outcome, conduct
+from saga.cli.family import Family
+from saga.cli.interrupt import interruptible
+from saga.cli.lines import tell
+from saga.cli.picture import outline, picture
+from saga.cli.view import view
+from saga.events import (
+    AnyEvent,
+    CompensationCompleted,
+    CompensationFailed,
+    CompensationStarted,
+    EffectRecorded,
+    FallbackFailed,
+    FallbackUsed,
+    SagaEnded,
+    SagaResumed,
+    SagaStarted,
+    SagaStatus,
+    SagaStopped,
+    SagaTurnedBack,
+    StageCompleted,
+    StageFailed,
+    StageProbed,
+    StageSettled,
+    StageSkipped,
+    StageStarted,
+    TurnReason,
+    Verdict,
+)
+from saga.failures import Failure, FailureKind
+from saga.graph import Graph, Node, Role
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, Script, scene
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def graph(shape: Mapping[str, tuple[str, ...]], role: Role = Role.COMPENSABLE) -> Graph:
+    return Graph.of(Node(name=name, role=role, dependencies=dependencies) for name, dependencies in shape.items())
+
+
+def at(second: float) -> Any:
+    return NOON + timedelta(seconds=second)
+
+
+def failure(stage: str | None = None, kind: FailureKind = FailureKind.REPORTED, message: str = "declined") -> Failure:
+    return Failure.of(stage, kind, message)
+
+
+def family_of(shape: Mapping[str, tuple[str, ...]], *events: AnyEvent, policy: Policy | None = None) -> Family:
+    family = Family("s")
+    family.hear("s", SagaStarted(at=at(0), saga_id="s", pipeline="trip", graph=graph(shape), policy=policy or FailFast()))
+    for event in events:
+        family.hear("s", event)
+    return family
+
+
+def completed(stage: str, second: float = 0) -> tuple[AnyEvent, AnyEvent]:
+    output = StageOutput.ok()
+    return StageStarted(at=at(second), stage=stage, attempt=1), StageCompleted(at=at(second + 0.5), stage=stage, output=output)
+
+
+def failed(stage: str, second: float = 0, **more: Any) -> tuple[AnyEvent, AnyEvent]:
+    return StageStarted(at=at(second), stage=stage, attempt=1), StageFailed(
+        at=at(second + 0.5), stage=stage, failure=failure(stage), **more
+    )
+
+
+def turned() -> SagaTurnedBack:
+    return SagaTurnedBack(reason=TurnReason.FAILURE)
+
+
+def shown(family: Family, second: float = 10, *, width: int = 100, height: int = 40, focus: str = "") -> list[str]:
+    console = Console(file=io.StringIO(), width=width, height=height, color_system=None)
+    with console.capture() as captured:
+        console.print(picture(family, at(second), width, height, focus))
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+# -- the tree ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        (SEQUENCE, ["a", "b", "c"]),
+        (BRANCHES, ["a", "├ b", "└ c"]),
+        (DIAMOND, ["a", "├ b", "└ c", "d"]),
+        ({"a": (), "b": (), "c": ("a", "b")}, ["├ a", "└ b", "c"]),
+        (
+            {"a": (), "b": ("a",), "c": ("a",), "b1": ("b",), "c1": ("c",), "c2": ("c",), "d": ("b1", "c1", "c2"), "e": ("d",)},
+            ["a", "├ b", "│ b1", "└ c", "  ├ c1", "  └ c2", "d", "e"],
+        ),
+        ({"a": (), "b": ("a",), "c": ("a", "b")}, ["a", "b", "c"]),
+    ],
+)
+def test_the_tree_forks_where_stages_branch_and_closes_where_they_join(shape: Mapping[str, tuple[str, ...]], rows: list[str]) -> None:
+    assert [guide + name for guide, name in outline(graph(shape))] == rows
+
+
+def test_the_tree_of_a_thousand_stages_in_a_row_is_flat() -> None:
+    chain = {f"s{number}": (f"s{number - 1}",) if number else () for number in range(1000)}
+
+    assert {guide for guide, _ in outline(graph(chain))} == {""}
+
+
+# -- the rows ----------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_shows_state_attempt_and_time_of_every_stage() -> None:
+    retried = StageFailed(stage="b", failure=failure("b"), will_retry=True)
+    events = (*completed("a"), StageStarted(at=at(1), stage="b", attempt=1), retried, StageStarted(at=at(2), stage="b", attempt=2))
+    family = family_of(SEQUENCE, *events)
+
+    assert shown(family, 3.25) == [
+        "trip  s  running  3.2 s",
+        "a  + kept          attempt 1  500.0 ms",
+        "b  > running       attempt 2     2.2 s  reported a failure: declined",
+        "c  · not run                            after b",
+        "━━━━━━━━━━━━━                             1 of 3 done",
+    ]
+
+
+def test_a_picture_of_the_way_back_shows_what_is_still_to_be_undone() -> None:
+    back = (CompensationStarted(at=at(4), stage="b", attempt=1),)
+    again = CompensationFailed(stage="b", failure=failure("b", FailureKind.COMPENSATION, "busy"), will_retry=True)
+    family = family_of(SEQUENCE, *completed("a"), *completed("b", 1), *failed("c", 2), turned(), *back, again)
+
+    first = shown(family, 5)
+    family.hear("s", CompensationStarted(at=at(6), stage="b", attempt=2))
+    family.hear("s", CompensationCompleted(at=at(7), stage="b"))
+    second = shown(family, 8)
+
+    assert first[0] == "trip  s  compensating  5.0 s"
+    assert first[1] == "a  + to undo       attempt 1  500.0 ms"
+    assert first[2] == "b  < compensating  attempt 1     1.0 s  could not be compensated: busy"
+    assert first[3] == "c  x failed        attempt 1  500.0 ms  reported a failure: declined"
+    assert first[4].endswith("0 of 2 undone")
+    assert second[2] == "b  < undone        attempt 2    3.00 s  could not be compensated: busy"
+    assert second[4].endswith("1 of 2 undone")
+
+
+def test_the_bar_runs_forward_and_then_back() -> None:
+    def filled(family: Family) -> int:
+        return shown(family)[-1].count("━")
+
+    forward = family_of(SEQUENCE, *completed("a"), *completed("b"))
+    back = family_of(SEQUENCE, *completed("a"), *completed("b"), *failed("c"), turned())
+    nearly = family_of(SEQUENCE, *completed("a"), *completed("b"), *failed("c"), turned())
+    for event in (CompensationStarted(stage="b", attempt=1), CompensationCompleted(stage="b")):
+        nearly.hear("s", event)
+
+    assert (filled(forward), filled(back), filled(nearly)) == (26, 40, 20)
+
+
+def test_a_stage_that_is_held_back_stuck_skipped_or_its_fallback_says_why() -> None:
+    stuck = CompensationFailed(at=at(5), stage="b", failure=failure("b", FailureKind.COMPENSATION, "no line"))
+    tried = (turned(), CompensationStarted(at=at(4), stage="b", attempt=1), stuck, SagaEnded(at=at(6), status=SagaStatus.STUCK))
+    held = family_of(SEQUENCE, *completed("a"), *completed("b"), *failed("c"), *tried)
+    skipped = family_of(SEQUENCE, StageSkipped(stage="a", reason="nothing to do", output=StageOutput.skip("nothing to do")))
+    fallback = family_of(
+        SEQUENCE, *failed("a"), FallbackUsed(at=at(0.5), stage="a", output=StageOutput.ok(), source="stage"), policy=ContinueWithFallback()
+    )
+
+    assert shown(held)[0] == "trip  s  stuck  6.00 s"
+    assert shown(held)[1] == "a  = blocked       attempt 1  500.0 ms"
+    assert shown(held)[2] == "b  ! stuck         attempt 1    1.00 s  could not be compensated: no line"
+    assert shown(skipped)[1] == "a  - skipped           nothing to do"
+    assert shown(fallback)[1] == "a  ~ fallback      attempt 1  500.0 ms  reported a failure: declined"
+
+
+def test_a_nested_saga_stands_below_the_stage_that_runs_it() -> None:
+    family = family_of(BRANCHES, *completed("a"), StageStarted(at=at(1), stage="b", attempt=1))
+    for number in (1, 2):
+        child = f"s/b#{number}"
+        started = SagaStarted(
+            at=at(1), saga_id=child, pipeline="hotel", graph=graph(BRANCHES), policy=FailFast(), parent="s", parent_stage="b"
+        )
+        family.hear(child, started)
+    family.hear("s/b#2", StageStarted(at=at(2), stage="a", attempt=1))
+    family.hear("other", SagaStarted(saga_id="other", pipeline="hotel", graph=graph(BRANCHES), policy=FailFast()))
+    family.hear("other", StageStarted(stage="a", attempt=1))
+
+    assert [line[:12].rstrip() for line in shown(family, 3)[1:-1]] == [
+        "a        + k",
+        "├ b      > r",
+        "│   a    > r",
+        "│   ├ b  · n",
+        "│   └ c  · n",
+        "└ c      · n",
+    ]
+    assert [*family.sagas] == ["s", "s/b#1", "s/b#2"]
+
+
+def test_too_few_rows_show_those_around_what_happened_last() -> None:
+    chain = {f"s{number}": (f"s{number - 1}",) if number else () for number in range(30)}
+    family = family_of(chain, *(event for number in range(12) for event in completed(f"s{number}")))
+
+    middle = shown(family, height=16, focus="s/s11")
+    top = shown(family, height=16)
+
+    assert len(middle) <= 16 - 2
+    assert middle[1] == "… 7 above: 7 kept"
+    assert [line.split()[0] for line in middle[2:10]] == [f"s{number}" for number in range(7, 15)]
+    assert middle[10] == "… 15 below: 15 not run"
+    assert top[1].startswith("s0")
+    assert top[-2] == "… 22 below: 4 kept, 18 not run"
+
+
+def test_a_narrow_picture_leaves_the_notes_out_and_stays_within_its_width() -> None:
+    lines = shown(family_of(SEQUENCE, *failed("a")), width=60)
+
+    assert lines[1] == "a  x failed        attempt 1  500.0 ms"
+    assert max(map(len, lines)) <= 60
+
+
+def test_before_anything_has_happened_there_is_nothing_to_show() -> None:
+    assert shown(Family("s")) == [""]
+
+
+# -- the lines ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (SagaResumed(forward=True, by="ann"), "goes on forward, resumed by ann"),
+        (SagaResumed(forward=False, by="ann"), "goes on backward, resumed by ann"),
+        (SagaStopped(cause=failure()), "stopped: the saga reported a failure: declined"),
+        (SagaTurnedBack(reason=TurnReason.REQUEST), "turned back: request"),
+        (SagaTurnedBack(reason=TurnReason.FAILURE, cause=failure("b")), "turned back: stage 'b' reported a failure: declined"),
+        (SagaEnded(status=SagaStatus.STUCK), "STUCK"),
+        (StageStarted(stage="a", attempt=1), "a: started"),
+        (StageStarted(stage="a", attempt=2), "a: started, attempt 2"),
+        (EffectRecorded(stage="a", effect=1), ""),
+        (StageCompleted(stage="a", output=StageOutput.ok()), "a: completed"),
+        (StageCompleted(stage="a", output=StageOutput.ok(), late=True), "a: completed late"),
+        (StageFailed(stage="a", failure=failure("a")), "a: reported a failure: declined"),
+        (StageFailed(stage="a", failure=failure("a"), in_doubt=True), "a: reported a failure: declined; in doubt"),
+        (StageFailed(stage="a", failure=failure("a"), will_retry=True), "a: reported a failure: declined; it is tried again"),
+        (StageSkipped(stage="a", reason="no need", output=StageOutput.ok()), "a: skipped, no need"),
+        (FallbackUsed(stage="a", output=StageOutput.ok(), source="policy"), "a: its fallback stands in"),
+        (FallbackFailed(stage="a", failure=failure("a")), "a: its fallback failed: reported a failure: declined"),
+        (StageProbed(stage="a", landed=True, output=StageOutput.ok()), "a: asked, it has landed"),
+        (StageProbed(stage="a", landed=False), "a: asked, it has not landed"),
+        (
+            StageProbed(stage="a", landed=None, failure=failure("a"), will_retry=True),
+            "a: asked, no answer: reported a failure: declined; it is tried again",
+        ),
+        (StageSettled(stage="a", verdict=Verdict.KEPT, note="in the books", by="ann"), "a: settled as kept by ann: in the books"),
+        (CompensationStarted(stage="a", attempt=3), "a: being undone, attempt 3"),
+        (CompensationCompleted(stage="a"), "a: undone"),
+        (CompensationCompleted(stage="a", late=True), "a: undone late"),
+        (
+            CompensationFailed(stage="a", failure=failure("a", FailureKind.COMPENSATION, "busy"), will_retry=True),
+            "a: could not be compensated: busy; it is tried again",
+        ),
+    ],
+)
+def test_an_event_is_told_in_a_line(event: AnyEvent, line: str) -> None:
+    assert tell(event) == line
+
+
+def on_paper() -> Console:
+    return Console(file=io.StringIO(), width=40, force_terminal=False)
+
+
+def in_colour(width: int = 200) -> Console:
+    return Console(file=io.StringIO(), width=width, height=30, force_terminal=True, _environ={"TERM": "xterm"})
+
+
+def written(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_long_line_is_not_broken_where_there_is_no_terminal() -> None:
+    console = on_paper()
+
+    async def look_on() -> None:
+        async with view(Family("s"), console) as hear:
+            hear("s", StageSkipped(stage="a", reason="word " * 20, output=StageOutput.ok()))
+            hear("s", EffectRecorded(stage="a", effect=1))
+
+    asyncio.run(look_on())
+
+    assert written(console).count("\n") == 1
+
+
+def test_a_terminal_is_drawn_upon_and_left_as_it_was() -> None:
+    console = in_colour()
+    family = family_of(SEQUENCE)
+
+    async def look_on() -> None:
+        async with view(family, console) as hear:
+            for event in completed("a"):
+                hear("s", event)
+            while "1 of 3 done" not in written(console):
+                await asyncio.sleep(0)
+
+    asyncio.run(look_on())
+
+    assert "\x1b[?25l" in written(console)
+    after = written(console).rpartition("1 of 3 done")[2]
+    assert "\x1b[?25h" in after, "the cursor is back"
+    assert after.count("\x1b[1A\x1b[2K") == 5, "the picture is gone"
+
+
+# -- interruptions -----------------------------------------------------------------------------------------------
+
+
+def test_the_first_signal_cancels_and_the_second_one_leaves() -> None:
+    said: list[str] = []
+    left: list[int] = []
+
+    async def endless() -> None:
+        await asyncio.Event().wait()
+
+    async def work() -> None:
+        task = asyncio.create_task(endless())
+        with interruptible(task, lambda: said.append("first"), lambda: said.append("second"), left.append):
+            os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    asyncio.run(work())
+
+    assert said == ["first", "second"]
+    assert left == [130]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+async def interrupted(shape: Mapping[str, tuple[str, ...]], console: Console, policy: FailFast, **scripts: Script) -> Outcome:
+    """Run a saga that presses Ctrl-C itself when its stage b has started."""
+    gate = asyncio.Event()
+    _, pipeline = scene(shape, {"b": Script(gate=gate)} | scripts)
+    ledger = MemoryLedger()
+
+    async def work(coordinator: SagaCoordinator) -> SagaReport:
+        def press(_: str, event: AnyEvent) -> None:
+            if isinstance(event, StageStarted) and event.stage == "b":
+                os.kill(os.getpid(), signal.SIGINT)
+                asyncio.get_running_loop().call_soon(gate.set)
+
+        watched = SagaCoordinator(policy, ledger=ledger, listeners=[*coordinator._listeners, press])
+        return await watched.run(pipeline, saga_id="s")
+
+    return await conduct(ledger, "s", work, console=console, goes_on="saga resume s", policy=policy)
+
+
+def test_ctrl_c_says_what_it_waits_for_and_that_memory_forgets() -> None:
+    console = on_paper()
+
+    outcome = asyncio.run(interrupted(SEQUENCE, console, FailFast()))
+
+    assert outcome.interrupted
+    assert outcome.report is not None
+    assert outcome.report.status is SagaStatus.COMPENSATED
+    assert "Interrupted: waiting for b, then undoing what was done.\n" in written(console)
+    assert (
+        "A second Ctrl-C stops at once and leaves in effect: a; in doubt: b.\nThe ledger is in memory: nothing knows of that then.\n"
+        in written(console)
+    )
+
+
+def test_ctrl_c_says_that_a_policy_keeps_what_was_done() -> None:
+    console = on_paper()
+
+    outcome = asyncio.run(interrupted(SEQUENCE, console, FailFast(on_interrupt="halt")))
+
+    assert outcome.report is not None
+    assert outcome.report.status is SagaStatus.HALTED
+    assert "Interrupted: waiting for b, then keeping what was done, as its policy says.\n" in written(console)
+
+
+def test_ctrl_c_before_the_saga_has_begun_leaves_nothing() -> None:
+    console = on_paper()
+
+    async def work(_: SagaCoordinator) -> SagaReport:
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    outcome = asyncio.run(conduct(MemoryLedger(), "s", work, console=console, goes_on="saga resume s"))
+
+    assert outcome == Outcome(None, interrupted=True)
+    assert written(console) == ("Interrupted: nothing has been done yet.\nA second Ctrl-C stops at once and leaves nothing in effect.\n")
+
+
+def test_ctrl_c_on_the_way_back_leaves_compensations_alone_and_says_how_to_go_on() -> None:
+    console = on_paper()
+    family = family_of(SEQUENCE, *completed("a"), *completed("b"), *failed("c"), turned(), CompensationStarted(stage="b", attempt=1))
+
+    Notice(family, console, "saga resume s").first()
+
+    assert written(console).splitlines() == [
+        "Interrupted: it is being undone already, and that goes on.",
+        "A second Ctrl-C stops at once and leaves in effect: a; in doubt: b.",
+        "What goes on from there: saga resume s",
+    ]
+
+
+def test_a_second_ctrl_c_gives_the_cursor_back_and_names_the_stages_of_nested_sagas(capfd: pytest.CaptureFixture[str]) -> None:
+    family = family_of(SEQUENCE, StageStarted(stage="a", attempt=1))
+    started = SagaStarted(saga_id="s/a", pipeline="hotel", graph=graph(SEQUENCE), policy=FailFast(), parent="s", parent_stage="a")
+    for event in (started, *completed("a")):
+        family.hear("s/a", event)
+
+    Notice(family, in_colour(), None).second()
+
+    assert capfd.readouterr().err == (
+        "\x1b[?25h\nStopped at once and left in effect: a/a; in doubt: a.\nThe ledger is in memory: nothing knows of that then.\n"
+    )
+
+
+def test_a_family_is_read_from_the_ledger_once_and_then_only_what_is_new() -> None:
+    ledger = MemoryLedger()
+
+    async def story() -> tuple[list[AnyEvent], list[AnyEvent]]:
+        started, *rest = family_events()
+        token = await ledger.create("s", "somebody", [started])
+        family = await Family.read(ledger, "s")
+        await ledger.append("s", rest, expected_version=1, token=token)
+        news = [event async for _, event in family.news(ledger)]
+        for event in news:
+            family.hear("s", event)
+        return news, [event async for _, event in family.news(ledger)]
+
+    assert asyncio.run(story()) == (list(completed("a")), [])
+
+
+def family_events() -> list[AnyEvent]:
+    return [SagaStarted(at=at(0), saga_id="s", pipeline="trip", graph=graph(SEQUENCE), policy=FailFast()), *completed("a")]
