@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test campaign mutants lint types layers schemas pictures bench clean
+.PHONY: demo test campaign mutants lint types layers schemas docs pictures bench clean
 
 demo: $(VENV)/.core  ## run the main job: 1,000 orders against three databases
 	$(BIN)/python -m examples.order_fulfilment
@@ -29,6 +29,9 @@ layers: $(VENV)/.dev
 
 schemas: $(VENV)/.core  ## write the JSON schemas of policy, report and events
 	$(BIN)/python -m saga.schemas schemas
+
+docs: $(VENV)/.docs  ## build the docs into build/site; a link that leads nowhere fails
+	$(BIN)/zensical build --strict --clean
 
 pictures: $(VENV)/.dev  ## draw the docs' pictures anew
 	$(BIN)/python -m tests.stories docs/pictures
@@ -58,10 +61,15 @@ $(VENV)/.bench: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	touch $(VENV)/.core $@
 
+$(VENV)/.docs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $(VENV)/.core $@
+
 $(VENV)/.mutants: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,mutants]'
 	touch $(VENV)/.core $@
 
 clean:
-	rm -rf $(VENV) mutants .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build mutants .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -57,8 +57,8 @@ class SagaContext(StageContext):
         saga_id: The saga's id.
         attempt: 1 for the first attempt of this execution.
         idempotency_key: The same for every attempt of one execution, also after a crash and when a saga that failed is resumed;
-            another one when the stage runs again after it was undone. Hand it to whoever carries out the effect, so that a repeated
-            request is recognised.
+            another one when the stage runs again after it, or something that it depends on, was undone. Hand it to whoever carries out the
+            effect, so that a repeated request is recognised.
     """
 
     saga_id: str

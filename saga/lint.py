@@ -13,6 +13,7 @@ from typing import Final, Literal, Self
 from stageflow.api import Pipeline, StageKind, StageOutput
 
 from saga.blueprint import Blueprint, StagePlan
+from saga.errors import MisuseError
 from saga.events import (
     AnyEvent,
     CompensationCompleted,
@@ -34,6 +35,10 @@ from saga.graph import Graph, Node, Role
 from saga.ledger import StageState
 from saga.policies import ContinueWithFallback, FailFast
 from saga.recovery import Rollback, SagaState, conclude, final_status, stage_states, unabsorbed, undo_scope
+from saga.render.drawing import Drawing
+from saga.render.explained import drawing_if, page
+from saga.render.graph import graph_svg
+from saga.render.mermaid import graph_mermaid
 
 
 class FindingCode(StrEnum):
@@ -122,9 +127,10 @@ class Consequence:
     kept: tuple[str, ...]
     impossible: tuple[str, ...]
 
-    def __str__(self) -> str:
-        """Some lines."""
-        lines = [f"If {self.stage} fails: {self.status.value.upper()}"]
+    @property
+    def what_follows(self) -> tuple[str, ...]:
+        """What becomes of the failure and of the other stages, a line each."""
+        lines = []
         if self.absorbed:
             lines.append("its fallback stands in" if self.stage in self.kept else "its branch is skipped")
         if self.undone:
@@ -133,9 +139,11 @@ class Consequence:
             lines.append(f"kept: {', '.join(self.kept)}")
         if self.impossible:
             lines.append(f"impossible to undo: {', '.join(self.impossible)}")
-        if len(lines) == 1:
-            lines.append("nothing had been done")
-        return "\n  ".join(lines)
+        return tuple(lines) or ("nothing had been done",)
+
+    def __str__(self) -> str:
+        """Some lines."""
+        return "\n  ".join((f"If {self.stage} fails: {self.status.value.upper()}", *self.what_follows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +153,41 @@ class Explanation:
     Attributes:
         pipeline: The pipeline's name.
         stages: The consequence for each stage, in topological order.
+        dependencies: The stages that each stage waits for.
     """
 
     pipeline: str
     stages: dict[str, Consequence]
+    dependencies: dict[str, tuple[str, ...]]
 
     def __str__(self) -> str:
         """A readable text."""
         return "\n\n".join([f"Pipeline {self.pipeline}", *(str(consequence) for consequence in self.stages.values())])
+
+    def to_svg(self, stage: str) -> str:
+        """The graph as a failure of this stage leaves it; stages with the same number are undone at the same time.
+
+        Raises:
+            MisuseError: There is no such stage.
+        """
+        return graph_svg(self._drawing(stage))
+
+    def to_mermaid(self, stage: str) -> str:
+        """The same as a Mermaid flowchart.
+
+        Raises:
+            MisuseError: There is no such stage.
+        """
+        return graph_mermaid(self._drawing(stage))
+
+    def to_html(self) -> str:
+        """One file in which one chooses the stage that fails; above 100 stages it has no pictures. It needs nothing else."""
+        return page(self)
+
+    def _drawing(self, stage: str) -> Drawing:
+        if stage not in self.stages:
+            raise MisuseError(f"a stage of pipeline {self.pipeline} ({', '.join(self.stages)})", got=repr(stage))
+        return drawing_if(self, stage)
 
 
 def check(pipeline: Pipeline, policy: FailFast | ContinueWithFallback | None = None) -> list[Finding]:
@@ -183,7 +218,11 @@ def explain(pipeline: Pipeline, policy: FailFast | ContinueWithFallback | None =
         PolicyInvalid: The policy is none, or names a stage that isn't there.
     """
     design = _Design.of(pipeline, policy)
-    return Explanation(design.blueprint.name, {name: _consequence(design, name) for name in design.graph.names})
+    return Explanation(
+        pipeline=design.blueprint.name,
+        stages={name: _consequence(design, name) for name in design.graph.names},
+        dependencies={node.name: node.dependencies for node in design.graph.nodes},
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from stageflow.api import StageOutput
+from stageflow.api import Pipeline, StageOutput
 
-from saga import ContinueWithFallback, FailFast, Failure, FailureKind, SagaReport, SagaStatus
+from saga import CompensableStage, ContinueWithFallback, FailFast, Failure, FailureKind, PivotStage, Policy, SagaReport, SagaStatus
 from saga.events import (
     AnyEvent,
     CompensationCompleted,
@@ -26,6 +26,7 @@ from saga.events import (
     TurnReason,
 )
 from saga.graph import Graph, Node, Role
+from saga.lint import Explanation, explain
 
 BEGIN = datetime(2026, 3, 14, 9, 26, 53, tzinfo=UTC)
 
@@ -196,6 +197,46 @@ def fan(count: int) -> SagaReport:
     return simulated("fan", {"unpack": (), **parts, "publish": tuple(parts)}, "publish", random.Random(2))
 
 
+class Undoable(CompensableStage):
+    async def execute(self, ctx: Any) -> None: ...
+
+    async def compensate(self, ctx: Any) -> None: ...
+
+
+class Final(PivotStage):
+    async def execute(self, ctx: Any) -> None: ...
+
+
+def plain(*, has_effect: bool) -> Any:
+    async def execute(ctx: Any) -> None: ...
+
+    execute.has_effect = has_effect  # type: ignore[attr-defined] # as a user would
+    return execute
+
+
+def thought_of(policy: Policy | None = None) -> Explanation:
+    """An order that has not run: what would follow if one of its stages failed."""
+    pipeline = (
+        Pipeline(name="fulfil_order")
+        .with_stage("load", plain(has_effect=False), "work")
+        .with_stage("stock", Undoable, dependencies=("load",))
+        .with_stage("courier", Undoable, dependencies=("load",))
+        .with_stage("letter", plain(has_effect=True), "work", dependencies=("stock",))
+        .with_stage("price", plain(has_effect=False), "work", dependencies=("stock", "courier"))
+        .with_stage("charge", Undoable, dependencies=("price",))
+        .with_stage("hand_over", Final, dependencies=("charge", "letter"))
+        .with_stage("receipt", plain(has_effect=False), "work", dependencies=("hand_over",))
+    )
+    return explain(pipeline, policy)
+
+
+def chain_thought_of(names: Iterable[str]) -> Explanation:
+    pipeline, before = Pipeline(name="chain"), tuple[str, ...]()
+    for name in names:
+        pipeline, before = pipeline.with_stage(name, Undoable, dependencies=before), (name,)
+    return explain(pipeline)
+
+
 HOSTILE = (
     "<script>document.title = 'hacked'</script>",
     "\"quoted\" 'single' `tick` </svg></style></title>",
@@ -233,6 +274,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "book_trip.svg": lambda: three_stages().to_svg(),
     "book_trip-timeline.svg": lambda: three_stages().to_svg("timeline"),
     "fulfil_order.svg": lambda: twelve_stages().to_svg(),
+    "if_hand_over_fails.svg": lambda: thought_of().to_svg("hand_over"),
 }
 """What the docs show."""
 

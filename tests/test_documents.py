@@ -9,35 +9,79 @@ from pathlib import Path
 
 import pytest
 
+import saga
+from saga.ledger import TRANSITIONS
+
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```)?", re.MULTILINE | re.DOTALL)
+ENVIRONMENT = {"PYTHONPATH": str(ROOT)}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "bench" / "README.md"]
+TUTORIAL = sorted((ROOT / "docs" / "tutorial").glob("*.md"))
 BLOCKS = [
     pytest.param(found["code"], found["output"], id=f"{page.relative_to(ROOT)}:{page.read_text()[: found.start()].count(chr(10)) + 1}")
     for page in PAGES
+    if page not in TUTORIAL
     for found in BLOCK.finditer(page.read_text())
 ]
 
 
 @pytest.mark.parametrize(("code", "output"), BLOCKS)
 def test_a_block_runs_and_prints_what_is_said(code: str, output: str | None, tmp_path: Path) -> None:
-    script = tmp_path / "block.py"
-    script.write_text(code)
+    printed = run(code, tmp_path)
 
-    done = subprocess.run(
-        [sys.executable, "-W", "error", script], cwd=tmp_path, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)}
-    )
-
-    assert done.returncode == 0, done.stderr
     if output is not None:
-        assert done.stdout == output
+        assert printed == output
+
+
+@pytest.mark.parametrize("page", TUTORIAL, ids=lambda page: page.name)
+def test_the_blocks_of_a_page_of_the_tutorial_run_as_one_file_and_print_what_is_said(page: Path, tmp_path: Path) -> None:
+    blocks = list(BLOCK.finditer(page.read_text()))
+
+    assert run("".join(block["code"] for block in blocks), tmp_path) == "".join(block["output"] or "" for block in blocks)
+
+
+def run(code: str, folder: Path) -> str:
+    script = folder / "block.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, "-W", "error", script], cwd=folder, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_there_are_blocks_to_run() -> None:
     assert len(BLOCKS) >= 4
+    assert len(TUTORIAL) == 3
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_link_within_the_project_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    described = {name.rpartition(".")[2] for page in PAGES for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)}
+    modules = {"saga.errors", "saga.events", "saga.lint"}
+
+    missing = {name for name in saga.__all__ if name not in described and getattr(saga, name).__module__ not in modules}
+
+    assert not missing
+
+
+def test_every_test_that_the_docs_name_is_there() -> None:
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+
+    named = {(page.name, name) for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text())}
+
+    assert named
+    assert not {(page, name) for page, name in named if f"def {name}(" not in tests}
+
+
+def test_the_table_of_what_may_follow_is_the_ledgers() -> None:
+    page = (ROOT / "docs" / "explanation" / "order-and-recovery.md").read_text()
+
+    rows = re.findall(r"^\| `(\w+)` \| (`.*`) \|$", page, re.MULTILINE)
+
+    assert {state: set(re.findall(r"`(\w+)`", events)) for state, events in rows} == {
+        state.value: {event.__name__ for event in events} for state, events in TRANSITIONS.items()
+    }

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.browser import CHROMIUM, Browser
-from tests.stories import HOSTILE, chain, fan, hostile, many_stages, three_stages, twelve_stages
+from tests.stories import HOSTILE, chain, chain_thought_of, fan, hostile, many_stages, thought_of, three_stages, twelve_stages
 
 PHONE, DESK = 390, 1280
 REPORTS = {"three": three_stages, "twelve": twelve_stages, "many": many_stages, "hostile": hostile}
@@ -256,3 +256,33 @@ def test_what_the_browser_makes_of_the_colours_can_be_read(browser: Browser, pag
 
     assert worst[0] > 100
     assert worst[1] >= 4.5
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_an_explanation_of_hostile_names_shows_them_as_text_and_nothing_else(browser: Browser, tmp_path: Path, width: int) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(chain_thought_of(HOSTILE).to_html(), encoding="utf-8")
+
+    browser.open(page, width=width)
+
+    assert browser.complaints == []
+    assert browser.evaluate("document.title") != "hacked"
+    assert browser.evaluate("document.querySelectorAll('script, img').length") == 0
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate("document.querySelector('table').getBoundingClientRect().height") < 5_000
+
+
+def test_a_click_on_a_stage_shows_the_picture_of_its_failure_and_no_other(browser: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(thought_of().to_html(), encoding="utf-8")
+    shown = "[...document.querySelectorAll('section')].filter(it => it.offsetHeight > 0).map(it => it.id).join()"
+
+    browser.open(page)
+    assert browser.evaluate(shown).count("if-") == 8
+
+    browser.click("tbody a[href='#if-7']")
+    browser.until(f"{shown} === 'if-7'")
+    browser.click("section:target svg a[href='#if-2']")
+    browser.until(f"{shown} === 'if-2'")
+    browser.click("section:target > p > a")
+    browser.until(f"{shown}.split(',').length === 8")

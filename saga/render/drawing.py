@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from saga.ledger import StageState
@@ -52,6 +52,7 @@ class Drawing:
         boxes: The stages, in topological order.
         runs: The forward arrows: (dependency, dependent).
         undoes: The backward arrows: (dependent, dependency).
+        meanings: What a state stands for, where that is not what it is called.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Drawing:
     boxes: tuple[Box, ...]
     runs: tuple[tuple[str, str], ...]
     undoes: tuple[tuple[str, str], ...]
+    meanings: Mapping[StageState, str] = field(default_factory=dict)
 
     @property
     def description(self) -> str:
@@ -71,7 +73,8 @@ class Drawing:
         for state in StageState:
             names = [box.name for box in self.boxes if box.state is state]
             if names:
-                said.append(f"{state.value.replace('_', ' ').capitalize()}: {', '.join(names)}.")
+                meaning = self.meanings.get(state, state.value.replace("_", " "))
+                said.append(f"{meaning.capitalize()}: {', '.join(names)}.")
         undone = sorted((box.order, box.name) for box in self.boxes if box.order is not None)
         if undone:
             said.append(f"Order of undoing: {', '.join(name for _, name in undone)}.")

@@ -46,7 +46,7 @@ def graph_section(drawing: Drawing, links: Mapping[str, str]) -> str:
 
 
 def _keys(drawing: Drawing) -> list[Key]:
-    keys = state_keys(box.state for box in drawing.boxes)
+    keys = state_keys((box.state for box in drawing.boxes), drawing.meanings)
     if drawing.runs:
         keys.append(Key(path("run", ["M0,8H23"]) + path("run-head", ["M30,8l-8,-4.5v9z"]), 30, "runs before"))
     if any(box.order is not None for box in drawing.boxes):

@@ -37,10 +37,14 @@ def page(report: SagaReport) -> str:
     """A whole page for one saga."""
     its = drawing(report)
     anchors = {name: f"stage-{place}" for place, name in enumerate(report.stages, 1)}
-    body = "\n".join((_header(report, its), _main(report, its, anchors)))
+    return filled(f"{its.title}: {its.verdict}", "\n".join((_header(report, its), _main(report, its, anchors))))
+
+
+def filled(title: str, body: str) -> str:
+    """A page that needs nothing but itself; it has to have an element with the id `stages`."""
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     return Template(template).substitute(
-        title=escaped(one_line(f"{its.title}: {its.verdict}")),
+        title=escaped(one_line(title)),
         pictures=stylesheet(),
         light=_variables(LIGHT),
         dark=_variables(DARK),
@@ -60,26 +64,27 @@ def _variables(scheme: Scheme) -> str:
     return "; ".join(f"--{name}: {value}" for name, value in values.items())
 
 
-def _text(words: str) -> str:
+def isolated(words: str) -> str:
     """Somebody else's words: their direction, left or right, is kept to themselves."""
     return tag("bdi", escaped(words)) if words else ""
 
 
 def _name(name: str, anchors: dict[str, str]) -> str:
-    return tag("a", _text(shortened(name, _LINE)), class_="name", href=f"#{anchors[name]}")
+    return tag("a", isolated(shortened(name, _LINE)), class_="name", href=f"#{anchors[name]}")
 
 
-def _sign(state: StageState) -> str:
+def sign(state: StageState) -> str:
+    """A state's sign on its colour."""
     return tag("span", tag("span", escaped(SIGNS[state]), class_="saga-pill", aria_hidden="true"), class_=f"saga-{state}")
 
 
 def _header(report: SagaReport, its: Drawing) -> str:
-    parts = [tag("h1", _text(shortened(its.title, _LINE)) or "Saga"), tag("p", _sign(its.state) + its.verdict, class_="verdict")]
+    parts = [tag("h1", isolated(shortened(its.title, _LINE)) or "Saga"), tag("p", sign(its.state) + its.verdict, class_="verdict")]
     if report.cause is not None:
-        parts.append(tag("p", f"Cause: {_text(str(report.cause))}", class_="cause", tabindex="0"))
-    parts += [tag("p", tag("code", _text(line.strip())) if line.startswith(" ") else _text(line)) for line in what_to_do(report)]
+        parts.append(tag("p", f"Cause: {isolated(str(report.cause))}", class_="cause", tabindex="0"))
+    parts += [tag("p", tag("code", isolated(line.strip())) if line.startswith(" ") else isolated(line)) for line in what_to_do(report)]
     ended = f", ended {_moment(report.ended_at)}" if report.ended_at is not None else ""
-    parts.append(tag("p", f"Saga {tag('code', _text(report.saga_id))}, started {_moment(report.started_at)}{ended}", class_="faint"))
+    parts.append(tag("p", f"Saga {tag('code', isolated(report.saga_id))}, started {_moment(report.started_at)}{ended}", class_="faint"))
     links = (("#graph", "Graph"), ("#timeline", "Timeline"), ("#stages", "Stages"), ("#details", "Details"))
     nav = tag("nav", "".join(tag("a", words, href=to) for to, words in links), aria_label="On this page")
     return tag("header", "\n".join(parts)) + "\n" + nav
@@ -90,18 +95,18 @@ def _main(report: SagaReport, its: Drawing, anchors: dict[str, str]) -> str:
     details = "\n".join(_details(name, stage, report, anchors) for name, stage in report.stages.items())
     parts = (
         tag("h2", "Graph", id="graph"),
-        _box("Graph, scrolls", graph_section(its, links)),
+        scrolling("Graph, scrolls", graph_section(its, links)),
         tag("h2", "Timeline", id="timeline"),
-        _box("Timeline, scrolls", timeline_section(report)),
+        scrolling("Timeline, scrolls", timeline_section(report)),
         tag("h2", "Stages", id="stages"),
-        _box("Table of stages, scrolls", _table(report, anchors)),
+        scrolling("Table of stages, scrolls", _table(report, anchors)),
         tag("h2", "Details", id="details"),
         details,
     )
     return tag("main", "\n".join(parts))
 
 
-def _box(label: str, inside: str) -> str:
+def scrolling(label: str, inside: str) -> str:
     """A part that scrolls by itself; the keyboard scrolls it, too, once it has the focus."""
     return tag("div", inside, class_="box", role="region", aria_label=label, tabindex="0")
 
@@ -114,11 +119,11 @@ def _table(report: SagaReport, anchors: dict[str, str]) -> str:
     for name, stage in report.stages.items():
         parts = (
             tag("th", _name(name, anchors), scope="row"),
-            tag("td", _sign(stage.state) + words_of(stage.state)),
+            tag("td", sign(stage.state) + words_of(stage.state)),
             tag("td", str(stage.attempts), class_="number"),
             tag("td", seconds(stage.started_at, stage.ended_at) or "-", class_="number"),
             tag("td", places.get(name, "-"), class_="number"),
-            tag("td", "".join(_text(line) for line in wrapped(explanation(name, stage, report), 2 * _LINE, 1)) or "-"),
+            tag("td", "".join(isolated(line) for line in wrapped(explanation(name, stage, report), 2 * _LINE, 1)) or "-"),
         )
         rows.append(tag("tr", "".join(parts)))
     caption = tag("caption", f"The {len(report.stages)} stages, each after those that it depends on")
@@ -127,14 +132,14 @@ def _table(report: SagaReport, anchors: dict[str, str]) -> str:
 
 
 def _details(name: str, stage: StageReport, report: SagaReport, anchors: dict[str, str]) -> str:
-    heading = tag("h3", tag("span", _text(name), class_="name"))
-    summary = tag("summary", f"{_sign(stage.state)} {heading} {tag('span', words_of(stage.state), class_='faint')}")
+    heading = tag("h3", tag("span", isolated(name), class_="name"))
+    summary = tag("summary", f"{sign(stage.state)} {heading} {tag('span', words_of(stage.state), class_='faint')}")
     needs = ", ".join(_name(needed, anchors) for needed in stage.dependencies) or "nothing"
     facts = [("Depends on", needs)]
     if name in report.compensation_order:
         facts.append(("Order of undoing", f"number {report.compensation_order.index(name) + 1} of {len(report.compensation_order)}"))
     if explained := explanation(name, stage, report):
-        facts.append(("What happened", _text(explained)))
+        facts.append(("What happened", isolated(explained)))
     parts = [tag("dl", "".join(tag("dt", term) + tag("dd", fact) for term, fact in facts))]
     parts += _tries("Attempts", stage.tries)
     if stage.compensation is not None:
@@ -145,7 +150,7 @@ def _details(name: str, stage: StageReport, report: SagaReport, anchors: dict[st
     if stage.late_output is not None:
         parts += _values("Output that came late", stage.late_output.data)
     for child in stage.children:
-        parts += [tag("h4", "Saga within"), tag("pre", _text(_cut(str(child))))]
+        parts += [tag("h4", "Saga within"), tag("pre", isolated(_cut(str(child))))]
     for failure in report.failures:
         if failure.stage is not None and (failure.stage == name or failure.stage.startswith(f"{name}/")):
             parts += _failure(failure)
@@ -164,12 +169,12 @@ def _tries(title: str, tries: tuple[Try, ...]) -> list[str]:
 
 
 def _values(title: str, value: Any) -> list[str]:
-    return [tag("h4", title), tag("pre", _text(_cut(_json(value))), tabindex="0")] if value else []
+    return [tag("h4", title), tag("pre", isolated(_cut(_json(value))), tabindex="0")] if value else []
 
 
 def _failure(failure: Failure) -> list[str]:
-    parts = [tag("h4", f"Failure, {_moment(failure.at)}"), tag("p", _text(_cut(str(failure))))]
-    return [*parts, tag("pre", _text(_cut(failure.traceback)))] if failure.traceback else parts
+    parts = [tag("h4", f"Failure, {_moment(failure.at)}"), tag("p", isolated(_cut(str(failure))))]
+    return [*parts, tag("pre", isolated(_cut(failure.traceback)))] if failure.traceback else parts
 
 
 def _json(value: Any) -> str:
