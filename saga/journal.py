@@ -187,11 +187,12 @@ class Journal:
                 await self._ledger.append(self.saga_id, late, expected_version=len(events), token=self._token)
         except BaseException as error:
             for _, waiter in self._behind:
-                if not waiter.done():
+                # Who was cancelled waits no more.
+                with contextlib.suppress(asyncio.InvalidStateError):
                     waiter.set_exception(LedgerError(f"the ledger failed to begin saga {self.saga_id}: {error}"))
             raise
         for _, waiter in self._behind:
-            if not waiter.done():
+            with contextlib.suppress(asyncio.InvalidStateError):
                 waiter.set_result(None)
 
     async def _wait_for_creation(self, events: Sequence[AnyEvent]) -> None:
@@ -201,8 +202,7 @@ class Journal:
 
     async def close(self) -> None:
         """Give the lease back, if it is still held."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._forget_pending()
         if self._token is not None and not self._released:
             with contextlib.suppress(LedgerError):
                 # It ends by itself, and what went wrong before counts for more.

@@ -25,6 +25,7 @@ from saga import (
     SagaContext,
     SagaCoordinator,
     SagaStatus,
+    nested,
 )
 from saga.events import AnyEvent, SagaStarted, StageCompleted, StageStarted, event_from_json, event_to_json
 from tests.controlled import elapse, run
@@ -137,6 +138,30 @@ def test_when_the_first_write_fails_every_branch_learns_of_it_and_nothing_runs(b
     assert sorted(world.log) == (["+a", "+b", "+c"] if breaks_at is StageCompleted else [])
 
 
+def test_when_the_second_write_fails_those_who_waited_for_it_learn_of_it() -> None:
+    class BreaksBehind(Slow):
+        async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
+            raise OSError("no space left")
+
+    shape: dict[str, tuple[str, ...]] = dict.fromkeys("abc", ())
+    world, pipeline = scene(shape)
+
+    with pytest.raises(LedgerError, match="no space left"):
+        run(SagaCoordinator(ledger=BreaksBehind()).run(pipeline))
+
+    assert world.log == []
+
+
+def test_what_nobody_waits_for_is_taken_along_by_a_write_that_comes_first() -> None:
+    """The completion of "a" waits for its time to be written when "c", beside it, writes."""
+    _, pipeline = scene({"a": (), "c": (), "d": ("c",)}, {"a": Script(before=1), "c": Script(before=1.002)})
+    ledger = Slow(seconds=0.0001)
+
+    run(SagaCoordinator(ledger=ledger).run(pipeline))
+
+    assert [name for write in ledger.writes for name in write].count("StageCompleted") == 3
+
+
 def test_what_could_not_be_written_late_is_told_to_whoever_records_next() -> None:
     world, pipeline = scene(BRANCHES, {"b": Script(before=60)})
     ledger = Slow()
@@ -220,6 +245,34 @@ def test_every_saga_whose_process_is_gone_is_gone_on_with() -> None:
     for number in (1, 2, 3, 4):
         assert worlds[number].refusals == []
         assert set(worlds[number].standing) == (set() if number % 2 else set(DIAMOND))
+
+
+def test_a_child_is_recovered_by_the_saga_that_runs_it() -> None:
+    world, child = scene(SEQUENCE, {}, dict.fromkeys(SEQUENCE, "probed"))
+    parent = Pipeline(name="parent").with_stage("child", nested(child))
+    ledger = Dying(5)
+    with contextlib.suppress(LedgerError):
+        run(SagaCoordinator(ledger=ledger).run(parent, saga_id="s"))
+    ledger.left = 1000
+    ledger.forget_owners()
+    assert len(run(ledger.list())) == 2
+
+    recovery = run(SagaCoordinator(ledger=ledger).recover([parent, child]))
+
+    assert set(recovery.reports) == {"s"}
+    assert recovery.reports["s"].status is SagaStatus.COMPLETED
+    assert set(world.standing) == set(SEQUENCE)
+
+
+@pytest.mark.parametrize("keep", [0, 3])
+def test_a_ledger_in_memory_forgets_what_nobody_needs_the_oldest_first(keep: int) -> None:
+    _, pipeline = scene({"a": ()})
+    ledger = MemoryLedger(keep=keep)
+    coordinator = SagaCoordinator(ledger=ledger)
+    for number in range(6):
+        run(coordinator.run(pipeline, saga_id=f"s{number}"))
+
+    assert [entry.saga_id for entry in run(ledger.list())] == [f"s{number}" for number in range(6)][6 - keep :]
 
 
 def test_where_no_saga_lost_its_process_there_is_nothing_to_recover() -> None:
