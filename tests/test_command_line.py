@@ -925,10 +925,7 @@ def test_a_recovery_that_is_interrupted_twice_leaves_its_sagas_to_the_next_one(s
     assert shop.saga("recover", "shop:crash").out == "s: COMPLETED\n"
 
 
-def test_an_interruption_before_the_saga_has_begun_leaves_no_trace(shop: Shop) -> None:
-    shop.write(
-        "rude.py",
-        """
+RUDE = """
 import os, signal
 from shop import Reserve, Pipeline
 
@@ -938,14 +935,30 @@ class Rude(Reserve):
         os.kill(os.getpid(), signal.SIGINT)
 
 pipeline = Pipeline(name="rude").with_stage("rude", Rude())
-""",
-    )
+"""
+
+
+def test_an_interruption_before_the_saga_has_begun_leaves_no_trace(shop: Shop) -> None:
+    shop.write("rude.py", RUDE)
 
     done = shop.saga("run", "rude:pipeline", "--id", "s")
 
     assert (done.code, done.out) == (Exit.INTERRUPTED, "")
     assert done.err.startswith("Interrupted: nothing has been done yet.\n")
     assert shop.saga("show", "s").code == Exit.MISUSE
+    sys.modules.pop("rude", None)
+
+
+@pytest.mark.parametrize(
+    ("ledger", "option"),
+    [("sqlite:///sagas.db", ""), ("sqlite:///other.db", " --ledger sqlite:///other.db"), ("sqlite:///ann:secret@host.db", " --ledger URL")],
+)
+def test_the_command_that_goes_on_names_the_ledger_where_it_has_to_and_no_password(shop: Shop, ledger: str, option: str) -> None:
+    shop.write("rude.py", RUDE)
+
+    done = shop.saga("run", "rude:pipeline", "--id", "a trip", "--ledger", ledger)
+
+    assert done.err.endswith(f"What goes on from there: saga resume 'a trip' rude:pipeline{option}\n")
     sys.modules.pop("rude", None)
 
 

@@ -756,7 +756,7 @@ def test_the_details_hold_the_sagas_within_and_what_came_late() -> None:
 def test_what_to_call_next_stands_out_as_code() -> None:
     header = twelve_stages().to_html().partition("<main>")[0]
 
-    assert "<p><code><bdi>await coordinator.settle(&#x27;7f3a&#x27;, &#x27;charge_card&#x27;" in header
+    assert "<p><code><bdi>saga settle 7f3a charge_card undone" in header
 
 
 def nest(depth: int) -> Any:
