@@ -82,6 +82,7 @@ class SagaCoordinator:
             own time, so they have to be quick; what they raise is logged and harms no saga.
 
     Raises:
+        MisuseError: The ledger is none.
         PolicyInvalid: The policy is none.
     """
 
@@ -93,6 +94,9 @@ class SagaCoordinator:
         interceptors: Sequence[BaseInterceptor] = (),
         listeners: Sequence[Listener] = (),
     ) -> None:
+        if isinstance(ledger, str):
+            # Not the text itself: a URL may hold a password.
+            raise MisuseError("a ledger", got="a str", hint="saga.ledgers.open_ledger(url) opens the one at a URL.")
         self.policy: Final = policy if policy is not None else FailFast()
         self.ledger: Final = ledger if ledger is not None else MemoryLedger()
         self._interceptors = tuple(interceptors)
@@ -673,7 +677,7 @@ def _context(name: str, context: PipelineContext | None, fields: dict[str, Any])
         try:
             return PipelineContext.create(**{"topology": name} | fields)
         except TypeError as error:
-            raise MisuseError("fields of stageflow's PipelineContext", got=str(error).rpartition(") ")[2]) from None
+            raise MisuseError("fields of stageflow's PipelineContext", got=str(error).rpartition(") got ")[2]) from None
     if fields:
         raise _both_given(fields)
     if not isinstance(context, PipelineContext):

@@ -85,3 +85,11 @@ def test_the_table_of_what_may_follow_is_the_ledgers() -> None:
     assert {state: set(re.findall(r"`(\w+)`", events)) for state, events in rows} == {
         state.value: {event.__name__ for event in events} for state, events in TRANSITIONS.items()
     }
+
+
+def test_the_shape_of_the_code_names_every_module() -> None:
+    shape = (ROOT / "docs" / "explanation" / "shape.md").read_text()
+
+    modules = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "saga").iterdir()} - {"__pycache__/", "py.typed"}
+
+    assert not {name for name in modules if f"`saga/{name}`" not in shape}

@@ -191,6 +191,13 @@ def test_what_is_no_policy_is_refused() -> None:
         run(SagaCoordinator("fast").run(three))  # type: ignore[arg-type] # what the test is about
 
 
+def test_a_url_in_place_of_a_ledger_is_refused_without_its_password() -> None:
+    with pytest.raises(MisuseError, match=r"expected a ledger, got a str\. saga\.ledgers\.open_ledger") as caught:
+        SagaCoordinator(ledger="postgresql://ada:secret@db/sagas")  # type: ignore[arg-type] # the mistake
+
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize("suffix", ["toml", "json"])
 def test_a_policy_is_read_from_a_file(tmp_path: Any, suffix: str) -> None:
     texts = {
@@ -260,7 +267,7 @@ def test_arguments_of_pipeline_run_that_do_not_belong_here_are_refused() -> None
 
     with pytest.raises(MisuseError, match=r"expected interceptors at SagaCoordinator"):
         run(coordinator.run(one, interceptors=[]))
-    with pytest.raises(MisuseError, match=r"expected fields of stageflow's PipelineContext, got .*'colour'"):
+    with pytest.raises(MisuseError, match=r"expected fields of stageflow's PipelineContext, got an unexpected keyword argument 'colour'"):
         run(coordinator.run(one, colour="red"))
     with pytest.raises(MisuseError, match="expected either a context or its fields, got both, the fields being input_text"):
         run(coordinator.run(one, PipelineContext.create(), input_text="x"))
