@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := agent_saga langgraph dbos prefect
 
-.PHONY: demo test campaign mutants lint types layers schemas docs pictures bench clean
+.PHONY: demo test campaign mutants lint types layers schemas docs pictures bench bench-peers clean
 
 demo: $(VENV)/.core  ## run the main job: 1,000 orders against three databases
 	$(BIN)/python -m examples.order_fulfilment
@@ -39,6 +40,14 @@ pictures: $(VENV)/.dev  ## draw the docs' pictures anew
 bench: $(VENV)/.bench  ## against plain stageflow and sagaz, in one run
 	$(BIN)/python -m bench
 
+bench-peers: $(VENV)/.bench $(PEERS:%=peer-%)  ## against durable peers, each in an environment of its own
+	$(BIN)/python -m bench.peers
+
+# A peer that can't be installed is missing from the table, which says so.
+peer-%: bench/peers/%.txt
+	-@test .venv-peers/$*/installed -nt $< || { rm -rf .venv-peers/$* && $(PYTHON) -m venv .venv-peers/$* && \
+		.venv-peers/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $< && touch .venv-peers/$*/installed; }
+
 # mutmut trusts modification times, so it starts from nothing.
 mutants: $(VENV)/.mutants  ## change the core at random: nine of ten changes have to be noticed
 	rm -rf mutants
@@ -72,4 +81,4 @@ $(VENV)/.mutants: pyproject.toml
 	touch $(VENV)/.core $@
 
 clean:
-	rm -rf $(VENV) build mutants .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-peers build mutants .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -12,13 +12,14 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from bench import footprint, forward, machine, rollback
+from bench import durable, footprint, forward, machine, rollback
 from bench.comparison import FULL, QUICK, Comparison
 
 COMPARISONS: Final[dict[str, Comparison]] = {
     "forward": forward.against_plain,
     "five": rollback.five_steps,
     "rollback": rollback.compensations,
+    "durable": durable.ledgers,
     "growth": forward.own_part,
     "import": footprint.imports,
 }

@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from bench.comparison import Result
-from bench.peers import Sagaz, SagazSaga
+from bench.peers.sagaz import Sagaz, SagazSaga
 from bench.rounds import interleaved, settled, timed
 from bench.spread import Spread, ratios
 from bench.tables import SPREAD, Mark, Table, mark_cells, show, spread_cells
