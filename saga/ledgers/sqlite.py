@@ -370,7 +370,8 @@ def _make(path: Path, patience: float) -> None:
     except OSError as error:
         raise LedgerError(f"the ledger {path} can't be made: {error}") from error
     finally:
-        new.unlink(missing_ok=True)
+        for suffix in ("", "-wal", "-shm"):  # the last two are left when there is no room for what they hold
+            new.with_name(f"{new.name}{suffix}").unlink(missing_ok=True)
 
 
 def _sync(directory: Path) -> None:

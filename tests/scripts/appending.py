@@ -1,0 +1,35 @@
+"""A process that appends to several sagas at once and says what was acknowledged: `appending.py PATH [HOW OFTEN]`, else forever.
+
+It doesn't close its ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from itertools import count, islice
+
+from saga import FailFast
+from saga.events import SagaStarted, StageStarted
+from saga.graph import Graph
+from saga.ledgers.sqlite import SQLiteLedger
+
+SAGAS = "abcd"
+AT_ONCE = 3
+
+
+async def _append(ledger: SQLiteLedger, saga_id: str, how_often: int | None) -> None:
+    await ledger.create(saga_id, "me", (SagaStarted(saga_id=saga_id, pipeline="p", graph=Graph(nodes=()), policy=FailFast()),))
+    for version in islice(count(1, AT_ONCE), how_often):
+        events = [StageStarted(stage="a", attempt=version + number) for number in range(AT_ONCE)]
+        await ledger.append(saga_id, events, expected_version=version, token=1)
+        print(saga_id, version + AT_ONCE, flush=True)
+
+
+async def _main(path: str, how_often: int | None = None) -> None:
+    ledger = SQLiteLedger(path)
+    await asyncio.gather(*(_append(ledger, saga_id, how_often) for saga_id in SAGAS))
+
+
+if __name__ == "__main__":
+    asyncio.run(_main(sys.argv[1], *map(int, sys.argv[2:])))

@@ -1,0 +1,542 @@
+"""A ledger in a file when something is wrong: the file, the disk, the process that writes, what is to be stored."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stageflow.api import StageOutput
+
+from saga import LedgerError, MemoryLedger, MisuseError
+from saga.errors import LedgerCorrupt
+from saga.events import AnyEvent, StageCompleted
+from saga.ledgers import open_ledger, workers
+from saga.ledgers.postgres import PostgresLedger
+from saga.ledgers.rows import checksum
+from saga.ledgers.sqlite import MIGRATIONS, SQLiteLedger
+from tests.places import SQLiteFile
+from tests.scripts.appending import AT_ONCE, SAGAS
+from tests.test_ledger_contract import DONE, FIRST, SECOND, append, create, listed, on, prune, read, started
+
+EVENTS = (started(), FIRST, SECOND, DONE)
+RECORDED = (create(), append(FIRST), append(SECOND, version=2), create("other"), append(DONE, version=3))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "sagas.db"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The bytes of a ledger that holds `EVENTS`."""
+    path = tmp_path_factory.mktemp("whole") / "sagas.db"
+    on(SQLiteLedger(path), *RECORDED)
+    return path.read_bytes()
+
+
+def execute(path: Path, *statements: str) -> None:
+    """Do something to the file past the ledger."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+
+
+def large(size: int = 300_000) -> StageCompleted:
+    return StageCompleted(stage="a", output=StageOutput.ok({"text": "x" * size}))
+
+
+# -- a file that is damaged ------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_was_cut_gives_its_events_or_an_error_and_stays_as_it_is(whole: bytes, path: Path) -> None:
+    for length in sorted({*range(0, len(whole), 509), *range(0, len(whole), 4096), 1, 99, 100, len(whole) - 1}):
+        path.write_bytes(whole[:length])
+
+        answers = on(SQLiteLedger(path), read(), listed())
+
+        for answer in answers:
+            assert answer in (EVENTS, ["s", "other"]) or isinstance(answer, LedgerError), length
+        assert path.read_bytes() == whole[:length]
+
+
+def test_a_file_that_lacks_pages_is_refused(whole: bytes, path: Path) -> None:
+    for length in range(0, len(whole), 4096):
+        path.write_bytes(whole[:length])
+
+        answers = on(SQLiteLedger(path), read(), listed(), append(FIRST, version=4), create("new"), prune())
+
+        assert all(isinstance(answer, LedgerCorrupt) for answer in answers), length
+        assert all("Nothing was changed" in str(answer) for answer in answers), length
+        assert path.read_bytes() == whole[:length]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(flips=st.lists(st.integers(0, 2**40), min_size=1, max_size=4))
+def test_a_file_with_flipped_bits_gives_its_events_or_an_error_and_stays_as_it_is(whole: bytes, path: Path, flips: list[int]) -> None:
+    damaged = bytearray(whole)
+    for flip in flips:
+        damaged[flip // 8 % len(whole)] ^= 1 << flip % 8
+    path.write_bytes(damaged)
+
+    events, other = on(SQLiteLedger(path), read(), read("other"))
+
+    assert events == EVENTS or isinstance(events, LedgerError)
+    assert other == (started("other"),) or isinstance(other, LedgerError)
+    assert path.read_bytes() == damaged
+
+
+UNKNOWN = '{"type":"nothing that we know"}'
+BY_HAND = {
+    "swapped": ("UPDATE events SET first = -first WHERE saga = 's'", "UPDATE events SET first = first + 3 WHERE saga = 's'"),
+    "first one deleted": ("DELETE FROM events WHERE saga = 's' AND first = 0",),
+    "middle one deleted": ("DELETE FROM events WHERE saga = 's' AND first = 1",),
+    "middle one deleted and not counted": (
+        "DELETE FROM events WHERE saga = 's' AND first = 1",
+        "UPDATE sagas SET version = 3 WHERE id = 's'",
+    ),
+    "last one deleted": ("DELETE FROM events WHERE saga = 's' AND first = 3",),
+    "all deleted": ("DELETE FROM events WHERE saga = 's'",),
+    "only the saga's row deleted": ("DELETE FROM sagas WHERE id = 's'",),
+    "body changed": ("UPDATE events SET body = replace(body, '\"a\"', '\"b\"') WHERE saga = 's'",),
+    "body taken from another place": (
+        """UPDATE events SET (body, checksum) = (SELECT body, checksum FROM events AS e WHERE e.saga = 's' AND e.first = 1)
+        WHERE saga = 's' AND first = 2""",
+    ),
+    "body taken from another saga": (
+        """UPDATE events SET (body, checksum) = (SELECT body, checksum FROM events AS e WHERE e.saga = 'other')
+        WHERE saga = 's' AND first = 0""",
+    ),
+    "body no text": ("UPDATE events SET body = x'ff00' WHERE saga = 's'",),
+    "place no number": ("UPDATE events SET first = 'zero' WHERE saga = 's' AND first = 0",),
+    "checksum no number": ("UPDATE events SET checksum = 'none' WHERE saga = 's'",),
+    "event of another version of saga": (
+        f"UPDATE events SET body = '{UNKNOWN}', checksum = {checksum('s', 3, UNKNOWN.encode())} WHERE first = 3",  # noqa: S608 - constants
+    ),
+    "count changed": ("UPDATE sagas SET version = 3 WHERE id = 's'",),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_rows_that_are_not_as_they_were_written_are_refused_and_other_sagas_are_read(whole: bytes, path: Path, case: str) -> None:
+    path.write_bytes(whole)
+    execute(path, *BY_HAND[case])
+    damaged = path.read_bytes()
+
+    events, other = on(SQLiteLedger(path), read(), read("other"))
+
+    assert isinstance(events, LedgerCorrupt)
+    assert "saga s can't be read at event" in str(events)
+    assert "Nothing was changed" in str(events)
+    assert other == (started("other"),)
+    assert path.read_bytes() == damaged != whole
+
+
+@pytest.mark.parametrize("change", ["status = 'lost'", "started_at = 'long ago'", "updated_at = x'00'"])
+def test_a_saga_of_which_no_sense_can_be_made_is_not_listed_as_something_else(whole: bytes, path: Path, change: str) -> None:
+    path.write_bytes(whole)
+    execute(path, f"UPDATE sagas SET {change} WHERE id = 's'")  # noqa: S608 - constants
+
+    entries, events = on(SQLiteLedger(path), listed(), read())
+
+    assert isinstance(entries, LedgerCorrupt)
+    assert events == EVENTS
+
+
+def test_a_row_that_is_in_the_way_harms_only_the_saga_whose_it_is(path: Path) -> None:
+    on(SQLiteLedger(path), create())
+    execute(path, "INSERT INTO events (saga, first, checksum, body) VALUES ('bad', 0, 0, '')")
+
+    async def together(ledger: Any) -> list[Any]:
+        with locked(path):  # so that the others are there when the first is done
+            asked = [asyncio.create_task(create(name)(ledger)) for name in ("first", "second", "bad", "third")]
+            await asyncio.sleep(0)
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    answers, sagas = on(SQLiteLedger(path), together, listed())
+
+    assert [answers[0], answers[1], answers[3]] == [1, 1, 1]
+    assert isinstance(answers[2], LedgerError)
+    assert "UNIQUE" in str(answers[2])
+    assert sagas == ["s", "first", "second", "third"]
+
+
+# -- a file that is something else -----------------------------------------------------------------------------------
+
+ANYTHING = (read(), listed(), create("new"), append(FIRST), prune())
+
+
+@pytest.mark.parametrize("version", [len(MIGRATIONS) + 1, 2**31 - 1, -1])
+def test_a_file_of_a_newer_version_is_refused_and_stays_as_it_is(whole: bytes, path: Path, version: int) -> None:
+    path.write_bytes(whole)
+    execute(path, f"PRAGMA user_version = {version}")
+    newer = path.read_bytes()
+
+    answers = on(SQLiteLedger(path), *ANYTHING)
+
+    assert all(f"has schema version {version}" in str(answer) and isinstance(answer, LedgerError) for answer in answers)
+    assert path.read_bytes() == newer
+
+
+@pytest.mark.parametrize("version", [0, 1, 7])
+def test_another_programs_database_is_not_written_into(path: Path, version: int) -> None:
+    execute(path, "CREATE TABLE customers (name TEXT)", f"PRAGMA user_version = {version}")
+    theirs = path.read_bytes()
+
+    answers = on(SQLiteLedger(path), *ANYTHING)
+
+    assert all("another program's database" in str(answer) and isinstance(answer, LedgerError) for answer in answers)
+    assert path.read_bytes() == theirs
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"Dear diary, " * 1000])
+def test_a_file_that_is_no_database_is_refused_and_stays_as_it_is(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+    answers = on(SQLiteLedger(path), *ANYTHING)
+
+    assert all(isinstance(answer, LedgerError) and "Nothing was changed" in str(answer) for answer in answers)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("change", ["DROP INDEX events_by_saga", "ALTER TABLE sagas ADD COLUMN colour TEXT", "DROP TABLE owners"])
+def test_a_file_whose_tables_were_changed_is_refused(whole: bytes, path: Path, change: str) -> None:
+    path.write_bytes(whole)
+    execute(path, change)
+    changed = path.read_bytes()
+
+    answers = on(SQLiteLedger(path), *ANYTHING)
+
+    assert all("is not as it was made" in str(answer) and isinstance(answer, LedgerCorrupt) for answer in answers)
+    assert path.read_bytes() == changed
+
+
+def test_a_log_without_its_file_is_not_taken_for_a_new_ledger(path: Path) -> None:
+    log = path.with_name("sagas.db-wal")
+    log.write_bytes(b"of a ledger")
+
+    answers = on(SQLiteLedger(path), *ANYTHING)
+
+    assert all("put the file back" in str(answer) for answer in answers)
+    assert log.read_bytes() == b"of a ledger"
+    assert not path.exists()
+
+
+# -- a ledger that fails ---------------------------------------------------------------------------------------------
+
+
+def test_a_ledger_whose_lock_another_program_holds_fails_in_time_and_works_again_afterwards(path: Path) -> None:
+    on(SQLiteLedger(path), create())
+    ledger = SQLiteLedger(path, patience=0.01)
+
+    async def while_locked(opened: Any) -> Any:
+        with locked(path):
+            with pytest.raises(LedgerError, match=r"has held its lock for more than 0.01 s.*nothing was recorded"):
+                await append(FIRST)(opened)
+            return await opened.read("s")  # readers wait for nobody
+
+    meanwhile, _, events = on(ledger, while_locked, append(FIRST), read())
+
+    assert meanwhile == (started(),)
+    assert events == (started(), FIRST)
+
+
+def test_a_ledger_that_nobody_else_may_even_read_fails_in_time_and_works_again_afterwards(whole: bytes, path: Path) -> None:
+    path.write_bytes(whole)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        for pragma in ("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE"):
+            other.execute(pragma)
+        refused = on(SQLiteLedger(path, patience=0.01), read(), listed(), create("new"))
+
+    assert all("has held its lock" in str(answer) for answer in refused)
+    assert on(SQLiteLedger(path), read()) == [EVENTS]
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk that is full; python ignores the signal that comes with it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_an_append_for_which_there_is_no_room_is_not_there_and_there_can_be_one_when_there_is(path: Path) -> None:
+    async def on_a_full_disk(ledger: Any) -> None:
+        with files_of_at_most(200_000), pytest.raises(LedgerError, match="nothing was recorded"):
+            await append(large())(ledger)
+
+    _, _, before, appended, after = on(SQLiteLedger(path), create(), on_a_full_disk, read(), append(large()), read())
+
+    assert before == (started(),)
+    assert appended is None
+    assert len(after) == 2
+
+
+def test_a_disk_without_room_for_a_new_ledger_is_left_clean(path: Path) -> None:
+    with files_of_at_most(5_000):
+        refused = on(SQLiteLedger(path), create())
+
+    assert isinstance(refused[0], LedgerError)
+    assert list(path.parent.iterdir()) == []
+    assert on(SQLiteLedger(path), create()) == [1]
+
+
+def test_a_disk_that_has_no_links_is_named_in_the_error_and_left_clean(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+
+    (refused,) = on(SQLiteLedger(path), create())
+
+    assert isinstance(refused, LedgerError)
+    assert f"the ledger {path} can't be made: [Errno 1]" in str(refused)
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["", "missing/sagas.db"])
+def test_a_place_where_no_file_can_be_is_refused(tmp_path: Path, where: str) -> None:
+    answers = on(SQLiteLedger(tmp_path / where), *ANYTHING)
+
+    assert all(isinstance(answer, LedgerError) and str(tmp_path) in str(answer) for answer in answers)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_file_that_was_taken_away_is_not_written_to_any_more(whole: bytes, path: Path, is_replaced: bool) -> None:
+    moved = path.with_name("moved.db")
+
+    async def move(_: Any) -> None:
+        await asyncio.to_thread(path.rename, moved)
+        if is_replaced:
+            await asyncio.to_thread(path.write_bytes, whole)
+
+    *_, appended, events = on(SQLiteLedger(path), create(), read(), move, append(FIRST), read())
+
+    for answer in (appended, events):
+        assert isinstance(answer, LedgerError)
+        assert "was moved, deleted or replaced while it was in use; nothing was recorded" in str(answer)
+
+
+def test_what_goes_wrong_in_a_clock_is_told_to_everybody_who_waits_and_to_nobody_else(path: Path) -> None:
+    is_broken = True
+
+    def clock() -> float:
+        if is_broken:
+            raise ZeroDivisionError("no time")
+        return 0.0
+
+    async def together(ledger: Any) -> Any:
+        return await asyncio.gather(create("a")(ledger), create("b")(ledger), return_exceptions=True)
+
+    async def mend(_: Any) -> None:
+        nonlocal is_broken
+        is_broken = False
+
+    (one, other), none, _, created = on(SQLiteLedger(path, clock=clock), together, listed(), mend, create("a"))
+
+    for answer in (one, other):
+        assert isinstance(answer, LedgerError)
+        assert "ZeroDivisionError: no time" in str(answer)
+        assert isinstance(answer.__cause__, ZeroDivisionError)
+    assert one is not other
+    assert none == []
+    assert created == 1
+
+
+def test_an_event_loop_that_is_gone_before_its_answer_keeps_nobody_else_from_theirs(path: Path) -> None:
+    ledger = SQLiteLedger(path)
+    asyncio.run(create()(ledger))
+
+    async def leave() -> None:
+        asking = asyncio.create_task(append(FIRST)(ledger))
+        await asyncio.sleep(0)
+        asking.cancel()
+
+    with locked(path):
+        asyncio.run(leave())
+
+    assert on(ledger, append(SECOND, version=2), read()) == [None, (started(), FIRST, SECOND)]
+
+
+# -- a process that ends ---------------------------------------------------------------------------------------------
+
+
+def test_what_a_killed_process_was_told_is_recorded_is_there_and_nothing_is_half_there(path: Path) -> None:
+    command = [sys.executable, "-m", "tests.scripts.appending", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        told = [process.stdout.readline() for _ in range(40)]
+        process.send_signal(signal.SIGKILL)
+        told += process.stdout.readlines()
+
+    assert process.returncode == -signal.SIGKILL
+    recorded = dict(zip(SAGAS, on(SQLiteLedger(path), *map(read, SAGAS)), strict=True))
+    # The last line may be cut; what it would have said is not known to anybody.
+    for saga_id, version in (line.split() for line in told if line.endswith("\n")):
+        assert len(recorded[saga_id]) >= int(version)
+    for saga_id, events in recorded.items():
+        assert events[0].saga_id == saga_id
+        assert [event.attempt for event in events[1:]] == list(range(1, len(events)))
+        assert len(events) % AT_ONCE == 1
+
+
+def test_a_ledger_that_nobody_closed_is_closed_when_the_process_ends(path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "tests.scripts.appending", str(path), "4"], check=True, stdout=subprocess.DEVNULL)
+
+    assert list(path.parent.iterdir()) == [path]  # no log any more
+    assert [len(events) for events in on(SQLiteLedger(path), *map(read, SAGAS))] == [1 + 4 * AT_ONCE] * len(SAGAS)
+
+
+def test_all_ledgers_can_be_closed_at_once(path: Path) -> None:
+    ledger = SQLiteLedger(path)
+    asyncio.run(create()(ledger))
+
+    workers._stop_all()
+
+    assert list(path.parent.iterdir()) == [path]
+
+
+# -- what is stored --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [{"rows": [1, {"seats": (2, object())}]}, {"by": {3: {"x": [print]}}}])
+def test_what_cannot_be_stored_is_refused_with_the_path_to_it(path: Path, data: dict[str, Any]) -> None:
+    event = StageCompleted(stage="pay", output=StageOutput.ok(data))
+
+    _, refused, events = on(SQLiteLedger(path), create(), append(event), read())
+
+    where = "data['rows'][1]['seats'][1]" if "rows" in data else "data['by'][3]['x'][0]"
+    assert isinstance(refused, LedgerError)
+    assert str(refused).startswith("StageCompleted of saga s, stage 'pay', can't be stored")
+    assert where in str(refused)
+    assert events == (started(),)
+
+
+def test_an_event_that_is_too_large_is_refused_with_its_size_and_nothing_of_its_append_is_recorded(path: Path) -> None:
+    ledger = SQLiteLedger(path, max_event_bytes=2_000)
+
+    _, refused, _, events = on(ledger, create(), append(FIRST, large(2_000)), append(FIRST), read())
+
+    assert isinstance(refused, LedgerError)
+    assert "stage 'a', has 2,1" in str(refused)
+    assert "bytes of JSON, the ledger takes 2,000 (max_event_bytes); nothing was recorded" in str(refused)
+    assert events == (started(), FIRST)
+
+
+def test_the_size_of_an_event_is_counted_in_bytes_and_not_in_characters(path: Path) -> None:
+    event = StageCompleted(stage="a", output=StageOutput.ok({"text": "€" * 700}))
+
+    _, refused = on(SQLiteLedger(path, max_event_bytes=2_000), create(), append(event))
+
+    assert "has 2,2" in str(refused)
+
+
+def test_redact_changes_what_is_stored_and_nothing_else(path: Path) -> None:
+    def redact(event: AnyEvent) -> AnyEvent:
+        return replace(event, output=StageOutput.ok({"card": "***"})) if isinstance(event, StageCompleted) else event
+
+    paid = StageCompleted(stage="a", output=StageOutput.ok({"card": "4111-1111"}))
+
+    *_, events = on(SQLiteLedger(path, redact=redact), create(), append(FIRST, paid), read())
+
+    assert events == (started(), FIRST, redact(paid))
+    assert paid.output.data == {"card": "4111-1111"}
+    assert b"4111" not in path.read_bytes()
+
+
+def _raises(_: AnyEvent) -> AnyEvent:
+    raise KeyError("card")
+
+
+@pytest.mark.parametrize(
+    ("redact", "why"), [(_raises, "redact raised KeyError: 'card'"), (lambda _: None, "expected one from redact, got NoneType")]
+)
+def test_when_redact_fails_nothing_is_stored(path: Path, redact: Any, why: str) -> None:
+    refused, sagas = on(SQLiteLedger(path, redact=redact), create(), listed())
+
+    assert isinstance(refused, LedgerError)
+    assert str(refused) == f"SagaStarted of saga s can't be stored: {why}"
+    assert sagas == []
+
+
+@pytest.mark.parametrize("name", ["x" * 501, "a\0b", "a\ud800b"])
+def test_a_name_that_a_database_cannot_hold_is_refused(path: Path, name: str) -> None:
+    create_it, read_it, own_it = create(name), read(name), create("t", name)
+
+    answers = on(SQLiteLedger(path), create_it, read_it, own_it, append(FIRST, saga_id=name))
+
+    assert all(isinstance(answer, LedgerError) and "of at most 500 characters" in str(answer) for answer in answers)
+
+
+# -- opening ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_ledger_is_opened_by_its_url(path: Path) -> None:
+    assert isinstance(open_ledger("memory:"), MemoryLedger)
+    in_a_file = open_ledger(f"sqlite:///{path}")
+    assert isinstance(in_a_file, SQLiteLedger)
+    assert in_a_file.path == path
+    assert isinstance(open_ledger("postgresql://user:secret@localhost/sagas"), PostgresLedger)
+    assert isinstance(open_ledger("postgres://localhost/sagas"), PostgresLedger)
+
+
+@pytest.mark.parametrize("url", ["", "memory:x", "sqlite:", "sqlite:///", "sqlite://x", "postgresql:x", "mysql://me:secret@x"])
+def test_a_url_that_names_no_ledger_is_refused_without_the_password_in_it(url: str) -> None:
+    with pytest.raises(MisuseError, match=r"expected a ledger's URL: memory:, sqlite:///path or postgresql://") as refused:
+        open_ledger(url)
+
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("path_", ["", ":memory:"])
+def test_a_path_that_is_none_is_refused(path_: str) -> None:
+    with pytest.raises(MisuseError, match=r"expected the path of a file, got .*MemoryLedger"):
+        SQLiteLedger(path_)
+
+
+@pytest.mark.parametrize("option", ["lease", "patience", "max_event_bytes"])
+@pytest.mark.parametrize("number", [0, -1, float("nan")])
+def test_an_option_that_makes_no_sense_is_refused(path: Path, option: str, number: float) -> None:
+    make = partial(SQLiteLedger, path)
+
+    with pytest.raises(MisuseError, match=f"expected a number above 0 for {option}, got {number}"):
+        make(**{option: number})  # type: ignore[arg-type] # any of them may be a number
+
+
+def test_a_ledger_says_where_it_is(path: Path) -> None:
+    assert repr(SQLiteFile(path).open()) == f"SQLiteLedger({str(path)!r})"
+
+
+def test_a_path_is_the_one_that_it_was_when_the_ledger_was_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    ledger = SQLiteLedger(path.name)
+    monkeypatch.chdir("/")
+
+    on(ledger, create())
+
+    assert path.exists()
