@@ -13,7 +13,7 @@ from saga.events import AnyEvent, EffectRecorded
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.outputs import copied, copied_output
-from saga.watch import retrieved
+from saga.watch import leave_loop, retrieved, start
 
 if TYPE_CHECKING:
     from stageflow.api import Pipeline, PipelineContext
@@ -113,7 +113,7 @@ class LiveSaga(Host):
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something in a task that is kept until it ends."""
-        task = asyncio.create_task(work)
+        task = start(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -121,6 +121,12 @@ class LiveSaga(Host):
         """Stop it as if its caller had been cancelled; on its way back it goes on."""
         if self.stop is not None:
             self.stop(Failure.of(None, FailureKind.INTERRUPTED, why))
+
+    def heed_ctrl_c(self, error: BaseException) -> None:
+        """Stop if it is a KeyboardInterrupt: it was meant for the whole process, and struck the code of a stage by chance."""
+        if isinstance(error, KeyboardInterrupt):
+            leave_loop(error)
+            self.interrupt("the process got a KeyboardInterrupt")
 
     def comes_late(self, event: AnyEvent) -> None:
         """Hand over what something given up has come to after all."""
@@ -157,7 +163,7 @@ class LiveSaga(Host):
         """Write one partial effect of a running stage to the ledger."""
         if self.journal.state.graph[stage].role is not Role.COMPENSABLE:
             raise refuse_record(stage)
-        write = asyncio.create_task(self.journal.record(EffectRecorded(stage=stage, effect=copied(effect))))
+        write = start(self.journal.record(EffectRecorded(stage=stage, effect=copied(effect))))
         write.add_done_callback(retrieved)
         # A cancel of the stage is no cancel of the ledger: what it did is recorded.
         await asyncio.shield(write)

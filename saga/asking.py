@@ -47,6 +47,7 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
         except GeneratorExit:
             raise
         except BaseException as error:  # noqa: BLE001 - a probe's failure is data
+            saga.heed_ctrl_c(error)
             failure = Failure.raised(stage, error, attempt=attempt, kind=FailureKind.COMPENSATION)
         if failure is None:
             output = None if answer is None else copied_output(answer)

@@ -11,7 +11,7 @@ from saga.asking import ask
 from saga.events import CompensationCompleted, CompensationFailed, CompensationStarted, TurnReason
 from saga.failures import Failure, FailureKind
 from saga.recovery import Rollback, Step, undo_step
-from saga.watch import Watched
+from saga.watch import Crew, Watched
 
 if TYPE_CHECKING:
     from saga.alive import LiveSaga
@@ -38,9 +38,8 @@ class Backward:
         self._record = saga.journal.record
         self._settings = saga.policy.compensation
         self._rollback = Rollback(self._state, saga.policy, reason)
-        self._workers: set[_Worker] = set()
+        self._workers: Crew[_Worker] = Crew(self._breaks)
         self._loop = asyncio.get_running_loop()
-        self._finished = asyncio.Event()
         self._expired = False
         self._broken: Exception | None = None
 
@@ -51,18 +50,11 @@ class Backward:
             LedgerError: The ledger could not record; no further compensation was started after that.
         """
         self._put_to_work()
-        if not self._workers:
-            return
         timer = None
         if self._settings.deadline is not None:
             timer = self._loop.call_later(self._settings.deadline, self._expire)
-        while self._workers:
-            self._finished.clear()
-            try:
-                await self._finished.wait()
-            except asyncio.CancelledError:
-                # Promise 7: a cancel can start a compensation, never interrupt one.
-                continue
+        # Promise 7: a cancel can start a compensation, never interrupt one.
+        await self._workers.disband()
         if timer is not None:
             timer.cancel()
         if self._broken is not None:
@@ -76,34 +68,22 @@ class Backward:
         """Have as many workers as there are open stages, within the limit; a worker that ends its stage takes the next."""
         limit = self._settings.max_concurrency
         for _ in range(len(self._rollback)):
-            if limit is not None and len(self._workers) >= limit:
+            if limit is not None and len(self._workers.members) >= limit:
                 return
             worker = _Worker(self._rollback.take(), self._gives_up)
-            self._workers.add(worker)
-            worker.task = self._loop.create_task(self._work(worker))
+            self._workers.employ(worker, self._work(worker))
 
     async def _work(self, worker: _Worker) -> None:
-        try:
-            while True:
-                await self._undo(worker)
-                if worker.given_up:
-                    return
-                if not len(self._rollback):
-                    break
-                worker.stage = self._rollback.take()
-                self._put_to_work()
-        except Exception as error:  # noqa: BLE001 - the ledger's, or a defect of ours: it ends the rollback, it must not hang it
-            self._breaks(error)
-        self._ends(worker)
+        while True:
+            await self._undo(worker)
+            if worker.given_up or not len(self._rollback):
+                return
+            worker.stage = self._rollback.take()
+            self._put_to_work()
 
     def _breaks(self, error: Exception) -> None:
         self._broken = self._broken or error
         self._rollback.stop()
-
-    def _ends(self, worker: _Worker) -> None:
-        self._workers.discard(worker)
-        if not self._workers:
-            self._finished.set()
 
     async def _undo(self, worker: _Worker) -> None:
         """Bring one stage as far as it goes: until nothing of it stands, or it is known to stand."""
@@ -162,6 +142,7 @@ class Backward:
             raise
         except BaseException as raised:  # noqa: BLE001 - a compensation's failure is data
             worker.end()
+            self._saga.heed_ctrl_c(raised)
             error = raised
             was_cancelled = await worker.absorb()
             if worker.reason is not None:
@@ -180,7 +161,7 @@ class Backward:
             await asyncio.sleep(seconds)
 
     def _gives_up(self, worker: _Worker) -> None:
-        self._saga.spawn(self._given_up(worker))
+        self._saga.spawn(self._workers.see_through(worker, self._given_up(worker)))
 
     async def _given_up(self, worker: _Worker) -> None:
         """Go on without a compensation that ignored its cancel: its stage is stuck."""
@@ -190,12 +171,7 @@ class Backward:
             f"it was not done in time, and it ignored its cancel for {self._saga.policy.cancel_grace:g} s; it may still be running"
         )
         failure = Failure.raised(stage, error, attempt=attempt, kind=FailureKind.COMPENSATION)
-        try:
-            await self._record(CompensationFailed(stage=stage, failure=failure))
-            self._rollback.hold(stage)
-        except Exception as broken:  # noqa: BLE001 - as in _work
-            self._breaks(broken)
-        self._workers.discard(worker)
+        await self._record(CompensationFailed(stage=stage, failure=failure))
+        self._rollback.hold(stage)
+        self._workers.dismiss(worker)
         self._put_to_work()
-        if not self._workers:
-            self._finished.set()

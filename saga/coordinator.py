@@ -43,6 +43,7 @@ from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery import SagaState, Step, conclude, final_status, undo_step
 from saga.report import Recovery, SagaReport
 from saga.resumption import Chapter, Direction, refusal, resumption, status_at_rest, undoing
+from saga.watch import outlast, start
 
 if TYPE_CHECKING:
     from stageflow import BaseInterceptor
@@ -128,7 +129,7 @@ class SagaCoordinator:
 
         Raises:
             MisuseError: Something can't work; nothing was run.
-            LedgerError: The ledger could not record; no further effect was started.
+            LedgerError: The ledger could not record, or Ctrl-C struck the saga's own code; no further effect was started.
             asyncio.CancelledError: The caller was cancelled, and the saga has done what `on_interrupt` says.
         """
         blueprint = self._read(pipeline, self.policy)
@@ -467,7 +468,7 @@ class SagaCoordinator:
 
     async def _unbroken(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
         """Wait for the saga to come to rest, also when the caller is cancelled meanwhile."""
-        driver = asyncio.create_task(self._closing(saga, work))
+        driver = start(self._closing(saga, work))
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         driver.add_done_callback(partial(_wake, done))
         try:
@@ -477,11 +478,7 @@ class SagaCoordinator:
             # anyio repeats the cancel of a scope at every turn of the loop until the scope is left: the shield keeps
             # that off; further plain cancels are absorbed one by one.
             with anyio.CancelScope(shield=True):
-                while not driver.done():
-                    try:
-                        await asyncio.wait({driver})
-                    except asyncio.CancelledError:
-                        continue
+                await outlast({driver})
             cancelled.add_note(str(driver.result()))
             raise
         return driver.result()
@@ -530,7 +527,10 @@ class SagaCoordinator:
         if state.is_spotless:
             return
         askable = [node.name for node in state.graph.nodes if undo_step(node, state.stages[node.name]) is Step.PROBE]
-        await asyncio.gather(*(ask(saga, name) for name in askable))
+        asking = [start(ask(saga, name)) for name in askable]
+        await outlast(asking)
+        for asked in asking:
+            asked.result()
 
     async def _back(self, saga: LiveSaga, reason: TurnReason) -> None:
         while True:
@@ -611,7 +611,7 @@ class SagaCoordinator:
         return bool(events)
 
     def _record_late_soon(self, saga_id: str) -> None:
-        task = asyncio.create_task(self._record_late(saga_id))
+        task = start(self._record_late(saga_id))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -27,7 +27,7 @@ from saga.ledger import StageState
 from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
 from saga.text import said, shown
-from saga.watch import Watched, bounded
+from saga.watch import Crew, Watched, bounded, cut_short_by, leave_loop
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,13 +111,12 @@ class Forward:
         self._policy = saga.policy
         self._interceptors = list(interceptors)
         self._runs: dict[str, _StageRun] = {}
-        self._running: set[_StageRun] = set()
+        self._running: Crew[_StageRun] = Crew(self._breaks)
         self._called: set[str] = set()
         self._fallen = {name for name, record in self._state.stages.items() if record.with_branch and not record.again}
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
         self._interrupted = asyncio.Event()
-        self._idle = asyncio.Event()
         self._broken: Exception | None = None
         saga.stop = self.stop
 
@@ -131,30 +130,10 @@ class Forward:
         Raises:
             LedgerError: The ledger could not record; nothing was started after that.
         """
-        saga = self._saga
-        stages = {
-            name: UnifiedStageSpec(
-                name, self._wrapper(name), kind=plan.spec.kind, dependencies=plan.spec.dependencies, conditional=plan.spec.conditional
-            )
-            for name, plan in saga.blueprint.stages.items()
-        }
         deadline = self._policy.deadline
         timer = None if deadline is None else self._loop.call_later(deadline, self._out_of_time, deadline)
         listener = _Listener(self._called)
-        results: Mapping[str, StageOutput] = {}
-        try:
-            results = await Pipeline(saga.blueprint.name, stages).run(saga.private_context(), interceptors=[*self._interceptors, listener])
-        except UnifiedPipelineCancelled as cancelled:
-            results = cancelled.results
-            if self.cause is None:
-                # No wrapper of ours asked for it: the context was cancelled, or a hook.
-                self.stop(Failure.of(None, FailureKind.CANCELLED, cancelled.reason))
-        except UnifiedStageExecutionError as failed:
-            await self._refused(failed.stage, failed.original)
-        except asyncio.CancelledError:
-            self.stop(Failure.of(None, FailureKind.INTERRUPTED, "the task that drives the saga was cancelled"))
-        except Exception as error:  # noqa: BLE001 - a hook's or an interceptor's of the user
-            self.stop(Failure.raised(None, error, attempt=0))
+        results = await self._schedule(listener)
         await self._come_to_rest()
         # The stages' contexts lead back here.
         self._runs.clear()
@@ -166,6 +145,34 @@ class Forward:
         if self._broken is not None:
             raise self._broken
 
+    async def _schedule(self, listener: _Listener) -> Mapping[str, StageOutput]:
+        """Have stageflow run the stages, and give its results; what ended that early has stopped the saga when this returns."""
+        saga = self._saga
+        stages = {
+            name: UnifiedStageSpec(
+                name, self._wrapper(name), kind=plan.spec.kind, dependencies=plan.spec.dependencies, conditional=plan.spec.conditional
+            )
+            for name, plan in saga.blueprint.stages.items()
+        }
+        self._heed_early_cancel()
+        try:
+            return await Pipeline(saga.blueprint.name, stages).run(saga.private_context(), interceptors=[*self._interceptors, listener])
+        except UnifiedPipelineCancelled as cancelled:
+            if self.cause is None:
+                # No wrapper of ours asked for it: the context was cancelled, or a hook.
+                self.stop(Failure.of(None, FailureKind.CANCELLED, cancelled.reason))
+            return cancelled.results
+        except UnifiedStageExecutionError as failed:
+            await self._refused(failed.stage, failed.original)
+        except asyncio.CancelledError:
+            self._stop_for_cancel()
+        except (KeyboardInterrupt, SystemExit) as error:
+            leave_loop(error)
+            self._breaks(cut_short_by(error))
+        except Exception as error:  # noqa: BLE001 - a hook's or an interceptor's of the user
+            self.stop(Failure.raised(None, error, attempt=0))
+        return {}
+
     def stop(self, cause: Failure, *, told: _StageRun | None = None) -> None:
         """Start no further stage; the first cause stays the cause. The stage that is `told` answers for itself."""
         if self.cause is not None:
@@ -173,13 +180,23 @@ class Forward:
         self.cause = cause
         self._saga.is_stopping = True
         self._stopped.set()
-        for run in self._running:
+        for run in self._running.members:
             # One CANCEL is enough for stageflow to cancel and await its other wrappers and to end.
             if run is not told and run.waiter is not None and not run.waiter.done():
                 run.waiter.set_result(_STOPPING)
         for child in self._saga.children:
             # A child is no single stage: it starts nothing more, either.
             child.interrupt("the saga that runs it is stopping")
+
+    def _heed_early_cancel(self) -> None:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            # It came before the task began, and has struck nothing.
+            self._stop_for_cancel()
+
+    def _stop_for_cancel(self) -> None:
+        # Somebody cancels every task of the process; none of ours may die of it, or the saga would wait for it for ever.
+        self._saga.interrupt("a task of the saga was cancelled from outside")
 
     def _out_of_time(self, deadline: float) -> None:
         self.stop(Failure.of(None, FailureKind.TIMEOUT, f"the forward run exceeded its deadline of {deadline:g} s"))
@@ -190,14 +207,14 @@ class Forward:
         failure = Failure.raised(stage, error, attempt=0)
         self.stop(failure)
         if self._is_due(stage):
-            await self._record(StageFailed(stage=stage, failure=failure))
+            await self._unless_broken(StageFailed(stage=stage, failure=failure))
 
     async def _come_to_rest(self) -> None:
         """Wait for what still runs, and record what stopped the run and what it left open."""
         if self.cause is not None and self.cause not in self._state.failures:
             # A stage's failure is in the ledger already; whoever resumes has to learn of any other cause, too.
             await self._unless_broken(SagaStopped(cause=self.cause))
-        if self._running:
+        if self._running.members:
             await self._drain()
         if self.cause is None:
             return
@@ -220,21 +237,15 @@ class Forward:
         if policy.in_flight == "cancel":
             # A pivot's outcome decides what may be undone at all, so it gets its time.
             self._interrupt(spared=Role.PIVOT)
-        if policy.drain_timeout is not None and self._running:
+        if policy.drain_timeout is not None:
             timer = self._loop.call_later(policy.drain_timeout, self._interrupt)
-        while self._running:
-            self._idle.clear()
-            try:
-                await self._idle.wait()
-            except asyncio.CancelledError:
-                # Whoever cancels us has to wait: nothing is undone under running work.
-                continue
+        await self._running.disband()
         if timer is not None:
             timer.cancel()
 
     def _interrupt(self, spared: Role | None = None) -> None:
         self._interrupted.set()
-        for run in self._running:
+        for run in self._running.members:
             if self._state.graph[run.name].role is not spared:
                 run.cancel(FailureKind.INTERRUPTED)
 
@@ -260,8 +271,7 @@ class Forward:
                     return _STOPPING
                 run = _StageRun(name, self._saga.blueprint.stages[name], self._state.stages[name], ctx, self._gives_up)
                 self._runs[name] = run
-                self._running.add(run)
-                run.task = self._loop.create_task(self._own(run))
+                self._running.employ(run, self._own(run))
             # An interceptor that asks for a retry gets here again: retries are the policy's, so the error stays.
             if run.error is not None:
                 raise run.error
@@ -280,23 +290,12 @@ class Forward:
         else:
             run.waiter.set_result(answer)
 
-    def _ends(self, run: _StageRun) -> None:
-        self._running.discard(run)
-        if not self._running:
-            self._idle.set()
-
     # -- what we run ---------------------------------------------------------------------------------------------
 
     async def _own(self, run: _StageRun) -> None:
-        try:
-            answer = await self._stage(run)
-        except Exception as error:  # noqa: BLE001 - the ledger's, or a defect of ours: it ends the saga, it must not hang it
-            self._breaks(error)
-            answer = _STOPPING
-        if run.given_up:
-            return
-        self._answer(run, answer)
-        self._ends(run)
+        answer = await self._stage(run)
+        if not run.given_up:
+            self._answer(run, answer)
 
     def _breaks(self, error: Exception) -> None:
         self._broken = self._broken or error
@@ -311,6 +310,7 @@ class Forward:
         cancelled = self._saga.cancellation()
         if cancelled is not None:
             self.stop(Failure.of(None, FailureKind.CANCELLED, cancelled))
+        self._heed_early_cancel()
         if self.is_stopping():
             return _STOPPING
         outcome = None if run.record.state is StageState.NOT_RUN else await self._left_open(run)
@@ -447,7 +447,7 @@ class Forward:
         except TimeoutError:
             return True
         except asyncio.CancelledError:
-            # Somebody cancels every task of the process; a task that died of it would leave the saga waiting for ever.
+            self._stop_for_cancel()
             return False
         return False
 
@@ -496,6 +496,7 @@ class Forward:
 
     async def _raised(self, run: _StageRun, error: BaseException, seconds: float | None) -> _Outcome:
         name, attempt = run.name, run.record.attempts
+        self._saga.heed_ctrl_c(error)
         was_cancelled = await run.absorb()
         if run.reason is FailureKind.TIMEOUT:
             return _Outcome(failure=Failure.of(name, FailureKind.TIMEOUT, f"no answer within {seconds:g} s", attempt=attempt))
@@ -504,11 +505,14 @@ class Forward:
             return _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt))
         if isinstance(error, StageCancellationRequested):
             return normalised(name, attempt, StageOutput.cancel(error.reason))
+        if isinstance(error, KeyboardInterrupt):
+            # It struck by chance, so the stage says nothing of its effect with it.
+            return _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, "a KeyboardInterrupt struck while it ran", attempt=attempt))
         past_pivot = self._state.graph[name].is_point_of_no_return and getattr(error, "past_pivot", False) is True
         return _Outcome(failure=Failure.raised(name, error, attempt=attempt), past_pivot=past_pivot)
 
     def _gives_up(self, run: _StageRun) -> None:
-        self._saga.spawn(self._given_up(run))
+        self._saga.spawn(self._running.see_through(run, self._given_up(run)))
 
     async def _given_up(self, run: _StageRun) -> None:
         """Go on without a stage that ignored its cancel: it is in doubt, and may still be running."""
@@ -516,14 +520,8 @@ class Forward:
         message = f"it ignored its cancel for {self._policy.cancel_grace:g} s and was given up; it may still be running"
         failure = Failure.of(run.name, run.reason, message, attempt=run.record.attempts)
         in_doubt = self._state.graph[run.name].role is not Role.PLAIN
-        try:
-            await self._record(StageFailed(stage=run.name, failure=failure, in_doubt=in_doubt))
-            answer = await self._absorb(run, failure)
-        except Exception as error:  # noqa: BLE001 - as in _own
-            self._breaks(error)
-            answer = _STOPPING
-        self._answer(run, answer)
-        self._ends(run)
+        await self._record(StageFailed(stage=run.name, failure=failure, in_doubt=in_doubt))
+        self._answer(run, await self._absorb(run, failure))
 
     # -- what a failure leads to ---------------------------------------------------------------------------------
 
@@ -572,6 +570,7 @@ class Forward:
         except GeneratorExit:
             raise
         except BaseException as error:  # noqa: BLE001 - a fallback's failure is data
+            self._saga.heed_ctrl_c(error)
             outcome = _Outcome(failure=Failure.raised(run.name, error, attempt=attempt))
         else:
             outcome = normalised(run.name, attempt, returned)

@@ -174,6 +174,9 @@ class Journal:
             # Whether it was written is unknown; a worker that died of this would leave its saga waiting for ever.
             self.error = LedgerError(f"recording {_named(events)} of saga {self.saga_id} was cancelled from outside")
             raise self.error from error
+        except (KeyboardInterrupt, SystemExit):
+            self.error = LedgerError(f"the process was told to end while {_named(events)} of saga {self.saga_id} was recorded")
+            raise
         if self._listeners:
             tell(self._listeners, self.saga_id, events)
 

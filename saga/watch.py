@@ -1,13 +1,72 @@
-"""Time limits for code that may ignore its cancel."""
+"""Tasks that begin whatever happens, and time limits for code that may ignore its cancel."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
-from typing import Any
+import types
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator
+from typing import Any, Final, Generic, TypeVar
 
+from saga.errors import LedgerError
 from saga.failures import FailureKind
+
+T = TypeVar("T")
+W = TypeVar("W", bound="Watched")
+
+
+def start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Run something in a task that begins even if it is cancelled before, and that takes nobody along when Ctrl-C strikes it.
+
+    asyncio throws a cancel that comes before a task's first step into code that has not begun: not even its `finally` runs, and
+    whoever waits for what it was to do waits for ever. Here such a cancel is only counted, in the task's `cancelling()`.
+    """
+    begun = _begun(work)
+    begun.send(None)
+    return asyncio.get_running_loop().create_task(begun)
+
+
+async def _begun(work: Coroutine[Any, Any, T]) -> T:
+    with contextlib.suppress(asyncio.CancelledError):
+        await _first_step()
+    try:
+        return await work
+    except (KeyboardInterrupt, SystemExit) as error:
+        leave_loop(error)
+        raise cut_short_by(error) from error
+
+
+@types.coroutine
+def _first_step() -> Generator[None, None, None]:
+    yield
+
+
+async def outlast(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Wait until all tasks have ended, however often whoever waits is cancelled."""
+    while not all(task.done() for task in tasks):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait(tasks)
+
+
+def leave_loop(error: BaseException) -> None:
+    """Let a KeyboardInterrupt or SystemExit out of the loop at its next turn; another error changes nothing.
+
+    asyncio lets these two out when a task raises them, but once more for every task that waits for that one: the second time it
+    cuts short asyncio.run's own wait for all that is still to be undone.
+    """
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        asyncio.get_running_loop().call_soon(_leave, error)
+
+
+def _leave(error: BaseException) -> None:
+    raise error
+
+
+def cut_short_by(error: BaseException) -> Exception:
+    """What a saga ends with when this has struck its own code."""
+    if isinstance(error, Exception):
+        return error
+    return LedgerError(f"the saga was cut short by a {type(error).__name__}: it is left as if its process had been killed, resume it")
 
 
 class Watched:
@@ -36,6 +95,7 @@ class Watched:
 
     def begin(self, seconds: float | None, grace: float | None) -> None:
         """Let the code that starts now run for so many seconds, and end within the grace once it is cancelled; None: no limit."""
+        self._uncancel()
         self.is_acting, self.reason, self._grace = True, None, grace
         if seconds is not None:
             self._timer = self.task.get_loop().call_later(seconds, self.cancel, FailureKind.TIMEOUT)
@@ -71,9 +131,66 @@ class Watched:
         # A cancel that has not been delivered yet would otherwise strike at our own next await.
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(0)
+        self._uncancel()
+        return True
+
+    def _uncancel(self) -> None:
+        # A scope of the code (asyncio.timeout, TaskGroup) would take a cancel that has struck before for one of its own time.
         while self.task.cancelling():
             self.task.uncancel()
-        return True
+
+
+class Crew(Generic[W]):
+    """The tasks of ours that run somebody else's code now, and the wait until none does.
+
+    Args:
+        breaks: Called with what ended one of them that should not have: the ledger's error, a Ctrl-C, a defect of ours.
+
+    Attributes:
+        members: Those that nobody has dismissed.
+    """
+
+    def __init__(self, breaks: Callable[[Exception], None]) -> None:
+        self.members: Final[set[W]] = set()
+        self._breaks = breaks
+        self._turn = asyncio.Event()
+
+    def employ(self, member: W, work: Coroutine[Any, Any, None]) -> None:
+        """Start a member's task."""
+        member.task = start(self.see_through(member, work))
+        self.members.add(member)
+
+    async def see_through(self, member: W, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work; the member is dismissed after it, whatever came of it."""
+        try:
+            await work
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # noqa: BLE001 - whatever it is, nobody must wait for this member for ever
+            leave_loop(error)
+            self._breaks(cut_short_by(error))
+        self.dismiss(member)
+
+    def dismiss(self, member: W) -> None:
+        """Wait for it no longer."""
+        self.members.discard(member)
+        self._turn.set()
+
+    async def disband(self) -> None:
+        """Wait until nobody works any more, whatever strikes whoever waits."""
+        # Asked of the tasks themselves: a Ctrl-C may have killed one before it was dismissed.
+        while any(not member.task.done() for member in self.members):
+            self._turn.clear()
+            try:
+                await self._turn.wait()
+            except asyncio.CancelledError:
+                continue
+            except (KeyboardInterrupt, SystemExit) as error:
+                leave_loop(error)
+                self._breaks(cut_short_by(error))
+        for killed_by in [member.task.exception() for member in self.members]:
+            assert killed_by is not None  # or it would have been dismissed
+            self._breaks(cut_short_by(killed_by))
 
 
 async def bounded(call: Awaitable[Any], *, seconds: float | None, grace: float, stop: asyncio.Event | None = None) -> Any:
@@ -85,13 +202,17 @@ async def bounded(call: Awaitable[Any], *, seconds: float | None, grace: float, 
     Raises:
         TimeoutError: The time was up.
         asyncio.CancelledError: `stop` was set, or the code cancelled itself.
-        Exception: Whatever the code raises.
+        BaseException: Whatever the code raises.
     """
 
-    async def run() -> Any:
-        return await call
+    async def run() -> tuple[Any, BaseException | None]:
+        try:
+            return await call, None
+        except (KeyboardInterrupt, SystemExit) as error:
+            # asyncio lets these two out of the loop, past whoever waits here.
+            return None, error
 
-    task = asyncio.create_task(run())
+    task = start(run())
     task.add_done_callback(retrieved)
     waiting: set[asyncio.Task[Any]] = {task} if stop is None else {task, asyncio.create_task(stop.wait())}
     try:
@@ -100,12 +221,15 @@ async def bounded(call: Awaitable[Any], *, seconds: float | None, grace: float, 
         if not in_time:
             task.cancel()
             await asyncio.wait({task}, timeout=grace)
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
         _cancel(waiting)
         raise
     _cancel(waiting)
     if in_time or (task.done() and not task.cancelled() and task.exception() is None):
-        return task.result()
+        returned, error = task.result()
+        if error is not None:
+            raise error
+        return returned
     if stop is not None and stop.is_set():
         raise asyncio.CancelledError
     raise TimeoutError(f"no answer within {seconds:g} s")

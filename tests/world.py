@@ -107,7 +107,7 @@ class Script:
         undo_fails: How many of its compensation's attempts fail.
         undo_takes: Seconds.
         undo_bears_repetition: The outside world recognises a request to undo that it has carried out.
-        probe: Whether it can be asked.
+        probe_takes: Seconds.
     """
 
     outcome: str = "ok"
@@ -118,6 +118,7 @@ class Script:
     then: tuple[str, ...] = ()
     undo_fails: int = 0
     undo_takes: float = 0.0
+    probe_takes: float = 0.0
     order_matters: bool = True
     undo_bears_repetition: bool = False
     attempts: list[str] = field(default_factory=list)
@@ -207,6 +208,8 @@ class Scripted(CompensableStage):
 
 class Probed(Scripted):
     async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        if self.script.probe_takes:
+            await elapse(self.script.probe_takes)
         return StageOutput.ok(stage=self.name, probed=True) if self.name in self.world.standing else None
 
 

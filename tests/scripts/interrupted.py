@@ -1,0 +1,90 @@
+"""A script with one saga over a world in SQLite, for a parent that interrupts it: python -m tests.scripts.interrupted WORLD FAILS.
+
+It says on stdout where it is ("running b", "undoing b 1", "interrupted" for each SIGINT), and goes on for each byte on stdin, or when
+stdin is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+import sys
+from typing import Any
+
+from stageflow.api import Pipeline, StageOutput
+
+from saga import CompensableStage, CompensationContext, SagaContext, SagaCoordinator, SagaReport
+
+
+def say(words: str) -> None:
+    # Not print(): a signal handler may say something while it writes.
+    os.write(1, f"{words}\n".encode())
+
+
+async def told() -> None:
+    heard = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(0, heard.set)
+    try:
+        await heard.wait()
+        os.read(0, 1)
+    finally:
+        loop.remove_reader(0)
+
+
+class Book(CompensableStage):
+    def __init__(self, world: str, name: str) -> None:
+        self.world = sqlite3.connect(world, isolation_level=None)
+        self.name = name
+
+    async def execute(self, ctx: SagaContext) -> None:
+        if self.name == "b":
+            say("running b")
+            await told()
+        self.world.execute("INSERT INTO standing VALUES (?)", (self.name,))
+
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        return StageOutput.ok() if self.world.execute("SELECT * FROM standing WHERE name = ?", (self.name,)).fetchall() else None
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        if self.name == "b":
+            say(f"undoing b {ctx.attempt}")
+            await told()
+        self.world.execute("DELETE FROM standing WHERE name = ?", (self.name,))
+
+
+async def fail(_: Any) -> StageOutput:
+    return StageOutput.fail("no")
+
+
+def main(world: str, *, fails: bool) -> None:
+    sqlite3.connect(world).execute("CREATE TABLE standing (name TEXT)")
+    pipeline = Pipeline(name="interrupted").with_stage("a", Book(world, "a")).with_stage("b", Book(world, "b"), dependencies=("a",))
+    if fails:
+        pipeline = pipeline.with_stage("c", fail, "work", dependencies=("b",))
+    coordinator = SagaCoordinator()
+
+    async def run() -> SagaReport:
+        asyncios = signal.getsignal(signal.SIGINT)
+        assert callable(asyncios)
+
+        def interrupted(number: int, frame: Any) -> Any:
+            try:
+                return asyncios(number, frame)
+            finally:
+                # Two signals of which the first was not handled yet would count as one: the parent waits for this line.
+                say("interrupted")
+
+        signal.signal(signal.SIGINT, interrupted)
+        return await coordinator.run(pipeline, saga_id="s")
+
+    try:
+        asyncio.run(run())
+    finally:
+        say(asyncio.run(coordinator.report("s")).status.value)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], fails=sys.argv[2:] == ["fails"])

@@ -1,0 +1,410 @@
+"""However, whenever and how often a saga is interrupted, it comes to rest, and then its caller learns of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+import pytest
+from stageflow.api import Pipeline
+
+from saga import (
+    Compensation,
+    CompensationContext,
+    ContinueWithFallback,
+    FailFast,
+    FailureKind,
+    Retry,
+    SagaContext,
+    SagaCoordinator,
+    SagaReport,
+    SagaStatus,
+    compensable,
+)
+from tests.controlled import ControlledLoop, elapse, run
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, scene
+
+PATIENT = Retry(attempts=3, wait=10, jitter=False)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a saga is doing when it is interrupted, and at which moment.
+
+    Attributes:
+        scripts: Makes what its stages do; each run needs its own.
+        shape: Its pipeline's.
+        policy: What differs from the default one.
+        at: The moment, in seconds.
+        is_cause_under: The policies under which nothing else has stopped the saga before.
+        first_cancelled_at: When it was cancelled for the first time already, if it was.
+    """
+
+    scripts: Callable[[], dict[str, Script]]
+    shape: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SEQUENCE)
+    policy: dict[str, Any] = field(default_factory=dict)
+    at: float = 5
+    is_cause_under: tuple[str, ...] = ("fail fast", "continue with fallback")
+    first_cancelled_at: float | None = None
+
+
+PHASES = {
+    "a stage runs": Phase(lambda: {"b": Script(before=10)}),
+    "between two stages": Phase(lambda: {"a": Script(before=5)}),
+    "it drains after a failure": Phase(lambda: {"b": Script("raise", before=1), "c": Script(before=10)}, BRANCHES, is_cause_under=()),
+    "it drains after a cancel": Phase(lambda: {"b": Script(before=20), "c": Script(before=10)}, BRANCHES, first_cancelled_at=2),
+    "a stage waits for its retry": Phase(lambda: {"b": Script("raise", then=("ok",))}, policy={"retry": PATIENT}),
+    "a stage is asked before its retry": Phase(
+        lambda: {"b": Script("hang", lands=True, probe_takes=10)}, policy={"timeout": 1, "retry": PATIENT}
+    ),
+    "a stage is asked after its last attempt": Phase(
+        lambda: {"b": Script("hang", lands=True, probe_takes=10)},
+        policy={"timeout": 1},
+        # It is asked before a fallback stands in: had its effect landed, nothing had failed.
+        is_cause_under=("continue with fallback",),
+    ),
+    "a compensation runs": Phase(lambda: {"b": Script(undo_takes=10), "c": Script("raise", before=1)}, is_cause_under=()),
+    "a compensation waits for its retry": Phase(
+        lambda: {"b": Script(undo_fails=1), "c": Script("raise")}, policy={"compensation": Compensation(retry=PATIENT)}, is_cause_under=()
+    ),
+}
+POLICIES = {"fail fast": FailFast, "continue with fallback": ContinueWithFallback}
+
+# -- the ways to interrupt a saga: each ends when the caller has got its answer ------------------------------------
+
+
+async def by_cancelling_its_task(saga: Coroutine[Any, Any, SagaReport], at: float, _: SagaCoordinator) -> None:
+    task = asyncio.create_task(saga)
+    await elapse(at)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def by_cancelling_its_task_again_and_again(saga: Coroutine[Any, Any, SagaReport], at: float, _: SagaCoordinator) -> None:
+    task = asyncio.create_task(saga)
+    await elapse(at)
+    while not task.done():
+        task.cancel()
+        await elapse(0.5)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def by_wait_for(saga: Coroutine[Any, Any, SagaReport], at: float, _: SagaCoordinator) -> None:
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(saga, at)
+
+
+async def limited(saga: Awaitable[Any], *limits: float) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        for seconds in limits:
+            await stack.enter_async_context(asyncio.timeout(seconds))
+        await saga
+
+
+async def by_timeout(saga: Coroutine[Any, Any, SagaReport], at: float, _: SagaCoordinator) -> None:
+    with pytest.raises(TimeoutError):
+        await limited(saga, at)
+
+
+async def by_timeouts_in_each_other(saga: Coroutine[Any, Any, SagaReport], at: float, _: SagaCoordinator) -> None:
+    # The inner one's time is up first, and before its caller may go on the outer one's is, too.
+    with pytest.raises(TimeoutError):
+        await limited(saga, at + 0.5, at)
+
+
+async def decline(_: Any) -> None:
+    raise CardDeclined
+
+
+async def fails(at: float) -> None:
+    await elapse(at)
+    raise CardDeclined
+
+
+async def by_task_group(saga: Coroutine[Any, Any, SagaReport], at: float, _: SagaCoordinator) -> None:
+    async def grouped() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fails(at))
+            await saga
+
+    with pytest.raises(ExceptionGroup):
+        await grouped()
+
+
+async def by_its_sibling_in_a_task_group(saga: Coroutine[Any, Any, SagaReport], at: float, _: SagaCoordinator) -> None:
+    async def grouped() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(saga)
+            group.create_task(fails(at))
+
+    # In a task of its own: Python 3.11 leaves the count of cancels wrong behind a group whose body had ended.
+    with pytest.raises(ExceptionGroup):
+        await asyncio.create_task(grouped())
+
+
+async def by_anyio_task_group(saga: Coroutine[Any, Any, SagaReport], at: float, _: SagaCoordinator) -> None:
+    async def grouped() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(fails, at)
+            await saga
+
+    with pytest.raises(ExceptionGroup):
+        await grouped()
+
+
+async def by_move_on_after(saga: Coroutine[Any, Any, SagaReport], at: float, _: SagaCoordinator) -> None:
+    with anyio.move_on_after(at) as scope:
+        await saga
+    assert scope.cancelled_caught
+
+
+async def by_cancel_scope(saga: Coroutine[Any, Any, SagaReport], at: float, _: SagaCoordinator) -> None:
+    with anyio.CancelScope() as scope:
+        asyncio.get_running_loop().call_later(at, scope.cancel)
+        await saga
+    assert scope.cancelled_caught
+
+
+async def by_its_id(saga: Coroutine[Any, Any, SagaReport], at: float, coordinator: SagaCoordinator) -> None:
+    task = asyncio.create_task(saga)
+    await elapse(at)
+    await coordinator.cancel("s")
+    assert (await task).saga_id == "s"
+
+
+WAYS = [
+    by_cancelling_its_task,
+    by_cancelling_its_task_again_and_again,
+    by_wait_for,
+    by_timeout,
+    by_timeouts_in_each_other,
+    by_task_group,
+    by_its_sibling_in_a_task_group,
+    by_anyio_task_group,
+    by_move_on_after,
+    by_cancel_scope,
+    by_its_id,
+]
+
+
+class Interrupted:
+    """A saga in some phase, and its caller."""
+
+    def __init__(self, phase: Phase, policy: str, on_interrupt: str) -> None:
+        self.world, self.pipeline = scene(phase.shape, phase.scripts(), dict.fromkeys(phase.shape, "probed"))
+        self.coordinator = SagaCoordinator(POLICIES[policy](on_interrupt=on_interrupt, **phase.policy))
+        self.phase = phase
+        self.is_cause = policy in phase.is_cause_under
+        self.is_answered = False
+
+    async def call(self) -> SagaReport:
+        try:
+            return await self.coordinator.run(self.pipeline, saga_id="s")
+        finally:
+            self.is_answered = True
+            assert self.coordinator._alive == {}, "the caller went on before the saga had come to rest"
+            assert not self.world.running
+            assert not self.world.undoing
+
+    def cancel_before(self) -> None:
+        if self.phase.first_cancelled_at is not None:
+            loop = asyncio.get_running_loop()
+            loop.call_later(self.phase.first_cancelled_at, lambda: self.coordinator._alive["s"].interrupt("the shop closes"))  # type: ignore[union-attr] # it is alive
+
+    def report(self) -> SagaReport:
+        return run(self.coordinator.report("s"))
+
+
+def has_come_to_rest(saga: Interrupted, on_interrupt: str) -> None:
+    report = saga.report()
+    assert saga.is_answered
+    assert report.ended_at is not None
+    assert report.clean
+    if saga.is_cause:
+        assert report.cause is not None
+        assert (report.cause.stage, report.cause.kind) == (None, FailureKind.INTERRUPTED)
+    halts = saga.is_cause and on_interrupt == "halt"
+    assert report.status is (SagaStatus.HALTED if halts else SagaStatus.COMPENSATED)
+    assert set(report.kept) == set(saga.world.standing)
+    assert halts or not report.kept
+
+
+async def scopes_still_work() -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    with pytest.raises(TimeoutError):
+        await limited(asyncio.Event().wait(), 1)
+    with anyio.move_on_after(1) as scope:
+        await asyncio.Event().wait()
+    assert scope.cancelled_caught
+
+
+@pytest.mark.parametrize("on_interrupt", ["compensate", "halt"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("way", WAYS)
+def test_whoever_interrupts_a_saga_hears_of_it_when_it_has_come_to_rest(way: Any, phase: str, policy: str, on_interrupt: str) -> None:
+    saga = Interrupted(PHASES[phase], policy, on_interrupt)
+
+    async def play() -> None:
+        saga.cancel_before()
+        await way(saga.call(), saga.phase.at, saga.coordinator)
+        await scopes_still_work()
+
+    run(play())
+
+    assert saga.world.refusals == []
+    has_come_to_rest(saga, on_interrupt)
+
+
+# -- everything is cancelled: the loop is shut down -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_interrupt", ["compensate", "halt"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_loop_that_is_shut_down_waits_until_the_saga_has_come_to_rest(phase: str, policy: str, on_interrupt: str) -> None:
+    saga = Interrupted(PHASES[phase], policy, on_interrupt)
+    mishaps: list[dict[str, Any]] = []
+    running: list[asyncio.Task[SagaReport]] = []
+
+    async def leave() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: mishaps.append(context))
+        saga.cancel_before()
+        running.append(asyncio.create_task(saga.call()))
+        await elapse(saga.phase.at)
+
+    # What is left when the main task has ended is cancelled once, and awaited.
+    with asyncio.Runner(loop_factory=ControlledLoop) as runner:
+        runner.run(leave())
+
+    assert mishaps == []
+    assert running[0].cancelled()
+    cut_short_and_repeated(saga, phase)
+    has_come_to_rest(saga, on_interrupt)
+
+
+def cut_short_and_repeated(saga: Interrupted, phase: str) -> None:
+    """Also the tasks of the saga are cancelled: an attempt of a compensation may be cut short, and is repeated."""
+    assert saga.world.refusals == (["the compensation of b was interrupted"] if phase == "a compensation runs" else [])
+
+
+def in_order(tasks: set[asyncio.Task[Any]]) -> list[asyncio.Task[Any]]:
+    return sorted(tasks, key=lambda task: int(task.get_name().removeprefix("Task-")))
+
+
+def the_caller_alone(caller: asyncio.Task[SagaReport]) -> list[asyncio.Task[Any]]:
+    return [caller]
+
+
+def every_task(caller: asyncio.Task[SagaReport]) -> list[asyncio.Task[Any]]:
+    others = in_order(asyncio.all_tasks())
+    return others[others.index(caller) :]
+
+
+def every_task_the_youngest_first(caller: asyncio.Task[SagaReport]) -> list[asyncio.Task[Any]]:
+    return every_task(caller)[::-1]
+
+
+@pytest.mark.parametrize("on_interrupt", ["compensate", "halt"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("whom", [every_task, every_task_the_youngest_first])
+def test_in_whichever_order_all_tasks_are_cancelled_the_saga_comes_to_rest(whom: Any, phase: str, policy: str, on_interrupt: str) -> None:
+    saga = Interrupted(PHASES[phase], policy, on_interrupt)
+
+    async def play() -> None:
+        saga.cancel_before()
+        caller = asyncio.create_task(saga.call())
+        await elapse(saga.phase.at)
+        for task in whom(caller):
+            task.cancel()
+        await asyncio.wait({caller})
+
+    run(play())
+
+    cut_short_and_repeated(saga, phase)
+    has_come_to_rest(saga, on_interrupt)
+
+
+STORIES: dict[str, Callable[[], dict[str, Script]]] = {
+    "it completes": dict,
+    "its last stage fails": lambda: {"d": Script("raise")},
+    "two of its stages are asked": lambda: {"b": Script("raise", lands=True), "c": Script("raise", lands=True)},
+}
+
+
+@pytest.mark.parametrize("on_failure", ["compensate", "halt"])
+@pytest.mark.parametrize("on_interrupt", ["compensate", "halt"])
+@pytest.mark.parametrize("whom", [the_caller_alone, every_task, every_task_the_youngest_first])
+@pytest.mark.parametrize("story", STORIES)
+def test_a_cancel_at_any_turn_of_the_loop_lets_the_saga_come_to_rest(story: str, whom: Any, on_interrupt: Any, on_failure: Any) -> None:
+    """Also one that comes before a task of the saga has begun, and one that comes when the saga has just ended."""
+
+    async def play(coordinator: SagaCoordinator, pipeline: Pipeline, turns: int) -> bool:
+        caller = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        comes_too_late = caller.done()
+        for task in whom(caller) if not comes_too_late else ():
+            task.cancel()
+        await asyncio.wait({caller})
+        return comes_too_late
+
+    turns, comes_too_late = 1, False
+    while not comes_too_late:
+        world, pipeline = scene(DIAMOND, STORIES[story](), dict.fromkeys(DIAMOND, "probed"))
+        coordinator = SagaCoordinator(FailFast(on_interrupt=on_interrupt, on_failure=on_failure))
+        comes_too_late = run(play(coordinator, pipeline, turns))
+
+        report = run(coordinator.report("s"))
+        assert report.ended_at is not None
+        assert report.clean
+        assert coordinator._alive == {}
+        assert set(report.kept) == set(world.standing)
+        assert world.undoing == world.running == set()
+        turns += 1
+    assert turns > 15
+
+
+def test_code_that_runs_after_a_cancel_was_taken_in_may_use_scopes_of_its_own() -> None:
+    """A cancel that has struck already must not be taken for one of the time when they were entered."""
+    undone_at: list[int] = []
+
+    async def book(_: SagaContext) -> None: ...
+
+    async def cancel(ctx: CompensationContext) -> None:
+        if ctx.attempt == 1:
+            raise CardDeclined
+        with pytest.raises(ExceptionGroup):
+            await by_task_group_of_its_own()
+        await scopes_still_work()
+        undone_at.append(ctx.attempt)
+
+    async def by_task_group_of_its_own() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fails(1))
+            await asyncio.Event().wait()
+
+    pipeline = Pipeline().with_stage("book", compensable(book, cancel)).with_stage("fail", decline, "work", dependencies=("book",))
+    coordinator = SagaCoordinator(FailFast(compensation=Compensation(retry=PATIENT)))
+
+    async def play() -> SagaReport:
+        caller = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        await elapse(5)
+        for task in every_task(caller):
+            task.cancel()
+        await asyncio.wait({caller})
+        return await coordinator.report("s")
+
+    report = run(play())
+
+    assert undone_at == [2]
+    assert report.status is SagaStatus.COMPENSATED
