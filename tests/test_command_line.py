@@ -784,8 +784,8 @@ class Terminal:
 
 
 def plain(shown: str) -> str:
-    """What is shown, without colours and the movements of the cursor."""
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "")
+    """What is shown, without colours and the movements of the cursor; each picture begins a line."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def test_ctrl_c_in_a_terminal_undoes_and_says_so(shop: Shop) -> None:
