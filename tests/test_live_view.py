@@ -325,7 +325,7 @@ def test_a_terminal_is_drawn_upon_and_left_as_it_was() -> None:
 # -- interruptions -----------------------------------------------------------------------------------------------
 
 
-def test_the_first_signal_cancels_and_the_second_one_leaves() -> None:
+def test_the_first_signal_cancels_and_the_second_one_leaves(capfd: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     left: list[int] = []
 
@@ -334,7 +334,7 @@ def test_the_first_signal_cancels_and_the_second_one_leaves() -> None:
 
     async def work() -> None:
         task = asyncio.create_task(endless())
-        with interruptible(task, lambda: said.append("first"), lambda: said.append("second"), left.append):
+        with interruptible(task, lambda: said.append("first"), lambda: "second\n", left.append):
             os.kill(os.getpid(), signal.SIGINT)
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -343,9 +343,30 @@ def test_the_first_signal_cancels_and_the_second_one_leaves() -> None:
     before = signal.getsignal(signal.SIGTERM)
     asyncio.run(work())
 
-    assert said == ["first", "second"]
+    assert said == ["first"]
+    assert capfd.readouterr().err == "second\n"
     assert left == [130]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_can_not_be_said_keeps_nobody_from_leaving() -> None:
+    left: list[int] = []
+
+    def speechless() -> str:
+        raise RuntimeError("no words")
+
+    async def work() -> None:
+        task = asyncio.create_task(asyncio.Event().wait())
+        with interruptible(task, lambda: None, speechless, left.append):
+            os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            with pytest.raises(RuntimeError, match="no words"):
+                signal.raise_signal(signal.SIGINT)
+
+    asyncio.run(work())
+
+    assert left == [130]
 
 
 async def interrupted(shape: Mapping[str, tuple[str, ...]], console: Console, policy: FailFast, **scripts: Script) -> Outcome:
@@ -418,15 +439,13 @@ def test_ctrl_c_on_the_way_back_leaves_compensations_alone_and_says_how_to_go_on
     ]
 
 
-def test_a_second_ctrl_c_gives_the_cursor_back_and_names_the_stages_of_nested_sagas(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_second_ctrl_c_gives_the_cursor_back_and_names_the_stages_of_nested_sagas() -> None:
     family = family_of(SEQUENCE, StageStarted(stage="a", attempt=1))
     started = SagaStarted(saga_id="s/a", pipeline="hotel", graph=graph(SEQUENCE), policy=FailFast(), parent="s", parent_stage="a")
     for event in (started, *completed("a")):
         family.hear("s/a", event)
 
-    Notice(family, in_colour(), None).second()
-
-    assert capfd.readouterr().err == (
+    assert Notice(family, in_colour(), None).second() == (
         "\x1b[?25h\nStopped at once and left in effect: a/a; in doubt: a.\nThe ledger is in memory: nothing knows of that then.\n"
     )
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from contextlib import asynccontextmanager, redirect_stdout
 from datetime import datetime, timedelta
 from functools import wraps
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from traceback import format_exc
 from typing import Annotated, Any, Final, NoReturn
@@ -83,7 +83,10 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
     if wanted:
-        typer.echo(f"saga {version('stageflow-saga')}")
+        try:
+            typer.echo(f"saga {version('stageflow-saga')}")
+        except PackageNotFoundError:
+            typer.echo("saga, from a folder that is not installed")
         raise typer.Exit
 
 
@@ -218,7 +221,7 @@ def recover(
         async with _opened(url) as opened:
             coordinator = SagaCoordinator(ledger=opened, listeners=[tell_on(_stderr())])
             task = asyncio.create_task(coordinator.recover(pipelines, concurrency=concurrency))
-            with interruptible(task, lambda: _say(_FIRST), lambda: _say(_SECOND)):
+            with interruptible(task, lambda: typer.echo(_FIRST, err=True), lambda: _SECOND):
                 try:
                     with redirect_stdout(sys.stderr):
                         recovery = await task
@@ -233,11 +236,7 @@ def recover(
 
 
 _FIRST: Final = "Interrupted: what these sagas did is undone, as their policies say. A second Ctrl-C stops at once."
-_SECOND: Final = "Stopped at once; saga recover goes on from there."
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
+_SECOND: Final = "Stopped at once; saga recover goes on from there.\n"
 
 
 # -- looking -----------------------------------------------------------------------------------------------------

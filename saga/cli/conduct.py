@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -94,10 +93,10 @@ class Notice:
         for line in (f"Interrupted: {self._what_follows()}.", *self._stopping("A second Ctrl-C stops at once", "leaves")):
             self.console.print(Text(line, style="bold yellow"), soft_wrap=not self.console.is_terminal)
 
-    def second(self) -> None:
-        """What is left; written straight to the terminal, whatever the console is doing now."""
+    def second(self) -> str:
+        """What is left."""
         cursor = "\x1b[?25h\n" if self.console.is_terminal else ""
-        os.write(2, "".join([cursor, *(f"{line}\n" for line in self._stopping("Stopped at once", "left"))]).encode())
+        return "".join([cursor, *(f"{line}\n" for line in self._stopping("Stopped at once", "left"))])
 
     def _what_follows(self) -> str:
         state = self.family.sagas.get(self.family.head)

@@ -8,21 +8,23 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 from saga.cli.exits import Exit
+
+_STDERR: Final = 2
 
 
 @contextmanager
 def interruptible(
-    work: asyncio.Task[Any], first: Callable[[], None], second: Callable[[], None], leave: Callable[[int], object] = os._exit
+    work: asyncio.Task[Any], first: Callable[[], None], second: Callable[[], str], leave: Callable[[int], object] = os._exit
 ) -> Iterator[None]:
     """For the length of a block, let SIGINT or SIGTERM cancel the work, and another one end the process at once.
 
     Args:
         work: What is cancelled.
         first: Is called before that.
-        second: Is called before the process ends; in the middle of whatever it does, so it may do little.
+        second: What is said before the process ends.
         leave: Ends the process.
     """
     loop = asyncio.get_running_loop()
@@ -37,9 +39,12 @@ def interruptible(
         if len(came) == 1:
             loop.call_soon_threadsafe(turn_back)
             return
-        second()
-        # Not by an exception: to unwind would cancel compensations in the middle. A process that dies is what ledgers are made for.
-        leave(Exit.INTERRUPTED)
+        try:
+            # Past the streams: this may have come in the middle of a write to one.
+            os.write(_STDERR, second().encode())
+        finally:
+            # Not by an exception: to unwind would cancel compensations in the middle. A process that dies is what ledgers are made for.
+            leave(Exit.INTERRUPTED)
 
     # Not the loop's own handlers: those wait for a stage that blocks the loop.
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
