@@ -237,6 +237,8 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], metavar="MODULE", help="one of these sides alone; repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's numbers there")
     arguments = parser.parse_args()
+    # Else peers that stand still would stand there for ever.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     on = machine.description()
     print("  ".join(f"{name} {value}" for name, value in on.items()))
     rounds = {1: 2, 20: 2} if arguments.quick else {1: 8, 100: 4, 1000: 3}
