@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _ENVIRONMENTS: Final = Path(".venv-peers")
 _US: Final = "saga, SQLite"
-_PATIENCE: Final = 15.0
+_PATIENCE: Final = 8.0
 """A side that would take more seconds, judged by what it took for fewer, isn't asked for so many at once."""
 _READY: Final = 90.0
 _ANSWER: Final = 180.0
@@ -185,14 +185,15 @@ async def measure(rounds: Mapping[int, int], only: Sequence[str], directory: Pat
                 found.versions |= sides[side.name].versions
             except Absent as why:
                 found.absent[side.name] = str(why)
+        print("  ".join(f"{name} {number}" for name, number in found.versions.items()), "\n", flush=True)
         for fails in (False, True):
             patient = dict(sides)
             for size, times in rounds.items():
                 label = f"{'rollback of 4' if fails else 'success'}, {'alone' if size == 1 else f'{size} at once'}"
-                print(f"  {label} ...", file=sys.stderr, flush=True)
                 samples = {name: one.sample(fails=fails, size=size, runs=3 if size == 1 else 1) for name, one in patient.items()}
                 values = await interleaved(samples, times)
                 found.raw[label] = values
+                print(_table(label, values), "\n", flush=True)
                 for name, seconds in values.items():
                     more = next((larger for larger in rounds if larger > size), None)
                     expected = median(seconds) * (more or 0)
@@ -204,28 +205,26 @@ async def measure(rounds: Mapping[int, int], only: Sequence[str], directory: Pat
 
 def _table(label: str, values: Mapping[str, Sequence[float]]) -> Table:
     table = Table(label, ("what", "a saga", "sagas/s", "saga on SQLite is", *SPREAD, "mark", "reached"))
-    durable = {side.name for side in SIDES if side.durable and side.module != "ours"}
-    peers = [name for name in values if name in durable]
-    fastest = min(peers, key=lambda name: median(values[name])) if peers else None
     for name, seconds in values.items():
         middle = median(seconds)
         ratio = ratios(values[_US], seconds)
-        marks = _mark(name, label, is_fastest=name == fastest)
         own = (name, show(middle, "s"), f"{1 / middle:,.0f}")
         if name == _US:
             table.rows.append((*own, *("-",) * 5))
         else:
-            table.rows.append((*own, show(ratio.median, "x"), *spread_cells(ratio), *mark_cells(marks, ratio)))
+            table.rows.append((*own, show(ratio.median, "x"), *spread_cells(ratio), *mark_cells(_mark(name, label), ratio)))
     return table
 
 
-def _mark(name: str, label: str, *, is_fastest: bool) -> Mark | None:
-    match name:
-        case _ if name.startswith("DBOS"):
+def _mark(name: str, label: str) -> Mark | None:
+    side = next(side for side in SIDES if side.name == name)
+    match side.module:
+        case "dbos":
             return _FIVE_TIMES
-        case "saga, memory" if label.endswith("1000 at once"):
+        case "ours" if side.kind == "memory" and label.endswith(" 1000 at once"):
             return _RATE
-        case _ if is_fastest and label.endswith("alone"):
+        case "agent_saga" | "langgraph" | "prefect" if label.endswith("alone"):
+            # Of the fastest of them, so of each.
             return _HALF_THE_FASTEST
         case _:
             return None
@@ -238,6 +237,8 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], metavar="MODULE", help="one of these sides alone; repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's numbers there")
     arguments = parser.parse_args()
+    # Else peers that stand still would stand there for ever.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     on = machine.description()
     print("  ".join(f"{name} {value}" for name, value in on.items()))
     rounds = {1: 2, 20: 2} if arguments.quick else {1: 8, 100: 4, 1000: 3}
@@ -246,12 +247,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="saga-peers-") as directory, postgres() as dsn:
         fsync = fsync_seconds(Path(directory))
         found = asyncio.run(measure(rounds, only, Path(directory), dsn or ""))
-    print("  ".join(f"{name} {number}" for name, number in found.versions.items()), "\n")
-    print("\n\n".join(str(_table(label, values)) for label, values in found.raw.items()))
     for name, why in found.absent.items():
         print(f"  not measured: {name}: {why}")
     print(f"  An fsync of 4 KiB takes {show(fsync.median, 's')} here ({show(fsync.low, 's')} to {show(fsync.high, 's')}).")
-    print("  saga on SQLite is: its time divided by that row's, in the same round. A mark of half is for the fastest durable peer.")
+    print("  saga on SQLite is: its time divided by that row's, in the same round.")
     print(f"  [{time.perf_counter() - began:.0f} s, {os.cpu_count()} processors]")
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": on | found.versions, "seconds": found.raw}, indent=1), encoding="utf-8")
