@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from saga import FailFast, Ledger, LedgerConflict, LedgerError, SagaStatus
 from saga.events import (
@@ -623,3 +627,86 @@ def test_a_ledger_is_closed_at_the_end_of_its_block(durable: Place) -> None:
 
 def test_a_ledger_that_was_never_used_can_be_closed(place: Place) -> None:
     assert on(place.open()) == []
+
+
+# -- all of it at once -----------------------------------------------------------------------------------------------
+
+YOUNG = datetime.now(UTC)
+KINDS: list[Callable[[datetime], AnyEvent]] = [
+    lambda at: StageStarted(stage="a", attempt=1, at=at),
+    lambda at: SagaTurnedBack(reason=TurnReason.REQUEST, at=at),
+    lambda at: SagaResumed(forward=True, by="ann", at=at),
+    *(partial(lambda status, at: SagaEnded(status=status, at=at), status) for status in SagaStatus),
+]
+SAGAS, OWNERS, TIMES = st.sampled_from("pqrs"), st.sampled_from(["ann", "bob"]), st.sampled_from([LONG_AGO, LONG_AGO, YOUNG])
+MOSTLY_RIGHT = st.sampled_from([0, 0, 0, 0, 0, 0, -1, 1])
+ACTS = st.one_of(
+    st.tuples(st.just("create"), SAGAS, OWNERS, TIMES, st.booleans()),
+    st.tuples(
+        st.just("append"), SAGAS, st.lists(st.tuples(st.sampled_from(KINDS), TIMES), min_size=1, max_size=3), MOSTLY_RIGHT, MOSTLY_RIGHT,
+        st.booleans(),
+    ),
+    st.tuples(st.just("append"), SAGAS, st.tuples(st.tuples(st.just(KINDS[-1]), TIMES)), st.just(0), st.just(0), st.just(value=True)),
+    st.tuples(st.just("acquire"), SAGAS, OWNERS),
+    st.tuples(st.just("release"), SAGAS, MOSTLY_RIGHT),
+    st.tuples(st.just("list"), st.none() | st.sets(st.sampled_from(SagaStatus)), st.none() | SAGAS),
+    st.tuples(st.just("prune")),
+)  # fmt: skip
+
+
+class Player:
+    """Does what was drawn with one ledger, and notes what became of it in words that don't depend on its clock."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.tokens = dict.fromkeys("pqrs", 0)
+        self.answers: list[Any] = []
+
+    async def play(self, acts: list[Any]) -> list[Any]:
+        for act in acts:
+            try:
+                self.answers.append(await getattr(self, act[0])(*act[1:]))
+            except LedgerConflict as conflict:
+                text = re.sub(r", or until .* says nothing more| until [0-9: -]+ UTC", "", str(conflict))
+                self.answers.append((text, conflict.holder))
+        self.answers += [await self.ledger.read(saga) for saga in "pqrs"]
+        self.answers.append(await self.list(None, None))
+        await self.ledger.close()
+        return self.answers
+
+    async def create(self, saga: str, owner: str, at: datetime, is_child: bool) -> int:  # noqa: FBT001 - drawn
+        parent = chr(ord(saga) - 1) if is_child else None
+        self.tokens[saga] = await self.ledger.create(saga, owner, (started(saga, at, parent),))
+        return self.tokens[saga]
+
+    async def append(self, saga: str, events: Any, version_off: int, token_off: int, release: bool) -> None:  # noqa: FBT001 - drawn
+        version, token = len(await self.ledger.read(saga)) + version_off, self.tokens[saga] + token_off
+        made = [kind(at) for kind, at in events]
+        await self.ledger.append(saga, made, expected_version=version, token=token, release=release)
+
+    async def acquire(self, saga: str, owner: str) -> int:
+        self.tokens[saga] = await self.ledger.acquire(saga, owner)
+        return self.tokens[saga]
+
+    async def release(self, saga: str, token_off: int) -> None:
+        await self.ledger.release(saga, self.tokens[saga] + token_off)
+
+    async def list(self, statuses: set[SagaStatus] | None, parent: str | None) -> list[Any]:
+        return [replace(entry, until=None) for entry in await self.ledger.list(statuses=statuses, parent=parent)]
+
+    async def prune(self) -> set[str]:
+        return set(await self.ledger.prune(timedelta(days=1)))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(acts=st.lists(ACTS, max_size=30))
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_whatever_is_done_durable_ledgers_answer_as_memory_does(
+    kind: str, acts: list[Any], tmp_path_factory: pytest.TempPathFactory, postgres: Any, new_schema: Callable[[], str]
+) -> None:
+    file = SQLiteFile(tmp_path_factory.mktemp("ledger") / "sagas.db")
+    place = file if kind == "sqlite" else PostgresSchema(postgres.get_uri(), new_schema())
+
+    found = asyncio.run(Player(place.open(lease=3600.0)).play(acts))
+
+    assert found == asyncio.run(Player(Memory().open()).play(acts))
