@@ -458,7 +458,7 @@ def _told(error: sqlite3.Error, path: Path, patience: float) -> LedgerError:
     hints = {
         "SQLITE_BUSY": f"another process or program has held its lock for more than {patience:g} s",
         "SQLITE_FULL": "there is no room left for it",
-        "SQLITE_READONLY": "the file can't be written to; see to its permissions",
+        "SQLITE_READONLY": "it or its directory can't be written to; see to their permissions",
         "SQLITE_CANTOPEN": "it, or its log beside it, can't be opened; see to the directory and its permissions",
         "SQLITE_IOERR": "the disk failed",
     }
