@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -14,18 +15,22 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stageflow.api import StageOutput
 
-from saga import FailFast, Ledger, LedgerConflict, LedgerError, SagaStatus
+from saga import FailFast, Failure, Ledger, LedgerConflict, LedgerError, SagaStatus
 from saga.events import (
     AnyEvent,
+    EffectRecorded,
     SagaEnded,
     SagaResumed,
     SagaStarted,
     SagaTurnedBack,
     StageCompleted,
+    StageFailed,
     StageProbed,
     StageStarted,
     TurnReason,
+    event_to_json,
 )
 from tests.places import Memory, Place, PostgresSchema, SQLiteFile
 from tests.test_ledger import ALL, GRAPH, OUTPUT
@@ -627,6 +632,130 @@ def test_a_ledger_is_closed_at_the_end_of_its_block(durable: Place) -> None:
 
 def test_a_ledger_that_was_never_used_can_be_closed(place: Place) -> None:
     assert on(place.open()) == []
+
+
+# -- what is stored --------------------------------------------------------------------------------------------------
+
+
+def test_a_value_without_an_encoding_is_refused_and_named(durable: Place) -> None:
+    output = StageOutput.ok(seats=[1, {"connection": threading.Lock()}])
+
+    *_, refused, events = on(durable.open(), create(), append(FIRST, replace(SECOND, output=output)), read())
+
+    assert type(refused) is LedgerError
+    assert str(refused) == (
+        "StageCompleted of saga s, stage 'a', can't be stored: "
+        "expected plain data at data['seats'][1]['connection'], got _thread.lock, which has no encoding as JSON"
+    )
+    assert events == (started(),)
+
+
+def test_a_saga_whose_input_cannot_be_stored_does_not_exist(durable: Place) -> None:
+    odd = replace(started(), input={"data": {"lock": threading.Lock()}})
+
+    refused, events = on(durable.open(), lambda ledger: ledger.create("s", "me", (odd,)), read())
+
+    assert type(refused) is LedgerError
+    assert "SagaStarted of saga s can't be stored: expected plain data at value['data']['lock']" in str(refused)
+    assert events == ()
+
+
+@pytest.mark.parametrize("text", ["x" * 99, "\u20ac" * 33, '"' * 49])
+def test_an_event_may_have_as_many_bytes_as_the_ledger_says_and_no_more(durable: Place, text: str) -> None:
+    event = EffectRecorded(stage="a", effect=text)
+    size = len(event_to_json(event).encode())
+
+    _, fits, *_ = on(durable.open(max_event_bytes=size), lambda ledger: ledger.beat("me"), append(event))
+    *_, too_large, events = on(durable.open(max_event_bytes=size - 1), append(event), read())
+
+    assert isinstance(fits, LedgerConflict), "there is no such saga, but it was asked for"
+    assert type(too_large) is LedgerError
+    said = f"EffectRecorded of saga s, stage 'a', has {size} bytes of JSON, the ledger takes {size - 1} (max_event_bytes)"
+    assert str(too_large) == f"{said}; nothing was recorded"
+    assert events == ()
+
+
+def test_a_large_output_is_read_back_equal(durable: Place) -> None:
+    large = replace(SECOND, output=StageOutput.ok(rows=[{"name": f"row {number}", "\u20ac": number} for number in range(20_000)]))
+
+    *_, appended, events = on(durable.open(), create(), append(FIRST, large), read())
+
+    assert appended is None
+    assert events == (started(), FIRST, large)
+
+
+ODD_TEXTS = ["\0", "\ud800", "\udcff in a file's name", "\u2028\n\r\x1f", "\U0001f9fe", "'; DROP TABLE events; --"]
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_any_text_in_a_value_is_read_back_equal(durable: Place, text: str) -> None:
+    event = EffectRecorded(stage="a", effect={text: [text]})
+    failed = StageFailed(stage="a", failure=Failure.raised("a", ValueError(text), attempt=1))
+
+    *_, recorded, events = on(durable.open(), create(), append(event, failed), read())
+
+    assert recorded is None
+    assert events == (started(), event, failed)
+
+
+@pytest.mark.parametrize("name", ["\0", "\ud800", "x" * 501])
+def test_a_name_that_a_database_cannot_hold_is_refused_and_nobody_else_suffers(durable: Place, name: str) -> None:
+    def of_pipeline(ledger: Ledger) -> Any:
+        return ledger.create("t", "me", (replace(started("t"), pipeline=name),))
+
+    odd = [
+        create(name), create("t", name), create("t", parent=name), of_pipeline,
+        append(FIRST, saga_id=name), acquire("me", name), acquire(name), release(1, name), lambda ledger: ledger.beat(name), read(name),
+        listed(parent=name),
+    ]  # fmt: skip
+
+    async def at_once(ledger: Ledger) -> list[Any]:
+        return await asyncio.gather(*(act(ledger) for act in [*odd, append(FIRST)]), return_exceptions=True)
+
+    _, (*refused, appended), everything = on(durable.open(), create(), at_once, listed())
+
+    assert {type(error) for error in refused} == {LedgerError}
+    assert all("of at most 500 characters, without NUL and surrogates" in str(error) for error in refused)
+    assert appended is None
+    assert everything == ["s"]
+
+
+@pytest.mark.parametrize("name", ["x" * 500, "a b/c?#%", "\u20ac \U0001f9fe", "\u200b\n", "s' OR 1=1 --", "%s"])
+def test_any_other_name_will_do(durable: Place, name: str) -> None:
+    *_, events, entries = on(durable.open(), create(name), append(FIRST, saga_id=name), read(name), lambda ledger: ledger.list())
+
+    assert events == (started(name), FIRST)
+    assert entries[0].saga_id == name
+
+
+def test_what_redact_takes_out_is_never_stored(durable: Place) -> None:
+    def without_cards(event: AnyEvent) -> AnyEvent:
+        return replace(event, output=StageOutput.ok(card="***")) if isinstance(event, StageCompleted) else event
+
+    *_, events = on(
+        durable.open(redact=without_cards), create(), append(FIRST, replace(SECOND, output=StageOutput.ok(card="4711"))), read()
+    )
+
+    assert events == (started(), FIRST, replace(SECOND, output=StageOutput.ok(card="***")))
+
+
+def test_when_redact_fails_nothing_is_stored(durable: Place) -> None:
+    def broken(event: AnyEvent) -> AnyEvent:
+        if isinstance(event, StageCompleted):
+            raise KeyError("card")
+        return event
+
+    *_, refused, events = on(durable.open(redact=broken), create(), append(FIRST, SECOND), read())
+
+    assert str(refused) == "StageCompleted of saga s, stage 'a', can't be stored: redact raised KeyError: 'card'"
+    assert events == (started(),)
+
+
+def test_what_redact_gives_has_to_be_the_event(durable: Place) -> None:
+    refused, events = on(durable.open(redact=lambda _: None), create(), read())
+
+    assert str(refused) == "SagaStarted of saga s can't be stored: expected one from redact, got NoneType"
+    assert events == ()
 
 
 # -- all of it at once -----------------------------------------------------------------------------------------------
