@@ -182,7 +182,7 @@ def _parts(value: Any, name: str) -> Iterator[tuple[str, Any]]:
             yield from ((f"an item of {name}", item) for item in value)
         case BaseModel():
             yield from ((f"{name}.{field}", item) for field, item in value.model_dump().items())
-        case _ if dataclasses.is_dataclass(value):
+        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from ((f"{name}.{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value))
 
 

@@ -16,18 +16,17 @@ def open_ledger(url: str) -> Ledger:
         MisuseError: It is no such URL.
         ModuleNotFoundError: The ledger's driver is not installed; the message says how to get it.
     """
-    scheme, _, rest = url.partition(":")
-    match scheme:
-        case "memory" if not rest:
+    match url.partition(":"):
+        case "memory", ":", "":
             return MemoryLedger()
-        case "sqlite" if rest.startswith("///") and rest != "///":
+        case "sqlite", _, path if path.startswith("///") and path != "///":
             from saga.ledgers.sqlite import SQLiteLedger  # noqa: PLC0415 - see above
 
-            return SQLiteLedger(rest.removeprefix("///"))
-        case "postgresql" | "postgres" if rest.startswith("//"):
+            return SQLiteLedger(path.removeprefix("///"))
+        case "postgresql" | "postgres", _, where if where.startswith("//"):
             from saga.ledgers.postgres import PostgresLedger  # noqa: PLC0415 - see above
 
             return PostgresLedger(url)
-        case _:
-            # Not the URL itself: it may hold a password.
-            raise MisuseError("a ledger's URL: memory:, sqlite:///path or postgresql://...", got=repr(scheme + ":" if rest else url))
+        case scheme, colon, _:
+            # Not all of it: it may hold a password.
+            raise MisuseError("a ledger's URL: memory:, sqlite:///path or postgresql://...", got=repr(scheme + colon))
