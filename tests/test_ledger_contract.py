@@ -542,6 +542,22 @@ def test_many_more_sagas_than_are_forgotten_at_once_are_forgotten(durable: Place
     assert left == [f"s{number}" for number in range(0, 1100, 100)]
 
 
+def test_owners_of_whom_nobody_hears_any_more_are_forgotten_unless_they_hold_something(durable: Place) -> None:
+    async def pause(_: Ledger) -> None:
+        durable.pass_time(31)
+
+    on(
+        durable.open(lease=30.0),
+        create("s", "holder"),
+        lambda ledger: ledger.beat("gone"),
+        pause,
+        lambda ledger: ledger.beat("alive"),
+        prune(),
+    )
+
+    assert sorted(durable.owners()) == ["alive", "holder"]
+
+
 # -- opening and closing ---------------------------------------------------------------------------------------------
 
 

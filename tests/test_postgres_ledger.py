@@ -48,10 +48,10 @@ def place(postgres: Any, new_schema: Callable[[], str]) -> PostgresSchema:
     return PostgresSchema(postgres.get_uri(), new_schema())
 
 
-async def somebody_waits(place: PostgresSchema) -> None:
-    """Come back when a ledger waits for a lock."""
+async def somebody_waits(place: PostgresSchema, many: int = 1) -> None:
+    """Come back when so many ledgers wait for a lock."""
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name = 'saga'"
-    while place.execute(waiting) == [(0,)]:
+    while place.execute(waiting) < [(many,)]:
         await asyncio.sleep(0)
 
 
@@ -374,6 +374,25 @@ def test_transactions_that_lock_each_other_out_go_well_the_next_time(place: Post
         return await asyncio.gather(*calls)
 
     assert using(place.open(), play) == [None, None]
+
+
+def test_of_those_who_wait_to_take_a_saga_one_gets_it(place: PostgresSchema) -> None:
+    async def play() -> Any:
+        ledgers = [place.open() for _ in range(4)]
+        await ledgers[0].create("s", "me", (started(),))
+        await ledgers[0].release("s", 1)
+        with contextlib.closing(psycopg.connect(place.dsn)) as other:
+            other.execute(f'SELECT 1 FROM "{place.schema}".sagas FOR UPDATE')  # noqa: S608 - the schema is ours
+            calls = [asyncio.create_task(ledger.acquire("s", f"taker {number}")) for number, ledger in enumerate(ledgers)]
+            await somebody_waits(place, len(ledgers))
+            other.rollback()
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        await asyncio.gather(*(ledger.close() for ledger in ledgers))
+        return answers
+
+    answers = asyncio.run(play())
+
+    assert sorted(isinstance(answer, LedgerConflict) for answer in answers) == [False, True, True, True]
 
 
 # -- how it is made --------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from saga import FailFast, Ledger, LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
 from saga.events import AnyEvent, EffectRecorded, SagaStarted, StageStarted
-from saga.ledgers import sqlite
+from saga.ledgers import sqlite, workers
 from saga.ledgers.sqlite import SQLiteLedger
 from tests.test_ledger import GRAPH
 
@@ -607,6 +607,16 @@ def test_a_program_that_does_not_close_its_ledger_ends_in_order(path: Path) -> N
         printed, _ = process.communicate(timeout=20)
 
     assert (process.returncode, printed) == (0, "done\n")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_at_the_end_of_a_process_the_ledgers_that_nobody_closed_are_closed(path: Path) -> None:
+    ledger = SQLiteLedger(path)
+    asyncio.run(ledger.create("s", "me", (started(),)))
+
+    workers._stop_all()
+
+    assert names_of_threads() == []
     assert list(path.parent.iterdir()) == [path]
 
 

@@ -16,17 +16,16 @@ def open_ledger(url: str) -> Ledger:
         MisuseError: It is no such URL.
         ModuleNotFoundError: The ledger's driver is not installed; the message says how to get it.
     """
-    match url.partition(":"):
-        case "memory", ":", "":
-            return MemoryLedger()
-        case "sqlite", _, path if path.startswith("///") and path != "///":
-            from saga.ledgers.sqlite import SQLiteLedger  # noqa: PLC0415 - see above
+    scheme, colon, rest = url.partition(":")
+    if url == "memory:":
+        return MemoryLedger()
+    if scheme == "sqlite" and rest.startswith("///") and rest != "///":
+        from saga.ledgers.sqlite import SQLiteLedger  # noqa: PLC0415 - see above
 
-            return SQLiteLedger(path.removeprefix("///"))
-        case "postgresql" | "postgres", _, where if where.startswith("//"):
-            from saga.ledgers.postgres import PostgresLedger  # noqa: PLC0415 - see above
+        return SQLiteLedger(rest.removeprefix("///"))
+    if scheme in {"postgresql", "postgres"} and rest.startswith("//"):
+        from saga.ledgers.postgres import PostgresLedger  # noqa: PLC0415 - see above
 
-            return PostgresLedger(url)
-        case scheme, colon, _:
-            # Not all of it: it may hold a password.
-            raise MisuseError("a ledger's URL: memory:, sqlite:///path or postgresql://...", got=repr(scheme + colon))
+        return PostgresLedger(url)
+    # Not all of it is shown: it may hold a password.
+    raise MisuseError("a ledger's URL: memory:, sqlite:///path or postgresql://...", got=repr(scheme + colon))

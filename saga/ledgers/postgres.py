@@ -13,7 +13,7 @@ from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from itertools import chain
-from typing import Any, Final, LiteralString, TypeVar, assert_never
+from typing import Any, Final, LiteralString, TypeVar
 
 try:
     import psycopg
@@ -102,7 +102,7 @@ _BEAT: Final = """
 """
 _HOLDER: Final = """
     SELECT version, token, owner, until, coalesce(until >= clock_timestamp(), false)
-    FROM sagas LEFT JOIN owners ON owners.id = owner WHERE sagas.id = %s FOR UPDATE OF sagas
+    FROM sagas LEFT JOIN owners ON owners.id = owner WHERE sagas.id = %s
 """
 _READ: Final = """
     SELECT version, first, checksum, body
@@ -231,10 +231,7 @@ class _Store:
                 case Beat(owner):
                     connection.execute(_BEAT, (owner, self._lease))
                     return None
-                case Prune():
-                    return self._prune(connection, request)
-                case _:
-                    assert_never(request)
+            return self._prune(connection, request)
         except LedgerConflict as conflict:
             return conflict
         except psycopg.Error as error:
@@ -267,6 +264,8 @@ class _Store:
     def _acquire(self, connection: Connection, request: Acquire) -> int:
         saga_id, owner = request
         with connection.transaction():
+            # First the lock: who had to wait for it and looked in the same statement, would see the new holder and not its lease.
+            connection.execute("SELECT 1 FROM sagas WHERE id = %s FOR UPDATE", (saga_id,))
             _, token, holder, until, is_alive = self._holder(connection, saga_id)
             if holder is not None and holder != owner and is_alive and not is_gone(holder):
                 raise LedgerConflict.held(saga_id, owner, holder=holder, until=until)
@@ -283,9 +282,10 @@ class _Store:
             forgotten = [saga_id for _, saga_id, is_over in found if is_over]
             connection.execute("DELETE FROM events WHERE saga = ANY(%s)", (forgotten,))
             connection.execute("DELETE FROM sagas WHERE id = ANY(%s)", (forgotten,))
-            connection.execute(
-                "DELETE FROM owners WHERE until < clock_timestamp() AND NOT EXISTS (SELECT 1 FROM sagas WHERE owner = owners.id)"
-            )
+        # By itself: whoever writes takes owners before sagas, and would wait for us while we wait for him.
+        connection.execute(
+            "DELETE FROM owners WHERE until < clock_timestamp() AND NOT EXISTS (SELECT 1 FROM sagas WHERE owner = owners.id)"
+        )
         return Pruned(tuple(forgotten), found[-1][0] if found else None)
 
     def read(self, saga_id: str) -> Sequence[AnyEvent]:

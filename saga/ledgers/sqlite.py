@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, assert_never
+from typing import Any, Final
 
 from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
 from saga.events import AnyEvent, SagaStatus
@@ -205,10 +205,7 @@ class _Store:
                     return None
                 case Beat(owner):
                     return self._beat(connection, owner)
-                case Prune():
-                    return self._prune(connection, request)
-                case _:
-                    assert_never(request)
+            return self._prune(connection, request)
         except LedgerConflict as conflict:
             return conflict
 
