@@ -241,14 +241,13 @@ class _Kept:
         started: The first of them.
         owner: Who holds its lease.
         token: The last one that was given.
-        children: The ids of the sagas that it runs.
+        status: Where it stands.
     """
 
     events: list[AnyEvent]
     started: SagaStarted
     owner: str | None
     token: int
-    children: list[str]
     status: SagaStatus = SagaStatus.RUNNING
 
 
@@ -265,6 +264,7 @@ class MemoryLedger(Ledger):
     def __init__(self, keep: int = 10_000) -> None:
         self._keep = keep
         self._sagas: dict[str, _Kept] = {}
+        self._children: dict[str | None, dict[str, None]] = {}
         self._done: dict[str, None] = {}
 
     async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
@@ -273,9 +273,11 @@ class MemoryLedger(Ledger):
             raise LedgerConflict.exists(saga_id)
         started = events[0]
         assert isinstance(started, SagaStarted)  # the journal sees to that
-        self._sagas[saga_id] = _Kept(list(events), started, owner, 1, [])
-        if started.parent in self._sagas:
-            self._sagas[started.parent].children.append(saga_id)
+        saga = self._sagas[saga_id] = _Kept(list(events), started, owner, 1, status_after(SagaStatus.RUNNING, events))
+        if started.parent is not None:
+            self._children.setdefault(started.parent, {})[saga_id] = None
+        for one in self._family(saga):
+            self._done.pop(one.started.saga_id, None)  # a child that was alone so far
         return 1
 
     async def acquire(self, saga_id: str, owner: str) -> int:
@@ -314,12 +316,18 @@ class MemoryLedger(Ledger):
 
     def _family(self, saga: _Kept) -> Iterator[_Kept]:
         yield saga
-        for child in saga.children:
+        for child in self._children.get(saga.started.saga_id, ()):
             yield from self._family(self._sagas[child])
 
     def _forget(self, saga_id: str) -> list[str]:
-        self._done.pop(saga_id, None)
-        return [saga_id, *(gone for child in self._sagas.pop(saga_id).children for gone in self._forget(child))]
+        family = list(self._family(self._sagas[saga_id]))
+        for one in family:
+            gone = one.started
+            del self._sagas[gone.saga_id]
+            self._done.pop(gone.saga_id, None)
+            self._children.pop(gone.saga_id, None)
+            self._children.get(gone.parent, {}).pop(gone.saga_id, None)
+        return [one.started.saga_id for one in family]
 
     async def beat(self, owner: str) -> None:
         """Owners live in this process; they need not say so."""
@@ -345,10 +353,8 @@ class MemoryLedger(Ledger):
 
     async def list(self, *, statuses: Collection[SagaStatus] | None = None, parent: str | None = None) -> Sequence[Entry]:
         """The sagas."""
-        if parent is None:
-            sagas = list(self._sagas.values())
-        else:
-            sagas = [self._sagas[child] for child in self._sagas[parent].children] if parent in self._sagas else []
+        ids = self._sagas if parent is None else self._children.get(parent, ())
+        sagas = (self._sagas[saga_id] for saga_id in ids)
         return tuple(self._entry(saga) for saga in sagas if statuses is None or saga.status in statuses)
 
     def _entry(self, saga: _Kept) -> Entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -28,6 +29,10 @@ class Place(ABC):
     def pass_time(self, seconds: float) -> None:
         """Let time pass for the leases."""
 
+    def owners(self) -> list[str]:
+        """Of whom the place knows how long their leases last."""
+        return []
+
 
 class Memory(Place):
     is_durable = False
@@ -52,6 +57,10 @@ class SQLiteFile(Place):
     def pass_time(self, seconds: float) -> None:
         self.ahead += seconds
 
+    def owners(self) -> list[str]:
+        with contextlib.closing(sqlite3.connect(self.path)) as other:
+            return [owner for (owner,) in other.execute("SELECT id FROM owners")]
+
 
 class PostgresSchema(Place):
     def __init__(self, dsn: str, schema: str) -> None:
@@ -70,3 +79,6 @@ class PostgresSchema(Place):
     def pass_time(self, seconds: float) -> None:
         # The clock of its leases is the server's, which is nobody's to move: so all of them end earlier.
         self.execute("UPDATE owners SET until = until - %s * interval '1 second'", seconds)
+
+    def owners(self) -> list[str]:
+        return [owner for (owner,) in self.execute("SELECT id FROM owners")]

@@ -321,6 +321,19 @@ def test_a_memory_ledger_refuses_a_wrong_version_a_stale_token_and_a_second_owne
     run(play())
 
 
+def test_a_memory_ledger_keeps_so_many_sagas_about_which_nothing_is_left_to_do_and_all_others() -> None:
+    ledger = MemoryLedger(keep=2)
+
+    async def play() -> list[str]:
+        for saga_id in "abcdef":
+            await ledger.create(saga_id, "me", [replace(STARTED, saga_id=saga_id)])
+        for saga_id, status in zip("abcde", ["completed", "stuck", "compensated", "cancelled", "degraded"], strict=True):
+            await ledger.append(saga_id, [SagaEnded(status=SagaStatus(status))], expected_version=1, token=1, release=True)
+        return [entry.saga_id for entry in await ledger.list()]
+
+    assert run(play()) == ["b", "d", "e", "f"]
+
+
 class SlowLedger(MemoryLedger):
     """Takes its time for every append, as a disk does; it can break."""
 

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stageflow.api import StageOutput
 
-from saga import FailFast, Ledger, LedgerConflict, LedgerError, SagaStatus
+from saga import FailFast, Failure, Ledger, LedgerConflict, LedgerError, SagaStatus
 from saga.events import (
     AnyEvent,
+    EffectRecorded,
     SagaEnded,
     SagaResumed,
     SagaStarted,
     SagaTurnedBack,
     StageCompleted,
+    StageFailed,
     StageProbed,
     StageStarted,
     TurnReason,
+    event_to_json,
 )
 from tests.places import Memory, Place, PostgresSchema, SQLiteFile
 from tests.test_ledger import ALL, GRAPH, OUTPUT
@@ -533,6 +542,22 @@ def test_many_more_sagas_than_are_forgotten_at_once_are_forgotten(durable: Place
     assert left == [f"s{number}" for number in range(0, 1100, 100)]
 
 
+def test_owners_of_whom_nobody_hears_any_more_are_forgotten_unless_they_hold_something(durable: Place) -> None:
+    async def pause(_: Ledger) -> None:
+        durable.pass_time(31)
+
+    on(
+        durable.open(lease=30.0),
+        create("s", "holder"),
+        lambda ledger: ledger.beat("gone"),
+        pause,
+        lambda ledger: ledger.beat("alive"),
+        prune(),
+    )
+
+    assert sorted(durable.owners()) == ["alive", "holder"]
+
+
 # -- opening and closing ---------------------------------------------------------------------------------------------
 
 
@@ -623,3 +648,210 @@ def test_a_ledger_is_closed_at_the_end_of_its_block(durable: Place) -> None:
 
 def test_a_ledger_that_was_never_used_can_be_closed(place: Place) -> None:
     assert on(place.open()) == []
+
+
+# -- what is stored --------------------------------------------------------------------------------------------------
+
+
+def test_a_value_without_an_encoding_is_refused_and_named(durable: Place) -> None:
+    output = StageOutput.ok(seats=[1, {"connection": threading.Lock()}])
+
+    *_, refused, events = on(durable.open(), create(), append(FIRST, replace(SECOND, output=output)), read())
+
+    assert type(refused) is LedgerError
+    assert str(refused) == (
+        "StageCompleted of saga s, stage 'a', can't be stored: "
+        "expected plain data at data['seats'][1]['connection'], got _thread.lock, which has no encoding as JSON"
+    )
+    assert events == (started(),)
+
+
+def test_a_saga_whose_input_cannot_be_stored_does_not_exist(durable: Place) -> None:
+    odd = replace(started(), input={"data": {"lock": threading.Lock()}})
+
+    refused, events = on(durable.open(), lambda ledger: ledger.create("s", "me", (odd,)), read())
+
+    assert type(refused) is LedgerError
+    assert "SagaStarted of saga s can't be stored: expected plain data at value['data']['lock']" in str(refused)
+    assert events == ()
+
+
+@pytest.mark.parametrize("text", ["x" * 99, "\u20ac" * 33, '"' * 49])
+def test_an_event_may_have_as_many_bytes_as_the_ledger_says_and_no_more(durable: Place, text: str) -> None:
+    event = EffectRecorded(stage="a", effect=text)
+    size = len(event_to_json(event).encode())
+
+    _, fits, *_ = on(durable.open(max_event_bytes=size), lambda ledger: ledger.beat("me"), append(event))
+    *_, too_large, events = on(durable.open(max_event_bytes=size - 1), append(event), read())
+
+    assert isinstance(fits, LedgerConflict), "there is no such saga, but it was asked for"
+    assert type(too_large) is LedgerError
+    said = f"EffectRecorded of saga s, stage 'a', has {size} bytes of JSON, the ledger takes {size - 1} (max_event_bytes)"
+    assert str(too_large) == f"{said}; nothing was recorded"
+    assert events == ()
+
+
+def test_a_large_output_is_read_back_equal(durable: Place) -> None:
+    large = replace(SECOND, output=StageOutput.ok(rows=[{"name": f"row {number}", "\u20ac": number} for number in range(20_000)]))
+
+    *_, appended, events = on(durable.open(), create(), append(FIRST, large), read())
+
+    assert appended is None
+    assert events == (started(), FIRST, large)
+
+
+ODD_TEXTS = ["\0", "\ud800", "\udcff in a file's name", "\u2028\n\r\x1f", "\U0001f9fe", "'; DROP TABLE events; --"]
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_any_text_in_a_value_is_read_back_equal(durable: Place, text: str) -> None:
+    event = EffectRecorded(stage="a", effect={text: [text]})
+    failed = StageFailed(stage="a", failure=Failure.raised("a", ValueError(text), attempt=1))
+
+    *_, recorded, events = on(durable.open(), create(), append(event, failed), read())
+
+    assert recorded is None
+    assert events == (started(), event, failed)
+
+
+@pytest.mark.parametrize("name", ["\0", "\ud800", "x" * 501])
+def test_a_name_that_a_database_cannot_hold_is_refused_and_nobody_else_suffers(durable: Place, name: str) -> None:
+    def of_pipeline(ledger: Ledger) -> Any:
+        return ledger.create("t", "me", (replace(started("t"), pipeline=name),))
+
+    odd = [
+        create(name), create("t", name), create("t", parent=name), of_pipeline,
+        append(FIRST, saga_id=name), acquire("me", name), acquire(name), release(1, name), lambda ledger: ledger.beat(name), read(name),
+        listed(parent=name),
+    ]  # fmt: skip
+
+    async def at_once(ledger: Ledger) -> list[Any]:
+        return await asyncio.gather(*(act(ledger) for act in [*odd, append(FIRST)]), return_exceptions=True)
+
+    _, (*refused, appended), everything = on(durable.open(), create(), at_once, listed())
+
+    assert {type(error) for error in refused} == {LedgerError}
+    assert all("of at most 500 characters, without NUL and surrogates" in str(error) for error in refused)
+    assert appended is None
+    assert everything == ["s"]
+
+
+@pytest.mark.parametrize("name", ["x" * 500, "a b/c?#%", "\u20ac \U0001f9fe", "\u200b\n", "s' OR 1=1 --", "%s"])
+def test_any_other_name_will_do(durable: Place, name: str) -> None:
+    *_, events, entries = on(durable.open(), create(name), append(FIRST, saga_id=name), read(name), lambda ledger: ledger.list())
+
+    assert events == (started(name), FIRST)
+    assert entries[0].saga_id == name
+
+
+def test_what_redact_takes_out_is_never_stored(durable: Place) -> None:
+    def without_cards(event: AnyEvent) -> AnyEvent:
+        return replace(event, output=StageOutput.ok(card="***")) if isinstance(event, StageCompleted) else event
+
+    *_, events = on(
+        durable.open(redact=without_cards), create(), append(FIRST, replace(SECOND, output=StageOutput.ok(card="4711"))), read()
+    )
+
+    assert events == (started(), FIRST, replace(SECOND, output=StageOutput.ok(card="***")))
+
+
+def test_when_redact_fails_nothing_is_stored(durable: Place) -> None:
+    def broken(event: AnyEvent) -> AnyEvent:
+        if isinstance(event, StageCompleted):
+            raise KeyError("card")
+        return event
+
+    *_, refused, events = on(durable.open(redact=broken), create(), append(FIRST, SECOND), read())
+
+    assert str(refused) == "StageCompleted of saga s, stage 'a', can't be stored: redact raised KeyError: 'card'"
+    assert events == (started(),)
+
+
+def test_what_redact_gives_has_to_be_the_event(durable: Place) -> None:
+    refused, events = on(durable.open(redact=lambda _: None), create(), read())
+
+    assert str(refused) == "SagaStarted of saga s can't be stored: expected one from redact, got NoneType"
+    assert events == ()
+
+
+# -- all of it at once -----------------------------------------------------------------------------------------------
+
+YOUNG = datetime.now(UTC)
+KINDS: list[Callable[[datetime], AnyEvent]] = [
+    lambda at: StageStarted(stage="a", attempt=1, at=at),
+    lambda at: SagaTurnedBack(reason=TurnReason.REQUEST, at=at),
+    lambda at: SagaResumed(forward=True, by="ann", at=at),
+    *(partial(lambda status, at: SagaEnded(status=status, at=at), status) for status in SagaStatus),
+]
+SAGAS, OWNERS, TIMES = st.sampled_from("pqrs"), st.sampled_from(["ann", "bob"]), st.sampled_from([LONG_AGO, LONG_AGO, YOUNG])
+MOSTLY_RIGHT = st.sampled_from([0, 0, 0, 0, 0, 0, -1, 1])
+ACTS = st.one_of(
+    st.tuples(st.just("create"), SAGAS, OWNERS, TIMES, st.booleans()),
+    st.tuples(
+        st.just("append"), SAGAS, st.lists(st.tuples(st.sampled_from(KINDS), TIMES), min_size=1, max_size=3), MOSTLY_RIGHT, MOSTLY_RIGHT,
+        st.booleans(),
+    ),
+    st.tuples(st.just("append"), SAGAS, st.tuples(st.tuples(st.just(KINDS[-1]), TIMES)), st.just(0), st.just(0), st.just(value=True)),
+    st.tuples(st.just("acquire"), SAGAS, OWNERS),
+    st.tuples(st.just("release"), SAGAS, MOSTLY_RIGHT),
+    st.tuples(st.just("list"), st.none() | st.sets(st.sampled_from(SagaStatus)), st.none() | SAGAS),
+    st.tuples(st.just("prune")),
+)  # fmt: skip
+
+
+class Player:
+    """Does what was drawn with one ledger, and notes what became of it in words that don't depend on its clock."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.tokens = dict.fromkeys("pqrs", 0)
+        self.answers: list[Any] = []
+
+    async def play(self, acts: list[Any]) -> list[Any]:
+        for act in acts:
+            try:
+                self.answers.append(await getattr(self, act[0])(*act[1:]))
+            except LedgerConflict as conflict:
+                text = re.sub(r", or until .* says nothing more| until [0-9: -]+ UTC", "", str(conflict))
+                self.answers.append((text, conflict.holder))
+        self.answers += [await self.ledger.read(saga) for saga in "pqrs"]
+        self.answers.append(await self.list(None, None))
+        await self.ledger.close()
+        return self.answers
+
+    async def create(self, saga: str, owner: str, at: datetime, is_child: bool) -> int:
+        parent = chr(ord(saga) - 1) if is_child else None
+        self.tokens[saga] = await self.ledger.create(saga, owner, (started(saga, at, parent),))
+        return self.tokens[saga]
+
+    async def append(self, saga: str, events: Any, version_off: int, token_off: int, release: bool) -> None:
+        version, token = len(await self.ledger.read(saga)) + version_off, self.tokens[saga] + token_off
+        made = [kind(at) for kind, at in events]
+        await self.ledger.append(saga, made, expected_version=version, token=token, release=release)
+
+    async def acquire(self, saga: str, owner: str) -> int:
+        self.tokens[saga] = await self.ledger.acquire(saga, owner)
+        return self.tokens[saga]
+
+    async def release(self, saga: str, token_off: int) -> None:
+        await self.ledger.release(saga, self.tokens[saga] + token_off)
+
+    async def list(self, statuses: set[SagaStatus] | None, parent: str | None) -> list[Any]:
+        return [replace(entry, until=None) for entry in await self.ledger.list(statuses=statuses, parent=parent)]
+
+    async def prune(self) -> set[str]:
+        return set(await self.ledger.prune(timedelta(days=1)))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(acts=st.lists(ACTS, max_size=30))
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_whatever_is_done_durable_ledgers_answer_as_memory_does(
+    kind: str, acts: list[Any], tmp_path_factory: pytest.TempPathFactory, postgres: Any, new_schema: Callable[[], str]
+) -> None:
+    file = SQLiteFile(tmp_path_factory.mktemp("ledger") / "sagas.db")
+    place = file if kind == "sqlite" else PostgresSchema(postgres.get_uri(), new_schema())
+
+    found = asyncio.run(Player(place.open(lease=3600.0)).play(acts))
+
+    assert found == asyncio.run(Player(Memory().open()).play(acts))

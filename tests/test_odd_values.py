@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
@@ -14,19 +16,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
+from pydantic_core import PydanticSerializationError
 from stageflow.api import Pipeline, StageArtifact, StageEvent, StageOutput, StageStatus
 
 from saga import (
     CompensationContext,
     ContinueWithFallback,
     FailFast,
+    Failure,
     SagaCoordinator,
     SagaReport,
     SagaStatus,
     StageState,
     compensable,
 )
-from saga.outputs import TAG, Opaque, copied, decoded, encoded
+from saga.errors import NotStorable
+from saga.events import AnyEvent, EffectRecorded, StageCompleted, event_from_json, event_to_json
+from saga.outputs import TAG, Opaque, copied, decoded, encoded, refuse_unstorable, refuse_unstorable_output
+from saga.text import said, shown
 from tests.controlled import run
 
 
@@ -55,6 +62,13 @@ def deep() -> dict[str, Any]:
     value: dict[str, Any] = {}
     for _ in range(5000):
         value = {"in": value}
+    return value
+
+
+def nested(kind: Callable[[Any], Any], levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = kind([value])
     return value
 
 
@@ -168,6 +182,137 @@ def test_what_people_put_into_outputs_comes_back_equal(value: Any) -> None:
 
     assert copy == value
     assert copied(value) == value
+    refuse_unstorable(value, "value")
+
+
+@given(plain)
+def test_what_people_put_into_outputs_comes_back_equal_from_an_event(value: Any) -> None:
+    events: list[AnyEvent] = [EffectRecorded(stage="a", effect=value), StageCompleted(stage="a", output=StageOutput.ok(value=value))]
+
+    assert [event_from_json(event_to_json(event, strict=True)) for event in events] == events
+
+
+LIMITS: dict[str, Any] = {
+    "a number of more digits than JSON is read with": 10**5000,
+    "a negative one": -(10**5000),
+    "a text with odd bytes": "report\udcff.pdf",
+    "a key with odd bytes": {"report\udcff.pdf": 1},
+    "as deep as can be": nested(list, 150),
+    "tuples as deep as can be": nested(tuple, 75),
+}
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_what_is_at_the_limits_of_json_comes_back_equal(case: str) -> None:
+    event = EffectRecorded(stage="a", effect=LIMITS[case])
+
+    assert event_from_json(event_to_json(event, strict=True)) == event
+
+
+class Price(BaseModel):
+    amount: Any
+
+
+@dataclass
+class Seat:
+    row: Any
+
+
+UNSTORABLE: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "a lock": (threading.Lock, "it", "_thread.lock, which has no encoding as JSON"),
+    "in a dict": (lambda: {"a": 1, "connection": threading.Lock()}, "it['connection']", "_thread.lock"),
+    "in a list": (lambda: [1, [2, threading.Lock()]], "it[1][1]", "_thread.lock"),
+    "in a tuple": (lambda: (threading.Lock(),), "it[0]", "_thread.lock"),
+    "in a set": (lambda: {1, Unwilling}, "an item of it", "type"),
+    "a key": (lambda: {"x": {Unwilling: 1}}, f"the key {Unwilling!r} of it['x']", "type"),
+    "in a model": (lambda: {"price": Price(amount=threading.Lock())}, "it['price'].amount", "_thread.lock"),
+    "in a dataclass": (lambda: [Seat(row={"a": threading.Lock()})], "it[0].row['a']", "_thread.lock"),
+    "a dataclass itself": (lambda: Seat, "it", "type"),
+    "a text of a type of its own": (lambda: {"status": SagaStatus.STUCK}, "it['status']", "saga.events.SagaStatus"),
+    "a dict of a type of its own": (lambda: OrderedDict(a=1), "it", "collections.OrderedDict"),
+    "what can't be shown": (lambda: {"a": Unwilling()}, "it['a']", "Unwilling"),
+    "what holds itself": (cyclic, "it", "more than 150 levels, or a value within itself"),
+    "what is nested too deeply": (deep, "it", "more than 150 levels"),
+    "a little too deeply": (lambda: nested(list, 152), "it", "more than 150 levels"),
+    "tuples a little too deeply": (lambda: nested(tuple, 77), "it", "more than 150 levels"),
+}
+
+
+@pytest.mark.parametrize("case", UNSTORABLE)
+def test_what_cannot_be_stored_is_refused_by_the_path_to_it(case: str) -> None:
+    make, path, why = UNSTORABLE[case]
+
+    with pytest.raises(NotStorable) as caught:
+        refuse_unstorable(make(), "it")
+
+    assert caught.value.path == path
+    assert str(caught.value).startswith(f"expected plain data at {path}, got ")
+    assert why in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+OUTPUTS: dict[str, tuple[Callable[[], StageOutput], str]] = {
+    "data": (lambda: StageOutput.ok(rows=[{"connection": threading.Lock()}]), "data['rows'][0]['connection']"),
+    "artifacts": (
+        lambda: StageOutput(status=StageStatus.OK, artifacts=[artifact(1), artifact(threading.Lock())]),
+        "artifacts[1].payload['x']",
+    ),
+    "events": (
+        lambda: StageOutput(status=StageStatus.OK, events=[StageEvent("e", {"x": threading.Lock()}, datetime(2026, 1, 1, tzinfo=UTC))]),
+        "events[0].data['x']",
+    ),
+    "duration": (lambda: StageOutput(status=StageStatus.OK, duration_ms=threading.Lock()), "duration_ms"),  # type: ignore[arg-type] # what the test is about
+}
+
+
+def artifact(value: Any) -> StageArtifact:
+    return StageArtifact("a", {"x": value}, datetime(2026, 1, 1, tzinfo=UTC))
+
+
+@pytest.mark.parametrize("part", OUTPUTS)
+def test_an_output_that_cannot_be_stored_is_refused_by_the_path_to_the_part(part: str) -> None:
+    make, path = OUTPUTS[part]
+
+    with pytest.raises(NotStorable) as caught:
+        refuse_unstorable_output(make())
+
+    assert caught.value.path == path
+    refuse_unstorable_output(StageOutput(status=StageStatus.OK, data={"x": (1,)}, artifacts=[artifact(1)], duration_ms=5))
+
+
+def test_what_cannot_be_stored_is_named_in_a_report_all_the_same() -> None:
+    event = StageCompleted(stage="a", output=StageOutput.ok(lock=threading.Lock(), deep=nested(list, 300)))
+
+    back: Any = event_from_json(event_to_json(event))
+
+    assert isinstance(back.output.data, Opaque)
+    with pytest.raises(PydanticSerializationError, match="NotStorable"):
+        event_to_json(event, strict=True)
+
+
+def test_an_effect_that_cannot_be_stored_is_refused_with_strict_alone() -> None:
+    event = EffectRecorded(stage="a", effect=[threading.Lock()])
+
+    assert "_thread.lock" in event_to_json(event)
+    with pytest.raises(PydanticSerializationError, match=re.escape("value[0]")):
+        event_to_json(event, strict=True)
+
+
+def test_fallbacks_of_a_policy_come_back_equal() -> None:
+    policy = ContinueWithFallback(fallbacks={"price": {"amount": Decimal("1.10"), "until": date(2026, 1, 2), "of": ("a", {1})}})
+
+    assert ContinueWithFallback.model_validate_json(policy.model_dump_json()) == policy
+
+
+@pytest.mark.parametrize("text", ["caf\u00e9", "plain", "report\udcff.pdf", "\ud83e"])
+def test_words_can_always_be_written(text: str) -> None:
+    error = ValueError(text)
+
+    failure = Failure.raised("a", error, attempt=1)
+
+    for words in (said(error), shown(error), failure.message, failure.traceback or ""):
+        assert words.encode()
+    assert said("caf\u00e9 \udcff") == "caf\u00e9 \\udcff"
 
 
 def test_an_output_comes_back_whole() -> None:

@@ -16,18 +16,16 @@ def open_ledger(url: str) -> Ledger:
         MisuseError: It is no such URL.
         ModuleNotFoundError: The ledger's driver is not installed; the message says how to get it.
     """
-    scheme, _, rest = url.partition(":")
-    match scheme:
-        case "memory" if not rest:
-            return MemoryLedger()
-        case "sqlite" if rest.startswith("///") and rest != "///":
-            from saga.ledgers.sqlite import SQLiteLedger  # noqa: PLC0415 - see above
+    scheme, colon, rest = url.partition(":")
+    if url == "memory:":
+        return MemoryLedger()
+    if scheme == "sqlite" and rest.startswith("///") and rest != "///":
+        from saga.ledgers.sqlite import SQLiteLedger  # noqa: PLC0415 - see above
 
-            return SQLiteLedger(rest.removeprefix("///"))
-        case "postgresql" | "postgres" if rest.startswith("//"):
-            from saga.ledgers.postgres import PostgresLedger  # noqa: PLC0415 - see above
+        return SQLiteLedger(rest.removeprefix("///"))
+    if scheme in {"postgresql", "postgres"} and rest.startswith("//"):
+        from saga.ledgers.postgres import PostgresLedger  # noqa: PLC0415 - see above
 
-            return PostgresLedger(url)
-        case _:
-            # Not the URL itself: it may hold a password.
-            raise MisuseError("a ledger's URL: memory:, sqlite:///path or postgresql://...", got=repr(scheme + ":" if rest else url))
+        return PostgresLedger(url)
+    # Not all of it is shown: it may hold a password.
+    raise MisuseError("a ledger's URL: memory:, sqlite:///path or postgresql://...", got=repr(scheme + colon))

@@ -127,12 +127,9 @@ class DurableLedger(Ledger):
 
     async def close(self) -> None:
         """Write what was asked for before, and let go of the database."""
-        self._closed = True
-        if self._threads is not None:
-            for worker in self._threads:
-                worker.stop()
-            for worker in self._threads:
-                await asyncio.to_thread(worker.join)
+        threads, self._threads, self._closed = self._threads, None, True
+        if threads is not None and threads[0].pid == os.getpid():
+            await asyncio.gather(*(worker.end() for worker in threads))
 
     async def __aenter__(self) -> Self:
         """Use it for the length of a block."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from itertools import chain
-from typing import Any, Final, LiteralString, TypeVar, assert_never
+from typing import Any, Final, LiteralString, TypeVar
 
 try:
     import psycopg
@@ -30,6 +30,7 @@ from saga.ledgers.rows import Acquire, Append, Beat, Create, Prune, Pruned, Reda
 from saga.owners import is_gone
 
 T = TypeVar("T")
+Connection = psycopg.Connection[Any]
 
 MIGRATIONS: Final[tuple[tuple[LiteralString, ...], ...]] = (
     (
@@ -183,45 +184,45 @@ class _Store:
         self._schema = schema
         self._lease = lease
         self._patience = patience
-        self._opened: psycopg.Connection[Any] | None = None
+        self._opened: Connection | None = None
 
     # -- requests ------------------------------------------------------------------------------------------------
 
     def write(self, requests: Sequence[Request]) -> Sequence[Any]:
-        return self._write(requests, in_doubt=False)
+        return self._patiently(lambda connection, in_doubt: self._carry_out(connection, requests, in_doubt))
 
-    def _write(self, requests: Sequence[Request], *, in_doubt: bool) -> Sequence[Any]:
-        try:
-            return self._patiently(lambda connection, in_doubt: self._carry_out(connection, requests, in_doubt), in_doubt=in_doubt)
-        except LedgerError as error:
-            if len(requests) == 1 or isinstance(error.__cause__, psycopg.OperationalError):
-                raise
-            # It is about one of them, and each in a transaction of its own shows which.
-            return [self._alone(request) for request in requests]
-
-    def _alone(self, request: Request) -> Any:
-        try:
-            # In doubt: some of the batch may have been carried out.
-            return self._write((request,), in_doubt=True)[0]
-        except LedgerError as error:
-            return error
-
-    def _carry_out(self, connection: psycopg.Connection[Any], requests: Sequence[Request], in_doubt: bool) -> Sequence[Any]:  # noqa: FBT001 - as `_patiently` calls it
+    def _carry_out(self, connection: Connection, requests: Sequence[Request], in_doubt: bool) -> Sequence[Any]:  # noqa: FBT001 - see _patiently
         rows = [_row(n, request) for n, request in enumerate(requests) if isinstance(request, Create | Append)]
-        refused: set[int] = set()
-        if rows:
-            owners = list({request.owner for request in requests if isinstance(request, Create)})
-            found = connection.execute(_WRITE, (json.dumps(rows, ensure_ascii=False), owners, self._lease))
-            refused = {n for (n,) in found}
-        return [self._answer(connection, request, in_doubt, n in refused) for n, request in enumerate(requests)]
+        owners = list({request.owner for request in requests if isinstance(request, Create)})
+        refused = self._write(connection, rows, owners) if rows else {}
+        return [self._answer(connection, n, request, refused, in_doubt) for n, request in enumerate(requests)]
 
-    def _answer(self, connection: psycopg.Connection[Any], request: Request, in_doubt: bool, is_refused: bool) -> Any:  # noqa: FBT001 - as above
+    def _write(self, connection: Connection, rows: Sequence[dict[str, Any]], owners: Sequence[str]) -> dict[int, psycopg.Error | None]:
+        """Write what can be written; the numbers of the rows that can't, with the error if there was one."""
+        try:
+            return {n: None for (n,) in connection.execute(_WRITE, (json.dumps(rows, ensure_ascii=False), owners, self._lease))}
+        except psycopg.Error as error:
+            if _is_everybodys(connection, error):
+                raise
+            if len(rows) == 1:
+                return {rows[0]["n"]: error}
+        # It is about one of them, and each by itself shows which.
+        return {n: error for row in rows for n, error in self._write(connection, (row,), owners).items()}
+
+    def _answer(
+        self,
+        connection: Connection,
+        n: int,
+        request: Request,
+        refused: Mapping[int, psycopg.Error | None],
+        in_doubt: bool,  # noqa: FBT001 - see _patiently
+    ) -> Any:
         try:
             match request:
-                case Append():
-                    return self._conflict(connection, request, in_doubt) if is_refused else None
-                case Create():
-                    return self._conflict(connection, request, in_doubt) if is_refused else 1
+                case Append() | Create():
+                    if n in refused and not (in_doubt and self._is_there(connection, request)):
+                        self._refuse(connection, request, refused[n])
+                    return 1 if isinstance(request, Create) else None
                 case Acquire():
                     return self._acquire(connection, request)
                 case Release(saga_id, token):
@@ -230,33 +231,37 @@ class _Store:
                 case Beat(owner):
                     connection.execute(_BEAT, (owner, self._lease))
                     return None
-                case Prune():
-                    return self._prune(connection, request)
-                case _:
-                    assert_never(request)
+            return self._prune(connection, request)
         except LedgerConflict as conflict:
             return conflict
+        except psycopg.Error as error:
+            if _is_everybodys(connection, error):
+                raise
+            return self._told(error, in_doubt=in_doubt)
 
-    def _conflict(self, connection: psycopg.Connection[Any], request: Create | Append, in_doubt: bool) -> Any:  # noqa: FBT001 - as above
-        """Why a row was refused; or, if the connection broke when it was first written, that it is there."""
-        saga_id, row = request.saga_id, request.row
+    def _is_there(self, connection: Connection, request: Create | Append) -> bool:
+        """Whether what is refused was recorded when it was first written, and only the answer got lost."""
         ours = "SELECT 1 FROM events WHERE saga = %s AND first = %s AND checksum = %s"
-        if in_doubt and connection.execute(ours, (saga_id, row.first, row.checksum)).fetchone():
-            return 1 if isinstance(request, Create) else None
+        return connection.execute(ours, (request.saga_id, request.row.first, request.row.checksum)).fetchone() is not None
+
+    def _refuse(self, connection: Connection, request: Create | Append, error: psycopg.Error | None) -> None:
+        if error is not None:
+            raise error
+        saga_id = request.saga_id
         if isinstance(request, Create):
             raise LedgerConflict.exists(saga_id)
         version, token, holder, until, _ = self._holder(connection, saga_id)
         if token != request.token:
             raise LedgerConflict.overtaken(saga_id, request.token, token, holder=holder, until=until)
-        raise LedgerConflict.outdated(saga_id, row.first, version)
+        raise LedgerConflict.outdated(saga_id, request.row.first, version)
 
-    def _holder(self, connection: psycopg.Connection[Any], saga_id: str) -> tuple[int, int, str | None, datetime | None, bool]:
+    def _holder(self, connection: Connection, saga_id: str) -> tuple[int, int, str | None, datetime | None, bool]:
         found: tuple[int, int, str | None, datetime | None, bool] | None = connection.execute(_HOLDER, (saga_id,)).fetchone()
         if found is None:
             raise LedgerConflict.missing(saga_id)
         return found
 
-    def _acquire(self, connection: psycopg.Connection[Any], request: Acquire) -> int:
+    def _acquire(self, connection: Connection, request: Acquire) -> int:
         saga_id, owner = request
         with connection.transaction():
             # In a statement of its own: whoever waited for the row here would else see the new owner, but not its beat.
@@ -268,7 +273,7 @@ class _Store:
             connection.execute(_BEAT, (owner, self._lease))
         return token + 1
 
-    def _prune(self, connection: psycopg.Connection[Any], request: Prune) -> Pruned:
+    def _prune(self, connection: Connection, request: Prune) -> Pruned:
         with connection.transaction():
             # Nobody may take up one of them between the look and the deletion.
             connection.execute("LOCK TABLE sagas IN SHARE ROW EXCLUSIVE MODE")
@@ -277,9 +282,10 @@ class _Store:
             forgotten = [saga_id for _, saga_id, is_over in found if is_over]
             connection.execute("DELETE FROM events WHERE saga = ANY(%s)", (forgotten,))
             connection.execute("DELETE FROM sagas WHERE id = ANY(%s)", (forgotten,))
-            connection.execute(
-                "DELETE FROM owners WHERE until < clock_timestamp() AND NOT EXISTS (SELECT 1 FROM sagas WHERE owner = owners.id)"
-            )
+        # By itself: whoever writes takes owners before sagas, and would wait for us while we wait for him.
+        connection.execute(
+            "DELETE FROM owners WHERE until < clock_timestamp() AND NOT EXISTS (SELECT 1 FROM sagas WHERE owner = owners.id)"
+        )
         return Pruned(tuple(forgotten), found[-1][0] if found else None)
 
     def read(self, saga_id: str) -> Sequence[AnyEvent]:
@@ -294,7 +300,7 @@ class _Store:
 
     # -- the connection ------------------------------------------------------------------------------------------
 
-    def _patiently(self, work: Callable[[psycopg.Connection[Any], bool], T], *, in_doubt: bool = False) -> T:
+    def _patiently(self, work: Callable[[Connection, bool], T], *, in_doubt: bool = False) -> T:
         """Do it, and if the connection breaks do it again; it is told when it may have been done before."""
         deadline, pause = time.monotonic() + self._patience, 0.05
         while True:
@@ -313,7 +319,7 @@ class _Store:
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
 
-    def _connection(self) -> psycopg.Connection[Any]:
+    def _connection(self) -> Connection:
         if self._opened is None:
             connection = psycopg.connect(**self._parameters(), autocommit=True)
             try:
@@ -330,7 +336,7 @@ class _Store:
         defaults = {"connect_timeout": seconds, "tcp_user_timeout": seconds * 1000, "application_name": "saga"}
         return defaults | conninfo_to_dict(self._dsn) | {"client_encoding": "utf8"}
 
-    def _prepare(self, connection: psycopg.Connection[Any]) -> None:
+    def _prepare(self, connection: Connection) -> None:
         settings = {
             "search_path": sql.Identifier(self._schema).as_string(),
             "TimeZone": "UTC",
@@ -354,7 +360,7 @@ class _Store:
                 connection.execute(statement)
             connection.execute("UPDATE schema_version SET version = %s", (len(MIGRATIONS),))
 
-    def _version(self, connection: psycopg.Connection[Any]) -> int:
+    def _version(self, connection: Connection) -> int:
         if connection.execute("SELECT to_regclass('schema_version')").fetchone() == (None,):
             return 0
         rows = connection.execute("SELECT version FROM schema_version").fetchall()
@@ -375,7 +381,12 @@ class _Store:
     def _told(self, error: psycopg.Error, *, in_doubt: bool) -> LedgerError:
         """Say what PostgreSQL says, and what is known."""
         outcome = "whether it was recorded is not known" if in_doubt else "nothing was recorded"
-        return LedgerError(f"the ledger in schema {self._schema!r} failed: {str(error).strip()}; {outcome}")
+        return LedgerError(f"the ledger in schema {self._schema!r} failed: {error.diag.message_primary or str(error).strip()}; {outcome}")
+
+
+def _is_everybodys(connection: Connection, error: psycopg.Error) -> bool:
+    """Whether something stands in everybody's way: the connection broke, the disk is full, a lock is held."""
+    return connection.closed or isinstance(error, psycopg.OperationalError)
 
 
 def _row(n: int, request: Create | Append) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, assert_never
+from typing import Any, Final
 
 from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
 from saga.events import AnyEvent, SagaStatus
@@ -205,10 +205,7 @@ class _Store:
                     return None
                 case Beat(owner):
                     return self._beat(connection, owner)
-                case Prune():
-                    return self._prune(connection, request)
-                case _:
-                    assert_never(request)
+            return self._prune(connection, request)
         except LedgerConflict as conflict:
             return conflict
 
@@ -459,7 +456,7 @@ def _told(error: sqlite3.Error, path: Path, patience: float) -> LedgerError:
     hints = {
         "SQLITE_BUSY": f"another process or program has held its lock for more than {patience:g} s",
         "SQLITE_FULL": "there is no room left for it",
-        "SQLITE_READONLY": "the file can't be written to; see to its permissions",
+        "SQLITE_READONLY": "it or its directory can't be written to; see to their permissions",
         "SQLITE_CANTOPEN": "it, or its log beside it, can't be opened; see to the directory and its permissions",
         "SQLITE_IOERR": "the disk failed",
     }

@@ -28,11 +28,15 @@ class Closable(Protocol):
 S = TypeVar("S", bound=Closable)
 
 
+_END: Final = object()
+"""The request to end."""
+
+
 class _Job(NamedTuple):
     request: Any
     size: int
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop | None
+    future: asyncio.Future[Any] | None
 
 
 class Worker(Generic[S]):
@@ -49,7 +53,7 @@ class Worker(Generic[S]):
 
     def __init__(self, name: str, store: Callable[[], S], work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> None:
         self.pid: Final = os.getpid()
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(store, work), name=name, daemon=True)
         self._thread.start()
         _WORKING.add(self)
@@ -66,38 +70,43 @@ class Worker(Generic[S]):
         self._jobs.put(_Job(request, size, loop, future))
         return future
 
-    def stop(self) -> None:
-        """Have the thread end when it has done what was asked for before."""
-        self._jobs.put(None)
+    async def end(self) -> None:
+        """Do what was asked for before, and end."""
+        await self.ask(_END)
+        self._thread.join()  # it has said that it is at its end
 
-    def join(self, seconds: float | None = None) -> None:
-        """Wait until it has ended."""
+    def stop(self) -> None:
+        """Have it end, too, but wait for nothing; for who has no event loop."""
+        self._jobs.put(_Job(_END, 0, None, None))
+
+    def join(self, seconds: float) -> None:
+        """Wait so long until it has ended."""
         self._thread.join(seconds)
 
     def _run(self, store: Callable[[], S], work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> None:
         opened = store()
-        while self._turn(opened, work):
-            pass
+        end = None
+        while end is None:
+            end = self._turn(opened, work)
         opened.close()
+        _answer([end], [None])
 
-    def _turn(self, store: S, work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> bool:
-        """Carry out one batch; whether there may be another."""
+    def _turn(self, store: S, work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> _Job | None:
+        """Carry out one batch; the request to end, if it has come."""
         # While the thread waits for more it must hold on to nothing that was asked for: it may be what keeps a ledger alive.
-        jobs, goes_on = self._take()
+        jobs = self._take()
+        end = jobs.pop() if jobs[-1].request is _END else None
         if jobs:
             _answer(jobs, _answers(store, work, [job.request for job in jobs]))
-        return goes_on
+        return end
 
-    def _take(self) -> tuple[list[_Job], bool]:
-        jobs: list[_Job] = []
-        size = 0
-        while size < _MOST and not (jobs and self._jobs.empty()):
-            job = self._jobs.get()
-            if job is None:
-                return jobs, False
-            jobs.append(job)
-            size += job.size
-        return jobs, True
+    def _take(self) -> list[_Job]:
+        jobs = [self._jobs.get()]
+        size = jobs[0].size
+        while size < _MOST and jobs[-1].request is not _END and not self._jobs.empty():
+            jobs.append(self._jobs.get())
+            size += jobs[-1].size
+        return jobs
 
 
 def _answers(store: S, work: Callable[[S, Sequence[Any]], Sequence[Any]], requests: Sequence[Any]) -> Sequence[Any]:
@@ -121,7 +130,8 @@ def _again(error: LedgerError) -> LedgerError:
 def _answer(jobs: Sequence[_Job], answers: Sequence[Any]) -> None:
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
     for job, answer in zip(jobs, answers, strict=True):
-        by_loop.setdefault(job.loop, []).append((job.future, answer))
+        if job.loop is not None and job.future is not None:
+            by_loop.setdefault(job.loop, []).append((job.future, answer))
     for loop, answered in by_loop.items():
         try:
             loop.call_soon_threadsafe(_settle, answered)

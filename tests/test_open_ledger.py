@@ -1,0 +1,42 @@
+"""Ledgers by their URL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from saga import MemoryLedger, MisuseError
+from saga.ledgers import open_ledger
+from saga.ledgers.postgres import PostgresLedger
+from saga.ledgers.sqlite import SQLiteLedger
+
+
+def test_a_url_says_which_ledger_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    here, anywhere = open_ledger("sqlite:///sagas.db"), open_ledger("sqlite:////var/lib/sagas.db")
+
+    assert isinstance(open_ledger("memory:"), MemoryLedger)
+    assert isinstance(here, SQLiteLedger)
+    assert here.path == tmp_path / "sagas.db"
+    assert isinstance(anywhere, SQLiteLedger)
+    assert anywhere.path == Path("/var/lib/sagas.db")
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
+def test_a_url_of_postgresql_is_handed_to_libpq(scheme: str) -> None:
+    ledger = open_ledger(f"{scheme}://ann@db.example:5433/shop")
+
+    assert isinstance(ledger, PostgresLedger)
+    assert repr(ledger) == "PostgresLedger('shop', schema='saga')"
+
+
+@pytest.mark.parametrize(
+    "url", ["", "memory", "memory:x", "sqlite:sagas.db", "sqlite://sagas.db", "sqlite:///", "postgresql:x", "mysql://ann:s3cret@db/x"]
+)
+def test_any_other_url_is_refused_and_kept_secret(url: str) -> None:
+    with pytest.raises(MisuseError, match=r"expected a ledger's URL: memory:, sqlite:///path or postgresql://..., got") as caught:
+        open_ledger(url)
+
+    assert "s3cret" not in str(caught.value)

@@ -1,0 +1,506 @@
+"""The ledger in PostgreSQL: what becomes of appends when the connection breaks, and what is said when the database fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import re
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+from saga import FailFast, Ledger, LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
+from saga.events import SagaStarted, StageStarted
+from saga.ledgers import postgres as module
+from saga.ledgers.postgres import PostgresLedger
+from tests.places import PostgresSchema
+from tests.test_ledger import GRAPH
+
+
+def started(saga_id: str = "s") -> SagaStarted:
+    return SagaStarted(saga_id=saga_id, pipeline="p", graph=GRAPH, policy=FailFast())
+
+
+def attempt(number: int) -> StageStarted:
+    return StageStarted(stage="a", attempt=number)
+
+
+def using(ledger: Ledger, act: Callable[[Any], Any]) -> Any:
+    """Do something with a ledger, and close it."""
+
+    async def play() -> Any:
+        try:
+            return await act(ledger)
+        finally:
+            await ledger.close()
+
+    return asyncio.run(play())
+
+
+@pytest.fixture
+def place(postgres: Any, new_schema: Callable[[], str]) -> PostgresSchema:
+    return PostgresSchema(postgres.get_uri(), new_schema())
+
+
+async def somebody_waits(place: PostgresSchema, many: int = 1) -> None:
+    """Come back when so many ledgers wait for a lock."""
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name = 'saga'"
+    while place.execute(waiting) < [(many,)]:
+        await asyncio.sleep(0)
+
+
+# -- a connection that breaks ----------------------------------------------------------------------------------------
+
+
+class Network:
+    """Stands between a ledger and the server, and can swallow what is said next and break the connection.
+
+    Attributes:
+        port: Where the ledger finds it.
+        swallow: `question`: the next one that holds `word` never gets to the server; `answer`: the server carries it out, and its answer
+            gets lost.
+        lost: How often it did so.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.swallow: str | None = None
+        self.word = b"write("
+        self.lost = 0
+        self._server = f"{directory}/.s.PGSQL.5432"
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._threads = [self._start(self._accept)]
+
+    def _start(self, work: Callable[..., None], *arguments: Any) -> threading.Thread:
+        thread = threading.Thread(target=work, args=arguments, daemon=True)
+        thread.start()
+        return thread
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.socket(socket.AF_UNIX)
+            server.connect(self._server)
+            doomed = threading.Event()
+            self._threads += [self._start(self._questions, client, server, doomed), self._start(self._answers, server, client, doomed)]
+
+    def _questions(self, client: socket.socket, server: socket.socket, doomed: threading.Event) -> None:
+        with contextlib.suppress(OSError):
+            while data := client.recv(65536):
+                if self.swallow is not None and self.word in data:
+                    kind, self.swallow, self.lost = self.swallow, None, self.lost + 1
+                    if kind == "question":
+                        break
+                    doomed.set()
+                server.sendall(data)
+        self._break(client, server)
+
+    def _answers(self, server: socket.socket, client: socket.socket, doomed: threading.Event) -> None:
+        with contextlib.suppress(OSError):
+            while data := server.recv(65536):
+                if doomed.is_set():
+                    break
+                client.sendall(data)
+        self._break(client, server)
+
+    def _break(self, *sockets: socket.socket) -> None:
+        for one in sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+    def close(self) -> None:
+        # Shut down, because closing alone does not wake a thread that waits for the next connection.
+        self._break(self._listener)
+        for thread in self._threads:
+            thread.join(5)
+
+
+@pytest.fixture
+def network(postgres: Any) -> Iterator[Network]:
+    between = Network(str(postgres.pgdata))
+    yield between
+    between.close()
+
+
+def over(network: Network, place: PostgresSchema, **options: Any) -> PostgresLedger:
+    dsn = f"host=127.0.0.1 port={network.port} user=postgres dbname=postgres sslmode=disable gssencmode=disable"
+    return PostgresLedger(dsn, schema=place.schema, **options)
+
+
+@pytest.mark.parametrize("lost", ["question", "answer"])
+def test_an_append_whose_outcome_got_lost_is_recorded_once(place: PostgresSchema, network: Network, lost: str) -> None:
+    async def play(ledger: Ledger) -> Any:
+        token = await ledger.create("s", "me", (started(),))
+        network.swallow = lost
+        await ledger.append("s", (attempt(1), attempt(2)), expected_version=1, token=token)
+        await ledger.append("s", (attempt(3),), expected_version=3, token=token)
+        return await ledger.read("s")
+
+    events = using(over(network, place), play)
+
+    assert network.lost == 1
+    assert [getattr(event, "attempt", 0) for event in events] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("lost", ["question", "answer"])
+def test_a_saga_whose_creation_got_lost_is_created_once(place: PostgresSchema, network: Network, lost: str) -> None:
+    async def play(ledger: Ledger) -> Any:
+        await ledger.beat("me")
+        network.swallow = lost
+        token = await ledger.create("s", "me", (started(),))
+        await ledger.append("s", (attempt(1),), expected_version=1, token=token)
+        return await ledger.read("s")
+
+    events = using(over(network, place), play)
+
+    assert network.lost == 1
+    assert len(events) == 2
+
+
+@pytest.mark.parametrize("lost", ["question", "answer"])
+def test_when_a_batch_got_lost_what_conflicted_conflicts_and_what_was_recorded_is_recorded(
+    place: PostgresSchema, network: Network, lost: str
+) -> None:
+    async def play(ledger: Ledger) -> Any:
+        await asyncio.gather(*(ledger.create(name, "me", (started(name),)) for name in "ab"))
+        token = await ledger.acquire("b", "me")
+        with contextlib.closing(psycopg.connect(place.dsn)) as other:
+            # While somebody has the tables to himself, appends queue up behind the first of them.
+            other.execute(f'LOCK TABLE "{place.schema}".sagas')
+            first = asyncio.create_task(ledger.append("b", (attempt(1),), expected_version=1, token=token))
+            await somebody_waits(place)
+            calls = [
+                ledger.append("a", (attempt(1),), expected_version=1, token=1),
+                ledger.append("a", (attempt(2),), expected_version=2, token=1),
+                ledger.append("a", (attempt(9),), expected_version=9, token=1),
+                ledger.append("b", (attempt(2),), expected_version=2, token=1),
+                ledger.create("a", "me", (started("a"),)),
+                ledger.create("c", "me", (started("c"),)),
+                ledger.append("z", (attempt(1),), expected_version=1, token=1),
+            ]
+            tasks = [asyncio.create_task(call) for call in calls]
+            await asyncio.sleep(0)
+            network.swallow = lost
+            network.word = b'"attempt\\":9'
+            other.rollback()
+            answers = await asyncio.gather(first, *tasks, return_exceptions=True)
+        return answers, [len(await ledger.read(name)) for name in "abcz"]
+
+    answers, events = using(over(network, place), play)
+
+    assert network.lost == 1
+    assert [type(answer) for answer in answers[1:]] == [
+        type(None), type(None), LedgerConflict, LedgerConflict, LedgerConflict, int, LedgerConflict,
+    ]  # fmt: skip
+    assert [str(answer).partition(":")[0] for answer in answers if isinstance(answer, LedgerConflict)] == [
+        "saga a has 3 events, expected 9",
+        "saga b is written with lease token 1, the current one is 2",
+        "saga a exists already; nothing was recorded",
+        "there is no saga z",
+    ]
+    assert events == [3, 2, 1, 0]
+
+
+def test_a_lease_is_taken_though_the_answer_got_lost(place: PostgresSchema, network: Network) -> None:
+    async def play(ledger: Ledger) -> Any:
+        await ledger.create("s", "me", (started(),))
+        await ledger.release("s", 1)
+        network.swallow, network.word = "answer", b"token + 1"
+        token = await ledger.acquire("s", "you")
+        await ledger.append("s", (attempt(1),), expected_version=1, token=token)
+        return await ledger.list()
+
+    (entry,) = using(over(network, place), play)
+
+    assert network.lost == 1
+    assert entry.owner == "you"
+
+
+def test_what_is_read_is_asked_for_again_when_the_answer_got_lost(place: PostgresSchema, network: Network) -> None:
+    async def play(ledger: Ledger) -> Any:
+        await ledger.create("s", "me", (started(),))
+        network.swallow, network.word = "answer", b"JOIN events"
+        return await ledger.read("s")
+
+    assert len(using(over(network, place), play)) == 1
+    assert network.lost == 1
+
+
+def test_when_it_stays_unknown_what_became_of_an_append_the_error_says_so(place: PostgresSchema, network: Network) -> None:
+    async def play(ledger: Ledger) -> None:
+        token = await ledger.create("s", "me", (started(),))
+        network.swallow = "answer"
+        network._break(network._listener)
+        with pytest.raises(LedgerError, match="whether it was recorded is not known") as caught:
+            await ledger.append("s", (attempt(1),), expected_version=1, token=token)
+        assert isinstance(caught.value.__cause__, psycopg.OperationalError)
+        with pytest.raises(LedgerError, match="nothing was recorded"):
+            await ledger.append("s", (attempt(2),), expected_version=2, token=token)
+
+    using(over(network, place, patience=0.2), play)
+
+    assert network.lost == 1
+    assert len(using(place.open(), lambda ledger: ledger.read("s"))) == 2
+
+
+def test_a_connection_that_died_while_nobody_used_it_is_replaced(place: PostgresSchema) -> None:
+    async def play(ledger: Ledger) -> Any:
+        token = await ledger.create("s", "me", (started(),))
+        await ledger.read("s")
+        place.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'saga'")
+        await ledger.append("s", (attempt(1),), expected_version=1, token=token)
+        return await ledger.read("s")
+
+    assert len(using(place.open(), play)) == 2
+
+
+def test_a_server_that_is_restarted_costs_no_append(place: PostgresSchema, postgres: Any) -> None:
+    restarted, names = threading.Event(), [f"s{number}" for number in range(20)]
+
+    def restart() -> None:
+        postgres.stop()
+        postgres.ensure_postgres_running()
+        restarted.set()
+
+    async def one(ledger: Ledger, name: str) -> int:
+        token = await ledger.create(name, "me", (started(name),))
+        number = 0
+        while number < 5 or not restarted.is_set():
+            number += 1
+            await ledger.append(name, (attempt(number),), expected_version=number, token=token)
+        await ledger.append(name, (attempt(number + 1),), expected_version=number + 1, token=token)
+        return number + 1
+
+    async def play(ledger: Ledger) -> Any:
+        sagas = asyncio.gather(*(one(ledger, name) for name in names))
+        await asyncio.to_thread(restart)
+        return await sagas, [await ledger.read(name) for name in names]
+
+    counts, found = using(place.open(patience=30.0), play)
+
+    for count, events in zip(counts, found, strict=True):
+        assert [getattr(event, "attempt", 0) for event in events] == list(range(count + 1))
+
+
+def test_a_database_that_is_gone_is_told_after_the_patience_and_found_again_when_it_is_back(place: PostgresSchema, postgres: Any) -> None:
+    async def play(ledger: Ledger) -> Any:
+        token = await ledger.create("s", "me", (started(),))
+        await asyncio.to_thread(postgres.stop)
+        try:
+            with pytest.raises(LedgerError, match="failed: "):
+                await ledger.append("s", (attempt(1),), expected_version=1, token=token)
+            with pytest.raises(LedgerError, match="nothing was recorded"):
+                await ledger.read("s")
+        finally:
+            await asyncio.to_thread(postgres.ensure_postgres_running)
+        await ledger.append("s", (attempt(1),), expected_version=1, token=token)
+        return await ledger.read("s")
+
+    assert len(using(place.open(patience=0.1), play)) == 2
+
+
+# -- a database that refuses -----------------------------------------------------------------------------------------
+
+
+def test_a_database_that_is_not_there_is_told(place: PostgresSchema) -> None:
+    ledger = PostgresLedger(place.dsn.replace("/postgres?", "/nowhere?"), patience=0.01)
+
+    with pytest.raises(LedgerError, match=r"the ledger in schema 'saga' failed: .*database .nowhere. does not exist"):
+        using(ledger, lambda ledger: ledger.list())
+
+
+def test_a_database_that_may_only_be_read_is_read_and_refuses_appends(place: PostgresSchema) -> None:
+    using(place.open(), lambda ledger: ledger.create("s", "me", (started(),)))
+
+    async def play(ledger: Ledger) -> Any:
+        calls = (ledger.append("s", (attempt(number),), expected_version=number, token=1) for number in (1, 2))
+        return await asyncio.gather(*calls, return_exceptions=True), await ledger.read("s")
+
+    refused, events = using(place.open(dsn=f"{place.dsn}&options=-c%20default_transaction_read_only%3Don"), play)
+
+    assert all("cannot execute" in str(error) and "in a read-only transaction; nothing was recorded" in str(error) for error in refused)
+    assert len(events) == 1
+
+
+def test_a_lock_that_somebody_keeps_is_told_after_the_patience(place: PostgresSchema) -> None:
+    async def play(ledger: Ledger) -> None:
+        token = await ledger.create("s", "me", (started(),))
+        with contextlib.closing(psycopg.connect(place.dsn)) as other:
+            other.execute(f'LOCK TABLE "{place.schema}".sagas')
+            with pytest.raises(LedgerError, match="canceling statement due to lock timeout; nothing was recorded"):
+                await ledger.append("s", (attempt(1),), expected_version=1, token=token)
+        await ledger.append("s", (attempt(1),), expected_version=1, token=token)
+
+    using(place.open(patience=0.05), play)
+
+
+def test_an_append_that_the_database_refuses_does_not_take_others_with_it(place: PostgresSchema) -> None:
+    async def play(ledger: Ledger) -> Any:
+        await asyncio.gather(*(ledger.create(name, "me", (started(name),)) for name in "abc"))
+        place.execute("ALTER TABLE events ADD CHECK (saga <> 'b' OR first = 0)")
+        calls = (ledger.append(name, (attempt(1),), expected_version=1, token=1) for name in "abcz")
+        return await asyncio.gather(*calls, return_exceptions=True), [len(await ledger.read(name)) for name in "abc"]
+
+    (first, second, third, fourth), events = using(place.open(), play)
+
+    assert (first, third) == (None, None)
+    assert type(second) is LedgerError
+    assert "violates check constraint" in str(second)
+    assert type(fourth) is LedgerConflict
+    assert events == [2, 1, 2]
+
+
+def test_transactions_that_lock_each_other_out_go_well_the_next_time(place: PostgresSchema) -> None:
+    async def play(ledger: Ledger) -> Any:
+        await asyncio.gather(*(ledger.create(name, "me", (started(name),)) for name in "ab"))
+        with contextlib.closing(psycopg.connect(place.dsn)) as other:
+            other.execute("SET deadlock_timeout = '10s'")  # so that the ledger is the one that gives up
+            row = f'SELECT 1 FROM "{place.schema}".sagas WHERE id = %s FOR UPDATE'  # noqa: S608 - the schema is ours
+            other.execute(row, ("b",))
+            calls = [asyncio.create_task(ledger.append(name, (attempt(1),), expected_version=1, token=1)) for name in "ab"]
+            await somebody_waits(place)
+            await asyncio.to_thread(other.execute, row, ("a",))
+            other.rollback()
+        return await asyncio.gather(*calls)
+
+    assert using(place.open(), play) == [None, None]
+
+
+def test_of_those_who_wait_to_take_a_saga_one_gets_it(place: PostgresSchema) -> None:
+    async def play() -> Any:
+        ledgers = [place.open() for _ in range(4)]
+        await ledgers[0].create("s", "me", (started(),))
+        await ledgers[0].release("s", 1)
+        with contextlib.closing(psycopg.connect(place.dsn)) as other:
+            other.execute(f'SELECT 1 FROM "{place.schema}".sagas FOR UPDATE')  # noqa: S608 - the schema is ours
+            calls = [asyncio.create_task(ledger.acquire("s", f"taker {number}")) for number, ledger in enumerate(ledgers)]
+            await somebody_waits(place, len(ledgers))
+            other.rollback()
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        await asyncio.gather(*(ledger.close() for ledger in ledgers))
+        return answers
+
+    answers = asyncio.run(play())
+
+    assert sorted(isinstance(answer, LedgerConflict) for answer in answers) == [False, True, True, True]
+
+
+# -- how it is made --------------------------------------------------------------------------------------------------
+
+
+def test_ledgers_that_make_one_schema_at_once_are_one(place: PostgresSchema) -> None:
+    async def play() -> Any:
+        ledgers = [place.open() for _ in range(6)]
+        await asyncio.gather(*(ledger.create(f"s{number}", "me", (started(f"s{number}"),)) for number, ledger in enumerate(ledgers)))
+        found = [len(await ledger.list()) for ledger in ledgers]
+        await asyncio.gather(*(ledger.close() for ledger in ledgers))
+        return found
+
+    assert asyncio.run(play()) == [6] * 6
+    assert place.execute("SELECT version FROM schema_version") == [(len(module.MIGRATIONS),)]
+
+
+def test_a_schema_that_is_there_already_may_be_used(place: PostgresSchema) -> None:
+    place.execute(f'CREATE SCHEMA "{place.schema}"')
+
+    assert using(place.open(), lambda ledger: ledger.create("s", "me", (started(),))) == 1
+
+
+@pytest.mark.parametrize("schema", ['odd "name"; --', "Ünicode", "saga"])
+def test_a_schema_may_have_any_name(postgres: Any, schema: str) -> None:
+    ledger = PostgresLedger(postgres.get_uri(), schema=schema)
+
+    assert using(ledger, lambda ledger: ledger.create("s", "me", (started(),))) == 1
+    assert len(using(PostgresLedger(postgres.get_uri(), schema=schema), lambda ledger: ledger.read("s"))) == 1
+
+
+@pytest.mark.parametrize("change", ["UPDATE schema_version SET version = 7", "DELETE FROM schema_version"])
+def test_a_schema_of_a_newer_version_is_refused(place: PostgresSchema, change: str) -> None:
+    using(place.open(), lambda ledger: ledger.list())
+    place.execute(change)
+
+    with pytest.raises(LedgerError, match=r"has schema version (7|-1), this version of saga knows up to 1: .* Nothing was changed"):
+        using(place.open(), lambda ledger: ledger.create("s", "me", (started(),)))
+
+
+def test_a_schema_of_an_older_version_is_brought_to_the_newest(place: PostgresSchema, monkeypatch: pytest.MonkeyPatch) -> None:
+    using(place.open(), lambda ledger: ledger.create("s", "me", (started(),)))
+    monkeypatch.setattr(module, "MIGRATIONS", (*module.MIGRATIONS, ("ALTER TABLE sagas ADD COLUMN colour text",)))
+
+    for _ in range(2):
+        assert len(using(place.open(), lambda ledger: ledger.read("s"))) == 1
+
+    assert place.execute("SELECT colour FROM sagas") == [(None,)]
+    assert place.execute("SELECT version FROM schema_version") == [(2,)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DELETE FROM events WHERE first = 1",
+        "UPDATE events SET body = replace(body, '\"attempt\":1', '\"attempt\":2') WHERE first = 1",
+        "DELETE FROM sagas",
+        "DELETE FROM events",
+    ],
+)
+def test_a_row_that_was_changed_is_noticed(place: PostgresSchema, change: str) -> None:
+    async def play(ledger: Ledger) -> Any:
+        token = await ledger.create("s", "me", (started(),))
+        await ledger.append("s", (attempt(1),), expected_version=1, token=token)
+        await ledger.append("s", (attempt(2),), expected_version=2, token=token)
+        place.execute(change)
+        return await ledger.read("s")
+
+    with pytest.raises(LedgerCorrupt, match="the ledger is damaged: saga s can't be read"):
+        using(place.open(), play)
+
+
+def test_commits_are_on_disk_though_the_database_does_without_it(place: PostgresSchema) -> None:
+    store = module._Store(f"{place.dsn}&options=-c%20synchronous_commit%3Doff", place.schema, 30.0, 10.0)
+
+    assert store._connection().execute("SHOW synchronous_commit").fetchone() == ("on",)
+    store.close()
+
+
+def test_commits_that_wait_for_replicas_still_do(place: PostgresSchema) -> None:
+    store = module._Store(f"{place.dsn}&options=-c%20synchronous_commit%3Dremote_apply", place.schema, 30.0, 10.0)
+
+    assert store._connection().execute("SHOW synchronous_commit").fetchone() == ("remote_apply",)
+    store.close()
+
+
+def test_a_server_that_does_not_answer_is_given_up_after_the_patience_unless_the_dsn_says_otherwise() -> None:
+    mine = module._Store("dbname=x", "saga", 30.0, 2.5)._parameters()
+    yours = module._Store("dbname=x connect_timeout=99 tcp_user_timeout=98 application_name=shop", "saga", 30.0, 2.5)._parameters()
+
+    assert (mine["connect_timeout"], mine["tcp_user_timeout"], mine["application_name"]) == (3, 3000, "saga")
+    assert (yours["connect_timeout"], yours["tcp_user_timeout"], yours["application_name"]) == ("99", "98", "shop")
+
+
+def test_a_connection_string_that_makes_no_sense_is_refused_and_kept_secret() -> None:
+    with pytest.raises(MisuseError, match="expected a connection string or URL of PostgreSQL") as caught:
+        PostgresLedger("host=db password 's3cret'")
+
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_ledger_says_where_it_is_and_not_the_password() -> None:
+    assert repr(PostgresLedger("postgresql://ann:s3cret@db/shop")) == "PostgresLedger('shop', schema='saga')"
+
+
+def test_without_its_driver_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    monkeypatch.delitem(sys.modules, "saga.ledgers.postgres")
+
+    with pytest.raises(ModuleNotFoundError, match=re.escape("pip install 'stageflow-saga[postgres]'")):
+        importlib.import_module("saga.ledgers.postgres")
