@@ -1,4 +1,4 @@
-"""What tests share that has to be started once: a PostgreSQL server."""
+"""What tests share: a PostgreSQL server that is started once, and no limit to the time of one drawn case."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# A machine that does other things, too, is no defect; pytest's own timeout stops what hangs.
+settings.register_profile("saga", deadline=None)
+settings.load_profile("saga")
 
 
 @pytest.fixture(scope="session")
