@@ -774,33 +774,3 @@ def test_sys_exit_in_a_stage_is_a_failure_like_any_other() -> None:
     assert report.cause is not None
     assert report.cause.type == "SystemExit"
     assert world.standing == {}
-
-
-def test_ten_thousand_sagas_at_once_do_not_disturb_each_other() -> None:
-    async def book(ctx: Any) -> StageOutput:
-        return StageOutput.ok(text=ctx.snapshot.input_text)
-
-    async def fail(ctx: Any) -> None:
-        if str(ctx.snapshot.input_text).endswith("7"):
-            raise CardDeclined(ctx.snapshot.input_text)
-
-    undone: list[str] = []
-
-    async def cancel(ctx: CompensationContext) -> None:
-        assert ctx.output is not None
-        undone.append(ctx.output.data["text"])
-
-    pipeline = Pipeline().with_stage("book", compensable(book, cancel)).with_stage("fail", fail, "work", dependencies=("book",))
-    coordinator = SagaCoordinator()
-
-    async def all_at_once() -> list[SagaReport]:
-        return await asyncio.gather(*(coordinator.run(pipeline, input_text=str(i)) for i in range(10_000)))
-
-    reports = run(all_at_once())
-
-    for number, report in enumerate(reports):
-        expected = SagaStatus.COMPENSATED if number % 10 == 7 else SagaStatus.COMPLETED
-        assert report.status is expected
-        assert report.stages["book"].output == StageOutput.ok(text=str(number))
-    assert sorted(undone, key=int) == [str(number) for number in range(7, 10_000, 10)]
-    assert coordinator._alive == {}
