@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import signal
 import sqlite3
@@ -207,6 +208,11 @@ def two_ctrl_cs() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def raise_ctrl_c() -> None:
+    """As the first Ctrl-C does in a loop that asyncio.run has not prepared for it."""
+    raise KeyboardInterrupt
+
+
 def strike_once(pipeline: Pipeline, stage: str, hook: str, strike: Callable[[], None] = two_ctrl_cs) -> list[str]:
     """Have something strike when the stage's code is called for the first time; where it did is in what this returns."""
     runner = pipeline.stages[stage].runner
@@ -231,14 +237,15 @@ SCENES: dict[str, tuple[Mapping[str, tuple[str, ...]], dict[str, Callable[[], Sc
 }
 
 
+@pytest.mark.parametrize("strike", [two_ctrl_cs, raise_ctrl_c])
 @pytest.mark.parametrize("policy", [FailFast(), ContinueWithFallback()], ids=["fail fast", "continue with fallback"])
 @pytest.mark.parametrize("hook", SCENES)
-def test_ctrl_c_that_strikes_the_code_of_a_stage_stops_the_saga_and_reaches_its_caller(hook: str, policy: Any) -> None:
+def test_ctrl_c_that_strikes_the_code_of_a_stage_stops_the_saga_and_leaves_the_loop(hook: str, policy: Any, strike: Any) -> None:
     if hook == "fallback" and isinstance(policy, FailFast):
         pytest.skip("it has no use for a fallback")
     shape, scripts, kind = SCENES[hook]
     world, pipeline = scene(shape, {name: make() for name, make in scripts.items()}, dict.fromkeys(shape, kind))
-    struck = strike_once(pipeline, "b", hook)
+    struck = strike_once(pipeline, "b", hook, strike)
     coordinator = SagaCoordinator(policy)
 
     with pytest.raises(KeyboardInterrupt):
@@ -251,17 +258,13 @@ def test_ctrl_c_that_strikes_the_code_of_a_stage_stops_the_saga_and_reaches_its_
     assert run(coordinator.report("s")).status is SagaStatus.COMPENSATED
 
 
-def press_ctrl_c() -> None:
-    raise KeyboardInterrupt
-
-
 def fail() -> None:
     raise CardDeclined
 
 
 def test_a_stage_that_ctrl_c_strikes_is_in_doubt_because_it_said_nothing_of_its_effect() -> None:
     world, pipeline = scene(SEQUENCE)
-    strike_once(pipeline, "b", "execute", press_ctrl_c)
+    strike_once(pipeline, "b", "execute", raise_ctrl_c)
     coordinator = SagaCoordinator()
 
     with pytest.raises(KeyboardInterrupt):
@@ -418,6 +421,47 @@ def test_whoever_waits_for_a_saga_that_was_struck_itself_learns_how_it_was_left(
     assert "go on: await coordinator.resume('s', pipeline)" in message
 
 
+class StruckLog(logging.Handler):
+    """Something strikes while stageflow logs this."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__()
+        self.message, self.reached = message, False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage() == self.message and not self.reached:
+            self.reached = True
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def stageflows_log() -> Iterator[logging.Logger]:
+    log = logging.getLogger("pipeline_dag")
+    level = log.level
+    log.setLevel(logging.INFO)
+    yield log
+    log.setLevel(level)
+    for handler in [handler for handler in log.handlers if isinstance(handler, StruckLog)]:
+        log.removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    "message", ["UnifiedStageGraph execution started", "Pipeline cancelled by stage d: the saga is stopping", "Running stage: c"]
+)
+def test_wherever_in_stageflow_it_strikes_the_saga_does_not_hang_and_can_be_resumed(message: str, stageflows_log: logging.Logger) -> None:
+    world, pipeline, policy = telling()
+    ledger, strikes = MemoryLedger(), StruckLog(message)
+    coordinator = SagaCoordinator(policy, ledger=ledger)
+    stageflows_log.addHandler(strikes)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(coordinator.run(pipeline, saga_id="s"))
+
+    assert strikes.reached
+    assert coordinator._alive == {}
+    assert at_peace(world, run(coordinator.resume("s", pipeline)))
+
+
 class Strike:
     """Raises KeyboardInterrupt in the n-th line of our code that is executed; the main task was cancelled before if so wished."""
 
@@ -469,9 +513,12 @@ def struck(line: int, cancelled_at: float | None) -> int:
 
 @pytest.fixture
 def _swept() -> Iterator[None]:
-    """Python complains of what a strike has left behind: coroutines that nobody came to await."""
+    """Python complains of what a strike leaves behind, coroutines that nobody came to await, unless it goes before the test ends."""
     before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    # A record of the log holds a traceback, and that the coroutines.
+    logging.disable()
     yield
+    logging.disable(logging.NOTSET)
     gc.collect()
     sys.unraisablehook = before
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from saga import (
     ContinueWithFallback,
     FailFast,
     FailureKind,
+    LedgerError,
+    MemoryLedger,
     Retry,
     SagaContext,
     SagaCoordinator,
@@ -25,7 +27,9 @@ from saga import (
     SagaStatus,
     compensable,
 )
+from saga.events import AnyEvent, SagaStopped, StageFailed
 from tests.controlled import ControlledLoop, elapse, run
+from tests.test_hard_cases import Recorder
 from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, scene
 
 PATIENT = Retry(attempts=3, wait=10, jitter=False)
@@ -193,6 +197,12 @@ WAYS = [
 ]
 
 
+def stop_by_id(coordinator: SagaCoordinator) -> None:
+    saga = coordinator._alive["s"]
+    assert saga is not None
+    saga.interrupt("the shop closes")
+
+
 class Interrupted:
     """A saga in some phase, and its caller."""
 
@@ -214,8 +224,7 @@ class Interrupted:
 
     def cancel_before(self) -> None:
         if self.phase.first_cancelled_at is not None:
-            loop = asyncio.get_running_loop()
-            loop.call_later(self.phase.first_cancelled_at, lambda: self.coordinator._alive["s"].interrupt("the shop closes"))  # type: ignore[union-attr] # it is alive
+            asyncio.get_running_loop().call_later(self.phase.first_cancelled_at, stop_by_id, self.coordinator)
 
     def report(self) -> SagaReport:
         return run(self.coordinator.report("s"))
@@ -408,3 +417,49 @@ def test_code_that_runs_after_a_cancel_was_taken_in_may_use_scopes_of_its_own() 
 
     assert undone_at == [2]
     assert report.status is SagaStatus.COMPENSATED
+
+
+# -- a ledger that fails meanwhile ----------------------------------------------------------------------------------
+
+
+class FailingLedger(MemoryLedger):
+    """Fails to record one kind of event, and everything after it."""
+
+    def __init__(self, kind: type[AnyEvent]) -> None:
+        super().__init__()
+        self.kind, self.has_failed = kind, False
+
+    async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int, release: bool = False) -> None:
+        self.has_failed = self.has_failed or any(isinstance(event, self.kind) for event in events)
+        if self.has_failed:
+            raise LedgerError("the disk is full")
+        await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
+
+
+def test_a_ledger_that_can_not_note_the_interruption_ends_the_saga_when_nothing_runs_any_more() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script(before=10)})
+    coordinator = SagaCoordinator(ledger=FailingLedger(SagaStopped))
+
+    async def play() -> float:
+        asyncio.get_running_loop().call_later(5, stop_by_id, coordinator)
+        with pytest.raises(LedgerError, match="the disk is full"):
+            await coordinator.run(pipeline, saga_id="s")
+        return asyncio.get_running_loop().time()
+
+    assert run(play()) == 10
+    assert world.running == set()
+    assert world.undone() == []
+
+
+def test_a_ledger_that_can_not_note_what_an_interceptor_refused_ends_the_saga_when_nothing_runs_any_more() -> None:
+    world, pipeline = scene(BRANCHES, {"c": Script(before=10)})
+    coordinator = SagaCoordinator(ledger=FailingLedger(StageFailed), interceptors=[Recorder(critical="b")])
+
+    async def play() -> None:
+        with pytest.raises(LedgerError, match="the disk is full"):
+            await coordinator.run(pipeline)
+        assert world.running == set()
+
+    run(play())
+
+    assert world.undone() == []

@@ -1,0 +1,140 @@
+"""The tasks in which a saga runs: they begin, they end, and nobody waits for them in vain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from saga import LedgerError
+from saga.watch import Crew, Watched, outlast, start
+from tests.controlled import ControlledLoop, elapse, run
+
+
+def unheeded(_: Watched) -> None:
+    raise AssertionError("nobody was given up")
+
+
+def crew_of(*work: Coroutine[Any, Any, None]) -> tuple[Crew[Watched], list[Exception]]:
+    broken: list[Exception] = []
+    crew: Crew[Watched] = Crew(broken.append)
+    for each in work:
+        crew.employ(Watched(unheeded), each)
+    return crew, broken
+
+
+def left_by(strike: type[BaseException], main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run it, and see that this leaves the loop."""
+    with pytest.raises(strike), asyncio.Runner(loop_factory=ControlledLoop) as runner:
+        runner.run(main())
+
+
+def test_a_task_that_is_cancelled_before_it_begins_begins_all_the_same() -> None:
+    begun: list[int] = []
+
+    async def begin() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        begun.append(task.cancelling())
+
+    async def play() -> None:
+        task = start(begin())
+        task.cancel()
+        await task
+
+    run(play())
+
+    assert begun == [1]
+
+
+def test_whoever_outlasts_tasks_is_held_by_them_however_often_it_is_cancelled() -> None:
+    async def wait() -> float:
+        await outlast([start(elapse(3)), start(elapse(5))])
+        return asyncio.get_running_loop().time()
+
+    async def play() -> float:
+        waiting = asyncio.create_task(wait())
+        for _ in range(4):
+            await elapse(1)
+            waiting.cancel()
+        return await waiting
+
+    assert run(play()) == 5
+
+
+@pytest.mark.parametrize("strike", [KeyboardInterrupt, SystemExit])
+def test_what_tells_the_process_to_end_leaves_the_loop_once_and_not_again_through_whoever_waits(strike: type[BaseException]) -> None:
+    seen: list[str] = []
+
+    async def struck() -> None:
+        raise strike
+
+    async def play() -> None:
+        task = start(struck())
+        # The loop is left before this is over; what is left in it is cancelled, and awaited to its end.
+        await outlast([task])
+        await outlast([start(elapse(5))])
+        seen.append(str(task.exception()))
+
+    left_by(strike, play)
+
+    assert seen == [f"the saga was cut short by a {strike.__name__}: it is left as if its process had been killed, resume it"]
+
+
+def test_a_crew_is_held_by_nobody_who_has_died() -> None:
+    async def cancels_itself() -> None:
+        raise asyncio.CancelledError
+
+    async def play() -> list[Exception]:
+        crew, broken = crew_of(cancels_itself(), elapse(3))
+        await crew.disband()
+        assert asyncio.get_running_loop().time() == 3
+        return broken
+
+    (broken,) = run(play())
+
+    assert "CancelledError" in str(broken)
+
+
+def test_a_crew_notices_who_was_killed_before_it_could_be_dismissed() -> None:
+    broken: list[Exception] = []
+
+    def is_struck_once(error: Exception) -> None:
+        broken.append(error)
+        if len(broken) == 1:
+            raise KeyboardInterrupt
+
+    async def fails() -> None:
+        raise OSError
+
+    async def play() -> None:
+        crew: Crew[Watched] = Crew(is_struck_once)
+        crew.employ(Watched(unheeded), fails())
+        await crew.disband()
+
+    left_by(KeyboardInterrupt, play)
+
+    assert [type(error) for error in broken] == [OSError, LedgerError]
+
+
+def test_whoever_waits_for_a_crew_goes_on_waiting_when_a_ctrl_c_strikes() -> None:
+    broken: list[Exception] = []
+    ended: list[float] = []
+
+    async def wait() -> None:
+        crew: Crew[Watched] = Crew(broken.append)
+        crew.employ(Watched(unheeded), elapse(3))
+        # As a strike in the step in which the wait is resumed would.
+        asyncio.get_running_loop().call_later(1, lambda: crew._turn._waiters[0].set_exception(KeyboardInterrupt()))
+        await crew.disband()
+        ended.append(asyncio.get_running_loop().time())
+
+    async def play() -> None:
+        await outlast([start(wait())])
+
+    left_by(KeyboardInterrupt, play)
+
+    assert "KeyboardInterrupt" in str(broken[0])
+    assert len(ended) == 1
