@@ -155,8 +155,8 @@ class SagaCoordinator:
             saga_id: Its id.
             pipeline: The one that it was started with; its stages' code may have been mended meanwhile.
             policy: The saga's from here on, which is recorded; None: as before.
-            forward: None: a saga that is stuck, or was on its way back, goes on to be undone, any other one goes on forward.
-                True lets a stuck one go on forward, too.
+            forward: None: a saga that is stuck, or was on its way back, goes on to be undone, one that was undone stays so, any
+                other one goes on forward. True lets these go on forward, too.
             by: Who resumes it, for the ledger; the user of this process by default.
 
         Returns:

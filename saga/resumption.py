@@ -87,6 +87,9 @@ def resumption(events: Sequence[AnyEvent], policy: Policy | None, *, forward: bo
         if not len(Rollback(SagaState([*events, back]), chosen, state.reason)):
             return Chapter(Direction.NOWHERE, why_not="nothing can be undone before what is stuck or in doubt is settled")
         return Chapter(Direction.BACKWARD, (back,), state.reason)
+    if state.status is SagaStatus.COMPENSATED and not forward:
+        # Whoever has just settled the last stage that was stuck wants it undone, not begun again.
+        return Chapter(Direction.NOWHERE, why_not="it is undone; forward=True runs it once more")
     if state.status in {SagaStatus.COMPLETED, SagaStatus.DEGRADED}:
         trial = SagaState([*events, ahead])
         if not any(record.again for record in trial.stages.values()):

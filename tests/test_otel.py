@@ -500,7 +500,7 @@ def test_a_saga_that_failed_and_then_completed_is_an_error_once() -> None:
 
     async def main() -> None:
         await coordinator.run(pipeline, saga_id="s")
-        await coordinator.resume("s", pipeline)
+        await coordinator.resume("s", pipeline, forward=True)
 
     run(main())
 

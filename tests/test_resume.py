@@ -133,7 +133,7 @@ def test_a_stage_that_was_undone_runs_again_with_another_key() -> None:
     coordinator, undone = first_run(pipeline, FailFast())
     assert undone.status is SagaStatus.COMPENSATED
 
-    report = run(coordinator.resume("s", pipeline))
+    report = run(coordinator.resume("s", pipeline, forward=True))
     again = run(coordinator.compensate("s", pipeline))
 
     assert report.status is SagaStatus.COMPLETED
@@ -152,7 +152,7 @@ def test_a_plain_stage_that_used_what_was_undone_runs_again() -> None:
     coordinator, _ = first_run(pipeline, FailFast())
     assert world.standing == {}
 
-    report = run(coordinator.resume("s", pipeline))
+    report = run(coordinator.resume("s", pipeline, forward=True))
 
     assert report.status is SagaStatus.COMPLETED
     assert scripts["b"].attempts == ["ok", "ok"]
@@ -339,6 +339,24 @@ def test_an_unknown_saga_cannot_be_gone_on_with() -> None:
     ):
         with pytest.raises(SagaNotFound, match="expected the id of a saga in the ledger, got 's'"):
             run(attempt)
+
+
+def test_a_saga_that_was_undone_is_not_begun_again_unless_somebody_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever settles the last stage that was stuck resumes the saga, as the report told them; nothing may be booked again."""
+    caplog.set_level(logging.INFO, "saga")
+    world, pipeline = scene(SEQUENCE, {"a": Script(undo_fails=1), "c": Script("raise")})
+    coordinator, stuck = first_run(pipeline, FailFast(compensation=IMPATIENT))
+    assert set(stuck.stuck) == {"a"}
+    world.undo("a")
+
+    settled = run(coordinator.settle("s", "a", "undone", "by hand"))
+    resumed = run(coordinator.resume("s", pipeline))
+
+    assert settled.status is SagaStatus.COMPENSATED
+    assert resumed == settled
+    assert world.log == ["+a", "+b", "-b", "-a"]
+    assert "it is undone; forward=True runs it once more" in caplog.text
+    assert "undone 2nd" not in str(settled)
 
 
 # -- pivots ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from datetime import datetime
 from shlex import quote
 from typing import TYPE_CHECKING, Final
 
-from saga.events import SagaStatus
+from saga.events import SagaStatus, Verdict
 from saga.ledger import StageState
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
         parts.append(mended + str(stage.failure).removeprefix(f"stage {name!r} "))
     if stage.probed is not None:
         parts.append("asked, it had landed" if stage.probed else "asked, it had not landed")
-    if stage.state is StageState.UNDONE and undo is not None and name in report.compensation_order:
+    by_hand = stage.settled is not None and stage.settled.verdict is Verdict.UNDONE
+    if stage.state is StageState.UNDONE and undo is not None and name in report.compensation_order and not by_hand:
         parts.append(f"undone {_ordinal(report.compensation_order.index(name) + 1)} in {seconds(undo.started_at, undo.ended_at)}")
         if undo.attempts > 1 and undo.failure is not None:
             parts.append(f"at attempt {undo.attempts}, after {_said(undo.failure.type, undo.failure.message)}")
