@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import tracemalloc
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -63,11 +64,18 @@ async def all_at_once(coordinator: SagaCoordinator, pipeline: Pipeline, count: i
     return await asyncio.gather(*(coordinator.run(pipeline, saga_id=str(n), input_text=str(n)) for n in range(count)))
 
 
+def parts_of_sagas() -> Counter[str]:
+    """How many of what sagas are made of are in memory; other tests may have left some."""
+    gc.collect()
+    return Counter(kind.__name__ for item in gc.get_objects() for kind in KINDS if isinstance(item, kind))
+
+
 @pytest.mark.timeout(240)
 def test_ten_thousand_sagas_at_once_do_not_disturb_each_other_and_leave_nothing_behind() -> None:
     bookings = Bookings()
     pipeline = bookings.pipeline()
     coordinator = SagaCoordinator(ledger=MemoryLedger(keep=0))
+    before = parts_of_sagas()
 
     reports = run(all_at_once(coordinator, pipeline, MANY))
 
@@ -79,9 +87,7 @@ def test_ten_thousand_sagas_at_once_do_not_disturb_each_other_and_leave_nothing_
         assert len(bookings.standing.get(str(number), {})) == (0 if fails else 3)
     assert coordinator._alive == {}
     del reports, report
-    gc.collect()
-    left = {kind.__name__ for item in gc.get_objects() for kind in KINDS if isinstance(item, kind)}
-    assert left == set()
+    assert parts_of_sagas() <= before
     assert len(run(coordinator.ledger.list())) == 0
 
 
