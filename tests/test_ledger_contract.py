@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -464,6 +464,20 @@ def test_a_saga_whose_last_event_is_younger_is_not_forgotten(place: Place) -> No
 
     *_, kept, gone = on(place.open(), create(), ended("s", at=recently), prune(days=2), prune(days=1))
 
+    assert kept == set()
+    assert gone == {"s"}
+
+
+@pytest.mark.parametrize("hours", [-12, 0, 14])
+def test_a_time_is_the_same_in_every_zone(place: Place, hours: int) -> None:
+    zone = timezone(timedelta(hours=hours))
+    recently = (datetime.now(UTC) - timedelta(hours=36)).astimezone(zone)
+
+    *_, entries, kept, gone = on(
+        place.open(), create(at=LONG_AGO.astimezone(zone)), ended("s", at=recently), lambda ledger: ledger.list(), prune(1.6), prune(1.4)
+    )
+
+    assert (entries[0].started_at, entries[0].updated_at) == (LONG_AGO, recently)
     assert kept == set()
     assert gone == {"s"}
 

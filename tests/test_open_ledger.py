@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,11 @@ def test_any_other_url_is_refused_and_kept_secret(url: str) -> None:
         open_ledger(url)
 
     assert "s3cret" not in str(caught.value)
+
+
+def test_importing_saga_brings_no_database() -> None:
+    code = "import sys, saga; print([name for name in sys.modules if name.startswith(('sqlite3', 'psycopg', 'saga.ledgers'))])"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "[]\n"

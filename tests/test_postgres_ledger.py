@@ -10,13 +10,14 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import psycopg
 import pytest
 
-from saga import FailFast, Ledger, LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
-from saga.events import SagaStarted, StageStarted
+from saga import FailFast, Ledger, LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, SagaStatus
+from saga.events import SagaEnded, SagaStarted, StageStarted
 from saga.ledgers import postgres as module
 from saga.ledgers.postgres import PostgresLedger
 from tests.places import PostgresSchema
@@ -393,6 +394,25 @@ def test_of_those_who_wait_to_take_a_saga_one_gets_it(place: PostgresSchema) -> 
     answers = asyncio.run(play())
 
     assert sorted(isinstance(answer, LedgerConflict) for answer in answers) == [False, True, True, True]
+
+
+def test_a_saga_that_is_taken_while_others_are_forgotten_stays(place: PostgresSchema) -> None:
+    async def play(ledger: Ledger) -> Any:
+        await ledger.create("s", "me", (started(),))
+        await ledger.append("s", (SagaEnded(status=SagaStatus.COMPLETED),), expected_version=1, token=1, release=True)
+        with contextlib.closing(psycopg.connect(place.dsn)) as other:
+            other.execute(f'SET search_path TO "{place.schema}"')
+            other.execute("UPDATE sagas SET owner = 'you', token = 2")
+            other.execute("INSERT INTO owners VALUES ('you', 'infinity')")
+            pruned = asyncio.create_task(ledger.prune(timedelta(0)))
+            await somebody_waits(place)
+            other.commit()
+        return await pruned, await ledger.read("s")
+
+    forgotten, events = using(place.open(), play)
+
+    assert forgotten == ()
+    assert len(events) == 2
 
 
 # -- how it is made --------------------------------------------------------------------------------------------------

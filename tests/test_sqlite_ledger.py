@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -24,7 +28,7 @@ from stageflow.api import StageOutput
 from saga import LedgerError, MemoryLedger, MisuseError
 from saga.errors import LedgerCorrupt
 from saga.events import AnyEvent, StageCompleted
-from saga.ledgers import open_ledger, workers
+from saga.ledgers import open_ledger, sqlite, workers
 from saga.ledgers.postgres import PostgresLedger
 from saga.ledgers.rows import checksum
 from saga.ledgers.sqlite import MIGRATIONS, SQLiteLedger
@@ -232,6 +236,28 @@ def test_a_file_whose_tables_were_changed_is_refused(whole: bytes, path: Path, c
     assert path.read_bytes() == changed
 
 
+def test_an_index_of_ones_own_is_nothing_to_refuse(whole: bytes, path: Path) -> None:
+    path.write_bytes(whole)
+    execute(path, "CREATE INDEX mine ON sagas (pipeline)")
+
+    assert on(SQLiteLedger(path), read()) == [EVENTS]
+
+
+def test_a_file_of_an_older_version_is_brought_to_the_newest_and_keeps_its_sagas(
+    whole: bytes, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.write_bytes(whole)
+    monkeypatch.setattr(sqlite, "MIGRATIONS", (*MIGRATIONS, ("ALTER TABLE sagas ADD COLUMN colour TEXT",)))
+
+    for _ in range(2):
+        assert on(SQLiteLedger(path), read()) == [EVENTS]
+
+    execute(path, "SELECT colour FROM sagas")
+    monkeypatch.undo()
+    (refused,) = on(SQLiteLedger(path), read())
+    assert "has schema version 2, this version of saga knows up to 1" in str(refused)
+
+
 def test_a_log_without_its_file_is_not_taken_for_a_new_ledger(path: Path) -> None:
     log = path.with_name("sagas.db-wal")
     log.write_bytes(b"of a ledger")
@@ -318,6 +344,24 @@ def test_a_disk_that_has_no_links_is_named_in_the_error_and_left_clean(path: Pat
     assert list(path.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("what", ["file", "directory"])
+def test_a_ledger_that_may_not_be_written_to_says_so(whole: bytes, what: str) -> None:
+    # Not under pytest's own directory, which is its owner's alone: root may write anywhere, so it becomes somebody else.
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "sagas.db"
+        path.write_bytes(whole)
+        path.chmod(0o444 if what == "file" else 0o666)
+        path.parent.chmod(0o777 if what == "file" else 0o555)
+        try:
+            told = subprocess.run([sys.executable, "-m", "tests.scripts.reading", path], check=True, capture_output=True, text=True).stdout
+        finally:
+            path.parent.chmod(0o755)
+
+    found, refused = told.splitlines()
+    assert "attempt to write a readonly database (it or its directory can't be written to; see to their permissions)" in refused
+    assert found == (str(len(EVENTS)) if what == "file" else refused), "a file can be read where a log may be made beside it"
+
+
 @pytest.mark.parametrize("where", ["", "missing/sagas.db"])
 def test_a_place_where_no_file_can_be_is_refused(tmp_path: Path, where: str) -> None:
     answers = on(SQLiteLedger(tmp_path / where), *ANYTHING)
@@ -381,6 +425,106 @@ def test_an_event_loop_that_is_gone_before_its_answer_keeps_nobody_else_from_the
         asyncio.run(leave())
 
     assert on(ledger, append(SECOND, version=2), read()) == [None, (started(), FIRST, SECOND)]
+
+
+# -- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_append_is_synced_before_it_is_acknowledged(path: Path) -> None:
+    store = sqlite._Store(path, 30.0, 10.0, time.time)
+    connection = store._connection()
+
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert connection.execute("PRAGMA fullfsync").fetchone() == (1,)
+    store.close()
+
+
+def commits_in(path: Path) -> int:
+    """How many commits are in the log beside a ledger: of the frames, one that ends a commit says how many pages the file then has."""
+    log = path.with_name(f"{path.name}-wal").read_bytes()
+    page = int.from_bytes(log[8:12])
+    return sum(any(log[frame + 4 : frame + 8]) for frame in range(32, len(log), 24 + page))
+
+
+def test_appends_that_come_together_share_a_commit(path: Path) -> None:
+    names = [f"s{number}" for number in range(200)]
+
+    async def together(ledger: Any) -> int:
+        await asyncio.gather(*(create(name)(ledger) for name in names))
+        before = commits_in(path)
+        with locked(path):  # so that they queue up
+            asked = [asyncio.create_task(append(FIRST, saga_id=name)(ledger)) for name in names]
+            await asyncio.sleep(0)
+        await asyncio.gather(*asked)
+        return commits_in(path) - before
+
+    (commits,) = on(SQLiteLedger(path), together)
+
+    # The first may have been taken alone, before the others came.
+    assert 1 <= commits <= 3
+
+
+def test_ledgers_that_are_made_at_once_are_one(path: Path) -> None:
+    async def play() -> list[Any]:
+        ledgers = [SQLiteLedger(path) for _ in range(8)]
+        await asyncio.gather(*(create(f"s{number}")(ledger) for number, ledger in enumerate(ledgers)))
+        found = [len(await ledger.list()) for ledger in ledgers]
+        await asyncio.gather(*(ledger.close() for ledger in ledgers))
+        return found
+
+    assert asyncio.run(play()) == [8] * 8
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_several_processes_append_to_one_file(path: Path) -> None:
+    command = [sys.executable, "-m", "tests.scripts.appending", str(path), "20"]
+    processes = [subprocess.Popen([*command, prefix], stdout=subprocess.DEVNULL) for prefix in "xyz"]
+
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+
+    names = [f"{prefix}{saga}" for prefix in "xyz" for saga in SAGAS]
+    for name, events in zip(names, on(SQLiteLedger(path), *map(read, names)), strict=True):
+        assert events[0].saga_id == name
+        assert [event.attempt for event in events[1:]] == list(range(1, 1 + 20 * AT_ONCE))
+
+
+# -- threads ---------------------------------------------------------------------------------------------------------
+
+
+def threads_of_ledgers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("SQLiteLedger")]
+
+
+def test_a_ledger_that_was_closed_has_no_threads(path: Path) -> None:
+    ledger = SQLiteLedger(path)
+
+    asyncio.run(create()(ledger))
+    during = sorted(thread.name for thread in threads_of_ledgers())
+    asyncio.run(ledger.close())
+
+    assert during == [f"SQLiteLedger({str(path)!r}) ({work})" for work in ("reads", "writes")]
+    assert threads_of_ledgers() == []
+
+
+def test_a_ledger_that_nobody_holds_any_more_ends_its_threads_and_closes_its_connections(path: Path) -> None:
+    ledger = SQLiteLedger(path)
+    asyncio.run(create()(ledger))
+    threads = threads_of_ledgers()
+
+    del ledger
+    gc.collect()
+    for thread in threads:
+        thread.join(5)
+
+    assert threads_of_ledgers() == []
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_process_that_was_forked_off_uses_threads_and_connections_of_its_own(path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "tests.scripts.forking", path], check=True, timeout=60)
+
+    assert on(SQLiteLedger(path), listed()) == [["before", "child", "parent"]]
 
 
 # -- a process that ends ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A process that appends to several sagas at once and says what was acknowledged: `appending.py PATH [HOW OFTEN]`, else forever.
+"""A process that appends to several sagas at once and says what was acknowledged: `appending.py PATH [HOW OFTEN [PREFIX]]`, else forever.
 
 It doesn't close its ledger.
 """
@@ -26,10 +26,10 @@ async def _append(ledger: SQLiteLedger, saga_id: str, how_often: int | None) -> 
         print(saga_id, version + AT_ONCE, flush=True)
 
 
-async def _main(path: str, how_often: int | None = None) -> None:
+async def _main(path: str, how_often: str = "", prefix: str = "") -> None:
     ledger = SQLiteLedger(path)
-    await asyncio.gather(*(_append(ledger, saga_id, how_often) for saga_id in SAGAS))
+    await asyncio.gather(*(_append(ledger, prefix + saga_id, int(how_often) if how_often else None) for saga_id in SAGAS))
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(sys.argv[1], *map(int, sys.argv[2:])))
+    asyncio.run(_main(*sys.argv[1:]))
