@@ -79,19 +79,21 @@ def copied_output(output: StageOutput) -> StageOutput:
 
 
 def _is_text(value: str) -> bool:
+    """Whether UTF-8 has all of it: it lacks surrogates."""
     return value.isascii() or value == written(value)
+
+
+def _has_plain_keys(value: dict[Any, Any]) -> bool:
+    for key in value:
+        if type(key) is not str or not _is_text(key):
+            return False
+    return TAG not in value
 
 
 _LEVELS: Final = 150
 """How deeply JSON nests at most: pydantic writes 255 levels and reads 200, and a value stands within an output, an event and a row."""
 _BITS: Final = 1024
-_PLAIN: Final = frozenset({str, int, float, bool, type(None)})
-_LIMITED: Final[dict[type, Callable[[Any], bool]]] = {
-    str: _is_text,
-    int: lambda number: number.bit_length() <= _BITS,
-    float: math.isfinite,
-}
-"""Which values JSON has of the types that it has: UTF-8 lacks surrogates, and pydantic reads no number of more than 4,300 digits."""
+"""pydantic reads no number of more than 4,300 digits; larger ones than this are written as text."""
 _ENCODERS: Final[dict[type, tuple[str, Callable[[Any], Any]]]] = {
     str: ("text", lambda text: base64.b64encode(text.encode("utf-8", "surrogatepass")).decode("ascii")),
     int: ("int", hex),
@@ -196,14 +198,21 @@ def _refused(_: Any) -> NoReturn:
 
 def _encoded(value: Any, otherwise: Callable[[Any], Any], levels: int) -> Any:
     kind = type(value)
-    if kind in _PLAIN:
-        return value if kind not in _LIMITED or _LIMITED[kind](value) else _tagged(kind, value)
+    # One after another, the most frequent first: for large outputs this is where the time goes.
+    if kind is str:
+        return value if _is_text(value) else _tagged(kind, value)
+    if kind is int:
+        return value if value.bit_length() <= _BITS else _tagged(kind, value)
+    if value is None or kind is bool:
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else _tagged(kind, value)
     if levels < 0:
         raise RecursionError
     if kind is list:
         return [_encoded(item, otherwise, levels - 1) for item in value]
     if kind is dict:
-        if TAG not in value and all(type(key) is str and _is_text(key) for key in value):
+        if _has_plain_keys(value):
             return {key: _encoded(item, otherwise, levels - 1) for key, item in value.items()}
         pairs = [[_encoded(part, otherwise, levels - 3) for part in pair] for pair in value.items()]
         return {TAG: "dict", "value": pairs}
@@ -211,6 +220,10 @@ def _encoded(value: Any, otherwise: Callable[[Any], Any], levels: int) -> Any:
         return _tagged(kind, value)
     if kind in _COLLECTIONS:
         return {TAG: _COLLECTIONS[kind], "value": [_encoded(item, otherwise, levels - 2) for item in value]}
+    return _encoded_object(value, otherwise, levels)
+
+
+def _encoded_object(value: Any, otherwise: Callable[[Any], Any], levels: int) -> Any:
     if isinstance(value, BaseModel):
         return _encoded(value.model_dump(), otherwise, levels)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -248,23 +261,25 @@ def _leniently(value: Any, _: str) -> Any:
     return encoded(value)
 
 
+_ARTIFACT: Final = ("type", "payload", "timestamp")
+_EVENT: Final = ("type", "data", "timestamp")
+
+
 def _output_to_json(output: StageOutput, encode: Callable[[Any, str], Any]) -> dict[str, Any]:
-    plain = {
-        "status": output.status.value,
-        "data": encode(output.data, "data"),
-        "error": None if output.error is None else said(output.error),
-        "duration_ms": encode(output.duration_ms, "duration_ms"),
-        "version": None if output.version is None else said(output.version),
-        "artifacts": [
-            [encode(getattr(item, field), f"artifacts[{index}].{field}") for field in ("type", "payload", "timestamp")]
-            for index, item in enumerate(output.artifacts)
-        ],
-        "events": [
-            [encode(getattr(item, field), f"events[{index}].{field}") for field in ("type", "data", "timestamp")]
-            for index, item in enumerate(output.events)
-        ],
-    }
-    return {key: value for key, value in plain.items() if key in {"status", "data"} or value}
+    plain: dict[str, Any] = {"status": output.status.value, "data": encode(output.data, "data")}
+    if output.error is not None:
+        plain["error"] = said(output.error)
+    if output.duration_ms is not None:
+        plain["duration_ms"] = encode(output.duration_ms, "duration_ms")
+    if output.version is not None:
+        plain["version"] = said(output.version)
+    for name, fields in (("artifacts", _ARTIFACT), ("events", _EVENT)):
+        items = getattr(output, name)
+        if items:
+            plain[name] = [
+                [encode(getattr(item, field), f"{name}[{index}].{field}") for field in fields] for index, item in enumerate(items)
+            ]
+    return plain
 
 
 def _output_from(value: Any) -> StageOutput:

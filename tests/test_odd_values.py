@@ -371,3 +371,11 @@ def test_a_live_effect_that_looks_like_a_tag_is_left_as_it_is() -> None:
     assert report.stages["book"].state is StageState.KEPT
     assert report.stages["book"].effects == ({TAG: "bytes", "value": "!"},)
     assert SagaReport.model_validate_json(report.model_dump_json()) == report
+
+
+@pytest.mark.parametrize("field", ["duration_ms", "error", "version"])
+def test_an_empty_field_of_an_output_is_told_from_none(field: str) -> None:
+    for value in (None, 0 if field == "duration_ms" else ""):
+        event = StageCompleted(stage="a", output=StageOutput(status=StageStatus.OK, **{field: value}))  # type: ignore[arg-type] # either will do
+
+        assert event_from_json(event_to_json(event)) == event
