@@ -108,18 +108,23 @@ def test_a_process_killed_at_any_write_is_recovered_as_if_it_had_not_been(
         assert write > 4
 
 
-def test_a_process_killed_again_while_it_recovers_is_recovered_by_the_next(nursery: Nursery, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [2, 3, 5])
+def test_a_process_killed_again_at_any_write_of_its_recovery_is_recovered_by_the_next(first: int, nursery: Nursery, tmp_path: Path) -> None:
+    """Promise 11."""
     case: dict[str, Any] = {"what": "dag", "shape": SHAPES["diamond"], "failing": "d", "kind": "probed"}
-    for first in (3, 5, 7):
-        for second in (1, 2, 3):
-            folder = tmp_path / f"{first} {second}"
-            folder.mkdir()
-            assert nursery.do(deed="run", folder=str(folder), kill_at=first, moment="after", **case)["killed"]
-            assert nursery.do(deed="recover", folder=str(folder), kill_at=second, moment="before", **case)["killed"]
-            recovered = nursery.do(deed="recover", folder=str(folder), **case)
+    second, killed = 0, True
+    while killed:
+        second += 1
+        folder = tmp_path / str(second)
+        folder.mkdir()
+        assert nursery.do(deed="run", folder=str(folder), kill_at=first, moment="after", **case)["killed"]
+        killed = nursery.do(deed="recover", folder=str(folder), kill_at=second, moment="before", **case)["killed"]
+        recovered = nursery.do(deed="recover", folder=str(folder), **case)["recovered"]
 
-            assert recovered["recovered"] == {"s": "compensated"}
-            assert Books(folder / "books.sqlite").standing() == []
+        assert recovered == ({"s": "compensated"} if killed else {}), second
+        assert Books(folder / "books.sqlite").standing() == [], second
+    # How many writes there are depends on what falls together into one; taking up the saga and ending it are never the same.
+    assert second > 2
 
 
 def test_what_cannot_be_known_is_in_doubt(nursery: Nursery, tmp_path: Path) -> None:
