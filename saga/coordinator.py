@@ -48,6 +48,8 @@ from saga.watch import outlast, start
 if TYPE_CHECKING:
     from stageflow import BaseInterceptor
 
+    from saga.actions import Actions
+
 _LOG: Final = logging.getLogger("saga")
 _INPUT: Final = (
     "pipeline_run_id",
@@ -435,8 +437,13 @@ class SagaCoordinator:
         return saga
 
     def _lives(self, blueprint: Blueprint, policy: FailFast | ContinueWithFallback, journal: Journal, context: PipelineContext) -> LiveSaga:
-        saga = self._alive[journal.saga_id] = LiveSaga(blueprint, policy, journal, LocalActions(blueprint), context, self)
+        actions = self._actions(blueprint, journal.saga_id)
+        saga = self._alive[journal.saga_id] = LiveSaga(blueprint, policy, journal, actions, context, self)
         return saga
+
+    def _actions(self, blueprint: Blueprint, _saga_id: str) -> Actions:
+        """What carries out the code of a saga's stages."""
+        return LocalActions(blueprint)
 
     async def _let_go(self, saga: LiveSaga) -> None:
         self._unhold(saga.id)

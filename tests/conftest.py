@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ("pytester",)
+
 # A machine that does other things, too, is no defect; pytest's own timeout stops what hangs.
 settings.register_profile("saga", deadline=None)
 settings.load_profile("saga")

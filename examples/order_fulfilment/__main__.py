@@ -15,9 +15,10 @@ from examples.order_fulfilment.audit import Check, audit
 from examples.order_fulfilment.books import read_books
 from examples.order_fulfilment.faults import deal
 from examples.order_fulfilment.forecast import prospects
-from examples.order_fulfilment.fulfilment import DATABASES, Fulfilment, fulfil
+from examples.order_fulfilment.fulfilment import Fulfilment, fulfil
 from examples.order_fulfilment.orders import Order, read_orders
 from examples.order_fulfilment.progress import Progress
+from examples.order_fulfilment.shop import DATABASES
 
 ORDERS: Final = Path(__file__).with_name("orders.jsonl")
 REPORTS: Final = "reports.jsonl"

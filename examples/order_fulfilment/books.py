@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from examples.order_fulfilment.bank import SHOP
-from examples.order_fulfilment.fulfilment import DATABASES
 from examples.order_fulfilment.orders import Order
+from examples.order_fulfilment.shop import DATABASES
 
 
 class Reservation(NamedTuple):

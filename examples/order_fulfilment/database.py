@@ -51,6 +51,16 @@ class Database:
 
         return await self.transact(work)
 
+    async def clear(self) -> None:
+        """Take out every row."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("PRAGMA defer_foreign_keys = ON")
+            for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+                db.execute(f"DELETE FROM {table}")  # noqa: S608 - the names are those of the schema
+
+        await self.transact(work)
+
     def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
         with self._connection as connection:
             connection.execute("BEGIN IMMEDIATE")

@@ -1,25 +1,21 @@
 """Runs orders as sagas, so many at a time."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import ExitStack, asynccontextmanager, closing, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from pydantic import BaseModel, ConfigDict
 
-from examples.order_fulfilment.bank import Bank
-from examples.order_fulfilment.carrier import Carrier
 from examples.order_fulfilment.faults import Fault, faulty_pipeline
-from examples.order_fulfilment.inventory import Inventory
-from examples.order_fulfilment.opening import ADDRESSES, CREDIT, STOCK
 from examples.order_fulfilment.orders import Order
-from examples.order_fulfilment.stages import OrderStage, order_pipeline, order_stages
+from examples.order_fulfilment.shop import Shop
+from examples.order_fulfilment.stages import order_pipeline
 from saga import Compensation, FailFast, Retry, SagaCoordinator, SagaReport
 
 LOST_MESSAGES: Final = Retry(attempts=3, wait=0.01, retry_on=(ConnectionError,))
 POLICY: Final = FailFast(retry=LOST_MESSAGES, timeout=30.0, compensation=Compensation(retry=LOST_MESSAGES))
-DATABASES: Final = ("inventory.sqlite", "bank.sqlite", "carrier.sqlite")
 
 
 class Fulfilment(BaseModel):
@@ -61,9 +57,10 @@ async def fulfil(
     waiting = iter(orders)
     begun: list[Order] = []
     struck: set[str] = set()
-    async with _shop(folder) as stages:
-        flawless = order_pipeline(stages)
-        faulty = {fault: faulty_pipeline(stages, fault, struck) for fault in set(faults.values())}
+    with Shop(folder) as shop:
+        await shop.reset()
+        flawless = order_pipeline(shop.stages)
+        faulty = {fault: faulty_pipeline(shop.stages, fault, struck) for fault in set(faults.values())}
 
         async def work() -> None:
             for order in waiting:
@@ -80,16 +77,3 @@ async def fulfil(
         Fulfilment(order=order, report=await coordinator.report(order.id), fault=faults.get(order.id), was_struck=order.id in struck)
         for order in begun
     ]
-
-
-@asynccontextmanager
-async def _shop(folder: Path) -> AsyncIterator[dict[str, OrderStage]]:
-    """Make the three databases, and the stages that work on them."""
-    with ExitStack() as databases:
-        inventory = databases.enter_context(closing(Inventory(folder / DATABASES[0])))
-        bank = databases.enter_context(closing(Bank(folder / DATABASES[1])))
-        carrier = databases.enter_context(closing(Carrier(folder / DATABASES[2])))
-        await inventory.stock_up(STOCK)
-        await bank.open_accounts(CREDIT)
-        await carrier.learn_addresses(ADDRESSES)
-        yield order_stages(inventory, bank, carrier)

@@ -1,0 +1,52 @@
+"""`saga.testing` for pytest: the fixture `verify_saga`, and the matrices at the end of the run.
+
+pytest loads it by itself wherever `stageflow-saga` is installed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import pytest
+
+if TYPE_CHECKING:
+    from stageflow.api import Pipeline
+
+    from saga.policies import Policy
+    from saga.testing import Verification, World
+
+_MATRICES: Final = pytest.StashKey[list[tuple[str, str]]]()
+
+
+class VerifySaga(Protocol):
+    """`saga.testing.verify`, for a test that is no coroutine."""
+
+    def __call__(self, pipeline: Pipeline, policy: Policy | None, world: World, **options: Any) -> Verification:
+        """Fail the saga everywhere; the options are those of `saga.testing.verify`."""
+        ...
+
+
+@pytest.fixture
+def verify_saga(request: pytest.FixtureRequest) -> VerifySaga:
+    """Fail a saga everywhere, and look each time whether the world is where the report says.
+
+    The matrix is printed at the end of the run. In a test that is a coroutine, await `saga.testing.verify` instead.
+    """
+
+    def verify_saga(pipeline: Pipeline, policy: Policy | None, world: World, **options: Any) -> Verification:
+        # Whoever has the plugin and does not use it is not to wait for this.
+        from saga.testing import verify  # noqa: PLC0415
+
+        verification = asyncio.run(verify(pipeline, policy, world, **options))
+        request.config.stash.setdefault(_MATRICES, []).append((request.node.nodeid, str(verification)))
+        return verification
+
+    return verify_saga
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the matrices, unless pytest is to be quiet."""
+    for test, drawn in config.stash.get(_MATRICES, []) if config.get_verbosity() >= 0 else []:
+        terminalreporter.section(f"saga: {test}")
+        terminalreporter.write_line(drawn)

@@ -1,0 +1,114 @@
+"""A verification as text: the matrix, stage by fault, and what was wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pprint import pformat
+from typing import TYPE_CHECKING, Final
+
+from saga.events import SagaStatus
+from saga.testing.faults import Fault
+
+if TYPE_CHECKING:
+    from saga.testing.verification import Trial, Verification
+
+_SIGNS: Final = {
+    SagaStatus.COMPLETED: "+",
+    SagaStatus.DEGRADED: "~",
+    SagaStatus.COMPENSATED: "<",
+    SagaStatus.HALTED: "=",
+    SagaStatus.CANCELLED: "/",
+    SagaStatus.STUCK: "!",
+}
+_NEVER_BEGAN: Final = "."
+_WRONG: Final = "X"
+_UNREACHED: Final = "0"
+_WHOLE: Final = "(the saga)"
+_LINES: Final = 24
+"""So many of a difference are shown."""
+_NOTHING_KNOWN: Final = (
+    "It never struck, so nothing is known of it. If a stage does not run with this input, or is never undone, leave it out, "
+    "and verify it with another input."
+)
+_ADVICE: Final = {
+    Fault.RAISES_BEFORE: "compensate() leaves something behind. Have it undo that, too; a mere trace is to be left out of look().",
+    Fault.RAISES_AFTER: "An answer that is lost looks like a failure: give the stage a probe(), or have it ctx.record its effects.",
+    Fault.UNDO_REPEATED: "compensate() has to bear repetition: let whoever carries it out recognise ctx.idempotency_key.",
+    Fault.KILLED_BEFORE: "What a died process has left is found by a probe(); a stage that runs again needs ctx.idempotency_key.",
+    Fault.KILLED_AFTER: "What a died process has left is found by a probe(); a stage that runs again needs ctx.idempotency_key.",
+    Fault.TIMES_OUT_AFTER: "Its probe() has to find what landed; a compensate_in_doubt has to cope with it.",
+    Fault.TIMES_OUT_BEFORE: "Its probe() has to tell that nothing landed; a compensate_in_doubt has to cope with that.",
+}
+
+
+def matrix(verification: Verification) -> str:
+    """Draw it: a row for each stage, a column for each fault, what the signs mean, and what was wrong."""
+    cells: dict[tuple[str, Fault], dict[str, None]] = {}
+    for trial in verification.trials:
+        cells.setdefault((trial.stage or _WHOLE, trial.fault), {})[_sign(trial)] = None
+    faults = [fault for fault in Fault if any(fault is trial.fault for trial in verification.trials)]
+    rows = [*verification.stages, *([_WHOLE] if any(row == _WHOLE for row, _ in cells) else [])]
+    table = [["", *(_header(fault)[part] for fault in faults)] for part in (0, 1)]
+    table += [[row, *(" ".join(cells.get((row, fault), ())) for fault in faults)] for row in rows]
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    lines = [f"{verification.pipeline}: {_counted(verification)}", ""]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    lines += ["", *_legend(sign for signs in cells.values() for sign in signs)]
+    lines += _problems(trial for trial in verification.trials if not trial.ok)
+    return "\n".join(lines)
+
+
+def _header(fault: Fault) -> tuple[str, str]:
+    """The fault's name in two lines."""
+    what, _, when = fault.rpartition(" ")
+    return (what, when) if what else (when, "")
+
+
+def _sign(trial: Trial) -> str:
+    if not trial.reached:
+        return _UNREACHED
+    if trial.contradiction:
+        return _WRONG
+    return "".join(_SIGNS[status] for status in trial.ending) or _NEVER_BEGAN
+
+
+def _counted(verification: Verification) -> str:
+    number, wrong = len(verification.trials), sum(not trial.ok for trial in verification.trials)
+    if not wrong:
+        return f"{number} faults, and every time the world was where the report said"
+    return f"{wrong} of {number} faults did not end as the report said, or never struck"
+
+
+def _legend(signs: Iterable[str]) -> Iterator[str]:
+    found = set(signs)
+    single = {sign for joined in found for sign in joined}
+    meanings: Mapping[str, str] = {sign: status.value for status, sign in _SIGNS.items()} | {
+        _NEVER_BEGAN: "never began",
+        _WRONG: "not where the report said",
+        _UNREACHED: "never struck",
+    }
+    yield "   ".join(f"{sign} {meaning}" for sign, meaning in meanings.items() if sign in single)
+    if any(len(sign) > 1 for sign in found):
+        yield "The second of two signs: when the fault was mended and the saga resumed."
+
+
+def _problems(trials: Iterable[Trial]) -> Iterator[str]:
+    """What was wrong: each contradiction once, behind all that led to it, and before what helps."""
+    found: dict[str, dict[Fault, dict[str, None]]] = {}
+    for trial in trials:
+        wrong = trial.contradiction or _NOTHING_KNOWN
+        found.setdefault(wrong, {}).setdefault(trial.fault, {})[trial.stage or _WHOLE] = None
+    for wrong, led_to_it in found.items():
+        yield ""
+        yield from (f"{fault}: {', '.join(stages)}" for fault, stages in led_to_it.items())
+        yield wrong
+        yield from dict.fromkeys(_ADVICE[fault] for fault in led_to_it if fault in _ADVICE and wrong != _NOTHING_KNOWN)
+
+
+def difference(expected: object, found: object) -> str:
+    """The lines in which two values differ: what was expected after a minus, what was found after a plus."""
+    before, after = pformat(expected, width=100).splitlines(), pformat(found, width=100).splitlines()
+    lines = [line for line in difflib.unified_diff(before, after, n=1, lineterm="") if not line.startswith(("---", "+++", "@@"))]
+    more = [f"    ... {len(lines) - _LINES} lines more"] if len(lines) > _LINES else []
+    return "\n".join([f"    {line}" for line in lines[:_LINES]] + more)

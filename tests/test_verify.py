@@ -1,0 +1,585 @@
+"""The kit with which users fail their own sagas everywhere: it finds what is wrong, and finds nothing where nothing is."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from stageflow.api import Pipeline, StageOutput
+
+from saga import (
+    CompensableStage,
+    Compensation,
+    CompensationContext,
+    ContinueWithFallback,
+    FailFast,
+    Failure,
+    MisuseError,
+    PivotStage,
+    Policy,
+    Retry,
+    SagaContext,
+    SagaCoordinator,
+    SagaStatus,
+    compensable,
+    nested,
+)
+from saga.testing import Fault, Trial, Verification, VerificationFailed, verify
+
+STUCK, COMPENSATED, COMPLETED, HALTED = SagaStatus.STUCK, SagaStatus.COMPENSATED, SagaStatus.COMPLETED, SagaStatus.HALTED
+IN_ONE_ATTEMPT = FailFast(compensation=Compensation(retry=Retry(attempts=1)))
+
+
+class Town:
+    """A world of bookings: by the keys of the requests that made them."""
+
+    def __init__(self) -> None:
+        self.bookings: dict[str, str] = {}
+        self.resets = 0
+
+    def reset(self) -> None:
+        self.bookings.clear()
+        self.resets += 1
+
+    def look(self) -> Counter[str]:
+        return Counter(self.bookings.values())
+
+
+class Silent(CompensableStage):
+    """It bears repetition and can be undone by its key, but nobody can ask it."""
+
+    def __init__(self, town: Town, name: str) -> None:
+        self.town, self.name = town, name
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        self.town.bookings[ctx.idempotency_key] = self.name
+        return StageOutput.ok(key=ctx.idempotency_key)
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        self.town.bookings.pop(ctx.forward_key, None)
+
+
+class Booking(Silent):
+    """As it should be: it can be asked, too."""
+
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        return StageOutput.ok(key=ctx.forward_key) if ctx.forward_key in self.town.bookings else None
+
+
+class Sale(PivotStage):
+    def __init__(self, town: Town, name: str) -> None:
+        self.town, self.name = town, name
+
+    execute = Booking.execute
+    probe = Booking.probe
+
+
+class Forgetful(Booking):
+    """Undoes nothing."""
+
+    async def compensate(self, ctx: CompensationContext) -> None: ...
+
+
+class Literal(Booking):
+    """Refuses to undo what is undone."""
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        del self.town.bookings[ctx.forward_key]
+
+
+class Eager(Booking):
+    """Books again at every attempt, whatever its key."""
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        key = f"{ctx.idempotency_key} {len(self.town.bookings)}"
+        self.town.bookings[key] = self.name
+        return StageOutput.ok(key=key)
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        for key in [key for key in self.town.bookings if key.startswith(f"{ctx.forward_key} ")]:
+            del self.town.bookings[key]
+
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        found = [key for key in self.town.bookings if key.startswith(f"{ctx.forward_key} ")]
+        return StageOutput.ok(key=found[0]) if found else None
+
+
+class Lying(Booking):
+    """Says that nothing landed."""
+
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        return None
+
+
+class Recording(Silent):
+    """Books two things, and notes each."""
+
+    async def execute(self, ctx: SagaContext) -> None:  # type: ignore[override] # a recorded effect needs no output
+        for part in ("there", "back"):
+            self.town.bookings[f"{ctx.idempotency_key} {part}"] = self.name
+            await ctx.record(part)
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        for part in ("there", "back"):
+            self.town.bookings.pop(f"{ctx.forward_key} {part}", None)
+
+    compensate_in_doubt = True
+
+
+class WithFallback(Booking):
+    async def fallback(self, ctx: SagaContext, failure: Failure) -> StageOutput:
+        self.town.bookings[f"{ctx.idempotency_key} instead"] = f"{self.name} instead"
+        return StageOutput.ok(instead=True)
+
+
+Kind = Callable[[Town, str], Any]
+
+
+def trip(seat: Kind = Booking, room: Kind = Booking, card: Kind = Booking) -> tuple[Town, Pipeline]:
+    """{seat, room} -> card."""
+    town = Town()
+    pipeline = (
+        Pipeline(name="trip")
+        .with_stage("seat", seat(town, "seat"))
+        .with_stage("room", room(town, "room"))
+        .with_stage("card", card(town, "card"), dependencies=("seat", "room"))
+    )
+    return town, pipeline
+
+
+def verified(town: Town, pipeline: Pipeline, policy: Policy | None = None, **options: Any) -> Verification:
+    return asyncio.run(verify(pipeline, policy, town, **options))
+
+
+def refuted(town: Town, pipeline: Pipeline, policy: Policy | None = None, **options: Any) -> dict[tuple[str, Fault], list[Trial]]:
+    """What was wrong, by stage and fault."""
+    with pytest.raises(VerificationFailed) as failed:
+        verified(town, pipeline, policy, **options)
+    verification = failed.value.verification
+    assert not verification.ok
+    assert str(verification) in str(failed.value)
+    found: dict[tuple[str, Fault], list[Trial]] = {}
+    for trial in verification.trials:
+        if not trial.ok:
+            found.setdefault((trial.stage, trial.fault), []).append(trial)
+    return found
+
+
+def endings(verification: Verification, stage: str, fault: Fault) -> set[tuple[SagaStatus, ...]]:
+    return {trial.ending for trial in verification.trials if (trial.stage, trial.fault) == (stage, fault)}
+
+
+# -- where nothing is wrong ------------------------------------------------------------------------------------------
+
+
+def test_a_saga_as_it_should_be_passes_and_every_fault_strikes_every_stage() -> None:
+    town, pipeline = trip()
+
+    verification = verified(town, pipeline)
+
+    assert verification.ok
+    assert verification.stages == ("seat", "room", "card")
+    assert {(trial.stage, trial.fault) for trial in verification.trials if trial.stage} == {
+        (stage, fault) for stage in ("seat", "room", "card") for fault in Fault
+    }
+    for stage in verification.stages:
+        for fault in (Fault.RAISES_BEFORE, Fault.RAISES_AFTER, Fault.TIMES_OUT_BEFORE, Fault.TIMES_OUT_AFTER, Fault.INTERRUPTED_AFTER):
+            assert endings(verification, stage, fault) == {(COMPENSATED,)}
+        assert endings(verification, stage, Fault.CANCELS) == {(SagaStatus.CANCELLED,)}
+        assert endings(verification, stage, Fault.UNDO_REPEATED) == {(COMPENSATED,)}
+        assert endings(verification, stage, Fault.UNDO_FAILS) == {(STUCK, COMPENSATED)}
+
+
+def test_the_process_dies_at_every_write_there_and_back() -> None:
+    town = Town()
+    pipeline = Pipeline(name="two").with_stage("a", Booking(town, "a")).with_stage("b", Booking(town, "b"), dependencies=("a",))
+
+    verification = verified(town, pipeline, faults=[Fault.KILLED_BEFORE], durable=False)
+
+    there, back, on_demand = asyncio.run(events_of(pipeline))
+    trials = verification.trials
+    assert len(trials) == there + back + on_demand
+    assert [trial.ending for trial in trials[:there]] == [(), *[(COMPLETED,)] * (there - 1)]
+    assert [trial.ending for trial in trials[there : there + back]] == [(), *[(COMPENSATED,)] * (back - 1)]
+    assert [trial.ending for trial in trials[there + back :]] == [(COMPLETED,), *[(COMPENSATED,)] * (on_demand - 1)]
+
+
+async def events_of(pipeline: Pipeline) -> tuple[int, int, int]:
+    """How many events a saga of these stages has: there; back, where the last one fails; and those of its undoing on demand."""
+    coordinator = SagaCoordinator()
+
+    async def fail(_: Any) -> None:
+        raise OSError("no")
+
+    async def look(_: Any) -> None:
+        """Nothing landed."""
+
+    failing = compensable(fail, fail, probe=look)
+    *_, last = pipeline.stages
+    broken = Pipeline(pipeline.name, pipeline.stages | {last: replace(pipeline.stages[last], runner=failing)})
+    await coordinator.run(pipeline, saga_id="there")
+    there = len(await coordinator.ledger.read("there"))
+    await coordinator.run(broken, saga_id="back")
+    await coordinator.compensate("there", pipeline)
+    return there, len(await coordinator.ledger.read("back")), len(await coordinator.ledger.read("there")) - there
+
+
+def test_a_point_of_no_return_and_what_comes_after_it() -> None:
+    town = Town()
+    pipeline = (
+        Pipeline(name="shop")
+        .with_stage("reserve", Booking(town, "reserve"))
+        .with_stage("sell", Sale(town, "sell"), dependencies=("reserve",))
+        .with_stage("ship", Booking(town, "ship"), dependencies=("sell",))
+    )
+
+    verification = verified(town, pipeline)
+
+    # Behind the pivot the saga halts, and when the fault is mended it goes on to its end.
+    assert endings(verification, "ship", Fault.RAISES_BEFORE) == {(HALTED, COMPLETED)}
+    assert endings(verification, "sell", Fault.RAISES_BEFORE) == {(COMPENSATED,)}
+    assert endings(verification, "sell", Fault.RAISES_AFTER) == {(HALTED, COMPLETED)}
+    # What stands before it is undone only when it fails.
+    assert endings(verification, "reserve", Fault.UNDO_FAILS) == {(STUCK, COMPENSATED)}
+    # The pivot itself has nothing to undo.
+    assert endings(verification, "sell", Fault.UNDO_FAILS) == set()
+
+
+def test_a_nested_saga_is_failed_in_each_of_its_own_stages() -> None:
+    town = Town()
+    _, inner = trip()
+    inner = Pipeline(name="hotel")
+    for name, needs in (("room", ()), ("deposit", ("room",))):
+        inner = inner.with_stage(name, Booking(town, name), dependencies=needs)
+    pipeline = (
+        Pipeline(name="journey")
+        .with_stage("seat", Booking(town, "seat"))
+        .with_stage("hotel", nested(inner), dependencies=("seat",))
+        .with_stage("card", Booking(town, "card"), dependencies=("hotel",))
+    )
+
+    verification = verified(town, pipeline)
+
+    assert verification.stages == ("seat", "hotel", "hotel/room", "hotel/deposit", "card")
+    assert endings(verification, "hotel/deposit", Fault.RAISES_AFTER) == {(COMPENSATED,)}
+    assert endings(verification, "hotel/room", Fault.UNDO_FAILS) == {(STUCK, COMPENSATED)}
+    assert {trial.stage for trial in verification.trials if trial.fault is Fault.KILLED_AFTER} >= {"hotel/room", "hotel/deposit"}
+
+
+def test_a_saga_that_goes_on_with_fallbacks() -> None:
+    town, pipeline = trip(room=WithFallback)
+
+    verification = verified(town, pipeline, ContinueWithFallback(fallbacks={"seat": {"key": "none"}}))
+
+    assert endings(verification, "room", Fault.RAISES_BEFORE) == {(SagaStatus.DEGRADED,)}
+    assert endings(verification, "seat", Fault.RAISES_BEFORE) == {(SagaStatus.DEGRADED,)}
+    # What landed needs nothing to stand in for it.
+    assert endings(verification, "room", Fault.RAISES_AFTER) == {(COMPLETED,)}
+
+
+def test_a_saga_that_keeps_what_was_done_is_resumed_when_the_fault_is_mended() -> None:
+    town, pipeline = trip()
+
+    verification = verified(town, pipeline, FailFast(on_failure="halt"), faults=[Fault.RAISES_BEFORE])
+
+    assert endings(verification, "card", Fault.RAISES_BEFORE) == {(HALTED, COMPLETED)}
+
+
+def test_what_is_recorded_can_be_undone_without_a_probe() -> None:
+    town, pipeline = trip(card=Recording)
+
+    assert verified(town, pipeline).ok
+
+
+def test_what_nobody_can_ask_stays_in_doubt_and_the_report_says_so() -> None:
+    town, pipeline = trip(seat=Silent)
+
+    verification = verified(town, pipeline, faults=[Fault.TIMES_OUT_BEFORE, Fault.TIMES_OUT_AFTER])
+
+    assert endings(verification, "seat", Fault.TIMES_OUT_BEFORE) == {(STUCK,)}
+    assert endings(verification, "seat", Fault.TIMES_OUT_AFTER) == {(STUCK,)}
+
+
+def test_a_stage_that_is_cancelled_in_flight() -> None:
+    town, pipeline = trip()
+
+    verification = verified(town, pipeline, FailFast(in_flight="cancel"), faults=[Fault.INTERRUPTED_BEFORE, Fault.INTERRUPTED_AFTER])
+
+    assert {trial.ending for trial in verification.trials} == {(COMPENSATED,)}
+
+
+def test_no_time_is_spent_on_waiting_for_the_next_attempt() -> None:
+    town, pipeline = trip()
+    patient = Retry(attempts=3, wait=3600, jitter=False)
+    policy = FailFast(retry=patient, compensation=Compensation(retry=patient))
+
+    verification = asyncio.run(asyncio.wait_for(verify(pipeline, policy, town, faults=[Fault.RAISES_BEFORE, Fault.UNDO_FAILS]), 60))
+
+    trial = next(trial for trial in verification.trials if trial.fault is Fault.RAISES_BEFORE)
+    assert trial.report is not None
+    assert trial.report.stages["seat"].attempts == 3
+
+
+def test_a_world_and_stages_may_be_asynchronous_and_a_stage_may_be_slow() -> None:
+    class Slow(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            # Longer than the kit's own patience.
+            await asyncio.to_thread(lambda: threads.append(ctx.attempt))
+            await asyncio.sleep(0.1)
+            return await super().execute(ctx)
+
+    class Faraway(Town):
+        async def reset(self) -> None:  # type: ignore[override] # it may be either
+            super().reset()
+
+        async def look(self) -> Counter[str]:  # type: ignore[override] # as above
+            return super().look()
+
+    threads: list[int] = []
+    town = Faraway()
+    pipeline = Pipeline(name="slow").with_stage("a", Slow(town, "a"))
+
+    verification = verified(town, pipeline, faults=[Fault.TIMES_OUT_AFTER])
+
+    assert endings(verification, "a", Fault.TIMES_OUT_AFTER) == {(COMPENSATED,)}
+    assert threads
+
+
+# -- what it finds ---------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_answer_of_a_stage_that_nobody_can_ask_is_found() -> None:
+    found = refuted(*trip(card=Silent))
+
+    assert found.keys() == {("card", Fault.RAISES_AFTER)}
+    (trial,) = found["card", Fault.RAISES_AFTER]
+    assert trial.contradiction.startswith("By the report it is compensated, nothing is in effect.")
+    assert "'card': 1" in trial.contradiction
+
+
+def test_a_compensation_that_undoes_nothing_is_found() -> None:
+    found = refuted(*trip(seat=Forgetful))
+
+    assert {("card", Fault.RAISES_BEFORE), ("seat", Fault.UNDO_REPEATED), ("card", Fault.KILLED_AFTER)} <= found.keys()
+
+
+def test_a_compensation_that_does_not_bear_repetition_is_found() -> None:
+    found = refuted(*trip(room=Literal), IN_ONE_ATTEMPT)
+
+    assert ("room", Fault.UNDO_REPEATED) in found
+    assert {stage for stage, fault in found if fault is not Fault.KILLED_BEFORE} == {"room"}
+    assert {fault for _, fault in found} <= {Fault.UNDO_REPEATED, Fault.KILLED_BEFORE, Fault.UNDO_FAILS}
+
+
+def test_a_stage_that_does_its_deed_again_at_every_attempt_is_found() -> None:
+    found = refuted(*trip(seat=Eager), FailFast(on_failure="halt", retry=Retry(attempts=2)))
+
+    assert ("seat", Fault.RAISES_AFTER) in found
+
+
+def test_a_probe_that_does_not_find_what_landed_is_found() -> None:
+    found = refuted(*trip(seat=Lying))
+
+    assert {("seat", Fault.TIMES_OUT_AFTER), ("seat", Fault.RAISES_AFTER)} <= found.keys()
+    assert ("seat", Fault.RAISES_BEFORE) not in found
+
+
+def test_an_output_that_no_durable_ledger_can_keep_is_found_unless_none_is_wanted() -> None:
+    class Connected(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            await super().execute(ctx)
+            return StageOutput.ok(connection=object())
+
+    with pytest.raises(MisuseError, match=r"data\['connection'\]"):
+        verified(*trip(seat=Connected))
+    assert verified(*trip(seat=Connected), durable=False, faults=[Fault.KILLED_AFTER]).ok
+
+
+def test_a_compensation_that_needs_more_of_an_output_than_is_stored_ends_stuck() -> None:
+    @dataclass
+    class Ticket:
+        key: str
+
+    class Typed(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            await super().execute(ctx)
+            return StageOutput.ok(ticket=Ticket(ctx.idempotency_key))
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            assert ctx.output is not None
+            self.town.bookings.pop(ctx.output.data["ticket"].key, None)
+
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            return StageOutput.ok(ticket=Ticket(ctx.forward_key)) if ctx.forward_key in self.town.bookings else None
+
+    durable = verified(*trip(seat=Typed), faults=[Fault.KILLED_BEFORE])
+    in_memory = verified(*trip(seat=Typed), faults=[Fault.KILLED_BEFORE], durable=False)
+
+    # What is read again has a dict in the ticket's place. The reports are true: nobody could undo it.
+    assert (STUCK, STUCK) in {trial.ending for trial in durable.trials}
+    assert (STUCK, STUCK) not in {trial.ending for trial in in_memory.trials}
+
+
+def test_a_fault_that_never_strikes_is_said_and_can_be_left_out() -> None:
+    async def choose(_: Any) -> StageOutput:
+        return StageOutput.ok(skip_reason="it is no gift")
+
+    town = Town()
+    pipeline = (
+        Pipeline(name="gifts")
+        .with_stage("choose", choose, "transform")
+        .with_stage("wrap", Booking(town, "wrap"), dependencies=("choose",), conditional=True)
+        .with_stage("send", Booking(town, "send"), dependencies=("wrap",))
+    )
+
+    with pytest.raises(VerificationFailed) as failed:
+        verified(town, pipeline)
+
+    assert {trial.stage for trial in failed.value.verification.trials if not trial.reached} == {"wrap"}
+    assert "It never struck, so nothing is known of it." in str(failed.value)
+    verification = verified(town, pipeline, leave_out=["wrap"])
+    assert "wrap" not in {trial.stage for trial in verification.trials if trial.fault is not Fault.KILLED_BEFORE and trial.stage}
+
+
+# -- what can't be verified ------------------------------------------------------------------------------------------
+
+
+def test_a_saga_that_fails_by_itself_is_refused() -> None:
+    async def declined(_: Any) -> StageOutput:
+        return StageOutput.fail("declined")
+
+    town, pipeline = trip(card=lambda town, name: compensable(declined, Booking(town, name).compensate))
+
+    with pytest.raises(MisuseError, match=r"(?s)a saga that completes with this input.*declined"):
+        verified(town, pipeline)
+
+
+def test_a_world_that_cannot_be_reset_is_refused() -> None:
+    class Stubborn(Town):
+        def reset(self) -> None: ...
+
+    town = Stubborn()
+
+    with pytest.raises(MisuseError, match=r"(?s)a world that reset\(\) puts back.*\+.*'a': 1"):
+        verified(town, Pipeline(name="one").with_stage("a", Booking(town, "a")))
+
+
+def test_a_world_that_never_looks_the_same_is_refused() -> None:
+    class Numbered(Town):
+        numbers = 0
+
+        def look(self) -> Counter[str]:
+            Numbered.numbers += bool(self.bookings)
+            return super().look() + Counter({"number": Numbered.numbers} if self.bookings else {})
+
+    town = Numbered()
+
+    with pytest.raises(MisuseError, match="Leave out of look"):
+        verified(town, Pipeline(name="one").with_stage("a", Booking(town, "a")))
+
+
+def test_a_stage_to_leave_out_that_is_not_there_is_refused() -> None:
+    with pytest.raises(MisuseError, match="expected stages of pipeline 'trip' to leave out"):
+        verified(*trip(), leave_out=["sofa"])
+
+
+def test_stages_that_only_work_together_are_refused() -> None:
+    class Demanding(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            if len(self.town.bookings) < 2:
+                return StageOutput.fail("where are the others?")
+            return await super().execute(ctx)
+
+    town, pipeline = trip(card=Demanding)
+    policy = FailFast(compensation=Compensation(on_failure="continue", retry=Retry(attempts=1)))
+
+    with pytest.raises(MisuseError, match="stages that run in a world in which no others do"):
+        verified(town, pipeline, policy, faults=[Fault.UNDO_FAILS])
+
+
+def test_a_verification_that_is_cancelled_undoes_the_saga_that_runs() -> None:
+    reached, go_on = asyncio.Event(), asyncio.Event()
+
+    class Waiting(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            output = await super().execute(ctx)
+            reached.set()
+            await go_on.wait()
+            return output
+
+    async def play() -> None:
+        verification = asyncio.create_task(verify(pipeline, None, town))
+        await reached.wait()
+        verification.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await verification
+
+    town = Town()
+    pipeline = Pipeline(name="one").with_stage("a", Waiting(town, "a"))
+    asyncio.run(play())
+
+    assert town.bookings == {}
+
+
+# -- what it says ----------------------------------------------------------------------------------------------------
+
+
+def test_the_matrix() -> None:
+    town = Town()
+    pipeline = (
+        Pipeline(name="shop")
+        .with_stage("reserve", Booking(town, "reserve"))
+        .with_stage("sell", Sale(town, "sell"), dependencies=("reserve",))
+    )
+
+    verification = verified(town, pipeline)
+
+    # How many writes there are depends on what falls together into one.
+    drawn = re.sub(r"\d+ faults", "30 faults", str(verification))
+    assert drawn == MATRIX.strip("\n")
+
+
+MATRIX = """
+shop: 30 faults, and every time the world was where the report said
+
+         raises  raises  times out  times out  interrupted  interrupted  cancels  undo      undo   killed  killed
+         before  after   before     after      before       after                 repeated  fails  before  after
+reserve  <       <       <          <          <            <            /        <         !<     . + <   + <
+sell     <       =+      <          =+         =+           =+           /                         + <     + <
+
++ completed   < compensated   = halted   / cancelled   ! stuck   . never began
+The second of two signs: when the fault was mended and the saga resumed.
+"""
+
+
+def test_the_matrix_of_a_saga_that_is_wrong_says_what_and_what_helps() -> None:
+    with pytest.raises(VerificationFailed) as failed:
+        verified(*trip(card=Silent), faults=[Fault.RAISES_BEFORE, Fault.RAISES_AFTER])
+
+    assert str(failed.value) == WRONG.rstrip("\n")
+
+
+WRONG = """
+trip: 1 of 6 faults did not end as the report said, or never struck
+
+      raises  raises
+      before  after
+seat  <       <
+room  <       <
+card  <       X
+
+< compensated   X not where the report said
+
+raises after: card
+By the report it is compensated, nothing is in effect. Then the world would be (-), and is (+):
+    -Counter()
+    +Counter({'card': 1})
+An answer that is lost looks like a failure: give the stage a probe(), or have it ctx.record its effects.
+"""
