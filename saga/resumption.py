@@ -98,6 +98,14 @@ def resumption(events: Sequence[AnyEvent], policy: Policy | None, *, forward: bo
     return Chapter(Direction.FORWARD, (ahead,))
 
 
+def recovering(events: Sequence[AnyEvent], *, by: str) -> Chapter:
+    """How a saga goes on that had not come to rest when it was looked for."""
+    if SagaState(events).ended_at is not None:
+        # Whoever was faster may have left it halted, and nobody has asked to run it once more.
+        return Chapter(Direction.NOWHERE, why_not="it has come to rest meanwhile")
+    return resumption(events, None, forward=None, by=by)
+
+
 def undoing(events: Sequence[AnyEvent], *, by: str) -> Chapter:
     """How a saga goes on that is undone on demand."""
     state = SagaState(events)
