@@ -193,7 +193,12 @@ def refusal(state: SagaState, said: StageSettled) -> MisuseError | None:
     """Why a person's word on a stage can't be taken; None if it can."""
     record, node = state.stages[said.stage], state.graph[said.stage]
     if state.ended_at is None:
-        return MisuseError("a saga that has come to rest", got=f"one that is {state.status.value}", stage=said.stage)
+        return MisuseError(
+            "a saga that has come to rest",
+            got=f"one that is {state.status.value}",
+            stage=said.stage,
+            hint="If its process is gone, go on with it first: saga recover, or coordinator.recover(pipelines).",
+        )
     shown = stage_states(state, state.policy)[said.stage]
     if shown not in {StageState.STUCK, StageState.IN_DOUBT}:
         return MisuseError("a stage that is stuck or in doubt", got=f"one that is {shown.value}", stage=said.stage)
