@@ -42,7 +42,7 @@ from saga.owners import this_process
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery import SagaState, Step, conclude, final_status, undo_step
 from saga.report import Recovery, SagaReport
-from saga.resumption import Chapter, Direction, refusal, resumption, status_at_rest, undoing
+from saga.resumption import Chapter, Direction, recovering, refusal, resumption, status_at_rest, undoing
 from saga.watch import outlast, start
 
 if TYPE_CHECKING:
@@ -170,14 +170,7 @@ class SagaCoordinator:
             MisuseError: The saga is alive here, or has stages in doubt that a person has to settle first.
             LedgerConflict: Another coordinator holds it.
         """
-        saga = await self._take(saga_id, pipeline, policy)
-        try:
-            chapter = resumption(await self.ledger.read(saga_id), policy, forward=forward, by=by or _user())
-            work = await self._turn_to(saga, chapter)
-        except BaseException:
-            await self._let_go(saga)
-            raise
-        return await self._unbroken(saga, work)
+        return await self._go_on(saga_id, pipeline, partial(resumption, policy=policy, forward=forward, by=by or _user()), policy)
 
     async def compensate(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo a saga that nobody is running: one that has come to rest, or whose process is gone.
@@ -190,13 +183,7 @@ class SagaCoordinator:
             MisuseError: The saga is alive here.
             LedgerConflict: Another coordinator holds it.
         """
-        saga = await self._take(saga_id, pipeline)
-        try:
-            work = await self._turn_to(saga, undoing(await self.ledger.read(saga_id), by=_user()))
-        except BaseException:
-            await self._let_go(saga)
-            raise
-        return await self._unbroken(saga, work)
+        return await self._go_on(saga_id, pipeline, partial(undoing, by=_user()))
 
     async def settle(
         self, saga_id: str, stage: str, verdict: Verdict | str, note: str, *, output: dict[str, Any] | None = None, by: str | None = None
@@ -260,7 +247,8 @@ class SagaCoordinator:
                 try:
                     if entry.pipeline not in known:
                         raise MisuseError(f"a pipeline named {entry.pipeline!r}", got=f"those named {', '.join(known) or 'nothing'}")
-                    recovery.reports[entry.saga_id] = await self.resume(entry.saga_id, known[entry.pipeline], by=by)
+                    chapter = partial(recovering, by=by or _user())
+                    recovery.reports[entry.saga_id] = await self._go_on(entry.saga_id, known[entry.pipeline], chapter)
                 except LedgerConflict as held:
                     recovery.held[entry.saga_id] = held
                 except SagaError as error:
@@ -435,6 +423,18 @@ class SagaCoordinator:
         saga = self._lives(blueprint, chosen, journal, context)
         saga.has_children = True
         return saga
+
+    async def _go_on(
+        self, saga_id: str, pipeline: Pipeline, decide: Callable[[Sequence[AnyEvent]], Chapter], policy: Policy | None = None
+    ) -> SagaReport:
+        """Take over a saga that nobody is running, and do what its events come to."""
+        saga = await self._take(saga_id, pipeline, policy)
+        try:
+            work = await self._turn_to(saga, decide(await self.ledger.read(saga_id)))
+        except BaseException:
+            await self._let_go(saga)
+            raise
+        return await self._unbroken(saga, work)
 
     def _lives(self, blueprint: Blueprint, policy: FailFast | ContinueWithFallback, journal: Journal, context: PipelineContext) -> LiveSaga:
         actions = self._actions(blueprint, journal.saga_id)

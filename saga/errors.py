@@ -75,7 +75,7 @@ class GraphChanged(MisuseError):
         super().__init__(
             f"the pipeline that saga {saga_id} was started with",
             got="another one: " + "; ".join(differences),
-            hint="Nothing was run. Resume with the pipeline as it was, or settle the saga by hand.",
+            hint="Nothing was run. Go on with the pipeline as it was then.",
         )
 
 

@@ -200,11 +200,11 @@ class FailFast(_Policy):
 class ContinueWithFallback(_Policy):
     """A failed stage's fallback becomes its output and the saga goes on.
 
-    The fallback is the stage's own `fallback()`, else the entry in `fallbacks`. All that `FailFast` has applies
-    to a failure that no fallback absorbs.
+    The fallback is what the stage's own `fallback()` gives; where it has none, or that fails, too, the entry in `fallbacks`. All that
+    `FailFast` has applies to a failure that no fallback absorbs.
 
     Attributes:
-        fallbacks: Output data by stage name, used when that stage has failed and has no `fallback()` of its own.
+        fallbacks: Output data by stage name, used when that stage has failed, and so has its own `fallback()`, if it has one.
         without_fallback: What a failure without a fallback does: `fail` as in `FailFast`; `skip_branch` skips what
             depends on it and lets the other branches go on.
         orphans: At the end of a saga that skipped a branch, what happens to completed stages that now serve nothing kept:

@@ -353,7 +353,7 @@ class Recovery:
     """What became of the sagas whose processes were thought to be gone.
 
     Attributes:
-        reports: By id, of those that went on.
+        reports: By id, of those that went on, here or meanwhile elsewhere.
         held: By id, of those that somebody alive holds after all.
         failed: By id, of those that could not go on, and why.
     """

@@ -98,6 +98,14 @@ def resumption(events: Sequence[AnyEvent], policy: Policy | None, *, forward: bo
     return Chapter(Direction.FORWARD, (ahead,))
 
 
+def recovering(events: Sequence[AnyEvent], *, by: str) -> Chapter:
+    """How a saga goes on that had not come to rest when it was looked for."""
+    if SagaState(events).ended_at is not None:
+        # Whoever was faster may have left it halted, and nobody has asked to run it once more.
+        return Chapter(Direction.NOWHERE, why_not="it has come to rest meanwhile")
+    return resumption(events, None, forward=None, by=by)
+
+
 def undoing(events: Sequence[AnyEvent], *, by: str) -> Chapter:
     """How a saga goes on that is undone on demand."""
     state = SagaState(events)
@@ -185,7 +193,12 @@ def refusal(state: SagaState, said: StageSettled) -> MisuseError | None:
     """Why a person's word on a stage can't be taken; None if it can."""
     record, node = state.stages[said.stage], state.graph[said.stage]
     if state.ended_at is None:
-        return MisuseError("a saga that has come to rest", got=f"one that is {state.status.value}", stage=said.stage)
+        return MisuseError(
+            "a saga that has come to rest",
+            got=f"one that is {state.status.value}",
+            stage=said.stage,
+            hint="If its process is gone, go on with it first: saga recover, or coordinator.recover(pipelines).",
+        )
     shown = stage_states(state, state.policy)[said.stage]
     if shown not in {StageState.STUCK, StageState.IN_DOUBT}:
         return MisuseError("a stage that is stuck or in doubt", got=f"one that is {shown.value}", stage=said.stage)

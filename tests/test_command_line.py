@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -25,7 +26,10 @@ import pytest
 
 from saga.cli import main
 from saga.cli.exits import Exit, exit_of_status
-from saga.events import SagaStatus
+from saga.events import SagaStarted, SagaStatus
+from saga.graph import Graph, Node, Role
+from saga.ledgers.sqlite import SQLiteLedger
+from saga.policies import FailFast
 from saga.report import SagaReport
 
 ROOT = Path(__file__).parent.parent
@@ -159,6 +163,17 @@ class Shop:
 
     def write(self, name: str, text: str) -> None:
         (self.folder / name).write_text(text, encoding="utf-8")
+
+    def begin_elsewhere(self, saga_id: str, pipeline: str = "seat", *, lease: float) -> None:
+        """Begin a saga in a process of which nothing can be known but how long it counts as alive."""
+        graph = Graph.of([Node(name="reserve_seat", role=Role.COMPENSABLE)])
+        started = SagaStarted(saga_id=saga_id, pipeline=pipeline, graph=graph, policy=FailFast())
+
+        async def begin() -> None:
+            async with SQLiteLedger("sagas.db", lease=lease) as ledger:
+                await ledger.create(saga_id, f"owner of {saga_id}", [started])
+
+        asyncio.run(begin())
 
     def breaks_the_bank(self) -> None:
         self.write("the-bank-is-down", "")
@@ -555,6 +570,23 @@ def test_list_shows_the_sagas_and_may_pick_some(shop: Shop) -> None:
     assert [line.split()[0] for line in undone[1:]] == ["second"]
 
 
+def test_list_says_whether_somebody_runs_what_has_not_come_to_rest(shop: Shop) -> None:
+    shop.really("run", "shop:crash", "--id", "killed")
+    shop.write("exported", shop.saga("export", "killed").out.replace('"killed"', '"imported"'))
+    shop.saga("import", "exported")
+    shop.begin_elsewhere("silent", lease=1e-9)
+    shop.begin_elsewhere("alive", lease=30)
+
+    listed = shop.saga("list").out.splitlines()[1:]
+
+    assert {line.split()[0]: " ".join(line.split()[-3:]) for line in listed} == {
+        "killed": "nobody runs it",
+        "imported": "nobody runs it",
+        "silent": "nobody runs it",
+        "alive": "somebody runs it",
+    }
+
+
 def test_show_prints_the_report_again(shop: Shop) -> None:
     ran = shop.saga("run", "shop:family", "--id", "s")
 
@@ -906,6 +938,22 @@ def test_recover_exits_with_what_is_left_to_do(shop: Shop) -> None:
     assert stuck.code == Exit.STUCK
 
 
+def test_a_recovery_is_told_in_json(shop: Shop) -> None:
+    shop.really("run", "shop:crash", "--id", "gone")
+    shop.write("shop.py", SHOP.replace('ending("crash", die)', 'ending("crash", decline)'))
+    shop.begin_elsewhere("held", "crash", lease=30)
+    shop.begin_elsewhere("unknown", "another", lease=1e-9)
+
+    done = shop.saga("recover", "shop:crash", "--json")
+
+    told = json.loads(done.out)
+    assert SagaReport.model_validate(told["reports"]["gone"]).status is SagaStatus.COMPENSATED
+    assert told["held"]["held"].startswith("saga held is held by owner of held; ")
+    assert told["failed"]["unknown"].startswith("expected a pipeline named 'another', got those named crash")
+    assert {len(found) for found in told.values()} == {1}
+    assert done.code == Exit.FAILED
+
+
 WAITING = SHOP.replace(
     "ship.has_effect",
     """
@@ -1041,3 +1089,27 @@ def test_ctrl_c_ends_the_watching_and_not_the_saga(shop: Shop, monkeypatch: pyte
     assert done.code == Exit.INTERRUPTED
     assert "Watching s no longer; it goes on by itself.\n" in shown()
     assert running.to_the_end()[0] == Exit.COMPLETED
+
+
+def test_watch_says_that_nobody_runs_a_saga_any_more_and_what_goes_on_with_it(shop: Shop) -> None:
+    shop.really("run", "shop:crash", "--id", "s")
+
+    done = shop.saga("watch", "s")
+
+    assert done.code == Exit.LEFT
+    assert done.out.startswith("Saga s (crash): RUNNING")
+    assert done.err == (
+        "Nobody runs s any more: its process is gone, or has not said for as long as its lease that it is alive.\n"
+        "What goes on with it: saga resume s; with all whose process is gone: saga recover\n"
+    )
+
+
+def test_watch_of_a_child_that_nobody_runs_names_the_saga_that_runs_it(shop: Shop) -> None:
+    shop.write("shop.py", SHOP.replace("nested(trip)", "nested(crash)"))
+    shop.really("run", "shop:family", "--id", "s")
+
+    done = shop.saga("watch", "s/book", "--json")
+
+    assert done.code == Exit.LEFT
+    assert SagaReport.model_validate_json(done.out).saga_id == "s/book"
+    assert "What goes on with it: saga resume s; " in done.err

@@ -264,6 +264,91 @@ def test_a_child_is_recovered_by_the_saga_that_runs_it() -> None:
     assert set(world.standing) == set(SEQUENCE)
 
 
+def left_by_a_killed_process(pipelines: dict[str, Pipeline]) -> Dying:
+    """A ledger with a saga of each pipeline whose process died when its first stage had started."""
+    ledger = Dying(0)
+    for saga_id, pipeline in pipelines.items():
+        ledger.left = 1
+        with contextlib.suppress(LedgerError):
+            run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id=saga_id))
+    ledger.left = 1000
+    ledger.forget_owners()
+    return ledger
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_no_more_sagas_are_recovered_at_once_than_is_said(concurrency: int) -> None:
+    running, most = set(), [0]
+
+    async def wait(ctx: Any) -> None:
+        running.add(ctx.saga_id)
+        most[0] = max(most[0], len(running))
+        await elapse(1)
+        running.discard(ctx.saga_id)
+
+    pipeline = Pipeline(name="waiting").with_stage("wait", wait, "work")
+    ledger = left_by_a_killed_process({f"s{number}": pipeline for number in range(7)})
+    most[0] = 0
+
+    recovery = run(SagaCoordinator(ledger=ledger).recover([pipeline], concurrency=concurrency))
+
+    assert most == [concurrency]
+    assert {report.status for report in recovery.reports.values()} == {SagaStatus.COMPLETED}
+    assert len(recovery.reports) == 7
+
+
+def test_what_somebody_else_has_recovered_meanwhile_is_not_run_once_more() -> None:
+    runs: list[str] = []
+
+    class Raced(Dying):
+        """Between a look at the sagas and the first step, another process recovers them all."""
+
+        async def list(self, **which: Any) -> Any:
+            entries = await super().list(**which)
+            if runs == ["first"]:
+                await SagaCoordinator(ledger=_same(self)).recover([pipeline])
+            return entries
+
+    def _same(ledger: Dying) -> Dying:
+        other = Dying(1000)
+        other._sagas, other._children, other._done = ledger._sagas, ledger._children, ledger._done
+        return other
+
+    async def fail(_: Any) -> StageOutput:
+        runs.append("first" if not runs else "again")
+        return StageOutput.fail("no lorry")
+
+    pipeline = Pipeline(name="halting").with_stage("ship", fail, "work")
+    ledger = Raced(1)
+    with contextlib.suppress(LedgerError):
+        run(SagaCoordinator(FailFast(on_failure="halt"), ledger=ledger).run(pipeline, saga_id="s"))
+    ledger.left = 1000
+    ledger.forget_owners()
+
+    recovery = run(SagaCoordinator(ledger=ledger).recover([pipeline]))
+
+    assert runs == ["first", "again"]
+    assert recovery.reports["s"].status is SagaStatus.HALTED
+
+
+def test_a_saga_whose_pipeline_has_changed_is_left_as_it_is_and_the_others_go_on() -> None:
+    async def nothing(_: Any) -> None: ...
+
+    before = Pipeline(name="changed").with_stage("a", nothing, "work")
+    same = Pipeline(name="same").with_stage("a", nothing, "work")
+    ledger = left_by_a_killed_process({"changed": before, "same": same})
+    events = run(ledger.read("changed"))
+
+    recovery = run(SagaCoordinator(ledger=ledger).recover([before.with_stage("b", nothing, "work"), same]))
+
+    assert str(recovery) == (
+        "same: COMPLETED\n"
+        "changed: not recovered, expected the pipeline that saga changed was started with, got another one: stage 'b' is new. "
+        "Nothing was run. Go on with the pipeline as it was then."
+    )
+    assert run(ledger.read("changed")) == events
+
+
 @pytest.mark.parametrize("keep", [0, 3])
 def test_a_ledger_in_memory_forgets_what_nobody_needs_the_oldest_first(keep: int) -> None:
     _, pipeline = scene({"a": ()})

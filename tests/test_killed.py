@@ -7,7 +7,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,21 @@ from examples.order_fulfilment.carrier import Carrier
 from examples.order_fulfilment.inventory import Inventory
 from examples.order_fulfilment.opening import ADDRESSES, CREDIT, STOCK
 from examples.order_fulfilment.orders import Order
-from tests.scripts.mortal import Books
+from saga.events import (
+    AnyEvent,
+    CompensationCompleted,
+    CompensationStarted,
+    EffectRecorded,
+    Event,
+    SagaEnded,
+    StageCompleted,
+    StageSettled,
+    StageStarted,
+)
+from saga.ledgers.sqlite import SQLiteLedger
+from saga.recovery import SagaState
+from saga.report import SagaReport
+from tests.scripts.mortal import HALVES, Books, named
 from tests.world import DIAMOND
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +149,120 @@ def test_what_cannot_be_known_is_in_doubt(nursery: Nursery, tmp_path: Path) -> N
 
     assert recovered["recovered"] == {"s": "stuck"}
     assert Books(tmp_path / "books.sqlite").standing() == ["a"]
+
+
+# -- the tables of the docs --------------------------------------------------------------------------------------
+
+FATES: dict[str, tuple[str, list[str]]] = {
+    "the saga's first write was not done": ("before SagaStarted", []),
+    "its code had not begun": ("after StageStarted it", []),
+    "it was in the middle of its effect": ("in execute", []),
+    "it was done, which was not on disk": ("before StageCompleted it", []),
+    "its completion was on disk": ("after StageCompleted it", []),
+    "it had failed, which was not on disk": ("before StageFailed it", ["it"]),
+    "it was done, and another stage's failure on disk": ("before StageCompleted it", ["other"]),
+    "what failed was not on disk": ("before StageFailed after", ["after"]),
+    "its compensation's code had not begun": ("after CompensationStarted it", ["after"]),
+    "it was in the middle of being undone": ("in compensate", ["after"]),
+    "it was undone, which was not on disk": ("before CompensationCompleted it", ["after"]),
+    "that it is undone was on disk": ("after CompensationCompleted it", ["after"]),
+    "all was undone, the saga's end not on disk": ("before SagaEnded", ["after"]),
+    "the saga's end was on disk": ("after SagaEnded", ["after"]),
+}
+"""The rows of the tables: where the process is killed, and which stages fail."""
+
+ON_DISK: dict[type[Event], str] = {
+    StageStarted: "its start",
+    EffectRecorded: "the part",
+    StageCompleted: "its completion",
+    CompensationStarted: "the undoing's start",
+    CompensationCompleted: "that it is undone",
+}
+
+
+def cells_of_the_docs() -> Iterator[tuple[str, str, str, str, str]]:
+    """When it is killed, what is then on disk and in the world, what the stage offers, and what follows."""
+    page = (ROOT / "docs" / "explanation" / "durability.md").read_text("utf-8")
+    kinds: list[str] = []
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] == "killed when":
+            kinds = cells[3:]
+        elif cells[0] in FATES:
+            for kind, follows in zip(kinds, cells[3:], strict=True):
+                for one in (kind,) if kind in HALVES else (name for name in HALVES if name != "probe"):
+                    yield cells[0], cells[1], cells[2], one, follows
+
+
+CELLS = list(cells_of_the_docs())
+
+
+def events_in(folder: Path) -> Sequence[AnyEvent]:
+    async def read() -> Sequence[AnyEvent]:
+        async with SQLiteLedger(folder / "ledger.sqlite") as ledger:
+            return await ledger.read("s")
+
+    return asyncio.run(read())
+
+
+def test_the_tables_of_the_docs_have_all_moments_and_kinds() -> None:
+    assert {(cell[0], cell[3]) for cell in CELLS} == {(when, kind) for when in FATES for kind in HALVES}
+
+
+@pytest.mark.parametrize(("when", "on_disk", "in_the_world", "kind", "follows"), CELLS, ids=[f"{cell[0]}, {cell[3]}" for cell in CELLS])
+def test_what_follows_when_a_process_is_killed_is_what_the_docs_say(
+    when: str, on_disk: str, in_the_world: str, kind: str, follows: str, nursery: Nursery, tmp_path: Path
+) -> None:
+    """Promise 11."""
+    point, failing = FATES[when]
+    case: dict[str, Any] = {"what": "fate", "folder": str(tmp_path), "kind": kind, "failing": failing}
+
+    assert nursery.do(deed="run", point=point, **case)["killed"]
+    books = Books(tmp_path / "books.sqlite")
+    deeds = len(books.deeds())
+    left = ["nothing", *(ON_DISK[type(event)] for event in events_in(tmp_path) if named(event).endswith(" it"))]
+    stood = books.standing().count("it")
+    nursery.do(deed="recover", **case)
+
+    did = ", ".join(deed for deed, _ in books.deeds()[deeds:] if deed in {"asked", "runs", "undone"})
+    events = events_in(tmp_path)
+    ended = SagaState(events).status.value if events else "not known"
+    assert left[-1] == on_disk
+    assert ("nothing", "a part", "all")[stood] == in_the_world
+    assert f"{did}: {ended}".removeprefix(": ") == follows
+    assert books.standing().count("it") == {"completed": 2, "compensated": 0, "stuck": stood, "not known": 0}[ended]
+
+
+def test_the_report_of_what_cannot_be_known_says_what_may_stand_and_what_to_do(nursery: Nursery, tmp_path: Path) -> None:
+    case: dict[str, Any] = {"what": "fate", "folder": str(tmp_path), "kind": "none", "failing": []}
+    nursery.do(deed="run", point="in execute", **case)
+    nursery.do(deed="recover", **case)
+
+    report = SagaReport.of(SagaState(events_in(tmp_path)))
+
+    assert (set(report.in_doubt), set(report.blocked), report.not_run) == ({"it"}, {"before"}, ("after",))
+    assert report.cause is not None
+    assert report.cause.kind == "crashed"
+    assert "saga settle s it undone --note" in str(report)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_persons_word_whose_process_is_killed_is_on_disk_whole_or_not_at_all(moment: str, nursery: Nursery, tmp_path: Path) -> None:
+    case: dict[str, Any] = {"what": "fate", "folder": str(tmp_path), "kind": "none", "failing": []}
+    nursery.do(deed="run", point="in execute", **case)
+    assert nursery.do(deed="recover", **case)["recovered"] == {"s": "stuck"}
+
+    assert nursery.do(deed="settle", point=f"{moment} StageSettled it", **case)["killed"]
+
+    events = events_in(tmp_path)
+    assert any(isinstance(event, StageSettled) for event in events) == (moment == "after")
+    assert isinstance(events[-1], SagaEnded)
+    if moment == "before":
+        nursery.do(deed="settle", **case)
+    assert nursery.do(deed="resume", **case)["status"] == "compensated"
+
+
+# -- a whole order -----------------------------------------------------------------------------------------------
 
 
 def an_order(address: str) -> Order:

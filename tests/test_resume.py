@@ -45,7 +45,7 @@ from saga.events import (
 from saga.recovery import SagaState
 from tests.controlled import run
 from tests.dying import Dying
-from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Probed, Script, Scripted, World, scene
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Pivot, Probed, Script, Scripted, World, scene
 
 HALT = FailFast(on_failure="halt")
 IMPATIENT = Compensation(retry=Retry(attempts=1))
@@ -732,6 +732,50 @@ def test_a_stage_that_cannot_tell_is_in_doubt_after_its_process_died() -> None:
     assert "stage 'b' lost its process: its process is gone; what became of it is not in the ledger" in str(report.cause)
 
 
+def test_a_stage_that_lost_its_process_runs_again_if_it_is_plain() -> None:
+    script = Script()
+    world, pipeline = scene(SEQUENCE, {"b": script}, {"b": "plain"})
+    ledger = Dying(3)  # as above
+    with pytest.raises(LedgerError, match="killed"):
+        run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+    ledger.left = 1000
+
+    report = run(SagaCoordinator(ledger=ledger).resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert script.attempts == ["ok", "ok"]
+    assert world.log == ["+a", "+c"]
+
+
+class AskedPivot(Pivot):
+    probe = Probed.probe
+
+
+class IdempotentPivot(Pivot):
+    idempotent = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "attempts"),
+    [(AskedPivot, SagaStatus.COMPLETED, 1), (IdempotentPivot, SagaStatus.COMPLETED, 2), (Pivot, SagaStatus.STUCK, 1)],
+)
+def test_a_pivot_that_lost_its_process_is_asked_run_again_or_in_doubt(kind: Any, status: SagaStatus, attempts: int) -> None:
+    script = Script()
+    world, pipeline = scene({"a": ()})
+    pipeline = pipeline.with_stage("b", kind(world, "b", script), dependencies=("a",))
+    ledger = Dying(3)  # as above
+    with pytest.raises(LedgerError, match="killed"):
+        run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+    ledger.left = 1000
+
+    report = run(SagaCoordinator(ledger=ledger).resume("s", pipeline))
+
+    assert report.status is status
+    assert len(script.attempts) == attempts
+    assert set(world.standing) == {"a", "b"}
+    assert (set(report.in_doubt), set(report.blocked)) == (({"b"}, {"a"}) if status is SagaStatus.STUCK else (set(), set()))
+
+
 def test_a_stage_with_attempts_left_uses_them_after_its_process_died() -> None:
     world, pipeline = scene(SEQUENCE)
     ledger = Dying(3)
@@ -898,7 +942,7 @@ def test_a_saga_whose_process_died_is_gone_on_with_before_anything_is_settled() 
     _, pipeline = scene(SEQUENCE)
     coordinator, _ = killed_while(pipeline, FailFast(), SagaEnded)
 
-    with pytest.raises(MisuseError, match="expected a saga that has come to rest, for stage 'a', got one that is running"):
+    with pytest.raises(MisuseError, match=r"got one that is running\. If its process is gone, go on with it first: saga recover"):
         run(coordinator.settle("s", "a", "undone", "by hand"))
 
 

@@ -195,7 +195,7 @@ def test_the_summary_of_a_halted_and_of_a_living_saga_say_what_to_do() -> None:
 
     assert report.status is SagaStatus.RUNNING
     assert report.stages["b"].state is StageState.RUNNING
-    assert str(report).endswith("it is running, or its process is gone.")
+    assert str(report).endswith("it is running, or its process is gone. saga list says which, saga recover goes on with it.")
 
 
 @pytest.mark.parametrize(("place", "said"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"), (21, "21st")])

@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, redirect_stdout
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,9 +39,10 @@ from saga.ledgers import open_ledger
 from saga.lint import Explanation, Finding, Severity
 from saga.lint import check as find
 from saga.lint import explain as consequences
+from saga.owners import is_gone
 from saga.policies import Policy, load_policy
 from saga.recovery import SagaState
-from saga.report import SagaReport
+from saga.report import Recovery, SagaReport
 
 MEMORY: Final = "memory:"
 _LOOKS: Final = 0.25
@@ -212,6 +213,7 @@ def recover(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="How many sagas go on at once.")] = 10,
     ledger: LedgerUrl = None,
+    as_json: AsJson = False,
 ) -> None:
     """Go on with every saga whose process is gone."""
     pipelines = _pipelines(targets or settings(Path.cwd()).pipelines)
@@ -227,12 +229,22 @@ def recover(
                         recovery = await task
                 except asyncio.CancelledError:
                     return Exit.INTERRUPTED
-        typer.echo(recovery)
+        typer.echo(_as_json(recovery) if as_json else recovery)
         ends = {exit_of_status(report.status) for report in recovery.reports.values()}
         ends |= {Exit.FAILED} if recovery.failed else set()
         return next((gravest for gravest in (Exit.STUCK, Exit.FAILED, Exit.HALTED) if gravest in ends), Exit.COMPLETED)
 
     raise typer.Exit(asyncio.run(all_of_them()))
+
+
+def _as_json(recovery: Recovery) -> str:
+    return json.dumps(
+        {
+            "reports": {saga_id: report.model_dump(mode="json") for saga_id, report in recovery.reports.items()},
+            "held": {saga_id: str(error) for saga_id, error in recovery.held.items()},
+            "failed": {saga_id: str(error) for saga_id, error in recovery.failed.items()},
+        }
+    )
 
 
 _FIRST: Final = "Interrupted: what these sagas did is undone, as their policies say. A second Ctrl-C stops at once."
@@ -271,7 +283,14 @@ def _when(moment: datetime) -> str:
 def _runs(entry: Entry) -> str:
     if entry.status not in ALIVE:
         return ""
-    return "nobody runs it" if entry.owner is None else "somebody runs it"
+    return "somebody runs it" if _is_held(entry) else "nobody runs it"
+
+
+def _is_held(entry: Entry) -> bool:
+    """Whether somebody who counts as alive holds the saga."""
+    if entry.owner is None or entry.until is None or is_gone(entry.owner):
+        return False
+    return entry.until >= datetime.now(UTC)
 
 
 def _columns(cells: Sequence[tuple[str, ...]]) -> Iterator[str]:
@@ -294,26 +313,40 @@ def show(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) -> 
 
 @command("watch")
 def watch(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) -> None:
-    """Look on while another process runs a saga, until it has come to rest."""
+    """Look on while another process runs a saga, until it has come to rest or nobody runs it any more."""
 
-    async def looking_on() -> SagaReport:
+    async def looking_on() -> tuple[SagaReport, str | None]:
         async with _opened(_durable(ledger)) as opened:
             await _refuse_unknown(opened, saga_id)
-            family = await Family.read(opened, saga_id)
+            family, left = await Family.read(opened, saga_id), None
             async with view(family, _stderr()) as hear:
-                while family.sagas[saga_id].ended_at is None:
+                while family.sagas[saga_id].ended_at is None and left is None:
                     await asyncio.sleep(_LOOKS)
+                    left = await _left_behind(opened, saga_id)
                     async for member, event in family.news(opened):
                         hear(member, event)
-            return await SagaCoordinator(ledger=opened).report(saga_id)
+            return await SagaCoordinator(ledger=opened).report(saga_id), left
 
     try:
-        report = asyncio.run(looking_on())
+        report, left = asyncio.run(looking_on())
     except KeyboardInterrupt:
         typer.echo(f"Watching {saga_id} no longer; it goes on by itself.", err=True)
         raise typer.Exit(Exit.INTERRUPTED) from None
     _print_report(report, as_json=as_json)
-    raise typer.Exit(exit_of_status(report.status))
+    if left is None:
+        raise typer.Exit(exit_of_status(report.status))
+    typer.echo(f"Nobody runs {saga_id} any more: its process is gone, or has not said for as long as its lease that it is alive.", err=True)
+    typer.echo(f"What goes on with it: {_goes_on(left, None, ledger)}; with all whose process is gone: saga recover", err=True)
+    raise typer.Exit(Exit.LEFT)
+
+
+async def _left_behind(ledger: Ledger, saga_id: str) -> str | None:
+    """The saga to go on with, if nobody runs this one any more: itself, or the outermost one that runs it."""
+    alive = {entry.saga_id: entry for entry in await ledger.list(statuses=ALIVE)}
+    entry = alive.get(saga_id)
+    while entry is not None and entry.parent in alive:
+        entry = alive[entry.parent]
+    return None if entry is None or _is_held(entry) else entry.saga_id
 
 
 # -- a person's word ---------------------------------------------------------------------------------------------

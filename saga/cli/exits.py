@@ -31,6 +31,8 @@ class Exit(IntEnum):
     """A stage cancelled the saga, and what it did is kept."""
     FOUND = 8
     """`saga check` found an error."""
+    LEFT = 9
+    """`saga watch` found that nobody runs the saga any more: `saga recover` goes on with it."""
     INTERRUPTED = 130
     """It was interrupted, and what the policy wants done then is done; a saga that got stuck on the way gives 6."""
 

@@ -138,7 +138,9 @@ def what_to_do(report: SagaReport) -> list[str]:
         case SagaStatus.HALTED:
             lines.append(f"To do: what was done is kept. Mend the cause, then: saga resume {quote(report.saga_id)}")
         case SagaStatus.RUNNING | SagaStatus.COMPENSATING:
-            lines.append("It has not come to rest: it is running, or its process is gone.")
+            lines.append(
+                "It has not come to rest: it is running, or its process is gone. saga list says which, saga recover goes on with it."
+            )
         case _:
             lines.append("Nothing is left to do.")
     return lines

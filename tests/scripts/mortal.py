@@ -23,8 +23,8 @@ from examples.order_fulfilment.bank import Bank
 from examples.order_fulfilment.carrier import Carrier
 from examples.order_fulfilment.inventory import Inventory
 from examples.order_fulfilment.stages import order_pipeline, order_stages
-from saga import CompensableStage, CompensationContext, FailFast, LedgerError, SagaContext, SagaCoordinator
-from saga.events import AnyEvent
+from saga import CompensableStage, Compensation, CompensationContext, FailFast, LedgerError, Retry, SagaContext, SagaCoordinator
+from saga.events import AnyEvent, StageEvent
 from saga.ledgers.sqlite import SQLiteLedger
 
 
@@ -52,6 +52,10 @@ class Books:
                 db.execute("INSERT INTO deeds VALUES ('undone under its dependents', ?)", (stage,))
             if db.execute("DELETE FROM effects WHERE key = ?", (key,)).rowcount:
                 db.execute("INSERT INTO deeds VALUES ('undid', ?)", (stage,))
+
+    def note(self, deed: str, stage: str) -> None:
+        with closing(self._open()) as db, db:
+            db.execute("INSERT INTO deeds VALUES (?, ?)", (deed, stage))
 
     def has(self, key: str) -> bool:
         with closing(self._open()) as db, db:
@@ -140,8 +144,119 @@ class Mortal(SQLiteLedger):
         self._die(write, "after")
 
 
+class Fate:
+    """Kills its process when it meets what it was told: `in execute`, `in compensate`, or `before` or `after` an event is on disk."""
+
+    def __init__(self, point: str | None) -> None:
+        self.point = point
+        self.other_has_failed = asyncio.Event()
+
+    def meet(self, moment: str) -> None:
+        if moment == self.point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hear(self, _: str, event: AnyEvent) -> None:
+        self.meet(f"after {named(event)}")
+        if named(event) == "StageFailed other":
+            self.other_has_failed.set()
+
+
+def named(event: AnyEvent) -> str:
+    return " ".join([type(event).__name__, *([event.stage] if isinstance(event, StageEvent) else [])])
+
+
+class Fateful(SQLiteLedger):
+    """Meets what is about to be written."""
+
+    def __init__(self, path: Path, fate: Fate) -> None:
+        super().__init__(path)
+        self.fate = fate
+
+    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
+        for event in events:
+            self.fate.meet(f"before {named(event)}")
+        return await super().create(saga_id, owner, events)
+
+    async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int, release: bool = False) -> None:
+        for event in events:
+            self.fate.meet(f"before {named(event)}")
+        await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
+
+
+class Halves(CompensableStage):
+    """Has an effect of two parts, records the first, and notes in the books what it is asked for."""
+
+    compensation = Compensation(retry=Retry(attempts=1))
+
+    def __init__(self, books: Books, fate: Fate, failing: Sequence[str]) -> None:
+        self.books, self.fate, self.failing = books, fate, failing
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        self.books.note("runs", "it")
+        if "it" in self.failing:
+            raise OSError("declined")
+        self.books.do(f"{ctx.idempotency_key}/1", "it")
+        await ctx.record(1)
+        if "other" in self.failing:
+            await self.fate.other_has_failed.wait()
+        self.fate.meet("in execute")
+        self.books.do(f"{ctx.idempotency_key}/2", "it")
+        return StageOutput.ok()
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        self.books.note("undone", "it")
+        self.books.undo(f"{ctx.forward_key}/1", "it", ())
+        self.fate.meet("in compensate")
+        self.books.undo(f"{ctx.forward_key}/2", "it", ())
+
+
+class AskedHalves(Halves):
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        self.books.note("asked", "it")
+        parts = {self.books.has(f"{ctx.forward_key}/{part}") for part in (1, 2)}
+        if len(parts) == 2:
+            raise OSError("only a part of it is there")
+        return StageOutput.ok() if parts == {True} else None
+
+
+class IdempotentHalves(Halves):
+    idempotent = True
+
+
+class CopingHalves(Halves):
+    compensate_in_doubt = True
+
+
+HALVES = {"probe": AskedHalves, "idempotent": IdempotentHalves, "copes": CopingHalves, "none": Halves}
+
+
+def fateful(books: Books, fate: Fate, kind: str, failing: Sequence[str]) -> Pipeline:
+    """before -> it -> after, and beside `it` another stage."""
+
+    async def plain(ctx: Any) -> StageOutput:
+        return StageOutput.fail("no") if ctx.stage_name in failing else StageOutput.ok()
+
+    return (
+        Pipeline(name="fateful")
+        .with_stage("before", Entry(books, "before", (), fails=False))
+        .with_stage("it", HALVES[kind](books, fate, failing), dependencies=("before",))
+        .with_stage("other", plain, "work", dependencies=("before",))
+        .with_stage("after", plain, "work", dependencies=("it",))
+    )
+
+
+async def meet_fate(folder: Path, deed: dict[str, Any]) -> dict[str, Any]:
+    fate = Fate(deed.get("point"))
+    async with Fateful(folder / "ledger.sqlite", fate) as ledger:
+        coordinator = SagaCoordinator(ledger=ledger, listeners=[fate.hear])
+        pipeline = fateful(Books(folder / "books.sqlite"), fate, deed["kind"], deed["failing"])
+        return await run_or_recover(coordinator, pipeline, deed)
+
+
 async def act(deed: dict[str, Any]) -> dict[str, Any]:
     folder = Path(deed["folder"])
+    if deed["what"] == "fate":
+        return await meet_fate(folder, deed)
     ledger = Mortal(folder / "ledger.sqlite", deed.get("kill_at"), deed.get("moment", ""))
     coordinator = SagaCoordinator(FailFast(), ledger=ledger)
     async with ledger:
@@ -152,19 +267,20 @@ async def act(deed: dict[str, Any]) -> dict[str, Any]:
                 closing(Carrier(folder / "carrier.sqlite")) as carrier,
             ):
                 pipeline = order_pipeline(order_stages(inventory, bank, carrier))
-                return await run_or_recover(coordinator, pipeline, deed, ledger)
-        return await run_or_recover(coordinator, dag(folder, deed["shape"], deed["failing"], deed["kind"]), deed, ledger)
+                return await run_or_recover(coordinator, pipeline, deed)
+        return await run_or_recover(coordinator, dag(folder, deed["shape"], deed["failing"], deed["kind"]), deed)
 
 
-async def run_or_recover(coordinator: SagaCoordinator, pipeline: Pipeline, deed: dict[str, Any], ledger: Mortal) -> dict[str, Any]:
+async def run_or_recover(coordinator: SagaCoordinator, pipeline: Pipeline, deed: dict[str, Any]) -> dict[str, Any]:
     try:
         if deed["deed"] == "run":
             report = await coordinator.run(pipeline, saga_id="s", input_text=deed.get("input"))
-            return {"status": report.status.value, "writes": ledger.writes}
+            return {"status": report.status.value}
+        if deed["deed"] == "settle":
+            return {"status": (await coordinator.settle("s", "it", "undone", "by hand")).status.value}
+        if deed["deed"] == "resume":
+            return {"status": (await coordinator.resume("s", pipeline)).status.value}
         recovery = await coordinator.recover([pipeline])
-        if deed.get("undo"):
-            report = await coordinator.compensate("s", pipeline)
-            return {"status": report.status.value, "writes": ledger.writes}
     except LedgerError as error:
         return {"error": str(error)}
     return {"recovered": {saga_id: report.status.value for saga_id, report in recovery.reports.items()}, "said": str(recovery)}
