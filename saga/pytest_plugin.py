@@ -1,6 +1,7 @@
 """`saga.testing` for pytest: the fixture `verify_saga`, and the matrices at the end of the run.
 
-pytest loads it by itself wherever `stageflow-saga` is installed.
+To be asked for, in the top `conftest.py`: `pytest_plugins = ("saga.pytest_plugin",)`. Loaded by itself, it would import saga into every
+run of pytest, and pytest would rewrite the asserts of all of saga.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import pytest
+
+from saga.testing import verify
 
 if TYPE_CHECKING:
     from stageflow.api import Pipeline
@@ -35,9 +38,6 @@ def verify_saga(request: pytest.FixtureRequest) -> VerifySaga:
     """
 
     def verify_saga(pipeline: Pipeline, policy: Policy | None, world: World, **options: Any) -> Verification:
-        # Whoever has the plugin and does not use it is not to wait for this.
-        from saga.testing import verify  # noqa: PLC0415
-
         verification = asyncio.run(verify(pipeline, policy, world, **options))
         request.config.stash.setdefault(_MATRICES, []).append((request.node.nodeid, str(verification)))
         return verification

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ("pytester",)
+pytest_plugins = ("pytester", "saga.pytest_plugin")
 
 # A machine that does other things, too, is no defect; pytest's own timeout stops what hangs.
 settings.register_profile("saga", deadline=None)

@@ -35,6 +35,7 @@ A_TEST = """
 
 def run_pytest(pytester: pytest.Pytester, *options: str, looks: bool = True) -> pytest.RunResult:
     pytester.makepyfile(A_TEST.replace("{looks}", str(looks)))
+    pytester.makeconftest('pytest_plugins = ("saga.pytest_plugin",)')
     return pytester.runpytest_inprocess("-p", "no:cacheprovider", *options)
 
 
