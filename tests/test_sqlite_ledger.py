@@ -470,7 +470,8 @@ def test_ledgers_that_are_made_at_once_are_one(path: Path) -> None:
         ledgers = [SQLiteLedger(path) for _ in range(8)]
         await asyncio.gather(*(create(f"s{number}")(ledger) for number, ledger in enumerate(ledgers)))
         found = [len(await ledger.list()) for ledger in ledgers]
-        await asyncio.gather(*(ledger.close() for ledger in ledgers))
+        for ledger in ledgers:
+            await ledger.close()
         return found
 
     assert asyncio.run(play()) == [8] * 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 import weakref
@@ -129,7 +128,12 @@ class DurableLedger(Ledger):
         """Write what was asked for before, and let go of the database."""
         threads, self._threads, self._closed = self._threads, None, True
         if threads is not None and threads[0].pid == os.getpid():
-            await asyncio.gather(*(worker.end() for worker in threads))
+            writer, reader = threads
+            # One after the other: of two connections that close at once, neither takes SQLite's log away as the last one does.
+            try:
+                await reader.end()
+            finally:
+                await writer.end()
 
     async def __aenter__(self) -> Self:
         """Use it for the length of a block."""
