@@ -4,16 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := agent_saga langgraph dbos prefect
 
-.PHONY: demo test campaign mutants lint types layers schemas docs pictures bench bench-peers clean
+.PHONY: demo test test-known test-drawn campaign mutants lint types layers schemas docs pictures bench bench-peers clean
 
 demo: $(VENV)/.core  ## run the main job: 1,000 orders against three databases
 	$(BIN)/python -m examples.order_fulfilment
 
-# The random sagas run apart from the rest: tracing them for coverage would take longer than they do.
-test: $(VENV)/.dev  ## run the tests: all but the random sagas with branch coverage, which has to be complete
+test: $(VENV)/.dev  ## run the tests, those that are drawn beside the others
+	@$(MAKE) --no-print-directory --jobs 2 test-known test-drawn
+
+test-known: $(VENV)/.dev  ## all but the random sagas, with branch coverage; what has to be covered stands in pyproject.toml
 	$(BIN)/coverage run -m pytest --ignore tests/test_properties.py
 	$(BIN)/coverage report
-	$(BIN)/python -m pytest tests/test_properties.py
+
+# Apart from the others: tracing them for coverage would take longer than they do.
+test-drawn: $(VENV)/.dev  ## the random sagas
+	$(BIN)/python -m pytest -p no:cacheprovider tests/test_properties.py
 
 campaign: $(VENV)/.dev  ## the random sagas again, many more of them: make campaign CASES=100000
 	SAGA_CASES=$(or $(CASES),50000) $(BIN)/python -m pytest --timeout 0 tests/test_properties.py

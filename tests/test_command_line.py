@@ -15,7 +15,7 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError
@@ -971,7 +971,8 @@ def test_a_recovery_is_interrupted(shop: Shop, monkeypatch: pytest.MonkeyPatch) 
     shop.really("run", "shop:crash", "--id", "s")
     shop.write("shop.py", WAITING.replace('ending("crash", die)', 'ending("crash", wait)'))
 
-    with once_it_shows("waiting for a lorry", interrupt_this_process, monkeypatch) as shown:
+    deeds = {"waiting for a lorry": interrupt_this_process, "Interrupted": lambda: shop.write("a-lorry", "")}
+    with once_it_shows(deeds, monkeypatch) as shown:
         done = shop.saga("recover", "shop:crash")
 
     assert done.code == Exit.INTERRUPTED
@@ -1039,19 +1040,19 @@ def interrupt_this_process() -> None:
 
 
 @contextmanager
-def once_it_shows(text: str, then: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
-    """Do something as soon as stderr, which counts as a terminal, has shown this; gives what it has shown in the end."""
+def once_it_shows(deeds: Mapping[str, Callable[[], object]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+    """Do each of these as soon as stderr, which counts as a terminal, has shown its text; gives what it has shown in the end."""
     read, write = os.pipe()
     shown: list[str] = []
+    pending = dict(deeds)
 
     def look_on() -> None:
-        done = False
         with os.fdopen(read) as lines:
             while found := lines.read(1):
                 shown.append(found)
-                if not done and text in "".join(shown[-len(text) :]):
-                    done = True
-                    then()
+                for text in list(pending):
+                    if text in "".join(shown[-len(text) :]):
+                        pending.pop(text)()
 
     looker = threading.Thread(target=look_on)
     looker.start()
@@ -1068,7 +1069,7 @@ def test_watch_looks_on_until_the_saga_has_come_to_rest(shop: Shop, monkeypatch:
     running = Terminal(shop, "run", "shop:order", "--id", "s")
     running.until("waiting for a lorry")
 
-    with once_it_shows("2 of 3 done", lambda: shop.write("a-lorry", ""), monkeypatch) as shown:
+    with once_it_shows({"2 of 3 done": lambda: shop.write("a-lorry", "")}, monkeypatch) as shown:
         done = shop.saga("watch", "s")
 
     assert re.search(r"ship +> running", shown())
@@ -1082,7 +1083,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_saga(shop: Shop, monkeypatch: pyte
     running = Terminal(shop, "run", "shop:order", "--id", "s")
     running.until("waiting for a lorry")
 
-    with once_it_shows("2 of 3 done", interrupt_this_process, monkeypatch) as shown:
+    with once_it_shows({"2 of 3 done": interrupt_this_process}, monkeypatch) as shown:
         done = shop.saga("watch", "s")
     shop.write("a-lorry", "")
 
