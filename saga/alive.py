@@ -8,6 +8,8 @@ from collections.abc import Callable, Coroutine
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from stageflow.events import NoOpEventSink
+
 from saga.compensable import CompensationContext, Host, refuse_record
 from saga.events import AnyEvent, EffectRecorded
 from saga.failures import Failure, FailureKind
@@ -99,6 +101,12 @@ class LiveSaga(Host):
     def private_context(self) -> PipelineContext:
         """Stageflow's context for this run alone, with stageflow's own timeouts off."""
         return dataclasses.replace(self._context, data=self._context.data | self.blueprint.without_timeouts)
+
+    def is_left_alone(self) -> bool:
+        """Whether nothing of the user's beside the stages has a part in stageflow's run: no hook, no sink for events, no condition."""
+        context = self._context
+        has_hooks = bool(context._before_stage_start_hooks)  # noqa: SLF001 - stageflow has no other word for it
+        return not has_hooks and type(context.event_sink) is NoOpEventSink and not self.blueprint.graph.has_conditions
 
     def cancellation(self) -> str | None:
         """Why the caller's context was cancelled, or None if it was not."""

@@ -109,6 +109,11 @@ class Graph(BaseModel):
         return {node.name: node for node in self.nodes}
 
     @cached_property
+    def has_conditions(self) -> bool:
+        """Whether stageflow may skip a stage."""
+        return any(node.conditional for node in self.nodes)
+
+    @cached_property
     def dependents(self) -> Mapping[str, tuple[str, ...]]:
         """For each stage, the stages that directly depend on it, in topological order."""
         found: dict[str, list[str]] = {name: [] for name in self.names}
