@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Discriminator, TypeAdapter
@@ -66,10 +66,6 @@ class Verdict(StrEnum):
     """Whatever stood in the way is mended: undo it, or run it, once more."""
 
 
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """What every event has.
@@ -78,7 +74,7 @@ class Event:
         at: When it was recorded, UTC.
     """
 
-    at: datetime = field(default_factory=_now)
+    at: datetime = field(default_factory=partial(datetime.now, UTC))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,11 +46,15 @@ _ENDED_WELL: Final = frozenset({StageState.KEPT, StageState.FALLBACK, StageState
 _STOPPING: Final = StageOutput.cancel("the saga is stopping")
 
 
-class _Listener(BaseInterceptor):
-    """Learns of stages that another interceptor answered for; stageflow's results are lost when a run fails.
+class _NoInterceptors(list[BaseInterceptor]):
+    """None at all: an empty list is false, and would bring stageflow's default ones back."""
 
-    It also stands in for stageflow's default interceptors, which an empty list would bring back.
-    """
+    def __bool__(self) -> bool:
+        return True
+
+
+class _Listener(BaseInterceptor):
+    """Learns of stages that another interceptor answered for; stageflow's results are lost when a run fails."""
 
     name = "saga"
 
@@ -173,7 +177,7 @@ class Forward:
                 for name, plan in saga.blueprint.stages.items()
             ],
             pipeline_name=saga.blueprint.name,
-            interceptors=[*self._interceptors, listener],
+            interceptors=_NoInterceptors() if self._hosts else [*self._interceptors, listener],
         )
         self._heed_early_cancel()
         try:
@@ -429,7 +433,8 @@ class Forward:
             if run.given_up:
                 return outcome
             if outcome.failure is None:
-                await self._succeeds(name, outcome.output)
+                await self._record(self._end_of(run, outcome))
+                self._refuse_unstorable(name)
                 return outcome
             failure = outcome.failure
             # A plain stage has declared no effect, so there is nothing to be in doubt about.
@@ -467,18 +472,20 @@ class Forward:
             return StageStarted(stage=run.name, attempt=1, execution=max(record.execution, 1) + 1)
         return StageStarted(stage=run.name, attempt=record.attempts + 1, execution=max(record.execution, 1))
 
-    async def _succeeds(self, name: str, output: StageOutput | None) -> None:
+    def _end_of(self, run: _StageRun, outcome: _Outcome) -> StageCompleted | StageSkipped:
+        output = outcome.output
         assert output is not None  # without a failure there is one
         copy = copied_output(output)
         if output.status is StageStatus.SKIP:
-            await self._record(StageSkipped(stage=name, reason=said(output.data.get("reason") or "it said so"), output=copy))
-        else:
-            await self._record(StageCompleted(stage=name, output=copy))
-            refused = self._saga.journal.unstorable.pop(name, None)
-            if refused is not None:
-                # Its effect stands and is known; but whoever resumed this saga would lack what it gave.
-                message = f"{refused}: no durable ledger can keep it"
-                self.stop(Failure.of(name, FailureKind.CONTRACT, message, attempt=self._state.stages[name].attempts))
+            return StageSkipped(stage=run.name, reason=said(output.data.get("reason") or "it said so"), output=copy)
+        return StageCompleted(stage=run.name, output=copy)
+
+    def _refuse_unstorable(self, name: str) -> None:
+        refused = self._saga.journal.unstorable.pop(name, None)
+        if refused is not None:
+            # Its effect stands and is known; but whoever resumed this saga would lack what it gave.
+            message = f"{refused}: no durable ledger can keep it"
+            self.stop(Failure.of(name, FailureKind.CONTRACT, message, attempt=self._state.stages[name].attempts))
 
     async def _pause(self, seconds: float) -> bool:
         """Wait for the next attempt; whether there is to be one."""

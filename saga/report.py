@@ -130,7 +130,7 @@ class StageReport:
             attempts=record.attempts,
             started_at=record.started_at,
             ended_at=record.ended_at,
-            effects=tuple(copied(effect) for effect in record.effects),
+            effects=tuple([copied(effect) for effect in record.effects]),
             fallback=record.fell_back,
             skip_reason=record.skip_reason,
             late_output=None if record.late_output is None else copied_output(record.late_output),
@@ -177,7 +177,7 @@ class SagaReport(BaseModel):
     def of(cls, state: SagaState, children: Mapping[str, tuple[SagaReport, ...]] | None = None) -> Self:
         """Project a saga's state, and the reports of the sagas that its stages ran."""
         children = children or {}
-        undone = sorted((record.undo_order, name) for name, record in state.stages.items() if record.undo_order >= 0)
+        undone = sorted([(record.undo_order, name) for name, record in state.stages.items() if record.undo_order >= 0])
         shown = stage_states(state, state.policy)
         return cls(
             saga_id=state.started.saga_id,
@@ -189,8 +189,8 @@ class SagaReport(BaseModel):
             started_at=state.started.at,
             ended_at=state.ended_at,
             stages={
-                name: StageReport.of(record, shown[name], state.graph[name].dependencies, children.get(name, ()))
-                for name, record in state.stages.items()
+                node.name: StageReport.of(state.stages[node.name], shown[node.name], node.dependencies, children.get(node.name, ()))
+                for node in state.graph.nodes
             },
             compensation_order=tuple(name for _, name in undone),
             past_pivot=bool(protected(state)),
