@@ -149,20 +149,20 @@ class LiveSaga(Host):
         """What a compensation or a probe of the stage gets to know."""
         state = self.journal.state
         record = state.stages[stage]
-        outputs = {name: state.stages[name].output for name in state.graph[stage].dependencies}
+        outputs = [(name, state.stages[name].output) for name in state.graph[stage].dependencies]
         forward_key = self.forward_key(stage)
         given = record.late_output or (None if record.fell_back else record.output)
         return CompensationContext(
             saga_id=self.id,
             stage_name=stage,
             output=copied_output(given) if record.landed and given is not None else None,
-            effects=tuple(copied(effect) for effect in record.effects),
+            effects=tuple([copied(effect) for effect in record.effects]),
             in_doubt=record.doubt,
             cause=state.cause,
             attempt=attempt,
             idempotency_key=f"{forward_key}/undo",
             forward_key=forward_key,
-            inputs={name: copied_output(output) for name, output in outputs.items() if output is not None},
+            inputs={name: copied_output(output) for name, output in outputs if output is not None},
             snapshot=self.snapshot,
             _host=self,
         )
