@@ -16,12 +16,7 @@ from saga.failures import Failure
 from saga.ledger import StageState
 from saga.outputs import Output, Plain, copied, copied_output
 from saga.recovery import SagaState, StageRecord, Try, protected, stage_states
-from saga.render.drawing import drawing
-from saga.render.graph import graph_svg
-from saga.render.html import fragment, page
-from saga.render.mermaid import graph_mermaid
 from saga.render.text import summary
-from saga.render.timeline import timeline_svg
 
 _S = StageState
 
@@ -324,6 +319,10 @@ class SagaReport(BaseModel):
         Raises:
             MisuseError: There is no such view.
         """
+        from saga.render.drawing import drawing  # noqa: PLC0415 - only who looks at pictures waits for their import, here and below
+        from saga.render.graph import graph_svg  # noqa: PLC0415
+        from saga.render.timeline import timeline_svg  # noqa: PLC0415
+
         match view:
             case "graph":
                 return graph_svg(drawing(self))
@@ -333,14 +332,21 @@ class SagaReport(BaseModel):
 
     def to_mermaid(self) -> str:
         """The graph as a Mermaid flowchart, without the backward arrows where all would be more than Mermaid draws (500)."""
+        from saga.render.drawing import drawing  # noqa: PLC0415
+        from saga.render.mermaid import graph_mermaid  # noqa: PLC0415
+
         return graph_mermaid(drawing(self))
 
     def to_html(self) -> str:
         """One file with both pictures, the table, and each stage's attempts, failures, effects and output; it needs nothing else."""
+        from saga.render.html import page  # noqa: PLC0415
+
         return page(self)
 
     def _repr_html_(self) -> str:
         """The graph, in a notebook."""
+        from saga.render.html import fragment  # noqa: PLC0415
+
         return fragment(self)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
