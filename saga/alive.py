@@ -8,6 +8,8 @@ from collections.abc import Callable, Coroutine
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from stageflow.events import NoOpEventSink
+
 from saga.compensable import CompensationContext, Host, refuse_record
 from saga.events import AnyEvent, EffectRecorded
 from saga.failures import Failure, FailureKind
@@ -100,6 +102,12 @@ class LiveSaga(Host):
         """Stageflow's context for this run alone, with stageflow's own timeouts off."""
         return dataclasses.replace(self._context, data=self._context.data | self.blueprint.without_timeouts)
 
+    def is_left_alone(self) -> bool:
+        """Whether nothing of the user's beside the stages has a part in stageflow's run: no hook, no sink for events, no condition."""
+        context = self._context
+        has_hooks = bool(context._before_stage_start_hooks)  # noqa: SLF001 - stageflow has no other word for it
+        return not has_hooks and type(context.event_sink) is NoOpEventSink and not self.blueprint.graph.has_conditions
+
     def cancellation(self) -> str | None:
         """Why the caller's context was cancelled, or None if it was not."""
         if not self._context.is_canceled:
@@ -141,20 +149,20 @@ class LiveSaga(Host):
         """What a compensation or a probe of the stage gets to know."""
         state = self.journal.state
         record = state.stages[stage]
-        outputs = {name: state.stages[name].output for name in state.graph[stage].dependencies}
+        outputs = [(name, state.stages[name].output) for name in state.graph[stage].dependencies]
         forward_key = self.forward_key(stage)
         given = record.late_output or (None if record.fell_back else record.output)
         return CompensationContext(
             saga_id=self.id,
             stage_name=stage,
             output=copied_output(given) if record.landed and given is not None else None,
-            effects=tuple(copied(effect) for effect in record.effects),
+            effects=tuple([copied(effect) for effect in record.effects]),
             in_doubt=record.doubt,
             cause=state.cause,
             attempt=attempt,
             idempotency_key=f"{forward_key}/undo",
             forward_key=forward_key,
-            inputs={name: copied_output(output) for name, output in outputs.items() if output is not None},
+            inputs={name: copied_output(output) for name, output in outputs if output is not None},
             snapshot=self.snapshot,
             _host=self,
         )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import traceback as tracebacks
 from datetime import UTC, datetime
 from enum import StrEnum
+from traceback import TracebackException
 from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -82,7 +82,7 @@ class Failure(BaseModel):
             message=said(error) or type(error).__name__,
             attempt=attempt,
             at=datetime.now(UTC),
-            traceback=written("".join(tracebacks.format_exception(error))),
+            traceback=_traced(error),
             exception=error,
         )
 
@@ -104,6 +104,18 @@ class Failure(BaseModel):
         named = self.kind in _NAMED_BY_TYPE and self.type and self.type not in self.message
         what = f"{self.type.rpartition('.')[2]}: {self.message}" if named else self.message
         return f"{who} {_SAID[self.kind]}{tries}: {what}"
+
+
+def _traced(error: BaseException) -> str:
+    # Without the marks under the lines: for each of them Python parses the source, all in all longer than a saga takes to be undone.
+    whole = TracebackException.from_exception(error, compact=True)
+    parts = [whole]
+    while parts:
+        part = parts.pop()
+        for frame in part.stack:
+            frame.colno = None
+        parts += [inner for inner in (part.__cause__, part.__context__, *(part.exceptions or ())) if inner is not None]
+    return written("".join(whole.format()))
 
 
 _NAMED_BY_TYPE: Final = frozenset({FailureKind.EXCEPTION, FailureKind.COMPENSATION})

@@ -1,8 +1,11 @@
 """The forward run: a stageflow pipeline under the ledger.
 
-stageflow schedules, but the stages' code runs in tasks of ours. stageflow cancels the siblings of a failed stage with
-`Task.cancel()`, which an anyio shield does not stop, and leaves the siblings of a stage that returned FAIL running
-unawaited; so what stageflow runs is a wrapper that only waits, and its cancel reaches nothing but the wrapper.
+stageflow schedules, and runs wrappers of ours. It cancels the siblings of a failed stage with `Task.cancel()`, which an anyio
+shield does not stop, and leaves the siblings of a stage that returned FAIL running unawaited. So a stage that fails doesn't say so
+to stageflow: the saga leaves stageflow's run, which leaves the tasks of the running stages alone, and waits for them itself.
+
+Where something else than our wrappers could make stageflow cancel a stage, or end its wrapper before it, the stage's code runs in a
+task of ours, and the wrapper only waits.
 """
 
 from __future__ import annotations
@@ -10,12 +13,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Container, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from stageflow import BaseInterceptor, UnifiedStageExecutionError
-from stageflow.api import Pipeline, StageCancellationRequested, StageContext, StageOutput, StageStatus
-from stageflow.pipeline.dag import UnifiedPipelineCancelled
-from stageflow.pipeline.pipeline import UnifiedStageSpec
+from stageflow import BaseInterceptor, UnifiedStageExecutionError, UnifiedStageGraph
+from stageflow.api import StageCancellationRequested, StageContext, StageOutput, StageStatus
+from stageflow.pipeline.dag import UnifiedPipelineCancelled, UnifiedStageSpec
 
 from saga.asking import ask
 from saga.compensable import SagaContext
@@ -25,9 +28,9 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.ledger import StageState
 from saga.outputs import copied_output
-from saga.policies import ContinueWithFallback
+from saga.policies import ContinueWithFallback, FailFast
 from saga.text import said, shown
-from saga.watch import Crew, Watched, bounded, cut_short_by, leave_loop
+from saga.watch import Crew, Watched, absorbed, bounded, cut_short_by, leave_loop
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,11 +46,15 @@ _ENDED_WELL: Final = frozenset({StageState.KEPT, StageState.FALLBACK, StageState
 _STOPPING: Final = StageOutput.cancel("the saga is stopping")
 
 
-class _Listener(BaseInterceptor):
-    """Learns of stages that another interceptor answered for; stageflow's results are lost when a run fails.
+class _NoInterceptors(list[BaseInterceptor]):
+    """None at all: an empty list is false, and would bring stageflow's default ones back."""
 
-    It also stands in for stageflow's default interceptors, which an empty list would bring back.
-    """
+    def __bool__(self) -> bool:
+        return True
+
+
+class _Listener(BaseInterceptor):
+    """Learns of stages that another interceptor answered for; stageflow's results are lost when a run fails."""
 
     name = "saga"
 
@@ -82,9 +89,14 @@ class _Outcome:
 
 
 class _StageRun(Watched):
-    """One stage on its way through the forward run."""
+    """One stage on its way through the forward run.
 
-    __slots__ = ("ctx", "error", "name", "plan", "record", "waiter")
+    Attributes:
+        answer: What stageflow is told; an exception for the user's interceptors to see.
+        waiter: What its wrapper waits for, while it runs in a task of ours.
+    """
+
+    __slots__ = ("answer", "ctx", "name", "plan", "record", "waiter")
 
     def __init__(self, name: str, plan: StagePlan, record: StageRecord, ctx: StageContext, on_give_up: Callable[[_StageRun], None]) -> None:
         super().__init__(on_give_up)
@@ -92,8 +104,8 @@ class _StageRun(Watched):
         self.plan = plan
         self.record = record
         self.ctx = ctx
+        self.answer: StageOutput | Exception = _STOPPING
         self.waiter: asyncio.Future[StageOutput] | None = None
-        self.error: Exception | None = None
 
 
 class Forward:
@@ -110,6 +122,8 @@ class Forward:
         self._record = saga.journal.record
         self._policy = saga.policy
         self._interceptors = list(interceptors)
+        self._hosts = not interceptors and isinstance(saga.policy, FailFast) and saga.is_left_alone()
+        self._within: asyncio.Task[Any] | None = None
         self._runs: dict[str, _StageRun] = {}
         self._running: Crew[_StageRun] = Crew(self._breaks)
         self._called: set[str] = set()
@@ -134,12 +148,14 @@ class Forward:
         timer = None if deadline is None else self._loop.call_later(deadline, self._out_of_time, deadline)
         listener = _Listener(self._called)
         results = await self._schedule(listener)
+        if self._hosts and self.cause is not None:
+            await absorbed(_this_task())
         await self._come_to_rest()
         # The stages' contexts lead back here.
         self._runs.clear()
         if timer is not None:
             timer.cancel()
-        if self._broken is None:
+        if self._broken is None and not self._hosts:
             for name, output in {**listener.answered, **results}.items():
                 await self._learn(name, output)
         if self._broken is not None:
@@ -148,15 +164,24 @@ class Forward:
     async def _schedule(self, listener: _Listener) -> Mapping[str, StageOutput]:
         """Have stageflow run the stages, and give its results; what ended that early has stopped the saga when this returns."""
         saga = self._saga
-        stages = {
-            name: UnifiedStageSpec(
-                name, self._wrapper(name), kind=plan.spec.kind, dependencies=plan.spec.dependencies, conditional=plan.spec.conditional
-            )
-            for name, plan in saga.blueprint.stages.items()
-        }
+        # What Pipeline.build() makes of a pipeline that has been checked; to make it at once takes half the time.
+        graph = UnifiedStageGraph(
+            [
+                UnifiedStageSpec(
+                    name=name,
+                    runner=self._wrapper(name),
+                    kind=plan.spec.kind,
+                    dependencies=plan.spec.dependencies,
+                    conditional=plan.spec.conditional,
+                )
+                for name, plan in saga.blueprint.stages.items()
+            ],
+            pipeline_name=saga.blueprint.name,
+            interceptors=_NoInterceptors() if self._hosts else [*self._interceptors, listener],
+        )
         self._heed_early_cancel()
         try:
-            return await Pipeline(saga.blueprint.name, stages).run(saga.private_context(), interceptors=[*self._interceptors, listener])
+            return await self._stay_in(graph)
         except UnifiedPipelineCancelled as cancelled:
             if self.cause is None:
                 # No wrapper of ours asked for it: the context was cancelled, or a hook.
@@ -173,6 +198,14 @@ class Forward:
             self.stop(Failure.raised(None, error, attempt=0))
         return {}
 
+    async def _stay_in(self, graph: UnifiedStageGraph) -> Mapping[str, StageOutput]:
+        """Let stageflow run, until all stages have ended or the saga stops."""
+        self._within = _this_task() if self._hosts else None
+        try:
+            return await graph.run(self._saga.private_context())
+        finally:
+            self._within = None
+
     def stop(self, cause: Failure, *, told: _StageRun | None = None) -> None:
         """Start no further stage; the first cause stays the cause. The stage that is `told` answers for itself."""
         if self.cause is not None:
@@ -180,6 +213,9 @@ class Forward:
         self.cause = cause
         self._saga.is_stopping = True
         self._stopped.set()
+        if self._within is not None:
+            # Not awaited any longer, stageflow's run leaves the stages' tasks alone.
+            self._within.cancel()
         for run in self._running.members:
             # One CANCEL is enough for stageflow to cancel and await its other wrappers and to end.
             if run is not told and run.waiter is not None and not run.waiter.done():
@@ -189,8 +225,7 @@ class Forward:
             child.interrupt("the saga that runs it is stopping")
 
     def _heed_early_cancel(self) -> None:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
+        if _this_task().cancelling():
             # It came before the task began, and has struck nothing.
             self._stop_for_cancel()
 
@@ -262,27 +297,37 @@ class Forward:
                 return given
 
             return lambda _: give()
+        return partial(self._host if self._hosts else self._wait_for, name)
 
-        async def wait_for_stage(ctx: StageContext) -> StageOutput:
-            self._called.add(name)
-            run = self._runs.get(name)
-            if run is None:
-                if self.is_stopping():
-                    return _STOPPING
-                run = _StageRun(name, self._saga.blueprint.stages[name], self._state.stages[name], ctx, self._gives_up)
-                self._runs[name] = run
-                self._running.employ(run, self._own(run))
-            # An interceptor that asks for a retry gets here again: retries are the policy's, so the error stays.
-            if run.error is not None:
-                raise run.error
-            run.waiter = self._loop.create_future()
-            return await run.waiter
+    async def _host(self, name: str, ctx: StageContext) -> StageOutput:
+        """Run the stage in stageflow's task for it."""
+        if self.is_stopping():
+            return _STOPPING
+        run = self._run_of(name, ctx)
+        await self._running.enlist(run, self._own(run))
+        assert isinstance(run.answer, StageOutput)  # an exception is for interceptors
+        return run.answer
 
-        return wait_for_stage
+    async def _wait_for(self, name: str, ctx: StageContext) -> StageOutput:
+        """Run the stage in a task of ours."""
+        self._called.add(name)
+        run = self._runs.get(name)
+        if run is None:
+            if self.is_stopping():
+                return _STOPPING
+            run = self._runs[name] = self._run_of(name, ctx)
+            self._running.employ(run, self._own(run))
+        # An interceptor that asks for a retry gets here again: retries are the policy's, so the error stays.
+        if isinstance(run.answer, Exception):
+            raise run.answer
+        run.waiter = self._loop.create_future()
+        return await run.waiter
+
+    def _run_of(self, name: str, ctx: StageContext) -> _StageRun:
+        return _StageRun(name, self._saga.blueprint.stages[name], self._state.stages[name], ctx, self._gives_up)
 
     def _answer(self, run: _StageRun, answer: StageOutput | Exception) -> None:
-        if isinstance(answer, Exception):
-            run.error = answer
+        run.answer = answer
         if run.waiter is None or run.waiter.done():
             return
         if isinstance(answer, Exception):
@@ -388,7 +433,8 @@ class Forward:
             if run.given_up:
                 return outcome
             if outcome.failure is None:
-                await self._succeeds(name, outcome.output)
+                await self._record(self._end_of(run, outcome))
+                self._refuse_unstorable(name)
                 return outcome
             failure = outcome.failure
             # A plain stage has declared no effect, so there is nothing to be in doubt about.
@@ -426,18 +472,20 @@ class Forward:
             return StageStarted(stage=run.name, attempt=1, execution=max(record.execution, 1) + 1)
         return StageStarted(stage=run.name, attempt=record.attempts + 1, execution=max(record.execution, 1))
 
-    async def _succeeds(self, name: str, output: StageOutput | None) -> None:
+    def _end_of(self, run: _StageRun, outcome: _Outcome) -> StageCompleted | StageSkipped:
+        output = outcome.output
         assert output is not None  # without a failure there is one
         copy = copied_output(output)
         if output.status is StageStatus.SKIP:
-            await self._record(StageSkipped(stage=name, reason=said(output.data.get("reason") or "it said so"), output=copy))
-        else:
-            await self._record(StageCompleted(stage=name, output=copy))
-            refused = self._saga.journal.unstorable.pop(name, None)
-            if refused is not None:
-                # Its effect stands and is known; but whoever resumed this saga would lack what it gave.
-                message = f"{refused}: no durable ledger can keep it"
-                self.stop(Failure.of(name, FailureKind.CONTRACT, message, attempt=self._state.stages[name].attempts))
+            return StageSkipped(stage=run.name, reason=said(output.data.get("reason") or "it said so"), output=copy)
+        return StageCompleted(stage=run.name, output=copy)
+
+    def _refuse_unstorable(self, name: str) -> None:
+        refused = self._saga.journal.unstorable.pop(name, None)
+        if refused is not None:
+            # Its effect stands and is known; but whoever resumed this saga would lack what it gave.
+            message = f"{refused}: no durable ledger can keep it"
+            self.stop(Failure.of(name, FailureKind.CONTRACT, message, attempt=self._state.stages[name].attempts))
 
     async def _pause(self, seconds: float) -> bool:
         """Wait for the next attempt; whether there is to be one."""
@@ -578,6 +626,12 @@ class Forward:
             await self._record(FallbackFailed(stage=run.name, failure=outcome.failure))
             return None
         return outcome.output
+
+
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None  # a saga runs in tasks
+    return task
 
 
 def normalised(stage: str, attempt: int, returned: object) -> _Outcome:

@@ -109,6 +109,16 @@ class Graph(BaseModel):
         return {node.name: node for node in self.nodes}
 
     @cached_property
+    def points_of_no_return(self) -> frozenset[str]:
+        """The stages that stay with all they depend on, once they have completed."""
+        return frozenset(node.name for node in self.nodes if node.is_point_of_no_return)
+
+    @cached_property
+    def has_conditions(self) -> bool:
+        """Whether stageflow may skip a stage."""
+        return any(node.conditional for node in self.nodes)
+
+    @cached_property
     def dependents(self) -> Mapping[str, tuple[str, ...]]:
         """For each stage, the stages that directly depend on it, in topological order."""
         found: dict[str, list[str]] = {name: [] for name in self.names}

@@ -30,6 +30,7 @@ from saga.events import (
     SagaStatus,
     SagaTurnedBack,
     StageCompleted,
+    StageEvent,
     StageFailed,
     StageProbed,
     StageSettled,
@@ -126,6 +127,8 @@ def status_after(before: SagaStatus, events: Sequence[AnyEvent]) -> SagaStatus:
 def status_said(events: Sequence[AnyEvent]) -> SagaStatus | None:
     """Where a saga stands after these events; None: where it stood before them."""
     for event in reversed(events):
+        if isinstance(event, StageEvent):
+            continue  # as most are
         match event:
             case SagaEnded(status=status):
                 return status

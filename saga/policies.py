@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -25,7 +25,6 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from tenacity import RetryCallState, wait_exponential, wait_random_exponential
 
 from saga.errors import PolicyInvalid
 from saga.failures import Failure, FailureKind
@@ -109,11 +108,6 @@ class Retry(_Frozen):
         WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
     ] = None
 
-    @cached_property
-    def _backoff(self) -> wait_exponential:
-        kind = wait_random_exponential if self.jitter else wait_exponential
-        return kind(multiplier=self.wait, exp_base=self.multiplier, max=self.wait_max)
-
     def is_worth(self, failure: Failure) -> bool:
         """Whether this failure is one that another attempt may mend."""
         if failure.kind in _NEVER_RETRIED:
@@ -136,12 +130,18 @@ class Retry(_Frozen):
         """
         if attempt >= self.attempts or not (asked or self.is_worth(failure)):
             return None
-        call = RetryCallState(retry_object=None, fn=None, args=(), kwargs={})  # type: ignore[arg-type] # waits read only the number
-        call.attempt_number = attempt
-        wait = self._backoff(call)
+        wait = self._wait_after(attempt)
         if self.max_elapsed is not None and elapsed + wait > self.max_elapsed:
             return None
         return wait
+
+    def _wait_after(self, attempt: int) -> float:
+        from tenacity import RetryCallState, wait_exponential, wait_random_exponential  # noqa: PLC0415 - only who waits needs it
+
+        kind = wait_random_exponential if self.jitter else wait_exponential
+        call = RetryCallState(retry_object=None, fn=None, args=(), kwargs={})  # type: ignore[arg-type] # waits read only the number
+        call.attempt_number = attempt
+        return kind(multiplier=self.wait, exp_base=self.multiplier, max=self.wait_max)(call)
 
 
 class Compensation(_Frozen):
@@ -218,7 +218,11 @@ class ContinueWithFallback(_Policy):
 
 
 Policy = Annotated[FailFast | ContinueWithFallback, Discriminator("policy")]
-_POLICY: Final[TypeAdapter[FailFast | ContinueWithFallback]] = TypeAdapter(Policy)
+
+
+@cache
+def _reader() -> TypeAdapter[FailFast | ContinueWithFallback]:
+    return TypeAdapter(Policy)
 
 
 def load_policy(path: str | Path) -> FailFast | ContinueWithFallback:
@@ -231,8 +235,8 @@ def load_policy(path: str | Path) -> FailFast | ContinueWithFallback:
     text = path.read_text(encoding="utf-8")
     try:
         if path.suffix == ".toml":
-            return _POLICY.validate_python(tomllib.loads(text))
-        return _POLICY.validate_json(text)
+            return _reader().validate_python(tomllib.loads(text))
+        return _reader().validate_json(text)
     except ValidationError as error:
         # Keys of the policies themselves are refused by their models; here only the choice between them can be wrong.
         raise PolicyInvalid("policy = 'fail_fast' or 'continue_with_fallback'", got=error.errors()[0]["msg"]) from None

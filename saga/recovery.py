@@ -217,7 +217,7 @@ class SagaState:
 
     def is_running(self) -> bool:
         """Whether any stage is running or being compensated."""
-        return any(record.state in {_S.RUNNING, _S.COMPENSATING} for record in self.stages.values())
+        return any(record.state is _S.RUNNING or record.state is _S.COMPENSATING for record in self.stages.values())
 
     def _turn_back(self, event: SagaTurnedBack) -> None:
         if self.is_running():
@@ -519,11 +519,12 @@ def _is_kept_by_word(record: StageRecord) -> bool:
 
 def protected(state: SagaState) -> frozenset[str]:
     """What is never compensated: completed pivots, what a person said is to be kept, and everything that they depend on (promise 10)."""
-    stays = (
+    pivots = state.graph.points_of_no_return
+    stays = [
         name
         for name, record in state.stages.items()
-        if record.past_pivot or (record.landed and (state.graph[name].is_point_of_no_return or _is_kept_by_word(record)))
-    )
+        if record.past_pivot or (record.landed and (name in pivots or _is_kept_by_word(record)))
+    ]
     return state.graph.with_ancestors(stays)
 
 

@@ -16,12 +16,7 @@ from saga.failures import Failure
 from saga.ledger import StageState
 from saga.outputs import Output, Plain, copied, copied_output
 from saga.recovery import SagaState, StageRecord, Try, protected, stage_states
-from saga.render.drawing import drawing
-from saga.render.graph import graph_svg
-from saga.render.html import fragment, page
-from saga.render.mermaid import graph_mermaid
 from saga.render.text import summary
-from saga.render.timeline import timeline_svg
 
 _S = StageState
 
@@ -130,7 +125,7 @@ class StageReport:
             attempts=record.attempts,
             started_at=record.started_at,
             ended_at=record.ended_at,
-            effects=tuple(copied(effect) for effect in record.effects),
+            effects=tuple([copied(effect) for effect in record.effects]),
             fallback=record.fell_back,
             skip_reason=record.skip_reason,
             late_output=None if record.late_output is None else copied_output(record.late_output),
@@ -177,7 +172,7 @@ class SagaReport(BaseModel):
     def of(cls, state: SagaState, children: Mapping[str, tuple[SagaReport, ...]] | None = None) -> Self:
         """Project a saga's state, and the reports of the sagas that its stages ran."""
         children = children or {}
-        undone = sorted((record.undo_order, name) for name, record in state.stages.items() if record.undo_order >= 0)
+        undone = sorted([(record.undo_order, name) for name, record in state.stages.items() if record.undo_order >= 0])
         shown = stage_states(state, state.policy)
         return cls(
             saga_id=state.started.saga_id,
@@ -189,8 +184,8 @@ class SagaReport(BaseModel):
             started_at=state.started.at,
             ended_at=state.ended_at,
             stages={
-                name: StageReport.of(record, shown[name], state.graph[name].dependencies, children.get(name, ()))
-                for name, record in state.stages.items()
+                node.name: StageReport.of(state.stages[node.name], shown[node.name], node.dependencies, children.get(node.name, ()))
+                for node in state.graph.nodes
             },
             compensation_order=tuple(name for _, name in undone),
             past_pivot=bool(protected(state)),
@@ -324,6 +319,10 @@ class SagaReport(BaseModel):
         Raises:
             MisuseError: There is no such view.
         """
+        from saga.render.drawing import drawing  # noqa: PLC0415 - only who looks at pictures waits for their import, here and below
+        from saga.render.graph import graph_svg  # noqa: PLC0415
+        from saga.render.timeline import timeline_svg  # noqa: PLC0415
+
         match view:
             case "graph":
                 return graph_svg(drawing(self))
@@ -333,14 +332,21 @@ class SagaReport(BaseModel):
 
     def to_mermaid(self) -> str:
         """The graph as a Mermaid flowchart, without the backward arrows where all would be more than Mermaid draws (500)."""
+        from saga.render.drawing import drawing  # noqa: PLC0415
+        from saga.render.mermaid import graph_mermaid  # noqa: PLC0415
+
         return graph_mermaid(drawing(self))
 
     def to_html(self) -> str:
         """One file with both pictures, the table, and each stage's attempts, failures, effects and output; it needs nothing else."""
+        from saga.render.html import page  # noqa: PLC0415
+
         return page(self)
 
     def _repr_html_(self) -> str:
         """The graph, in a notebook."""
+        from saga.render.html import fragment  # noqa: PLC0415
+
         return fragment(self)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:

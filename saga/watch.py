@@ -69,6 +69,22 @@ def cut_short_by(error: BaseException) -> Exception:
     return LedgerError(f"the saga was cut short by a {type(error).__name__}: it is left as if its process had been killed, resume it")
 
 
+async def absorbed(task: asyncio.Task[Any]) -> bool:
+    """Take back the cancels that the task that runs now got; whether there were any."""
+    if not task.cancelling():
+        return False
+    # One that has not been delivered yet would otherwise strike at our own next await.
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.sleep(0)
+    _uncancel(task)
+    return True
+
+
+def _uncancel(task: asyncio.Task[Any]) -> None:
+    while task.cancelling():
+        task.uncancel()
+
+
 class Watched:
     """A task of ours that runs somebody else's code, and does not trust it to end.
 
@@ -95,7 +111,8 @@ class Watched:
 
     def begin(self, seconds: float | None, grace: float | None) -> None:
         """Let the code that starts now run for so many seconds, and end within the grace once it is cancelled; None: no limit."""
-        self._uncancel()
+        # A scope of the code (asyncio.timeout, TaskGroup) would take a cancel that has struck before for one of its own time.
+        _uncancel(self.task)
         self.is_acting, self.reason, self._grace = True, None, grace
         if seconds is not None:
             self._timer = self.task.get_loop().call_later(seconds, self.cancel, FailureKind.TIMEOUT)
@@ -126,18 +143,7 @@ class Watched:
 
     async def absorb(self) -> bool:
         """Take back the cancels that the task got; whether there were any, from here or from outside."""
-        if not self.task.cancelling():
-            return False
-        # A cancel that has not been delivered yet would otherwise strike at our own next await.
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(0)
-        self._uncancel()
-        return True
-
-    def _uncancel(self) -> None:
-        # A scope of the code (asyncio.timeout, TaskGroup) would take a cancel that has struck before for one of its own time.
-        while self.task.cancelling():
-            self.task.uncancel()
+        return await absorbed(self.task)
 
 
 class Crew(Generic[W]):
@@ -159,6 +165,14 @@ class Crew(Generic[W]):
         """Start a member's task."""
         member.task = start(self.see_through(member, work))
         self.members.add(member)
+
+    def enlist(self, member: W, work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
+        """Do a member's work in the task that runs now, which has to await this."""
+        task = asyncio.current_task()
+        assert task is not None  # a coroutine runs in one
+        member.task = task
+        self.members.add(member)
+        return self.see_through(member, work)
 
     async def see_through(self, member: W, work: Coroutine[Any, Any, None]) -> None:
         """Do the work; the member is dismissed after it, whatever came of it."""

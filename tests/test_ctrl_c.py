@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from stageflow.api import Pipeline
+from stageflow.api import Pipeline, PipelineContext
 
 import saga
 from saga import (
@@ -40,7 +40,7 @@ from saga import (
 )
 from saga.events import AnyEvent
 from tests.controlled import ControlledLoop, run
-from tests.world import DIAMOND, SEQUENCE, CardDeclined, Script, World, scene
+from tests.world import DIAMOND, SEQUENCE, CardDeclined, Script, World, hooked, scene
 
 ROOT = Path(__file__).parent.parent
 
@@ -446,16 +446,26 @@ def stageflows_log() -> Iterator[logging.Logger]:
 
 
 @pytest.mark.parametrize(
-    "message", ["UnifiedStageGraph execution started", "Pipeline cancelled by stage d: the saga is stopping", "Running stage: c"]
+    ("message", "context"),
+    [
+        ("UnifiedStageGraph execution started", None),
+        ("UnifiedStageGraph execution started", hooked()),
+        ("Running stage: c", None),
+        ("Running stage: c", hooked()),
+        ("Stage c completed with status=ok", None),
+        ("Pipeline cancelled by stage d: the saga is stopping", hooked()),
+    ],
 )
-def test_wherever_in_stageflow_it_strikes_the_saga_does_not_hang_and_can_be_resumed(message: str, stageflows_log: logging.Logger) -> None:
+def test_wherever_in_stageflow_it_strikes_the_saga_does_not_hang_and_can_be_resumed(
+    message: str, context: PipelineContext | None, stageflows_log: logging.Logger
+) -> None:
     world, pipeline, policy = telling()
     ledger, strikes = MemoryLedger(), StruckLog(message)
     coordinator = SagaCoordinator(policy, ledger=ledger)
     stageflows_log.addHandler(strikes)
 
     with pytest.raises(KeyboardInterrupt):
-        interrupted(coordinator.run(pipeline, saga_id="s"))
+        interrupted(coordinator.run(pipeline, context, saga_id="s"))
 
     assert strikes.reached
     assert coordinator._alive == {}

@@ -10,6 +10,7 @@ import anyio
 import pytest
 from stageflow import BaseInterceptor
 from stageflow.api import Pipeline, PipelineContext, StageContext, StageOutput
+from stageflow.events import NoOpEventSink
 from stageflow.pipeline.interceptors import CriticalInterceptorError, ErrorAction, InterceptorResult
 
 from saga import (
@@ -612,6 +613,52 @@ def test_a_hook_that_raises_stops_the_saga() -> None:
     assert report.cause is not None
     assert (report.cause.stage, report.cause.type) == (None, "OSError")
     assert world.standing == {}
+
+
+def test_a_hook_that_raises_interrupts_no_stage_that_runs() -> None:
+    world, pipeline = scene({"a": (), "b": (), "c": ("b",)}, {"a": Script(before=5), "b": Script(before=1)})
+    context = PipelineContext.create()
+
+    def hook(stage_name: str, *_: Any) -> None:
+        if stage_name == "c":
+            raise OSError("hook broken")
+
+    context.add_before_stage_start_hook(hook)
+
+    report = run(SagaCoordinator().run(pipeline, context))
+
+    assert set(world.log) == {"+a", "-a", "+b", "-b"}
+    assert report.clean
+
+
+class Clogged(NoOpEventSink):
+    def try_emit(self, *, type: str, data: dict[str, Any] | None) -> None:  # noqa: A002 - as stageflow calls it
+        raise OSError(f"{type}: the sink is clogged")
+
+
+def test_a_sink_that_raises_interrupts_no_stage_that_runs() -> None:
+    world, pipeline = scene({"a": (), "b": ()}, {"a": Script(before=5), "b": Script("skip", before=1)})
+
+    report = run(SagaCoordinator().run(pipeline, event_sink=Clogged()))
+
+    assert world.log == ["+a", "-a"]
+    assert report.clean
+
+
+def test_a_stage_that_stageflow_skips_is_in_the_report_of_a_saga_that_fails() -> None:
+    async def extra(_: Any) -> None:
+        raise AssertionError("it was to be skipped")
+
+    async def route(_: Any) -> StageOutput:
+        return StageOutput.ok(skip_reason="not today")
+
+    _, pipeline = scene({"a": ()}, {"a": Script("raise", before=1)})
+    pipeline = pipeline.with_stage("route", route, "route").with_stage("extra", extra, "work", dependencies=("route",), conditional=True)
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert report.cause is not None
+    assert report.skipped == ("extra",)
 
 
 def test_a_conditional_stage_that_stageflow_skips_is_in_the_report() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio
 import pytest
-from stageflow.api import Pipeline
+from stageflow.api import Pipeline, PipelineContext
 
 from saga import (
     Compensation,
@@ -30,7 +30,7 @@ from saga import (
 from saga.events import AnyEvent, SagaStopped, StageFailed
 from tests.controlled import ControlledLoop, elapse, run
 from tests.test_hard_cases import Recorder
-from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, scene
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, hooked, scene
 
 PATIENT = Retry(attempts=3, wait=10, jitter=False)
 
@@ -353,12 +353,15 @@ STORIES: dict[str, Callable[[], dict[str, Script]]] = {
 @pytest.mark.parametrize("on_failure", ["compensate", "halt"])
 @pytest.mark.parametrize("on_interrupt", ["compensate", "halt"])
 @pytest.mark.parametrize("whom", [the_caller_alone, every_task, every_task_the_youngest_first])
+@pytest.mark.parametrize("context", [None, hooked()], ids=["in stageflow's tasks", "in tasks of the saga"])
 @pytest.mark.parametrize("story", STORIES)
-def test_a_cancel_at_any_turn_of_the_loop_lets_the_saga_come_to_rest(story: str, whom: Any, on_interrupt: Any, on_failure: Any) -> None:
+def test_a_cancel_at_any_turn_of_the_loop_lets_the_saga_come_to_rest(
+    story: str, context: PipelineContext | None, whom: Any, on_interrupt: Any, on_failure: Any
+) -> None:
     """Also one that comes before a task of the saga has begun, and one that comes when the saga has just ended."""
 
     async def play(coordinator: SagaCoordinator, pipeline: Pipeline, turns: int) -> bool:
-        caller = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        caller = asyncio.create_task(coordinator.run(pipeline, context, saga_id="s"))
         for _ in range(turns):
             await asyncio.sleep(0)
         comes_too_late = caller.done()
@@ -380,7 +383,7 @@ def test_a_cancel_at_any_turn_of_the_loop_lets_the_saga_come_to_rest(story: str,
         assert set(report.kept) == set(world.standing)
         assert world.undoing == world.running == set()
         turns += 1
-    assert turns > 15
+    assert turns > (12 if context is None else 15)
 
 
 def test_code_that_runs_after_a_cancel_was_taken_in_may_use_scopes_of_its_own() -> None:

@@ -45,7 +45,7 @@ from saga.recovery import Rollback, SagaState
 from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.test_durable import Slow
-from tests.world import Script, World, scene
+from tests.world import Script, World, hooked, scene
 
 CASES = int(os.environ.get("SAGA_CASES", "2000"))
 NAMES = "abcdefghijkl"
@@ -117,6 +117,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "scripts": {name: draw(scripts(kinds[name])) for name in shape},
         "policy": draw(policies("".join(shape))),
         "durable": draw(st.booleans()),
+        "hooked": draw(st.booleans()),
         "cancel_at": draw(st.one_of(st.none(), st.none(), st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 11.0]))),
     }
 
@@ -155,9 +156,10 @@ def test_what_is_promised_holds(case: Mapping[str, Any]) -> None:
     ledger = Slow() if case["durable"] else MemoryLedger()
     witness(ledger, world)
     coordinator = SagaCoordinator(policy, ledger=ledger)
+    context = hooked() if case["hooked"] else None
 
     async def play() -> SagaReport:
-        task = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        task = asyncio.create_task(coordinator.run(pipeline, context, saga_id="s"))
         if case["cancel_at"] is not None:
             await elapse(case["cancel_at"])
             task.cancel()

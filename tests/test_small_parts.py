@@ -6,6 +6,7 @@ import asyncio
 import gc
 import sys
 from collections.abc import Iterator
+from traceback import format_exception
 from typing import Any
 
 import pytest
@@ -105,6 +106,23 @@ def test_a_failure_says_who_in_what_way_and_with_which_words() -> None:
     assert "CardDeclined: limit" in raised.traceback
     assert len({raised, Failure.model_validate_json(raised.model_dump_json())}) == 1
     assert raised != "raised"
+
+
+def test_a_traceback_tells_of_every_cause_and_member_all_but_the_marks_under_the_lines() -> None:
+    try:
+        try:
+            assert 1 + int("many")
+        except ValueError as declined:
+            declined.add_note("at the desk")
+            raise ExceptionGroup("both", [declined, CardDeclined("limit")]) from declined
+    except ExceptionGroup as error:
+        failure = Failure.raised("pay", error, attempt=1)
+        whole = "".join(format_exception(error)).splitlines()
+
+    marks = [line for line in whole if line.strip(" |") and not line.strip(" |^~")]
+    assert marks
+    assert failure.traceback is not None
+    assert failure.traceback.splitlines() == [line for line in whole if line not in marks]
 
 
 def test_raise_for_status_raises_the_stages_own_exceptions_the_cause_first() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stageflow.api import Pipeline, StageContext, StageKind, StageOutput
+from stageflow.api import Pipeline, PipelineContext, StageContext, StageKind, StageOutput
 
 from saga import CompensableStage, CompensationContext, PivotStage, SagaContext
 from saga.failures import Failure
@@ -263,6 +263,13 @@ SEQUENCE = {"a": (), "b": ("a",), "c": ("b",)}
 BRANCHES = {"a": (), "b": ("a",), "c": ("a",)}
 DIAMOND = {"a": (), "b": ("a",), "c": ("a",), "d": ("b", "c")}
 FAN_IN = {"a": (), "b": (), "c": (), "d": ("a", "b", "c")}
+
+
+def hooked() -> PipelineContext:
+    """A context with a hook in it: where a hook may fail, the stages run in tasks of the saga's own."""
+    context = PipelineContext.create()
+    context.add_before_stage_start_hook(lambda *_: None)
+    return context
 
 
 def scene(
