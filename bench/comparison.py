@@ -40,7 +40,7 @@ class Effort:
 
 
 FULL = Effort(sizes=(10, 100, 1000), growth_sizes=(10, 30, 100, 300, 1000), crowds=(100, 1000), rounds=40, long_rounds=16, imports=15)
-QUICK = Effort(sizes=(10, 100), growth_sizes=(10, 30, 100), crowds=(20,), rounds=6, long_rounds=6, imports=3)
+QUICK = Effort(sizes=(10, 100), growth_sizes=(10, 30, 100), crowds=(20,), rounds=4, long_rounds=4, imports=2)
 
 
 @dataclass(slots=True)
