@@ -17,7 +17,7 @@ class Effort:
     Attributes:
         sizes: Numbers of stages.
         growth_sizes: Numbers of stages between which growth is fitted.
-        crowd: How many sagas run at once.
+        crowds: How many sagas run at once.
         rounds: Rounds of short runs.
         long_rounds: Rounds of runs of 1,000 stages.
         imports: Rounds of imports, each in a process of its own.
@@ -25,7 +25,7 @@ class Effort:
 
     sizes: tuple[int, ...]
     growth_sizes: tuple[int, ...]
-    crowd: int
+    crowds: tuple[int, ...]
     rounds: int
     long_rounds: int
     imports: int
@@ -39,8 +39,8 @@ class Effort:
         return max(1, 100 // stages)
 
 
-FULL = Effort(sizes=(10, 100, 1000), growth_sizes=(10, 30, 100, 300, 1000), crowd=1000, rounds=40, long_rounds=16, imports=15)
-QUICK = Effort(sizes=(10, 100), growth_sizes=(10, 30, 100), crowd=50, rounds=6, long_rounds=6, imports=3)
+FULL = Effort(sizes=(10, 100, 1000), growth_sizes=(10, 30, 100, 300, 1000), crowds=(100, 1000), rounds=40, long_rounds=16, imports=15)
+QUICK = Effort(sizes=(10, 100), growth_sizes=(10, 30, 100), crowds=(20,), rounds=4, long_rounds=4, imports=2)
 
 
 @dataclass(slots=True)

@@ -246,14 +246,14 @@ async def ledgers(effort: Effort) -> Result:
         if dsn is not None:
             makes["PostgreSQL"] = lambda: PostgresLedger(dsn, schema=f"saga_{next(numbers)}")
         for fails in (False, True):
-            for size in (1, effort.crowd // 10, effort.crowd):
+            for size in (1, *effort.crowds):
                 label = f"{'rollback of 4' if fails else 'success'}, {'alone' if size == 1 else f'{size} at once'}"
                 what = await written(new_file, size, fails=fails)
                 commits.rows.append(_commit_row(label, what, fails=fails))
                 sides: dict[str, Side] = {name: DurableSagas(make, size, fails=fails) for name, make in makes.items()}
                 sides["bare SQLite loop"] = BareLoop(new_file, what)
                 samples = {name: timed(side, _runs(size)) for name, side in sides.items()}
-                values = await interleaved(samples, (effort.rounds if size < 1000 else effort.long_rounds) // 2)
+                values = await interleaved(samples, effort.rounds_of(size) // 2)
                 for side in sides.values():
                     assert isinstance(side, DurableSagas | BareLoop)
                     await side.close()

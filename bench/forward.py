@@ -46,7 +46,7 @@ async def against_plain(effort: Effort) -> Result:
     ]
     for kind, shape in SHAPES.items():
         cases += [(f"{kind} of {size}", size, Plain(shape(size)), Saga(pipeline(shape(size)))) for size in effort.sizes]
-    crowd = effort.crowd
+    crowd = effort.crowds[-1]
     cases.append((f"{crowd} chains of 5 at once", crowd * 5, Crowd(Plain(chain(5)), crowd), Crowd(Saga(pipeline(chain(5))), crowd)))
     table = Table(
         "A saga with the memory ledger against plain Pipeline.run",

@@ -28,9 +28,10 @@ class Mark:
         return f"<= {show(self.most, self.unit)}"
 
     def verdict(self, measured: Spread) -> str:
-        """Say whether the median reaches it; with a question mark when the 95 % interval lies on both sides of it."""
-        reached = "yes" if measured.median <= self.most else "no"
-        return f"{reached}?" if measured.low <= self.most < measured.high else reached
+        """Say whether it is reached; `open` when the 95 % interval lies on both sides of it."""
+        if measured.low <= self.most < measured.high:
+            return "open"
+        return "yes" if measured.high <= self.most else "no"
 
 
 @dataclass(slots=True)

@@ -41,6 +41,9 @@ _AWAITED: Final = (StageStarted, CompensationStarted, EffectRecorded, SagaResume
 _WITH_OUTPUT: Final = (StageCompleted, StageFailed, StageSkipped, StageProbed, FallbackUsed)
 _LINGER: Final = 0.002
 """Seconds after which an event is written although nobody waits for it."""
+_TURNS: Final = 10
+"""Turns of the event loop for which it waits after that: where a thousand sagas run, the start that a completion enables is five turns
+away, too, but each takes longer than `_LINGER`."""
 
 
 class Journal:
@@ -77,7 +80,7 @@ class Journal:
         self._owner = owner
         self._listeners = listeners
         self._pending: list[AnyEvent] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
         self._late_write: asyncio.Task[None] | None = None
         self._is_creating = False
         self._behind: list[tuple[Sequence[AnyEvent], asyncio.Future[None]]] = []
@@ -139,7 +142,10 @@ class Journal:
             self._timer.cancel()
             self._timer = None
 
-    def _write_soon(self) -> None:
+    def _write_soon(self, turns: int = _TURNS) -> None:
+        if turns:
+            self._timer = asyncio.get_running_loop().call_soon(self._write_soon, turns - 1)
+            return
         self._late_write = asyncio.get_running_loop().create_task(self._write_late())
 
     async def _write_late(self) -> None:

@@ -28,7 +28,7 @@ from saga import (
     nested,
 )
 from saga.events import AnyEvent, SagaStarted, StageCompleted, StageStarted, event_from_json, event_to_json
-from tests.controlled import elapse, run
+from tests.controlled import ControlledLoop, elapse, run
 from tests.dying import Dying
 from tests.world import BRANCHES, DIAMOND, SEQUENCE, Script, scene
 
@@ -82,6 +82,23 @@ def test_a_completion_is_written_together_with_the_start_that_it_enables() -> No
         ["StageCompleted", "StageStarted"],
         ["StageCompleted", "SagaEnded"],
     ]
+
+
+def test_where_each_turn_of_the_loop_takes_long_a_completion_still_waits_for_the_start_that_it_enables() -> None:
+    _, pipeline = scene(SEQUENCE)
+    ledger = Slow()
+
+    async def play() -> None:
+        running = asyncio.create_task(SagaCoordinator(ledger=ledger).run(pipeline))
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, ControlledLoop)
+        while not running.done():
+            loop.compute(1)
+            await asyncio.sleep(0)
+
+    run(play())
+
+    assert [events[0] for events in ledger.writes] == ["SagaStarted", "StageCompleted", "StageCompleted", "StageCompleted"]
 
 
 def test_an_undo_is_written_together_with_the_next_one() -> None:

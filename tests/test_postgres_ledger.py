@@ -71,7 +71,7 @@ class Network:
 
     def __init__(self, directory: str) -> None:
         self.swallow: str | None = None
-        self.word = b"write("
+        self.word = b'"at'  # of every event
         self.lost = 0
         self._server = f"{directory}/.s.PGSQL.5432"
         self._listener = socket.create_server(("127.0.0.1", 0))

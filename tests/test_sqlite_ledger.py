@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -453,16 +453,10 @@ def test_appends_that_come_together_share_a_commit(path: Path) -> None:
     async def together(ledger: Any) -> int:
         await asyncio.gather(*(create(name)(ledger) for name in names))
         before = commits_in(path)
-        with locked(path):  # so that they queue up
-            asked = [asyncio.create_task(append(FIRST, saga_id=name)(ledger)) for name in names]
-            await asyncio.sleep(0)
-        await asyncio.gather(*asked)
+        await asyncio.gather(*(append(FIRST, saga_id=name)(ledger) for name in names))
         return commits_in(path) - before
 
-    (commits,) = on(SQLiteLedger(path), together)
-
-    # The first may have been taken alone, before the others came.
-    assert 1 <= commits <= 3
+    assert on(SQLiteLedger(path), together) == [1]
 
 
 def test_ledgers_that_are_made_at_once_are_one(path: Path) -> None:
@@ -506,6 +500,77 @@ def test_a_ledger_that_was_closed_has_no_threads(path: Path) -> None:
 
     assert during == [f"SQLiteLedger({str(path)!r}) ({work})" for work in ("reads", "writes")]
     assert threads_of_ledgers() == []
+
+
+class Door:
+    """What a worker may work with: each request is an event that it waits for."""
+
+    def close(self) -> None:
+        """It stays."""
+
+
+def wait_for(_: Door, requests: Sequence[threading.Event]) -> Sequence[bool]:
+    return [request.wait(5) for request in requests]
+
+
+def opened() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
+
+
+def test_who_has_been_alone_for_a_while_is_not_held_up_for_others() -> None:
+    reached = threading.Event()
+
+    def reach(_: Door, requests: Sequence[threading.Event]) -> Sequence[None]:
+        for request in requests:
+            request.set()
+        return [None] * len(requests)
+
+    async def play() -> None:
+        worker = workers.Worker("w", Door, reach)
+        for _ in range(workers._ALONE):
+            await worker.ask(threading.Event())
+        asked = worker.ask(reached)
+
+        assert reached.wait(5)  # before this turn of the loop ends
+
+        await asked
+        await worker.end()
+
+    asyncio.run(play())
+
+
+def test_what_is_handed_over_behind_the_end_is_refused() -> None:
+    async def play() -> None:
+        worker = workers.Worker("w", Door, wait_for)
+        first = threading.Event()
+        asked = worker.ask(first)
+        await asyncio.sleep(0)
+        worker.stop()
+        late = worker.ask(opened())
+        await asyncio.sleep(0)
+        first.set()
+
+        assert await asked
+        with pytest.raises(LedgerError, match="the ledger is closed"):
+            await late
+
+    asyncio.run(play())
+
+
+def test_what_is_handed_over_after_another_event_loop_has_closed_the_ledger_is_refused() -> None:
+    async def play() -> None:
+        worker = workers.Worker("w", Door, wait_for)
+        late = worker.ask(opened())
+        other = threading.Thread(target=lambda: asyncio.run(worker.end()))
+        other.start()
+        other.join()
+
+        with pytest.raises(LedgerError, match="the ledger is closed"):
+            await late
+
+    asyncio.run(play())
 
 
 def test_a_ledger_that_nobody_holds_any_more_ends_its_threads_and_closes_its_connections(path: Path) -> None:

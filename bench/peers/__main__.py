@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import signal
 import sys
@@ -21,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bench import machine
 from bench.durable import fsync_seconds, postgres
-from bench.rounds import interleaved
 from bench.spread import ratios
 from bench.tables import SPREAD, Mark, Table, mark_cells, show, spread_cells
 
@@ -32,8 +32,12 @@ if TYPE_CHECKING:
 
 _ENVIRONMENTS: Final = Path(".venv-peers")
 _US: Final = "saga, SQLite"
+_US_TOO: Final = {"DBOS, PostgreSQL": "saga, PostgreSQL"}
+"""Whom a side is compared with besides: it uses the same database."""
 _PATIENCE: Final = 8.0
 """A side that would take more seconds, judged by what it took for fewer, isn't asked for so many at once."""
+_SHARE: Final = 15.0
+"""Seconds that a side gets for a workload: one that is slow takes its turn in every second round only, or third, ..."""
 _READY: Final = 90.0
 _ANSWER: Final = 180.0
 
@@ -86,12 +90,18 @@ class Absent(Exception):
 
 @dataclass(slots=True)
 class Conversation:
-    """A side's process."""
+    """A side's process.
+
+    Attributes:
+        versions: Of what.
+        seconds: What a saga takes it alone, succeeding and rolled back.
+    """
 
     side: Side
     process: asyncio.subprocess.Process
     log: Path
     versions: dict[str, str] = field(default_factory=dict)
+    seconds: tuple[float, float] = (0.0, 0.0)
 
     async def heard(self, seconds: float) -> Any:
         """Its next line."""
@@ -145,7 +155,8 @@ async def _started(side: Side, directory: Path, dsn: str) -> AsyncIterator[Conve
         raise Absent("it could not be installed, see the output of make bench-peers") from None
     conversation = Conversation(side, process, log)
     try:
-        conversation.versions = await conversation.heard(_READY)
+        greeting = await conversation.heard(_READY)
+        conversation.versions, conversation.seconds = greeting["versions"], greeting["seconds"]
         conversation.stop()
         yield conversation
     finally:
@@ -163,11 +174,15 @@ async def _started(side: Side, directory: Path, dsn: str) -> AsyncIterator[Conve
             os.killpg(process.pid, signal.SIGKILL)
 
 
+Rounds = dict[int, float]
+"""The seconds that a saga took, by the round: not every side takes its turn in every round."""
+
+
 @dataclass(slots=True)
 class Measurement:
-    """All of it: by workload and side, one number of seconds a saga for each round."""
+    """All of it: by workload and side, the seconds a saga in each round."""
 
-    raw: dict[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    raw: dict[str, Mapping[str, Rounds]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -187,33 +202,50 @@ async def measure(rounds: Mapping[int, int], only: Sequence[str], directory: Pat
                 found.absent[side.name] = str(why)
         print("  ".join(f"{name} {number}" for name, number in found.versions.items()), "\n", flush=True)
         for fails in (False, True):
-            patient = dict(sides)
+            seconds = {name: one.seconds[fails] for name, one in sides.items()}
             for size, times in rounds.items():
                 label = f"{'rollback of 4' if fails else 'success'}, {'alone' if size == 1 else f'{size} at once'}"
-                samples = {name: one.sample(fails=fails, size=size, runs=3 if size == 1 else 1) for name, one in patient.items()}
-                values = await interleaved(samples, times)
-                found.raw[label] = values
+                runs = 10 if size == 1 else 1
+                for name in [name for name, one in seconds.items() if one * size * runs > _PATIENCE]:
+                    found.absent[f"{name}, {label}"] = f"it would take about {seconds.pop(name) * size * runs:.0f} s a round"
+                samples = {name: sides[name].sample(fails=fails, size=size, runs=runs) for name in seconds}
+                every = {name: math.ceil(one * size * runs * times / _SHARE) for name, one in seconds.items()}
+                found.raw[label] = values = await _turns(samples, every, times)
+                seconds = {name: median(one.values()) for name, one in values.items()}
                 print(_table(label, values), "\n", flush=True)
-                for name, seconds in values.items():
-                    more = next((larger for larger in rounds if larger > size), None)
-                    expected = median(seconds) * (more or 0)
-                    if more is not None and expected > _PATIENCE:
-                        del patient[name]
-                        found.absent[f"{name}, {label.partition(',')[0]}"] = f"{more} at once would take about {expected:.0f} s a round"
     return found
 
 
-def _table(label: str, values: Mapping[str, Sequence[float]]) -> Table:
-    table = Table(label, ("what", "a saga", "sagas/s", "saga on SQLite is", *SPREAD, "mark", "reached"))
+async def _turns(sides: Mapping[str, Sample[float]], every: Mapping[str, int], times: int) -> dict[str, Rounds]:
+    """Take one sample of every side in every round in which it is its turn, in alternating order."""
+    values: dict[str, Rounds] = {name: {} for name in sides}
+    there, back = list(sides), list(reversed(list(sides)))
+    for number in range(times):
+        for name in there if number % 2 else back:
+            if number % every[name] == 0:
+                values[name][number] = await sides[name]()
+    return values
+
+
+def _table(label: str, values: Mapping[str, Rounds]) -> Table:
+    table = Table(label, ("what", "a saga", "sagas/s", "rounds", "ours is", *SPREAD, "mark", "reached"))
     for name, seconds in values.items():
-        middle = median(seconds)
-        ratio = ratios(values[_US], seconds)
-        own = (name, show(middle, "s"), f"{1 / middle:,.0f}")
+        middle = median(seconds.values())
+        own = (name, show(middle, "s"), f"{1 / middle:,.0f}", str(len(seconds)))
         if name == _US:
             table.rows.append((*own, *("-",) * 5))
-        else:
-            table.rows.append((*own, show(ratio.median, "x"), *spread_cells(ratio), *mark_cells(_mark(name, label), ratio)))
+            continue
+        table.rows.append((*own, *_compared(values[_US], seconds, None if name in _US_TOO else _mark(name, label))))
+        ours = _US_TOO.get(name, "")
+        if ours in values:
+            table.rows.append((f"  to {ours}", "", "", "", *_compared(values[ours], seconds, _mark(name, label))))
     return table
+
+
+def _compared(ours: Rounds, theirs: Rounds, mark: Mark | None) -> tuple[str, ...]:
+    both = ours.keys() & theirs.keys()
+    ratio = ratios([ours[number] for number in both], [theirs[number] for number in both])
+    return show(ratio.median, "x"), *spread_cells(ratio), *mark_cells(mark, ratio)
 
 
 def _mark(name: str, label: str) -> Mark | None:
@@ -241,7 +273,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     on = machine.description()
     print("  ".join(f"{name} {value}" for name, value in on.items()))
-    rounds = {1: 2, 20: 2} if arguments.quick else {1: 8, 100: 4, 1000: 3}
+    rounds = {1: 2, 20: 2} if arguments.quick else {1: 24, 100: 12, 1000: 9}
     began = time.perf_counter()
     only = [*arguments.only, "ours"] if arguments.only else []
     with tempfile.TemporaryDirectory(prefix="saga-peers-") as directory, postgres() as dsn:
@@ -250,7 +282,7 @@ def main() -> None:
     for name, why in found.absent.items():
         print(f"  not measured: {name}: {why}")
     print(f"  An fsync of 4 KiB takes {show(fsync.median, 's')} here ({show(fsync.low, 's')} to {show(fsync.high, 's')}).")
-    print("  saga on SQLite is: its time divided by that row's, in the same round.")
+    print("  ours is: the time of saga on SQLite, or where a row names another ledger on that, divided by the row's, in the same round.")
     print(f"  [{time.perf_counter() - began:.0f} s, {os.cpu_count()} processors]")
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": on | found.versions, "seconds": found.raw}, indent=1), encoding="utf-8")

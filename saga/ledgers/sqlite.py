@@ -73,9 +73,11 @@ _CREATE: Final = """
 """
 _APPEND: Final = """
     UPDATE sagas
-    SET version = version + ?, status = coalesce(?, status), updated_at = ?, owner = CASE WHEN ? THEN NULL ELSE owner END
+    SET version = version + ?, updated_at = ?, owner = CASE WHEN ? THEN NULL ELSE owner END
     WHERE id = ? AND version = ? AND token = ?
 """
+# By itself, because few appends need it: SQLite writes the index of a column that is set even when its value stays.
+_STATUS: Final = "UPDATE sagas SET status = ? WHERE id = ?"
 _INSERT: Final = "INSERT INTO events (saga, first, checksum, body) VALUES (?, ?, ?, ?)"
 _BEAT: Final = "INSERT INTO owners (id, until) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET until = excluded.until"
 _HOLDER: Final = "SELECT version, token, owner, until FROM sagas LEFT JOIN owners ON owners.id = owner WHERE sagas.id = ?"
@@ -220,11 +222,13 @@ class _Store:
 
     def _append(self, connection: sqlite3.Connection, request: Append) -> None:
         saga_id, token, release, (first, added, body, checksum, status, at) = request
-        if not connection.execute(_APPEND, (added, status, at, release, saga_id, first, token)).rowcount:
+        if not connection.execute(_APPEND, (added, at, release, saga_id, first, token)).rowcount:
             version, current, holder, until = self._holder(connection, saga_id)
             if current != token:
                 raise LedgerConflict.overtaken(saga_id, token, current, holder=holder, until=_when(until))
             raise LedgerConflict.outdated(saga_id, first, version)
+        if status is not None:
+            connection.execute(_STATUS, (status, saga_id))
         self._insert(connection, saga_id, first, checksum, body)
 
     def _insert(self, connection: sqlite3.Connection, saga_id: str, first: int, checksum: int, body: str) -> None:

@@ -8,13 +8,16 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from saga.errors import LedgerError
 
 _MOST: Final = 2**24
 """A batch is closed when it holds so many bytes."""
+_ALONE: Final = 10
+"""After so many batches of one request, the next isn't held up until the end of the loop's turn: nobody is there to join it."""
 
 
 class Closable(Protocol):
@@ -53,7 +56,10 @@ class Worker(Generic[S]):
 
     def __init__(self, name: str, store: Callable[[], S], work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> None:
         self.pid: Final = os.getpid()
+        self._asked: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._alone = 0
+        self._has_ended = False
         self._thread = threading.Thread(target=self._run, args=(store, work), name=name, daemon=True)
         self._thread.start()
         _WORKING.add(self)
@@ -67,8 +73,31 @@ class Worker(Generic[S]):
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self._jobs.put(_Job(request, size, loop, future))
+        job = _Job(request, size, loop, future)
+        if loop in self._asked:
+            self._asked[loop].append(job)
+        elif self._alone < _ALONE:
+            self._asked[loop] = [job]
+            loop.call_soon(self._end_turn, loop)
+        else:
+            self._hand_over([job])
         return future
+
+    def _end_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Have all that one turn of a loop asked for in one batch; handed over one by one, a thousand requests become dozens."""
+        self._hand_over(self._asked.pop(loop))
+
+    def _hand_over(self, jobs: Sequence[_Job]) -> None:
+        for job in jobs:
+            self._jobs.put(job)
+        if self._has_ended:
+            self._refuse_rest()
+
+    def _refuse_rest(self) -> None:
+        """Answer what came too late: from the thread when it ends, and from whoever hands over after that."""
+        with suppress(Empty):
+            while True:
+                _answer([self._jobs.get_nowait()], [LedgerError("the ledger is closed")])
 
     async def end(self) -> None:
         """Do what was asked for before, and end."""
@@ -89,6 +118,8 @@ class Worker(Generic[S]):
         while end is None:
             end = self._turn(opened, work)
         opened.close()
+        self._has_ended = True
+        self._refuse_rest()
         _answer([end], [None])
 
     def _turn(self, store: S, work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> _Job | None:
@@ -106,6 +137,7 @@ class Worker(Generic[S]):
         while size < _MOST and jobs[-1].request is not _END and not self._jobs.empty():
             jobs.append(self._jobs.get())
             size += jobs[-1].size
+        self._alone = self._alone + 1 if len(jobs) == 1 else 0
         return jobs
 
 
