@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -19,6 +20,7 @@ from saga import (
     FailureKind,
     LedgerCorrupt,
     LedgerError,
+    MemoryLedger,
     Retry,
     SagaContext,
     SagaCoordinator,
@@ -431,6 +433,44 @@ def test_a_timeout_that_a_compensation_survives_is_not_held_against_the_next_one
     assert undone is not None
     assert undone.failure is not None
     assert undone.failure.message == "mine"
+
+
+def test_a_ledger_is_not_written_under_a_cancel_that_a_compensation_survived() -> None:
+    cancels: list[tuple[str, int]] = []
+
+    class Watching(MemoryLedger):
+        async def append(self, saga_id: str, events: Sequence[AnyEvent], **more: Any) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            cancels.extend((type(event).__name__, task.cancelling()) for event in events)
+            await super().append(saga_id, events, **more)
+
+    async def stubborn(_: CompensationContext) -> None:
+        try:
+            await elapse(10)
+        except asyncio.CancelledError:
+            await elapse(1)
+
+    pipeline = Pipeline().with_stage("a", compensable(fine, stubborn)).with_stage("b", declined, "work", dependencies=("a",))
+
+    run(SagaCoordinator(FailFast(compensation=Compensation(timeout=3)), ledger=Watching()).run(pipeline))
+
+    assert ("CompensationCompleted", 0) in cancels
+
+
+def test_when_the_ledger_breaks_while_going_backward_nobody_is_asked_any_more() -> None:
+    asked: list[str] = []
+
+    async def probe(ctx: CompensationContext) -> None:
+        asked.append(ctx.stage_name)
+
+    pipeline = Pipeline().with_stage("a", compensable(declined, fine, probe=probe)).with_stage("b", compensable(fine, fine))
+    one_by_one = FailFast(compensation=Compensation(max_concurrency=1))
+
+    with pytest.raises(LedgerError, match="disk full"):
+        run(SagaCoordinator(one_by_one, ledger=SlowLedger(CompensationStarted)).run(pipeline))
+
+    assert asked == []
 
 
 def test_an_error_of_a_compensation_that_was_cancelled_from_outside_is_told_in_its_own_words() -> None:
