@@ -58,6 +58,16 @@ def test_an_attempt_whose_process_died_is_told_as_that_although_one_before_it_ha
     assert failed.failure.message == GONE
 
 
+def test_a_stage_that_waited_for_its_next_attempt_when_its_process_died_has_failed_as_it_had() -> None:
+    state = SagaState([STARTED, StageStarted(stage="a", attempt=1), StageFailed(stage="a", failure=FAILURE, will_retry=True)])
+
+    (failed,) = crashed(state, goes_on=False)
+
+    assert isinstance(failed, StageFailed)
+    assert (failed.failure, failed.in_doubt, failed.will_retry) == (FAILURE, False, False)
+    assert crashed(state, goes_on=True) == []
+
+
 def test_a_compensation_whose_process_died_has_failed_and_is_attempted_again() -> None:
     (failed,) = crashed(SagaState([STARTED, *PATHS[StageState.COMPENSATING]]), goes_on=False)
 
