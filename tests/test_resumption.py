@@ -87,6 +87,14 @@ def test_a_saga_whose_process_died_is_undone_on_demand_with_what_it_ran_in_doubt
     assert isinstance(turned, SagaTurnedBack)
 
 
+def test_a_changed_policy_is_recorded_on_the_way_back_too() -> None:
+    chapter = resumption([STARTED, *PATHS[StageState.COMPENSATING]], SKIP_BRANCH, forward=None, by="ann")
+
+    resumed = chapter.events[0]
+    assert isinstance(resumed, SagaResumed)
+    assert (resumed.forward, resumed.policy) == (False, SKIP_BRANCH)
+
+
 def test_a_saga_whose_process_died_on_its_way_back_is_undone_by_whoever_demands_it() -> None:
     chapter = undoing([STARTED, *PATHS[StageState.COMPENSATING]], by="ann")
 
