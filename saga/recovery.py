@@ -305,7 +305,8 @@ class SagaState:
         if self.status is not SagaStatus.RUNNING:
             raise self._contradiction(f"a saga that is {self.status.value}", event)
         if event.execution != record.execution and record.execution:
-            _forget(record)
+            # Nothing of the execution before it stands.
+            vars(record).clear()
         if record.order < 0:
             record.order = self._started
             self._started += 1
@@ -474,13 +475,6 @@ class SagaState:
             f"saga {self.started.saga_id}: {type(event).__name__} can't follow on {found}; the saga is left as it is. "
             "Compare its ledger with a backup before you go on."
         )
-
-
-def _forget(record: StageRecord) -> None:
-    """A new execution begins: nothing of the one before it stands."""
-    anew = record.anew
-    vars(record).clear()
-    record.anew = anew
 
 
 class Step(Enum):

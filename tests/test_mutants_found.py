@@ -36,19 +36,22 @@ from saga.events import (
     CompensationStarted,
     EffectRecorded,
     SagaEnded,
+    SagaStopped,
     SagaTurnedBack,
     StageCompleted,
     StageFailed,
     StageProbed,
+    StageSettled,
     StageSkipped,
     StageStarted,
     TurnReason,
+    Verdict,
 )
 from saga.graph import Graph, Node, Role
-from saga.recovery import Move, SagaState, conclude
+from saga.recovery import Move, SagaState, Step, Try, conclude, undo_step
 from tests.controlled import elapse, run
 from tests.test_hard_cases import by_cancelling_every_task, deaf
-from tests.test_ledger import BACK, CONTRADICTIONS, PATHS, STARTED, SlowLedger
+from tests.test_ledger import BACK, CONTRADICTIONS, PATHS, STARTED, STUCK_WITH_REMAINS, SlowLedger
 from tests.world import SEQUENCE, CardDeclined, Script, scene
 
 ONCE = Compensation(retry=Retry(attempts=1))
@@ -113,6 +116,7 @@ def test_a_stage_that_skips_itself_ended_then_and_one_that_never_started_never_e
     unstarted = SagaState([STARTED, skip]).stages["a"]
 
     assert (itself.started_at, itself.ended_at) == (at(1), at(2))
+    assert (itself.tries, itself.is_acting) == ((Try(at(1), at(2)),), False)
     assert (unstarted.started_at, unstarted.ended_at) == (None, None)
 
 
@@ -139,6 +143,14 @@ def test_what_stopped_a_saga_that_did_not_turn_back_is_among_its_failures_once()
     assert known.failures == [FAILURE_OF_THE_PATH]
 
 
+def test_what_stopped_a_saga_beside_its_stages_is_its_cause_and_among_its_failures() -> None:
+    late = Failure.of(None, FailureKind.TIMEOUT, "too late")
+
+    state = SagaState([STARTED, *PATHS[StageState.KEPT], SagaStopped(cause=late)])
+
+    assert (state.stop, state.cause, state.failures) == (late, late, [late])
+
+
 def test_what_turned_a_saga_back_is_its_cause_and_among_its_failures_once() -> None:
     late = Failure.of(None, FailureKind.TIMEOUT, "too late")
 
@@ -157,6 +169,88 @@ def test_a_saga_is_spotless_until_a_stage_fails_or_skips_what_it_has_begun() -> 
     retried: list[AnyEvent] = [StageFailed(stage="a", failure=FAILURE, will_retry=True), StageStarted(stage="a", attempt=2)]
     mended = SagaState([STARTED, PATHS[StageState.RUNNING][0], *retried, StageCompleted(stage="a", output=OUTPUT)])
     assert mended.is_spotless is False
+
+
+STUCK_IN_DOUBT: list[AnyEvent] = [
+    *PATHS[StageState.IN_DOUBT],
+    BACK,
+    CompensationStarted(stage="a", attempt=1),
+    CompensationFailed(stage="a", failure=FAILURE),
+]
+COMPLETED_LATE = StageCompleted(stage="a", output=OUTPUT, late=True, at=at(9))
+
+
+def test_an_attempt_to_undo_ends_when_it_fails_and_says_in_what_way() -> None:
+    began, failed = CompensationStarted(stage="a", attempt=1, at=at(1)), CompensationFailed(stage="a", failure=FAILURE, at=at(2))
+
+    record = SagaState([STARTED, *PATHS[StageState.KEPT], BACK, began, failed]).stages["a"]
+
+    assert (record.undo_tries, record.is_acting) == ((Try(at(1), at(2), FAILURE.kind),), False)
+
+
+@pytest.mark.parametrize("before", [StageState.KEPT, StageState.IN_DOUBT])
+def test_what_has_gone_beyond_its_own_point_of_no_return_is_kept_only_if_it_had_landed(before: StageState) -> None:
+    began = CompensationStarted(stage="a", attempt=1)
+    failed = CompensationFailed(stage="a", failure=FAILURE, past_pivot=True)
+
+    record = SagaState([STARTED, *PATHS[before], BACK, began, failed]).stages["a"]
+
+    assert (record.past_pivot, record.doubt) == (True, False)
+    assert record.state is (StageState.KEPT if before is StageState.KEPT else StageState.FAILED)
+
+
+def test_a_stage_in_doubt_that_completes_late_has_not_failed() -> None:
+    record = SagaState([STARTED, *PATHS[StageState.IN_DOUBT], COMPLETED_LATE]).stages["a"]
+
+    assert (record.state, record.landed, record.doubt, record.failed) == (StageState.KEPT, True, False, False)
+
+
+def test_a_stuck_stage_that_completes_late_stays_stuck_and_is_known_to_have_landed() -> None:
+    record = SagaState([STARTED, *STUCK_IN_DOUBT, COMPLETED_LATE]).stages["a"]
+
+    assert (record.state, record.landed, record.doubt) == (StageState.STUCK, True, False)
+    assert (record.output, record.late_output, record.ended_at) == (OUTPUT, OUTPUT, at(9))
+
+
+def said(verdict: Verdict) -> list[AnyEvent]:
+    """A person's word on stage a, when the saga has come to rest."""
+    return [SagaEnded(status=SagaStatus.STUCK), StageSettled(stage="a", verdict=verdict, note="looked", by="ann", at=at(9))]
+
+
+def test_what_a_person_says_is_undone_has_not_landed_and_ended_then() -> None:
+    record = SagaState([STARTED, *PATHS[StageState.STUCK], *said(Verdict.UNDONE)]).stages["a"]
+
+    assert (record.state, record.landed, record.undo_ended_at) == (StageState.UNDONE, False, at(9))
+
+
+def test_what_a_person_says_is_kept_keeps_its_output_but_not_what_it_returned_beside_a_failure() -> None:
+    failed = StageFailed(stage="a", failure=FAILURE, in_doubt=True, output=OUTPUT)
+
+    stuck = SagaState([STARTED, *PATHS[StageState.STUCK], *said(Verdict.KEPT)]).stages["a"]
+    unsure = SagaState([STARTED, StageStarted(stage="a", attempt=1), failed, *said(Verdict.KEPT)]).stages["a"]
+
+    assert stuck.output == OUTPUT
+    assert unsure.output == StageOutput.ok()
+
+
+@pytest.mark.parametrize(
+    ("stuck", "state"),
+    [(PATHS[StageState.STUCK], StageState.KEPT), (STUCK_IN_DOUBT, StageState.IN_DOUBT), (STUCK_WITH_REMAINS, StageState.FAILED)],
+    ids=["landed", "in doubt", "remains"],
+)
+def test_what_is_to_be_tried_again_stands_where_it_stood_before_it_was_stuck(stuck: list[AnyEvent], state: StageState) -> None:
+    record = SagaState([STARTED, *stuck, *said(Verdict.RETRY)]).stages["a"]
+
+    assert record.state is state
+
+
+def test_a_probe_that_gave_no_answer_is_asked_again_when_a_person_says_so() -> None:
+    node = Node(name="a", role=Role.COMPENSABLE, can_probe=True)
+    unanswered = StageProbed(stage="a", landed=None, failure=FAILURE)
+
+    record = SagaState([STARTED, *PATHS[StageState.IN_DOUBT], unanswered, *said(Verdict.RETRY)]).stages["a"]
+
+    assert undo_step(node, record) is Step.PROBE
 
 
 # -- which way a saga goes ---------------------------------------------------------------------------------------

@@ -297,7 +297,8 @@ def test_an_idempotent_stage_in_doubt_runs_again_with_its_key() -> None:
 
 
 def test_a_stuck_saga_may_be_told_to_go_forward_instead() -> None:
-    world, pipeline = scene(DIAMOND, {"b": Script(undo_fails=9), "d": Script("raise", then=("ok",))})
+    scripts = {"b": Script(undo_fails=9), "d": Script("raise", then=("ok",))}
+    world, pipeline = scene(DIAMOND, scripts)
     coordinator, stuck = first_run(pipeline, FailFast(compensation=IMPATIENT))
     assert stuck.status is SagaStatus.STUCK
     assert set(stuck.stuck) == {"b"}
@@ -308,6 +309,7 @@ def test_a_stuck_saga_may_be_told_to_go_forward_instead() -> None:
     assert report.status is SagaStatus.COMPLETED
     assert set(world.standing) == set("abcd")
     assert {name: stage.executions for name, stage in report.stages.items()} == {"a": 1, "b": 1, "c": 2, "d": 2}
+    assert scripts["b"].attempts == ["ok"]
 
 
 def test_only_one_coordinator_at_a_time_goes_on_with_a_saga() -> None:

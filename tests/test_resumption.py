@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 
 from saga import ContinueWithFallback, Failure, FailureKind, StageState
-from saga.events import CompensationFailed, SagaResumed, SagaTurnedBack, StageFailed, StageStarted, TurnReason
+from saga.events import (
+    AnyEvent,
+    CompensationFailed,
+    FallbackFailed,
+    SagaResumed,
+    SagaStopped,
+    SagaTurnedBack,
+    StageFailed,
+    StageStarted,
+    TurnReason,
+)
 from saga.graph import Graph, Node, Role
 from saga.recovery import SagaState
 from saga.resumption import Direction, crashed, resumption, undoing
@@ -32,6 +42,23 @@ def test_a_saga_that_a_failed_stage_does_not_stop_goes_on_when_its_process_died(
     assert (chapter.direction, chapter.stop) == (Direction.FORWARD, None)
 
 
+def test_a_saga_whose_fallback_had_failed_when_its_process_died_starts_nothing_more() -> None:
+    began = replace(STARTED, graph=Graph.of([Node(name="a", role=Role.COMPENSABLE, has_fallback=True)]))
+    fell_back = FallbackFailed(stage="a", failure=FAILURE)
+
+    chapter = resumption([began, *PATHS[StageState.FAILED], fell_back], ContinueWithFallback(), forward=None, by="ann")
+
+    assert (chapter.direction, chapter.stop) == (Direction.CONCLUDE, FAILURE)
+
+
+def test_what_had_stopped_a_saga_beside_its_stages_when_its_process_died_still_does() -> None:
+    late = Failure.of(None, FailureKind.TIMEOUT, "too late")
+
+    chapter = resumption([STARTED, *PATHS[StageState.KEPT], SagaStopped(cause=late)], None, forward=None, by="ann")
+
+    assert (chapter.direction, chapter.stop) == (Direction.CONCLUDE, late)
+
+
 def test_of_several_stages_that_failed_before_the_process_died_the_first_had_stopped_the_saga() -> None:
     began = replace(STARTED, graph=Graph.of([Node(name="a", role=Role.COMPENSABLE), Node(name="b", role=Role.COMPENSABLE)]))
     first, second = (Failure.of(stage, FailureKind.REPORTED, "no") for stage in "ba")
@@ -44,7 +71,7 @@ def test_of_several_stages_that_failed_before_the_process_died_the_first_had_sto
 
 
 def test_an_attempt_whose_process_died_is_told_as_that_although_one_before_it_had_failed() -> None:
-    attempts = [
+    attempts: list[AnyEvent] = [
         StageStarted(stage="a", attempt=1),
         StageFailed(stage="a", failure=FAILURE, will_retry=True),
         StageStarted(stage="a", attempt=2),
