@@ -180,12 +180,17 @@ STUCK_IN_DOUBT: list[AnyEvent] = [
 COMPLETED_LATE = StageCompleted(stage="a", output=OUTPUT, late=True, at=at(9))
 
 
-def test_an_attempt_to_undo_ends_when_it_fails_and_says_in_what_way() -> None:
-    began, failed = CompensationStarted(stage="a", attempt=1, at=at(1)), CompensationFailed(stage="a", failure=FAILURE, at=at(2))
+@pytest.mark.parametrize(
+    ("ended", "failed"),
+    [(CompensationCompleted(stage="a", at=at(2)), None), (CompensationFailed(stage="a", failure=FAILURE, at=at(2)), FAILURE.kind)],
+    ids=["completed", "failed"],
+)
+def test_an_attempt_to_undo_ends_when_its_outcome_is_recorded(ended: AnyEvent, failed: FailureKind | None) -> None:
+    began = CompensationStarted(stage="a", attempt=1, at=at(1))
 
-    record = SagaState([STARTED, *PATHS[StageState.KEPT], BACK, began, failed]).stages["a"]
+    record = SagaState([STARTED, *PATHS[StageState.KEPT], BACK, began, ended]).stages["a"]
 
-    assert (record.undo_tries, record.is_acting) == ((Try(at(1), at(2), FAILURE.kind),), False)
+    assert (record.undo_tries, record.is_acting) == ((Try(at(1), at(2), failed),), False)
 
 
 @pytest.mark.parametrize("before", [StageState.KEPT, StageState.IN_DOUBT])

@@ -596,6 +596,18 @@ def test_a_saga_that_went_on_without_two_branches_is_stuck_until_both_are_settle
     assert both.status is SagaStatus.DEGRADED
 
 
+def test_a_saga_that_is_stuck_beside_the_branch_that_it_kept_stays_as_it_is() -> None:
+    scripts = {"hotel": Script(undo_fails=9), "room": Script("raise")}
+    world, pipeline = scene({"hotel": (), "room": ("hotel",), "other": ()}, scripts)
+    coordinator, stuck = first_run(pipeline, SKIP_BRANCH)
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report == stuck
+    assert scripts["hotel"].undo_attempts == 1
+    assert set(world.standing) == {"hotel", "other"}
+
+
 def test_a_saga_that_never_turned_back_is_degraded_when_its_doubt_is_settled() -> None:
     coordinator, first = first_run(scene({"slow": (), "other": ()}, {"slow": Script("hang")})[1], SKIP_BRANCH)
     assert first.status is SagaStatus.STUCK

@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 
-from saga import ContinueWithFallback, Failure, FailureKind, StageState
+from saga import ContinueWithFallback, Failure, FailureKind, SagaStatus, StageState
 from saga.events import (
     AnyEvent,
     CompensationFailed,
     FallbackFailed,
+    SagaEnded,
     SagaResumed,
     SagaStopped,
     SagaTurnedBack,
     StageFailed,
+    StageSettled,
     StageStarted,
     TurnReason,
+    Verdict,
 )
 from saga.graph import Graph, Node, Role
 from saga.recovery import SagaState
@@ -112,6 +115,15 @@ def test_a_saga_whose_process_died_is_undone_on_demand_with_what_it_ran_in_doubt
     assert isinstance(failed, StageFailed)
     assert (failed.stage, failed.in_doubt, failed.will_retry) == ("a", True, False)
     assert isinstance(turned, SagaTurnedBack)
+
+
+def test_a_stuck_saga_whose_stage_is_to_be_tried_again_goes_on_backward() -> None:
+    stuck = SagaEnded(status=SagaStatus.STUCK)
+    retry = StageSettled(stage="a", verdict=Verdict.RETRY, note="the bank is back", by="ann")
+
+    chapter = resumption([STARTED, *PATHS[StageState.STUCK], stuck, retry, stuck], None, forward=None, by="ann")
+
+    assert (chapter.direction, chapter.reason) == (Direction.BACKWARD, TurnReason.REQUEST)
 
 
 def test_a_changed_policy_is_recorded_on_the_way_back_too() -> None:
