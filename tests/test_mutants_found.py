@@ -48,7 +48,7 @@ from saga.events import (
     Verdict,
 )
 from saga.graph import Graph, Node, Role
-from saga.recovery import Move, SagaState, Step, Try, conclude, undo_step
+from saga.recovery import Move, SagaState, Step, Try, conclude, protected, undo_step
 from tests.controlled import elapse, run
 from tests.test_hard_cases import by_cancelling_every_task, deaf
 from tests.test_ledger import BACK, CONTRADICTIONS, PATHS, STARTED, STUCK_WITH_REMAINS, SlowLedger
@@ -58,6 +58,7 @@ ONCE = Compensation(retry=Retry(attempts=1))
 SKIP_BRANCH = ContinueWithFallback(without_fallback="skip_branch", compensation=ONCE)
 OUTPUT = StageOutput.ok(amount=1)
 FAILURE = Failure.of("a", FailureKind.REPORTED, "no")
+LOST = Failure.of("a", FailureKind.CRASHED, "gone")
 
 
 def at(second: int) -> datetime:
@@ -191,6 +192,30 @@ def test_an_attempt_to_undo_ends_when_its_outcome_is_recorded(ended: AnyEvent, f
     record = SagaState([STARTED, *PATHS[StageState.KEPT], BACK, began, ended]).stages["a"]
 
     assert record.undo_tries == (Try(at(1), at(2), failed),)
+
+
+@pytest.mark.parametrize(
+    ("ended", "tried"),
+    [
+        (StageCompleted(stage="a", output=OUTPUT, at=at(2)), Try(at(1), at(2))),
+        (StageFailed(stage="a", failure=FAILURE, at=at(2)), Try(at(1), at(2), FAILURE.kind)),
+        (StageFailed(stage="a", failure=LOST, at=at(2)), Try(at(1), None, LOST.kind)),
+    ],
+    ids=["completed", "failed", "lost with its process"],
+)
+def test_an_attempt_ends_when_its_outcome_is_recorded_unless_it_was_lost_with_its_process(ended: AnyEvent, tried: Try) -> None:
+    record = SagaState([STARTED, StageStarted(stage="a", attempt=1, at=at(1)), ended]).stages["a"]
+
+    assert record.tries == (tried,)
+
+
+def test_a_stage_that_has_gone_beyond_its_own_point_of_no_return_stays_beyond_it() -> None:
+    failed = StageFailed(stage="a", failure=FAILURE, past_pivot=True, will_retry=True)
+    failed_again = StageFailed(stage="a", failure=FAILURE)
+
+    state = SagaState([STARTED, StageStarted(stage="a", attempt=1), failed, StageStarted(stage="a", attempt=2), failed_again])
+
+    assert protected(state) == {"a"}
 
 
 @pytest.mark.parametrize("before", [StageState.KEPT, StageState.IN_DOUBT])
