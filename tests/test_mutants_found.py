@@ -206,7 +206,7 @@ def test_an_attempt_to_undo_ends_when_its_outcome_is_recorded(ended: AnyEvent, f
 def test_an_attempt_ends_when_its_outcome_is_recorded_unless_it_was_lost_with_its_process(ended: AnyEvent, tried: Try) -> None:
     record = SagaState([STARTED, StageStarted(stage="a", attempt=1, at=at(1)), ended]).stages["a"]
 
-    assert record.tries == (tried,)
+    assert (record.tries, record.is_acting) == ((tried,), False)
 
 
 def test_a_stage_that_has_gone_beyond_its_own_point_of_no_return_stays_beyond_it() -> None:
@@ -397,6 +397,16 @@ def test_a_cancel_that_turns_the_saga_back_is_its_cause() -> None:
     report = run(SagaCoordinator(FailFast(on_cancel="compensate")).run(pipeline))
 
     assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+    assert (report.cause.stage, report.cause.kind) == ("b", FailureKind.CANCELLED)
+
+
+def test_a_cancel_that_keeps_what_was_done_is_the_cause_of_the_end() -> None:
+    _, pipeline = scene(SEQUENCE, {"b": Script("cancel")})
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert report.status is SagaStatus.CANCELLED
     assert report.cause is not None
     assert (report.cause.stage, report.cause.kind) == ("b", FailureKind.CANCELLED)
 

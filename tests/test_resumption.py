@@ -25,7 +25,7 @@ from saga.events import (
 from saga.graph import Graph, Node, Role
 from saga.recovery import SagaState
 from saga.resumption import Direction, crashed, resumption, undoing
-from tests.test_ledger import FAILURE, PATHS, STARTED
+from tests.test_ledger import FAILURE, HALTED, PATHS, RUNS_ON, STARTED
 
 GONE = "its process is gone; what became of it is not in the ledger"
 SKIP_BRANCH = ContinueWithFallback(without_fallback="skip_branch")
@@ -52,6 +52,12 @@ def test_a_saga_whose_fallback_had_failed_when_its_process_died_starts_nothing_m
     chapter = resumption([began, *PATHS[StageState.FAILED], fell_back], ContinueWithFallback(), forward=None, by="ann")
 
     assert (chapter.direction, chapter.stop) == (Direction.CONCLUDE, FAILURE)
+
+
+def test_what_was_to_run_again_when_the_process_died_still_is() -> None:
+    chapter = resumption([STARTED, *PATHS[StageState.FAILED], HALTED, RUNS_ON], None, forward=None, by="ann")
+
+    assert (chapter.direction, chapter.stop) == (Direction.FORWARD, None)
 
 
 def test_what_had_stopped_a_saga_beside_its_stages_when_its_process_died_still_does() -> None:
