@@ -209,6 +209,15 @@ def test_an_attempt_ends_when_its_outcome_is_recorded_unless_it_was_lost_with_it
     assert (record.tries, record.is_acting) == ((tried,), False)
 
 
+def test_an_attempt_that_was_lost_with_its_process_stays_lost_when_the_next_one_is_called_off() -> None:
+    lost = StageFailed(stage="a", failure=LOST, will_retry=True, at=at(2))
+    called_off = StageFailed(stage="a", failure=FAILURE, at=at(3))
+
+    record = SagaState([STARTED, StageStarted(stage="a", attempt=1, at=at(1)), lost, called_off]).stages["a"]
+
+    assert record.tries == (Try(at(1), None, LOST.kind),)
+
+
 def test_a_stage_that_has_gone_beyond_its_own_point_of_no_return_stays_beyond_it() -> None:
     failed = StageFailed(stage="a", failure=FAILURE, past_pivot=True, will_retry=True)
     failed_again = StageFailed(stage="a", failure=FAILURE)
@@ -425,6 +434,23 @@ def test_a_stage_that_was_interrupted_is_no_interruption_by_the_caller() -> None
     state = SagaState([STARTED, *PATHS[StageState.KEPT], StageStarted(stage="b", attempt=1), StageFailed(stage="b", failure=interrupted)])
 
     assert conclude(state, FailFast(on_interrupt="halt"), interrupted) == Move(turn=TurnReason.FAILURE, cause=interrupted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy", "turn"),
+    [
+        (FailureKind.INTERRUPTED, FailFast(on_interrupt="halt"), None),
+        (FailureKind.INTERRUPTED, FailFast(), TurnReason.INTERRUPT),
+        (FailureKind.TIMEOUT, FailFast(on_failure="halt"), None),
+        (FailureKind.TIMEOUT, FailFast(), TurnReason.FAILURE),
+    ],
+)
+def test_what_stopped_a_saga_is_the_cause_of_what_follows(kind: FailureKind, policy: FailFast, turn: TurnReason | None) -> None:
+    stop = Failure.of(None, kind, "enough")
+
+    move = conclude(SagaState([STARTED, *PATHS[StageState.KEPT]]), policy, stop)
+
+    assert move == Move(turn=turn, cause=stop, status=SagaStatus.HALTED if turn is None else None)
 
 
 def test_a_caller_that_is_cancelled_is_the_cause_of_a_halt() -> None:
