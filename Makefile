@@ -58,7 +58,7 @@ mutants: $(VENV)/.mutants  ## change the core at random: nine of ten changes hav
 	rm -rf mutants
 	SAGA_CASES=150 $(BIN)/mutmut run --max-children $(or $(JOBS),1)
 	@$(BIN)/mutmut results --all true | awk -F'[. :]+' '{ all[$$3]++; if ($$NF == "killed" || $$NF == "timeout") dead[$$3]++ } \
-		END { for (m in all) { s = 100 * dead[m] / all[m]; printf "%-10s %d of %d: %.1f %%\n", m, dead[m], all[m], s; if (s < 90) low = 1 }; exit low }'
+		END { for (m in all) { s = 100 * dead[m] / all[m]; printf "%-10s %d of %d: %.1f %%\n", m, dead[m], all[m], s; if (s < 90) low = 1 }; exit low || !NR }'
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -138,8 +138,6 @@ def status_said(events: Sequence[AnyEvent]) -> SagaStatus | None:
                 return SagaStatus.RUNNING if forward else SagaStatus.COMPENSATING
             case SagaStarted():
                 return SagaStatus.RUNNING
-            case _:
-                continue
     return None
 
 
@@ -251,7 +249,7 @@ class _Kept:
     started: SagaStarted
     owner: str | None
     token: int
-    status: SagaStatus = SagaStatus.RUNNING
+    status: SagaStatus
 
 
 class MemoryLedger(Ledger):

@@ -84,7 +84,7 @@ class StageRecord:
         state: Where it stands; never BLOCKED, which is read off the other stages.
         attempts: Attempts of this execution that started.
         execution: How often it was executed; one more each time that it ran again after it, or what it depends on, was undone.
-        is_acting: An attempt, of the stage or of its compensation, has started and not ended.
+        is_acting: An attempt has started and not ended.
         again: The saga was resumed, and the stage is to run once more.
         anew: With `again`: as a new execution.
         attempts_before: How many attempts of this execution had started when the saga was resumed.
@@ -305,7 +305,8 @@ class SagaState:
         if self.status is not SagaStatus.RUNNING:
             raise self._contradiction(f"a saga that is {self.status.value}", event)
         if event.execution != record.execution and record.execution:
-            _forget(record)
+            # Nothing of the execution before it stands.
+            vars(record).clear()
         if record.order < 0:
             record.order = self._started
             self._started += 1
@@ -412,17 +413,17 @@ class SagaState:
             record.undo_order = self._undo_started
             self._undo_started += 1
             record.undo_started_at = event.at
-        record.state, record.undo_attempts, record.is_acting = _S.COMPENSATING, event.attempt, True
+        record.state, record.undo_attempts = _S.COMPENSATING, event.attempt
         record.undo_tries = (*record.undo_tries, Try(event.at))
 
     def _compensation_completed(self, record: StageRecord, event: CompensationCompleted) -> None:
-        record.state, record.doubt, record.is_acting = _S.UNDONE, False, False
+        record.state, record.doubt = _S.UNDONE, False
         record.undo_ended_at = event.at
         record.undo_tries = _ended(record.undo_tries, event.at)
 
     def _compensation_failed(self, record: StageRecord, event: CompensationFailed) -> None:
         self._note(event.failure)
-        record.undo_failure, record.is_acting = event.failure, False
+        record.undo_failure = event.failure
         record.undo_tries = _ended(record.undo_tries, event.at, event.failure.kind)
         record.undo_in_question = event.failure.kind is FailureKind.CRASHED
         if event.past_pivot:
@@ -474,13 +475,6 @@ class SagaState:
             f"saga {self.started.saga_id}: {type(event).__name__} can't follow on {found}; the saga is left as it is. "
             "Compare its ledger with a backup before you go on."
         )
-
-
-def _forget(record: StageRecord) -> None:
-    """A new execution begins: nothing of the one before it stands."""
-    anew = record.anew
-    vars(record).clear()
-    record.anew = anew
 
 
 class Step(Enum):

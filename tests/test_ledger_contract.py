@@ -294,6 +294,15 @@ def test_an_append_may_give_the_lease_back(place: Place) -> None:
     assert taken == 2
 
 
+def test_an_append_that_is_not_told_to_does_not_give_the_lease_back(place: Place) -> None:
+    def append_once(ledger: Ledger) -> Any:
+        return ledger.append("s", (DONE,), expected_version=1, token=1)
+
+    *_, entries = on(place.open(), create(), append_once, lambda ledger: ledger.list())
+
+    assert entries[0].owner == "me"
+
+
 def test_an_append_that_is_refused_does_not_give_the_lease_back(place: Place) -> None:
     *_, refused, entries = on(place.open(), create(), append(DONE, version=7, release=True), lambda ledger: ledger.list())
 
@@ -425,13 +434,16 @@ STATUSES: dict[str, tuple[list[AnyEvent], SagaStatus]] = {
 
 
 @pytest.mark.parametrize("case", STATUSES)
-@pytest.mark.parametrize("how", ["together", "one by one"])
+@pytest.mark.parametrize("how", ["with its start", "together", "one by one"])
 def test_a_saga_stands_where_its_last_telling_event_says(place: Place, case: str, how: str) -> None:
     events, status = STATUSES[case]
-    one_by_one = [append(event, version=number) for number, event in enumerate(events, 1)]
-    appends = [append(*events)] if how == "together" and events else one_by_one
+    acts = [create(), *(append(event, version=number) for number, event in enumerate(events, 1))]
+    if how == "with its start":
+        acts = [create("s", "me", *events)]
+    elif how == "together" and events:
+        acts = [create(), append(*events)]
 
-    *_, entries = on(place.open(), create(), *appends, lambda ledger: ledger.list())
+    *_, entries = on(place.open(), *acts, lambda ledger: ledger.list())
 
     assert entries[0].status is status
 
@@ -530,9 +542,17 @@ def test_a_child_goes_with_the_saga_that_runs_it(place: Place, case: str) -> Non
 
 
 def test_a_child_whose_parent_is_not_there_goes_by_itself(place: Place) -> None:
-    *_, forgotten = on(place.open(), create("child", parent="nobody"), ended("child"), prune())
+    *_, forgotten, left = on(place.open(), create("child", parent="nobody"), ended("child"), prune(), listed(parent="nobody"))
 
     assert forgotten == {"child"}
+    assert left == []
+
+
+def test_a_child_that_was_there_before_the_saga_that_runs_it_stays_with_it(place: Place) -> None:
+    *_, while_it_runs, _, at_its_end = on(place.open(), create("child", parent="s"), ended("child"), create(), prune(), ended("s"), prune())
+
+    assert while_it_runs == set()
+    assert at_its_end == {"s", "child"}
 
 
 def test_an_id_is_free_again_when_its_saga_is_forgotten(place: Place) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -19,6 +20,7 @@ from saga import (
     FailureKind,
     LedgerCorrupt,
     LedgerError,
+    MemoryLedger,
     Retry,
     SagaContext,
     SagaCoordinator,
@@ -34,25 +36,29 @@ from saga.events import (
     CompensationStarted,
     EffectRecorded,
     SagaEnded,
+    SagaStopped,
     SagaTurnedBack,
     StageCompleted,
     StageFailed,
     StageProbed,
+    StageSettled,
     StageSkipped,
     StageStarted,
     TurnReason,
+    Verdict,
 )
 from saga.graph import Graph, Node, Role
-from saga.recovery import Move, SagaState, conclude
+from saga.recovery import Move, SagaState, Step, Try, conclude, protected, undo_step
 from tests.controlled import elapse, run
 from tests.test_hard_cases import by_cancelling_every_task, deaf
-from tests.test_ledger import BACK, CONTRADICTIONS, PATHS, STARTED, SlowLedger
+from tests.test_ledger import BACK, CONTRADICTIONS, PATHS, STARTED, STUCK_WITH_REMAINS, SlowLedger
 from tests.world import SEQUENCE, CardDeclined, Script, scene
 
 ONCE = Compensation(retry=Retry(attempts=1))
 SKIP_BRANCH = ContinueWithFallback(without_fallback="skip_branch", compensation=ONCE)
 OUTPUT = StageOutput.ok(amount=1)
 FAILURE = Failure.of("a", FailureKind.REPORTED, "no")
+LOST = Failure.of("a", FailureKind.CRASHED, "gone")
 
 
 def at(second: int) -> datetime:
@@ -111,6 +117,7 @@ def test_a_stage_that_skips_itself_ended_then_and_one_that_never_started_never_e
     unstarted = SagaState([STARTED, skip]).stages["a"]
 
     assert (itself.started_at, itself.ended_at) == (at(1), at(2))
+    assert (itself.tries, itself.is_acting) == ((Try(at(1), at(2)),), False)
     assert (unstarted.started_at, unstarted.ended_at) == (None, None)
 
 
@@ -137,6 +144,14 @@ def test_what_stopped_a_saga_that_did_not_turn_back_is_among_its_failures_once()
     assert known.failures == [FAILURE_OF_THE_PATH]
 
 
+def test_what_stopped_a_saga_beside_its_stages_is_its_cause_and_among_its_failures() -> None:
+    late = Failure.of(None, FailureKind.TIMEOUT, "too late")
+
+    state = SagaState([STARTED, *PATHS[StageState.KEPT], SagaStopped(cause=late)])
+
+    assert (state.stop, state.cause, state.failures) == (late, late, [late])
+
+
 def test_what_turned_a_saga_back_is_its_cause_and_among_its_failures_once() -> None:
     late = Failure.of(None, FailureKind.TIMEOUT, "too late")
 
@@ -155,6 +170,142 @@ def test_a_saga_is_spotless_until_a_stage_fails_or_skips_what_it_has_begun() -> 
     retried: list[AnyEvent] = [StageFailed(stage="a", failure=FAILURE, will_retry=True), StageStarted(stage="a", attempt=2)]
     mended = SagaState([STARTED, PATHS[StageState.RUNNING][0], *retried, StageCompleted(stage="a", output=OUTPUT)])
     assert mended.is_spotless is False
+
+
+STUCK_IN_DOUBT: list[AnyEvent] = [
+    *PATHS[StageState.IN_DOUBT],
+    BACK,
+    CompensationStarted(stage="a", attempt=1),
+    CompensationFailed(stage="a", failure=FAILURE),
+]
+COMPLETED_LATE = StageCompleted(stage="a", output=OUTPUT, late=True, at=at(9))
+
+
+@pytest.mark.parametrize(
+    ("ended", "failed"),
+    [(CompensationCompleted(stage="a", at=at(2)), None), (CompensationFailed(stage="a", failure=FAILURE, at=at(2)), FAILURE.kind)],
+    ids=["completed", "failed"],
+)
+def test_an_attempt_to_undo_ends_when_its_outcome_is_recorded(ended: AnyEvent, failed: FailureKind | None) -> None:
+    began = CompensationStarted(stage="a", attempt=1, at=at(1))
+
+    record = SagaState([STARTED, *PATHS[StageState.KEPT], BACK, began, ended]).stages["a"]
+
+    assert record.undo_tries == (Try(at(1), at(2), failed),)
+
+
+@pytest.mark.parametrize(
+    ("ended", "tried"),
+    [
+        (StageCompleted(stage="a", output=OUTPUT, at=at(2)), Try(at(1), at(2))),
+        (StageFailed(stage="a", failure=FAILURE, at=at(2)), Try(at(1), at(2), FAILURE.kind)),
+        (StageFailed(stage="a", failure=LOST, at=at(2)), Try(at(1), None, LOST.kind)),
+    ],
+    ids=["completed", "failed", "lost with its process"],
+)
+def test_an_attempt_ends_when_its_outcome_is_recorded_unless_it_was_lost_with_its_process(ended: AnyEvent, tried: Try) -> None:
+    record = SagaState([STARTED, StageStarted(stage="a", attempt=1, at=at(1)), ended]).stages["a"]
+
+    assert (record.tries, record.is_acting) == ((tried,), False)
+
+
+def test_a_stage_and_its_compensation_keep_all_their_attempts_the_oldest_first() -> None:
+    failed = StageFailed(stage="a", failure=FAILURE, will_retry=True, at=at(2))
+    completed = StageCompleted(stage="a", output=OUTPUT, at=at(4))
+    not_undone = CompensationFailed(stage="a", failure=FAILURE, will_retry=True, at=at(6))
+    events = [
+        StageStarted(stage="a", attempt=1, at=at(1)), failed, StageStarted(stage="a", attempt=2, at=at(3)), completed, BACK,
+        CompensationStarted(stage="a", attempt=1, at=at(5)), not_undone, CompensationStarted(stage="a", attempt=2, at=at(7)),
+        CompensationCompleted(stage="a", at=at(8)),
+    ]  # fmt: skip
+
+    record = SagaState([STARTED, *events]).stages["a"]
+
+    assert record.tries == (Try(at(1), at(2), FAILURE.kind), Try(at(3), at(4)))
+    assert record.undo_tries == (Try(at(5), at(6), FAILURE.kind), Try(at(7), at(8)))
+
+
+def test_an_attempt_that_was_lost_with_its_process_stays_lost_when_the_next_one_is_called_off() -> None:
+    lost = StageFailed(stage="a", failure=LOST, will_retry=True, at=at(2))
+    called_off = StageFailed(stage="a", failure=FAILURE, at=at(3))
+
+    record = SagaState([STARTED, StageStarted(stage="a", attempt=1, at=at(1)), lost, called_off]).stages["a"]
+
+    assert record.tries == (Try(at(1), None, LOST.kind),)
+
+
+def test_a_stage_that_has_gone_beyond_its_own_point_of_no_return_stays_beyond_it() -> None:
+    failed = StageFailed(stage="a", failure=FAILURE, past_pivot=True, will_retry=True)
+    failed_again = StageFailed(stage="a", failure=FAILURE)
+
+    state = SagaState([STARTED, StageStarted(stage="a", attempt=1), failed, StageStarted(stage="a", attempt=2), failed_again])
+
+    assert protected(state) == {"a"}
+
+
+@pytest.mark.parametrize("before", [StageState.KEPT, StageState.IN_DOUBT])
+def test_what_has_gone_beyond_its_own_point_of_no_return_is_kept_only_if_it_had_landed(before: StageState) -> None:
+    began = CompensationStarted(stage="a", attempt=1)
+    failed = CompensationFailed(stage="a", failure=FAILURE, past_pivot=True)
+
+    record = SagaState([STARTED, *PATHS[before], BACK, began, failed]).stages["a"]
+
+    assert (record.past_pivot, record.doubt) == (True, False)
+    assert record.state is (StageState.KEPT if before is StageState.KEPT else StageState.FAILED)
+
+
+def test_a_stage_in_doubt_that_completes_late_has_not_failed() -> None:
+    record = SagaState([STARTED, *PATHS[StageState.IN_DOUBT], COMPLETED_LATE]).stages["a"]
+
+    assert (record.state, record.landed, record.doubt, record.failed) == (StageState.KEPT, True, False, False)
+
+
+def test_a_stuck_stage_that_completes_late_stays_stuck_and_is_known_to_have_landed() -> None:
+    record = SagaState([STARTED, *STUCK_IN_DOUBT, COMPLETED_LATE]).stages["a"]
+
+    assert (record.state, record.landed, record.doubt) == (StageState.STUCK, True, False)
+    assert (record.output, record.late_output, record.ended_at) == (OUTPUT, OUTPUT, at(9))
+
+
+def said(verdict: Verdict) -> list[AnyEvent]:
+    """A person's word on stage a, when the saga has come to rest."""
+    return [SagaEnded(status=SagaStatus.STUCK), StageSettled(stage="a", verdict=verdict, note="looked", by="ann", at=at(9))]
+
+
+def test_what_a_person_says_is_undone_has_not_landed_and_ended_then() -> None:
+    record = SagaState([STARTED, *PATHS[StageState.STUCK], *said(Verdict.UNDONE)]).stages["a"]
+
+    assert (record.state, record.landed, record.undo_ended_at) == (StageState.UNDONE, False, at(9))
+
+
+def test_what_a_person_says_is_kept_keeps_its_output_but_not_what_it_returned_beside_a_failure() -> None:
+    failed = StageFailed(stage="a", failure=FAILURE, in_doubt=True, output=OUTPUT)
+
+    stuck = SagaState([STARTED, *PATHS[StageState.STUCK], *said(Verdict.KEPT)]).stages["a"]
+    unsure = SagaState([STARTED, StageStarted(stage="a", attempt=1), failed, *said(Verdict.KEPT)]).stages["a"]
+
+    assert stuck.output == OUTPUT
+    assert unsure.output == StageOutput.ok()
+
+
+@pytest.mark.parametrize(
+    ("stuck", "state"),
+    [(PATHS[StageState.STUCK], StageState.KEPT), (STUCK_IN_DOUBT, StageState.IN_DOUBT), (STUCK_WITH_REMAINS, StageState.FAILED)],
+    ids=["landed", "in doubt", "remains"],
+)
+def test_what_is_to_be_tried_again_stands_where_it_stood_before_it_was_stuck(stuck: list[AnyEvent], state: StageState) -> None:
+    record = SagaState([STARTED, *stuck, *said(Verdict.RETRY)]).stages["a"]
+
+    assert record.state is state
+
+
+def test_a_probe_that_gave_no_answer_is_asked_again_when_a_person_says_so() -> None:
+    node = Node(name="a", role=Role.COMPENSABLE, can_probe=True)
+    unanswered = StageProbed(stage="a", landed=None, failure=FAILURE)
+
+    record = SagaState([STARTED, *PATHS[StageState.IN_DOUBT], unanswered, *said(Verdict.RETRY)]).stages["a"]
+
+    assert undo_step(node, record) is Step.PROBE
 
 
 # -- which way a saga goes ---------------------------------------------------------------------------------------
@@ -275,6 +426,16 @@ def test_a_cancel_that_turns_the_saga_back_is_its_cause() -> None:
     assert (report.cause.stage, report.cause.kind) == ("b", FailureKind.CANCELLED)
 
 
+def test_a_cancel_that_keeps_what_was_done_is_the_cause_of_the_end() -> None:
+    _, pipeline = scene(SEQUENCE, {"b": Script("cancel")})
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert report.status is SagaStatus.CANCELLED
+    assert report.cause is not None
+    assert (report.cause.stage, report.cause.kind) == ("b", FailureKind.CANCELLED)
+
+
 def test_a_deadline_is_no_interruption_by_the_caller() -> None:
     world, pipeline = scene({"a": (), "b": ("a",)}, {"b": Script(before=9)}, {"b": "probed"})
 
@@ -289,6 +450,23 @@ def test_a_stage_that_was_interrupted_is_no_interruption_by_the_caller() -> None
     state = SagaState([STARTED, *PATHS[StageState.KEPT], StageStarted(stage="b", attempt=1), StageFailed(stage="b", failure=interrupted)])
 
     assert conclude(state, FailFast(on_interrupt="halt"), interrupted) == Move(turn=TurnReason.FAILURE, cause=interrupted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy", "turn"),
+    [
+        (FailureKind.INTERRUPTED, FailFast(on_interrupt="halt"), None),
+        (FailureKind.INTERRUPTED, FailFast(), TurnReason.INTERRUPT),
+        (FailureKind.TIMEOUT, FailFast(on_failure="halt"), None),
+        (FailureKind.TIMEOUT, FailFast(), TurnReason.FAILURE),
+    ],
+)
+def test_what_stopped_a_saga_is_the_cause_of_what_follows(kind: FailureKind, policy: FailFast, turn: TurnReason | None) -> None:
+    stop = Failure.of(None, kind, "enough")
+
+    move = conclude(SagaState([STARTED, *PATHS[StageState.KEPT]]), policy, stop)
+
+    assert move == Move(turn=turn, cause=stop, status=SagaStatus.HALTED if turn is None else None)
 
 
 def test_a_caller_that_is_cancelled_is_the_cause_of_a_halt() -> None:
@@ -431,6 +609,44 @@ def test_a_timeout_that_a_compensation_survives_is_not_held_against_the_next_one
     assert undone is not None
     assert undone.failure is not None
     assert undone.failure.message == "mine"
+
+
+def test_a_ledger_is_not_written_under_a_cancel_that_a_compensation_survived() -> None:
+    cancels: list[tuple[str, int]] = []
+
+    class Watching(MemoryLedger):
+        async def append(self, saga_id: str, events: Sequence[AnyEvent], **more: Any) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            cancels.extend((type(event).__name__, task.cancelling()) for event in events)
+            await super().append(saga_id, events, **more)
+
+    async def stubborn(_: CompensationContext) -> None:
+        try:
+            await elapse(10)
+        except asyncio.CancelledError:
+            await elapse(1)
+
+    pipeline = Pipeline().with_stage("a", compensable(fine, stubborn)).with_stage("b", declined, "work", dependencies=("a",))
+
+    run(SagaCoordinator(FailFast(compensation=Compensation(timeout=3)), ledger=Watching()).run(pipeline))
+
+    assert ("CompensationCompleted", 0) in cancels
+
+
+def test_when_the_ledger_breaks_while_going_backward_nobody_is_asked_any_more() -> None:
+    asked: list[str] = []
+
+    async def probe(ctx: CompensationContext) -> None:
+        asked.append(ctx.stage_name)
+
+    pipeline = Pipeline().with_stage("a", compensable(declined, fine, probe=probe)).with_stage("b", compensable(fine, fine))
+    one_by_one = FailFast(compensation=Compensation(max_concurrency=1))
+
+    with pytest.raises(LedgerError, match="disk full"):
+        run(SagaCoordinator(one_by_one, ledger=SlowLedger(CompensationStarted)).run(pipeline))
+
+    assert asked == []
 
 
 def test_an_error_of_a_compensation_that_was_cancelled_from_outside_is_told_in_its_own_words() -> None:

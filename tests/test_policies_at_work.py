@@ -23,6 +23,7 @@ from saga import (
     SagaStatus,
     StageState,
 )
+from saga.events import CompensationFailed
 from tests.controlled import elapse, run
 from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, World, scene
 
@@ -349,6 +350,16 @@ def test_the_deadline_of_the_backward_run_ends_the_retries() -> None:
     assert script.undo_attempts == 2
     assert report.stages["b"].state is StageState.STUCK
     assert report.status is SagaStatus.STUCK
+
+
+def test_a_compensation_that_fails_after_the_deadline_of_the_backward_run_is_stuck_at_once() -> None:
+    _, pipeline = scene(SEQUENCE, {"b": Script(undo_fails=99, undo_takes=20), "c": Script("raise")})
+    coordinator = SagaCoordinator(FailFast(compensation=Compensation(deadline=10)))
+
+    run(coordinator.run(pipeline, saga_id="s"))
+
+    failed = [event for event in run(coordinator.ledger.read("s")) if isinstance(event, CompensationFailed)]
+    assert [event.will_retry for event in failed] == [False]
 
 
 @pytest.mark.parametrize(("on_failure", "standing"), [("isolate", {"b", "a"}), ("continue", {"b"}), ("halt", {"b", "a", "x"})])

@@ -270,6 +270,19 @@ def test_what_is_in_doubt_and_cannot_be_asked_has_to_be_settled_first() -> None:
     assert set(world.standing) == set("abc")
 
 
+def test_all_that_has_to_be_settled_first_is_named() -> None:
+    _, pipeline = scene(DIAMOND, {"b": Script("hang"), "c": Script("hang")})
+    coordinator, _ = first_run(pipeline, FailFast(timeout=1, on_failure="halt"))
+
+    with pytest.raises(MisuseError) as caught:
+        run(coordinator.resume("s", pipeline))
+
+    assert str(caught.value) == (
+        "expected a saga whose stages in doubt can be asked, or can run again, got b, c in doubt, without a probe and not idempotent. "
+        "Look whether the effect has landed, then say so: settle(saga_id, stage, 'kept' or 'undone', note)."
+    )
+
+
 def test_an_idempotent_stage_in_doubt_runs_again_with_its_key() -> None:
     script = Script("hang", lands=True, then=("ok",))
     world, pipeline = scene(SEQUENCE, {"b": script})
@@ -284,7 +297,8 @@ def test_an_idempotent_stage_in_doubt_runs_again_with_its_key() -> None:
 
 
 def test_a_stuck_saga_may_be_told_to_go_forward_instead() -> None:
-    world, pipeline = scene(DIAMOND, {"b": Script(undo_fails=9), "d": Script("raise", then=("ok",))})
+    scripts = {"b": Script(undo_fails=9), "d": Script("raise", then=("ok",))}
+    world, pipeline = scene(DIAMOND, scripts)
     coordinator, stuck = first_run(pipeline, FailFast(compensation=IMPATIENT))
     assert stuck.status is SagaStatus.STUCK
     assert set(stuck.stuck) == {"b"}
@@ -295,6 +309,7 @@ def test_a_stuck_saga_may_be_told_to_go_forward_instead() -> None:
     assert report.status is SagaStatus.COMPLETED
     assert set(world.standing) == set("abcd")
     assert {name: stage.executions for name, stage in report.stages.items()} == {"a": 1, "b": 1, "c": 2, "d": 2}
+    assert scripts["b"].attempts == ["ok"]
 
 
 def test_only_one_coordinator_at_a_time_goes_on_with_a_saga() -> None:
@@ -556,6 +571,52 @@ def test_a_word_that_makes_no_sense_is_refused_and_nothing_is_recorded(stage: st
     assert run(coordinator.ledger.read("s")) == before
 
 
+SKIP_BRANCH = ContinueWithFallback(timeout=1, without_fallback="skip_branch", compensation=IMPATIENT)
+
+
+def test_what_served_a_branch_that_fell_is_not_settled_while_it_is_only_blocked() -> None:
+    shape = {"root": (), "middle": ("root",), "leaf": ("middle",), "other": ()}
+    _, pipeline = scene(shape, {"middle": Script(undo_fails=9), "leaf": Script("raise")})
+    coordinator, _ = first_run(pipeline, SKIP_BRANCH)
+
+    with pytest.raises(MisuseError, match="expected a stage that is stuck or in doubt, for stage 'root', got one that is blocked"):
+        run(coordinator.settle("s", "root", "undone", "by hand"))
+
+
+def test_a_saga_that_went_on_without_two_branches_is_stuck_until_both_are_settled() -> None:
+    shape = {"hotel": (), "room": ("hotel",), "flight": (), "seat": ("flight",), "other": ()}
+    scripts = {"hotel": Script(undo_fails=9), "room": Script("raise"), "flight": Script(undo_fails=9), "seat": Script("raise")}
+    coordinator, first = first_run(scene(shape, scripts)[1], SKIP_BRANCH)
+    assert set(first.stuck) == {"hotel", "flight"}
+
+    one = run(coordinator.settle("s", "hotel", "undone", "by hand"))
+    both = run(coordinator.settle("s", "flight", "undone", "by hand"))
+
+    assert one.status is SagaStatus.STUCK
+    assert both.status is SagaStatus.DEGRADED
+
+
+def test_a_saga_that_is_stuck_beside_the_branch_that_it_kept_stays_as_it_is() -> None:
+    scripts = {"hotel": Script(undo_fails=9), "room": Script("raise")}
+    world, pipeline = scene({"hotel": (), "room": ("hotel",), "other": ()}, scripts)
+    coordinator, stuck = first_run(pipeline, SKIP_BRANCH)
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report == stuck
+    assert scripts["hotel"].undo_attempts == 1
+    assert set(world.standing) == {"hotel", "other"}
+
+
+def test_a_saga_that_never_turned_back_is_degraded_when_its_doubt_is_settled() -> None:
+    coordinator, first = first_run(scene({"slow": (), "other": ()}, {"slow": Script("hang")})[1], SKIP_BRANCH)
+    assert first.status is SagaStatus.STUCK
+
+    settled = run(coordinator.settle("s", "slow", "undone", "it never arrived"))
+
+    assert settled.status is SagaStatus.DEGRADED
+
+
 def test_a_saga_that_is_alive_is_not_settled() -> None:
     import asyncio
 
@@ -604,6 +665,18 @@ def test_a_retry_that_could_tell_nothing_new_is_refused() -> None:
 
     with pytest.raises(MisuseError, match=r"expected undone or kept, for stage 'b', got retry\. It has neither a probe nor"):
         run(coordinator.settle("s", "b", "retry", "once more"))
+
+
+def test_a_retry_is_accepted_for_a_stage_whose_probe_has_failed() -> None:
+    world = World({"b": ()})
+    pipeline = Pipeline().with_stage("b", Unanswering(world, "b", Script("hang", lands=True)))
+    coordinator, first = first_run(pipeline, FailFast(timeout=1, compensation=IMPATIENT))
+    assert first.status is SagaStatus.STUCK
+
+    settled = run(coordinator.settle("s", "b", "retry", "the line is back"))
+
+    assert settled.stages["b"].state is S.IN_DOUBT
+    assert settled.stages["b"].settled is not None
 
 
 def test_going_forward_a_retry_runs_what_was_in_doubt_once_more() -> None:
