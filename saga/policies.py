@@ -25,6 +25,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from tenacity import RetryCallState, wait_exponential, wait_random_exponential
 
 from saga.errors import PolicyInvalid
 from saga.failures import Failure, FailureKind
@@ -136,8 +137,6 @@ class Retry(_Frozen):
         return wait
 
     def _wait_after(self, attempt: int) -> float:
-        from tenacity import RetryCallState, wait_exponential, wait_random_exponential  # noqa: PLC0415 - only who waits needs it
-
         kind = wait_random_exponential if self.jitter else wait_exponential
         call = RetryCallState(retry_object=None, fn=None, args=(), kwargs={})  # type: ignore[arg-type] # waits read only the number
         call.attempt_number = attempt

@@ -38,11 +38,14 @@ def verify_saga(request: pytest.FixtureRequest) -> VerifySaga:
     """
 
     def verify_saga(pipeline: Pipeline, policy: Policy | None, world: World, **options: Any) -> Verification:
-        verification = asyncio.run(verify(pipeline, policy, world, **options))
-        request.config.stash.setdefault(_MATRICES, []).append((request.node.nodeid, str(verification)))
-        return verification
+        return _kept(request, asyncio.run(verify(pipeline, policy, world, **options)))
 
     return verify_saga
+
+
+def _kept(request: pytest.FixtureRequest, verification: Verification) -> Verification:
+    request.config.stash.setdefault(_MATRICES, []).append((request.node.nodeid, str(verification)))
+    return verification
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

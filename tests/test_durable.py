@@ -169,9 +169,21 @@ def test_when_the_second_write_fails_those_who_waited_for_it_learn_of_it() -> No
     assert world.log == []
 
 
-def test_what_nobody_waits_for_is_taken_along_by_a_write_that_comes_first() -> None:
-    """The completion of "a" waits for its time to be written when "c", beside it, writes."""
-    _, pipeline = scene({"a": (), "c": (), "d": ("c",)}, {"a": Script(before=1), "c": Script(before=1.002)})
+@pytest.mark.parametrize("turns", range(14))
+def test_what_nobody_waits_for_is_taken_along_by_a_write_that_comes_first(turns: int) -> None:
+    """The completion of "a" waits for its time to be written, or has just been told that it has come, when "c", beside it, writes."""
+
+    async def a(_: Any) -> None:
+        await elapse(1)
+
+    async def c(_: Any) -> None:
+        await elapse(1.002)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+
+    async def d(_: Any) -> None: ...
+
+    pipeline = Pipeline(name="p").with_stage("a", a, "work").with_stage("c", c, "work").with_stage("d", d, "work", dependencies=("c",))
     ledger = Slow(seconds=0.0001)
 
     run(SagaCoordinator(ledger=ledger).run(pipeline))

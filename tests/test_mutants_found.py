@@ -213,7 +213,7 @@ def test_a_stage_and_its_compensation_keep_all_their_attempts_the_oldest_first()
     failed = StageFailed(stage="a", failure=FAILURE, will_retry=True, at=at(2))
     completed = StageCompleted(stage="a", output=OUTPUT, at=at(4))
     not_undone = CompensationFailed(stage="a", failure=FAILURE, will_retry=True, at=at(6))
-    events = [
+    events: list[AnyEvent] = [
         StageStarted(stage="a", attempt=1, at=at(1)), failed, StageStarted(stage="a", attempt=2, at=at(3)), completed, BACK,
         CompensationStarted(stage="a", attempt=1, at=at(5)), not_undone, CompensationStarted(stage="a", attempt=2, at=at(7)),
         CompensationCompleted(stage="a", at=at(8)),
