@@ -27,7 +27,7 @@ COMPARISONS: Final[dict[str, Comparison]] = {
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure saga against plain stageflow and against sagaz.")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: few rounds, small pipelines, under 20 seconds")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: few rounds, small pipelines, about 20 seconds")
     parser.add_argument("--only", action="append", choices=COMPARISONS, metavar="NAME", help=f"one of {', '.join(COMPARISONS)}; repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's numbers there")
     return parser.parse_args()
