@@ -209,6 +209,22 @@ def test_an_attempt_ends_when_its_outcome_is_recorded_unless_it_was_lost_with_it
     assert (record.tries, record.is_acting) == ((tried,), False)
 
 
+def test_a_stage_and_its_compensation_keep_all_their_attempts_the_oldest_first() -> None:
+    failed = StageFailed(stage="a", failure=FAILURE, will_retry=True, at=at(2))
+    completed = StageCompleted(stage="a", output=OUTPUT, at=at(4))
+    not_undone = CompensationFailed(stage="a", failure=FAILURE, will_retry=True, at=at(6))
+    events: list[AnyEvent] = [
+        StageStarted(stage="a", attempt=1, at=at(1)), failed, StageStarted(stage="a", attempt=2, at=at(3)), completed, BACK,
+        CompensationStarted(stage="a", attempt=1, at=at(5)), not_undone, CompensationStarted(stage="a", attempt=2, at=at(7)),
+        CompensationCompleted(stage="a", at=at(8)),
+    ]  # fmt: skip
+
+    record = SagaState([STARTED, *events]).stages["a"]
+
+    assert record.tries == (Try(at(1), at(2), FAILURE.kind), Try(at(3), at(4)))
+    assert record.undo_tries == (Try(at(5), at(6), FAILURE.kind), Try(at(7), at(8)))
+
+
 def test_an_attempt_that_was_lost_with_its_process_stays_lost_when_the_next_one_is_called_off() -> None:
     lost = StageFailed(stage="a", failure=LOST, will_retry=True, at=at(2))
     called_off = StageFailed(stage="a", failure=FAILURE, at=at(3))
