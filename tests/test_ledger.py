@@ -334,6 +334,20 @@ def test_a_memory_ledger_keeps_so_many_sagas_about_which_nothing_is_left_to_do_a
     assert run(play()) == ["b", "d", "e", "f"]
 
 
+def test_a_memory_ledger_keeps_nothing_of_a_family_that_it_forgets() -> None:
+    ledger = MemoryLedger(keep=0)
+
+    async def play() -> None:
+        await ledger.create("s", "me", [STARTED])
+        await ledger.create("child", "me", [replace(STARTED, saga_id="child", parent="s", parent_stage="a")])
+        for saga_id in ("child", "s"):
+            await ledger.append(saga_id, [SagaEnded(status=SagaStatus.COMPLETED)], expected_version=1, token=1, release=True)
+
+    run(play())
+
+    assert (ledger._sagas, ledger._children, ledger._done) == ({}, {}, {})
+
+
 class SlowLedger(MemoryLedger):
     """Takes its time for every append, as a disk does; it can break."""
 
