@@ -266,7 +266,9 @@ class SagaState:
             node = self.graph[name]
             stands = record.landed and node.role is not Role.PLAIN and record.state is not _S.UNDONE
             lacks_ground = record.state is _S.UNDONE or any(self.stages[below].anew for below in node.dependencies)
-            record.anew = lacks_ground and not stands and not record.doubt
+            # Under another key, what it recorded under this one would be nobody's any more.
+            stands_in_part = bool(record.effects) and record.state is not _S.UNDONE
+            record.anew = lacks_ground and not (stands or stands_in_part or record.doubt)
             ended_badly = record.state in {_S.FAILED, _S.CANCELLED, _S.IN_DOUBT, _S.STUCK} or record.with_branch
             record.again = not stands and (record.anew or ended_badly) and record.state is not _S.NOT_RUN
             record.attempts_before = record.attempts

@@ -1045,3 +1045,20 @@ def test_who_settles_is_unknown_where_the_process_has_no_user(monkeypatch: pytes
 
     assert report.stages["b"].settled is not None
     assert report.stages["b"].settled.by == "unknown"
+
+
+def test_what_recorded_effects_and_could_not_be_undone_runs_again_under_its_key_though_its_ground_was_undone() -> None:
+    """Promise 2: under another key its effect would stand twice."""
+    scripts = {"a": Script(order_matters=False), "b": Script("raise", lands=True, undo_fails=9)}
+    world, pipeline = scene({"a": (), "b": ("a",)}, scripts, {"b": "recording"})
+    coordinator = SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1), on_failure="continue")))
+    stuck = run(coordinator.run(pipeline, saga_id="s"))
+    assert (stuck.status, world.standing) == (SagaStatus.STUCK, {"b": 1})
+    scripts["b"].outcome = "ok"
+
+    report = run(coordinator.resume("s", pipeline, forward=True))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.standing == {"a": 1, "b": 1}
+    assert report.stages["b"].executions == 1
+    assert report.stages["a"].executions == 2
