@@ -821,3 +821,31 @@ def test_sys_exit_in_a_stage_is_a_failure_like_any_other() -> None:
     assert report.cause is not None
     assert report.cause.type == "SystemExit"
     assert world.standing == {}
+
+
+# -- loops whose tasks are made in another way -------------------------------------------------------------------
+
+
+def plain_tasks(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
+    return asyncio.Task(work, loop=loop, **options)
+
+
+FACTORIES = [plain_tasks, *(getattr(asyncio, name) for name in ("eager_task_factory",) if hasattr(asyncio, name))]
+
+
+@pytest.mark.parametrize("factory", FACTORIES, ids=lambda factory: factory.__name__)
+@pytest.mark.parametrize("outcome", ["ok", "raise", "fail", "hang", "cancel"])
+@pytest.mark.parametrize("policy", [FailFast(timeout=5), ContinueWithFallback(timeout=5, fallbacks={"c": {}})])
+def test_a_task_factory_of_the_users_changes_nothing(policy: FailFast | ContinueWithFallback, outcome: str, factory: Any) -> None:
+    def report_of(with_factory: bool) -> tuple[Any, ...]:
+        world, pipeline = scene(DIAMOND, {"c": Script(outcome, before=1)})
+
+        async def play() -> SagaReport:
+            if with_factory:
+                asyncio.get_running_loop().set_task_factory(factory)
+            return await SagaCoordinator(policy).run(pipeline)
+
+        report = run(play())
+        return report.status, {name: stage.state for name, stage in report.stages.items()}, sorted(world.log), world.refusals
+
+    assert report_of(with_factory=True) == report_of(with_factory=False)
