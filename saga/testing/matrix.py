@@ -31,12 +31,18 @@ _NOTHING_KNOWN: Final = (
     "It never struck, so nothing is known of it. If a stage does not run with this input, or is never undone, leave it out, "
     "and verify it with another input."
 )
+_OF_A_KILL: Final = (
+    "What a died process has left is found by a probe(); a stage that runs again needs ctx.idempotency_key; nothing that a stage "
+    "keeps in itself outlives its process."
+)
 _ADVICE: Final = {
     Fault.RAISES_BEFORE: "compensate() leaves something behind. Have it undo that, too; a mere trace is to be left out of look().",
-    Fault.RAISES_AFTER: "An answer that is lost looks like a failure: give the stage a probe(), or have it ctx.record its effects.",
+    Fault.RAISES_AFTER: (
+        "A lost answer looks like a failure: give the stage a probe(), or ctx.record its effects. A plain stage can have neither."
+    ),
     Fault.UNDO_REPEATED: "compensate() has to bear repetition: let whoever carries it out recognise ctx.idempotency_key.",
-    Fault.KILLED_BEFORE: "What a died process has left is found by a probe(); a stage that runs again needs ctx.idempotency_key.",
-    Fault.KILLED_AFTER: "What a died process has left is found by a probe(); a stage that runs again needs ctx.idempotency_key.",
+    Fault.KILLED_BEFORE: _OF_A_KILL,
+    Fault.KILLED_AFTER: _OF_A_KILL,
     Fault.TIMES_OUT_AFTER: "Its probe() has to find what landed; a compensate_in_doubt has to cope with it.",
     Fault.TIMES_OUT_BEFORE: "Its probe() has to tell that nothing landed; a compensate_in_doubt has to cope with that.",
 }
@@ -48,7 +54,8 @@ def matrix(verification: Verification) -> str:
     for trial in verification.trials:
         cells.setdefault((trial.stage or _WHOLE, trial.fault), {})[_sign(trial)] = None
     faults = [fault for fault in Fault if any(fault is trial.fault for trial in verification.trials)]
-    rows = [*verification.stages, *([_WHOLE] if any(row == _WHOLE for row, _ in cells) else [])]
+    # A stage may run only when another one fails; and what is about the saga itself comes last.
+    rows = list(dict.fromkeys([*verification.stages, *sorted(row for row, _ in cells if row != _WHOLE), *(row for row, _ in cells)]))
     table = [["", *(_header(fault)[part] for fault in faults)] for part in (0, 1)]
     table += [[row, *(" ".join(cells.get((row, fault), ())) for fault in faults)] for row in rows]
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
@@ -76,7 +83,8 @@ def _sign(trial: Trial) -> str:
 def _verdict(verification: Verification) -> str:
     if verification.ok:
         return "wherever it failed, the world was where the report said"
-    return "the world was not where the report said, or a fault never struck"
+    wrong = sum(not trial.ok for trial in verification.trials)
+    return f"{wrong} of {len(verification.trials)} trials went wrong"
 
 
 def _legend(signs: Iterable[str]) -> Iterator[str]:
@@ -84,7 +92,7 @@ def _legend(signs: Iterable[str]) -> Iterator[str]:
     single = {sign for joined in found for sign in joined}
     meanings: Mapping[str, str] = {sign: status.value for status, sign in _SIGNS.items()} | {
         _NEVER_BEGAN: "never began",
-        _WRONG: "not where the report said",
+        _WRONG: "wrong",
         _UNREACHED: "never struck",
     }
     yield "   ".join(f"{sign} {meaning}" for sign, meaning in meanings.items() if sign in single)
@@ -97,7 +105,8 @@ def _problems(trials: Iterable[Trial]) -> Iterator[str]:
     found: dict[str, dict[Fault, dict[str, None]]] = {}
     for trial in trials:
         wrong = trial.contradiction or _NOTHING_KNOWN
-        found.setdefault(wrong, {}).setdefault(trial.fault, {})[trial.stage or _WHOLE] = None
+        write = f" ({', '.join(trial.events)})" if trial.events else ""
+        found.setdefault(wrong, {}).setdefault(trial.fault, {})[(trial.stage or _WHOLE) + write] = None
     for wrong, led_to_it in found.items():
         yield ""
         yield from (f"{fault}: {', '.join(stages)}" for fault, stages in led_to_it.items())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from saga.coordinator import SagaCoordinator
 from saga.errors import LedgerError
-from saga.events import AnyEvent, StageEvent, event_from_json, event_to_json
+from saga.events import AnyEvent, SagaStarted, StageEvent, event_from_json, event_to_json
 from saga.ledger import MemoryLedger
 from saga.policies import Compensation, Policy, Retry
 
@@ -57,6 +57,8 @@ class Rehearsal(SagaCoordinator):
         prefix = "" if started.parent is None else f"{self._prefixes[started.parent]}{started.parent_stage}/"
         self._prefixes[journal.saga_id] = prefix
         self.nodes |= {prefix + node.name: node for node in blueprint.graph.nodes}
+        # On a busy machine, too, the same events go into the same writes.
+        journal.linger = PATIENCE
         stages = {name: self._hurried(plan, prefix + name) for name, plan in blueprint.stages.items()}
         return super()._lives(replace(blueprint, stages=stages), _without_waits(policy), journal, context)
 
@@ -65,6 +67,8 @@ class Rehearsal(SagaCoordinator):
             plan,
             retry=None if plan.retry is None else _at_once(plan.retry),
             timeout=PATIENCE if path in self._impatient_of else plan.timeout,
+            # Its effect is to land before anybody asks for it, however long it takes.
+            patient=plan.patient or path in self._impatient_of,
             compensation=None if plan.compensation is None else _undone_at_once(plan.compensation),
         )
 
@@ -93,12 +97,17 @@ class MortalLedger(MemoryLedger):
 
     Args:
         durable: It hands out what a durable ledger would: what was written as JSON and read again.
+
+    Attributes:
+        struck_at: The path of the stage that the last write was about; empty for the saga as a whole, None while it lives.
+        struck_events: What that write was to record.
     """
 
     def __init__(self, *, durable: bool) -> None:
         super().__init__()
         self.durable = durable
         self.struck_at: str | None = None
+        self.struck_events: tuple[str, ...] = ()
         self._writes_left: int | None = None
         self._after = False
         self._is_dead = False
@@ -113,12 +122,9 @@ class MortalLedger(MemoryLedger):
         for saga in self._sagas.values():
             saga.owner = None
 
-    def path(self, saga_id: str) -> str:
+    def _path(self, started: SagaStarted) -> str:
         """The path that leads to a saga's stages; empty for one that no other runs."""
-        saga = self._sagas.get(saga_id)
-        if saga is None or saga.started.parent is None:
-            return ""
-        return f"{self.path(saga.started.parent)}{saga.started.parent_stage}/"
+        return "" if started.parent is None else f"{self._path(self._sagas[started.parent].started)}{started.parent_stage}/"
 
     def _refuse_if_dead(self) -> None:
         if self._is_dead:
@@ -132,8 +138,11 @@ class MortalLedger(MemoryLedger):
         return self._writes_left == 0
 
     def _die(self, saga_id: str, events: Sequence[AnyEvent]) -> None:
+        first = events[0]
+        path = self._path(first if isinstance(first, SagaStarted) else self._sagas[saga_id].started)
         stages = [event.stage for event in events if isinstance(event, StageEvent)]
-        self.struck_at = self.path(saga_id) + stages[0] if stages else ""
+        self.struck_at = path + stages[0] if stages else path.rstrip("/")
+        self.struck_events = tuple(type(event).__name__ for event in events)
         self._is_dead = True
         self._refuse_if_dead()
 
