@@ -35,7 +35,7 @@ class Fault(StrEnum):
     UNDO_FAILS = "undo fails"
     """Its compensation raises, at every attempt."""
     KILLED_BEFORE = "killed before"
-    """The process dies before a write to the ledger."""
+    """The process dies before an event is in the ledger."""
     KILLED_AFTER = "killed after"
     """The process dies when a write is in the ledger, and nobody has learnt of it."""
 
@@ -78,7 +78,7 @@ class Injection:
     far: dict[str, float] = field(default_factory=dict)
 
 
-class BrokenOff(BaseException):
+class _BrokenOff(BaseException):
     """A stage is not to go on from here; no Exception, because it is nothing that a stage could mend."""
 
 
@@ -94,7 +94,7 @@ class _Recorder:
         """Have it recorded, or break off."""
         self.count += 1
         if self.count >= self._breaks_off_at:
-            raise BrokenOff
+            raise _BrokenOff
         await self._host.record_effect(stage, effect)
 
     def __getattr__(self, name: str) -> Any:
@@ -244,8 +244,12 @@ class ReferenceActions(LocalActions):
                 return given
         if not stands(path, standing.far):
             return given
-        recorder = _Recorder(ctx._host, standing.far.get(path, WHOLE))  # noqa: SLF001 - to stand before it
+        far = standing.far.get(path, WHOLE)
+        recorder = _Recorder(ctx._host, far)  # noqa: SLF001 - to stand before it
         try:
             return await super().execute(replace(ctx, _host=recorder))
-        except BrokenOff:
-            return given
+        except BaseException:
+            # Not asked by its type: a task group of the stage may have wrapped it.
+            if recorder.count >= far:
+                return given
+            raise

@@ -84,7 +84,7 @@ def _verdict(verification: Verification) -> str:
     if verification.ok:
         return "wherever it failed, the world was where the report said"
     wrong = sum(not trial.ok for trial in verification.trials)
-    return f"{wrong} of {len(verification.trials)} trials went wrong"
+    return "1 trial went wrong" if wrong == 1 else f"{wrong} trials went wrong"
 
 
 def _legend(signs: Iterable[str]) -> Iterator[str]:

@@ -8,7 +8,7 @@ import copy
 import inspect
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain, combinations, count, islice, product
+from itertools import chain, combinations, islice, product
 from pprint import pformat
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -73,8 +73,8 @@ class Trial:
 
     Attributes:
         fault: What went wrong.
-        stage: Where, by its path; of a kill, the stage that the write was about, empty for one about the saga as a whole.
-        events: Of a kill, what that write was to record.
+        stage: Where, by its path; of a kill, the stage that the event or write was about, empty for one about the saga as a whole.
+        events: Of a kill, what did not come to be recorded any more, or what was recorded last.
         reached: Whether the fault struck.
         report: How the saga came to rest; None if it never began.
         mended: How it came to rest when the fault was mended and the saga was resumed; None if that was not called for.
@@ -127,7 +127,7 @@ class Verification:
 
 
 class VerificationFailed(AssertionError):
-    """A fault never struck, or the world was not where the report said.
+    """The world was not where a report said, something failed that nothing made fail, or a fault never struck.
 
     Attributes:
         verification: All that was found.
@@ -143,12 +143,12 @@ async def verify(
     policy: Policy | None,
     world: World,
     *,
-    faults: Collection[Fault] = tuple(Fault),
-    leave_out: Collection[str] = (),
+    faults: Fault | Collection[Fault] = tuple(Fault),
+    leave_out: str | Collection[str] = (),
     durable: bool = True,
     **context_fields: Any,
 ) -> Verification:
-    """Fail every stage in turn, in every way, and kill the saga at every write; each time, look whether the world is where the report says.
+    """Fail every stage in turn, in every way, and kill the saga at every event; each time, look whether the world is where the report says.
 
     A saga that comes to rest stuck or halted is then mended and resumed, and looked at once more. The stages' own code runs, with their own
     timeouts; only the waits between attempts are left out.
@@ -161,8 +161,8 @@ async def verify(
         pipeline: The pipeline; its stages work on the world.
         policy: The saga's; `FailFast()` if None.
         world: What the stages have their effects on. It is reset before every saga.
-        faults: Which faults to inject; all by default.
-        leave_out: Stages that no fault is injected at, by their paths: those that don't run with this input.
+        faults: Which fault, or faults, to inject; all by default.
+        leave_out: The stage, or stages, that no fault is injected at, by their paths: those that don't run with this input.
         durable: Hand what is resumed the outputs as a durable ledger would; False: as they were.
         context_fields: The saga's input, as in `SagaCoordinator.run`.
 
@@ -192,7 +192,7 @@ async def verify(
     return verification
 
 
-def _chosen(faults: Collection[Fault]) -> list[Fault]:
+def _chosen(faults: Fault | Collection[Fault]) -> list[Fault]:
     given = [faults] if isinstance(faults, str) else list(faults)
     unknown = [fault for fault in given if fault not in set(Fault)]
     if unknown or not given:
@@ -243,7 +243,7 @@ class _Verifier:
     # -- what is tried -------------------------------------------------------------------------------------------
 
     async def trials(self, stages: Collection[str], faults: Collection[Fault]) -> AsyncIterator[Trial]:
-        """Inject every fault at every stage; have the process die at every write, on the way there and on the way back."""
+        """Inject each fault at each stage; have the process die at every event, on the way there and on the way back."""
         for stage, fault in product(stages, (fault for fault in faults if fault not in KILLS)):
             if fault not in UNDOING or self._can_be_undone(self._nodes[stage]):
                 yield await self._trial(fault, stage)
@@ -282,14 +282,16 @@ class _Verifier:
         return trial
 
     async def _kills(self, fault: Fault, turning: str | None, *, on_demand: bool = False) -> AsyncIterator[Trial]:
-        """Have the process die at the first write, at the second, and so on to the last; each time another one goes on."""
-        for write in count(1):
+        """Have the process die at the first event or write, at the second, and so on to the last; each time another one goes on."""
+        nth = 0
+        while True:
+            nth += 1
             await self._reset()
             injection, ledger = Injection(turning=turning), self._ledger()
             coordinator = self._coordinator(ledger, injection)
             if on_demand:
                 await self._run(coordinator, injection)
-            ledger.die_at(write, after=fault is Fault.KILLED_AFTER)
+            ledger.die_at(nth, after=fault is Fault.KILLED_AFTER)
             trial = Trial(fault, "", reached=True)
             try:
                 with contextlib.suppress(LedgerError):
@@ -315,9 +317,9 @@ class _Verifier:
         mended = None if trial.report is None else await self._mend(trial.report, coordinator)
         found_mended = await self._look()
         # Last, because to know what a report means another world has to be made.
-        wrong = [await self._contradiction(trial.report, found, far), _own_fault(trial, trial.report)]
+        wrong = [await self._contradiction(trial.report, found, far), _own_fault(trial, trial.report, far)]
         if mended is not None and not any(wrong):
-            wrong = [await self._contradiction(mended, found_mended, injection.far), _own_fault(trial, mended)]
+            wrong = [await self._contradiction(mended, found_mended, injection.far), _own_fault(trial, mended, injection.far)]
             if trial.report is not None and trial.report.status is SagaStatus.HALTED and not mended.ok:
                 wrong.append(_went_on_badly(mended))
         return replace(trial, mended=mended, contradiction="\n".join(filter(None, wrong)))
@@ -340,14 +342,15 @@ class _Verifier:
         doubtful = [path for path, stage in paths.items() if _is_unknown(stage)]
         likely = {path: far[path] for path in doubtful if far.get(path)}
         possible = (dict.fromkeys(landed, WHOLE) for size in range(len(doubtful) + 1) for landed in combinations(doubtful, size))
+        expected: list[Any] = []
         for landed in islice(chain([likely], possible), _WORLDS):
-            expected = await self._reference(self._standing(paths, certain | landed))
-            if expected == found:
+            expected.append(await self._reference(self._standing(paths, certain | landed)))
+            if expected[-1] == found:
                 return ""
         said = "it never began" if report is None else f"it is {report.status.value}"
-        stands = f"what {', '.join(certain)} did is in effect" if certain else "nothing is in effect"
+        in_effect = f"what {', '.join(certain)} did is in effect" if certain else "nothing is in effect"
         unknown = f", nobody knows about {', '.join(doubtful)}" if doubtful else ""
-        return f"By the report {said}, {stands}{unknown}. Then the world would be (-), and is (+):\n{difference(expected, found)}"
+        return f"By the report {said}, {in_effect}{unknown}. Then the world would be (-), and is (+):\n{difference(expected[0], found)}"
 
     def _standing(self, paths: Mapping[str, StageReport], far: Mapping[str, float]) -> Standing:
         needed = {
@@ -440,11 +443,13 @@ def _stopped_by(error: SagaError) -> str:
     return f"It could not go on: {error}"
 
 
-def _own_fault(trial: Trial, report: SagaReport | None) -> str:
-    """What could not be undone, or asked, though nothing made that fail; empty if there is no such thing."""
+def _own_fault(trial: Trial, report: SagaReport | None, far: Mapping[str, float]) -> str:
+    """What could not be undone, or asked, though nothing made that fail, or was said without ground; empty if there is no such thing."""
     if report is None:
         return ""
     for path, stage in _leaves_and_branches(report):
+        if stage.probed and path not in far:
+            return f"The probe of {path} said that its effect had landed, and its code had never run."
         failure = None if stage.compensation is None else stage.compensation.failure
         if failure is None or failure.type == _INJECTED:
             continue
