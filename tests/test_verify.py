@@ -500,8 +500,8 @@ def test_a_lost_answer_of_a_stage_that_nobody_can_ask_is_found() -> None:
 
     assert found.keys() == {("card", Fault.RAISES_AFTER)}
     (trial,) = found["card", Fault.RAISES_AFTER]
-    assert trial.contradiction.startswith("By the report it is compensated, nothing is in effect.")
-    assert "'card': 1" in trial.contradiction
+    assert trial.wrong.startswith("By the report it is compensated, nothing is in effect.")
+    assert "'card': 1" in trial.wrong
 
 
 def test_a_compensation_that_undoes_nothing_is_found() -> None:
@@ -540,7 +540,7 @@ def test_a_probe_that_finds_what_never_landed_is_found_though_it_is_undone() -> 
 
     (trial,) = found["card", Fault.TIMES_OUT_BEFORE]
     assert trial.ending == (COMPENSATED,)
-    assert trial.contradiction == "The probe of card said that its effect had landed, and its code had never run."
+    assert trial.wrong == "The probe of card said that its effect had landed, and its code had never run."
 
 
 def test_an_output_that_no_durable_ledger_can_keep_is_found_unless_none_is_wanted() -> None:
@@ -575,9 +575,7 @@ def test_a_compensation_that_needs_more_of_an_output_than_is_stored_is_found() -
 
     # What is read again has a dict in the ticket's place.
     assert {stage for stage, _ in found} <= {"seat", "room", "card", ""}
-    assert all(
-        "AttributeError: 'dict' object has no attribute 'key'" in trial.contradiction for trials in found.values() for trial in trials
-    )
+    assert all("AttributeError: 'dict' object has no attribute 'key'" in trial.wrong for trials in found.values() for trial in trials)
     assert verified(*trip(seat=Typed), faults=[Fault.KILLED_BEFORE], durable=False).ok
 
 
@@ -596,7 +594,7 @@ def test_an_output_that_does_not_fit_its_model_is_found() -> None:
     found = refuted(*trip(seat=Modelled))
 
     assert {("seat", Fault.UNDO_FAILS), ("room", Fault.UNDO_FAILS)} <= found.keys()
-    assert all("It could not go on: expected an output_model" in trial.contradiction for trials in found.values() for trial in trials)
+    assert all("It could not go on: expected an output_model" in trial.wrong for trials in found.values() for trial in trials)
 
 
 def test_a_compensation_that_fails_though_nothing_made_it_fail_is_found() -> None:
@@ -608,8 +606,8 @@ def test_a_compensation_that_fails_though_nothing_made_it_fail_is_found() -> Non
 
     # Each report is true: it is stuck, and the seat is taken.
     (trial,) = found["card", Fault.RAISES_BEFORE]
-    assert trial.contradiction.startswith("It is stuck, though nothing made this fail: stage 'seat' could not be compensated")
-    assert "AttributeError: 'Town' object has no attribute 'boookings'" in trial.contradiction
+    assert trial.wrong.startswith("It is stuck, though nothing made this fail: stage 'seat' could not be compensated")
+    assert "AttributeError: 'Town' object has no attribute 'boookings'" in trial.wrong
 
 
 def test_a_probe_that_fails_though_nothing_made_it_fail_is_found() -> None:
@@ -640,10 +638,7 @@ def test_a_stage_that_never_goes_through_once_it_has_failed_is_found() -> None:
     found = refuted(town, pipeline, FailFast(on_failure="halt"), faults=[Fault.RAISES_AFTER])
 
     (trial,) = found["admit", Fault.RAISES_AFTER]
-    assert (
-        trial.contradiction
-        == "The fault was mended, and it is halted all the same: stage 'admit' raised at attempt 2: OSError: not you again"
-    )
+    assert trial.wrong == "The fault was mended, and it is halted all the same: stage 'admit' raised at attempt 2: OSError: not you again"
 
 
 def test_what_a_stage_keeps_in_itself_is_gone_with_its_process() -> None:
@@ -662,7 +657,7 @@ def test_what_a_stage_keeps_in_itself_is_gone_with_its_process() -> None:
 
     # A saga that is resumed in the same process has new stages, too.
     assert {fault for _, fault in found} == {Fault.UNDO_FAILS, Fault.KILLED_BEFORE, Fault.KILLED_AFTER}
-    assert "'Remembering' object has no attribute 'key'" in found["a", Fault.KILLED_AFTER][0].contradiction
+    assert "'Remembering' object has no attribute 'key'" in found["a", Fault.KILLED_AFTER][0].wrong
 
 
 def test_an_effect_of_a_plain_stage_is_found() -> None:
@@ -688,7 +683,7 @@ def test_stages_that_only_work_together_are_found() -> None:
     found = refuted(town, pipeline, policy, faults=[Fault.UNDO_FAILS])
 
     (trial,) = found["card", Fault.UNDO_FAILS]
-    assert "expected stages that run in a world in which no others do (card)" in trial.contradiction
+    assert "expected stages that run in a world in which no others do (card)" in trial.wrong
 
 
 def test_a_fault_that_never_strikes_is_said_and_can_be_left_out() -> None:
@@ -758,6 +753,19 @@ def test_a_world_that_does_not_show_what_the_saga_does_is_refused() -> None:
 
     with pytest.raises(MisuseError, match=r"a look\(\) that shows what the saga does, got the same before it and after it: None"):
         verified(town, Pipeline(name="one").with_stage("a", Booking(town, "a")))
+
+
+@pytest.mark.parametrize("world", [None, Town, FailFast()], ids=["nothing", "a class", "a policy"])
+def test_what_is_no_world_is_refused(world: Any) -> None:
+    _, pipeline = trip()
+
+    with pytest.raises(MisuseError, match=r"expected a world with reset\(\) and look\(\), got "):
+        run(verify(pipeline, None, world))
+
+
+def test_an_id_for_the_saga_is_refused() -> None:
+    with pytest.raises(MisuseError, match=r"expected a saga without an id: .*, got saga_id='mine'"):
+        verified(*trip(), saga_id="mine")
 
 
 def test_a_look_that_cannot_be_kept_is_refused() -> None:

@@ -75,7 +75,7 @@ def _header(fault: Fault) -> tuple[str, str]:
 def _sign(trial: Trial) -> str:
     if not trial.reached:
         return _UNREACHED
-    if trial.contradiction:
+    if trial.wrong:
         return _WRONG
     return "".join(_SIGNS[status] for status in trial.ending) or _NEVER_BEGAN
 
@@ -101,10 +101,10 @@ def _legend(signs: Iterable[str]) -> Iterator[str]:
 
 
 def _problems(trials: Iterable[Trial]) -> Iterator[str]:
-    """What was wrong: each contradiction once, behind all that led to it, and before what helps."""
+    """What was wrong: each thing once, behind all that led to it, and before what helps."""
     found: dict[str, dict[Fault, dict[str, None]]] = {}
     for trial in trials:
-        wrong = trial.contradiction or _NOTHING_KNOWN
+        wrong = trial.wrong or _NOTHING_KNOWN
         write = f" ({', '.join(trial.events)})" if trial.events else ""
         found.setdefault(wrong, {}).setdefault(trial.fault, {})[(trial.stage or _WHOLE) + write] = None
     for wrong, led_to_it in found.items():

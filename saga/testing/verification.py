@@ -78,7 +78,7 @@ class Trial:
         reached: Whether the fault struck.
         report: How the saga came to rest; None if it never began.
         mended: How it came to rest when the fault was mended and the saga was resumed; None if that was not called for.
-        contradiction: How the world differed from the report, or what failed though nothing made it fail; empty if all was well.
+        wrong: How the world differed from the report, or what failed though nothing made it fail; empty if all was well.
     """
 
     fault: Fault
@@ -87,12 +87,12 @@ class Trial:
     events: tuple[str, ...] = ()
     report: SagaReport | None = None
     mended: SagaReport | None = None
-    contradiction: str = ""
+    wrong: str = ""
 
     @property
     def ok(self) -> bool:
         """Whether the fault struck, the world was where the report said, and nothing failed that nothing made fail."""
-        return self.reached and not self.contradiction
+        return self.reached and not self.wrong
 
     @property
     def ending(self) -> tuple[SagaStatus, ...]:
@@ -171,9 +171,13 @@ async def verify(
 
     Raises:
         VerificationFailed: The world was not where a report said, something failed that nothing made fail, or a fault never struck.
-        MisuseError: Nothing can be verified: no fault is left to inject, the saga doesn't complete without any, or the world can't be reset
-            or compared, or doesn't show what the saga does.
+        MisuseError: Nothing can be verified: no fault is left to inject, the saga doesn't complete without any, or the world is none, can't
+            be reset or compared, or doesn't show what the saga does.
     """
+    if isinstance(world, type) or not all(callable(getattr(world, part, None)) for part in ("reset", "look")):
+        raise MisuseError("a world with reset() and look()", got=repr(world))
+    if "saga_id" in context_fields:
+        raise MisuseError("a saga without an id: the kit runs many, one after another", got=f"saga_id={context_fields['saga_id']!r}")
     chosen = _chosen(faults)
     verifier = _Verifier(pipeline, policy if policy is not None else FailFast(), world, durable=durable, fields=context_fields)
     stages = await verifier.begin()
@@ -278,7 +282,7 @@ class _Verifier:
                 if injection.reached:
                     return await self._concluded(replace(trial, reached=True, report=report), coordinator, injection)
             except SagaError as error:
-                return replace(trial, reached=True, report=report, contradiction=_stopped_by(error))
+                return replace(trial, reached=True, report=report, wrong=_stopped_by(error))
         return trial
 
     async def _kills(self, fault: Fault, turning: str | None, *, on_demand: bool = False) -> AsyncIterator[Trial]:
@@ -304,7 +308,7 @@ class _Verifier:
                 report = await coordinator.resume(_ID, self._pipeline) if await ledger.read(_ID) else None
                 trial = await self._concluded(replace(trial, report=report), coordinator, injection)
             except SagaError as error:
-                trial = replace(trial, contradiction=_stopped_by(error))
+                trial = replace(trial, wrong=_stopped_by(error))
             yield trial
             if ledger.struck_at is None:
                 return
@@ -322,7 +326,7 @@ class _Verifier:
             wrong = [await self._contradiction(mended, found_mended, injection.far), _own_fault(trial, mended, injection.far)]
             if trial.report is not None and trial.report.status is SagaStatus.HALTED and not mended.ok:
                 wrong.append(_went_on_badly(mended))
-        return replace(trial, mended=mended, contradiction="\n".join(filter(None, wrong)))
+        return replace(trial, mended=mended, wrong="\n".join(filter(None, wrong)))
 
     async def _mend(self, report: SagaReport, coordinator: Rehearsal) -> SagaReport | None:
         """Do what the report asks a person to do, where that takes no look at the outside world; None if nothing is to be done."""
