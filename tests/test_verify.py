@@ -6,6 +6,8 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from saga import (
     ContinueWithFallback,
     FailFast,
     Failure,
+    Ledger,
     MisuseError,
     PivotStage,
     Policy,
@@ -28,7 +31,9 @@ from saga import (
     compensable,
     nested,
 )
+from saga.ledgers.sqlite import SQLiteLedger
 from saga.testing import Fault, Trial, Verification, VerificationFailed, verify
+from saga.testing.rehearsal import MortalLedger
 from tests.controlled import run
 
 STUCK, COMPENSATED, COMPLETED, HALTED = SagaStatus.STUCK, SagaStatus.COMPENSATED, SagaStatus.COMPLETED, SagaStatus.HALTED
@@ -607,7 +612,18 @@ def test_a_compensation_that_fails_though_nothing_made_it_fail_is_found() -> Non
     # Each report is true: it is stuck, and the seat is taken.
     (trial,) = found["card", Fault.RAISES_BEFORE]
     assert trial.wrong.startswith("It is stuck, though nothing made this fail: stage 'seat' could not be compensated")
-    assert "AttributeError: 'Town' object has no attribute 'boookings'" in trial.wrong
+    assert trial.wrong.endswith("AttributeError: 'Town' object has no attribute 'boookings'")
+
+
+def test_what_failed_by_itself_comes_without_advice_on_the_world() -> None:
+    class Mistyped(Booking):
+        async def compensate(self, ctx: CompensationContext) -> None:
+            raise TypeError("a typo")
+
+    with pytest.raises(VerificationFailed) as failed:
+        verified(*trip(seat=Mistyped), faults=[Fault.RAISES_BEFORE])
+
+    assert str(failed.value).endswith("TypeError: a typo")
 
 
 def test_a_probe_that_fails_though_nothing_made_it_fail_is_found() -> None:
@@ -707,6 +723,37 @@ def test_a_fault_that_never_strikes_is_said_and_can_be_left_out() -> None:
     assert "wrap" not in {trial.stage for trial in verification.trials if trial.fault is not Fault.KILLED_BEFORE and trial.stage}
 
 
+def test_what_is_resumed_is_what_a_durable_ledger_gives(tmp_path: Path) -> None:
+    class Odd(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            await super().execute(ctx)
+            await ctx.record({"pair": (1, 2)})
+            return StageOutput.ok(pair=(1, 2), when=datetime(2026, 1, 1, tzinfo=UTC), large=10**30, none=None, status=SagaStatus.STUCK)
+
+    async def fail(_: Any) -> None:
+        raise OSError("no")
+
+    async def play(ledger: Ledger) -> dict[str, list[Any]]:
+        town = Town()
+        inner = Pipeline(name="inner").with_stage("a", Odd(town, "a"))
+        pipeline = Pipeline(name="outer").with_stage("inner", nested(inner)).with_stage("b", Odd(town, "b"), dependencies=("inner",))
+        await SagaCoordinator(ledger=ledger).run(pipeline.with_stage("fail", fail, "work", dependencies=("b",)), saga_id="same")
+        given = ("stage", "output", "effect", "execution", "in_doubt", "status")
+        return {
+            entry.saga_id: [(type(event), *(getattr(event, part, None) for part in given)) for event in await ledger.read(entry.saga_id)]
+            for entry in await ledger.list()
+        }
+
+    async def compare() -> None:
+        real = SQLiteLedger(tmp_path / "ledger.sqlite")
+        found = await play(real)
+        await real.close()
+        assert await play(MortalLedger(durable=True)) == found
+        assert await play(MortalLedger(durable=False)) != found
+
+    asyncio.run(compare())
+
+
 # -- what can't be verified ------------------------------------------------------------------------------------------
 
 
@@ -796,6 +843,21 @@ def test_one_fault_or_one_stage_needs_no_list() -> None:
 def test_a_verification_of_nothing_is_refused() -> None:
     with pytest.raises(MisuseError, match="expected a fault that can strike a stage, got cancels at no stage"):
         verified(*trip(), faults=[Fault.CANCELS], leave_out=["seat", "room", "card"])
+
+
+def test_a_world_whose_values_equal_nothing_is_refused() -> None:
+    class Seat:
+        def __repr__(self) -> str:
+            return "Seat()"
+
+    class Furnished(Town):
+        def look(self) -> Any:
+            return [Seat()]
+
+    town = Furnished()
+
+    with pytest.raises(MisuseError, match=r"two values that print the same and are not equal: \[Seat\(\)\]"):
+        verified(town, Pipeline(name="one").with_stage("a", Booking(town, "a")))
 
 
 def test_a_stage_to_leave_out_that_is_not_there_is_refused() -> None:

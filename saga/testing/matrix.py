@@ -8,7 +8,7 @@ from pprint import pformat
 from typing import TYPE_CHECKING, Final
 
 from saga.events import SagaStatus
-from saga.testing.faults import Fault
+from saga.testing.faults import KILLS, Fault
 
 if TYPE_CHECKING:
     from saga.testing.verification import Trial, Verification
@@ -27,6 +27,8 @@ _UNREACHED: Final = "0"
 _WHOLE: Final = "(the saga)"
 _LINES: Final = 24
 """So many of a difference are shown."""
+BY_THE_REPORT: Final = "By the report"
+"""So begins what is said of a world that is not where the report says."""
 _NOTHING_KNOWN: Final = (
     "It never struck, so nothing is known of it. If a stage does not run with this input, or is never undone, leave it out, "
     "and verify it with another input."
@@ -111,12 +113,16 @@ def _problems(trials: Iterable[Trial]) -> Iterator[str]:
         yield ""
         yield from (f"{fault}: {', '.join(stages)}" for fault, stages in led_to_it.items())
         yield wrong
-        yield from dict.fromkeys(_ADVICE[fault] for fault in led_to_it if fault in _ADVICE and wrong != _NOTHING_KNOWN)
+        # What failed by itself says why; only of a process that died there is more to say.
+        advised = [fault for fault in led_to_it if fault in KILLS or wrong.startswith(BY_THE_REPORT)]
+        yield from dict.fromkeys(_ADVICE[fault] for fault in advised if fault in _ADVICE)
 
 
 def difference(expected: object, found: object) -> str:
     """The lines in which two values differ: what was expected after a minus, what was found after a plus."""
     before, after = pformat(expected, width=100).splitlines(), pformat(found, width=100).splitlines()
     lines = [line for line in difflib.unified_diff(before, after, n=1, lineterm="") if not line.startswith(("---", "+++", "@@"))]
+    if not lines:
+        return f"    two values that print the same and are not equal: {pformat(found, width=100)}"
     more = [f"    ... {len(lines) - _LINES} lines more"] if len(lines) > _LINES else []
     return "\n".join([f"    {line}" for line in lines[:_LINES]] + more)

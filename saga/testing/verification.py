@@ -33,7 +33,7 @@ from saga.testing.faults import (
     Standing,
     stands,
 )
-from saga.testing.matrix import difference, matrix
+from saga.testing.matrix import BY_THE_REPORT, difference, matrix
 from saga.testing.rehearsal import MortalLedger, Rehearsal
 from saga.text import qualified
 
@@ -354,7 +354,7 @@ class _Verifier:
         said = "it never began" if report is None else f"it is {report.status.value}"
         in_effect = f"what {', '.join(certain)} did is in effect" if certain else "nothing is in effect"
         unknown = f", nobody knows about {', '.join(doubtful)}" if doubtful else ""
-        return f"By the report {said}, {in_effect}{unknown}. Then the world would be (-), and is (+):\n{difference(expected[0], found)}"
+        return f"{BY_THE_REPORT} {said}, {in_effect}{unknown}. Then the world would be (-), and is (+):\n{difference(expected[0], found)}"
 
     def _standing(self, paths: Mapping[str, StageReport], far: Mapping[str, float]) -> Standing:
         needed = {
