@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -889,6 +890,27 @@ def test_a_verification_that_is_cancelled_undoes_the_saga_that_runs() -> None:
     asyncio.run(play())
 
     assert town.bookings == {}
+
+
+@pytest.mark.parametrize(
+    ("fault", "under_way"),
+    [
+        (Fault.UNDO_REPEATED, "'trip' was being verified: undo repeated: room"),
+        (Fault.KILLED_AFTER, r"'trip' was being verified: killed after: number \d+, where card turns back"),
+    ],
+)
+def test_a_verification_whose_time_is_up_says_what_it_was_at(fault: Fault, under_way: str) -> None:
+    class Endless(Booking):
+        async def compensate(self, ctx: CompensationContext) -> None:
+            await asyncio.Event().wait()
+
+    town, pipeline = trip(room=Endless)
+
+    with pytest.raises(TimeoutError) as ended:
+        run(asyncio.wait_for(verify(pipeline, None, town, faults=fault, leave_out=["seat"]), 30))
+
+    assert ended.value.__cause__ is not None
+    assert re.fullmatch(under_way, ended.value.__cause__.__notes__[-1])
 
 
 # -- what it says ----------------------------------------------------------------------------------------------------

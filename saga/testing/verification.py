@@ -185,7 +185,11 @@ async def verify(
     if not left_out <= set(stages):
         unknown = ", ".join(map(repr, sorted(left_out - set(stages))))
         raise MisuseError(f"stages of pipeline {pipeline.name!r} to leave out ({', '.join(stages)})", got=unknown)
-    trials = [trial async for trial in verifier.trials([name for name in stages if name not in left_out], chosen)]
+    try:
+        trials = [trial async for trial in verifier.trials([name for name in stages if name not in left_out], chosen)]
+    except asyncio.CancelledError as cancelled:
+        cancelled.add_note(f"{pipeline.name!r} was being verified: {verifier.under_way}")
+        raise
     if not trials:
         raise MisuseError(
             "a fault that can strike a stage", got=f"{', '.join(chosen)} at {', '.join(set(stages) - left_out) or 'no stage'}"
@@ -205,7 +209,11 @@ def _chosen(faults: Fault | Collection[Fault]) -> list[Fault]:
 
 
 class _Verifier:
-    """Plays one saga after another in one world."""
+    """Plays one saga after another in one world.
+
+    Attributes:
+        under_way: What is tried now.
+    """
 
     def __init__(self, pipeline: Pipeline, policy: Policy, world: World, *, durable: bool, fields: dict[str, Any]) -> None:
         self._pipeline = pipeline
@@ -216,6 +224,7 @@ class _Verifier:
         self._nodes: dict[str, Node] = {}
         self._ran: list[str] = []
         self._looks: list[tuple[Standing, Any]] = []
+        self.under_way = ""
 
     async def begin(self) -> list[str]:
         """Run the saga without any fault, to learn its stages and whether anything can be verified at all; their paths."""
@@ -250,6 +259,7 @@ class _Verifier:
         """Inject each fault at each stage; have the process die at every event, on the way there and on the way back."""
         for stage, fault in product(stages, (fault for fault in faults if fault not in KILLS)):
             if fault not in UNDOING or self._can_be_undone(self._nodes[stage]):
+                self.under_way = f"{fault}: {stage}"
                 yield await self._trial(fault, stage)
         for kill in (fault for fault in faults if fault in KILLS):
             for turning in (None, *self._turnings(stages)):
@@ -290,6 +300,7 @@ class _Verifier:
         nth = 0
         while True:
             nth += 1
+            self.under_way = f"{fault}: number {nth}" + (f", where {turning} turns back" if turning else ", on demand" if on_demand else "")
             await self._reset()
             injection, ledger = Injection(turning=turning), self._ledger()
             coordinator = self._coordinator(ledger, injection)
