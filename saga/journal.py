@@ -39,11 +39,9 @@ _LOG: Final = logging.getLogger("saga")
 _AWAITED: Final = (StageStarted, CompensationStarted, EffectRecorded, SagaResumed, SagaEnded)
 """What has to be in the ledger before anybody goes on; everything else may be written together with the next of these."""
 _WITH_OUTPUT: Final = (StageCompleted, StageFailed, StageSkipped, StageProbed, FallbackUsed)
-_LINGER: Final = 0.002
-"""Seconds after which an event is written although nobody waits for it."""
 _TURNS: Final = 10
-"""Turns of the event loop for which it waits after that: where a thousand sagas run, the start that a completion enables is five turns
-away, too, but each takes longer than `_LINGER`."""
+"""Turns of the event loop for which an event waits after it has lingered: where a thousand sagas run, the start that a completion enables
+is five turns away, too, but each takes longer than that."""
 
 
 class Journal:
@@ -57,7 +55,12 @@ class Journal:
 
     After an append that failed nothing more is written: what the state then says beyond the ledger is unknown to
     whoever resumes, so no further effect may start.
+
+    Attributes:
+        linger: Seconds after which an event is written although nobody waits for it.
     """
+
+    linger: float = 0.002
 
     def __init__(
         self,
@@ -115,7 +118,7 @@ class Journal:
         if self._ledger.durable and not isinstance(events[-1], _AWAITED):
             self._pending += events
             if self._timer is None:
-                self._timer = asyncio.get_running_loop().call_later(_LINGER, self._write_soon)
+                self._timer = asyncio.get_running_loop().call_later(self.linger, self._write_soon)
             return
         if self._pending:
             events = (*self._pending, *events)

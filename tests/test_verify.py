@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from saga import (
     ContinueWithFallback,
     FailFast,
     Failure,
+    Ledger,
     MisuseError,
     PivotStage,
     Policy,
@@ -28,7 +32,10 @@ from saga import (
     compensable,
     nested,
 )
+from saga.ledgers.sqlite import SQLiteLedger
 from saga.testing import Fault, Trial, Verification, VerificationFailed, verify
+from saga.testing.rehearsal import MortalLedger
+from tests.controlled import run
 
 STUCK, COMPENSATED, COMPLETED, HALTED = SagaStatus.STUCK, SagaStatus.COMPENSATED, SagaStatus.COMPLETED, SagaStatus.HALTED
 IN_ONE_ATTEMPT = FailFast(compensation=Compensation(retry=Retry(attempts=1)))
@@ -130,6 +137,16 @@ class Recording(Silent):
     compensate_in_doubt = True
 
 
+class Unasked(Silent):
+    """It lets the others begin before it has its effect."""
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        await asyncio.sleep(0.005)
+        output = await super().execute(ctx)
+        await asyncio.sleep(0.005)
+        return output
+
+
 class WithFallback(Booking):
     async def fallback(self, ctx: SagaContext, failure: Failure) -> StageOutput:
         self.town.bookings[f"{ctx.idempotency_key} instead"] = f"{self.name} instead"
@@ -152,7 +169,7 @@ def trip(seat: Kind = Booking, room: Kind = Booking, card: Kind = Booking) -> tu
 
 
 def verified(town: Town, pipeline: Pipeline, policy: Policy | None = None, **options: Any) -> Verification:
-    return asyncio.run(verify(pipeline, policy, town, **options))
+    return run(verify(pipeline, policy, town, **options))
 
 
 def refuted(town: Town, pipeline: Pipeline, policy: Policy | None = None, **options: Any) -> dict[tuple[str, Fault], list[Trial]]:
@@ -194,11 +211,12 @@ def test_a_saga_as_it_should_be_passes_and_every_fault_strikes_every_stage() -> 
         assert endings(verification, stage, Fault.UNDO_FAILS) == {(STUCK, COMPENSATED)}
 
 
-def test_the_process_dies_at_every_write_there_and_back() -> None:
+@pytest.mark.parametrize("durable", [True, False], ids=["durable", "in memory"])
+def test_the_process_dies_before_every_event_there_and_back(durable: bool) -> None:
     town = Town()
     pipeline = Pipeline(name="two").with_stage("a", Booking(town, "a")).with_stage("b", Booking(town, "b"), dependencies=("a",))
 
-    verification = verified(town, pipeline, faults=[Fault.KILLED_BEFORE], durable=False)
+    verification = verified(town, pipeline, faults=[Fault.KILLED_BEFORE], durable=durable)
 
     there, back, on_demand = asyncio.run(events_of(pipeline))
     trials = verification.trials
@@ -343,10 +361,141 @@ def test_a_world_and_stages_may_be_asynchronous_and_a_stage_may_be_slow() -> Non
     town = Faraway()
     pipeline = Pipeline(name="slow").with_stage("a", Slow(town, "a"))
 
-    verification = verified(town, pipeline, faults=[Fault.TIMES_OUT_AFTER])
+    verification = asyncio.run(verify(pipeline, None, town, faults=[Fault.TIMES_OUT_AFTER]))
 
     assert endings(verification, "a", Fault.TIMES_OUT_AFTER) == {(COMPENSATED,)}
     assert threads
+
+
+def test_a_stage_that_is_slow_gets_its_time_though_the_policy_has_little_patience() -> None:
+    class Slow(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            # Longer than the kit's own patience, and than that and the grace.
+            await asyncio.sleep(0.1)
+            return await super().execute(ctx)
+
+    verification = verified(*trip(seat=Slow), FailFast(cancel_grace=0.001), faults=[Fault.TIMES_OUT_AFTER])
+
+    assert endings(verification, "seat", Fault.TIMES_OUT_AFTER) == {(COMPENSATED,)}
+
+
+def test_a_saga_that_needs_its_retries_needs_them_wherever_it_runs() -> None:
+    class Hesitant(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            if ctx.attempt == 1:
+                raise OSError("not yet")
+            return await super().execute(ctx)
+
+    assert verified(*trip(seat=Hesitant), FailFast(retry=Retry(attempts=2)), faults=[Fault.RAISES_BEFORE]).ok
+
+
+def test_what_is_in_effect_depends_on_what_the_others_gave_that_are_not() -> None:
+    class Quote(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            await super().execute(ctx)
+            return StageOutput.ok(price=10)
+
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            return StageOutput.ok(price=10) if ctx.forward_key in self.town.bookings else None
+
+    class Payment(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            self.town.bookings[ctx.idempotency_key] = f"{ctx.inputs.get_from('quote', 'price')} paid"
+            return StageOutput.ok()
+
+    town = Town()
+    pipeline = Pipeline(name="pay").with_stage("quote", Quote(town, "quote"))
+    pipeline = pipeline.with_stage("pay", Payment(town, "pay"), dependencies=("quote",))
+    policy = ContinueWithFallback(fallbacks={"quote": {"price": 7}}, compensation=Compensation(on_failure="continue"))
+
+    verification = verified(town, pipeline, policy, faults=[Fault.RAISES_BEFORE, Fault.UNDO_FAILS])
+
+    # Both times the payment alone stands: once of what a fallback asked for, once of what was quoted.
+    assert endings(verification, "quote", Fault.RAISES_BEFORE) == {(SagaStatus.DEGRADED,)}
+    assert endings(verification, "pay", Fault.UNDO_FAILS) == {(STUCK, COMPENSATED)}
+
+
+def test_a_stage_whose_own_fallback_fails_has_the_policys() -> None:
+    class Helpless(Booking):
+        async def fallback(self, ctx: SagaContext, failure: Failure) -> StageOutput:
+            raise OSError("no help")
+
+    policy = ContinueWithFallback(fallbacks={"seat": {"key": "none"}})
+
+    verification = verified(*trip(seat=Helpless), policy, faults=[Fault.RAISES_BEFORE])
+
+    assert endings(verification, "seat", Fault.RAISES_BEFORE) == {(SagaStatus.DEGRADED,)}
+
+
+@pytest.mark.parametrize("policy", [FailFast(), FailFast(on_failure="halt")], ids=["compensate", "halt"])
+@pytest.mark.parametrize("in_group", [False, True], ids=["directly", "in a task group"])
+def test_what_a_died_process_left_half_done_is_in_doubt_and_the_world_may_be_there(policy: Policy, in_group: bool) -> None:
+    class Unsure(Recording):
+        compensate_in_doubt = False
+
+        async def execute(self, ctx: SagaContext) -> None:  # type: ignore[override] # a recorded effect needs no output
+            for part in ("there", "back"):
+                self.town.bookings[f"{ctx.idempotency_key} {part}"] = f"{self.name} {part}"
+                if in_group:
+                    async with asyncio.TaskGroup() as group:
+                        group.create_task(ctx.record(part))
+                else:
+                    await ctx.record(part)
+
+    town = Town()
+    pipeline = Pipeline(name="one").with_stage("a", Unsure(town, "a"))
+
+    verification = verified(town, pipeline, policy, faults=[Fault.KILLED_BEFORE, Fault.KILLED_AFTER])
+
+    halfway = [trial for trial in verification.trials if trial.events == ("EffectRecorded",)]
+    assert {trial.ending for trial in halfway} <= {(STUCK,), (HALTED,)}
+    assert len(halfway) == 4
+
+
+def test_many_stages_in_doubt_at_once_are_told_apart_in_few_worlds() -> None:
+    town, pipeline = Town(), Pipeline(name="many")
+    for number in range(12):
+        pipeline = pipeline.with_stage(f"s{number}", Unasked(town, f"s{number}"))
+
+    verification = verified(town, pipeline, faults=[Fault.KILLED_AFTER], leave_out=["s11"])
+
+    assert max(len(trial.report.in_doubt) for trial in verification.trials if trial.report) == 12
+    assert town.resets < 3 * len(verification.trials)
+
+
+def test_a_nested_saga_that_nobody_went_on_with_is_in_doubt() -> None:
+    town = Town()
+    inner = Pipeline(name="hotel")
+    for name, needs in (("room", ()), ("deposit", ("room",))):
+        inner = inner.with_stage(name, Booking(town, name), dependencies=needs)
+    pipeline = Pipeline(name="journey").with_stage("hotel", nested(inner)).with_stage("seat", Unasked(town, "seat"))
+
+    verification = verified(town, pipeline, FailFast(on_failure="halt"), faults=[Fault.KILLED_BEFORE])
+
+    reports = [trial.report for trial in verification.trials if trial.report is not None]
+    assert any({"hotel", "seat"} <= report.in_doubt.keys() for report in reports)
+
+
+def test_a_point_of_no_return_within_a_nested_saga() -> None:
+    town = Town()
+    inner = (
+        Pipeline(name="shop")
+        .with_stage("reserve", Booking(town, "reserve"))
+        .with_stage("sell", Sale(town, "sell"), dependencies=("reserve",))
+        .with_stage("ship", Booking(town, "ship"), dependencies=("sell",))
+    )
+    pipeline = Pipeline(name="order").with_stage("shop", nested(inner)).with_stage("thank", Booking(town, "thank"), dependencies=("shop",))
+
+    verification = verified(town, pipeline)
+
+    # Once the nested saga has completed none of its stages is ever undone; so it is stopped within.
+    assert endings(verification, "shop/reserve", Fault.UNDO_FAILS) == {(STUCK, COMPENSATED)}
+    assert endings(verification, "shop/ship", Fault.UNDO_REPEATED) == {(HALTED, COMPLETED)}
+    assert endings(verification, "shop", Fault.UNDO_FAILS) == set()
+    # The process dies on the way back of the nested saga, too, and every write is told by its path.
+    writes = {(trial.stage, event) for trial in verification.trials for event in trial.events}
+    assert ("shop/reserve", "CompensationCompleted") in writes
+    assert {stage for stage, _ in writes} <= {"", *verification.stages}
 
 
 # -- what it finds ---------------------------------------------------------------------------------------------------
@@ -357,8 +506,8 @@ def test_a_lost_answer_of_a_stage_that_nobody_can_ask_is_found() -> None:
 
     assert found.keys() == {("card", Fault.RAISES_AFTER)}
     (trial,) = found["card", Fault.RAISES_AFTER]
-    assert trial.contradiction.startswith("By the report it is compensated, nothing is in effect.")
-    assert "'card': 1" in trial.contradiction
+    assert trial.wrong.startswith("By the report it is compensated, nothing is in effect.")
+    assert "'card': 1" in trial.wrong
 
 
 def test_a_compensation_that_undoes_nothing_is_found() -> None:
@@ -388,6 +537,18 @@ def test_a_probe_that_does_not_find_what_landed_is_found() -> None:
     assert ("seat", Fault.RAISES_BEFORE) not in found
 
 
+def test_a_probe_that_finds_what_never_landed_is_found_though_it_is_undone() -> None:
+    class Boasting(Booking):
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            return StageOutput.ok(key=ctx.forward_key)
+
+    found = refuted(*trip(card=Boasting), faults=[Fault.TIMES_OUT_BEFORE])
+
+    (trial,) = found["card", Fault.TIMES_OUT_BEFORE]
+    assert trial.ending == (COMPENSATED,)
+    assert trial.wrong == "The probe of card said that its effect had landed, and its code had never run."
+
+
 def test_an_output_that_no_durable_ledger_can_keep_is_found_unless_none_is_wanted() -> None:
     class Connected(Booking):
         async def execute(self, ctx: SagaContext) -> StageOutput:
@@ -399,7 +560,7 @@ def test_an_output_that_no_durable_ledger_can_keep_is_found_unless_none_is_wante
     assert verified(*trip(seat=Connected), durable=False, faults=[Fault.KILLED_AFTER]).ok
 
 
-def test_a_compensation_that_needs_more_of_an_output_than_is_stored_ends_stuck() -> None:
+def test_a_compensation_that_needs_more_of_an_output_than_is_stored_is_found() -> None:
     @dataclass
     class Ticket:
         key: str
@@ -416,12 +577,130 @@ def test_a_compensation_that_needs_more_of_an_output_than_is_stored_ends_stuck()
         async def probe(self, ctx: CompensationContext) -> StageOutput | None:
             return StageOutput.ok(ticket=Ticket(ctx.forward_key)) if ctx.forward_key in self.town.bookings else None
 
-    durable = verified(*trip(seat=Typed), faults=[Fault.KILLED_BEFORE])
-    in_memory = verified(*trip(seat=Typed), faults=[Fault.KILLED_BEFORE], durable=False)
+    found = refuted(*trip(seat=Typed), faults=[Fault.KILLED_BEFORE])
 
-    # What is read again has a dict in the ticket's place. The reports are true: nobody could undo it.
-    assert (STUCK, STUCK) in {trial.ending for trial in durable.trials}
-    assert (STUCK, STUCK) not in {trial.ending for trial in in_memory.trials}
+    # What is read again has a dict in the ticket's place.
+    assert {stage for stage, _ in found} <= {"seat", "room", "card", ""}
+    assert all("AttributeError: 'dict' object has no attribute 'key'" in trial.wrong for trials in found.values() for trial in trials)
+    assert verified(*trip(seat=Typed), faults=[Fault.KILLED_BEFORE], durable=False).ok
+
+
+def test_an_output_that_does_not_fit_its_model_is_found() -> None:
+    @dataclass
+    class Ticket:
+        number: int
+
+    class Modelled(Booking):
+        output_model = Ticket
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            await super().execute(ctx)
+            return StageOutput.ok(number="none")
+
+    found = refuted(*trip(seat=Modelled))
+
+    assert {("seat", Fault.UNDO_FAILS), ("room", Fault.UNDO_FAILS)} <= found.keys()
+    assert all("It could not go on: expected an output_model" in trial.wrong for trials in found.values() for trial in trials)
+
+
+def test_a_compensation_that_fails_though_nothing_made_it_fail_is_found() -> None:
+    class Mistyped(Booking):
+        async def compensate(self, ctx: CompensationContext) -> None:
+            self.town.boookings.pop(ctx.forward_key)  # type: ignore[attr-defined] # that is the point
+
+    found = refuted(*trip(seat=Mistyped))
+
+    # Each report is true: it is stuck, and the seat is taken.
+    (trial,) = found["card", Fault.RAISES_BEFORE]
+    assert trial.wrong.startswith("It is stuck, though nothing made this fail: stage 'seat' could not be compensated")
+    assert trial.wrong.endswith("AttributeError: 'Town' object has no attribute 'boookings'")
+
+
+def test_what_failed_by_itself_comes_without_advice_on_the_world() -> None:
+    class Mistyped(Booking):
+        async def compensate(self, ctx: CompensationContext) -> None:
+            raise TypeError("a typo")
+
+    with pytest.raises(VerificationFailed) as failed:
+        verified(*trip(seat=Mistyped), faults=[Fault.RAISES_BEFORE])
+
+    assert str(failed.value).endswith("TypeError: a typo")
+
+
+def test_a_probe_that_fails_though_nothing_made_it_fail_is_found() -> None:
+    class Mistyped(Booking):
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            return self.town.boookings[ctx.forward_key]  # type: ignore[attr-defined, no-any-return] # that is the point
+
+    found = refuted(*trip(seat=Mistyped))
+
+    assert {("seat", Fault.TIMES_OUT_BEFORE), ("seat", Fault.TIMES_OUT_AFTER)} <= found.keys()
+
+
+def test_a_stage_that_never_goes_through_once_it_has_failed_is_found() -> None:
+    async def admit(ctx: Any) -> None:
+        if ctx.idempotency_key in admitted:
+            raise OSError("not you again")
+        admitted.add(ctx.idempotency_key)
+
+    class Guarded(Town):
+        def reset(self) -> None:
+            super().reset()
+            admitted.clear()
+
+    admitted: set[str] = set()
+    town = Guarded()
+    pipeline = Pipeline(name="one").with_stage("seat", Booking(town, "seat")).with_stage("admit", admit, "guard", dependencies=("seat",))
+
+    found = refuted(town, pipeline, FailFast(on_failure="halt"), faults=[Fault.RAISES_AFTER])
+
+    (trial,) = found["admit", Fault.RAISES_AFTER]
+    assert trial.wrong == "The fault was mended, and it is halted all the same: stage 'admit' raised at attempt 2: OSError: not you again"
+
+
+def test_what_a_stage_keeps_in_itself_is_gone_with_its_process() -> None:
+    class Remembering(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            self.key = ctx.idempotency_key
+            return await super().execute(ctx)
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            self.town.bookings.pop(self.key, None)
+
+    town = Town()
+    pipeline = Pipeline(name="one").with_stage("a", Remembering, config={"town": town, "name": "a"})
+
+    found = refuted(town, pipeline)
+
+    # A saga that is resumed in the same process has new stages, too.
+    assert {fault for _, fault in found} == {Fault.UNDO_FAILS, Fault.KILLED_BEFORE, Fault.KILLED_AFTER}
+    assert "'Remembering' object has no attribute 'key'" in found["a", Fault.KILLED_AFTER][0].wrong
+
+
+def test_an_effect_of_a_plain_stage_is_found() -> None:
+    async def notify(_: Any) -> None:
+        town.bookings["note"] = "note"
+
+    town = Town()
+    pipeline = Pipeline(name="one").with_stage("notify", notify, "work")
+
+    assert refuted(town, pipeline, faults=[Fault.RAISES_AFTER]).keys() == {("notify", Fault.RAISES_AFTER)}
+
+
+def test_stages_that_only_work_together_are_found() -> None:
+    class Demanding(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            if len(self.town.bookings) < 2:
+                return StageOutput.fail("where are the others?")
+            return await super().execute(ctx)
+
+    town, pipeline = trip(card=Demanding)
+    policy = FailFast(compensation=Compensation(on_failure="continue", retry=Retry(attempts=1)))
+
+    found = refuted(town, pipeline, policy, faults=[Fault.UNDO_FAILS])
+
+    (trial,) = found["card", Fault.UNDO_FAILS]
+    assert "expected stages that run in a world in which no others do (card)" in trial.wrong
 
 
 def test_a_fault_that_never_strikes_is_said_and_can_be_left_out() -> None:
@@ -443,6 +722,37 @@ def test_a_fault_that_never_strikes_is_said_and_can_be_left_out() -> None:
     assert "It never struck, so nothing is known of it." in str(failed.value)
     verification = verified(town, pipeline, leave_out=["wrap"])
     assert "wrap" not in {trial.stage for trial in verification.trials if trial.fault is not Fault.KILLED_BEFORE and trial.stage}
+
+
+def test_what_is_resumed_is_what_a_durable_ledger_gives(tmp_path: Path) -> None:
+    class Odd(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            await super().execute(ctx)
+            await ctx.record({"pair": (1, 2)})
+            return StageOutput.ok(pair=(1, 2), when=datetime(2026, 1, 1, tzinfo=UTC), large=10**30, none=None, status=SagaStatus.STUCK)
+
+    async def fail(_: Any) -> None:
+        raise OSError("no")
+
+    async def play(ledger: Ledger) -> dict[str, list[Any]]:
+        town = Town()
+        inner = Pipeline(name="inner").with_stage("a", Odd(town, "a"))
+        pipeline = Pipeline(name="outer").with_stage("inner", nested(inner)).with_stage("b", Odd(town, "b"), dependencies=("inner",))
+        await SagaCoordinator(ledger=ledger).run(pipeline.with_stage("fail", fail, "work", dependencies=("b",)), saga_id="same")
+        given = ("stage", "output", "effect", "execution", "in_doubt", "status")
+        return {
+            entry.saga_id: [(type(event), *(getattr(event, part, None) for part in given)) for event in await ledger.read(entry.saga_id)]
+            for entry in await ledger.list()
+        }
+
+    async def compare() -> None:
+        real = SQLiteLedger(tmp_path / "ledger.sqlite")
+        found = await play(real)
+        await real.close()
+        assert await play(MortalLedger(durable=True)) == found
+        assert await play(MortalLedger(durable=False)) != found
+
+    asyncio.run(compare())
 
 
 # -- what can't be verified ------------------------------------------------------------------------------------------
@@ -482,23 +792,78 @@ def test_a_world_that_never_looks_the_same_is_refused() -> None:
         verified(town, Pipeline(name="one").with_stage("a", Booking(town, "a")))
 
 
+def test_a_world_that_does_not_show_what_the_saga_does_is_refused() -> None:
+    class Blind(Town):
+        def look(self) -> None:  # type: ignore[override] # somebody forgot the return
+            super().look()
+
+    town = Blind()
+
+    with pytest.raises(MisuseError, match=r"a look\(\) that shows what the saga does, got the same before it and after it: None"):
+        verified(town, Pipeline(name="one").with_stage("a", Booking(town, "a")))
+
+
+@pytest.mark.parametrize("world", [None, Town, FailFast()], ids=["nothing", "a class", "a policy"])
+def test_what_is_no_world_is_refused(world: Any) -> None:
+    _, pipeline = trip()
+
+    with pytest.raises(MisuseError, match=r"expected a world with reset\(\) and look\(\), got "):
+        run(verify(pipeline, None, world))
+
+
+def test_an_id_for_the_saga_is_refused() -> None:
+    with pytest.raises(MisuseError, match=r"expected a saga without an id: .*, got saga_id='mine'"):
+        verified(*trip(), saga_id="mine")
+
+
+def test_a_look_that_cannot_be_kept_is_refused() -> None:
+    class Lazy(Town):
+        def look(self) -> Any:
+            return (booking for booking in self.bookings)
+
+    town = Lazy()
+
+    with pytest.raises(MisuseError, match=r"a look\(\) that gives a value to keep and compare, got cannot pickle 'generator' object"):
+        verified(town, Pipeline(name="one").with_stage("a", Booking(town, "a")))
+
+
+@pytest.mark.parametrize(
+    ("faults", "got"), [(["raises befor"], "'raises befor'"), ("raises", "'raises'"), ([], "none")], ids=["a list", "a text", "nothing"]
+)
+def test_what_is_no_fault_is_refused(faults: Any, got: str) -> None:
+    with pytest.raises(MisuseError, match=rf"expected faults to inject \(raises before, .*\), got {got}"):
+        verified(*trip(), faults=faults)
+
+
+def test_one_fault_or_one_stage_needs_no_list() -> None:
+    verification = verified(*trip(), faults=Fault.CANCELS, leave_out="seat")
+
+    assert [(trial.stage, trial.fault) for trial in verification.trials] == [("room", Fault.CANCELS), ("card", Fault.CANCELS)]
+
+
+def test_a_verification_of_nothing_is_refused() -> None:
+    with pytest.raises(MisuseError, match="expected a fault that can strike a stage, got cancels at no stage"):
+        verified(*trip(), faults=[Fault.CANCELS], leave_out=["seat", "room", "card"])
+
+
+def test_a_world_whose_values_equal_nothing_is_refused() -> None:
+    class Seat:
+        def __repr__(self) -> str:
+            return "Seat()"
+
+    class Furnished(Town):
+        def look(self) -> Any:
+            return [Seat()]
+
+    town = Furnished()
+
+    with pytest.raises(MisuseError, match=r"two values that print the same and are not equal: \[Seat\(\)\]"):
+        verified(town, Pipeline(name="one").with_stage("a", Booking(town, "a")))
+
+
 def test_a_stage_to_leave_out_that_is_not_there_is_refused() -> None:
     with pytest.raises(MisuseError, match="expected stages of pipeline 'trip' to leave out"):
         verified(*trip(), leave_out=["sofa"])
-
-
-def test_stages_that_only_work_together_are_refused() -> None:
-    class Demanding(Booking):
-        async def execute(self, ctx: SagaContext) -> StageOutput:
-            if len(self.town.bookings) < 2:
-                return StageOutput.fail("where are the others?")
-            return await super().execute(ctx)
-
-    town, pipeline = trip(card=Demanding)
-    policy = FailFast(compensation=Compensation(on_failure="continue", retry=Retry(attempts=1)))
-
-    with pytest.raises(MisuseError, match="stages that run in a world in which no others do"):
-        verified(town, pipeline, policy, faults=[Fault.UNDO_FAILS])
 
 
 def test_a_verification_that_is_cancelled_undoes_the_saga_that_runs() -> None:
@@ -527,6 +892,27 @@ def test_a_verification_that_is_cancelled_undoes_the_saga_that_runs() -> None:
     assert town.bookings == {}
 
 
+@pytest.mark.parametrize(
+    ("fault", "under_way"),
+    [
+        (Fault.UNDO_REPEATED, "'trip' was being verified: undo repeated: room"),
+        (Fault.KILLED_AFTER, r"'trip' was being verified: killed after: number \d+, where card turns back"),
+    ],
+)
+def test_a_verification_whose_time_is_up_says_what_it_was_at(fault: Fault, under_way: str) -> None:
+    class Endless(Booking):
+        async def compensate(self, ctx: CompensationContext) -> None:
+            await asyncio.Event().wait()
+
+    town, pipeline = trip(room=Endless)
+
+    with pytest.raises(TimeoutError) as ended:
+        run(asyncio.wait_for(verify(pipeline, None, town, faults=fault, leave_out=["seat"]), 30))
+
+    assert ended.value.__cause__ is not None
+    assert re.fullmatch(under_way, ended.value.__cause__.__notes__[-1])
+
+
 # -- what it says ----------------------------------------------------------------------------------------------------
 
 
@@ -546,10 +932,11 @@ def test_the_matrix() -> None:
 MATRIX = """
 shop: wherever it failed, the world was where the report said
 
-         raises  raises  times out  times out  interrupted  interrupted  cancels  undo      undo   killed  killed
-         before  after   before     after      before       after                 repeated  fails  before  after
-reserve  <       <       <          <          <            <            /        <         !<     . + <   + <
-sell     <       =+      <          =+         =+           =+           /                         + <     + <
+            raises  raises  times out  times out  interrupted  interrupted  cancels  undo      undo   killed  killed
+            before  after   before     after      before       after                 repeated  fails  before  after
+reserve     <       <       <          <          <            <            /        <         !<     . + <   + <
+sell        <       =+      <          =+         =+           =+           /                         + <     + <
+(the saga)                                                                                            + <
 
 + completed   < compensated   = halted   / cancelled   ! stuck   . never began
 The second of two signs: when the fault was mended and the saga resumed.
@@ -564,7 +951,7 @@ def test_the_matrix_of_a_saga_that_is_wrong_says_what_and_what_helps() -> None:
 
 
 WRONG = """
-trip: the world was not where the report said, or a fault never struck
+trip: 1 trial went wrong
 
       raises  raises
       before  after
@@ -572,11 +959,11 @@ seat  <       <
 room  <       <
 card  <       X
 
-< compensated   X not where the report said
+< compensated   X wrong
 
 raises after: card
 By the report it is compensated, nothing is in effect. Then the world would be (-), and is (+):
     -Counter()
     +Counter({'card': 1})
-An answer that is lost looks like a failure: give the stage a probe(), or have it ctx.record its effects.
+A lost answer looks like a failure: give the stage a probe(), or ctx.record its effects. A plain stage can have neither.
 """

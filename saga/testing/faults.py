@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ from stageflow.api import StageOutput
 
 from saga.actions import LocalActions
 from saga.blueprint import Blueprint
-from saga.compensable import CompensationContext, SagaContext
+from saga.compensable import CompensationContext, Host, SagaContext
 from saga.failures import Failure
 
 
@@ -34,7 +35,7 @@ class Fault(StrEnum):
     UNDO_FAILS = "undo fails"
     """Its compensation raises, at every attempt."""
     KILLED_BEFORE = "killed before"
-    """The process dies before a write to the ledger."""
+    """The process dies before an event is in the ledger."""
     KILLED_AFTER = "killed after"
     """The process dies when a write is in the ledger, and nobody has learnt of it."""
 
@@ -48,6 +49,10 @@ class InjectedFault(Exception):
     """A stage or a compensation raised because it was made to."""
 
 
+WHOLE: Final = math.inf
+"""How far a stage came that ran to its end; one that broke off came as far as the effects that it was about to record."""
+
+
 @dataclass
 class Injection:
     """One fault at one stage of one saga.
@@ -55,18 +60,45 @@ class Injection:
     Attributes:
         fault: What goes wrong; None: nothing does, unless somewhere else.
         stage: Where; a stage of a nested saga by its path.
+        interrupts: The caller is cancelled when that stage has had its effect, so that it is undone.
         turning: Another stage that raises before its effect, so that the saga turns back.
         caller: Who is cancelled where that is the fault.
         reached: Whether it struck.
         lifted: Whether it, and what turns the saga back, is mended.
+        far: How far each stage came, by its path.
     """
 
     fault: Fault | None = None
     stage: str = ""
+    interrupts: bool = False
     turning: str | None = None
     caller: asyncio.Task[Any] | None = None
     reached: bool = False
     lifted: bool = False
+    far: dict[str, float] = field(default_factory=dict)
+
+
+class _BrokenOff(BaseException):
+    """A stage is not to go on from here; no Exception, because it is nothing that a stage could mend."""
+
+
+class _Recorder:
+    """A saga, as the code of a stage sees it: counts what is recorded, and breaks the stage off at its n-th effect."""
+
+    def __init__(self, host: Host, breaks_off_at: float = WHOLE) -> None:
+        self._host = host
+        self._breaks_off_at = breaks_off_at
+        self.count = 0
+
+    async def record_effect(self, stage: str, effect: Any) -> None:
+        """Have it recorded, or break off."""
+        self.count += 1
+        if self.count >= self._breaks_off_at:
+            raise _BrokenOff
+        await self._host.record_effect(stage, effect)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._host, name)
 
 
 class FaultyActions(LocalActions):
@@ -97,7 +129,7 @@ class FaultyActions(LocalActions):
                 self._strike(stage)
                 return StageOutput.cancel("injected")
             case Fault.RAISES_AFTER:
-                await super().execute(ctx)
+                await self._perform(ctx)
                 raise self._strike(stage)
             case Fault.TIMES_OUT_BEFORE:
                 self._strike(stage)
@@ -105,17 +137,34 @@ class FaultyActions(LocalActions):
             case Fault.TIMES_OUT_AFTER:
                 await self._answer_never(ctx)
             case Fault.INTERRUPTED_BEFORE:
+                self._strike(stage)
                 await self._interrupt(ctx)
             case Fault.INTERRUPTED_AFTER:
-                output = await super().execute(ctx)
+                output = await self._perform(ctx)
+                self._strike(stage)
+                await self._interrupt(ctx)
+                return output
+            case Fault.UNDO_REPEATED | Fault.UNDO_FAILS if injection.interrupts:
+                output = await self._perform(ctx)
                 await self._interrupt(ctx)
                 return output
             case _:
                 pass
-        return await super().execute(ctx)
+        return await self._perform(ctx)
+
+    async def _perform(self, ctx: SagaContext) -> Any:
+        """Run the stage's own code, and note how far it comes."""
+        path, far, recorder = self._prefix + ctx.stage_name, self._injection.far, _Recorder(ctx._host)  # noqa: SLF001 - to stand before it
+        try:
+            returned = await super().execute(replace(ctx, _host=recorder))
+        except BaseException:
+            far[path] = max(far.get(path, 0), recorder.count)
+            raise
+        far[path] = WHOLE
+        return returned
 
     async def _answer_never(self, ctx: SagaContext) -> None:
-        request = asyncio.ensure_future(super().execute(ctx))
+        request = asyncio.ensure_future(self._perform(ctx))
         try:
             await asyncio.shield(request)
             self._strike(ctx.stage_name)
@@ -128,7 +177,6 @@ class FaultyActions(LocalActions):
             raise
 
     async def _interrupt(self, ctx: SagaContext) -> None:
-        self._strike(ctx.stage_name)
         assert self._injection.caller is not None  # whoever runs the saga has said so
         self._injection.caller.cancel()
         while not ctx.is_cancelled:  # noqa: ASYNC110 - stageflow's contexts have no event to wait for
@@ -152,18 +200,28 @@ class Standing:
     """What of a saga stands.
 
     Attributes:
-        stages: The stages whose effects stand, by their paths.
-        fallbacks: Those whose fallback stands in, and for which failure.
-        outputs: What every stage gave that gave something.
+        far: How far the stages came whose effects stand, by their paths.
+        fallbacks: The stages whose fallback stands in, and for which failure.
+        outputs: What those stages gave that do not stand, though stages do that depend on them.
     """
 
-    stages: frozenset[str]
+    far: Mapping[str, float]
     fallbacks: Mapping[str, Failure]
     outputs: Mapping[str, StageOutput]
 
-    def is_in(self, path: str) -> bool:
-        """Whether a stage, or one of a saga that it runs, stands."""
-        return path in self.stages or any(stage.startswith(f"{path}/") for stage in self.stages)
+    def __eq__(self, other: object) -> bool:
+        """Whether the world has to look the same: when a stage failed, and with which words, is nothing that it shows."""
+        return isinstance(other, Standing) and self._shown() == other._shown()
+
+    __hash__ = None  # type: ignore[assignment] # outputs have none
+
+    def _shown(self) -> tuple[object, ...]:
+        return self.far, set(self.fallbacks), {path: output.data for path, output in self.outputs.items()}
+
+
+def stands(path: str, standing: Collection[str]) -> bool:
+    """Whether a stage, or one of a saga that it runs, is among those that stand."""
+    return path in standing or any(stage.startswith(f"{path}/") for stage in standing)
 
 
 class ReferenceActions(LocalActions):
@@ -175,11 +233,23 @@ class ReferenceActions(LocalActions):
         self._standing = standing
 
     async def execute(self, ctx: SagaContext) -> Any:
-        """Run the stage if it is to stand."""
-        path = self._prefix + ctx.stage_name
-        failure = self._standing.fallbacks.get(path)
+        """Run the stage if it is to stand, and as far."""
+        path, standing = self._prefix + ctx.stage_name, self._standing
+        given = standing.outputs.get(path, StageOutput.ok())
+        failure = standing.fallbacks.get(path)
         if failure is not None:
-            return await self.fallback(ctx, failure)
-        if self._standing.is_in(path):
-            return await super().execute(ctx)
-        return self._standing.outputs.get(path, StageOutput.ok())
+            try:
+                return await self.fallback(ctx, failure)
+            except Exception:  # noqa: BLE001 - then the policy's stood in
+                return given
+        if not stands(path, standing.far):
+            return given
+        far = standing.far.get(path, WHOLE)
+        recorder = _Recorder(ctx._host, far)  # noqa: SLF001 - to stand before it
+        try:
+            return await super().execute(replace(ctx, _host=recorder))
+        except BaseException:
+            # Not asked by its type: a task group of the stage may have wrapped it.
+            if recorder.count >= far:
+                return given
+            raise

@@ -8,7 +8,7 @@ from pprint import pformat
 from typing import TYPE_CHECKING, Final
 
 from saga.events import SagaStatus
-from saga.testing.faults import Fault
+from saga.testing.faults import KILLS, Fault
 
 if TYPE_CHECKING:
     from saga.testing.verification import Trial, Verification
@@ -27,16 +27,24 @@ _UNREACHED: Final = "0"
 _WHOLE: Final = "(the saga)"
 _LINES: Final = 24
 """So many of a difference are shown."""
+BY_THE_REPORT: Final = "By the report"
+"""So begins what is said of a world that is not where the report says."""
 _NOTHING_KNOWN: Final = (
     "It never struck, so nothing is known of it. If a stage does not run with this input, or is never undone, leave it out, "
     "and verify it with another input."
 )
+_OF_A_KILL: Final = (
+    "What a died process has left is found by a probe(); a stage that runs again needs ctx.idempotency_key; nothing that a stage "
+    "keeps in itself outlives its process."
+)
 _ADVICE: Final = {
     Fault.RAISES_BEFORE: "compensate() leaves something behind. Have it undo that, too; a mere trace is to be left out of look().",
-    Fault.RAISES_AFTER: "An answer that is lost looks like a failure: give the stage a probe(), or have it ctx.record its effects.",
+    Fault.RAISES_AFTER: (
+        "A lost answer looks like a failure: give the stage a probe(), or ctx.record its effects. A plain stage can have neither."
+    ),
     Fault.UNDO_REPEATED: "compensate() has to bear repetition: let whoever carries it out recognise ctx.idempotency_key.",
-    Fault.KILLED_BEFORE: "What a died process has left is found by a probe(); a stage that runs again needs ctx.idempotency_key.",
-    Fault.KILLED_AFTER: "What a died process has left is found by a probe(); a stage that runs again needs ctx.idempotency_key.",
+    Fault.KILLED_BEFORE: _OF_A_KILL,
+    Fault.KILLED_AFTER: _OF_A_KILL,
     Fault.TIMES_OUT_AFTER: "Its probe() has to find what landed; a compensate_in_doubt has to cope with it.",
     Fault.TIMES_OUT_BEFORE: "Its probe() has to tell that nothing landed; a compensate_in_doubt has to cope with that.",
 }
@@ -48,7 +56,8 @@ def matrix(verification: Verification) -> str:
     for trial in verification.trials:
         cells.setdefault((trial.stage or _WHOLE, trial.fault), {})[_sign(trial)] = None
     faults = [fault for fault in Fault if any(fault is trial.fault for trial in verification.trials)]
-    rows = [*verification.stages, *([_WHOLE] if any(row == _WHOLE for row, _ in cells) else [])]
+    # A stage may run only when another one fails; and what is about the saga itself comes last.
+    rows = list(dict.fromkeys([*verification.stages, *sorted(row for row, _ in cells if row != _WHOLE), *(row for row, _ in cells)]))
     table = [["", *(_header(fault)[part] for fault in faults)] for part in (0, 1)]
     table += [[row, *(" ".join(cells.get((row, fault), ())) for fault in faults)] for row in rows]
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
@@ -68,7 +77,7 @@ def _header(fault: Fault) -> tuple[str, str]:
 def _sign(trial: Trial) -> str:
     if not trial.reached:
         return _UNREACHED
-    if trial.contradiction:
+    if trial.wrong:
         return _WRONG
     return "".join(_SIGNS[status] for status in trial.ending) or _NEVER_BEGAN
 
@@ -76,7 +85,8 @@ def _sign(trial: Trial) -> str:
 def _verdict(verification: Verification) -> str:
     if verification.ok:
         return "wherever it failed, the world was where the report said"
-    return "the world was not where the report said, or a fault never struck"
+    wrong = sum(not trial.ok for trial in verification.trials)
+    return "1 trial went wrong" if wrong == 1 else f"{wrong} trials went wrong"
 
 
 def _legend(signs: Iterable[str]) -> Iterator[str]:
@@ -84,7 +94,7 @@ def _legend(signs: Iterable[str]) -> Iterator[str]:
     single = {sign for joined in found for sign in joined}
     meanings: Mapping[str, str] = {sign: status.value for status, sign in _SIGNS.items()} | {
         _NEVER_BEGAN: "never began",
-        _WRONG: "not where the report said",
+        _WRONG: "wrong",
         _UNREACHED: "never struck",
     }
     yield "   ".join(f"{sign} {meaning}" for sign, meaning in meanings.items() if sign in single)
@@ -93,21 +103,26 @@ def _legend(signs: Iterable[str]) -> Iterator[str]:
 
 
 def _problems(trials: Iterable[Trial]) -> Iterator[str]:
-    """What was wrong: each contradiction once, behind all that led to it, and before what helps."""
+    """What was wrong: each thing once, behind all that led to it, and before what helps."""
     found: dict[str, dict[Fault, dict[str, None]]] = {}
     for trial in trials:
-        wrong = trial.contradiction or _NOTHING_KNOWN
-        found.setdefault(wrong, {}).setdefault(trial.fault, {})[trial.stage or _WHOLE] = None
+        wrong = trial.wrong or _NOTHING_KNOWN
+        write = f" ({', '.join(trial.events)})" if trial.events else ""
+        found.setdefault(wrong, {}).setdefault(trial.fault, {})[(trial.stage or _WHOLE) + write] = None
     for wrong, led_to_it in found.items():
         yield ""
         yield from (f"{fault}: {', '.join(stages)}" for fault, stages in led_to_it.items())
         yield wrong
-        yield from dict.fromkeys(_ADVICE[fault] for fault in led_to_it if fault in _ADVICE and wrong != _NOTHING_KNOWN)
+        # What failed by itself says why; only of a process that died there is more to say.
+        advised = [fault for fault in led_to_it if fault in KILLS or wrong.startswith(BY_THE_REPORT)]
+        yield from dict.fromkeys(_ADVICE[fault] for fault in advised if fault in _ADVICE)
 
 
 def difference(expected: object, found: object) -> str:
     """The lines in which two values differ: what was expected after a minus, what was found after a plus."""
     before, after = pformat(expected, width=100).splitlines(), pformat(found, width=100).splitlines()
     lines = [line for line in difflib.unified_diff(before, after, n=1, lineterm="") if not line.startswith(("---", "+++", "@@"))]
+    if not lines:
+        return f"    two values that print the same and are not equal: {pformat(found, width=100)}"
     more = [f"    ... {len(lines) - _LINES} lines more"] if len(lines) > _LINES else []
     return "\n".join([f"    {line}" for line in lines[:_LINES]] + more)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from saga.coordinator import SagaCoordinator
 from saga.errors import LedgerError
-from saga.events import AnyEvent, StageEvent, event_from_json, event_to_json
+from saga.events import AnyEvent, SagaStarted, StageEvent, event_from_json, event_to_json
 from saga.ledger import MemoryLedger
 from saga.policies import Compensation, Policy, Retry
 
@@ -57,6 +57,8 @@ class Rehearsal(SagaCoordinator):
         prefix = "" if started.parent is None else f"{self._prefixes[started.parent]}{started.parent_stage}/"
         self._prefixes[journal.saga_id] = prefix
         self.nodes |= {prefix + node.name: node for node in blueprint.graph.nodes}
+        # On a busy machine, too, the same events go into the same writes.
+        journal.linger = PATIENCE
         stages = {name: self._hurried(plan, prefix + name) for name, plan in blueprint.stages.items()}
         return super()._lives(replace(blueprint, stages=stages), _without_waits(policy), journal, context)
 
@@ -65,6 +67,8 @@ class Rehearsal(SagaCoordinator):
             plan,
             retry=None if plan.retry is None else _at_once(plan.retry),
             timeout=PATIENCE if path in self._impatient_of else plan.timeout,
+            # Its effect is to land before anybody asks for it, however long it takes.
+            patient=plan.patient or path in self._impatient_of,
             compensation=None if plan.compensation is None else _undone_at_once(plan.compensation),
         )
 
@@ -89,72 +93,82 @@ class ProcessDied(LedgerError):
 
 
 class MortalLedger(MemoryLedger):
-    """Dies at a chosen write, and can be taken up again as if by another process.
+    """Dies where it is told to, and can be taken up again as if by another process.
 
     Args:
         durable: It hands out what a durable ledger would: what was written as JSON and read again.
+
+    Attributes:
+        struck_at: The path of the stage that the last event or write was about; empty for the saga as a whole, None while it lives.
+        struck_events: What did not come to be recorded, or was recorded last.
     """
 
     def __init__(self, *, durable: bool) -> None:
         super().__init__()
         self.durable = durable
         self.struck_at: str | None = None
-        self._writes_left: int | None = None
+        self.struck_events: tuple[str, ...] = ()
+        self._left: int | None = None
         self._after = False
         self._is_dead = False
 
-    def die_at(self, write: int, *, after: bool) -> None:
-        """Die at the n-th write from now on: before it, or when it is in the ledger."""
-        self._writes_left, self._after = write, after
+    def die_at(self, nth: int, *, after: bool) -> None:
+        """Die when the n-th write from now on is in the ledger; or before the n-th event is.
+
+        A durable ledger gets several events in one write. But what comes before the event may have been written earlier, when the machine
+        was busy; so one that is to die before an event gets those that precede it.
+        """
+        self._left, self._after = nth, after
 
     def revive(self) -> None:
         """Be the ledger that the next process finds; who held a saga is gone."""
-        self._writes_left, self._is_dead = None, False
+        self._left, self._is_dead = None, False
         for saga in self._sagas.values():
             saga.owner = None
 
-    def path(self, saga_id: str) -> str:
+    def _path(self, started: SagaStarted) -> str:
         """The path that leads to a saga's stages; empty for one that no other runs."""
-        saga = self._sagas.get(saga_id)
-        if saga is None or saga.started.parent is None:
-            return ""
-        return f"{self.path(saga.started.parent)}{saga.started.parent_stage}/"
+        return "" if started.parent is None else f"{self._path(self._sagas[started.parent].started)}{started.parent_stage}/"
 
     def _refuse_if_dead(self) -> None:
         if self._is_dead:
             raise ProcessDied("the process is played dead")
 
-    def _is_the_last(self) -> bool:
+    def _last_words(self, events: Sequence[AnyEvent]) -> Sequence[AnyEvent] | None:
+        """Those of the events that are recorded before the process dies; None if it lives on."""
         self._refuse_if_dead()
-        if self._writes_left is None:
-            return False
-        self._writes_left -= 1
-        return self._writes_left == 0
+        if self._left is None:
+            return None
+        units = 1 if self._after else len(events)
+        if self._left > units:
+            self._left -= units
+            return None
+        return events if self._after else events[: self._left - 1]
 
-    def _die(self, saga_id: str, events: Sequence[AnyEvent]) -> None:
+    def _die(self, started: SagaStarted, events: Sequence[AnyEvent]) -> None:
+        path = self._path(started)
         stages = [event.stage for event in events if isinstance(event, StageEvent)]
-        self.struck_at = self.path(saga_id) + stages[0] if stages else ""
+        self.struck_at = path + stages[0] if stages else path.rstrip("/")
+        self.struck_events = tuple(type(event).__name__ for event in events)
         self._is_dead = True
         self._refuse_if_dead()
 
     async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
         """Record a new saga, unless this is where the process dies."""
-        is_last = self._is_the_last()
-        if is_last and not self._after:
-            self._die(saga_id, events)
-        token = await super().create(saga_id, owner, events)
-        if is_last:
-            self._die(saga_id, events)
+        last = self._last_words(events)
+        token = 0 if last is not None and not last else await super().create(saga_id, owner, events if last is None else last)
+        if last is not None:
+            assert isinstance(events[0], SagaStarted)  # every saga begins with it
+            self._die(events[0], events if self._after else events[len(last) :])
         return token
 
     async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int, release: bool = False) -> None:
         """Record the events, unless this is where the process dies."""
-        is_last = self._is_the_last()
-        if is_last and not self._after:
-            self._die(saga_id, events)
-        await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
-        if is_last:
-            self._die(saga_id, events)
+        last = self._last_words(events)
+        recorded = events if last is None else last
+        await super().append(saga_id, recorded, expected_version=expected_version, token=token, release=release)
+        if last is not None:
+            self._die(self._sagas[saga_id].started, events if self._after else events[len(last) :])
 
     async def acquire(self, saga_id: str, owner: str) -> int:
         """Take the lease of a saga."""

@@ -6,22 +6,36 @@ import asyncio
 import contextlib
 import copy
 import inspect
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import combinations, product
+from itertools import chain, combinations, islice, product
+from pprint import pformat
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from stageflow.api import Pipeline, StageStatus
 
-from saga.blueprint import Blueprint
-from saga.errors import LedgerError, MisuseError
+from saga.errors import LedgerError, MisuseError, SagaError
 from saga.events import SagaStatus, Verdict
+from saga.failures import Failure, FailureKind
 from saga.graph import Node, Role
 from saga.ledger import MemoryLedger, StageState
 from saga.policies import FailFast, Policy
-from saga.testing.faults import KILLS, TIMEOUTS, UNDOING, Fault, FaultyActions, Injection, ReferenceActions, Standing
-from saga.testing.matrix import difference, matrix
+from saga.testing.faults import (
+    KILLS,
+    TIMEOUTS,
+    UNDOING,
+    WHOLE,
+    Fault,
+    FaultyActions,
+    InjectedFault,
+    Injection,
+    ReferenceActions,
+    Standing,
+    stands,
+)
+from saga.testing.matrix import BY_THE_REPORT, difference, matrix
 from saga.testing.rehearsal import MortalLedger, Rehearsal
+from saga.text import qualified
 
 if TYPE_CHECKING:
     from saga.report import SagaReport, StageReport
@@ -29,6 +43,12 @@ if TYPE_CHECKING:
 _ID: Final = "verified"
 _PASSES: Final = frozenset({StageStatus.OK, StageStatus.SKIP})
 _STANDS: Final = frozenset({StageState.KEPT, StageState.STUCK, StageState.BLOCKED})
+_UNKNOWN: Final = frozenset({StageState.IN_DOUBT, StageState.RUNNING, StageState.COMPENSATING})
+"""The last two are of a nested saga whose process died, when nobody has gone on with it."""
+_OWN_FAULT: Final = frozenset({FailureKind.EXCEPTION, FailureKind.REPORTED, FailureKind.CONTRACT})
+_INJECTED: Final = qualified(InjectedFault)
+_WORLDS: Final = 64
+"""So many are tried where a report leaves open what stands."""
 
 
 class World(Protocol):
@@ -53,24 +73,26 @@ class Trial:
 
     Attributes:
         fault: What went wrong.
-        stage: Where, by its path; of a kill, the stage that the write was about, empty for one about the saga as a whole.
+        stage: Where, by its path; of a kill, the stage that the event or write was about, empty for one about the saga as a whole.
+        events: Of a kill, what did not come to be recorded any more, or what was recorded last.
         reached: Whether the fault struck.
         report: How the saga came to rest; None if it never began.
         mended: How it came to rest when the fault was mended and the saga was resumed; None if that was not called for.
-        contradiction: How the world differed from the report; empty if it did not.
+        wrong: How the world differed from the report, or what failed though nothing made it fail; empty if all was well.
     """
 
     fault: Fault
     stage: str
     reached: bool
+    events: tuple[str, ...] = ()
     report: SagaReport | None = None
     mended: SagaReport | None = None
-    contradiction: str = ""
+    wrong: str = ""
 
     @property
     def ok(self) -> bool:
-        """Whether the fault struck, and the world was where the report said."""
-        return self.reached and not self.contradiction
+        """Whether the fault struck, the world was where the report said, and nothing failed that nothing made fail."""
+        return self.reached and not self.wrong
 
     @property
     def ending(self) -> tuple[SagaStatus, ...]:
@@ -96,7 +118,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether every fault struck, and the world was where the report said, each time."""
+        """Whether all went well in every trial."""
         return all(trial.ok for trial in self.trials)
 
     def __str__(self) -> str:
@@ -105,7 +127,7 @@ class Verification:
 
 
 class VerificationFailed(AssertionError):
-    """A fault never struck, or the world was not where the report said.
+    """The world was not where a report said, something failed that nothing made fail, or a fault never struck.
 
     Attributes:
         verification: All that was found.
@@ -121,24 +143,26 @@ async def verify(
     policy: Policy | None,
     world: World,
     *,
-    faults: Collection[Fault] = tuple(Fault),
-    leave_out: Collection[str] = (),
+    faults: Fault | Collection[Fault] = tuple(Fault),
+    leave_out: str | Collection[str] = (),
     durable: bool = True,
     **context_fields: Any,
 ) -> Verification:
-    """Fail every stage in turn, in every way, and kill the saga at every write; each time, look whether the world is where the report says.
+    """Fail every stage in turn, in every way, and kill the saga at every event; each time, look whether the world is where the report says.
 
     A saga that comes to rest stuck or halted is then mended and resumed, and looked at once more. The stages' own code runs, with their own
     timeouts; only the waits between attempts are left out.
 
     What a report says is in effect is checked by doing it: the stages that it keeps run in a new world, and the two have to be equal.
 
+    A compensation that fails though nothing made it fail is wrong, too, and so is a saga that can't go on when the fault is mended.
+
     Args:
         pipeline: The pipeline; its stages work on the world.
         policy: The saga's; `FailFast()` if None.
         world: What the stages have their effects on. It is reset before every saga.
-        faults: Which faults to inject; all by default.
-        leave_out: Stages that no fault is injected at, by their paths: those that don't run with this input.
+        faults: Which fault, or faults, to inject; all by default.
+        leave_out: The stage, or stages, that no fault is injected at, by their paths: those that don't run with this input.
         durable: Hand what is resumed the outputs as a durable ledger would; False: as they were.
         context_fields: The saga's input, as in `SagaCoordinator.run`.
 
@@ -146,23 +170,50 @@ async def verify(
         What was found. It is true of this input alone.
 
     Raises:
-        VerificationFailed: The world was not where a report said, or a fault never struck.
-        MisuseError: Nothing can be verified: without any fault the saga doesn't complete, or the world can't be reset or compared.
+        VerificationFailed: The world was not where a report said, something failed that nothing made fail, or a fault never struck.
+        MisuseError: Nothing can be verified: no fault is left to inject, the saga doesn't complete without any, or the world is none, can't
+            be reset or compared, or doesn't show what the saga does.
     """
+    if isinstance(world, type) or not all(callable(getattr(world, part, None)) for part in ("reset", "look")):
+        raise MisuseError("a world with reset() and look()", got=repr(world))
+    if "saga_id" in context_fields:
+        raise MisuseError("a saga without an id: the kit runs many, one after another", got=f"saga_id={context_fields['saga_id']!r}")
+    chosen = _chosen(faults)
     verifier = _Verifier(pipeline, policy if policy is not None else FailFast(), world, durable=durable, fields=context_fields)
     stages = await verifier.begin()
-    unknown = sorted(set(leave_out) - set(stages))
-    if unknown:
-        raise MisuseError(f"stages of pipeline {pipeline.name!r} to leave out ({', '.join(stages)})", got=", ".join(map(repr, unknown)))
-    trials = [trial async for trial in verifier.trials([name for name in stages if name not in leave_out], frozenset(faults))]
+    left_out = {leave_out} if isinstance(leave_out, str) else set(leave_out)
+    if not left_out <= set(stages):
+        unknown = ", ".join(map(repr, sorted(left_out - set(stages))))
+        raise MisuseError(f"stages of pipeline {pipeline.name!r} to leave out ({', '.join(stages)})", got=unknown)
+    try:
+        trials = [trial async for trial in verifier.trials([name for name in stages if name not in left_out], chosen)]
+    except asyncio.CancelledError as cancelled:
+        cancelled.add_note(f"{pipeline.name!r} was being verified: {verifier.under_way}")
+        raise
+    if not trials:
+        raise MisuseError(
+            "a fault that can strike a stage", got=f"{', '.join(chosen)} at {', '.join(set(stages) - left_out) or 'no stage'}"
+        )
     verification = Verification(pipeline.name, tuple(stages), tuple(trials))
     if not verification.ok:
         raise VerificationFailed(verification)
     return verification
 
 
+def _chosen(faults: Fault | Collection[Fault]) -> list[Fault]:
+    given = [faults] if isinstance(faults, str) else list(faults)
+    unknown = [fault for fault in given if fault not in set(Fault)]
+    if unknown or not given:
+        raise MisuseError(f"faults to inject ({', '.join(Fault)})", got=", ".join(map(repr, unknown)) or "none")
+    return [fault for fault in Fault if fault in given]
+
+
 class _Verifier:
-    """Plays one saga after another in one world."""
+    """Plays one saga after another in one world.
+
+    Attributes:
+        under_way: What is tried now.
+    """
 
     def __init__(self, pipeline: Pipeline, policy: Policy, world: World, *, durable: bool, fields: dict[str, Any]) -> None:
         self._pipeline = pipeline
@@ -171,7 +222,9 @@ class _Verifier:
         self._durable = durable
         self._fields = fields
         self._nodes: dict[str, Node] = {}
-        self._looks: dict[tuple[frozenset[str], frozenset[str]], Any] = {}
+        self._ran: list[str] = []
+        self._looks: list[tuple[Standing, Any]] = []
+        self.under_way = ""
 
     async def begin(self) -> list[str]:
         """Run the saga without any fault, to learn its stages and whether anything can be verified at all; their paths."""
@@ -182,89 +235,114 @@ class _Verifier:
         after = await self._look()
         if not report.ok:
             raise MisuseError("a saga that completes with this input when nothing is made to fail", got=f"this:\n{report}")
+        if after == before:
+            raise MisuseError("a look() that shows what the saga does", got=f"the same before it and after it: {pformat(after)}")
         self._nodes = coordinator.nodes
         await self._reset()
         if await self._look() != before:
             got = f"one that was (-), and is (+):\n{difference(before, await self._look())}"
             raise MisuseError("a world that reset() puts back to where it was before the saga", got=got)
-        contradiction = await self._contradiction(report, after)
+        contradiction = await self._contradiction(report, after, {})
         if contradiction:
-            hint = "Leave out of look() what differs from run to run: keys, times, numbers that are given anew each time"
+            hint = (
+                "Leave out of look() what differs from run to run (keys, times, numbers that are given anew, an order left to chance), "
+                "and have reset() forget all that the world has seen, also keys"
+            )
             raise MisuseError("a world that looks the same whenever the same stages have run", got=contradiction, hint=hint)
-        return [path for path, _ in _leaves_and_branches(report)]
+        stages = dict(_leaves_and_branches(report))
+        self._ran = [path for path, stage in stages.items() if stage.attempts]
+        return list(stages)
 
     # -- what is tried -------------------------------------------------------------------------------------------
 
     async def trials(self, stages: Collection[str], faults: Collection[Fault]) -> AsyncIterator[Trial]:
-        """Inject every fault at every stage; have the process die at every write, on the way there and on the way back."""
-        for stage, at_stage in product(stages, (fault for fault in Fault if fault in faults and fault not in KILLS)):
-            if at_stage not in UNDOING or self._nodes[stage].role is Role.COMPENSABLE:
-                yield await self._trial(at_stage, stage)
-        own = [name for name in self._pipeline_order() if name in stages]
-        for fault in (fault for fault in KILLS if fault in faults):
-            # Forward to the end; back from where most is undone, and from each point of no return, before which nothing is kept.
-            turnings = dict.fromkeys([*own[-1:], *(name for name in own if self._nodes[name].is_point_of_no_return)])
-            for turning in (None, *turnings):
-                async for trial in self._kills(fault, turning):
+        """Inject each fault at each stage; have the process die at every event, on the way there and on the way back."""
+        for stage, fault in product(stages, (fault for fault in faults if fault not in KILLS)):
+            if fault not in UNDOING or self._can_be_undone(self._nodes[stage]):
+                self.under_way = f"{fault}: {stage}"
+                yield await self._trial(fault, stage)
+        for kill in (fault for fault in faults if fault in KILLS):
+            for turning in (None, *self._turnings(stages)):
+                async for trial in self._kills(kill, turning):
                     yield trial
-            async for trial in self._kills(fault, None, on_demand=True):
+            async for trial in self._kills(kill, None, on_demand=True):
                 yield trial
 
-    def _pipeline_order(self) -> tuple[str, ...]:
-        return Blueprint.of(self._pipeline).graph.names
+    @staticmethod
+    def _can_be_undone(node: Node) -> bool:
+        return node.role is Role.COMPENSABLE and not node.is_point_of_no_return
+
+    def _turnings(self, stages: Collection[str]) -> Iterator[str]:
+        """Where a saga is to turn back: at the end of each pipeline, and at each point of no return, before which nothing is kept."""
+        ran = [path for path in self._ran if path in stages]
+        last = {path.rpartition("/")[0]: path for path in ran}
+        yield from (path for path in ran if path in last.values() or self._nodes[path].is_point_of_no_return)
 
     async def _trial(self, fault: Fault, stage: str) -> Trial:
-        others = [name for name in reversed(self._pipeline_order()) if name != stage] if fault in UNDOING else []
-        # A stage is undone on demand, or, when it stands before a point of no return, when a stage behind it fails.
-        for turning in (None, *others):
+        trial = Trial(fault, stage, reached=False)
+        # A stage is undone on demand, or, where a point of no return behind it forbids that, when the caller is cancelled before.
+        for interrupts in (False, True) if fault in UNDOING else (False,):
             await self._reset()
-            injection = Injection(fault, stage, turning)
+            injection = Injection(fault, stage, interrupts=interrupts)
             coordinator = self._coordinator(self._ledger(), injection)
             report = await self._run(coordinator, injection)
-            if fault in UNDOING and not injection.reached:
-                report = await coordinator.compensate(_ID, self._pipeline)
-            if injection.reached:
-                return await self._concluded(Trial(fault, stage, reached=True, report=report), coordinator, injection)
-        return Trial(fault, stage, reached=False)
+            try:
+                if fault in UNDOING and not injection.reached:
+                    report = await coordinator.compensate(_ID, self._pipeline)
+                if injection.reached:
+                    return await self._concluded(replace(trial, reached=True, report=report), coordinator, injection)
+            except SagaError as error:
+                return replace(trial, reached=True, report=report, wrong=_stopped_by(error))
+        return trial
 
     async def _kills(self, fault: Fault, turning: str | None, *, on_demand: bool = False) -> AsyncIterator[Trial]:
-        """Have the process die at the first write, at the second, and so on to the last; each time another one goes on."""
-        write = 0
+        """Have the process die at the first event or write, at the second, and so on to the last; each time another one goes on."""
+        nth = 0
         while True:
-            write += 1
+            nth += 1
+            self.under_way = f"{fault}: number {nth}" + (f", where {turning} turns back" if turning else ", on demand" if on_demand else "")
             await self._reset()
             injection, ledger = Injection(turning=turning), self._ledger()
             coordinator = self._coordinator(ledger, injection)
             if on_demand:
                 await self._run(coordinator, injection)
-            ledger.die_at(write, after=fault is Fault.KILLED_AFTER)
-            with contextlib.suppress(LedgerError):
-                await (coordinator.compensate(_ID, self._pipeline) if on_demand else self._run(coordinator, injection))
+            ledger.die_at(nth, after=fault is Fault.KILLED_AFTER)
+            trial = Trial(fault, "", reached=True)
+            try:
+                with contextlib.suppress(LedgerError):
+                    await (coordinator.compensate(_ID, self._pipeline) if on_demand else self._run(coordinator, injection))
+                if ledger.struck_at is None:
+                    return
+                trial = replace(trial, stage=ledger.struck_at, events=ledger.struck_events)
+                ledger.revive()
+                coordinator = self._coordinator(ledger, injection)
+                report = await coordinator.resume(_ID, self._pipeline) if await ledger.read(_ID) else None
+                trial = await self._concluded(replace(trial, report=report), coordinator, injection)
+            except SagaError as error:
+                trial = replace(trial, wrong=_stopped_by(error))
+            yield trial
             if ledger.struck_at is None:
                 return
-            ledger.revive()
-            coordinator = self._coordinator(ledger, injection)
-            report = await coordinator.resume(_ID, self._pipeline) if await ledger.read(_ID) else None
-            yield await self._concluded(Trial(fault, ledger.struck_at, reached=True, report=report), coordinator, injection)
 
     async def _concluded(self, trial: Trial, coordinator: Rehearsal, injection: Injection) -> Trial:
         """Look at the world, mend the fault, resume, and look again."""
-        found = await self._look()
+        self._nodes |= coordinator.nodes
+        found, far = await self._look(), dict(injection.far)
         injection.lifted = True
         mended = None if trial.report is None else await self._mend(trial.report, coordinator)
         found_mended = await self._look()
         # Last, because to know what a report means another world has to be made.
-        contradiction = await self._contradiction(trial.report, found)
-        if mended is not None and not contradiction:
-            contradiction = await self._contradiction(mended, found_mended)
-        return replace(trial, mended=mended, contradiction=contradiction)
+        wrong = [await self._contradiction(trial.report, found, far), _own_fault(trial, trial.report, far)]
+        if mended is not None and not any(wrong):
+            wrong = [await self._contradiction(mended, found_mended, injection.far), _own_fault(trial, mended, injection.far)]
+            if trial.report is not None and trial.report.status is SagaStatus.HALTED and not mended.ok:
+                wrong.append(_went_on_badly(mended))
+        return replace(trial, mended=mended, wrong="\n".join(filter(None, wrong)))
 
     async def _mend(self, report: SagaReport, coordinator: Rehearsal) -> SagaReport | None:
         """Do what the report asks a person to do, where that takes no look at the outside world; None if nothing is to be done."""
-        if report.status is SagaStatus.HALTED and not report.in_doubt:
-            return await coordinator.resume(_ID, self._pipeline)
         innermost = [name for name in report.stuck if not any(other.startswith(f"{name}/") for other in report.stuck)]
-        if not innermost:
+        if not innermost and (report.status is not SagaStatus.HALTED or report.in_doubt):
             return None
         for name in innermost:
             await coordinator.settle(_ID, name, Verdict.RETRY, "the injected fault is mended")
@@ -272,42 +350,66 @@ class _Verifier:
 
     # -- what is in effect ---------------------------------------------------------------------------------------
 
-    async def _contradiction(self, report: SagaReport | None, found: Any) -> str:
+    async def _contradiction(self, report: SagaReport | None, found: Any, far: Mapping[str, float]) -> str:
         """How what was found differs from what the report says; empty if it does not."""
         paths = {} if report is None else dict(_leaves_and_branches(report))
-        certain = frozenset(path for path, stage in paths.items() if stage.state in _STANDS)
+        certain = {path: WHOLE for path, stage in paths.items() if stage.state in _STANDS}
         doubtful = [path for path, stage in paths.items() if _is_unknown(stage)]
-        fallbacks = {
-            path: stage.failure for path, stage in paths.items() if stage.fallback and stage.failure and self._nodes[path].has_fallback
-        }
-        outputs = {path: stage.output for path, stage in paths.items() if stage.output is not None and stage.output.status in _PASSES}
-        for landed in (landed for size in range(len(doubtful) + 1) for landed in combinations(doubtful, size)):
-            expected = await self._reference(Standing(certain | frozenset(landed), fallbacks, outputs))
-            if expected == found:
+        likely = {path: far[path] for path in doubtful if far.get(path)}
+        possible = (dict.fromkeys(landed, WHOLE) for size in range(len(doubtful) + 1) for landed in combinations(doubtful, size))
+        expected: list[Any] = []
+        for landed in islice(chain([likely], possible), _WORLDS):
+            expected.append(await self._reference(self._standing(paths, certain | landed)))
+            if expected[-1] == found:
                 return ""
         said = "it never began" if report is None else f"it is {report.status.value}"
-        stands = f"what {', '.join(path for path in paths if path in certain)} did is in effect" if certain else "nothing is in effect"
+        in_effect = f"what {', '.join(certain)} did is in effect" if certain else "nothing is in effect"
         unknown = f", nobody knows about {', '.join(doubtful)}" if doubtful else ""
-        return f"By the report {said}, {stands}{unknown}. Then the world would be (-), and is (+):\n{difference(expected, found)}"
+        return f"{BY_THE_REPORT} {said}, {in_effect}{unknown}. Then the world would be (-), and is (+):\n{difference(expected[0], found)}"
+
+    def _standing(self, paths: Mapping[str, StageReport], far: Mapping[str, float]) -> Standing:
+        needed = {
+            path.removesuffix(node.name) + dependency
+            for path, node in self._nodes.items()
+            if stands(path, far)
+            for dependency in node.dependencies
+        }
+        return Standing(
+            far,
+            {path: stage.failure for path, stage in paths.items() if stage.fallback and stage.failure and self._nodes[path].has_fallback},
+            {
+                path: stage.output
+                for path, stage in paths.items()
+                if path in needed and not stands(path, far) and stage.output is not None and stage.output.status in _PASSES
+            },
+        )
 
     async def _reference(self, standing: Standing) -> Any:
         """What the world looks like when these stages, and no others, have run in it."""
-        key = standing.stages, frozenset(standing.fallbacks)
-        if key not in self._looks:
-            await self._reset()
-            coordinator = Rehearsal(FailFast(), MemoryLedger(), lambda blueprint, prefix: ReferenceActions(blueprint, prefix, standing))
-            report = await coordinator.run(self._pipeline, saga_id=_ID, **self._fields)
-            if not report.ok:
-                stages = ", ".join(sorted(standing.stages))
-                raise MisuseError(f"stages that run in a world in which no others do ({stages})", got=f"this:\n{report}")
-            self._looks[key] = await self._look()
-        return self._looks[key]
+        for known, look in self._looks:
+            if known == standing:
+                return look
+        await self._reset()
+        coordinator = Rehearsal(
+            FailFast(retry=self._policy.retry), MemoryLedger(), lambda blueprint, prefix: ReferenceActions(blueprint, prefix, standing)
+        )
+        report = await coordinator.run(self._pipeline, saga_id=_ID, **self._fields)
+        if not report.ok:
+            names = ", ".join(sorted(standing.far))
+            raise MisuseError(f"stages that run in a world in which no others do ({names})", got=f"this:\n{report}")
+        self._looks.append((standing, await self._look()))
+        return self._looks[-1][1]
 
     async def _reset(self) -> None:
         await _answer(self._world.reset())
 
     async def _look(self) -> Any:
-        return copy.deepcopy(await _answer(self._world.look()))
+        seen = await _answer(self._world.look())
+        try:
+            return copy.deepcopy(seen)
+        except TypeError as error:
+            hint = "Give plain values: lists of tuples for rows, a list for what can be gone through once"
+            raise MisuseError("a look() that gives a value to keep and compare", got=str(error), hint=hint) from None
 
     # -- how a saga is run ---------------------------------------------------------------------------------------
 
@@ -349,4 +451,42 @@ def _leaves_and_branches(report: SagaReport, prefix: str = "") -> Iterator[tuple
 def _is_unknown(stage: StageReport) -> bool:
     """Whether the report does not claim to know that its effect stands, or that it doesn't."""
     kept_in_part = bool(stage.effects) and stage.compensation is None and stage.state in {StageState.FAILED, StageState.CANCELLED}
-    return stage.state is StageState.IN_DOUBT or kept_in_part
+    return stage.state in _UNKNOWN or kept_in_part
+
+
+def _stopped_by(error: SagaError) -> str:
+    return f"It could not go on: {error}"
+
+
+def _own_fault(trial: Trial, report: SagaReport | None, far: Mapping[str, float]) -> str:
+    """What could not be undone, or asked, though nothing made that fail, or was said without ground; empty if there is no such thing."""
+    if report is None:
+        return ""
+    for path, stage in _leaves_and_branches(report):
+        if stage.probed and path not in far:
+            return f"The probe of {path} said that its effect had landed, and its code had never run."
+        failure = None if stage.compensation is None else stage.compensation.failure
+        if failure is None or failure.type == _INJECTED:
+            continue
+        # A process that died may have left half an effect, and then a probe has nothing to say.
+        unknown = stage.state is StageState.IN_DOUBT and path == trial.stage and trial.fault not in KILLS
+        if unknown or stage.state is StageState.STUCK:
+            return f"It is {report.status.value}, though nothing made this fail: {_of(path, failure)}"
+    return ""
+
+
+def _went_on_badly(mended: SagaReport) -> str:
+    """What failed on the way forward when the fault was mended; empty if nothing did, or by chance."""
+    path, report = "", mended
+    while report.cause is not None and report.cause.stage is not None:
+        path += report.cause.stage
+        children = report.stages[report.cause.stage].children
+        if not children:
+            own = report.cause.kind in _OWN_FAULT and report.cause.type != _INJECTED
+            return f"The fault was mended, and it is {mended.status.value} all the same: {_of(path, report.cause)}" if own else ""
+        path, report = f"{path}/", children[-1]
+    return ""
+
+
+def _of(path: str, failure: Failure) -> Failure:
+    return failure.model_copy(update={"stage": path})
