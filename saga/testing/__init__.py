@@ -4,6 +4,7 @@ It plays sagas in one process and needs no test framework; `saga.pytest_plugin` 
 """
 
 from saga.testing.faults import Fault, InjectedFault
-from saga.testing.verification import Trial, Verification, VerificationFailed, World, verify
+from saga.testing.outside import World
+from saga.testing.verification import Trial, Verification, VerificationFailed, verify
 
 __all__ = ["Fault", "InjectedFault", "Trial", "Verification", "VerificationFailed", "World", "verify"]

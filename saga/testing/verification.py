@@ -4,67 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
-import inspect
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain, combinations, islice, product
+from itertools import product
 from pprint import pformat
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
-from stageflow.api import Pipeline, StageStatus
+from stageflow.api import Pipeline
 
 from saga.errors import LedgerError, MisuseError, SagaError
 from saga.events import SagaStatus, Verdict
 from saga.failures import Failure, FailureKind
 from saga.graph import Node, Role
-from saga.ledger import MemoryLedger, StageState
+from saga.ledger import StageState
 from saga.policies import FailFast, Policy
 from saga.testing.faults import (
     KILLS,
     TIMEOUTS,
     UNDOING,
-    WHOLE,
     Fault,
     FaultyActions,
     InjectedFault,
     Injection,
-    ReferenceActions,
-    Standing,
-    stands,
 )
-from saga.testing.matrix import BY_THE_REPORT, difference, matrix
+from saga.testing.matrix import difference, matrix
+from saga.testing.outside import ID, Outside, World, leaves_and_branches
 from saga.testing.rehearsal import MortalLedger, Rehearsal
 from saga.text import qualified
 
 if TYPE_CHECKING:
-    from saga.report import SagaReport, StageReport
+    from saga.report import SagaReport
 
-_ID: Final = "verified"
-_PASSES: Final = frozenset({StageStatus.OK, StageStatus.SKIP})
-_STANDS: Final = frozenset({StageState.KEPT, StageState.STUCK, StageState.BLOCKED})
-_UNKNOWN: Final = frozenset({StageState.IN_DOUBT, StageState.RUNNING, StageState.COMPENSATING})
-"""The last two are of a nested saga whose process died, when nobody has gone on with it."""
 _OWN_FAULT: Final = frozenset({FailureKind.EXCEPTION, FailureKind.REPORTED, FailureKind.CONTRACT})
 _INJECTED: Final = qualified(InjectedFault)
-_WORLDS: Final = 64
-"""So many are tried where a report leaves open what stands."""
-
-
-class World(Protocol):
-    """The outside world of the pipeline's stages, as the kit needs it. Both methods may be async."""
-
-    def reset(self) -> Any:
-        """Put everything back to where it was before the saga."""
-        ...
-
-    def look(self) -> Any:
-        """What is in effect now, as a value that can be compared: accounts, seats, files.
-
-        It has to be the same for two runs of the same stages: leave out keys, times, numbers that are given anew each time, and traces that
-        a compensation may leave.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,38 +190,36 @@ class _Verifier:
     def __init__(self, pipeline: Pipeline, policy: Policy, world: World, *, durable: bool, fields: dict[str, Any]) -> None:
         self._pipeline = pipeline
         self._policy = policy
-        self._world = world
+        self._outside = Outside(world, pipeline, policy, fields)
         self._durable = durable
         self._fields = fields
-        self._nodes: dict[str, Node] = {}
         self._ran: list[str] = []
-        self._looks: list[tuple[Standing, Any]] = []
         self.under_way = ""
 
     async def begin(self) -> list[str]:
         """Run the saga without any fault, to learn its stages and whether anything can be verified at all; their paths."""
-        await self._reset()
-        before = await self._look()
+        await self._outside.reset()
+        before = await self._outside.look()
         coordinator = self._coordinator(self._ledger(), Injection())
         report = await self._run(coordinator, Injection())
-        after = await self._look()
+        after = await self._outside.look()
         if not report.ok:
             raise MisuseError("a saga that completes with this input when nothing is made to fail", got=f"this:\n{report}")
         if after == before:
             raise MisuseError("a look() that shows what the saga does", got=f"the same before it and after it: {pformat(after)}")
-        self._nodes = coordinator.nodes
-        await self._reset()
-        if await self._look() != before:
-            got = f"one that was (-), and is (+):\n{difference(before, await self._look())}"
+        self._outside.nodes |= coordinator.nodes
+        await self._outside.reset()
+        if await self._outside.look() != before:
+            got = f"one that was (-), and is (+):\n{difference(before, await self._outside.look())}"
             raise MisuseError("a world that reset() puts back to where it was before the saga", got=got)
-        contradiction = await self._contradiction(report, after, {})
+        contradiction = await self._outside.contradiction(report, after, {})
         if contradiction:
             hint = (
                 "Leave out of look() what differs from run to run (keys, times, numbers that are given anew, an order left to chance), "
                 "and have reset() forget all that the world has seen, also keys"
             )
             raise MisuseError("a world that looks the same whenever the same stages have run", got=contradiction, hint=hint)
-        stages = dict(_leaves_and_branches(report))
+        stages = dict(leaves_and_branches(report))
         self._ran = [path for path, stage in stages.items() if stage.attempts]
         return list(stages)
 
@@ -258,7 +228,7 @@ class _Verifier:
     async def trials(self, stages: Collection[str], faults: Collection[Fault]) -> AsyncIterator[Trial]:
         """Inject each fault at each stage; have the process die at every event, on the way there and on the way back."""
         for stage, fault in product(stages, (fault for fault in faults if fault not in KILLS)):
-            if fault not in UNDOING or self._can_be_undone(self._nodes[stage]):
+            if fault not in UNDOING or self._can_be_undone(self._outside.nodes[stage]):
                 self.under_way = f"{fault}: {stage}"
                 yield await self._trial(fault, stage)
         for kill in (fault for fault in faults if fault in KILLS):
@@ -276,19 +246,19 @@ class _Verifier:
         """Where a saga is to turn back: at the end of each pipeline, and at each point of no return, before which nothing is kept."""
         ran = [path for path in self._ran if path in stages]
         last = {path.rpartition("/")[0]: path for path in ran}
-        yield from (path for path in ran if path in last.values() or self._nodes[path].is_point_of_no_return)
+        yield from (path for path in ran if path in last.values() or self._outside.nodes[path].is_point_of_no_return)
 
     async def _trial(self, fault: Fault, stage: str) -> Trial:
         trial = Trial(fault, stage, reached=False)
         # A stage is undone on demand, or, where a point of no return behind it forbids that, when the caller is cancelled before.
         for interrupts in (False, True) if fault in UNDOING else (False,):
-            await self._reset()
+            await self._outside.reset()
             injection = Injection(fault, stage, interrupts=interrupts)
             coordinator = self._coordinator(self._ledger(), injection)
             report = await self._run(coordinator, injection)
             try:
                 if fault in UNDOING and not injection.reached:
-                    report = await coordinator.compensate(_ID, self._pipeline)
+                    report = await coordinator.compensate(ID, self._pipeline)
                 if injection.reached:
                     return await self._concluded(replace(trial, reached=True, report=report), coordinator, injection)
             except SagaError as error:
@@ -301,7 +271,7 @@ class _Verifier:
         while True:
             nth += 1
             self.under_way = f"{fault}: number {nth}" + (f", where {turning} turns back" if turning else ", on demand" if on_demand else "")
-            await self._reset()
+            await self._outside.reset()
             injection, ledger = Injection(turning=turning), self._ledger()
             coordinator = self._coordinator(ledger, injection)
             if on_demand:
@@ -310,13 +280,13 @@ class _Verifier:
             trial = Trial(fault, "", reached=True)
             try:
                 with contextlib.suppress(LedgerError):
-                    await (coordinator.compensate(_ID, self._pipeline) if on_demand else self._run(coordinator, injection))
+                    await (coordinator.compensate(ID, self._pipeline) if on_demand else self._run(coordinator, injection))
                 if ledger.struck_at is None:
                     return
                 trial = replace(trial, stage=ledger.struck_at, events=ledger.struck_events)
                 ledger.revive()
                 coordinator = self._coordinator(ledger, injection)
-                report = await coordinator.resume(_ID, self._pipeline) if await ledger.read(_ID) else None
+                report = await coordinator.resume(ID, self._pipeline) if await ledger.read(ID) else None
                 trial = await self._concluded(replace(trial, report=report), coordinator, injection)
             except SagaError as error:
                 trial = replace(trial, wrong=_stopped_by(error))
@@ -326,15 +296,15 @@ class _Verifier:
 
     async def _concluded(self, trial: Trial, coordinator: Rehearsal, injection: Injection) -> Trial:
         """Look at the world, mend the fault, resume, and look again."""
-        self._nodes |= coordinator.nodes
-        found, far = await self._look(), dict(injection.far)
+        self._outside.nodes |= coordinator.nodes
+        found, far = await self._outside.look(), dict(injection.far)
         injection.lifted = True
         mended = None if trial.report is None else await self._mend(trial.report, coordinator)
-        found_mended = await self._look()
+        found_mended = await self._outside.look()
         # Last, because to know what a report means another world has to be made.
-        wrong = [await self._contradiction(trial.report, found, far), _own_fault(trial, trial.report, far)]
+        wrong = [await self._outside.contradiction(trial.report, found, far), _own_fault(trial, trial.report, far)]
         if mended is not None and not any(wrong):
-            wrong = [await self._contradiction(mended, found_mended, injection.far), _own_fault(trial, mended, injection.far)]
+            wrong = [await self._outside.contradiction(mended, found_mended, injection.far), _own_fault(trial, mended, injection.far)]
             if trial.report is not None and trial.report.status is SagaStatus.HALTED and not mended.ok:
                 wrong.append(_went_on_badly(mended))
         return replace(trial, mended=mended, wrong="\n".join(filter(None, wrong)))
@@ -345,71 +315,8 @@ class _Verifier:
         if not innermost and (report.status is not SagaStatus.HALTED or report.in_doubt):
             return None
         for name in innermost:
-            await coordinator.settle(_ID, name, Verdict.RETRY, "the injected fault is mended")
-        return await coordinator.resume(_ID, self._pipeline)
-
-    # -- what is in effect ---------------------------------------------------------------------------------------
-
-    async def _contradiction(self, report: SagaReport | None, found: Any, far: Mapping[str, float]) -> str:
-        """How what was found differs from what the report says; empty if it does not."""
-        paths = {} if report is None else dict(_leaves_and_branches(report))
-        certain = {path: WHOLE for path, stage in paths.items() if stage.state in _STANDS}
-        doubtful = [path for path, stage in paths.items() if _is_unknown(stage)]
-        likely = {path: far[path] for path in doubtful if far.get(path)}
-        possible = (dict.fromkeys(landed, WHOLE) for size in range(len(doubtful) + 1) for landed in combinations(doubtful, size))
-        expected: list[Any] = []
-        for landed in islice(chain([likely], possible), _WORLDS):
-            expected.append(await self._reference(self._standing(paths, certain | landed)))
-            if expected[-1] == found:
-                return ""
-        said = "it never began" if report is None else f"it is {report.status.value}"
-        in_effect = f"what {', '.join(certain)} did is in effect" if certain else "nothing is in effect"
-        unknown = f", nobody knows about {', '.join(doubtful)}" if doubtful else ""
-        return f"{BY_THE_REPORT} {said}, {in_effect}{unknown}. Then the world would be (-), and is (+):\n{difference(expected[0], found)}"
-
-    def _standing(self, paths: Mapping[str, StageReport], far: Mapping[str, float]) -> Standing:
-        needed = {
-            path.removesuffix(node.name) + dependency
-            for path, node in self._nodes.items()
-            if stands(path, far)
-            for dependency in node.dependencies
-        }
-        return Standing(
-            far,
-            {path: stage.failure for path, stage in paths.items() if stage.fallback and stage.failure and self._nodes[path].has_fallback},
-            {
-                path: stage.output
-                for path, stage in paths.items()
-                if path in needed and not stands(path, far) and stage.output is not None and stage.output.status in _PASSES
-            },
-        )
-
-    async def _reference(self, standing: Standing) -> Any:
-        """What the world looks like when these stages, and no others, have run in it."""
-        for known, look in self._looks:
-            if known == standing:
-                return look
-        await self._reset()
-        coordinator = Rehearsal(
-            FailFast(retry=self._policy.retry), MemoryLedger(), lambda blueprint, prefix: ReferenceActions(blueprint, prefix, standing)
-        )
-        report = await coordinator.run(self._pipeline, saga_id=_ID, **self._fields)
-        if not report.ok:
-            names = ", ".join(sorted(standing.far))
-            raise MisuseError(f"stages that run in a world in which no others do ({names})", got=f"this:\n{report}")
-        self._looks.append((standing, await self._look()))
-        return self._looks[-1][1]
-
-    async def _reset(self) -> None:
-        await _answer(self._world.reset())
-
-    async def _look(self) -> Any:
-        seen = await _answer(self._world.look())
-        try:
-            return copy.deepcopy(seen)
-        except TypeError as error:
-            hint = "Give plain values: lists of tuples for rows, a list for what can be gone through once"
-            raise MisuseError("a look() that gives a value to keep and compare", got=str(error), hint=hint) from None
+            await coordinator.settle(ID, name, Verdict.RETRY, "the injected fault is mended")
+        return await coordinator.resume(ID, self._pipeline)
 
     # -- how a saga is run ---------------------------------------------------------------------------------------
 
@@ -423,7 +330,7 @@ class _Verifier:
         )
 
     async def _run(self, coordinator: Rehearsal, injection: Injection) -> SagaReport:
-        caller = injection.caller = asyncio.create_task(coordinator.run(self._pipeline, saga_id=_ID, **self._fields))
+        caller = injection.caller = asyncio.create_task(coordinator.run(self._pipeline, saga_id=ID, **self._fields))
         try:
             await asyncio.wait({caller})
         except asyncio.CancelledError:
@@ -431,27 +338,7 @@ class _Verifier:
             caller.cancel()
             await asyncio.wait({caller})
             raise
-        return await coordinator.report(_ID) if caller.cancelled() else caller.result()
-
-
-async def _answer(given: Any) -> Any:
-    return await given if inspect.isawaitable(given) else given
-
-
-def _leaves_and_branches(report: SagaReport, prefix: str = "") -> Iterator[tuple[str, StageReport]]:
-    """The stages by their paths, in topological order; those of a nested saga behind the stage that runs it."""
-    for name, stage in report.stages.items():
-        child = stage.children[-1] if stage.children else None
-        # What a nested saga has left standing is told by its own stages.
-        yield prefix + name, stage if child is None else replace(stage, state=StageState.SKIPPED)
-        if child is not None:
-            yield from _leaves_and_branches(child, f"{prefix}{name}/")
-
-
-def _is_unknown(stage: StageReport) -> bool:
-    """Whether the report does not claim to know that its effect stands, or that it doesn't."""
-    kept_in_part = bool(stage.effects) and stage.compensation is None and stage.state in {StageState.FAILED, StageState.CANCELLED}
-    return stage.state in _UNKNOWN or kept_in_part
+        return await coordinator.report(ID) if caller.cancelled() else caller.result()
 
 
 def _stopped_by(error: SagaError) -> str:
@@ -462,7 +349,7 @@ def _own_fault(trial: Trial, report: SagaReport | None, far: Mapping[str, float]
     """What could not be undone, or asked, though nothing made that fail, or was said without ground; empty if there is no such thing."""
     if report is None:
         return ""
-    for path, stage in _leaves_and_branches(report):
+    for path, stage in leaves_and_branches(report):
         if stage.probed and path not in far:
             return f"The probe of {path} said that its effect had landed, and its code had never run."
         failure = None if stage.compensation is None else stage.compensation.failure
