@@ -149,7 +149,8 @@ class SagaStage(_Stage, ABC):  # type: ignore[misc] # see _Stage
         retry: How often it is attempted; None: as the policy says.
         timeout: Seconds for one attempt; None: as the policy says.
         idempotent: It may run again with the same idempotency key and has its effect once all the same; so it is run again when its process
-            died, or when it is in doubt and the saga is resumed.
+            died, or when it is in doubt and the saga is resumed. If it then returns FAIL or CANCEL, it has had no effect; if it raises,
+            it stays in doubt.
         output_model: A pydantic model or a dataclass with a field for each key of the output's data: what comes back from a durable
             ledger is made of it again. None: it comes back as plain data.
         has_effect: Of a stage that is neither compensable nor a pivot: False says that it changes nothing outside the process, True that

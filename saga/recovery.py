@@ -50,6 +50,8 @@ from saga.policies import ContinueWithFallback, FailFast
 _S = StageState
 
 
+_ANSWERS: Final = frozenset({FailureKind.REPORTED, FailureKind.CANCELLED})
+"""What a stage says of its own accord when it has had no effect."""
 _BEGINNINGS: Final = frozenset({StageStarted, StageSkipped, StageFailed})
 
 
@@ -352,9 +354,10 @@ class SagaState:
         self._note(event.failure)
         record.failure, record.is_acting = event.failure, False
         record.tries = _ended(record.tries, event.at, event.failure.kind)
-        # An attempt that may have landed is not answered for by a later one that did not, unless the outside world
-        # would have recognised the request.
-        record.doubt = event.in_doubt or (record.doubt and not self.graph[event.stage].idempotent)
+        # An attempt that may have landed is not answered for by a later one that did not, unless that one says so and the outside
+        # world would have recognised the request. One that raised, or never ran, may not have got through to it.
+        is_answer = self.graph[event.stage].idempotent and event.failure.kind in _ANSWERS
+        record.doubt = event.in_doubt or (record.doubt and not is_answer)
         record.past_pivot = record.past_pivot or event.past_pivot
         if event.will_retry:
             return

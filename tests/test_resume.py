@@ -32,11 +32,13 @@ from saga import (
     SagaStatus,
     StageState,
 )
+from saga.blueprint import Blueprint
 from saga.events import (
     CompensationCompleted,
     FallbackUsed,
     SagaEnded,
     SagaResumed,
+    SagaStarted,
     SagaStopped,
     SagaTurnedBack,
     StageCompleted,
@@ -45,6 +47,7 @@ from saga.events import (
 from saga.recovery import SagaState
 from tests.controlled import run
 from tests.dying import Dying
+from tests.test_durable import Slow
 from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Pivot, Probed, Script, Scripted, World, scene
 
 HALT = FailFast(on_failure="halt")
@@ -294,6 +297,41 @@ def test_an_idempotent_stage_in_doubt_runs_again_with_its_key() -> None:
     assert report.status is SagaStatus.COMPLETED
     assert script.attempts == ["hang", "ok"]
     assert world.log == ["+a", "+b", "+c"]
+
+
+@pytest.mark.parametrize(("then", "status"), [("fail", "compensated"), ("cancel", "compensated"), ("raise", "stuck")])
+def test_only_an_answer_of_an_idempotent_stage_tells_what_became_of_an_earlier_attempt(then: str, status: str) -> None:
+    """Promise 5: what raises may not have got through to who would have recognised the request."""
+    script = Script("hang", then=(then,))
+    _, pipeline = scene(SEQUENCE, {"b": script})
+    pipeline.stages["b"].runner.idempotent = True  # type: ignore[union-attr] # a scripted stage
+
+    report = run(SagaCoordinator(FailFast(timeout=1, retry=Retry(attempts=2), on_cancel="compensate")).run(pipeline))
+
+    assert script.attempts == ["hang", then]
+    assert report.status == status
+    assert list(report.in_doubt) == (["b"] if status == "stuck" else [])
+
+
+def test_an_attempt_that_never_ran_leaves_the_stage_as_much_in_doubt_as_it_was() -> None:
+    """Promise 5. Both lost their process; one fails while the second start of the other is written, which then does not run any more."""
+    world, pipeline = scene({"fails": (), "landed": ()}, {"fails": Script("fail")})
+    for spec in pipeline.stages.values():
+        spec.runner.idempotent = True  # type: ignore[union-attr] # scripted stages
+    world.land("landed")
+    ledger = Slow()
+
+    async def play() -> SagaReport:
+        started = SagaStarted(saga_id="s", pipeline="scene", graph=Blueprint.of(pipeline).graph, policy=FailFast())
+        token = await ledger.create("s", "gone", [started, *(StageStarted(stage=name, attempt=1) for name in pipeline.stages)])
+        await ledger.release("s", token)
+        return await SagaCoordinator(ledger=ledger).resume("s", pipeline)
+
+    report = run(play())
+
+    assert world.log == ["+landed"]
+    assert report.status is SagaStatus.STUCK
+    assert list(report.in_doubt) == ["landed"]
 
 
 def test_a_stuck_saga_may_be_told_to_go_forward_instead() -> None:
@@ -750,12 +788,12 @@ def test_a_second_undo_on_demand_does_nothing_and_says_so(caplog: pytest.LogCapt
 def test_killed_at_any_event_and_resumed_the_world_is_as_if_it_had_not_been(kind: str, failing: str | None, policy: Policy) -> None:
     """Promise 11, for every prefix of the ledger of a diamond."""
     lengths = set()
+    # What may run again and raises then has not said what became of the first request; what reports a failure has.
+    fails = "raise" if kind == "probed" else "fail"
     for killed_after in range(40):
-        scripts = {name: Script(before=1) for name in DIAMOND} | {
-            "b": Script("raise" if isinstance(policy, ContinueWithFallback) else "ok")
-        }
+        scripts = {name: Script(before=1) for name in DIAMOND} | {"b": Script(fails if isinstance(policy, ContinueWithFallback) else "ok")}
         if failing:
-            scripts[failing] = Script("raise", lands=kind == "probed" and isinstance(policy, FailFast))
+            scripts[failing] = Script(fails, lands=kind == "probed" and isinstance(policy, FailFast))
         world, pipeline = scene(DIAMOND, scripts, dict.fromkeys(DIAMOND, "probed" if kind == "probed" else "compensable"))
         for spec in pipeline.stages.values():
             spec.runner.idempotent = kind == "idempotent"  # type: ignore[union-attr] # scripted stages

@@ -194,7 +194,7 @@ class Halves(CompensableStage):
     async def execute(self, ctx: SagaContext) -> StageOutput:
         self.books.note("runs", "it")
         if "it" in self.failing:
-            raise OSError("declined")
+            return StageOutput.fail("declined")
         self.books.do(f"{ctx.idempotency_key}/1", "it")
         await ctx.record(1)
         if "other" in self.failing:
