@@ -30,47 +30,13 @@ from saga import (
 from saga.events import AnyEvent, SagaStarted, StageCompleted, StageStarted, event_from_json, event_to_json
 from tests.controlled import ControlledLoop, elapse, run
 from tests.dying import Dying
+from tests.slow import SlowDisk
 from tests.world import BRANCHES, DIAMOND, SEQUENCE, Script, scene
-
-
-class Slow(MemoryLedger):
-    """Takes its time for every write, in the order of the calls, and remembers what was written together."""
-
-    durable = True
-    lease = 30.0
-
-    def __init__(self, seconds: float = 0.01) -> None:
-        super().__init__()
-        self.seconds = seconds
-        self.writes: list[list[str]] = []
-        self.beats = 0
-        self.turn = asyncio.Lock()
-        self.breaks_at: type[Any] | None = None
-
-    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
-        await self._written(events)
-        return await super().create(saga_id, owner, events)
-
-    async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int, release: bool = False) -> None:
-        await self._written(events)
-        await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
-
-    async def _written(self, events: Sequence[AnyEvent]) -> None:
-        async with self.turn:
-            await elapse(self.seconds)
-        if self.breaks_at is not None and any(isinstance(event, self.breaks_at) for event in events):
-            raise OSError("no space left")
-        self.writes.append([type(event).__name__ for event in events])
-
-    async def beat(self, owner: str) -> None:
-        self.beats += 1
-        if self.beats == 2:
-            raise LedgerError("no line")
 
 
 def test_a_completion_is_written_together_with_the_start_that_it_enables() -> None:
     world, pipeline = scene(SEQUENCE)
-    ledger = Slow()
+    ledger = SlowDisk()
 
     report = run(SagaCoordinator(ledger=ledger).run(pipeline))
 
@@ -86,7 +52,7 @@ def test_a_completion_is_written_together_with_the_start_that_it_enables() -> No
 
 def test_where_each_turn_of_the_loop_takes_long_a_completion_still_waits_for_the_start_that_it_enables() -> None:
     _, pipeline = scene(SEQUENCE)
-    ledger = Slow()
+    ledger = SlowDisk()
 
     async def play() -> None:
         running = asyncio.create_task(SagaCoordinator(ledger=ledger).run(pipeline))
@@ -103,7 +69,7 @@ def test_where_each_turn_of_the_loop_takes_long_a_completion_still_waits_for_the
 
 def test_an_undo_is_written_together_with_the_next_one() -> None:
     world, pipeline = scene(SEQUENCE, {"c": Script("raise")})
-    ledger = Slow()
+    ledger = SlowDisk()
 
     run(SagaCoordinator(ledger=ledger).run(pipeline))
 
@@ -117,7 +83,7 @@ def test_an_undo_is_written_together_with_the_next_one() -> None:
 
 def test_what_nobody_waits_for_is_written_soon_all_the_same() -> None:
     _, pipeline = scene(BRANCHES, {"b": Script(before=60)})
-    ledger = Slow()
+    ledger = SlowDisk()
     coordinator = SagaCoordinator(ledger=ledger)
 
     async def play() -> list[Any]:
@@ -133,7 +99,7 @@ def test_what_nobody_waits_for_is_written_soon_all_the_same() -> None:
 def test_many_first_stages_go_into_one_write_behind_the_one_that_creates_the_saga() -> None:
     shape: dict[str, tuple[str, ...]] = dict.fromkeys("abcdefgh", ())
     world, pipeline = scene(shape)
-    ledger = Slow()
+    ledger = SlowDisk()
 
     report = run(SagaCoordinator(ledger=ledger).run(pipeline))
 
@@ -146,7 +112,7 @@ def test_many_first_stages_go_into_one_write_behind_the_one_that_creates_the_sag
 def test_when_the_first_write_fails_every_branch_learns_of_it_and_nothing_runs(breaks_at: type[Any]) -> None:
     shape: dict[str, tuple[str, ...]] = dict.fromkeys("abc", ()) | {"d": ("a", "b", "c")}
     world, pipeline = scene(shape)
-    ledger = Slow()
+    ledger = SlowDisk()
     ledger.breaks_at = breaks_at
 
     with pytest.raises(LedgerError, match="no space left"):
@@ -156,7 +122,7 @@ def test_when_the_first_write_fails_every_branch_learns_of_it_and_nothing_runs(b
 
 
 def test_when_the_second_write_fails_those_who_waited_for_it_learn_of_it() -> None:
-    class BreaksBehind(Slow):
+    class BreaksBehind(SlowDisk):
         async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
             raise OSError("no space left")
 
@@ -184,7 +150,7 @@ def test_what_nobody_waits_for_is_taken_along_by_a_write_that_comes_first(turns:
     async def d(_: Any) -> None: ...
 
     pipeline = Pipeline(name="p").with_stage("a", a, "work").with_stage("c", c, "work").with_stage("d", d, "work", dependencies=("c",))
-    ledger = Slow(seconds=0.0001)
+    ledger = SlowDisk(seconds=0.0001)
 
     run(SagaCoordinator(ledger=ledger).run(pipeline))
 
@@ -193,7 +159,7 @@ def test_what_nobody_waits_for_is_taken_along_by_a_write_that_comes_first(turns:
 
 def test_what_could_not_be_written_late_is_told_to_whoever_records_next() -> None:
     world, pipeline = scene(BRANCHES, {"b": Script(before=60)})
-    ledger = Slow()
+    ledger = SlowDisk()
     ledger.breaks_at = StageCompleted
 
     with pytest.raises(LedgerError, match="no space left"):
@@ -204,7 +170,7 @@ def test_what_could_not_be_written_late_is_told_to_whoever_records_next() -> Non
 
 def test_an_owner_says_that_it_is_alive_as_long_as_a_saga_of_its_is(caplog: pytest.LogCaptureFixture) -> None:
     _, pipeline = scene({"a": ()}, {"a": Script(before=45)})
-    ledger = Slow()
+    ledger = SlowDisk()
     coordinator = SagaCoordinator(ledger=ledger)
 
     async def play() -> None:
@@ -220,7 +186,7 @@ def test_an_owner_says_that_it_is_alive_as_long_as_a_saga_of_its_is(caplog: pyte
 
 def test_a_stage_that_is_cancelled_while_it_records_an_effect_is_undone_for_it() -> None:
     world, pipeline = scene({"a": (), "b": ()}, {"a": Script("raise", before=0.5), "b": Script(before=0.45)}, {"b": "recording"})
-    ledger = Slow(seconds=0.2)
+    ledger = SlowDisk(seconds=0.2)
 
     report = run(SagaCoordinator(FailFast(in_flight="cancel"), ledger=ledger).run(pipeline))
 
@@ -470,7 +436,7 @@ def test_an_output_that_no_longer_fits_its_model_is_refused_before_anything_runs
 # -- listeners -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ledger", [MemoryLedger, Slow])
+@pytest.mark.parametrize("ledger", [MemoryLedger, SlowDisk])
 def test_listeners_are_told_what_is_in_the_ledger_and_harm_no_saga(ledger: Any, caplog: pytest.LogCaptureFixture) -> None:
     heard: list[tuple[str, AnyEvent]] = []
 
@@ -526,7 +492,7 @@ def unstorable(**how: Any) -> tuple[list[Any], Any]:
 
     world, pipeline = scene({"a": ()})
     pipeline = pipeline.with_stage("book", Book(), dependencies=("a",))
-    report = run(SagaCoordinator(ledger=Slow()).run(pipeline, saga_id="s"))
+    report = run(SagaCoordinator(ledger=SlowDisk()).run(pipeline, saga_id="s"))
     assert world.standing == {}
     assert report.status is SagaStatus.COMPENSATED
     return undone, report
@@ -562,6 +528,6 @@ def test_an_input_that_cannot_be_stored_is_refused_before_anything_runs() -> Non
     world, pipeline = scene(SEQUENCE)
 
     with pytest.raises(MisuseError, match=r"expected plain data at context\['metadata'\]\['line'\], got object"):
-        run(SagaCoordinator(ledger=Slow()).run(pipeline, metadata={"line": object()}))
+        run(SagaCoordinator(ledger=SlowDisk()).run(pipeline, metadata={"line": object()}))
 
     assert world.log == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -53,7 +52,8 @@ from saga.events import (
 from saga.graph import Graph, Node, Role
 from saga.ledger import TRANSITIONS
 from saga.recovery import Rollback, SagaState
-from tests.controlled import elapse, run
+from tests.controlled import run
+from tests.slow import SlowLedger
 from tests.world import DIAMOND, SEQUENCE, Script, World, scene
 
 GRAPH = Graph.of([Node(name="b", dependencies=("a",), role=Role.COMPENSABLE), Node(name="a", role=Role.COMPENSABLE)])
@@ -346,30 +346,6 @@ def test_a_memory_ledger_keeps_nothing_of_a_family_that_it_forgets() -> None:
     run(play())
 
     assert (ledger._sagas, ledger._children, ledger._done) == ({}, {}, {})
-
-
-class SlowLedger(MemoryLedger):
-    """Takes its time for every append, as a disk does; it can break."""
-
-    def __init__(self, breaks_at: type[Any] | None = None, error: Exception | None = None) -> None:
-        super().__init__()
-        self.breaks_at = breaks_at
-        self.error = error or LedgerError("disk full")
-        self.lock = asyncio.Lock()
-
-    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
-        await self._written(events)
-        return await super().create(saga_id, owner, events)
-
-    async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int, release: bool = False) -> None:
-        await self._written(events)
-        await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
-
-    async def _written(self, events: Sequence[AnyEvent]) -> None:
-        async with self.lock:
-            await elapse(0.25)
-            if self.breaks_at is not None and any(isinstance(event, self.breaks_at) for event in events):
-                raise self.error
 
 
 @pytest.mark.parametrize("policy", [FailFast(), FailFast(in_flight="cancel")])

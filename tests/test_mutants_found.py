@@ -50,8 +50,9 @@ from saga.events import (
 from saga.graph import Graph, Node, Role
 from saga.recovery import Move, SagaState, Step, Try, conclude, protected, undo_step
 from tests.controlled import elapse, run
+from tests.slow import SlowLedger
 from tests.test_hard_cases import by_cancelling_every_task, deaf
-from tests.test_ledger import BACK, CONTRADICTIONS, PATHS, STARTED, STUCK_WITH_REMAINS, SlowLedger
+from tests.test_ledger import BACK, CONTRADICTIONS, PATHS, STARTED, STUCK_WITH_REMAINS
 from tests.world import SEQUENCE, CardDeclined, Script, scene
 
 ONCE = Compensation(retry=Retry(attempts=1))

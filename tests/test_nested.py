@@ -24,6 +24,7 @@ from saga import (
 from saga.nested import NestedSagaFailed
 from tests.controlled import elapse, run
 from tests.dying import Dying
+from tests.slow import SlowLedger
 from tests.world import SEQUENCE, CardDeclined, Script, World, scene
 
 IMPATIENT = FailFast(compensation=Compensation(retry=Retry(attempts=1)))
@@ -210,8 +211,6 @@ def test_a_saga_that_completed_is_undone_on_demand_once() -> None:
 
 
 def test_a_saga_whose_ledger_breaks_can_be_undone_when_it_is_back() -> None:
-    from tests.test_ledger import SlowLedger
-
     world, pipeline = scene(SEQUENCE)
     ledger = SlowLedger()
     coordinator = SagaCoordinator(ledger=ledger)

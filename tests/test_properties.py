@@ -44,7 +44,7 @@ from saga.graph import Role
 from saga.recovery import Rollback, SagaState
 from tests.controlled import elapse, run
 from tests.dying import Dying
-from tests.test_durable import Slow
+from tests.slow import SlowDisk
 from tests.world import Script, World, hooked, scene
 
 CASES = int(os.environ.get("SAGA_CASES", "2000"))
@@ -153,7 +153,7 @@ def test_what_is_promised_holds(case: Mapping[str, Any]) -> None:
         # What a stage recorded before its fallback stood in is undone at the end, below what used the fallback.
         replaced = case["kinds"][name] == "recording" and name in fallbacks
         script.order_matters = policy.compensation.on_failure != "continue" and not replaced
-    ledger = Slow() if case["durable"] else MemoryLedger()
+    ledger = SlowDisk() if case["durable"] else MemoryLedger()
     witness(ledger, world)
     coordinator = SagaCoordinator(policy, ledger=ledger)
     context = hooked() if case["hooked"] else None

@@ -47,7 +47,7 @@ from saga.events import (
 from saga.recovery import SagaState
 from tests.controlled import run
 from tests.dying import Dying
-from tests.test_durable import Slow
+from tests.slow import SlowDisk
 from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Pivot, Probed, Script, Scripted, World, scene
 
 HALT = FailFast(on_failure="halt")
@@ -319,7 +319,7 @@ def test_an_attempt_that_never_ran_leaves_the_stage_as_much_in_doubt_as_it_was()
     for spec in pipeline.stages.values():
         spec.runner.idempotent = True  # type: ignore[union-attr] # scripted stages
     world.land("landed")
-    ledger = Slow()
+    ledger = SlowDisk()
 
     async def play() -> SagaReport:
         started = SagaStarted(saga_id="s", pipeline="scene", graph=Blueprint.of(pipeline).graph, policy=FailFast())
