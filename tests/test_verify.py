@@ -15,7 +15,6 @@ import pytest
 from stageflow.api import Pipeline, StageOutput
 
 from saga import (
-    CompensableStage,
     Compensation,
     CompensationContext,
     ContinueWithFallback,
@@ -23,7 +22,6 @@ from saga import (
     Failure,
     Ledger,
     MisuseError,
-    PivotStage,
     Policy,
     Retry,
     SagaContext,
@@ -35,122 +33,11 @@ from saga import (
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.testing import Fault, Trial, Verification, VerificationFailed, verify
 from saga.testing.rehearsal import MortalLedger
-from tests.controlled import run
+from tests.controlled import elapse, run
+from tests.town import Boasting, Booking, Eager, Forgetful, Literal, Lying, Recording, Sale, Silent, Town, Unasked, WithFallback
 
 STUCK, COMPENSATED, COMPLETED, HALTED = SagaStatus.STUCK, SagaStatus.COMPENSATED, SagaStatus.COMPLETED, SagaStatus.HALTED
 IN_ONE_ATTEMPT = FailFast(compensation=Compensation(retry=Retry(attempts=1)))
-
-
-class Town:
-    """A world of bookings: by the keys of the requests that made them."""
-
-    def __init__(self) -> None:
-        self.bookings: dict[str, str] = {}
-        self.resets = 0
-
-    def reset(self) -> None:
-        self.bookings.clear()
-        self.resets += 1
-
-    def look(self) -> Counter[str]:
-        return Counter(self.bookings.values())
-
-
-class Silent(CompensableStage):
-    """It bears repetition and can be undone by its key, but nobody can ask it."""
-
-    def __init__(self, town: Town, name: str) -> None:
-        self.town, self.name = town, name
-
-    async def execute(self, ctx: SagaContext) -> StageOutput:
-        self.town.bookings[ctx.idempotency_key] = self.name
-        return StageOutput.ok(key=ctx.idempotency_key)
-
-    async def compensate(self, ctx: CompensationContext) -> None:
-        self.town.bookings.pop(ctx.forward_key, None)
-
-
-class Booking(Silent):
-    """As it should be: it can be asked, too."""
-
-    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
-        return StageOutput.ok(key=ctx.forward_key) if ctx.forward_key in self.town.bookings else None
-
-
-class Sale(PivotStage):
-    def __init__(self, town: Town, name: str) -> None:
-        self.town, self.name = town, name
-
-    execute = Booking.execute
-    probe = Booking.probe
-
-
-class Forgetful(Booking):
-    """Undoes nothing."""
-
-    async def compensate(self, ctx: CompensationContext) -> None: ...
-
-
-class Literal(Booking):
-    """Refuses to undo what is undone."""
-
-    async def compensate(self, ctx: CompensationContext) -> None:
-        del self.town.bookings[ctx.forward_key]
-
-
-class Eager(Booking):
-    """Books again at every attempt, whatever its key."""
-
-    async def execute(self, ctx: SagaContext) -> StageOutput:
-        key = f"{ctx.idempotency_key} {len(self.town.bookings)}"
-        self.town.bookings[key] = self.name
-        return StageOutput.ok(key=key)
-
-    async def compensate(self, ctx: CompensationContext) -> None:
-        for key in [key for key in self.town.bookings if key.startswith(f"{ctx.forward_key} ")]:
-            del self.town.bookings[key]
-
-    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
-        found = [key for key in self.town.bookings if key.startswith(f"{ctx.forward_key} ")]
-        return StageOutput.ok(key=found[0]) if found else None
-
-
-class Lying(Booking):
-    """Says that nothing landed."""
-
-    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
-        return None
-
-
-class Recording(Silent):
-    """Books two things, and notes each."""
-
-    async def execute(self, ctx: SagaContext) -> None:  # type: ignore[override] # a recorded effect needs no output
-        for part in ("there", "back"):
-            self.town.bookings[f"{ctx.idempotency_key} {part}"] = self.name
-            await ctx.record(part)
-
-    async def compensate(self, ctx: CompensationContext) -> None:
-        for part in ("there", "back"):
-            self.town.bookings.pop(f"{ctx.forward_key} {part}", None)
-
-    compensate_in_doubt = True
-
-
-class Unasked(Silent):
-    """It lets the others begin before it has its effect."""
-
-    async def execute(self, ctx: SagaContext) -> StageOutput:
-        await asyncio.sleep(0.005)
-        output = await super().execute(ctx)
-        await asyncio.sleep(0.005)
-        return output
-
-
-class WithFallback(Booking):
-    async def fallback(self, ctx: SagaContext, failure: Failure) -> StageOutput:
-        self.town.bookings[f"{ctx.idempotency_key} instead"] = f"{self.name} instead"
-        return StageOutput.ok(instead=True)
 
 
 Kind = Callable[[Town, str], Any]
@@ -345,9 +232,7 @@ def test_no_time_is_spent_on_waiting_for_the_next_attempt() -> None:
 def test_a_world_and_stages_may_be_asynchronous_and_a_stage_may_be_slow() -> None:
     class Slow(Booking):
         async def execute(self, ctx: SagaContext) -> StageOutput:
-            # Longer than the kit's own patience.
-            await asyncio.to_thread(lambda: threads.append(ctx.attempt))
-            await asyncio.sleep(0.1)
+            await elapse(1)  # longer than the kit's own patience
             return await super().execute(ctx)
 
     class Faraway(Town):
@@ -357,21 +242,18 @@ def test_a_world_and_stages_may_be_asynchronous_and_a_stage_may_be_slow() -> Non
         async def look(self) -> Counter[str]:  # type: ignore[override] # as above
             return super().look()
 
-    threads: list[int] = []
     town = Faraway()
     pipeline = Pipeline(name="slow").with_stage("a", Slow(town, "a"))
 
-    verification = asyncio.run(verify(pipeline, None, town, faults=[Fault.TIMES_OUT_AFTER]))
+    verification = verified(town, pipeline, faults=[Fault.TIMES_OUT_AFTER])
 
     assert endings(verification, "a", Fault.TIMES_OUT_AFTER) == {(COMPENSATED,)}
-    assert threads
 
 
 def test_a_stage_that_is_slow_gets_its_time_though_the_policy_has_little_patience() -> None:
     class Slow(Booking):
         async def execute(self, ctx: SagaContext) -> StageOutput:
-            # Longer than the kit's own patience, and than that and the grace.
-            await asyncio.sleep(0.1)
+            await elapse(1)  # longer than the kit's own patience, and than that and the grace
             return await super().execute(ctx)
 
     verification = verified(*trip(seat=Slow), FailFast(cancel_grace=0.001), faults=[Fault.TIMES_OUT_AFTER])
@@ -538,10 +420,6 @@ def test_a_probe_that_does_not_find_what_landed_is_found() -> None:
 
 
 def test_a_probe_that_finds_what_never_landed_is_found_though_it_is_undone() -> None:
-    class Boasting(Booking):
-        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
-            return StageOutput.ok(key=ctx.forward_key)
-
     found = refuted(*trip(card=Boasting), faults=[Fault.TIMES_OUT_BEFORE])
 
     (trial,) = found["card", Fault.TIMES_OUT_BEFORE]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,13 +15,10 @@ from hypothesis import strategies as st
 from stageflow.api import Pipeline, StageContext, StageKind, StageOutput
 
 from saga import (
-    CompensableStage,
     Compensation,
-    CompensationContext,
     ContinueWithFallback,
     FailFast,
     Failure,
-    PivotStage,
     Policy,
     Retry,
     SagaContext,
@@ -31,43 +27,21 @@ from saga import (
 from saga.testing import Fault, VerificationFailed, verify
 from saga.testing.faults import UNDOING
 from tests.controlled import elapse, run
+from tests.town import Boasting, Booking, Eager, Forgetful, Indebted, Literal, Lying, Recording, Sale, Town, WithFallback
 
 CASES = int(os.environ.get("SAGA_VERIFIED", "60"))
 NAMES = "abcd"
 
 
-class Books:
-    """A world of entries, by the keys of the requests that made them."""
-
-    def __init__(self) -> None:
-        self.entries: dict[str, str] = {}
-
-    def reset(self) -> None:
-        self.entries.clear()
-
-    def look(self) -> Counter[str]:
-        return Counter(self.entries.values())
-
-
-class Entry(CompensableStage):
-    """One entry, which can be found and taken out again."""
-
-    def __init__(self, books: Books, name: str) -> None:
-        self.books, self.name = books, name
+class Following(Booking):
+    """Books according to what the stages before it gave."""
 
     async def execute(self, ctx: SagaContext) -> StageOutput:
-        seen = sorted(ctx.inputs.prior_outputs)
-        self.books.entries[ctx.idempotency_key] = f"{self.name} after {seen}"
-        return StageOutput.ok(name=self.name)
-
-    async def compensate(self, ctx: CompensationContext) -> None:
-        self.books.entries.pop(ctx.forward_key, None)
-
-    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
-        return StageOutput.ok(name=self.name) if ctx.forward_key in self.books.entries else None
+        self.town.bookings[ctx.idempotency_key] = f"{self.name} after {sorted(ctx.inputs.prior_outputs)}"
+        return StageOutput.ok(key=ctx.idempotency_key)
 
 
-class SlowEntry(Entry):
+class Slow(Following):
     async def execute(self, ctx: SagaContext) -> StageOutput:
         await elapse(1)
         output = await super().execute(ctx)
@@ -75,49 +49,15 @@ class SlowEntry(Entry):
         return output
 
 
-class Patched(Entry):
-    """Its fallback makes an entry, too."""
-
-    async def fallback(self, ctx: SagaContext, _: Failure) -> StageOutput:
-        self.books.entries[f"{ctx.idempotency_key} instead"] = f"instead of {self.name}"
-        return StageOutput.ok(name="instead")
-
-
-class PatchedInVain(Entry):
+class WithVainFallback(Following):
     async def fallback(self, _: SagaContext, __: Failure) -> StageOutput:
         raise OSError("nothing to put in its place")
-
-
-class Parts(CompensableStage):
-    """Several entries, each noted; nobody can ask for them."""
-
-    compensate_in_doubt = True
-
-    def __init__(self, books: Books, name: str) -> None:
-        self.books, self.name = books, name
-
-    async def execute(self, ctx: SagaContext) -> None:
-        for part in ("first", "second"):
-            self.books.entries[f"{ctx.idempotency_key} {part}"] = f"{part} of {self.name}"
-            await ctx.record(part)
-
-    async def compensate(self, ctx: CompensationContext) -> None:
-        for part in ("first", "second"):
-            self.books.entries.pop(f"{ctx.forward_key} {part}", None)
-
-
-class Pivot(PivotStage):
-    def __init__(self, books: Books, name: str) -> None:
-        self.books, self.name = books, name
-
-    execute = Entry.execute
-    probe = Entry.probe
 
 
 class Plain:
     kind = StageKind.TRANSFORM
 
-    def __init__(self, _: Books, name: str) -> None:
+    def __init__(self, _: Town, name: str) -> None:
         self.name = name
 
     async def execute(self, _: StageContext) -> StageOutput:
@@ -129,25 +69,25 @@ class Skips(Plain):
         return StageOutput.skip("nothing to do")
 
 
-def child(books: Books, name: str) -> Any:
+def child(town: Town, name: str) -> Any:
     """A saga of two stages, the second of which needs the first."""
-    inner = Pipeline(name=name).with_stage("one", Entry(books, f"{name}/one"))
-    return nested(inner.with_stage("two", Entry(books, f"{name}/two"), dependencies=("one",)))
+    inner = Pipeline(name=name).with_stage("one", Following(town, f"{name}/one"))
+    return nested(inner.with_stage("two", Following(town, f"{name}/two"), dependencies=("one",)))
 
 
-def child_with_pivot(books: Books, name: str) -> Any:
-    inner = Pipeline(name=name).with_stage("one", Entry(books, f"{name}/one"))
-    inner = inner.with_stage("point", Pivot(books, f"{name}/point"), dependencies=("one",))
-    return nested(inner.with_stage("two", Entry(books, f"{name}/two"), dependencies=("point",)), FailFast(on_failure="halt"))
+def child_with_pivot(town: Town, name: str) -> Any:
+    inner = Pipeline(name=name).with_stage("one", Following(town, f"{name}/one"))
+    inner = inner.with_stage("point", Sale(town, f"{name}/point"), dependencies=("one",))
+    return nested(inner.with_stage("two", Following(town, f"{name}/two"), dependencies=("point",)), FailFast(on_failure="halt"))
 
 
 KINDS: Mapping[str, Any] = {
-    "entry": Entry,
-    "slow": SlowEntry,
-    "patched": Patched,
-    "patched in vain": PatchedInVain,
-    "parts": Parts,
-    "pivot": Pivot,
+    "booking": Following,
+    "slow": Slow,
+    "with a fallback": WithFallback,
+    "with a vain fallback": WithVainFallback,
+    "recording": Recording,
+    "pivot": Sale,
     "plain": Plain,
     "skips": Skips,
     "child": child,
@@ -194,7 +134,7 @@ def sagas(draw: st.DrawFn) -> Saga:
     names = NAMES[: draw(st.integers(1, len(NAMES)))]
     kinds = {name: draw(st.sampled_from(list(KINDS))) for name in names}
     if {"plain", "skips"}.issuperset(kinds.values()):
-        kinds[names[-1]] = "entry"
+        kinds[names[-1]] = "booking"
     shape = {
         name: (kinds[name], tuple(sorted(draw(st.sets(st.sampled_from(names[:place]), max_size=2)))) if place else ())
         for place, name in enumerate(names)
@@ -202,62 +142,19 @@ def sagas(draw: st.DrawFn) -> Saga:
     return shape, draw(policies(names))
 
 
-def built(shape: Mapping[str, tuple[str, tuple[str, ...]]], instead: Mapping[str, Any] | None = None) -> tuple[Books, Pipeline]:
-    books, pipeline = Books(), Pipeline(name="drawn")
+def built(shape: Mapping[str, tuple[str, tuple[str, ...]]], instead: Mapping[str, Any] | None = None) -> tuple[Town, Pipeline]:
+    town, pipeline = Town(), Pipeline(name="drawn")
     for name, (kind, dependencies) in shape.items():
-        pipeline = pipeline.with_stage(name, (instead or {}).get(name, KINDS[kind])(books, name), dependencies=dependencies)
-    return books, pipeline
+        pipeline = pipeline.with_stage(name, (instead or {}).get(name, KINDS[kind])(town, name), dependencies=dependencies)
+    return town, pipeline
 
 
-class UndoesNothing(Entry):
-    async def compensate(self, ctx: CompensationContext) -> None: ...
-
-
-class UndoesOnce(Entry):
-    async def compensate(self, ctx: CompensationContext) -> None:
-        del self.books.entries[ctx.forward_key]
-
-
-class UndoesTooMuch(Entry):
-    """Takes somebody else's entry when its own is gone."""
-
-    async def compensate(self, ctx: CompensationContext) -> None:
-        if self.books.entries.pop(ctx.forward_key, None) is None:
-            self.books.entries["debt"] = "debt"
-
-
-class FindsNothing(Entry):
-    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
-        return None
-
-
-class FindsWhatIsNotThere(Entry):
-    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
-        return StageOutput.ok(name=self.name)
-
-
-class EntersAnew(Entry):
-    """Makes another entry whenever it runs, whatever its key."""
-
-    async def execute(self, ctx: SagaContext) -> StageOutput:
-        same = [key for key in self.books.entries if key.startswith(f"{ctx.idempotency_key} ")]
-        self.books.entries[f"{ctx.idempotency_key} {len(same)}"] = self.name
-        return StageOutput.ok(name=self.name)
-
-    async def compensate(self, ctx: CompensationContext) -> None:
-        for key in [key for key in self.books.entries if key.startswith(f"{ctx.forward_key} ")]:
-            del self.books.entries[key]
-
-    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
-        return StageOutput.ok(name=self.name) if f"{ctx.forward_key} 0" in self.books.entries else None
-
-
-DEFECTS: Mapping[type[Entry], tuple[Fault, ...]] = {
-    UndoesNothing: (Fault.UNDO_REPEATED,),
-    UndoesOnce: (Fault.UNDO_REPEATED,),
-    UndoesTooMuch: (Fault.UNDO_REPEATED,),
-    FindsNothing: (Fault.TIMES_OUT_AFTER, Fault.RAISES_AFTER),
-    FindsWhatIsNotThere: (Fault.TIMES_OUT_BEFORE,),
+DEFECTS: Mapping[type[Booking], tuple[Fault, ...]] = {
+    Forgetful: (Fault.UNDO_REPEATED,),
+    Literal: (Fault.UNDO_REPEATED,),
+    Indebted: (Fault.UNDO_REPEATED,),
+    Lying: (Fault.TIMES_OUT_AFTER, Fault.RAISES_AFTER),
+    Boasting: (Fault.TIMES_OUT_BEFORE,),
 }
 """And what brings each to light."""
 
@@ -268,20 +165,20 @@ def test_a_saga_as_it_should_be_passes(saga: Saga, fault: Fault, durable: bool) 
     shape, policy = saga
     if fault in UNDOING and not any(kind not in NEVER_UNDONE for kind, _ in shape.values()):
         return
-    books, pipeline = built(shape)
+    town, pipeline = built(shape)
 
-    assert run(verify(pipeline, policy, books, faults=[fault], durable=durable)).ok
+    assert run(verify(pipeline, policy, town, faults=[fault], durable=durable)).ok
 
 
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(saga=sagas(), defect=st.sampled_from(list(DEFECTS)), data=st.data())
-def test_a_saga_with_one_defect_in_one_stage_does_not(saga: Saga, defect: type[Entry], data: st.DataObject) -> None:
+def test_a_saga_with_one_defect_in_one_stage_does_not(saga: Saga, defect: type[Booking], data: st.DataObject) -> None:
     shape, policy = saga
     stage = data.draw(st.sampled_from(list(shape)))
-    books, pipeline = built(shape, {stage: defect})
+    town, pipeline = built(shape, {stage: defect})
 
     with pytest.raises(VerificationFailed):
-        run(verify(pipeline, policy, books, faults=DEFECTS[defect]))
+        run(verify(pipeline, policy, town, faults=DEFECTS[defect]))
 
 
 @settings(max_examples=CASES // 4, deadline=None, suppress_health_check=list(HealthCheck))
@@ -289,8 +186,8 @@ def test_a_saga_with_one_defect_in_one_stage_does_not(saga: Saga, defect: type[E
 def test_a_stage_that_acts_anew_at_every_attempt_does_not_if_the_policy_attempts_it_twice(saga: Saga, data: st.DataObject) -> None:
     shape, policy = saga
     stage = data.draw(st.sampled_from(list(shape)))
-    books, pipeline = built(shape, {stage: EntersAnew})
+    town, pipeline = built(shape, {stage: Eager})
     policy = policy.model_copy(update={"retry": Retry(attempts=2), "on_failure": "halt"})
 
     with pytest.raises(VerificationFailed):
-        run(verify(pipeline, policy, books, faults=[Fault.RAISES_AFTER]))
+        run(verify(pipeline, policy, town, faults=[Fault.RAISES_AFTER]))
