@@ -826,11 +826,23 @@ def test_sys_exit_in_a_stage_is_a_failure_like_any_other() -> None:
 # -- loops whose tasks are made in another way -------------------------------------------------------------------
 
 
-def plain_tasks(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
+def plain_tasks(loop: Any, work: Any, **options: Any) -> asyncio.Task[Any]:
     return asyncio.Task(work, loop=loop, **options)
 
 
-FACTORIES = [plain_tasks, *(getattr(asyncio, name) for name in ("eager_task_factory",) if hasattr(asyncio, name))]
+def eager_tasks(loop: Any, work: Any, **options: Any) -> asyncio.Task[Any]:
+    """What asyncio.eager_task_factory does from Python 3.12 on: the first step is run before the maker has its task."""
+    task, maker = asyncio.Task(work, loop=loop, **options), asyncio.current_task(loop)
+    first_step = loop._ready.pop()
+    if maker is not None:
+        asyncio.tasks._leave_task(loop, maker)
+    first_step._run()
+    if maker is not None:
+        asyncio.tasks._enter_task(loop, maker)
+    return task
+
+
+FACTORIES = [plain_tasks, getattr(asyncio, "eager_task_factory", eager_tasks)]
 
 
 @pytest.mark.parametrize("factory", FACTORIES, ids=lambda factory: factory.__name__)
