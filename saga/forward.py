@@ -123,9 +123,7 @@ class Forward:
         self._policy = saga.policy
         self._interceptors = list(interceptors)
         self._loop = asyncio.get_running_loop()
-        # A factory of the user's may start stageflow's tasks before stageflow is ready for it, as asyncio.eager_task_factory does.
-        makes_plain_tasks = self._loop.get_task_factory() is None
-        self._hosts = makes_plain_tasks and not interceptors and isinstance(saga.policy, FailFast) and saga.is_left_alone()
+        self._hosts = not interceptors and isinstance(saga.policy, FailFast) and saga.is_left_alone()
         self._within: asyncio.Task[Any] | None = None
         self._runs: dict[str, _StageRun] = {}
         self._running: Crew[_StageRun] = Crew(self._breaks)

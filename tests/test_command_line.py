@@ -144,6 +144,7 @@ class Shop:
     folder: Path
     capture: pytest.CaptureFixture[str]
     terminals: list[Terminal] = field(default_factory=list)
+    lorries: list[int] = field(default_factory=list)
 
     def saga(self, *arguments: str) -> Done:
         """Run it in this process."""
@@ -181,6 +182,12 @@ class Shop:
     def mends_the_bank(self) -> None:
         (self.folder / "the-bank-is-down").unlink()
 
+    def brings_the_lorry(self) -> None:
+        """Let whoever waits for it, now or later, go on."""
+        lorry = os.open(self.folder / "a-lorry", os.O_RDWR | os.O_NONBLOCK)
+        os.write(lorry, b"!")
+        self.lorries.append(lorry)
+
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Shop]:
@@ -191,9 +198,12 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         monkeypatch.delenv(name, raising=False)
     place = Shop(tmp_path, capsys)
     place.write("shop.py", SHOP)
+    os.mkfifo(tmp_path / "a-lorry")
     yield place
     for terminal in place.terminals:
         terminal.close()
+    for lorry in place.lorries:
+        os.close(lorry)
     sys.modules.pop("shop", None)
 
 
@@ -958,9 +968,15 @@ WAITING = SHOP.replace(
     "ship.has_effect",
     """
 async def wait(ctx):
+    lorry = os.open("a-lorry", os.O_RDONLY | os.O_NONBLOCK)
+    has_come = asyncio.Event()
+    asyncio.get_running_loop().add_reader(lorry, has_come.set)
     print("waiting for a lorry", flush=True)
-    while not Path("a-lorry").exists():
-        await asyncio.sleep(0.01)
+    try:
+        await has_come.wait()
+    finally:
+        asyncio.get_running_loop().remove_reader(lorry)
+        os.close(lorry)
 
 
 ship.has_effect""",
@@ -971,7 +987,7 @@ def test_a_recovery_is_interrupted(shop: Shop, monkeypatch: pytest.MonkeyPatch) 
     shop.really("run", "shop:crash", "--id", "s")
     shop.write("shop.py", WAITING.replace('ending("crash", die)', 'ending("crash", wait)'))
 
-    deeds = {"waiting for a lorry": interrupt_this_process, "Interrupted": lambda: shop.write("a-lorry", "")}
+    deeds = {"waiting for a lorry": interrupt_this_process, "Interrupted": shop.brings_the_lorry}
     with once_it_shows(deeds, monkeypatch) as shown:
         done = shop.saga("recover", "shop:crash")
 
@@ -990,7 +1006,7 @@ def test_a_recovery_that_is_interrupted_twice_leaves_its_sagas_to_the_next_one(s
     terminal.until("Interrupted")
     terminal.press("\x03")
     code, shown = terminal.to_the_end()
-    shop.write("a-lorry", "")
+    shop.brings_the_lorry()
 
     assert code == Exit.INTERRUPTED
     assert "Stopped at once; saga recover goes on from there." in shown
@@ -1069,7 +1085,7 @@ def test_watch_looks_on_until_the_saga_has_come_to_rest(shop: Shop, monkeypatch:
     running = Terminal(shop, "run", "shop:order", "--id", "s")
     running.until("waiting for a lorry")
 
-    with once_it_shows({"2 of 3 done": lambda: shop.write("a-lorry", "")}, monkeypatch) as shown:
+    with once_it_shows({"2 of 3 done": shop.brings_the_lorry}, monkeypatch) as shown:
         done = shop.saga("watch", "s")
 
     assert re.search(r"ship +> running", shown())
@@ -1085,7 +1101,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_saga(shop: Shop, monkeypatch: pyte
 
     with once_it_shows({"2 of 3 done": interrupt_this_process}, monkeypatch) as shown:
         done = shop.saga("watch", "s")
-    shop.write("a-lorry", "")
+    shop.brings_the_lorry()
 
     assert done.code == Exit.INTERRUPTED
     assert "Watching s no longer; it goes on by itself.\n" in shown()

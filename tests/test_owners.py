@@ -45,8 +45,8 @@ def test_an_owner_in_a_process_that_ended_is_gone() -> None:
 
 
 def test_an_owner_in_a_process_that_was_killed_is_gone_before_anybody_asked_for_its_exit_code() -> None:
-    code = "import time; from saga.owners import this_process; print(this_process(), flush=True); time.sleep(600)"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    code = "from saga.owners import this_process; print(this_process(), flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         owner = process.stdout.readline().strip()
         before = is_gone(owner)
