@@ -310,14 +310,8 @@ class SagaCoordinator:
 
     async def resume_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Go on with a child of a saga's stage."""
-        saga = await self._take(saga_id, pipeline)
-        try:
-            chapter = resumption(await self.ledger.read(saga_id), None, forward=None, by=f"saga {parent.id}")
-            work = await self._turn_to(saga, chapter)
-        except BaseException:
-            await self._let_go(saga)
-            raise
-        return await self._as_child(parent, saga, work)
+        decide = partial(resumption, policy=None, forward=None, by=f"saga {parent.id}")
+        return await self._as_child(parent, *await self._taken_over(saga_id, pipeline, decide))
 
     async def _as_child(self, parent: LiveSaga, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
         parent.has_children = True
@@ -428,13 +422,18 @@ class SagaCoordinator:
         self, saga_id: str, pipeline: Pipeline, decide: Callable[[Sequence[AnyEvent]], Chapter], policy: Policy | None = None
     ) -> SagaReport:
         """Take over a saga that nobody is running, and do what its events come to."""
+        return await self._unbroken(*await self._taken_over(saga_id, pipeline, decide, policy))
+
+    async def _taken_over(
+        self, saga_id: str, pipeline: Pipeline, decide: Callable[[Sequence[AnyEvent]], Chapter], policy: Policy | None = None
+    ) -> tuple[LiveSaga, Coroutine[Any, Any, None]]:
+        """A saga that nobody was running, held from here on, and the work that its events come to."""
         saga = await self._take(saga_id, pipeline, policy)
         try:
-            work = await self._turn_to(saga, decide(await self.ledger.read(saga_id)))
+            return saga, await self._turn_to(saga, decide(await self.ledger.read(saga_id)))
         except BaseException:
             await self._let_go(saga)
             raise
-        return await self._unbroken(saga, work)
 
     def _lives(self, blueprint: Blueprint, policy: FailFast | ContinueWithFallback, journal: Journal, context: PipelineContext) -> LiveSaga:
         actions = self._actions(blueprint, journal.saga_id)
