@@ -18,8 +18,7 @@ from saga.outputs import copied, copied_output
 from saga.watch import leave_loop, retrieved, start
 
 if TYPE_CHECKING:
-    from stageflow.api import Pipeline, PipelineContext
-    from stageflow.context import ContextSnapshot
+    from stageflow.api import Pipeline, PipelineContext, StageContext
 
     from saga.actions import Actions
     from saga.blueprint import Blueprint
@@ -103,10 +102,10 @@ class LiveSaga(Host):
         return dataclasses.replace(self._context, data=self._context.data | self.blueprint.without_timeouts)
 
     def is_left_alone(self) -> bool:
-        """Whether nothing of the user's beside the stages has a part in stageflow's run: no hook, no sink for events, no condition."""
+        """Whether nothing of the user's beside the stages has a part in stageflow's run: no hook, no sink for events."""
         context = self._context
         has_hooks = bool(context._before_stage_start_hooks)  # noqa: SLF001 - stageflow has no other word for it
-        return not has_hooks and type(context.event_sink) is NoOpEventSink and not self.blueprint.graph.has_conditions
+        return not has_hooks and type(context.event_sink) is NoOpEventSink
 
     def cancellation(self) -> str | None:
         """Why the caller's context was cancelled, or None if it was not."""
@@ -115,9 +114,9 @@ class LiveSaga(Host):
         return self._context.cancellation_reason or "the context was cancelled"
 
     @cached_property
-    def snapshot(self) -> ContextSnapshot[Any]:
-        """Stageflow's immutable view of the input."""
-        return self._context.to_snapshot()
+    def root(self) -> StageContext:
+        """What all stages share: stageflow's immutable view of the input, its ports, its timer."""
+        return self._context.derive_root_stage_context()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something in a task that is kept until it ends."""
@@ -163,7 +162,7 @@ class LiveSaga(Host):
             idempotency_key=f"{forward_key}/undo",
             forward_key=forward_key,
             inputs={name: copied_output(output) for name, output in outputs if output is not None},
-            snapshot=self.snapshot,
+            snapshot=self.root.snapshot,
             _host=self,
         )
 

@@ -1,24 +1,13 @@
-"""The forward run: a stageflow pipeline under the ledger.
-
-stageflow schedules, and runs wrappers of ours. It cancels the siblings of a failed stage with `Task.cancel()`, which an anyio
-shield does not stop, and leaves the siblings of a stage that returned FAIL running unawaited. So a stage that fails doesn't say so
-to stageflow: the saga leaves stageflow's run, which leaves the tasks of the running stages alone, and waits for them itself.
-
-Where something else than our wrappers could make stageflow cancel a stage, or end its wrapper before it, the stage's code runs in a
-task of ours, and the wrapper only waits.
-"""
+"""The forward run: the stages of a pipeline, under the ledger."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Container, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from stageflow import BaseInterceptor, UnifiedStageExecutionError, UnifiedStageGraph
-from stageflow.api import StageCancellationRequested, StageContext, StageOutput, StageStatus
-from stageflow.pipeline.dag import UnifiedPipelineCancelled, UnifiedStageSpec
+from stageflow.api import StageCancellationRequested, StageOutput, StageStatus
 
 from saga.asking import ask
 from saga.compensable import SagaContext
@@ -28,47 +17,22 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.ledger import StageState
 from saga.outputs import copied_output
-from saga.policies import ContinueWithFallback, FailFast
+from saga.policies import ContinueWithFallback
+from saga.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
 from saga.text import said, shown
-from saga.watch import Crew, Watched, absorbed, bounded, cut_short_by, leave_loop
+from saga.watch import Crew, Watched, bounded, cut_short_by, leave_loop
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from stageflow.api import PipelineContext
-    from stageflow.stages.result import StageResult
+    from stageflow import BaseInterceptor
+    from stageflow.stages.inputs import StageInputs
 
     from saga.alive import LiveSaga
     from saga.blueprint import StagePlan
     from saga.recovery import StageRecord
 
 _ENDED_WELL: Final = frozenset({StageState.KEPT, StageState.FALLBACK, StageState.SKIPPED})
-_STOPPING: Final = StageOutput.cancel("the saga is stopping")
-
-
-class _NoInterceptors(list[BaseInterceptor]):
-    """None at all: an empty list is false, and would bring stageflow's default ones back."""
-
-    def __bool__(self) -> bool:
-        return True
-
-
-class _Listener(BaseInterceptor):
-    """Learns of stages that another interceptor answered for; stageflow's results are lost when a run fails."""
-
-    name = "saga"
-
-    def __init__(self, called: Container[str]) -> None:
-        self.answered: dict[str, StageOutput] = {}
-        self._called = called
-
-    async def before(self, stage_name: str, ctx: PipelineContext) -> None:
-        """Let the stage run."""
-
-    async def after(self, stage_name: str, result: StageResult, _ctx: PipelineContext) -> None:
-        """Note an answer for a stage whose runner was never called."""
-        if stage_name not in self._called:
-            self.answered[stage_name] = StageOutput.ok(result.data)
 
 
 @dataclass(slots=True)
@@ -89,26 +53,21 @@ class _Outcome:
 
 
 class _StageRun(Watched):
-    """One stage on its way through the forward run.
+    """One stage on its way through the forward run."""
 
-    Attributes:
-        answer: What stageflow is told; an exception for the user's interceptors to see.
-        waiter: What its wrapper waits for, while it runs in a task of ours.
-    """
+    __slots__ = ("inputs", "name", "plan", "record")
 
-    __slots__ = ("answer", "ctx", "name", "plan", "record", "waiter")
-
-    def __init__(self, name: str, plan: StagePlan, record: StageRecord, ctx: StageContext, on_give_up: Callable[[_StageRun], None]) -> None:
+    def __init__(
+        self, name: str, plan: StagePlan, record: StageRecord, inputs: StageInputs, on_give_up: Callable[[_StageRun], None]
+    ) -> None:
         super().__init__(on_give_up)
         self.name = name
         self.plan = plan
         self.record = record
-        self.ctx = ctx
-        self.answer: StageOutput | Exception = _STOPPING
-        self.waiter: asyncio.Future[StageOutput] | None = None
+        self.inputs = inputs
 
 
-class Forward:
+class Forward(Stages):
     """Runs one saga forward, until every stage has ended or something stops it.
 
     Attributes:
@@ -121,13 +80,11 @@ class Forward:
         self._state = saga.journal.state
         self._record = saga.journal.record
         self._policy = saga.policy
-        self._interceptors = list(interceptors)
+        self._has_interceptors = bool(interceptors)
+        by_stageflow = interceptors or not saga.is_left_alone()
+        self._schedule: Schedule = StageflowSchedule(saga, self, interceptors) if by_stageflow else OwnSchedule(saga, self)
         self._loop = asyncio.get_running_loop()
-        self._hosts = not interceptors and isinstance(saga.policy, FailFast) and saga.is_left_alone()
-        self._within: asyncio.Task[Any] | None = None
-        self._runs: dict[str, _StageRun] = {}
         self._running: Crew[_StageRun] = Crew(self._breaks)
-        self._called: set[str] = set()
         self._fallen = {name for name, record in self._state.stages.items() if record.with_branch and not record.again}
         self._stopped = asyncio.Event()
         self._interrupted = asyncio.Event()
@@ -146,80 +103,30 @@ class Forward:
         """
         deadline = self._policy.deadline
         timer = None if deadline is None else self._loop.call_later(deadline, self._out_of_time, deadline)
-        listener = _Listener(self._called)
-        results = await self._schedule(listener)
-        if self._hosts and self.cause is not None:
-            await absorbed(_this_task())
-        await self._come_to_rest()
-        # The stages' contexts lead back here.
-        self._runs.clear()
-        if timer is not None:
-            timer.cancel()
-        if self._broken is None and not self._hosts:
-            for name, output in {**listener.answered, **results}.items():
-                await self._learn(name, output)
-        if self._broken is not None:
-            raise self._broken
-
-    async def _schedule(self, listener: _Listener) -> Mapping[str, StageOutput]:
-        """Have stageflow run the stages, and give its results; what ended that early has stopped the saga when this returns."""
-        saga = self._saga
-        # What Pipeline.build() makes of a pipeline that has been checked; to make it at once takes half the time.
-        graph = UnifiedStageGraph(
-            [
-                UnifiedStageSpec(
-                    name=name,
-                    runner=self._wrapper(name),
-                    kind=plan.spec.kind,
-                    dependencies=plan.spec.dependencies,
-                    conditional=plan.spec.conditional,
-                )
-                for name, plan in saga.blueprint.stages.items()
-            ],
-            pipeline_name=saga.blueprint.name,
-            interceptors=_NoInterceptors() if self._hosts else [*self._interceptors, listener],
-        )
         self._heed_early_cancel()
         try:
-            return await self._stay_in(graph)
-        except UnifiedPipelineCancelled as cancelled:
-            if self.cause is None:
-                # No wrapper of ours asked for it: the context was cancelled, or a hook.
-                self.stop(Failure.of(None, FailureKind.CANCELLED, cancelled.reason))
-            return cancelled.results
-        except UnifiedStageExecutionError as failed:
-            await self._refused(failed.stage, failed.original)
+            await self._schedule.run()
         except asyncio.CancelledError:
             self._stop_for_cancel()
         except (KeyboardInterrupt, SystemExit) as error:
             leave_loop(error)
             self._breaks(cut_short_by(error))
-        except Exception as error:  # noqa: BLE001 - a hook's or an interceptor's of the user
-            self.stop(Failure.raised(None, error, attempt=0))
-        return {}
+        await self._come_to_rest()
+        if timer is not None:
+            timer.cancel()
+        if self._broken is None:
+            await self._schedule.tell()
+        if self._broken is not None:
+            raise self._broken
 
-    async def _stay_in(self, graph: UnifiedStageGraph) -> Mapping[str, StageOutput]:
-        """Let stageflow run, until all stages have ended or the saga stops."""
-        self._within = _this_task() if self._hosts else None
-        try:
-            return await graph.run(self._saga.private_context())
-        finally:
-            self._within = None
-
-    def stop(self, cause: Failure, *, told: _StageRun | None = None) -> None:
+    def stop(self, cause: Failure, *, told: str | None = None) -> None:
         """Start no further stage; the first cause stays the cause. The stage that is `told` answers for itself."""
         if self.cause is not None:
             return
         self.cause = cause
         self._saga.is_stopping = True
         self._stopped.set()
-        if self._within is not None:
-            # Not awaited any longer, stageflow's run leaves the stages' tasks alone.
-            self._within.cancel()
-        for run in self._running.members:
-            # One CANCEL is enough for stageflow to cancel and await its other wrappers and to end.
-            if run is not told and run.waiter is not None and not run.waiter.done():
-                run.waiter.set_result(_STOPPING)
+        self._schedule.stop(told)
         for child in self._saga.children:
             # A child is no single stage: it starts nothing more, either.
             child.interrupt("the saga that runs it is stopping")
@@ -237,8 +144,9 @@ class Forward:
         self.stop(Failure.of(None, FailureKind.TIMEOUT, f"the forward run exceeded its deadline of {deadline:g} s"))
         self._interrupt()
 
-    async def _refused(self, stage: str, error: Exception) -> None:
-        # Our wrappers' exceptions stopped the run before they were raised; what stops it only now is an interceptor's.
+    async def refused(self, stage: str, error: Exception) -> None:
+        """Stop because an interceptor did not let a stage run, or end."""
+        # A failure of the stage itself has stopped the run before its wrapper raised it.
         failure = Failure.raised(stage, error, attempt=0)
         self.stop(failure)
         if self._is_due(stage):
@@ -284,87 +192,54 @@ class Forward:
             if self._state.graph[run.name].role is not spared:
                 run.cancel(FailureKind.INTERRUPTED)
 
-    # -- what stageflow runs -------------------------------------------------------------------------------------
+    # -- one stage -----------------------------------------------------------------------------------------------
 
-    def _wrapper(self, name: str) -> Callable[[StageContext], Awaitable[StageOutput]]:
+    def given(self, name: str) -> StageOutput | None:
+        """What a stage gave that ended well before the saga was resumed; None: it is to run."""
         record = self._state.stages[name]
-        if record.state in _ENDED_WELL and not record.again:
-            assert record.output is not None  # what ended so has given one
-            given = copied_output(record.output)
-            self._called.add(name)
+        if record.state not in _ENDED_WELL or record.again:
+            return None
+        assert record.output is not None  # what ended so has given one
+        return copied_output(record.output)
 
-            async def give() -> StageOutput:
-                return given
+    def begin(self, name: str, inputs: StageInputs) -> None:
+        """Start a stage in a task of ours; its schedule is told when it has ended."""
+        run = _StageRun(name, self._saga.blueprint.stages[name], self._state.stages[name], inputs, self._gives_up)
+        self._running.employ(run, self._see_to(run))
 
-            return lambda _: give()
-        return partial(self._host if self._hosts else self._wait_for, name)
-
-    async def _host(self, name: str, ctx: StageContext) -> StageOutput:
-        """Run the stage in stageflow's task for it."""
-        if self.is_stopping():
-            return _STOPPING
-        run = self._run_of(name, ctx)
-        await self._running.enlist(run, self._own(run))
-        assert isinstance(run.answer, StageOutput)  # an exception is for interceptors
-        return run.answer
-
-    async def _wait_for(self, name: str, ctx: StageContext) -> StageOutput:
-        """Run the stage in a task of ours."""
-        self._called.add(name)
-        run = self._runs.get(name)
-        if run is None:
-            if self.is_stopping():
-                return _STOPPING
-            run = self._runs[name] = self._run_of(name, ctx)
-            self._running.employ(run, self._own(run))
-        # An interceptor that asks for a retry gets here again: retries are the policy's, so the error stays.
-        if isinstance(run.answer, Exception):
-            raise run.answer
-        run.waiter = self._loop.create_future()
-        return await run.waiter
-
-    def _run_of(self, name: str, ctx: StageContext) -> _StageRun:
-        return _StageRun(name, self._saga.blueprint.stages[name], self._state.stages[name], ctx, self._gives_up)
-
-    def _answer(self, run: _StageRun, answer: StageOutput | Exception) -> None:
-        run.answer = answer
-        if run.waiter is None or run.waiter.done():
-            return
-        if isinstance(answer, Exception):
-            run.waiter.set_exception(answer)
-        else:
-            run.waiter.set_result(answer)
-
-    # -- what we run ---------------------------------------------------------------------------------------------
-
-    async def _own(self, run: _StageRun) -> None:
+    async def _see_to(self, run: _StageRun) -> None:
         answer = await self._stage(run)
         if not run.given_up:
-            self._answer(run, answer)
+            self._schedule.ended(run.name, answer)
 
     def _breaks(self, error: Exception) -> None:
         self._broken = self._broken or error
         self.stop(Failure.raised(None, error, attempt=0))
 
     async def _stage(self, run: _StageRun) -> StageOutput | Exception:
-        for dependency in self._state.graph[run.name].dependencies:
+        node = self._state.graph[run.name]
+        if node.conditional and (reason := run.inputs.get("skip_reason")):
+            output = StageOutput.skip(reason)
+            await self.learn(run.name, output)
+            return output
+        for dependency in node.dependencies:
             if dependency in self._fallen:
                 return await self._falls_with(run, dependency)
             if self._is_due(dependency):
-                await self._learn(dependency, run.ctx.inputs.prior_outputs[dependency])
+                await self.learn(dependency, run.inputs.prior_outputs[dependency])
         cancelled = self._saga.cancellation()
         if cancelled is not None:
             self.stop(Failure.of(None, FailureKind.CANCELLED, cancelled))
         self._heed_early_cancel()
         if self.is_stopping():
-            return _STOPPING
+            return STOPPING
         outcome = None if run.record.state is StageState.NOT_RUN else await self._left_open(run)
         if outcome is None:
             outcome = await self._attempts(run)
         if run.given_up:
             if outcome.failure is None and outcome.output is not None and outcome.output.status is StageStatus.OK:
                 self._saga.comes_late(StageCompleted(stage=run.name, output=copied_output(outcome.output), late=True))
-            return _STOPPING
+            return STOPPING
         if outcome.failure is None:
             assert outcome.output is not None  # without a failure there is one
             return outcome.output
@@ -375,8 +250,8 @@ class Forward:
         record = self._state.stages[name]
         return record.again or record.state is StageState.NOT_RUN
 
-    async def _learn(self, name: str, output: StageOutput) -> None:
-        """Record a stage that stageflow skipped, or that an interceptor answered for, without our wrapper being called."""
+    async def learn(self, name: str, output: StageOutput) -> None:
+        """Record a stage that its condition skipped, or that an interceptor answered for, without having been started."""
         if not self._is_due(name) or output.status in {StageStatus.CANCEL, StageStatus.FAIL}:
             return
         skipped = output.status is StageStatus.SKIP
@@ -521,13 +396,14 @@ class Forward:
         return outcome
 
     def _context(self, run: _StageRun) -> SagaContext:
-        ctx, saga = run.ctx, self._saga
+        saga = self._saga
+        root = saga.root
         return SagaContext(
-            snapshot=ctx.snapshot,
-            inputs=ctx.inputs,
+            snapshot=root.snapshot,
+            inputs=run.inputs,
             stage_name=run.name,
-            timer=ctx.timer,
-            event_sink=ctx.event_sink,
+            timer=root.timer,
+            event_sink=root.event_sink,
             _cancellation_probe=self._is_cancelled,
             _cancellation_reason_provider=self._why_cancelled,
             saga_id=saga.id,
@@ -569,7 +445,7 @@ class Forward:
         failure = Failure.of(run.name, run.reason, message, attempt=run.record.attempts)
         in_doubt = self._state.graph[run.name].role is not Role.PLAIN
         await self._record(StageFailed(stage=run.name, failure=failure, in_doubt=in_doubt))
-        self._answer(run, await self._absorb(run, failure))
+        self._schedule.ended(run.name, await self._absorb(run, failure))
 
     # -- what a failure leads to ---------------------------------------------------------------------------------
 
@@ -578,7 +454,7 @@ class Forward:
         policy = self._policy
         if failure.kind is FailureKind.CANCELLED:
             self.stop(failure)
-            return _STOPPING
+            return STOPPING
         if isinstance(policy, ContinueWithFallback) and self.cause is None and failure.kind is not FailureKind.INTERRUPTED:
             output = await self._stands_in(run, failure, policy)
             if output is not None:
@@ -586,11 +462,11 @@ class Forward:
             if policy.without_fallback == "skip_branch":
                 self._fallen.add(run.name)
                 return StageOutput.skip(f"{run.name} failed")
-        self.stop(failure, told=run)
-        if self._interceptors:
+        self.stop(failure, told=run.name)
+        if self._has_interceptors:
             # The user's interceptors get to see what went wrong; without any, a CANCEL ends stageflow without a traceback in the log.
             return failure.exception if isinstance(failure.exception, Exception) else RuntimeError(str(failure))
-        return _STOPPING
+        return STOPPING
 
     async def _stands_in(self, run: _StageRun, failure: Failure, policy: ContinueWithFallback) -> StageOutput | None:
         """The output that stands in for a failed stage's, recorded; None if there is none."""

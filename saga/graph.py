@@ -35,7 +35,7 @@ class Node(BaseModel):
         dependencies: Names of the stages that it waits for, without repetition.
         kind: stageflow's `StageKind`, by value.
         role: What it offers for backward recovery.
-        conditional: Whether stageflow may skip it.
+        conditional: Whether it is skipped when a dependency's data has a `skip_reason`.
         can_probe: Whether it can ask the outside world whether its effect landed.
         undo_in_doubt: Whether its compensation copes with not knowing.
         idempotent: Whether it may run again with the same idempotency key, and has its effect once all the
@@ -112,11 +112,6 @@ class Graph(BaseModel):
     def points_of_no_return(self) -> frozenset[str]:
         """The stages that stay with all they depend on, once they have completed."""
         return frozenset(node.name for node in self.nodes if node.is_point_of_no_return)
-
-    @cached_property
-    def has_conditions(self) -> bool:
-        """Whether stageflow may skip a stage."""
-        return any(node.conditional for node in self.nodes)
 
     @cached_property
     def dependents(self) -> Mapping[str, tuple[str, ...]]:

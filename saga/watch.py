@@ -167,14 +167,6 @@ class Crew(Generic[W]):
         member.task = start(self.see_through(member, work))
         self.members.add(member)
 
-    def enlist(self, member: W, work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
-        """Do a member's work in the task that runs now, which has to await this."""
-        task = asyncio.current_task()
-        assert task is not None  # a coroutine runs in one
-        member.task = task
-        self.members.add(member)
-        return self.see_through(member, work)
-
     async def see_through(self, member: W, work: Coroutine[Any, Any, None]) -> None:
         """Do the work; the member is dismissed after it, whatever came of it."""
         try:

@@ -266,7 +266,7 @@ FAN_IN = {"a": (), "b": (), "c": (), "d": ("a", "b", "c")}
 
 
 def hooked() -> PipelineContext:
-    """A context with a hook in it: where a hook may fail, the stages run in tasks of the saga's own."""
+    """A context with a hook in it, so that stageflow runs the pipeline."""
     context = PipelineContext.create()
     context.add_before_stage_start_hook(lambda *_: None)
     return context

@@ -1,0 +1,247 @@
+"""When each stage of a saga starts: we say so ourselves, unless something has a part in stageflow's run that only stageflow calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Container, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Final, Protocol
+
+from stageflow import BaseInterceptor, UnifiedStageExecutionError, UnifiedStageGraph
+from stageflow.api import StageContext, StageOutput
+from stageflow.pipeline.dag import UnifiedPipelineCancelled, UnifiedStageSpec
+from stageflow.stages.inputs import StageInputs
+
+from saga.failures import Failure, FailureKind
+
+if TYPE_CHECKING:
+    from stageflow.api import PipelineContext
+    from stageflow.stages.result import StageResult
+
+    from saga.alive import LiveSaga
+
+STOPPING: Final = StageOutput.cancel("the saga is stopping")
+"""The answer of a stage that has nothing to give to those that depend on it, because the saga is stopping."""
+
+
+class Stages(Protocol):
+    """What a schedule has started, and tells how the run goes."""
+
+    def given(self, name: str) -> StageOutput | None:
+        """What a stage gave that ended well before, in a saga that was resumed; None: it is to run."""
+        ...
+
+    def begin(self, name: str, inputs: StageInputs) -> None:
+        """Start a stage; its schedule is told when it has ended."""
+        ...
+
+    def is_stopping(self) -> bool:
+        """Whether no further stage starts."""
+        ...
+
+    def stop(self, cause: Failure) -> None:
+        """Start no further stage; the first cause stays the cause."""
+        ...
+
+    async def refused(self, stage: str, error: Exception) -> None:
+        """Stop because an interceptor did not let a stage run, or end."""
+        ...
+
+    async def learn(self, name: str, output: StageOutput) -> None:
+        """Record a stage that was answered for without having been started."""
+        ...
+
+
+class Schedule(Protocol):
+    """Starts every stage in its turn."""
+
+    async def run(self) -> None:
+        """Start the stages, until all have ended or the saga stops."""
+        ...
+
+    def ended(self, name: str, answer: StageOutput | Exception) -> None:
+        """Take a stage's answer for those that depend on it; an exception is for interceptors to see."""
+        ...
+
+    def stop(self, told: str | None, /) -> None:
+        """Start nothing more; the stage that is `told` answers for itself."""
+        ...
+
+    async def tell(self) -> None:
+        """Tell of stages that were answered for by something else, when the others have come to rest."""
+        ...
+
+
+class OwnSchedule:
+    """Starts a stage as soon as all that it depends on has ended."""
+
+    def __init__(self, saga: LiveSaga, stages: Stages) -> None:
+        self._graph = saga.blueprint.graph
+        self._root = saga.root
+        self._stages = stages
+        self._inputs: dict[str, dict[str, StageOutput]] = {name: {} for name in self._graph.names}
+        self._left = len(self._inputs)
+        self._over = asyncio.Event()
+
+    async def run(self) -> None:
+        """Start the stages, until all have ended or the saga stops."""
+        self._start([node.name for node in self._graph.nodes if not node.dependencies])
+        await self._over.wait()
+
+    def _start(self, ready: list[str]) -> None:
+        for name in ready:
+            given = self._stages.given(name)
+            if given is None:
+                self._stages.begin(name, self._inputs_of(name))
+            else:
+                ready += self._enabled(name, given)
+
+    def _inputs_of(self, name: str) -> StageInputs:
+        return StageInputs(
+            snapshot=self._root.snapshot,
+            prior_outputs=self._inputs[name],
+            ports=self._root.inputs.ports,
+            declared_deps=frozenset(self._graph[name].dependencies),
+            stage_name=name,
+        )
+
+    def _enabled(self, name: str, output: StageOutput) -> list[str]:
+        """The stages that have waited for this one only."""
+        self._left -= 1
+        if not self._left:
+            self._over.set()
+        enabled = []
+        for dependent in self._graph.dependents[name]:
+            inputs = self._inputs[dependent]
+            # In the order in which they ended, as stageflow has them.
+            inputs[name] = output
+            if len(inputs) == len(self._graph[dependent].dependencies):
+                enabled.append(dependent)
+        return enabled
+
+    def ended(self, name: str, answer: StageOutput | Exception) -> None:
+        """Start the stages that have waited for this one only."""
+        if not self._stages.is_stopping():
+            assert isinstance(answer, StageOutput)  # an exception is for interceptors
+            self._start(self._enabled(name, answer))
+
+    def stop(self, _told: str | None, /) -> None:
+        """Start nothing more."""
+        self._over.set()
+
+    async def tell(self) -> None:
+        """Nothing else answers for a stage."""
+
+
+class _Listener(BaseInterceptor):
+    """Learns of stages that another interceptor answered for; stageflow's results are lost when a run fails."""
+
+    name = "saga"
+
+    def __init__(self, called: Container[str]) -> None:
+        self.answered: dict[str, StageOutput] = {}
+        self._called = called
+
+    async def before(self, stage_name: str, ctx: PipelineContext) -> None:
+        """Let the stage run."""
+
+    async def after(self, stage_name: str, result: StageResult, _ctx: PipelineContext) -> None:
+        """Note an answer for a stage whose runner was never called."""
+        if stage_name not in self._called:
+            self.answered[stage_name] = StageOutput.ok(result.data)
+
+
+class StageflowSchedule:
+    """Has stageflow run wrappers of ours, which start the stages and wait for them.
+
+    stageflow cancels the siblings of a failed stage with `Task.cancel()`, which an anyio shield does not stop, and leaves the siblings
+    of a stage that returned FAIL running unawaited. So a stage runs in a task that stageflow does not know; and a saga that stops tells
+    stageflow so with a CANCEL, which makes it cancel and await its other wrappers.
+    """
+
+    def __init__(self, saga: LiveSaga, stages: Stages, interceptors: Sequence[BaseInterceptor]) -> None:
+        self._saga = saga
+        self._stages = stages
+        self._interceptors = interceptors
+        self._called: set[str] = set()
+        self._listener = _Listener(self._called)
+        self._answers: dict[str, StageOutput | Exception] = {}
+        self._waiters: dict[str, asyncio.Future[StageOutput | Exception]] = {}
+        self._results: dict[str, StageOutput] = {}
+
+    async def run(self) -> None:
+        """Start the stages, until all have ended or the saga stops."""
+        try:
+            self._results = await self._graph().run(self._saga.private_context())
+        except UnifiedPipelineCancelled as cancelled:
+            if not self._stages.is_stopping():
+                # No wrapper of ours asked for it: the context was cancelled, or a hook.
+                self._stages.stop(Failure.of(None, FailureKind.CANCELLED, cancelled.reason))
+            self._results = cancelled.results
+        except UnifiedStageExecutionError as failed:
+            await self._stages.refused(failed.stage, failed.original)
+        except Exception as error:  # noqa: BLE001 - a hook's or an interceptor's of the user
+            self._stages.stop(Failure.raised(None, error, attempt=0))
+
+    def _graph(self) -> UnifiedStageGraph:
+        """What Pipeline.build() makes of a pipeline that has been checked; to make it at once takes half the time."""
+        specs = [
+            UnifiedStageSpec(
+                name=name,
+                runner=self._wrapper(name),
+                kind=plan.spec.kind,
+                dependencies=plan.spec.dependencies,
+                conditional=plan.spec.conditional,
+            )
+            for name, plan in self._saga.blueprint.stages.items()
+        ]
+        return UnifiedStageGraph(specs, pipeline_name=self._saga.blueprint.name, interceptors=[*self._interceptors, self._listener])
+
+    def _wrapper(self, name: str) -> Callable[[StageContext], Awaitable[StageOutput]]:
+        given = self._stages.given(name)
+        if given is None:
+            return partial(self._wait_for, name)
+        output = given
+        self._called.add(name)
+
+        async def give() -> StageOutput:
+            return output
+
+        return lambda _: give()
+
+    async def _wait_for(self, name: str, ctx: StageContext) -> StageOutput:
+        if name not in self._called:
+            if self._stages.is_stopping():
+                return STOPPING
+            self._called.add(name)
+            self._stages.begin(name, ctx.inputs)
+        # An interceptor that asks for a retry gets here again: retries are the policy's, so the answer stays.
+        answer = self._answers.get(name)
+        if answer is None:
+            waiter = self._waiters[name] = asyncio.get_running_loop().create_future()
+            answer = await waiter
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def ended(self, name: str, answer: StageOutput | Exception) -> None:
+        """Have the stage's wrapper say so to stageflow."""
+        self._answers[name] = answer
+        self._release(name, answer)
+
+    def stop(self, told: str | None, /) -> None:
+        """Start nothing more."""
+        for name in self._waiters:
+            # One CANCEL is enough for stageflow to cancel and await its other wrappers and to end.
+            if name != told:
+                self._release(name, STOPPING)
+
+    def _release(self, name: str, answer: StageOutput | Exception) -> None:
+        waiter = self._waiters.get(name)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(answer)
+
+    async def tell(self) -> None:
+        """Tell of the stages that stageflow skipped, or that an interceptor answered for."""
+        for name, output in {**self._listener.answered, **self._results}.items():
+            await self._stages.learn(name, output)

@@ -1,0 +1,159 @@
+"""Whoever starts the stages, we or stageflow, they get the same and the report says the same."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from stageflow import BaseInterceptor
+from stageflow.api import Pipeline, PipelineContext, StageOutput, stage
+from stageflow.stages.inputs import UndeclaredDependencyError
+from stageflow.stages.ports import create_core_ports
+
+from saga import ContinueWithFallback, FailFast, SagaContext, SagaCoordinator, SagaReport, SagaStatus, StageState, compensable
+from tests.controlled import run
+from tests.world import hooked
+
+BY_US_OR_STAGEFLOW = pytest.mark.parametrize("context", [None, hooked()], ids=["by our schedule", "by stageflow's"])
+
+
+class Watching(BaseInterceptor):
+    """Has stageflow run the pipeline, and does nothing."""
+
+    name = "watching"
+
+    async def before(self, stage_name: str, ctx: PipelineContext) -> None: ...
+
+    async def after(self, _stage_name: str, _result: Any, _ctx: PipelineContext) -> None: ...
+
+
+def staged(pipeline: Pipeline, name: str, runner: Any, *dependencies: str, conditional: bool = False) -> Pipeline:
+    return pipeline.with_stage(name, runner, "work", dependencies=dependencies, conditional=conditional)
+
+
+async def nothing(_: SagaContext) -> None: ...
+
+
+async def undo(_: Any) -> None: ...
+
+
+@BY_US_OR_STAGEFLOW
+def test_a_stage_has_its_inputs_in_the_order_in_which_they_came(context: PipelineContext | None) -> None:
+    """So `ctx.inputs.get(key)` finds the same output first."""
+    seen: list[Any] = []
+    second_is_done = asyncio.Event()
+
+    async def first(_: SagaContext) -> dict[str, Any]:
+        await second_is_done.wait()
+        for _ in range(5):
+            # What ends in the same turn of the loop comes in any order.
+            await asyncio.sleep(0)
+        return {"by": "first"}
+
+    async def second(_: SagaContext) -> dict[str, Any]:
+        second_is_done.set()
+        return {"by": "second"}
+
+    async def last(ctx: SagaContext) -> None:
+        seen.extend((list(ctx.inputs.prior_outputs), ctx.inputs.get("by"), ctx.inputs.get_from("first", "by"), ctx.stage_name))
+        with pytest.raises(UndeclaredDependencyError, match="Stage 'last'"):
+            ctx.inputs.get_output("other")
+
+    pipeline = staged(staged(Pipeline(name="p"), "first", first), "other", nothing)
+    pipeline = staged(staged(pipeline, "second", second), "last", last, "first", "second")
+
+    assert run(SagaCoordinator().run(pipeline, context)).ok
+    assert seen == [["second", "first"], "second", "first", "last"]
+
+
+@pytest.mark.parametrize("interceptors", [(), (Watching(),)], ids=["by our schedule", "by stageflow's"])
+@pytest.mark.parametrize("given", [{"ports": create_core_ports(db="a port")}, {"db": "a database"}, {}])
+def test_a_stage_has_the_ports_the_sink_and_the_input_of_its_context(given: dict[str, Any], interceptors: tuple[Any, ...]) -> None:
+    context = PipelineContext.create(input_text="OSL-JFK", metadata={"seat": "12A"}, **given)
+    contexts: list[SagaContext] = []
+
+    async def look(ctx: SagaContext) -> None:
+        contexts.append(ctx)
+
+    pipeline = staged(staged(Pipeline(name="p"), "a", look), "b", look, "a")
+
+    assert run(SagaCoordinator(interceptors=interceptors).run(pipeline, context)).ok
+    a, b = contexts
+    assert a.inputs.ports == b.inputs.ports == context.derive_root_stage_context().inputs.ports
+    assert a.snapshot == a.inputs.snapshot == b.snapshot == context.to_snapshot()
+    assert a.timer is b.timer
+    assert a.event_sink is context.event_sink
+
+
+@BY_US_OR_STAGEFLOW
+@pytest.mark.parametrize("given", [{"skip_reason": "nothing to ship"}, {"skip_reason": ""}, {}])
+def test_a_conditional_stage_is_skipped_for_the_same_reason(given: dict[str, Any], context: PipelineContext | None) -> None:
+    ran: list[str] = []
+
+    async def check(_: SagaContext) -> dict[str, Any]:
+        return given
+
+    async def note(ctx: SagaContext) -> None:
+        ran.append(ctx.stage_name)
+
+    pipeline = staged(staged(Pipeline(name="p"), "check", check), "plain", note, "check")
+    pipeline = staged(staged(pipeline, "ship", note, "check", conditional=True), "write", note, "ship")
+
+    report = run(SagaCoordinator().run(pipeline, context))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert report.skipped == (("ship",) if given.get("skip_reason") else ())
+    assert report.stages["ship"].skip_reason == (given.get("skip_reason") or None)
+    assert sorted(ran) == (["plain", "write"] if given.get("skip_reason") else ["plain", "ship", "write"])
+
+
+@BY_US_OR_STAGEFLOW
+def test_a_condition_counts_before_a_branch_that_fell(context: PipelineContext | None) -> None:
+    async def check(_: SagaContext) -> dict[str, Any]:
+        return {"skip_reason": "nothing to ship"}
+
+    async def fail(_: SagaContext) -> StageOutput:
+        return StageOutput.fail("no lorry")
+
+    pipeline = staged(staged(Pipeline(name="p"), "check", check), "book", fail)
+    pipeline = staged(pipeline, "ship", nothing, "check", "book", conditional=True)
+    pipeline = staged(pipeline, "drive", nothing, "book")
+
+    report = run(SagaCoordinator(ContinueWithFallback(without_fallback="skip_branch")).run(pipeline, context))
+
+    assert report.stages["ship"].skip_reason == "nothing to ship"
+    assert report.stages["drive"].skip_reason == "book did not complete"
+
+
+@pytest.mark.parametrize("interceptors", [(), (Watching(),)], ids=["by our schedule", "by stageflow's"])
+def test_what_a_resumed_saga_has_is_given_to_those_that_run_again(interceptors: tuple[Any, ...]) -> None:
+    """A long chain: to hand on what they gave takes no stack."""
+    stages, is_open = 1_200, False
+
+    async def gate(ctx: SagaContext) -> dict[str, Any]:
+        return {"got": ctx.inputs.get("number")} if is_open else StageOutput.fail("closed")  # type: ignore[return-value] # either will do
+
+    def numbered(number: int) -> Any:
+        async def give(_: SagaContext) -> dict[str, Any]:
+            return {"number": number}
+
+        return compensable(give, undo)
+
+    numbers = range(stages)
+    chain = {f"s{n}": stage(f"s{n}", numbered(n), dependencies=(f"s{n - 1}",) if n else ()) for n in numbers}
+    pipeline = staged(Pipeline(name="p", stages=chain), "gate", gate, f"s{stages - 1}")
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"), interceptors=interceptors)
+
+    async def play() -> SagaReport:
+        nonlocal is_open
+        halted = await coordinator.run(pipeline, saga_id="s")
+        assert halted.status is SagaStatus.HALTED
+        is_open = True
+        return await coordinator.resume("s", pipeline)
+
+    report = run(play())
+
+    assert report.ok
+    assert report.stages["gate"].state is StageState.KEPT
+    assert report.kept["gate"].data == {"got": stages - 1}
