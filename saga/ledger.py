@@ -42,6 +42,8 @@ from saga.events import (
 class StageState(StrEnum):
     """Where a stage stands."""
 
+    __hash__ = str.__hash__  # Enum's own is Python code, and states are looked up at every event
+
     NOT_RUN = "not_run"
     RUNNING = "running"
     KEPT = "kept"

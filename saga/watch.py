@@ -21,10 +21,10 @@ def start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     asyncio throws a cancel that comes before a task's first step into code that has not begun: not even its `finally` runs, and
     whoever waits for what it was to do waits for ever. Here such a cancel is only counted, in the task's `cancelling()`.
     """
-    loop, begun = asyncio.get_running_loop(), _begun(work)
+    begun = _begun(work)
     begun.send(None)
-    # A factory of the user's may run a task before its maker knows of it, as asyncio.eager_task_factory does.
-    return loop.create_task(begun) if loop.get_task_factory() is None else asyncio.Task(begun, loop=loop)
+    # Not by the loop, whose task factory may run a task before its maker knows of it, as asyncio.eager_task_factory does.
+    return asyncio.Task(begun, loop=asyncio.get_running_loop())
 
 
 async def _begun(work: Coroutine[Any, Any, T]) -> T:

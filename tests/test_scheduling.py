@@ -46,7 +46,7 @@ def test_a_stage_has_its_inputs_in_the_order_in_which_they_came(context: Pipelin
 
     async def first(_: SagaContext) -> dict[str, Any]:
         await second_is_done.wait()
-        for _ in range(5):
+        for _turn in range(5):
             # What ends in the same turn of the loop comes in any order.
             await asyncio.sleep(0)
         return {"by": "first"}
