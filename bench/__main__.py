@@ -20,7 +20,7 @@ COMPARISONS: Final[dict[str, Comparison]] = {
     "five": rollback.five_steps,
     "rollback": rollback.compensations,
     "durable": durable.ledgers,
-    "growth": forward.own_part,
+    "growth": forward.by_size,
     "import": footprint.imports,
 }
 

@@ -1,4 +1,4 @@
-"""The forward run: a saga against the plain run that it protects, and how our own part grows."""
+"""The forward run: a saga against the plain run that it protects, and how it grows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.comparison import Result
 from bench.rounds import interleaved, timed
 from bench.spread import Spread, growth, ratios
 from bench.tables import SPREAD, Mark, Table, mark_cells, show, spread_cells
-from bench.workloads import SHAPES, Bare, FirstSaga, Plain, Saga, chain, pipeline
+from bench.workloads import SHAPES, FirstSaga, InterceptedSaga, Plain, Saga, chain, pipeline
 
 if TYPE_CHECKING:
     from bench.comparison import Effort
@@ -43,6 +43,7 @@ async def against_plain(effort: Effort) -> Result:
     cases: list[tuple[str, int, Side, Side]] = [
         ("chain of 5", 5, Plain(chain(5)), Saga(pipeline(chain(5)))),
         ("chain of 5, coordinator's first", 5, Plain(chain(5)), FirstSaga(pipeline(chain(5)))),
+        ("chain of 10, an interceptor in the saga", 10, Plain(chain(10)), InterceptedSaga(pipeline(chain(10)))),
     ]
     for kind, shape in SHAPES.items():
         cases += [(f"{kind} of {size}", size, Plain(shape(size)), Saga(pipeline(shape(size)))) for size in effort.sizes]
@@ -69,44 +70,28 @@ async def against_plain(effort: Effort) -> Result:
         result.raw[label] = values
     table.notes = [
         "plain: as it comes, with stageflow's default interceptors and 30 s timeout, which a saga leaves out.",
+        "An interceptor in the saga: stageflow then schedules the saga's stages, too.",
         "A coordinator checks a pipeline when it first sees it; \"coordinator's first\" times that, too, the others don't.",
     ]
     return result
 
 
-async def own_part(effort: Effort) -> Result:
-    """Measure what a saga adds to stageflow's bare scheduling, and how that grows with the number of stages."""
-    table = Table(
-        "Our own part: a saga minus bare stageflow (no interceptors, no timeout)",
-        ("what", "bare", "saga", "own part", "per stage", *SPREAD),
-    )
-    fits = Table("How our own part grows with the number of stages", ("what", "exponent", *SPREAD, "mark", "reached"))
+async def by_size(effort: Effort) -> Result:
+    """Measure how a saga grows with the number of its stages."""
+    table = Table("A saga by the number of its stages", ("what", "saga", "per stage", *SPREAD))
+    fits = Table("How it grows", ("what", "exponent", *SPREAD, "mark", "reached"))
     result = Result([table, fits])
     sizes = effort.growth_sizes
     for kind, shape in SHAPES.items():
-        sides: dict[str, Sample[float]] = {}
-        for size in sizes:
-            sides[f"bare {size}"] = timed(Bare(shape(size)), effort.runs_of(size))
-            sides[f"saga {size}"] = timed(Saga(pipeline(shape(size))), effort.runs_of(size))
+        sides: dict[str, Sample[float]] = {str(size): timed(Saga(pipeline(shape(size))), effort.runs_of(size)) for size in sizes}
         values = await interleaved(sides, effort.rounds_of(max(sizes)))
-        own = {size: [saga - bare for saga, bare in zip(values[f"saga {size}"], values[f"bare {size}"], strict=True)] for size in sizes}
         for size in sizes:
-            each = Spread.of([seconds / size for seconds in own[size]])
-            table.rows.append(
-                (
-                    f"{kind} of {size}",
-                    *(show(median(values[f"{side} {size}"]), "s") for side in ("bare", "saga")),
-                    show(median(own[size]), "s"),
-                    show(each.median, "s"),
-                    *spread_cells(each, "s"),
-                )
-            )
-        exponent = growth(sizes, [own[size] for size in sizes])
+            each = Spread.of([seconds / size for seconds in values[str(size)]])
+            whole = show(median(values[str(size)]), "s")
+            table.rows.append((f"{kind} of {size}", whole, show(each.median, "s"), *spread_cells(each, "s")))
+        exponent = growth(sizes, [values[str(size)] for size in sizes])
         label = f"{kind}, {sizes[0]} to {sizes[-1]}"
         fits.rows.append((label, show(exponent.median, ""), *spread_cells(exponent, ""), *mark_cells(_LINEAR, exponent)))
-        result.raw |= {f"{kind}: {side}": {"seconds": seconds} for side, seconds in values.items()}
-    fits.notes = [
-        "The exponent p of cost = c * n**p, fitted on logarithmic axes to the medians; 1 is linear, n log n would be 1.24.",
-        "stageflow's own scheduling, which is not in it, is quadratic.",
-    ]
+        result.raw |= {f"{kind} of {side}": {"seconds": seconds} for side, seconds in values.items()}
+    fits.notes = ["The exponent p of cost = c * n**p, fitted on logarithmic axes to the medians; 1 is linear, n log n would be 1.24."]
     return result

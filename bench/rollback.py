@@ -46,7 +46,7 @@ async def five_steps(effort: Effort) -> Result:
         table.rows += _side_by_side(label, values)
         result.raw[label] = values
     table.notes = [
-        "saga is: saga's time divided by that row's. bare stageflow: no interceptors and no timeout; the floor under a saga.",
+        "saga is: saga's time divided by that row's. bare stageflow: no interceptors and no timeout.",
         "rollback: the fifth step raises, four are compensated; the whole run is timed.",
     ]
     if sagaz is None:

@@ -143,7 +143,7 @@ class Plain:
 
 
 class Bare(Plain):
-    """stageflow's scheduling alone: its interceptors and its timeout are off, as they are under a saga."""
+    """stageflow's scheduling alone: its interceptors and its timeout are off."""
 
     def __init__(self, shape: Shape) -> None:
         """Build the pipeline once."""
@@ -189,3 +189,12 @@ class FirstSaga(Saga):
     async def run(self) -> None:
         """Run it once."""
         self.check(await SagaCoordinator().run(self._pipeline))
+
+
+class InterceptedSaga(Saga):
+    """A saga with an interceptor, so that stageflow schedules its stages."""
+
+    async def prepare(self) -> None:
+        """Get a new coordinator, and have it read the pipeline."""
+        self._coordinator = SagaCoordinator(interceptors=[Silent()])
+        await self.run()

@@ -127,12 +127,11 @@ class Journal:
 
     def _storable(self, event: AnyEvent) -> AnyEvent:
         """The event, with a text in the place of what JSON can't hold."""
-        output = event.output if isinstance(event, _WITH_OUTPUT) else None
-        effect = event.effect if isinstance(event, EffectRecorded) else None
         try:
-            if output is not None:
-                refuse_unstorable_output(output)
-            refuse_unstorable(effect, "effect")
+            if isinstance(event, EffectRecorded):
+                refuse_unstorable(event.effect, "effect")
+            elif isinstance(event, _WITH_OUTPUT) and event.output is not None:
+                refuse_unstorable_output(event.output)
         except NotStorable as refused:
             if isinstance(event, StageCompleted | EffectRecorded):
                 self.unstorable[event.stage] = refused
