@@ -165,14 +165,16 @@ class StageflowSchedule:
         self._interceptors = interceptors
         self._called: set[str] = set()
         self._listener = _Listener(self._called)
+        self._begun: set[str] = set()
         self._answers: dict[str, StageOutput | Exception] = {}
         self._waiters: dict[str, asyncio.Future[StageOutput | Exception]] = {}
         self._results: dict[str, StageOutput] = {}
 
     async def run(self) -> None:
         """Start the stages, until all have ended or the saga stops."""
+        graph = self._graph()
         try:
-            self._results = await self._graph().run(self._saga.private_context())
+            self._results = await graph.run(self._saga.private_context())
         except UnifiedPipelineCancelled as cancelled:
             if not self._stages.is_stopping():
                 # No wrapper of ours asked for it: the context was cancelled, or a hook.
@@ -210,10 +212,11 @@ class StageflowSchedule:
         return lambda _: give()
 
     async def _wait_for(self, name: str, ctx: StageContext) -> StageOutput:
-        if name not in self._called:
+        self._called.add(name)
+        if name not in self._begun:
             if self._stages.is_stopping():
                 return STOPPING
-            self._called.add(name)
+            self._begun.add(name)
             self._stages.begin(name, ctx.inputs)
         # An interceptor that asks for a retry gets here again: retries are the policy's, so the answer stays.
         answer = self._answers.get(name)

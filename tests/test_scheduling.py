@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import pytest
 from stageflow import BaseInterceptor
-from stageflow.api import Pipeline, PipelineContext, StageOutput, stage
+from stageflow.api import Pipeline, PipelineContext, StageCancellationRequested, StageOutput, stage
 from stageflow.stages.inputs import UndeclaredDependencyError
 from stageflow.stages.ports import create_core_ports
 
@@ -157,3 +158,61 @@ def test_what_a_resumed_saga_has_is_given_to_those_that_run_again(interceptors: 
     assert report.ok
     assert report.stages["gate"].state is StageState.KEPT
     assert report.kept["gate"].data == {"got": stages - 1}
+
+
+class HeldUp(Watching):
+    """Keeps a stage waiting before it runs, and lets it run when it is cancelled there."""
+
+    def __init__(self, stage_name: str) -> None:
+        self.stage_name = stage_name
+
+    async def before(self, stage_name: str, ctx: PipelineContext) -> None:
+        if stage_name == self.stage_name:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+
+
+def test_a_stage_that_stageflow_gets_to_when_the_saga_is_stopping_has_not_run() -> None:
+    async def fail(_: SagaContext) -> StageOutput:
+        return StageOutput.fail("no lorry")
+
+    pipeline = staged(staged(Pipeline(name="p"), "book", fail), "late", nothing)
+
+    report = run(SagaCoordinator(interceptors=[HeldUp("late")]).run(pipeline))
+
+    assert report.failed == ("book",)
+    assert report.not_run == ("late",)
+
+
+class Cancelling(Watching):
+    """Cancels stageflow's own context when a stage has run."""
+
+    async def after(self, stage_name: str, _result: Any, ctx: PipelineContext) -> None:
+        if stage_name == "first":
+            ctx.mark_canceled("enough")
+
+
+def refusing() -> PipelineContext:
+    """A context whose hook cancels the second stage before it starts."""
+    context = PipelineContext.create()
+
+    def refuse(stage_name: str, *_: Any) -> None:
+        if stage_name == "second":
+            raise StageCancellationRequested("enough")
+
+    context.add_before_stage_start_hook(refuse)
+    return context
+
+
+@pytest.mark.parametrize(("context", "interceptors"), [(None, (Cancelling(),)), (refusing(), ())], ids=["by an interceptor", "by a hook"])
+def test_what_is_cancelled_in_stageflows_run_alone_stops_the_saga(context: PipelineContext | None, interceptors: tuple[Any, ...]) -> None:
+    pipeline = staged(Pipeline(name="p"), "first", compensable(nothing, undo))
+    pipeline = staged(staged(pipeline, "second", nothing, "first"), "third", nothing, "second")
+
+    report = run(SagaCoordinator(interceptors=interceptors).run(pipeline, context))
+
+    assert report.status is SagaStatus.CANCELLED
+    assert report.cause is not None
+    assert (report.cause.stage, report.cause.message) == (None, "enough")
+    assert set(report.kept) == {"first"}
+    assert report.not_run == ("second", "third")
