@@ -94,6 +94,7 @@ class OwnSchedule:
             if given is None:
                 self._stages.begin(name, self._inputs_of(name))
             else:
+                # The list grows while it is gone through: to hand on what thousands gave takes no stack.
                 ready += self._enabled(name, given)
 
     def _inputs_of(self, name: str) -> StageInputs:
