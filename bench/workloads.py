@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -159,15 +159,18 @@ class Bare(Plain):
 class Saga:
     """A saga with the memory ledger, as it comes: `SagaCoordinator().run(pipeline)`."""
 
-    def __init__(self, pipeline: Pipeline, expected: SagaStatus = SagaStatus.COMPLETED) -> None:
-        """Expect it to end in that status."""
+    def __init__(
+        self, pipeline: Pipeline, expected: SagaStatus = SagaStatus.COMPLETED, *, interceptors: Sequence[BaseInterceptor] = ()
+    ) -> None:
+        """Expect it to end in that status; with an interceptor, stageflow schedules its stages."""
         self._pipeline = pipeline
         self._expected = expected
-        self._coordinator = SagaCoordinator()
+        self._interceptors = interceptors
+        self._coordinator = SagaCoordinator(interceptors=interceptors)
 
     async def prepare(self) -> None:
         """Get a new coordinator, so that no ledger grows from round to round, and have it read the pipeline."""
-        self._coordinator = SagaCoordinator()
+        self._coordinator = SagaCoordinator(interceptors=self._interceptors)
         await self.run()
 
     async def run(self) -> None:
@@ -189,12 +192,3 @@ class FirstSaga(Saga):
     async def run(self) -> None:
         """Run it once."""
         self.check(await SagaCoordinator().run(self._pipeline))
-
-
-class InterceptedSaga(Saga):
-    """A saga with an interceptor, so that stageflow schedules its stages."""
-
-    async def prepare(self) -> None:
-        """Get a new coordinator, and have it read the pipeline."""
-        self._coordinator = SagaCoordinator(interceptors=[Silent()])
-        await self.run()

@@ -80,7 +80,6 @@ class Forward(Stages):
         self._state = saga.journal.state
         self._record = saga.journal.record
         self._policy = saga.policy
-        self._has_interceptors = bool(interceptors)
         by_stageflow = interceptors or not saga.is_left_alone()
         self._schedule: Schedule = StageflowSchedule(saga, self, interceptors) if by_stageflow else OwnSchedule(saga, self)
         self._loop = asyncio.get_running_loop()
@@ -216,7 +215,7 @@ class Forward(Stages):
         self._broken = self._broken or error
         self.stop(Failure.raised(None, error, attempt=0))
 
-    async def _stage(self, run: _StageRun) -> StageOutput | Exception:
+    async def _stage(self, run: _StageRun) -> StageOutput | Failure:
         node = self._state.graph[run.name]
         if node.conditional and (reason := run.inputs.get("skip_reason")):
             output = StageOutput.skip(reason)
@@ -449,7 +448,7 @@ class Forward(Stages):
 
     # -- what a failure leads to ---------------------------------------------------------------------------------
 
-    async def _absorb(self, run: _StageRun, failure: Failure) -> StageOutput | Exception:
+    async def _absorb(self, run: _StageRun, failure: Failure) -> StageOutput | Failure:
         """Put something in the place of a failed stage's output, or stop the saga."""
         policy = self._policy
         if failure.kind is FailureKind.CANCELLED:
@@ -463,10 +462,7 @@ class Forward(Stages):
                 self._fallen.add(run.name)
                 return StageOutput.skip(f"{run.name} failed")
         self.stop(failure, told=run.name)
-        if self._has_interceptors:
-            # The user's interceptors get to see what went wrong; without any, a CANCEL ends stageflow without a traceback in the log.
-            return failure.exception if isinstance(failure.exception, Exception) else RuntimeError(str(failure))
-        return STOPPING
+        return failure
 
     async def _stands_in(self, run: _StageRun, failure: Failure, policy: ContinueWithFallback) -> StageOutput | None:
         """The output that stands in for a failed stage's, recorded; None if there is none."""

@@ -319,9 +319,9 @@ class SagaReport(BaseModel):
         Raises:
             MisuseError: There is no such view.
         """
-        from saga.render.drawing import drawing  # noqa: PLC0415 - only who looks at pictures waits for their import
-        from saga.render.graph import graph_svg  # noqa: PLC0415 - as above
-        from saga.render.timeline import timeline_svg  # noqa: PLC0415 - as above
+        from saga.render.drawing import drawing  # noqa: PLC0415 - only who looks at pictures waits for it
+        from saga.render.graph import graph_svg  # noqa: PLC0415 - only who looks at pictures waits for it
+        from saga.render.timeline import timeline_svg  # noqa: PLC0415 - only who looks at pictures waits for it
 
         match view:
             case "graph":
@@ -332,20 +332,20 @@ class SagaReport(BaseModel):
 
     def to_mermaid(self) -> str:
         """The graph as a Mermaid flowchart, without the backward arrows where all would be more than Mermaid draws (500)."""
-        from saga.render.drawing import drawing  # noqa: PLC0415 - as above
-        from saga.render.mermaid import graph_mermaid  # noqa: PLC0415 - as above
+        from saga.render.drawing import drawing  # noqa: PLC0415 - only who looks at pictures waits for it
+        from saga.render.mermaid import graph_mermaid  # noqa: PLC0415 - only who looks at pictures waits for it
 
         return graph_mermaid(drawing(self))
 
     def to_html(self) -> str:
         """One file with both pictures, the table, and each stage's attempts, failures, effects and output; it needs nothing else."""
-        from saga.render.html import page  # noqa: PLC0415 - as above
+        from saga.render.html import page  # noqa: PLC0415 - only who looks at pictures waits for it
 
         return page(self)
 
     def _repr_html_(self) -> str:
         """The graph, in a notebook."""
-        from saga.render.html import fragment  # noqa: PLC0415 - as above
+        from saga.render.html import fragment  # noqa: PLC0415 - only who looks at pictures waits for it
 
         return fragment(self)
 

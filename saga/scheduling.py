@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -59,8 +59,8 @@ class Schedule(Protocol):
         """Start the stages, until all have ended or the saga stops."""
         ...
 
-    def ended(self, name: str, answer: StageOutput | Exception) -> None:
-        """Take a stage's answer for those that depend on it; an exception is for interceptors to see."""
+    def ended(self, name: str, answer: StageOutput | Failure) -> None:
+        """Take a stage's answer for those that depend on it; a failure has stopped the saga."""
         ...
 
     def stop(self, told: str | None, /) -> None:
@@ -120,10 +120,10 @@ class OwnSchedule:
                 enabled.append(dependent)
         return enabled
 
-    def ended(self, name: str, answer: StageOutput | Exception) -> None:
+    def ended(self, name: str, answer: StageOutput | Failure) -> None:
         """Start the stages that have waited for this one only."""
         if not self._stages.is_stopping():
-            assert isinstance(answer, StageOutput)  # an exception is for interceptors
+            assert isinstance(answer, StageOutput)  # a failure has stopped the saga
             self._start(self._enabled(name, answer))
 
     def stop(self, _told: str | None, /) -> None:
@@ -188,10 +188,12 @@ class StageflowSchedule:
 
     def _graph(self) -> UnifiedStageGraph:
         """What Pipeline.build() makes of a pipeline that has been checked; to make it at once takes half the time."""
+        names = self._saga.blueprint.stages
+        self._answers |= {name: given for name in names if (given := self._stages.given(name)) is not None}
         specs = [
             UnifiedStageSpec(
                 name=name,
-                runner=self._wrapper(name),
+                runner=partial(self._wait_for, name),
                 kind=plan.spec.kind,
                 dependencies=plan.spec.dependencies,
                 conditional=plan.spec.conditional,
@@ -200,38 +202,34 @@ class StageflowSchedule:
         ]
         return UnifiedStageGraph(specs, pipeline_name=self._saga.blueprint.name, interceptors=[*self._interceptors, self._listener])
 
-    def _wrapper(self, name: str) -> Callable[[StageContext], Awaitable[StageOutput]]:
-        given = self._stages.given(name)
-        if given is None:
-            return partial(self._wait_for, name)
-        output = given
-        self._called.add(name)
-
-        async def give() -> StageOutput:
-            return output
-
-        return lambda _: give()
-
     async def _wait_for(self, name: str, ctx: StageContext) -> StageOutput:
         self._called.add(name)
-        if name not in self._begun:
-            if self._stages.is_stopping():
-                return STOPPING
-            self._begun.add(name)
-            self._stages.begin(name, ctx.inputs)
         # An interceptor that asks for a retry gets here again: retries are the policy's, so the answer stays.
         answer = self._answers.get(name)
         if answer is None:
+            if name not in self._begun:
+                if self._stages.is_stopping():
+                    return STOPPING
+                self._begun.add(name)
+                self._stages.begin(name, ctx.inputs)
             waiter = self._waiters[name] = asyncio.get_running_loop().create_future()
             answer = await waiter
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    def ended(self, name: str, answer: StageOutput | Exception) -> None:
+    def ended(self, name: str, answer: StageOutput | Failure) -> None:
         """Have the stage's wrapper say so to stageflow."""
-        self._answers[name] = answer
-        self._release(name, answer)
+        told = self._told(answer) if isinstance(answer, Failure) else answer
+        self._answers[name] = told
+        self._release(name, told)
+
+    def _told(self, failure: Failure) -> StageOutput | Exception:
+        if not self._interceptors:
+            # For an exception stageflow writes a traceback to the log.
+            return STOPPING
+        # The user's interceptors get to see what went wrong.
+        return failure.exception if isinstance(failure.exception, Exception) else RuntimeError(str(failure))
 
     def stop(self, told: str | None, /) -> None:
         """Start nothing more."""

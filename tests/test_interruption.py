@@ -346,7 +346,7 @@ def test_in_whichever_order_all_tasks_are_cancelled_the_saga_comes_to_rest(whom:
 STORIES: dict[str, Callable[[], dict[str, Script]]] = {
     "it completes": dict,
     "its last stage fails": lambda: {"d": Script("raise")},
-    "two of its stages are asked": lambda: {"b": Script("raise", lands=True), "c": Script("raise", lands=True)},
+    "two of its stages are asked": lambda: {name: Script("raise", lands=True, turns=2) for name in "bc"},
 }
 
 
@@ -371,6 +371,7 @@ def test_a_cancel_at_any_turn_of_the_loop_lets_the_saga_come_to_rest(
         return comes_too_late
 
     turns, comes_too_late = 1, False
+    begun = set()
     while not comes_too_late:
         world, pipeline = scene(DIAMOND, STORIES[story](), dict.fromkeys(DIAMOND, "probed"))
         coordinator = SagaCoordinator(FailFast(on_interrupt=on_interrupt, on_failure=on_failure))
@@ -382,8 +383,13 @@ def test_a_cancel_at_any_turn_of_the_loop_lets_the_saga_come_to_rest(
         assert coordinator._alive == {}
         assert set(report.kept) == set(world.standing)
         assert world.undoing == world.running == set()
+        begun.add(sum(stage.attempts > 0 for stage in report.stages.values()))
         turns += 1
-    assert turns > (8 if context is None else 15)
+    assert {name for name, stage in report.stages.items() if stage.probed} == (
+        {"b", "c"} if story == "two of its stages are asked" else set()
+    )
+    # It has struck before the first stage, and with each layer of the diamond as the last that had begun.
+    assert begun == ({0, 1, 3} if story == "two of its stages are asked" else {0, 1, 3, 4})
 
 
 def test_code_that_runs_after_a_cancel_was_taken_in_may_use_scopes_of_its_own() -> None:

@@ -100,6 +100,7 @@ class Script:
         outcome: `ok`, `raise`, `fail`, `cancel`, `retry`, `wrong`, `skip`, `hang` (until it is cancelled), or
             `die` (it raises CancelledError).
         lands: Whether its effect lands although the outcome is no success.
+        turns: Turns of the event loop before the effect.
         before: Seconds before the effect.
         after: Seconds after the effect.
         gate: Waited for before the effect.
@@ -112,6 +113,7 @@ class Script:
 
     outcome: str = "ok"
     lands: bool = False
+    turns: int = 0
     before: float = 0.0
     after: float = 0.0
     gate: asyncio.Event | None = None
@@ -141,6 +143,8 @@ async def perform(world: World, name: str, script: Script, ctx: SagaContext, *, 
     try:
         if script.gate is not None:
             await script.gate.wait()
+        for _turn in range(script.turns):
+            await asyncio.sleep(0)
         if script.before:
             await elapse(script.before)
         if outcome == "ok" or script.lands:
