@@ -208,8 +208,6 @@ class StageflowSchedule:
         answer = self._answers.get(name)
         if answer is None:
             if name not in self._begun:
-                if self._stages.is_stopping():
-                    return STOPPING
                 self._begun.add(name)
                 self._stages.begin(name, ctx.inputs)
             waiter = self._waiters[name] = asyncio.get_running_loop().create_future()
