@@ -11,7 +11,7 @@ from saga.asking import ask
 from saga.events import CompensationCompleted, CompensationFailed, CompensationStarted, TurnReason
 from saga.failures import Failure, FailureKind
 from saga.recovery import Rollback, Step, undo_step
-from saga.watch import Crew, Watched
+from saga.watch import Crew, Watched, isolated
 
 if TYPE_CHECKING:
     from saga.alive import LiveSaga
@@ -75,7 +75,7 @@ class Backward:
 
     async def _work(self, worker: _Worker) -> None:
         while True:
-            await self._undo(worker)
+            await isolated(self._undo(worker))
             if worker.given_up or not len(self._rollback):
                 return
             worker.stage = self._rollback.take()

@@ -7,11 +7,12 @@ containers to the garbage collector, and cost a third of a saga's time. pydantic
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cache, partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Discriminator, TypeAdapter
 
@@ -340,6 +341,27 @@ AnyEvent = Annotated[
     | SagaEnded,
     Discriminator("event"),
 ]
+
+
+_FAILURES: Final[Mapping[type[Event], str]] = {
+    StageFailed: "failure",
+    FallbackFailed: "failure",
+    StageProbed: "failure",
+    CompensationFailed: "failure",
+    SagaStopped: "cause",
+    SagaTurnedBack: "cause",
+    SagaEnded: "cause",
+}
+
+
+def at_rest(event: AnyEvent) -> AnyEvent:
+    """The event without its exception object, as every ledger keeps it: a traceback holds on to all that the code had in its hands."""
+    field_name = _FAILURES.get(type(event), "")
+    failure: Failure | None = getattr(event, field_name, None)
+    if failure is None or failure.exception is None:
+        return event
+    changes: dict[str, Any] = {field_name: failure.model_copy(update={"exception": None})}
+    return replace(event, **changes)
 
 
 # Made when they are first used: a ledger in memory needs neither, and the reader takes a tenth of the time that importing saga takes.

@@ -45,7 +45,7 @@ class Failure(BaseModel):
         attempt: Which attempt failed; 1 is the first, 0 for the saga itself.
         at: When, UTC.
         traceback: The formatted traceback, if there was one.
-        exception: The exception itself, in the process that saw it; never stored.
+        exception: The exception itself, in the report that `run` or `resume` returned; no ledger keeps it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)

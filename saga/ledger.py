@@ -36,6 +36,7 @@ from saga.events import (
     StageSettled,
     StageSkipped,
     StageStarted,
+    at_rest,
 )
 
 
@@ -257,6 +258,8 @@ class _Kept:
 class MemoryLedger(Ledger):
     """Keeps the events in this process; they are gone when it ends.
 
+    As in any other ledger, a failure is kept with its text and its traceback's, but without the exception object.
+
     Args:
         keep: How many sagas about which nothing is left to do are kept; the oldest are forgotten first. Nothing else ever is.
     """
@@ -276,7 +279,7 @@ class MemoryLedger(Ledger):
             raise LedgerConflict.exists(saga_id)
         started = events[0]
         assert isinstance(started, SagaStarted)  # the journal sees to that
-        saga = self._sagas[saga_id] = _Kept(list(events), started, owner, 1, status_after(SagaStatus.RUNNING, events))
+        saga = self._sagas[saga_id] = _Kept(list(map(at_rest, events)), started, owner, 1, status_after(SagaStatus.RUNNING, events))
         if started.parent is not None:
             self._children.setdefault(started.parent, {})[saga_id] = None
         for one in self._family(saga):
@@ -342,7 +345,7 @@ class MemoryLedger(Ledger):
             raise LedgerConflict.overtaken(saga_id, token, saga.token, holder=saga.owner)
         if len(saga.events) != expected_version:
             raise LedgerConflict.outdated(saga_id, expected_version, len(saga.events))
-        saga.events.extend(events)
+        saga.events.extend(map(at_rest, events))
         saga.status = status_after(saga.status, events)
         if release:
             saga.owner = None

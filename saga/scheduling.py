@@ -24,6 +24,10 @@ STOPPING: Final = StageOutput.cancel("the saga is stopping")
 """The answer of a stage that has nothing to give to those that depend on it, because the saga is stopping."""
 
 
+Ready = tuple[str, StageInputs]
+"""A stage that may start, and what it gets."""
+
+
 class Stages(Protocol):
     """What a schedule has started, and tells how the run goes."""
 
@@ -32,7 +36,7 @@ class Stages(Protocol):
         ...
 
     def begin(self, name: str, inputs: StageInputs) -> None:
-        """Start a stage; its schedule is told when it has ended."""
+        """Start a stage in a task of its own; its schedule is told when it has ended."""
         ...
 
     def is_stopping(self) -> bool:
@@ -59,8 +63,8 @@ class Schedule(Protocol):
         """Start the stages, until all have ended or the saga stops."""
         ...
 
-    def ended(self, name: str, answer: StageOutput | Failure) -> None:
-        """Take a stage's answer for those that depend on it; a failure has stopped the saga."""
+    def ended(self, name: str, answer: StageOutput | Failure) -> Sequence[Ready]:
+        """Take a stage's answer for those that depend on it, a failure has stopped the saga; what may start now."""
         ...
 
     def stop(self, told: str | None, /) -> None:
@@ -85,17 +89,21 @@ class OwnSchedule:
 
     async def run(self) -> None:
         """Start the stages, until all have ended or the saga stops."""
-        self._start([node.name for node in self._graph.nodes if not node.dependencies])
+        for name, inputs in self._ready([node.name for node in self._graph.nodes if not node.dependencies]):
+            self._stages.begin(name, inputs)
         await self._over.wait()
 
-    def _start(self, ready: list[str]) -> None:
-        for name in ready:
+    def _ready(self, free: list[str]) -> list[Ready]:
+        """What is to run of the stages that wait for nothing any more, and of those that wait only for what ended in an earlier process."""
+        ready = []
+        for name in free:
             given = self._stages.given(name)
             if given is None:
-                self._stages.begin(name, self._inputs_of(name))
+                ready.append((name, self._inputs_of(name)))
             else:
                 # The list grows while it is gone through: to hand on what thousands gave takes no stack.
-                ready += self._enabled(name, given)
+                free += self._enabled(name, given)
+        return ready
 
     def _inputs_of(self, name: str) -> StageInputs:
         return StageInputs(
@@ -120,11 +128,12 @@ class OwnSchedule:
                 enabled.append(dependent)
         return enabled
 
-    def ended(self, name: str, answer: StageOutput | Failure) -> None:
-        """Start the stages that have waited for this one only."""
-        if not self._stages.is_stopping():
-            assert isinstance(answer, StageOutput)  # a failure has stopped the saga
-            self._start(self._enabled(name, answer))
+    def ended(self, name: str, answer: StageOutput | Failure) -> Sequence[Ready]:
+        """The stages that have waited for this one only."""
+        if self._stages.is_stopping():
+            return ()
+        assert isinstance(answer, StageOutput)  # a failure has stopped the saga
+        return self._ready(self._enabled(name, answer))
 
     def stop(self, _told: str | None, /) -> None:
         """Start nothing more."""
@@ -216,11 +225,12 @@ class StageflowSchedule:
             raise answer
         return answer
 
-    def ended(self, name: str, answer: StageOutput | Failure) -> None:
-        """Have the stage's wrapper say so to stageflow."""
+    def ended(self, name: str, answer: StageOutput | Failure) -> Sequence[Ready]:
+        """Have the stage's wrapper say so to stageflow, which starts what may start now."""
         told = self._told(answer) if isinstance(answer, Failure) else answer
         self._answers[name] = told
         self._release(name, told)
+        return ()
 
     def _told(self, failure: Failure) -> StageOutput | Exception:
         if not self._interceptors:

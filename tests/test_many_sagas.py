@@ -5,13 +5,24 @@ from __future__ import annotations
 import asyncio
 import gc
 import tracemalloc
+import weakref
 from collections import Counter
 from typing import Any
 
 import pytest
 from stageflow.api import Pipeline, StageOutput
 
-from saga import CompensationContext, MemoryLedger, SagaContext, SagaCoordinator, SagaReport, SagaStatus, compensable
+from saga import (
+    CompensationContext,
+    ContinueWithFallback,
+    FailFast,
+    MemoryLedger,
+    SagaContext,
+    SagaCoordinator,
+    SagaReport,
+    SagaStatus,
+    compensable,
+)
 from saga.alive import LiveSaga
 from saga.backward import Backward
 from saga.events import Event
@@ -120,3 +131,44 @@ def test_a_ledger_in_memory_is_bounded_by_what_it_keeps() -> None:
     run(all_at_once(coordinator, Bookings().pipeline(), 500))
 
     assert len(run(coordinator.ledger.list())) == 100
+
+
+class Connection:
+    """Something that a stage holds while it runs."""
+
+
+@pytest.mark.parametrize("where", ["stage", "fallback", "compensation", "probe"])
+def test_a_ledger_in_memory_lets_go_of_what_failing_code_had_in_its_hands(where: str) -> None:
+    """The exception is the report's; kept with ten thousand sagas, each traceback would keep a whole run and its connections."""
+    held: list[weakref.ref[Connection]] = []
+
+    async def fails(*_: Any) -> None:
+        connection = Connection()
+        held.append(weakref.ref(connection))
+        raise ConnectionError("no line")
+
+    async def works(*_: Any) -> None: ...
+
+    async def hangs(_: SagaContext) -> None:
+        await asyncio.sleep(60)
+
+    forward = {"compensation": works, "probe": hangs}.get(where, fails)
+    undo = fails if where == "compensation" else works
+    stage = compensable(forward, undo, fallback=fails if where == "fallback" else None, probe=fails if where == "probe" else None)
+    pipeline = Pipeline(name="p").with_stage("a", stage, "work")
+    if where == "compensation":
+        pipeline = pipeline.with_stage("b", fails, "work", dependencies=("a",))
+    coordinator = SagaCoordinator(ContinueWithFallback() if where == "fallback" else FailFast(timeout=1.0))
+
+    report = run(coordinator.run(pipeline, saga_id="s"))
+
+    seen = [failure.exception for failure in report.failures if failure.exception is not None]
+    assert {type(error) for error in seen} == {ConnectionError}
+    again = run(coordinator.report("s"))
+    assert again == report
+    assert [failure.exception for failure in again.failures] == [None] * len(report.failures)
+    assert "ConnectionError: no line" in str([failure.traceback for failure in again.failures])
+    del report, seen
+    gc.collect()
+    assert held
+    assert [ref() for ref in held] == [None] * len(held)

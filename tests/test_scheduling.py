@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -12,8 +13,18 @@ from stageflow.api import Pipeline, PipelineContext, StageCancellationRequested,
 from stageflow.stages.inputs import UndeclaredDependencyError
 from stageflow.stages.ports import create_core_ports
 
-from saga import ContinueWithFallback, FailFast, SagaContext, SagaCoordinator, SagaReport, SagaStatus, StageState, compensable
-from tests.controlled import run
+from saga import (
+    CompensationContext,
+    ContinueWithFallback,
+    FailFast,
+    SagaContext,
+    SagaCoordinator,
+    SagaReport,
+    SagaStatus,
+    StageState,
+    compensable,
+)
+from tests.controlled import ControlledLoop, run
 from tests.world import hooked
 
 BY_US_OR_STAGEFLOW = pytest.mark.parametrize("context", [None, hooked()], ids=["by our schedule", "by stageflow's"])
@@ -85,6 +96,41 @@ def test_a_stage_has_the_ports_the_sink_and_the_input_of_its_context(given: dict
     assert a.snapshot == a.inputs.snapshot == b.snapshot == context.to_snapshot()
     assert a.timer is b.timer
     assert a.event_sink is context.event_sink
+
+
+WHO: ContextVar[str] = ContextVar("WHO", default="the caller")
+
+
+@pytest.mark.parametrize("interceptors", [(), (Watching(),)], ids=["by our schedule", "by stageflow's"])
+def test_what_a_stage_sets_in_its_context_variables_no_other_stage_sees(interceptors: tuple[Any, ...]) -> None:
+    """As in plain stageflow: what a stage binds for its log lines, say, is not bound for those after it, nor when it is undone."""
+    seen: list[tuple[str, str]] = []
+
+    async def forward(ctx: SagaContext) -> None:
+        seen.append((ctx.stage_name, WHO.get()))
+        WHO.set(ctx.stage_name)
+        await asyncio.sleep(0)
+        assert WHO.get() == ctx.stage_name
+        if ctx.stage_name == "last":
+            raise RuntimeError("no lorry")
+
+    async def backward(ctx: CompensationContext) -> None:
+        seen.append((f"undo {ctx.stage_name}", WHO.get()))
+        WHO.set(f"undo {ctx.stage_name}")
+
+    async def in_a_context() -> SagaReport:
+        WHO.set("this caller")
+        return await SagaCoordinator(interceptors=interceptors).run(pipeline)
+
+    stages = {name: compensable(forward, backward) for name in ("a", "b", "c", "last")}
+    pipeline = staged(staged(Pipeline(name="p"), "a", stages["a"]), "b", stages["b"], "a")
+    pipeline = staged(staged(pipeline, "c", stages["c"], "a"), "last", stages["last"], "b", "c")
+
+    report = run(in_a_context())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert {who for _, who in seen} == {"this caller"}
+    assert sorted(name for name, _ in seen) == ["a", "b", "c", "last", "undo a", "undo b", "undo c"]
 
 
 @BY_US_OR_STAGEFLOW
@@ -216,3 +262,86 @@ def test_what_is_cancelled_in_stageflows_run_alone_stops_the_saga(context: Pipel
     assert (report.cause.stage, report.cause.message) == (None, "enough")
     assert set(report.kept) == {"first"}
     assert report.not_run == ("second", "third")
+
+
+def busy_chain() -> tuple[Pipeline, list[str]]:
+    """Ten stages that compute for a second each and never await, and what has run of them."""
+    ran: list[str] = []
+
+    async def compute(ctx: SagaContext) -> None:
+        ran.append(ctx.stage_name)
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, ControlledLoop)
+        loop.compute(1.0)
+
+    pipeline = Pipeline(name="p")
+    for number in range(10):
+        pipeline = staged(pipeline, f"s{number}", compute, *([f"s{number - 1}"] if number else []))
+    return pipeline, ran
+
+
+@BY_US_OR_STAGEFLOW
+def test_between_stages_that_never_await_others_get_their_turn(context: PipelineContext | None) -> None:
+    pipeline, ran = busy_chain()
+    seen: list[int] = []
+
+    async def neighbour() -> None:
+        while len(ran) < 10:
+            seen.append(len(ran))
+            await asyncio.sleep(0)
+
+    async def both() -> SagaReport:
+        other = asyncio.create_task(neighbour())
+        report = await SagaCoordinator().run(pipeline, context)
+        await other
+        return report
+
+    assert run(both()).ok
+    assert set(seen) == set(range(10))
+
+
+@BY_US_OR_STAGEFLOW
+def test_a_cancel_that_comes_between_two_stages_lets_no_further_one_start(context: PipelineContext | None) -> None:
+    """Also when it strikes the task that runs both."""
+    pipeline, ran = busy_chain()
+
+    async def all_cancelled() -> None:
+        me = asyncio.current_task()
+        while len(ran) < 3:
+            await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - {me, caller}:
+            task.cancel()
+
+    caller: asyncio.Task[Any] | None = None
+
+    async def play() -> SagaReport:
+        nonlocal caller
+        caller = asyncio.current_task()
+        other = asyncio.create_task(all_cancelled())
+        report = await SagaCoordinator(FailFast(on_interrupt="halt")).run(pipeline, context)
+        await other
+        return report
+
+    report = run(play())
+
+    assert report.status is SagaStatus.HALTED
+    assert list(report.kept) == ran == ["s0", "s1", "s2"]
+
+
+@BY_US_OR_STAGEFLOW
+def test_a_cancel_that_a_stage_did_not_heed_stops_no_other_one(context: PipelineContext | None) -> None:
+    async def heedless(_: SagaContext) -> dict[str, Any]:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(1)
+        task.cancel()
+        return {}
+
+    pipeline = staged(staged(Pipeline(name="p"), "a", heedless), "b", nothing, "a")
+
+    report = run(SagaCoordinator().run(pipeline, context))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert list(report.kept) == ["a", "b"]
