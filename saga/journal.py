@@ -40,8 +40,8 @@ _AWAITED: Final = (StageStarted, CompensationStarted, EffectRecorded, SagaResume
 """What has to be in the ledger before anybody goes on; everything else may be written together with the next of these."""
 _WITH_OUTPUT: Final = (StageCompleted, StageFailed, StageSkipped, StageProbed, FallbackUsed)
 _TURNS: Final = 10
-"""Turns of the event loop for which an event waits after it has lingered: where a thousand sagas run, the start that a completion enables
-is five turns away, too, but each takes longer than that."""
+"""Turns of the event loop for which an event waits before it lingers. The start that a completion enables is at most five turns away,
+however long they take where a thousand sagas run; and a timer, which the loop has to sort, is seldom needed."""
 
 
 class Journal:
@@ -118,7 +118,7 @@ class Journal:
         if self._ledger.durable and not isinstance(events[-1], _AWAITED):
             self._pending += events
             if self._timer is None:
-                self._timer = asyncio.get_running_loop().call_later(self.linger, self._write_soon)
+                self._timer = asyncio.get_running_loop().call_soon(self._wait, _TURNS)
             return
         if self._pending:
             events = (*self._pending, *events)
@@ -144,10 +144,11 @@ class Journal:
             self._timer.cancel()
             self._timer = None
 
-    def _write_soon(self, turns: int = _TURNS) -> None:
-        if turns:
-            self._timer = asyncio.get_running_loop().call_soon(self._write_soon, turns - 1)
-            return
+    def _wait(self, turns: int) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_soon(self._wait, turns - 1) if turns else loop.call_later(self.linger, self._write_soon)
+
+    def _write_soon(self) -> None:
         self._late_write = asyncio.get_running_loop().create_task(self._write_late())
 
     async def _write_late(self) -> None:
