@@ -71,6 +71,7 @@ class LiveSaga(Host):
         actions: How its stages' code is run.
         children: The sagas that its stages run now.
         has_children: Whether its stages have run any.
+        exceptions: What those that ended have failed with.
         stop: Stops its forward run; None when it has none.
         is_stopping: Whether its forward run starts nothing more.
     """
@@ -93,6 +94,7 @@ class LiveSaga(Host):
         self._keeper = keeper
         self.children: Final[set[LiveSaga]] = set()
         self.has_children = False
+        self.exceptions: dict[Failure, BaseException] = {}
         self.stop: Callable[[Failure], None] | None = None
         self.is_stopping = False
         self._tasks: set[asyncio.Task[None]] = set()

@@ -319,9 +319,11 @@ class SagaCoordinator:
         if parent.is_stopping:
             saga.interrupt("the saga that runs it is stopping")
         try:
-            return await self._unbroken(saga, work)
+            report = await self._unbroken(saga, work)
         finally:
             parent.children.discard(saga)
+        parent.exceptions |= {failure: failure.exception for failure in report.failures if failure.exception is not None}
+        return report
 
     async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child."""
@@ -510,7 +512,7 @@ class SagaCoordinator:
         for entry in await self.ledger.list(parent=state.started.saga_id):
             stage = str(entry.parent_stage)
             children[stage] = (*children.get(stage, ()), await self.report(entry.saga_id))
-        return SagaReport.of(state, children)
+        return SagaReport.of(state, children, {} if saga is None else saga.exceptions)
 
     async def _drive(self, saga: LiveSaga, forward: Forward) -> None:
         await forward.run()

@@ -169,8 +169,13 @@ class SagaReport(BaseModel):
     past_pivot: bool = False
 
     @classmethod
-    def of(cls, state: SagaState, children: Mapping[str, tuple[SagaReport, ...]] | None = None) -> Self:
-        """Project a saga's state, and the reports of the sagas that its stages ran."""
+    def of(
+        cls,
+        state: SagaState,
+        children: Mapping[str, tuple[SagaReport, ...]] | None = None,
+        exceptions: Mapping[Failure, BaseException] | None = None,
+    ) -> Self:
+        """Project a saga's state and the reports of the sagas that its stages ran, with their exceptions, which no ledger keeps."""
         children = children or {}
         undone = sorted([(record.undo_order, name) for name, record in state.stages.items() if record.undo_order >= 0])
         shown = stage_states(state, state.policy)
@@ -180,7 +185,7 @@ class SagaReport(BaseModel):
             status=state.status,
             cause=state.cause,
             # The saga's own (deadline, caller) reach the ledger when the stages have been drained.
-            failures=tuple(sorted([*state.failures, *_of_children(children)], key=lambda failure: failure.at)),
+            failures=tuple(sorted([*state.failures, *_of_children(children, exceptions or {})], key=lambda failure: failure.at)),
             started_at=state.started.at,
             ended_at=state.ended_at,
             stages={
@@ -388,10 +393,12 @@ def _as_error(failure: Failure) -> Exception:
     return error
 
 
-def _of_children(children: Mapping[str, tuple[SagaReport, ...]]) -> list[Failure]:
+def _of_children(children: Mapping[str, tuple[SagaReport, ...]], exceptions: Mapping[Failure, BaseException]) -> list[Failure]:
     """The failures of child sagas, their stages named by their paths."""
     return [
-        failure.model_copy(update={"stage": name if failure.stage is None else f"{name}/{failure.stage}"})
+        failure.model_copy(
+            update={"stage": name if failure.stage is None else f"{name}/{failure.stage}", "exception": exceptions.get(failure)}
+        )
         for name, reports in children.items()
         for report in reports
         for failure in report.failures

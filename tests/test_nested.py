@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,15 +14,18 @@ from saga import (
     Compensation,
     FailFast,
     LedgerError,
+    MemoryLedger,
     MisuseError,
     Retry,
     SagaCoordinator,
+    SagaFailed,
     SagaReport,
     SagaStatus,
     StageState,
     compensable,
     nested,
 )
+from saga.ledgers.sqlite import SQLiteLedger
 from saga.nested import NestedSagaFailed
 from tests.controlled import elapse, run
 from tests.dying import Dying
@@ -67,6 +72,26 @@ def test_a_child_that_fails_undoes_itself_and_fails_the_parents_stage() -> None:
     assert report.cause.exception.report.status is SagaStatus.COMPENSATED
     assert "stage 'c' raised: CardDeclined" in report.cause.message
     assert run(coordinator.report("s/child")).status is SagaStatus.COMPENSATED
+
+
+@pytest.mark.parametrize("keep", [lambda _: MemoryLedger(), lambda path: SQLiteLedger(path / "ledger.db")], ids=["in memory", "on disk"])
+def test_the_childs_own_exceptions_are_raised_with_the_parents(keep: Callable[[Path], MemoryLedger | SQLiteLedger], tmp_path: Path) -> None:
+    """So `except* CardDeclined` finds one that a stage of a grandchild raised, whichever ledger it is."""
+    _, child = scene(SEQUENCE, {"c": Script("raise")})
+    grandparent = Pipeline(name="top").with_stage("middle", nested(Pipeline(name="m").with_stage("child", nested(child), "work")), "work")
+
+    async def play() -> SagaReport:
+        ledger = keep(tmp_path)
+        report = await SagaCoordinator(ledger=ledger).run(grandparent)
+        await ledger.close()
+        return report
+
+    report = asyncio.run(play())
+
+    with pytest.raises(SagaFailed) as caught:
+        report.raise_for_status()
+    assert [type(error) for error in caught.value.exceptions] == [NestedSagaFailed, CardDeclined, NestedSagaFailed]
+    assert [failure.stage for failure in report.failures] == ["middle/child/c", "middle/child", "middle"]
 
 
 def test_a_parent_that_fails_later_undoes_the_child_through_the_childs_own_ledger_entries() -> None:
