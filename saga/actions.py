@@ -26,7 +26,7 @@ class Actions(Protocol):
         """Run its fallback."""
         ...
 
-    def compensate(self, ctx: CompensationContext) -> Awaitable[None]:
+    def compensate(self, ctx: CompensationContext) -> Awaitable[Any]:
         """Run its compensation."""
         ...
 
@@ -56,7 +56,7 @@ class LocalActions:
         """Run its fallback."""
         return self._runner(ctx.stage_name).fallback(ctx, failure)
 
-    def compensate(self, ctx: CompensationContext) -> Awaitable[None]:
+    def compensate(self, ctx: CompensationContext) -> Awaitable[Any]:
         """Run its compensation."""
         return self._runner(ctx.stage_name).compensate(ctx)
 

@@ -12,7 +12,7 @@ from saga.events import StageProbed
 from saga.failures import Failure, FailureKind
 from saga.outputs import copied_output
 from saga.text import shown
-from saga.watch import bounded
+from saga.watch import bounded, closes, this_task
 
 if TYPE_CHECKING:
     from saga.alive import LiveSaga
@@ -30,7 +30,7 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
         The output if the effect landed; None if it did not, or if the probe failed for good.
     """
     settings = saga.blueprint.stages[stage].compensation or saga.policy.compensation
-    loop = asyncio.get_running_loop()
+    loop, task = asyncio.get_running_loop(), this_task()
     began, attempt = loop.time(), 0
     while True:
         attempt += 1
@@ -44,9 +44,10 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
                 stop=stop,
             )
             _check(answer)
-        except GeneratorExit:
-            raise
-        except BaseException as error:  # noqa: BLE001 - a probe's failure is data
+        except BaseException as error:
+            if closes(error, task):
+                raise
+            # A probe's failure is data.
             saga.heed_ctrl_c(error)
             failure = Failure.raised(stage, error, attempt=attempt, kind=FailureKind.COMPENSATION)
         if failure is None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import TYPE_CHECKING
+
+from stageflow.api import StageOutput, StageStatus
 
 from saga.asking import ask
 from saga.events import CompensationCompleted, CompensationFailed, CompensationStarted, TurnReason
-from saga.failures import Failure, FailureKind
+from saga.failures import Failure, FailureKind, raised_instead
 from saga.recovery import Rollback, Step, undo_step
-from saga.watch import Crew, Watched, isolated
+from saga.text import said
+from saga.watch import Crew, Watched, closes, instead_of_cancel
 
 if TYPE_CHECKING:
     from saga.alive import LiveSaga
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class _Worker(Watched):
-    """Undoes one stage after another, as long as any is open."""
+    """Undoes one stage."""
 
     __slots__ = ("stage",)
 
@@ -39,7 +43,9 @@ class Backward:
         self._settings = saga.policy.compensation
         self._rollback = Rollback(self._state, saga.policy, reason)
         self._workers: Crew[_Worker] = Crew(self._breaks)
+        self._context = copy_context()
         self._loop = asyncio.get_running_loop()
+        self._until: float | None = None
         self._expired = False
         self._broken: Exception | None = None
 
@@ -49,10 +55,11 @@ class Backward:
         Raises:
             LedgerError: The ledger could not record; no further compensation was started after that.
         """
-        self._put_to_work()
         timer = None
         if self._settings.deadline is not None:
-            timer = self._loop.call_later(self._settings.deadline, self._expire)
+            self._until = self._loop.time() + self._settings.deadline
+            timer = self._loop.call_at(self._until, self._expire)
+        self._put_to_work()
         # Promise 7: a cancel can start a compensation, never interrupt one.
         await self._workers.disband()
         if timer is not None:
@@ -65,20 +72,22 @@ class Backward:
         self._rollback.stop()
 
     def _put_to_work(self) -> None:
-        """Have as many workers as there are open stages, within the limit; a worker that ends its stage takes the next."""
+        """Have a worker for each open stage, within the limit; one that ends has others put to work."""
+        if self._until is not None and self._loop.time() >= self._until:
+            # The timer strikes two turns of the loop after code that never awaited.
+            self._expire()
         limit = self._settings.max_concurrency
         for _ in range(len(self._rollback)):
             if limit is not None and len(self._workers.members) >= limit:
                 return
             worker = _Worker(self._rollback.take(), self._gives_up)
-            self._workers.employ(worker, self._work(worker))
+            # A worker is put to work where another one has ended: in its context, what that one bound would be bound for this one.
+            self._context.run(self._workers.employ, worker, self._work(worker))
 
     async def _work(self, worker: _Worker) -> None:
-        while True:
-            await isolated(self._undo(worker))
-            if worker.given_up or not len(self._rollback):
-                return
-            worker.stage = self._rollback.take()
+        await self._undo(worker)
+        if not worker.given_up:
+            self._workers.dismiss(worker)
             self._put_to_work()
 
     def _breaks(self, error: Exception) -> None:
@@ -137,23 +146,26 @@ class Backward:
     async def _attempt(self, worker: _Worker, context: CompensationContext, settings: Compensation) -> Failure | None:
         worker.begin(settings.timeout, self._saga.policy.cancel_grace)
         try:
-            await self._saga.actions.compensate(context)
-        except GeneratorExit:
-            raise
-        except BaseException as raised:  # noqa: BLE001 - a compensation's failure is data
+            returned = await self._saga.actions.compensate(context)
+        except BaseException as raised:
+            if closes(raised, worker.task):
+                raise
+            # A compensation's failure is data.
             worker.end()
             self._saga.heed_ctrl_c(raised)
             error = raised
             was_cancelled = await worker.absorb()
             if worker.reason is not None:
-                error = TimeoutError(f"no answer within {settings.timeout:g} s")
+                instead = instead_of_cancel(raised)
+                error = TimeoutError(f"no answer within {settings.timeout:g} s{raised_instead(instead)}")
+                error.__cause__ = instead
             elif was_cancelled and isinstance(raised, asyncio.CancelledError):
                 error = InterruptedError("its task was cancelled from outside")
             return Failure.raised(worker.stage, error, attempt=context.attempt, kind=FailureKind.COMPENSATION)
         worker.end()
-        if worker.reason is not None:
-            await worker.absorb()
-        return None
+        # A cancel that it did not heed was the compensation's, and strikes nothing that comes after it.
+        await worker.absorb()
+        return _refusal(worker.stage, context.attempt, returned)
 
     async def _sleep(self, seconds: float) -> None:
         # Somebody may cancel every task of the process; what is being undone is undone to the end.
@@ -175,3 +187,12 @@ class Backward:
         self._rollback.hold(stage)
         self._workers.dismiss(worker)
         self._put_to_work()
+
+
+def _refusal(stage: str, attempt: int, returned: object) -> Failure | None:
+    """What a compensation returned that says it has not undone its stage; other things that it may return say nothing."""
+    if not isinstance(returned, StageOutput) or returned.status in {StageStatus.OK, StageStatus.SKIP}:
+        return None
+    status = returned.status.value
+    why = said(returned.error or returned.data.get("cancel_reason") or "no reason given")
+    return Failure.of(stage, FailureKind.COMPENSATION, f"it returned {status.upper()}: {why}", type=status, attempt=attempt)

@@ -68,9 +68,12 @@ class Failure(BaseModel):
         *,
         type: str = "",  # noqa: A002 - the field's name
         attempt: int = 0,
+        instead: BaseException | None = None,
     ) -> Self:
-        """Note a failure that comes without an exception."""
-        return cls(stage=stage, kind=kind, type=type, message=said(message), attempt=attempt, at=datetime.now(UTC))
+        """Note a failure that comes without an exception, or with one that the code raised instead of ending when it was cancelled."""
+        traceback = None if instead is None else _traced(instead)
+        message = said(message) + raised_instead(instead)
+        return cls(stage=stage, kind=kind, type=type, message=message, attempt=attempt, at=datetime.now(UTC), traceback=traceback)
 
     @classmethod
     def raised(cls, stage: str | None, error: BaseException, *, attempt: int, kind: FailureKind = FailureKind.EXCEPTION) -> Self:
@@ -104,6 +107,11 @@ class Failure(BaseModel):
         named = self.kind in _NAMED_BY_TYPE and self.type and self.type not in self.message
         what = f"{self.type.rpartition('.')[2]}: {self.message}" if named else self.message
         return f"{who} {_SAID[self.kind]}{tries}: {what}"
+
+
+def raised_instead(error: BaseException | None) -> str:
+    """What to add to the word that code was cancelled: empty if it ended as it should."""
+    return "" if error is None else f"; then it raised {type(error).__name__}: {said(error)}"
 
 
 def _traced(error: BaseException) -> str:

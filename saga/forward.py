@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from stageflow.api import StageCancellationRequested, StageOutput, StageStatus
 
@@ -18,9 +18,9 @@ from saga.graph import Role
 from saga.ledger import StageState
 from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
-from saga.scheduling import STOPPING, OwnSchedule, Ready, Schedule, StageflowSchedule, Stages
+from saga.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
 from saga.text import said, shown
-from saga.watch import Crew, Watched, bounded, cut_short_by, isolated, leave_loop
+from saga.watch import Crew, Watched, bounded, closes, cut_short_by, instead_of_cancel, leave_loop, this_task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from saga.blueprint import StagePlan
     from saga.recovery import StageRecord
 
-_STRETCH: Final = 0.001
-"""Seconds for which a task goes on from stage to stage before it lets others have their turn of the loop."""
 _ENDED_WELL: Final = frozenset({StageState.KEPT, StageState.FALLBACK, StageState.SKIPPED})
 
 
@@ -54,15 +52,19 @@ class _Outcome:
     past_pivot: bool = False
 
 
-class _Worker(Watched):
-    """Runs a stage, and those of a chain after it."""
+class _StageRun(Watched):
+    """One stage on its way through the forward run."""
 
     __slots__ = ("inputs", "name", "plan", "record")
 
-    inputs: StageInputs
-    name: str
-    plan: StagePlan
-    record: StageRecord
+    def __init__(
+        self, name: str, plan: StagePlan, record: StageRecord, inputs: StageInputs, on_give_up: Callable[[_StageRun], None]
+    ) -> None:
+        super().__init__(on_give_up)
+        self.name = name
+        self.plan = plan
+        self.record = record
+        self.inputs = inputs
 
 
 class Forward(Stages):
@@ -81,10 +83,11 @@ class Forward(Stages):
         by_stageflow = interceptors or not saga.is_left_alone()
         self._schedule: Schedule = StageflowSchedule(saga, self, interceptors) if by_stageflow else OwnSchedule(saga, self)
         self._loop = asyncio.get_running_loop()
-        self._running: Crew[_Worker] = Crew(self._breaks)
+        self._running: Crew[_StageRun] = Crew(self._breaks)
         self._fallen = {name for name, record in self._state.stages.items() if record.with_branch and not record.again}
         self._stopped = asyncio.Event()
         self._interrupted = asyncio.Event()
+        self._until: float | None = None
         self._broken: Exception | None = None
         saga.stop = self.stop
 
@@ -98,8 +101,10 @@ class Forward(Stages):
         Raises:
             LedgerError: The ledger could not record; nothing was started after that.
         """
-        deadline = self._policy.deadline
-        timer = None if deadline is None else self._loop.call_later(deadline, self._out_of_time, deadline)
+        timer = None
+        if self._policy.deadline is not None:
+            self._until = self._loop.time() + self._policy.deadline
+            timer = self._loop.call_at(self._until, self._out_of_time)
         self._heed_early_cancel()
         try:
             await self._schedule.run()
@@ -129,7 +134,7 @@ class Forward(Stages):
             child.interrupt("the saga that runs it is stopping")
 
     def _heed_early_cancel(self) -> None:
-        if _this_task().cancelling():
+        if this_task().cancelling():
             # It came before the task began, and has struck nothing.
             self._stop_for_cancel()
 
@@ -137,8 +142,8 @@ class Forward(Stages):
         # Somebody cancels every task of the process; none of ours may die of it, or the saga would wait for it for ever.
         self._saga.interrupt("a task of the saga was cancelled from outside")
 
-    def _out_of_time(self, deadline: float) -> None:
-        self.stop(Failure.of(None, FailureKind.TIMEOUT, f"the forward run exceeded its deadline of {deadline:g} s"))
+    def _out_of_time(self) -> None:
+        self.stop(Failure.of(None, FailureKind.TIMEOUT, f"the forward run exceeded its deadline of {self._policy.deadline:g} s"))
         self._interrupt()
 
     async def refused(self, stage: str, error: Exception) -> None:
@@ -185,9 +190,9 @@ class Forward(Stages):
 
     def _interrupt(self, spared: Role | None = None) -> None:
         self._interrupted.set()
-        for worker in self._running.members:
-            if self._state.graph[worker.name].role is not spared:
-                worker.cancel(FailureKind.INTERRUPTED)
+        for run in self._running.members:
+            if self._state.graph[run.name].role is not spared:
+                run.cancel(FailureKind.INTERRUPTED)
 
     # -- one stage -----------------------------------------------------------------------------------------------
 
@@ -201,67 +206,49 @@ class Forward(Stages):
 
     def begin(self, name: str, inputs: StageInputs) -> None:
         """Start a stage in a task of ours; its schedule is told when it has ended."""
-        worker = _Worker(self._gives_up)
-        self._running.employ(worker, self._work(worker, [(name, inputs)]))
+        run = _StageRun(name, self._saga.blueprint.stages[name], self._state.stages[name], inputs, self._gives_up)
+        self._running.employ(run, self._see_to(run))
 
-    async def _work(self, worker: _Worker, ready: Sequence[Ready]) -> None:
-        """Run a stage, and those of a chain after it."""
-        since = self._loop.time()
-        while ready:
-            name, worker.inputs = ready[0]
-            worker.name, worker.plan, worker.record = name, self._saga.blueprint.stages[name], self._state.stages[name]
-            answer = await isolated(self._stage(worker))
-            if worker.given_up:
-                return
-            # A cancel that the stage got and did not heed was the stage's.
-            await worker.absorb()
-            ready = self._schedule.ended(name, answer)
-            if len(ready) > 1 or len(self._running.members) > 1:
-                # Branches take turns.
-                self._begin_all(ready)
-                return
-            if ready and self._loop.time() - since > _STRETCH:
-                # A cancel that comes now stays counted, and is heeded when the next stage begins.
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.sleep(0)
-                since = self._loop.time()
-
-    def _begin_all(self, ready: Sequence[Ready]) -> None:
-        for name, inputs in ready:
-            self.begin(name, inputs)
+    async def _see_to(self, run: _StageRun) -> None:
+        answer = await self._stage(run)
+        if not run.given_up:
+            self._schedule.ended(run.name, answer)
 
     def _breaks(self, error: Exception) -> None:
         self._broken = self._broken or error
         self.stop(Failure.raised(None, error, attempt=0))
 
-    async def _stage(self, worker: _Worker) -> StageOutput | Failure:
-        node = self._state.graph[worker.name]
-        if node.conditional and (reason := worker.inputs.get("skip_reason")):
+    async def _stage(self, run: _StageRun) -> StageOutput | Failure:
+        node = self._state.graph[run.name]
+        if node.conditional and (reason := run.inputs.get("skip_reason")):
             output = StageOutput.skip(reason)
-            await self.learn(worker.name, output)
+            await self.learn(run.name, output)
             return output
         for dependency in node.dependencies:
             if dependency in self._fallen:
-                return await self._falls_with(worker, dependency)
+                return await self._falls_with(run, dependency)
             if self._is_due(dependency):
-                await self.learn(dependency, worker.inputs.prior_outputs[dependency])
+                await self.learn(dependency, run.inputs.prior_outputs[dependency])
         cancelled = self._saga.cancellation()
         if cancelled is not None:
             self.stop(Failure.of(None, FailureKind.CANCELLED, cancelled))
         self._heed_early_cancel()
+        if self._until is not None and self._loop.time() >= self._until:
+            # The timer strikes a turn of the loop after code that never awaited.
+            self._out_of_time()
         if self.is_stopping():
             return STOPPING
-        outcome = None if worker.record.state is StageState.NOT_RUN else await self._left_open(worker)
+        outcome = None if run.record.state is StageState.NOT_RUN else await self._left_open(run)
         if outcome is None:
-            outcome = await self._attempts(worker)
-        if worker.given_up:
+            outcome = await self._attempts(run)
+        if run.given_up:
             if outcome.failure is None and outcome.output is not None and outcome.output.status is StageStatus.OK:
-                self._saga.comes_late(StageCompleted(stage=worker.name, output=copied_output(outcome.output), late=True))
+                self._saga.comes_late(StageCompleted(stage=run.name, output=copied_output(outcome.output), late=True))
             return STOPPING
         if outcome.failure is None:
             assert outcome.output is not None  # without a failure there is one
             return outcome.output
-        return await self._absorb(worker, outcome.failure)
+        return await self._absorb(run, outcome.failure)
 
     def _is_due(self, name: str) -> bool:
         """Whether the stage has yet to run."""
@@ -276,15 +263,15 @@ class Forward(Stages):
         reason = said(output.data.get("reason") or "stageflow skipped it") if skipped else "an interceptor answered for it"
         await self._record(StageSkipped(stage=name, reason=reason, output=copied_output(output)))
 
-    async def _falls_with(self, worker: _Worker, dependency: str) -> StageOutput:
-        self._fallen.add(worker.name)
+    async def _falls_with(self, run: _StageRun, dependency: str) -> StageOutput:
+        self._fallen.add(run.name)
         output = StageOutput.skip(f"{dependency} did not complete")
-        await self._record(StageSkipped(stage=worker.name, reason=str(output.data["reason"]), output=output, with_branch=True))
+        await self._record(StageSkipped(stage=run.name, reason=str(output.data["reason"]), output=output, with_branch=True))
         return output
 
-    async def _left_open(self, worker: _Worker) -> _Outcome | None:
+    async def _left_open(self, run: _StageRun) -> _Outcome | None:
         """What an earlier process left to be decided; None if the stage is to run."""
-        record, node = worker.record, self._state.graph[worker.name]
+        record, node = run.record, self._state.graph[run.name]
         if record.state in {StageState.FAILED, StageState.IN_DOUBT} and not record.again:
             # It died before what follows from this failure was recorded.
             return _Outcome(failure=record.failure)
@@ -294,39 +281,39 @@ class Forward(Stages):
         assert failure is not None  # it is in doubt because an attempt failed
         may_repeat = node.idempotent or record.may_repeat
         if node.can_probe:
-            landed = await ask(self._saga, worker.name, stop=self._interrupted)
+            landed = await ask(self._saga, run.name, stop=self._interrupted)
             if landed is not None:
                 return _Outcome(output=landed)
             may_repeat = may_repeat or record.answer is False
         elif not may_repeat:
-            retry = worker.plan.retry or self._policy.retry
+            retry = run.plan.retry or self._policy.retry
             tries = record.attempts - record.attempts_before
             may_repeat = retry.wait_before_next(failure, attempt=tries, elapsed=0.0) is not None
         if may_repeat:
             return None
         if record.state is StageState.RUNNING:
-            await self._record(StageFailed(stage=worker.name, failure=failure, in_doubt=True))
+            await self._record(StageFailed(stage=run.name, failure=failure, in_doubt=True))
         return _Outcome(failure=failure)
 
-    async def _attempts(self, worker: _Worker) -> _Outcome:
+    async def _attempts(self, run: _StageRun) -> _Outcome:
         """Attempt the stage as often as its retry allows; the outcome is in the ledger when this returns."""
-        retry = worker.plan.retry or self._policy.retry
-        seconds = worker.plan.timeout or self._policy.timeout
-        loop, node, name = self._loop, self._state.graph[worker.name], worker.name
+        retry = run.plan.retry or self._policy.retry
+        seconds = run.plan.timeout or self._policy.timeout
+        loop, node, name = self._loop, self._state.graph[run.name], run.name
         began, goes_on = loop.time(), True
-        tries = worker.record.attempts - worker.record.attempts_before
+        tries = run.record.attempts - run.record.attempts_before
         while goes_on:
             tries += 1
-            await self._record(self._start_of(worker))
+            await self._record(self._start_of(run))
             if self.is_stopping():
                 failure = Failure.of(name, FailureKind.INTERRUPTED, "the saga stopped before it ran")
                 await self._record(StageFailed(stage=name, failure=failure))
                 return _Outcome(failure=failure)
-            outcome = await self._attempt(worker, seconds)
-            if worker.given_up:
+            outcome = await self._attempt(run, seconds)
+            if run.given_up:
                 return outcome
             if outcome.failure is None:
-                await self._record(self._end_of(worker, outcome))
+                await self._record(self._end_of(run, outcome))
                 self._refuse_unstorable(name)
                 return outcome
             failure = outcome.failure
@@ -348,30 +335,30 @@ class Forward(Stages):
             )
             if wait is None:
                 return outcome
-            if worker.record.doubt and node.can_probe:
-                landed = await ask(self._saga, worker.name, stop=self._interrupted)
+            if run.record.doubt and node.can_probe:
+                landed = await ask(self._saga, run.name, stop=self._interrupted)
                 if landed is not None:
                     return _Outcome(output=landed)
-                if worker.record.unanswered and not node.idempotent:
+                if run.record.unanswered and not node.idempotent:
                     wait = None
             goes_on = wait is not None and await self._pause(wait)
         # Called off: the failure that was to be mended stands.
-        await self._record(StageFailed(stage=name, failure=failure, in_doubt=worker.record.doubt, output=output))
+        await self._record(StageFailed(stage=name, failure=failure, in_doubt=run.record.doubt, output=output))
         return outcome
 
-    def _start_of(self, worker: _Worker) -> StageStarted:
-        record = worker.record
+    def _start_of(self, run: _StageRun) -> StageStarted:
+        record = run.record
         if record.again and record.anew:
-            return StageStarted(stage=worker.name, attempt=1, execution=max(record.execution, 1) + 1)
-        return StageStarted(stage=worker.name, attempt=record.attempts + 1, execution=max(record.execution, 1))
+            return StageStarted(stage=run.name, attempt=1, execution=max(record.execution, 1) + 1)
+        return StageStarted(stage=run.name, attempt=record.attempts + 1, execution=max(record.execution, 1))
 
-    def _end_of(self, worker: _Worker, outcome: _Outcome) -> StageCompleted | StageSkipped:
+    def _end_of(self, run: _StageRun, outcome: _Outcome) -> StageCompleted | StageSkipped:
         output = outcome.output
         assert output is not None  # without a failure there is one
         copy = copied_output(output)
         if output.status is StageStatus.SKIP:
-            return StageSkipped(stage=worker.name, reason=said(output.data.get("reason") or "it said so"), output=copy)
-        return StageCompleted(stage=worker.name, output=copy)
+            return StageSkipped(stage=run.name, reason=said(output.data.get("reason") or "it said so"), output=copy)
+        return StageCompleted(stage=run.name, output=copy)
 
     def _refuse_unstorable(self, name: str) -> None:
         refused = self._saga.journal.unstorable.pop(name, None)
@@ -392,41 +379,42 @@ class Forward(Stages):
             return False
         return False
 
-    async def _attempt(self, worker: _Worker, seconds: float | None) -> _Outcome:
-        context = self._context(worker)
-        worker.begin(seconds, None if worker.plan.patient else self._policy.cancel_grace)
+    async def _attempt(self, run: _StageRun, seconds: float | None) -> _Outcome:
+        context = self._context(run)
+        run.begin(seconds, None if run.plan.patient else self._policy.cancel_grace)
         try:
             returned = await self._saga.actions.execute(context)
-        except GeneratorExit:
-            raise
-        except BaseException as error:  # noqa: BLE001 - a stage's failure is data, also when it calls sys.exit()
-            worker.end()
-            return await self._raised(worker, error, seconds)
-        worker.end()
-        if worker.reason is not None:
-            await worker.absorb()
-        outcome = normalised(worker.name, worker.record.attempts, returned)
-        if outcome.failure is None and outcome.output is not None and outcome.output.status is StageStatus.SKIP and worker.record.effects:
+        except BaseException as error:
+            if closes(error, run.task):
+                raise
+            # A stage's failure is data, also when it calls sys.exit().
+            run.end()
+            return await self._raised(run, error, seconds)
+        run.end()
+        # A cancel that it did not heed was the stage's, and strikes nothing that comes after it.
+        await run.absorb()
+        outcome = normalised(run.name, run.record.attempts, returned)
+        if outcome.failure is None and outcome.output is not None and outcome.output.status is StageStatus.SKIP and run.record.effects:
             # Its dependents would run on, and what it recorded could then not be undone before them.
-            got = f"a SKIP after {len(worker.record.effects)} recorded effects"
+            got = f"a SKIP after {len(run.record.effects)} recorded effects"
             message = f"expected a stage that skips itself to have recorded no effect, got {got}"
-            return _Outcome(outcome.output, Failure.of(worker.name, FailureKind.CONTRACT, message, attempt=worker.record.attempts))
+            return _Outcome(outcome.output, Failure.of(run.name, FailureKind.CONTRACT, message, attempt=run.record.attempts))
         return outcome
 
-    def _context(self, worker: _Worker) -> SagaContext:
+    def _context(self, run: _StageRun) -> SagaContext:
         saga = self._saga
         root = saga.root
         return SagaContext(
             snapshot=root.snapshot,
-            inputs=worker.inputs,
-            stage_name=worker.name,
+            inputs=run.inputs,
+            stage_name=run.name,
             timer=root.timer,
             event_sink=root.event_sink,
             _cancellation_probe=self._is_cancelled,
             _cancellation_reason_provider=self._why_cancelled,
             saga_id=saga.id,
-            attempt=worker.record.attempts,
-            idempotency_key=saga.forward_key(worker.name),
+            attempt=run.record.attempts,
+            idempotency_key=saga.forward_key(run.name),
             _host=saga,
         )
 
@@ -436,15 +424,19 @@ class Forward(Stages):
     def _why_cancelled(self) -> str | None:
         return str(self.cause) if self.cause is not None else self._saga.cancellation()
 
-    async def _raised(self, worker: _Worker, error: BaseException, seconds: float | None) -> _Outcome:
-        name, attempt = worker.name, worker.record.attempts
+    async def _raised(self, run: _StageRun, error: BaseException, seconds: float | None) -> _Outcome:
+        name, attempt = run.name, run.record.attempts
         self._saga.heed_ctrl_c(error)
-        was_cancelled = await worker.absorb()
-        if worker.reason is FailureKind.TIMEOUT:
-            return _Outcome(failure=Failure.of(name, FailureKind.TIMEOUT, f"no answer within {seconds:g} s", attempt=attempt))
-        if worker.reason is FailureKind.INTERRUPTED or (was_cancelled and isinstance(error, asyncio.CancelledError)):
+        was_cancelled = await run.absorb()
+        if run.reason is FailureKind.TIMEOUT:
+            return _Outcome(
+                failure=Failure.of(
+                    name, FailureKind.TIMEOUT, f"no answer within {seconds:g} s", attempt=attempt, instead=instead_of_cancel(error)
+                )
+            )
+        if run.reason is FailureKind.INTERRUPTED or (was_cancelled and isinstance(error, asyncio.CancelledError)):
             why = "it was cancelled because the saga stopped" if self.cause is not None else "its task was cancelled from outside"
-            return _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt))
+            return _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt, instead=instead_of_cancel(error)))
         if isinstance(error, StageCancellationRequested):
             return normalised(name, attempt, StageOutput.cancel(error.reason))
         if isinstance(error, KeyboardInterrupt):
@@ -453,76 +445,71 @@ class Forward(Stages):
         past_pivot = self._state.graph[name].is_point_of_no_return and getattr(error, "past_pivot", False) is True
         return _Outcome(failure=Failure.raised(name, error, attempt=attempt), past_pivot=past_pivot)
 
-    def _gives_up(self, worker: _Worker) -> None:
-        self._saga.spawn(self._running.see_through(worker, self._given_up(worker)))
+    def _gives_up(self, run: _StageRun) -> None:
+        self._saga.spawn(self._running.see_through(run, self._given_up(run)))
 
-    async def _given_up(self, worker: _Worker) -> None:
+    async def _given_up(self, run: _StageRun) -> None:
         """Go on without a stage that ignored its cancel: it is in doubt, and may still be running."""
-        assert worker.reason is not None  # it was cancelled before it was given up
+        assert run.reason is not None  # it was cancelled before it was given up
         message = f"it ignored its cancel for {self._policy.cancel_grace:g} s and was given up; it may still be running"
-        failure = Failure.of(worker.name, worker.reason, message, attempt=worker.record.attempts)
-        in_doubt = self._state.graph[worker.name].role is not Role.PLAIN
-        await self._record(StageFailed(stage=worker.name, failure=failure, in_doubt=in_doubt))
-        self._begin_all(self._schedule.ended(worker.name, await self._absorb(worker, failure)))
+        failure = Failure.of(run.name, run.reason, message, attempt=run.record.attempts)
+        in_doubt = self._state.graph[run.name].role is not Role.PLAIN
+        await self._record(StageFailed(stage=run.name, failure=failure, in_doubt=in_doubt))
+        self._schedule.ended(run.name, await self._absorb(run, failure))
 
     # -- what a failure leads to ---------------------------------------------------------------------------------
 
-    async def _absorb(self, worker: _Worker, failure: Failure) -> StageOutput | Failure:
+    async def _absorb(self, run: _StageRun, failure: Failure) -> StageOutput | Failure:
         """Put something in the place of a failed stage's output, or stop the saga."""
         policy = self._policy
         if failure.kind is FailureKind.CANCELLED:
             self.stop(failure)
             return STOPPING
         if isinstance(policy, ContinueWithFallback) and self.cause is None and failure.kind is not FailureKind.INTERRUPTED:
-            output = await self._stands_in(worker, failure, policy)
+            output = await self._stands_in(run, failure, policy)
             if output is not None:
                 return output
             if policy.without_fallback == "skip_branch":
-                self._fallen.add(worker.name)
-                return StageOutput.skip(f"{worker.name} failed")
-        self.stop(failure, told=worker.name)
+                self._fallen.add(run.name)
+                return StageOutput.skip(f"{run.name} failed")
+        self.stop(failure, told=run.name)
         return failure
 
-    async def _stands_in(self, worker: _Worker, failure: Failure, policy: ContinueWithFallback) -> StageOutput | None:
+    async def _stands_in(self, run: _StageRun, failure: Failure, policy: ContinueWithFallback) -> StageOutput | None:
         """The output that stands in for a failed stage's, recorded; None if there is none."""
-        node = self._state.graph[worker.name]
-        if node.can_probe and not worker.record.unanswered:
+        node = self._state.graph[run.name]
+        if node.can_probe and not run.record.unanswered:
             # With a landed effect there is nothing to stand in for; and nothing is left that could not be undone in order.
-            landed = await ask(self._saga, worker.name, stop=self._interrupted)
+            landed = await ask(self._saga, run.name, stop=self._interrupted)
             if landed is not None:
                 return landed
         output: StageOutput | None = None
         if node.has_fallback:
-            output = await self._fallback(worker, failure)
+            output = await self._fallback(run, failure)
         source: Literal["stage", "policy"] = "stage" if output is not None else "policy"
-        if output is None and worker.name in policy.fallbacks:
-            output = StageOutput.ok(dict(policy.fallbacks[worker.name]))
+        if output is None and run.name in policy.fallbacks:
+            output = StageOutput.ok(dict(policy.fallbacks[run.name]))
         if output is not None:
-            await self._record(FallbackUsed(stage=worker.name, output=copied_output(output), source=source))
+            await self._record(FallbackUsed(stage=run.name, output=copied_output(output), source=source))
         return output
 
-    async def _fallback(self, worker: _Worker, failure: Failure) -> StageOutput | None:
-        seconds, attempt = worker.plan.timeout or self._policy.timeout, worker.record.attempts
+    async def _fallback(self, run: _StageRun, failure: Failure) -> StageOutput | None:
+        seconds, attempt = run.plan.timeout or self._policy.timeout, run.record.attempts
         try:
-            call = self._saga.actions.fallback(self._context(worker), failure)
+            call = self._saga.actions.fallback(self._context(run), failure)
             returned = await bounded(call, seconds=seconds, grace=self._policy.cancel_grace, stop=self._interrupted)
-        except GeneratorExit:
-            raise
-        except BaseException as error:  # noqa: BLE001 - a fallback's failure is data
+        except BaseException as error:
+            if closes(error, run.task):
+                raise
+            # A fallback's failure is data.
             self._saga.heed_ctrl_c(error)
-            outcome = _Outcome(failure=Failure.raised(worker.name, error, attempt=attempt))
+            outcome = _Outcome(failure=Failure.raised(run.name, error, attempt=attempt))
         else:
-            outcome = normalised(worker.name, attempt, returned)
+            outcome = normalised(run.name, attempt, returned)
         if outcome.failure is not None:
-            await self._record(FallbackFailed(stage=worker.name, failure=outcome.failure))
+            await self._record(FallbackFailed(stage=run.name, failure=outcome.failure))
             return None
         return outcome.output
-
-
-def _this_task() -> asyncio.Task[Any]:
-    task = asyncio.current_task()
-    assert task is not None  # a saga runs in tasks
-    return task
 
 
 def normalised(stage: str, attempt: int, returned: object) -> _Outcome:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Container, Sequence
+from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -24,10 +25,6 @@ STOPPING: Final = StageOutput.cancel("the saga is stopping")
 """The answer of a stage that has nothing to give to those that depend on it, because the saga is stopping."""
 
 
-Ready = tuple[str, StageInputs]
-"""A stage that may start, and what it gets."""
-
-
 class Stages(Protocol):
     """What a schedule has started, and tells how the run goes."""
 
@@ -36,7 +33,7 @@ class Stages(Protocol):
         ...
 
     def begin(self, name: str, inputs: StageInputs) -> None:
-        """Start a stage in a task of its own; its schedule is told when it has ended."""
+        """Start a stage; its schedule is told when it has ended."""
         ...
 
     def is_stopping(self) -> bool:
@@ -63,8 +60,8 @@ class Schedule(Protocol):
         """Start the stages, until all have ended or the saga stops."""
         ...
 
-    def ended(self, name: str, answer: StageOutput | Failure) -> Sequence[Ready]:
-        """Take a stage's answer for those that depend on it, a failure has stopped the saga; what may start now."""
+    def ended(self, name: str, answer: StageOutput | Failure) -> None:
+        """Take a stage's answer for those that depend on it; a failure has stopped the saga."""
         ...
 
     def stop(self, told: str | None, /) -> None:
@@ -83,27 +80,25 @@ class OwnSchedule:
         self._graph = saga.blueprint.graph
         self._root = saga.root
         self._stages = stages
+        # Stages are started where another one has ended: in its context, what it bound would be bound for them.
+        self._context = copy_context()
         self._inputs: dict[str, dict[str, StageOutput]] = {name: {} for name in self._graph.names}
         self._left = len(self._inputs)
         self._over = asyncio.Event()
 
     async def run(self) -> None:
         """Start the stages, until all have ended or the saga stops."""
-        for name, inputs in self._ready([node.name for node in self._graph.nodes if not node.dependencies]):
-            self._stages.begin(name, inputs)
+        self._start([node.name for node in self._graph.nodes if not node.dependencies])
         await self._over.wait()
 
-    def _ready(self, free: list[str]) -> list[Ready]:
-        """What is to run of the stages that wait for nothing any more, and of those that wait only for what ended in an earlier process."""
-        ready = []
-        for name in free:
+    def _start(self, ready: list[str]) -> None:
+        for name in ready:
             given = self._stages.given(name)
             if given is None:
-                ready.append((name, self._inputs_of(name)))
+                self._context.run(self._stages.begin, name, self._inputs_of(name))
             else:
                 # The list grows while it is gone through: to hand on what thousands gave takes no stack.
-                free += self._enabled(name, given)
-        return ready
+                ready += self._enabled(name, given)
 
     def _inputs_of(self, name: str) -> StageInputs:
         return StageInputs(
@@ -128,12 +123,11 @@ class OwnSchedule:
                 enabled.append(dependent)
         return enabled
 
-    def ended(self, name: str, answer: StageOutput | Failure) -> Sequence[Ready]:
-        """The stages that have waited for this one only."""
-        if self._stages.is_stopping():
-            return ()
-        assert isinstance(answer, StageOutput)  # a failure has stopped the saga
-        return self._ready(self._enabled(name, answer))
+    def ended(self, name: str, answer: StageOutput | Failure) -> None:
+        """Start the stages that have waited for this one only."""
+        if not self._stages.is_stopping():
+            assert isinstance(answer, StageOutput)  # a failure has stopped the saga
+            self._start(self._enabled(name, answer))
 
     def stop(self, _told: str | None, /) -> None:
         """Start nothing more."""
@@ -225,12 +219,11 @@ class StageflowSchedule:
             raise answer
         return answer
 
-    def ended(self, name: str, answer: StageOutput | Failure) -> Sequence[Ready]:
-        """Have the stage's wrapper say so to stageflow, which starts what may start now."""
+    def ended(self, name: str, answer: StageOutput | Failure) -> None:
+        """Have the stage's wrapper say so to stageflow."""
         told = self._told(answer) if isinstance(answer, Failure) else answer
         self._answers[name] = told
         self._release(name, told)
-        return ()
 
     def _told(self, failure: Failure) -> StageOutput | Exception:
         if not self._interceptors:

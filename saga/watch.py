@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import types
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator
-from contextvars import copy_context
-from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 from saga.errors import LedgerError
@@ -44,28 +42,18 @@ def _first_step() -> Generator[None, None, None]:
     yield
 
 
-@types.coroutine
-def isolated(work: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
-    """Run something in this task, in a copy of its context: no variable that it sets is seen by what this task runs next."""
-    run = copy_context().run
-    step: Callable[[], Any] = partial(work.send, None)
-    while True:
-        try:
-            awaited = run(step)
-        except StopIteration as ended:
-            result: T = ended.value
-            return result
-        try:
-            step = partial(work.send, (yield awaited))
-        except BaseException as error:  # noqa: BLE001 - handed on, whatever it is
-            step = partial(work.throw, error)
-
-
 async def outlast(tasks: Collection[asyncio.Task[Any]]) -> None:
     """Wait until all tasks have ended, however often whoever waits is cancelled."""
     while not all(task.done() for task in tasks):
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait(tasks)
+
+
+def this_task() -> asyncio.Task[Any]:
+    """The task that runs now."""
+    task = asyncio.current_task()
+    assert task is not None  # a saga runs in tasks
+    return task
 
 
 def leave_loop(error: BaseException) -> None:
@@ -80,6 +68,21 @@ def leave_loop(error: BaseException) -> None:
 
 def _leave(error: BaseException) -> None:
     raise error
+
+
+def instead_of_cancel(error: BaseException) -> BaseException | None:
+    """What code that was cancelled has raised instead; None if it ended as it should."""
+    return None if isinstance(error, asyncio.CancelledError) else error
+
+
+def closes(error: BaseException, task: asyncio.Task[Any]) -> bool:
+    """Whether the coroutine that this task runs is being closed: then nobody has raised this error, and nothing may be awaited any more."""
+    if not isinstance(error, GeneratorExit):
+        return False
+    try:
+        return asyncio.current_task() is not task
+    except RuntimeError:  # no loop runs any more
+        return True
 
 
 def cut_short_by(error: BaseException) -> Exception:
@@ -190,9 +193,10 @@ class Crew(Generic[W]):
         """Do the work; the member is dismissed after it, whatever came of it."""
         try:
             await work
-        except GeneratorExit:
-            raise
-        except BaseException as error:  # noqa: BLE001 - whatever it is, nobody must wait for this member for ever
+        except BaseException as error:
+            if closes(error, member.task):
+                raise
+            # Whatever it is, nobody must wait for this member for ever.
             leave_loop(error)
             self._breaks(cut_short_by(error))
         self.dismiss(member)

@@ -1,0 +1,312 @@
+"""Code of a stage that leaves something behind on its task, or ends as no code should: it harms itself, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any
+
+import anyio
+import pytest
+from stageflow.api import Pipeline, StageOutput
+
+from saga import (
+    Compensation,
+    CompensationContext,
+    ContinueWithFallback,
+    FailFast,
+    FailureKind,
+    Retry,
+    SagaContext,
+    SagaCoordinator,
+    SagaReport,
+    SagaStatus,
+    StageState,
+    compensable,
+)
+from tests.controlled import ControlledLoop, elapse, run
+
+Code = Callable[[Any], Awaitable[Any]]
+WHO: ContextVar[str] = ContextVar("WHO", default="the caller")
+
+
+async def nothing(*_: Any) -> None: ...
+
+
+async def fails(*_: Any) -> None:
+    raise ConnectionError("no line")
+
+
+def staged(*stages: tuple[str, Any]) -> Pipeline:
+    """A chain."""
+    pipeline = Pipeline(name="p")
+    for name, runner in stages:
+        pipeline = pipeline.with_stage(name, runner, "work", dependencies=list(pipeline.stages)[-1:])
+    return pipeline
+
+
+def this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
+async def leaves_a_watchdog(_: Any) -> None:
+    asyncio.get_running_loop().call_later(1.0, this_task().cancel)
+
+
+async def leaves_a_timeout_open(_: Any) -> None:
+    await asyncio.timeout(1.0).__aenter__()
+
+
+async def leaves_a_scope_open(_: Any) -> None:
+    anyio.move_on_after(1.0).__enter__()
+
+
+async def cancels_itself_and_returns(_: Any) -> None:
+    this_task().cancel()
+
+
+LEFT_BEHIND = pytest.mark.parametrize(
+    "leave", [leaves_a_watchdog, leaves_a_timeout_open, leaves_a_scope_open, cancels_itself_and_returns], ids=lambda code: code.__name__
+)
+
+
+@LEFT_BEHIND
+def test_what_a_stage_leaves_on_its_task_strikes_no_other_stage(leave: Code) -> None:
+    async def takes_long(_: SagaContext) -> None:
+        await elapse(5.0)
+
+    report = run(SagaCoordinator().run(staged(("a", compensable(leave, nothing)), ("b", compensable(takes_long, nothing)))))
+
+    assert report.status is SagaStatus.COMPLETED
+
+
+@LEFT_BEHIND
+def test_what_a_compensation_leaves_on_its_task_strikes_no_other_compensation(leave: Code) -> None:
+    """Promise 7."""
+    calls: list[str] = []
+
+    async def takes_long(ctx: CompensationContext) -> None:
+        calls.append(ctx.stage_name)
+        await elapse(5.0)
+
+    pipeline = staged(("a", compensable(nothing, takes_long)), ("b", compensable(nothing, leave)), ("c", fails))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert calls == ["a"]
+    assert [failure.stage for failure in report.failures] == ["c"]
+
+
+def test_a_cancel_that_a_stage_did_not_heed_strikes_neither_its_retry_nor_its_fallback() -> None:
+    attempts: list[int] = []
+
+    async def heedless(ctx: SagaContext) -> StageOutput:
+        attempts.append(ctx.attempt)
+        this_task().cancel()
+        return StageOutput.fail("not yet")
+
+    async def stands_in(_: SagaContext, __: Any) -> StageOutput:
+        await asyncio.sleep(0)
+        return StageOutput.ok(by="the fallback")
+
+    stage = compensable(heedless, nothing, fallback=stands_in, retry=Retry(attempts=2, wait=0))
+
+    report = run(SagaCoordinator(ContinueWithFallback()).run(staged(("a", stage))))
+
+    assert attempts == [1, 2]
+    assert report.status is SagaStatus.DEGRADED
+    assert report.kept["a"].data == {"by": "the fallback"}
+
+
+@pytest.mark.parametrize("by_policy", [True, False], ids=["forward", "backward"])
+def test_what_code_bound_that_was_given_up_no_other_code_sees(by_policy: bool) -> None:
+    seen: list[str] = []
+
+    async def ignores_its_cancel(ctx: Any) -> None:
+        WHO.set(ctx.stage_name)
+        for _ in range(2):
+            with contextlib.suppress(asyncio.CancelledError):
+                await elapse(60.0)
+
+    async def look(_: Any) -> None:
+        seen.append(WHO.get())
+
+    if by_policy:
+        pipeline = staged(("a", compensable(ignores_its_cancel, nothing, timeout=1.0)), ("b", look))
+        policy: Any = ContinueWithFallback(fallbacks={"a": {}}, cancel_grace=1.0)
+    else:
+        stages = {name: compensable(nothing, look) for name in "ac"}
+        pipeline = staged(("a", stages["a"]), ("b", compensable(nothing, ignores_its_cancel)), ("c", stages["c"]), ("d", fails))
+        policy = FailFast(compensation=Compensation(retry=Retry(attempts=1), timeout=1.0, on_failure="continue"), cancel_grace=1.0)
+
+    async def play() -> SagaReport:
+        report = await SagaCoordinator(policy).run(pipeline)
+        await elapse(120.0)
+        return report
+
+    report = run(play())
+
+    assert report.status is (SagaStatus.STUCK)
+    assert seen == (["the caller"] if by_policy else ["the caller", "the caller"])
+
+
+def test_a_deadline_that_passes_in_the_turn_in_which_stages_begin_cancels_what_runs() -> None:
+    cancelled: list[str] = []
+
+    async def hangs(_: SagaContext) -> None:
+        try:
+            await elapse(3600.0)
+        except asyncio.CancelledError:
+            cancelled.append("hangs")
+            raise
+
+    async def computes(_: SagaContext) -> None:
+        await asyncio.sleep(0)
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, ControlledLoop)
+        loop.compute(2.0)
+        await asyncio.sleep(0)
+
+    pipeline = staged(("computes", computes)).with_stage("hangs", compensable(hangs, nothing))
+    for name in "cde":
+        pipeline = pipeline.with_stage(name, nothing, "work", dependencies=("computes",))
+
+    report = run(SagaCoordinator(FailFast(deadline=1.0, drain_timeout=None)).run(pipeline))
+
+    assert cancelled == ["hangs"]
+    assert report.cause is not None
+    assert report.cause.kind is FailureKind.TIMEOUT
+
+
+def compute_for_a_second(ctx: Any, called: list[str]) -> None:
+    called.append(ctx.stage_name)
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, ControlledLoop)
+    loop.compute(1.0)
+
+
+def test_no_stage_starts_after_the_deadline_though_none_ever_awaits() -> None:
+    ran: list[str] = []
+
+    async def computes(ctx: SagaContext) -> None:
+        compute_for_a_second(ctx, ran)
+
+    report = run(SagaCoordinator(FailFast(deadline=2.5)).run(staged(*((f"s{number}", computes) for number in range(10)))))
+
+    assert report.cause is not None
+    assert report.cause.message == "the forward run exceeded its deadline of 2.5 s"
+    assert ran == ["s0", "s1", "s2"]
+
+
+def test_no_compensation_starts_after_the_deadline_though_none_ever_awaits() -> None:
+    undone: list[str] = []
+
+    async def computes(ctx: CompensationContext) -> None:
+        compute_for_a_second(ctx, undone)
+
+    stages = [(f"s{number}", compensable(nothing, computes)) for number in range(10)]
+
+    report = run(SagaCoordinator(FailFast(compensation=Compensation(deadline=2.5))).run(staged(*stages, ("last", fails))))
+
+    assert report.status is SagaStatus.STUCK
+    assert undone == ["s9", "s8", "s7"]
+
+
+async def exits_like_a_generator(*_: Any) -> None:
+    raise GeneratorExit
+
+
+@pytest.mark.parametrize("where", ["stage", "fallback", "probe", "compensation"])
+def test_code_that_raises_generator_exit_has_failed_and_nobody_waits_for_ever(where: str) -> None:
+    bad = exits_like_a_generator
+
+    async def hangs(_: SagaContext) -> None:
+        await elapse(60.0)
+
+    forward: Any = {"stage": bad, "fallback": fails, "probe": hangs, "compensation": nothing}[where]
+    stage = compensable(
+        forward,
+        bad if where == "compensation" else nothing,
+        fallback=bad if where == "fallback" else None,
+        probe=bad if where == "probe" else None,
+        timeout=1.0,
+    )
+    policy = ContinueWithFallback() if where == "fallback" else FailFast()
+
+    report = run(SagaCoordinator(policy).run(staged(("a", stage), ("b", fails))))
+
+    assert "GeneratorExit" in [failure.type for failure in report.failures]
+    assert report.ended_at is not None
+
+
+async def raises_when_it_is_cancelled(_: Any) -> None:
+    try:
+        await elapse(60.0)
+    except asyncio.CancelledError:
+        raise RuntimeError("half of it could not be given back") from None
+
+
+def test_what_a_stage_raises_when_its_time_is_up_is_in_the_report() -> None:
+    """Promise 9."""
+    report = run(SagaCoordinator().run(staged(("a", compensable(raises_when_it_is_cancelled, nothing, timeout=1.0)))))
+
+    (failure,) = report.failures
+    assert failure.kind is FailureKind.TIMEOUT
+    assert failure.message == "no answer within 1 s; then it raised RuntimeError: half of it could not be given back"
+    assert failure.traceback is not None
+    assert failure.traceback.endswith("RuntimeError: half of it could not be given back\n")
+    assert report.stages["a"].state is StageState.IN_DOUBT
+
+
+def test_what_a_compensation_raises_when_its_time_is_up_is_in_the_report() -> None:
+    """Promise 9."""
+    undo = Compensation(retry=Retry(attempts=1), timeout=1.0)
+    pipeline = staged(("a", compensable(nothing, raises_when_it_is_cancelled, compensation=undo)), ("b", fails))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    failure = report.failures[-1]
+    assert failure.message == "no answer within 1 s; then it raised RuntimeError: half of it could not be given back"
+    assert failure.traceback is not None
+    assert "RuntimeError: half of it could not be given back" in failure.traceback
+    assert set(report.stuck) == {"a"}
+
+
+REFUSALS = {
+    "fail": (StageOutput.fail("the bank refused"), "it returned FAIL: the bank refused"),
+    "retry": (StageOutput.retry("later"), "it returned RETRY: later"),
+    "cancel": (StageOutput.cancel("not today"), "it returned CANCEL: not today"),
+}
+
+
+@pytest.mark.parametrize("said", REFUSALS)
+def test_a_compensation_that_returns_that_it_failed_has_failed(said: str) -> None:
+    """Promise 5: an effect whose undoing was refused is never called undone."""
+    returned, message = REFUSALS[said]
+    answers = [returned, returned, returned]
+
+    async def refuses(_: CompensationContext) -> Any:
+        return answers.pop()
+
+    report = run(SagaCoordinator().run(staged(("a", compensable(nothing, refuses)), ("b", fails))))
+
+    assert answers == []
+    assert set(report.stuck) == {"a"}
+    assert report.stages["a"].compensation is not None
+    assert report.stages["a"].compensation.failure is not None
+    assert report.stages["a"].compensation.failure.message == message
+
+
+@pytest.mark.parametrize("returned", [None, StageOutput.ok(), StageOutput.skip("it was gone already"), {"refund": 7}, False])
+def test_what_else_a_compensation_returns_says_nothing(returned: Any) -> None:
+    async def undo(_: CompensationContext) -> Any:
+        return returned
+
+    report = run(SagaCoordinator().run(staged(("a", compensable(nothing, undo)), ("b", fails))))
+
+    assert report.status is SagaStatus.COMPENSATED
