@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import inspect
 from collections.abc import Callable, Coroutine
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -98,6 +99,7 @@ class LiveSaga(Host):
         self.stop: Callable[[Failure], None] | None = None
         self.is_stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._recordings: dict[str, list[Coroutine[Any, Any, None]]] = {}
 
     def private_context(self) -> PipelineContext:
         """Stageflow's context for this run alone, with stageflow's own timeouts off."""
@@ -168,8 +170,17 @@ class LiveSaga(Host):
             _host=self,
         )
 
-    async def record_effect(self, stage: str, effect: Any) -> None:
-        """Write one partial effect of a running stage to the ledger."""
+    def record_effect(self, stage: str, effect: Any) -> Coroutine[Any, Any, None]:
+        """Write one partial effect of a running stage to the ledger, when it is awaited."""
+        recording = self._record_effect(stage, effect)
+        self._recordings[stage] = [*self.forgotten(stage), recording]
+        return recording
+
+    def forgotten(self, stage: str) -> list[Coroutine[Any, Any, None]]:
+        """What a stage has recorded and not awaited."""
+        return [one for one in self._recordings.pop(stage, ()) if inspect.getcoroutinestate(one) == inspect.CORO_CREATED]
+
+    async def _record_effect(self, stage: str, effect: Any) -> None:
         if self.journal.state.graph[stage].role is not Role.COMPENSABLE:
             raise refuse_record(stage)
         write = start(self.journal.record(EffectRecorded(stage=stage, effect=copied(effect))))

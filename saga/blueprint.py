@@ -6,6 +6,7 @@ Everything that can be known to be wrong is refused here, before anything runs.
 from __future__ import annotations
 
 import inspect
+import re
 import weakref
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, is_dataclass, replace
@@ -18,6 +19,7 @@ from saga.compensable import PivotStage
 from saga.errors import PipelineInvalid, PolicyInvalid
 from saga.graph import Graph, Node, Role
 from saga.policies import Compensation, ContinueWithFallback, FailFast, Retry
+from saga.text import written
 
 if TYPE_CHECKING:
     from stageflow.pipeline.pipeline import UnifiedStageSpec
@@ -102,6 +104,9 @@ class Blueprint:
         if known is not None and known[1].specs == specs:
             return known[1]
         blueprint = cls._read(pipeline, specs)
+        if len(_KNOWN) >= _MOST_KNOWN:
+            # A pipeline that a stage of its own refers to is kept alive by what was read of it.
+            del _KNOWN[next(iter(_KNOWN))]
         _KNOWN[key] = (weakref.ref(pipeline, lambda _: _KNOWN.pop(key, None)), blueprint)
         return blueprint
 
@@ -147,7 +152,17 @@ class Blueprint:
                 )
 
 
+def _refuse_ambiguous(name: str) -> None:
+    if _AMBIGUOUS.search(name) or written(name) != name:
+        raise PipelineInvalid(
+            "a stage name in UTF-8 without '/' that doesn't end in ~ or # and a number",
+            got=repr(written(name)),
+            hint="Idempotency keys and paths are made of names, and two stages would share one.",
+        )
+
+
 def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
+    _refuse_ambiguous(name)
     runner: Any = spec.runner
     config = spec.config
     make: Callable[[], Runner]
@@ -257,5 +272,7 @@ def _declared_model(name: str, stage: object) -> Any:
     raise PipelineInvalid("output_model to be a pydantic model, a dataclass or None", got=repr(model), stage=name)
 
 
+_AMBIGUOUS: Final = re.compile(r"/|[~#]\d+$")
+_MOST_KNOWN: Final = 1000
 _KNOWN: Final[dict[int, tuple[weakref.ref[Pipeline], Blueprint]]] = {}
 """What was read of the pipelines that are alive, by identity: a pipeline has no hash."""

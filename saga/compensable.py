@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 from stageflow.api import StageContext, StageKind, StageOutput
 
@@ -26,8 +26,8 @@ Returned = StageOutput | dict[str, Any] | None
 class Host(Protocol):
     """What a running saga offers to the code of its stages."""
 
-    async def record_effect(self, stage: str, effect: Any) -> None:
-        """Write one partial effect of a running stage to the ledger."""
+    def record_effect(self, stage: str, effect: Any) -> Coroutine[Any, Any, None]:
+        """Write one partial effect of a running stage to the ledger, when it is awaited."""
         ...
 
     async def run_child(
@@ -66,15 +66,16 @@ class SagaContext(StageContext):
     idempotency_key: str
     _host: Host
 
-    async def record(self, effect: Any) -> None:
-        """Note a partial effect in the ledger before the stage goes on.
+    def record(self, effect: Any) -> Coroutine[Any, Any, None]:
+        """Note a partial effect in the ledger before the stage goes on: `await ctx.record(effect)`.
 
-        When the stage then fails, its compensation gets what was recorded, oldest first, as `ctx.effects`.
+        When the stage then fails, its compensation gets what was recorded, oldest first, as `ctx.effects`. What was recorded without
+        `await` is noted when the attempt has ended, with a RuntimeWarning: a process that dies before knows nothing of it.
 
         Raises:
             MisuseError: The stage has no compensation, so nothing would ever undo the effect.
         """
-        await self._host.record_effect(self.stage_name, effect)
+        return self._host.record_effect(self.stage_name, effect)
 
     async def run_saga(
         self, pipeline: Pipeline, context: PipelineContext | None = None, *, policy: Policy | None = None, **context_fields: Any
@@ -203,13 +204,37 @@ Probe = Callable[[CompensationContext], Awaitable[StageOutput | None]]
 Fallback = Callable[[SagaContext, Failure], Awaitable[Returned]]
 
 
-class _Composed:
-    """A stage made of parts: somebody's runner, and functions beside it."""
+_PARTS: Final = (
+    "probe",
+    "fallback",
+    "retry",
+    "timeout",
+    "compensation",
+    "compensate_in_doubt",
+    "idempotent",
+    "output_model",
+    "bounds_itself",
+    "holds_pivot",
+)
+"""What a stage may declare beside its kind."""
 
-    def __init__(self, execute: Callable[[Any], Awaitable[Returned]], parts: dict[str, Any]) -> None:
-        self.execute = execute
-        for part, value in parts.items():
-            setattr(self, part, value)
+
+class _Composed:
+    """A stage made of parts: somebody's runner, and what is given beside it, which counts before what the runner says itself."""
+
+    def __init__(self, runner: Any, given: Mapping[str, Any]) -> None:
+        self.execute = getattr(runner, "execute", runner)
+        self.compensate = given["compensate"]
+        self.kind = _kind(runner, given)
+        for part in _PARTS:
+            value = given.get(part)
+            value = getattr(runner, part, None) if value is None else value
+            if value is not None:
+                setattr(self, part, value)
+
+
+def _kind(runner: Any, given: Mapping[str, Any]) -> Any:
+    return given["kind"] or getattr(runner, "kind", None) or StageKind.WORK
 
 
 def compensable(
@@ -241,9 +266,10 @@ def compensable(
         kind: stageflow's category; None: the runner's, else WORK.
 
     Raises:
-        PipelineInvalid: The runner is none of these.
+        PipelineInvalid: The runner is none of these, or a pivot, which nothing undoes.
     """
     given = {
+        "compensate": compensate,
         "probe": probe,
         "fallback": fallback,
         "retry": retry,
@@ -253,29 +279,20 @@ def compensable(
         "idempotent": idempotent or None,
         "kind": kind,
     }
-    parts: dict[str, Any] = {part: getattr(runner, part, None) for part in ("retry", "timeout", "idempotent", "probe", "fallback", "kind")}
-    if isinstance(runner, type):
-        # Unbound methods of the class would lack their self; those are read from the instance below.
-        parts["probe"] = parts["fallback"] = None
-    parts |= {part: value for part, value in given.items() if value is not None}
-    parts["kind"] = parts["kind"] or StageKind.WORK
-    parts["compensate"] = compensate
-
+    if isinstance(runner, PivotStage) or (isinstance(runner, type) and issubclass(runner, PivotStage)):
+        raise PipelineInvalid("a runner that can be undone", got=f"the pivot {runner!r}", hint="A pivot is the point of no return.")
     if isinstance(runner, type):
 
         class Compensable(_Composed):
             def __init__(self, **config: Any) -> None:
-                instance = runner(**config)
-                own = {part: getattr(instance, part, None) for part in ("probe", "fallback")}
-                super().__init__(instance.execute, own | {part: value for part, value in parts.items() if value is not None})
+                super().__init__(runner(**config), given)
 
         Compensable.__name__ = Compensable.__qualname__ = f"compensable({runner.__name__})"
-        Compensable.kind = parts["kind"]  # type: ignore[attr-defined] # stageflow reads it off the class
+        Compensable.kind = _kind(runner, given)  # stageflow reads it off the class
         return Compensable
-    execute = getattr(runner, "execute", runner)
-    if not callable(execute):
+    if not callable(getattr(runner, "execute", runner)):
         raise PipelineInvalid("a stage class, a stage instance or an async callable", got=repr(runner))
-    return _Composed(execute, parts)
+    return _Composed(runner, given)
 
 
 def child_id(forward_key: str, attempt: int) -> str:

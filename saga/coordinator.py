@@ -31,7 +31,17 @@ from saga.errors import (
     SagaNotFound,
     SagaUnrecorded,
 )
-from saga.events import AnyEvent, SagaEnded, SagaStarted, SagaTurnedBack, StageSettled, TurnReason, Verdict
+from saga.events import (
+    AnyEvent,
+    CompensationStarted,
+    SagaEnded,
+    SagaStarted,
+    SagaTurnedBack,
+    StageSettled,
+    StageStarted,
+    TurnReason,
+    Verdict,
+)
 from saga.failures import Failure
 from saga.forward import Forward
 from saga.graph import Role
@@ -499,7 +509,7 @@ class SagaCoordinator:
             # Somebody else goes on with it; what is in effect is theirs to know.
             raise
         except LedgerError as error:
-            raise _unrecorded(saga.journal.state, error) from error
+            raise _unrecorded(saga.journal, error) from error
         finally:
             await self._let_go(saga)
             if saga.id in self._late:
@@ -638,12 +648,24 @@ class SagaCoordinator:
             _LOG.exception("saga %s: what came late (%s) could not be recorded; look at its stages in the outside world", saga_id, names)
 
 
-def _unrecorded(state: SagaState, error: LedgerError) -> SagaUnrecorded:
+def _unrecorded(journal: Journal, error: LedgerError) -> LedgerError:
+    """What to say of a saga that its ledger failed: what is in effect, and what nobody knows."""
+    state, unwritten = journal.state, journal.unwritten
+    if any(isinstance(event, SagaStarted) for event in unwritten):
+        return LedgerError(
+            f"saga {state.started.saga_id} could not begin: {error}. None of its stages ran. When the ledger is back, run it again; "
+            "should it hold this one all the same, go on with that instead."
+        )
+    # Its code has not run: it waited for this event to be in the ledger.
+    never_began = {event.stage for event in unwritten if isinstance(event, StageStarted | CompensationStarted)}
     stands = {StageState.KEPT, StageState.STUCK, StageState.COMPENSATING}
     under_way = {StageState.RUNNING, StageState.COMPENSATING}
-    effects = [name for name, record in state.stages.items() if state.graph[name].role is not Role.PLAIN and record.state in stands]
-    unknown = [name for name, record in state.stages.items() if record.state in under_way]
-    in_effect = [name for name in effects if name not in unknown]
+    unknown = [name for name, record in state.stages.items() if record.state in under_way and name not in never_began]
+    in_effect = [
+        name
+        for name, record in state.stages.items()
+        if state.graph[name].role is not Role.PLAIN and record.state in stands and name not in unknown
+    ]
     return SagaUnrecorded(state.started.saga_id, error, in_effect=in_effect, unknown=unknown)
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from stageflow.api import StageCancellationRequested, StageOutput, StageStatus
 
 from saga.asking import ask
 from saga.compensable import SagaContext
-from saga.errors import LedgerError
+from saga.errors import LedgerError, MisuseError, NotStorable
 from saga.events import FallbackFailed, FallbackUsed, SagaStopped, StageCompleted, StageFailed, StageSkipped, StageStarted
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
@@ -312,6 +313,8 @@ class Forward(Stages):
             outcome = await self._attempt(run, seconds)
             if run.given_up:
                 return outcome
+            for recording in self._saga.forgotten(name):
+                outcome = await self._catch_up(run, recording, outcome)
             if outcome.failure is None:
                 await self._record(self._end_of(run, outcome))
                 self._refuse_unstorable(name)
@@ -344,6 +347,15 @@ class Forward(Stages):
             goes_on = wait is not None and await self._pause(wait)
         # Called off: the failure that was to be mended stands.
         await self._record(StageFailed(stage=name, failure=failure, in_doubt=run.record.doubt, output=output))
+        return outcome
+
+    async def _catch_up(self, run: _StageRun, recording: Coroutine[Any, Any, None], outcome: _Outcome) -> _Outcome:
+        """Record what the stage has recorded without `await`; the attempt's outcome with that."""
+        warnings.warn(f"stage {run.name!r} called ctx.record(...) without await", RuntimeWarning, stacklevel=2)
+        try:
+            await recording
+        except (MisuseError, NotStorable) as error:
+            return _Outcome(failure=outcome.failure or Failure.raised(run.name, error, attempt=run.record.attempts))
         return outcome
 
     def _start_of(self, run: _StageRun) -> StageStarted:

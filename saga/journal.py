@@ -57,6 +57,8 @@ class Journal:
     whoever resumes, so no further effect may start.
 
     Attributes:
+        error: What went wrong with an append; None if nothing did.
+        unwritten: The events that were to be written then: what they were to guard has not run.
         linger: Seconds after which an event is written although nobody waits for it.
     """
 
@@ -76,6 +78,7 @@ class Journal:
         self.saga_id: Final = saga_id
         self.state: Final = state
         self.error: LedgerError | None = None
+        self.unwritten: list[AnyEvent] = []
         self.unstorable: dict[str, NotStorable] = {}
         self._ledger = ledger
         self._version = version
@@ -173,21 +176,25 @@ class Journal:
                 await self._wait_for_creation(events)
             else:
                 await self._create(events)
-        except LedgerError as error:
-            self.error = error
-            raise
-        except Exception as error:  # whatever a ledger's driver raises
-            self.error = LedgerError(f"the ledger failed to record {_named(events)} of saga {self.saga_id}: {error}")
+        except BaseException as error:
+            self.unwritten += events
+            self.error = self._told(error, events)
+            if isinstance(error, KeyboardInterrupt | SystemExit | LedgerError):
+                raise
             raise self.error from error
-        except asyncio.CancelledError as error:
-            # Whether it was written is unknown; a worker that died of this would leave its saga waiting for ever.
-            self.error = LedgerError(f"recording {_named(events)} of saga {self.saga_id} was cancelled from outside")
-            raise self.error from error
-        except (KeyboardInterrupt, SystemExit):
-            self.error = LedgerError(f"the process was told to end while {_named(events)} of saga {self.saga_id} was recorded")
-            raise
         if self._listeners:
             tell(self._listeners, self.saga_id, events)
+
+    def _told(self, error: BaseException, events: Sequence[AnyEvent]) -> LedgerError:
+        match error:
+            case LedgerError():
+                return error
+            case Exception():  # whatever a ledger's driver raises
+                return LedgerError(f"the ledger failed to record {_named(events)} of saga {self.saga_id}: {error}")
+            case asyncio.CancelledError():
+                # Whether it was written is unknown; a worker that died of this would leave its saga waiting for ever.
+                return LedgerError(f"recording {_named(events)} of saga {self.saga_id} was cancelled from outside")
+        return LedgerError(f"the process was told to end while {_named(events)} of saga {self.saga_id} was recorded")
 
     async def _create(self, events: Sequence[AnyEvent]) -> None:
         self._is_creating = True
@@ -231,5 +238,5 @@ def tell(listeners: Sequence[Listener], saga_id: str, events: Sequence[AnyEvent]
         for listener in listeners:
             try:
                 listener(saga_id, event)
-            except Exception:  # noqa: BLE001 - whatever a listener raises
+            except (Exception, asyncio.CancelledError):  # noqa: BLE001 - whatever a listener raises
                 _LOG.exception("saga %s: a listener failed on %s; the saga goes on", saga_id, type(event).__name__)

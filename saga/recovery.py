@@ -99,6 +99,7 @@ class StageRecord:
         effects: What it recorded, oldest first.
         failure: Its last failure forward.
         failed: Its execution failed for good, and no probe found its effect; also when that was undone later.
+        gave_up: Its execution failed for good, whatever a probe found after that.
         fell_back: Its fallback stands in.
         fallback_failed: Its own fallback failed.
         with_branch: It was skipped because something that it depends on failed.
@@ -132,6 +133,7 @@ class StageRecord:
     effects: tuple[Any, ...] = ()
     failure: Failure | None = None
     failed: bool = False
+    gave_up: bool = False
     fell_back: bool = False
     fallback_failed: bool = False
     with_branch: bool = False
@@ -317,7 +319,7 @@ class SagaState:
             record.started_at = event.at
         # What a probe answered holds for the attempts before it.
         record.state, record.answer, record.unanswered, record.again, record.failed = _S.RUNNING, None, False, False, False
-        record.with_branch, record.skip_reason, record.may_repeat = False, None, False
+        record.with_branch, record.skip_reason, record.may_repeat, record.gave_up = False, None, False, False
         record.is_acting, record.attempts, record.execution = True, event.attempt, event.execution
         record.tries = (*record.tries, Try(event.at))
 
@@ -362,7 +364,7 @@ class SagaState:
         if event.will_retry:
             return
         record.again = False
-        record.failed, record.ended_at, record.output = True, event.at, event.output
+        record.failed, record.gave_up, record.ended_at, record.output = True, True, event.at, event.output
         if record.doubt:
             record.state = _S.IN_DOUBT
         elif event.failure.kind is FailureKind.CANCELLED:

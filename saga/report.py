@@ -69,7 +69,8 @@ class StageReport:
     Attributes:
         state: Where it stands.
         output: What it gave: its output, its fallback's, or what it returned beside a failure or a skip.
-        failure: The last failure of its execution.
+        failure: The last failure of its execution, also when a later attempt succeeded.
+        failed: Whether its execution failed for good, whatever a probe or a person said after that.
         attempts: How often its execution was started.
         started_at: When the first attempt started, UTC.
         ended_at: When the last one ended, UTC.
@@ -89,6 +90,7 @@ class StageReport:
     state: StageState
     output: Output | None = None
     failure: Failure | None = None
+    failed: bool = False
     attempts: int = 0
     started_at: datetime | None = None
     ended_at: datetime | None = None
@@ -122,6 +124,7 @@ class StageReport:
             state=state,
             output=None if record.output is None else copied_output(record.output),
             failure=record.failure,
+            failed=record.gave_up,
             attempts=record.attempts,
             started_at=record.started_at,
             ended_at=record.ended_at,
@@ -251,8 +254,7 @@ class SagaReport(BaseModel):
     @property
     def failed(self) -> tuple[str, ...]:
         """The stages whose execution failed for good, also where recorded effects were undone or a fallback stands in."""
-        ended_well = {_S.KEPT, _S.RUNNING, _S.NOT_RUN, _S.CANCELLED}
-        return tuple(name for name, stage in self.stages.items() if stage.failure is not None and stage.state not in ended_well)
+        return tuple(name for name, stage in self.stages.items() if stage.failed and stage.state not in {_S.KEPT, _S.CANCELLED})
 
     @property
     def skipped(self) -> tuple[str, ...]:

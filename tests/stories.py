@@ -27,6 +27,7 @@ from saga.events import (
 )
 from saga.graph import Graph, Node, Role
 from saga.lint import Explanation, explain
+from saga.text import written
 
 BEGIN = datetime(2026, 3, 14, 9, 26, 53, tzinfo=UTC)
 
@@ -232,7 +233,8 @@ def thought_of(policy: Policy | None = None) -> Explanation:
 
 def chain_thought_of(names: Iterable[str]) -> Explanation:
     pipeline, before = Pipeline(name="chain"), tuple[str, ...]()
-    for name in names:
+    # What a stage can't be called, because keys and paths are made of it, is in the names of a nested saga's stages.
+    for name in [written(name).replace("/", "|") for name in names]:
         pipeline, before = pipeline.with_stage(name, Undoable, dependencies=before), (name,)
     return explain(pipeline)
 

@@ -436,12 +436,13 @@ def test_an_output_that_no_longer_fits_its_model_is_refused_before_anything_runs
 # -- listeners -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("raised", [ValueError, asyncio.CancelledError])
 @pytest.mark.parametrize("ledger", [MemoryLedger, SlowDisk])
-def test_listeners_are_told_what_is_in_the_ledger_and_harm_no_saga(ledger: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_listeners_are_told_what_is_in_the_ledger_and_harm_no_saga(ledger: Any, raised: Any, caplog: pytest.LogCaptureFixture) -> None:
     heard: list[tuple[str, AnyEvent]] = []
 
     def fails(_: str, event: AnyEvent) -> None:
-        raise ValueError("deaf")
+        raise raised("deaf")
 
     kept = ledger()
     _, pipeline = scene(SEQUENCE, {"c": Script("raise", undo_fails=9), "b": Script(undo_fails=9)})

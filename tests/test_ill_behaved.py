@@ -18,6 +18,7 @@ from saga import (
     ContinueWithFallback,
     FailFast,
     FailureKind,
+    LedgerError,
     Retry,
     SagaContext,
     SagaCoordinator,
@@ -26,7 +27,9 @@ from saga import (
     StageState,
     compensable,
 )
+from saga.events import SagaStarted
 from tests.controlled import ControlledLoop, elapse, run
+from tests.slow import SlowDisk
 
 Code = Callable[[Any], Awaitable[Any]]
 WHO: ContextVar[str] = ContextVar("WHO", default="the caller")
@@ -310,3 +313,69 @@ def test_what_else_a_compensation_returns_says_nothing(returned: Any) -> None:
     report = run(SagaCoordinator().run(staged(("a", compensable(nothing, undo)), ("b", fails))))
 
     assert report.status is SagaStatus.COMPENSATED
+
+
+@pytest.mark.parametrize("then", ["returns", "raises"])
+def test_an_effect_that_was_recorded_without_await_is_undone_all_the_same(then: str) -> None:
+    undone: list[Any] = []
+
+    async def forgets(ctx: SagaContext) -> None:
+        await ctx.record("first")
+        ctx.record("second")  # type: ignore[unused-coroutine] # what the test is about
+        ctx.record("third")  # type: ignore[unused-coroutine] # as above
+        if then == "raises":
+            raise ConnectionError("no line")
+
+    async def undo(ctx: CompensationContext) -> None:
+        undone.extend(ctx.effects)
+
+    with pytest.warns(RuntimeWarning, match="stage 'a' called ctx.record"):
+        report = run(SagaCoordinator().run(staged(("a", compensable(forgets, undo)), ("b", fails))))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert undone == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("then", ["returns", "raises"])
+def test_what_a_plain_stage_records_without_await_fails_it(then: str) -> None:
+    async def forgets(ctx: SagaContext) -> None:
+        ctx.record("seat")  # type: ignore[unused-coroutine] # what the test is about
+        if then == "raises":
+            raise ConnectionError("no line")
+
+    with pytest.warns(RuntimeWarning, match="stage 'a' called ctx.record"):
+        report = run(SagaCoordinator().run(staged(("a", forgets))))
+
+    assert report.cause is not None
+    expected = "no line" if then == "raises" else "expected ctx.record only in a stage with a compensation"
+    assert report.cause.message.startswith(expected)
+
+
+@pytest.mark.parametrize("ends", ["ok", "skip"])
+def test_a_stage_that_failed_and_then_succeeded_is_not_among_those_that_failed(ends: str) -> None:
+    async def second_time(ctx: SagaContext) -> StageOutput:
+        if ctx.attempt == 1:
+            raise ConnectionError("no line")
+        return StageOutput.ok(seat="14A") if ends == "ok" else StageOutput.skip("no seat wanted")
+
+    stage = compensable(second_time, nothing, retry=Retry(attempts=2, wait=0))
+
+    report = run(SagaCoordinator().run(staged(("a", stage), ("b", fails))))
+
+    assert report.failed == ("b",)
+    assert report.stages["a"].failure is not None
+    assert "a" not in report.to_pipeline_results() or ends == "skip"
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_when_the_first_write_fails_the_error_says_that_nothing_ran(stages: int) -> None:
+    ledger = SlowDisk()
+    ledger.breaks_at = SagaStarted
+    pipeline = Pipeline(name="p")
+    for number in range(stages):
+        pipeline = pipeline.with_stage(f"s{number}", compensable(nothing, nothing))
+
+    with pytest.raises(LedgerError, match=r"saga \w+ could not begin: .*no space left.* None of its stages ran\.") as caught:
+        run(SagaCoordinator(ledger=ledger).run(pipeline))
+
+    assert "resume" not in str(caught.value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +104,16 @@ PIPELINES: dict[str, tuple[Pipeline, str]] = {
     ),
     "empty name": (pipeline(spec("")), "expected a stage name with at least one visible character, for stage '', got ''"),
     "blank name": (pipeline(spec(" ")), "expected a stage name with at least one visible character, for stage ' ', got ' '"),
+    "name with a slash": (
+        pipeline(spec("pay/fee")),
+        "expected a stage name in UTF-8 without '/' that doesn't end in ~ or # and a number, got 'pay/fee'",
+    ),
+    "name of a second execution": (pipeline(spec("pay~2")), "expected a stage name in UTF-8 without '/'"),
+    "name of a second child": (pipeline(spec("pay#2")), "expected a stage name in UTF-8 without '/'"),
+    "name that no file holds": (
+        pipeline(spec("pay\ud800")),
+        "expected a stage name in UTF-8 without '/' that doesn't end in ~ or # and a number",
+    ),
     "sync execute": (
         pipeline(spec("pay", SyncExecute())),
         "expected an async execute, for stage 'pay', got the plain def SyncExecute.execute",
@@ -325,6 +337,30 @@ def test_a_pipeline_that_is_not_the_sagas_cannot_undo_it() -> None:
         "stage 'a': role was 'compensable', is 'pivot'",
         "stage 'b': dependencies was ['a'], is []",
     )
+
+
+def test_of_pipelines_whose_stages_refer_to_them_not_all_are_kept() -> None:
+    """One that is made for each request, say, whose stage goes on with the saga of that same pipeline."""
+
+    def refers_to_itself() -> Pipeline:
+        async def look(_: Any) -> dict[str, Any]:
+            return {"name": mine.name}
+
+        mine = pipeline(spec("a", look))
+        return mine
+
+    async def many() -> list[weakref.ref[Pipeline]]:
+        made = []
+        for _ in range(1100):
+            one = refers_to_itself()
+            made.append(weakref.ref(one))
+            await SagaCoordinator().run(one)
+        return made
+
+    made = run(many())
+    gc.collect()
+
+    assert sum(ref() is not None for ref in made) <= 1000
 
 
 def test_a_pipeline_that_was_changed_after_its_first_run_is_read_again() -> None:

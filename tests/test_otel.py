@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import re
+import weakref
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -586,6 +588,22 @@ def test_a_saga_in_which_nothing_failed_keeps_none_of_its_outputs_in_memory() ->
 
     assert backend.listener._at_rest["good"].state is None
     assert backend.listener._at_rest["bad"].state is not None
+
+
+def test_of_a_saga_that_failed_no_exception_is_kept_in_memory() -> None:
+    """Its traceback would keep the whole run, and all that the stage had in its hands."""
+    held: list[weakref.ref[Backend]] = []
+
+    async def fails(_: Any) -> None:
+        connection = Backend()
+        held.append(weakref.ref(connection))
+        raise ConnectionError("no line")
+
+    backend = Backend()
+    run(backend.coordinator().run(Pipeline(name="p").with_stage("a", fails, "work")))
+    gc.collect()
+
+    assert [ref() for ref in held] == [None]
 
 
 def test_fallbacks_and_recorded_effects_are_events_of_the_saga_and_of_the_attempt() -> None:

@@ -35,6 +35,7 @@ from saga.events import (
     StageProbed,
     StageSkipped,
     StageStarted,
+    at_rest,
 )
 from saga.failures import Failure, FailureKind
 from saga.ledger import Ledger, StageState
@@ -122,6 +123,7 @@ class OpenTelemetryListener:
 
     def __call__(self, saga_id: str, event: AnyEvent) -> None:
         """Take in an event."""
+        event = at_rest(event)
         saga = self._alive.get(saga_id) or self._at_rest.get(saga_id) or _Saga()
         _fold(saga, event)
         match event:

@@ -1,0 +1,127 @@
+"""Stages that are made with `compensable` of what others wrote."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from stageflow.api import Pipeline, StageOutput, stage
+
+from saga import (
+    CompensableStage,
+    CompensationContext,
+    PipelineInvalid,
+    PivotStage,
+    Retry,
+    SagaContext,
+    SagaCoordinator,
+    SagaReport,
+    SagaStatus,
+    compensable,
+    nested,
+)
+from saga.blueprint import Blueprint
+from saga.ledgers.sqlite import SQLiteLedger
+from tests.controlled import run
+
+
+async def nothing(*_: Any) -> None: ...
+
+
+class Seat(BaseModel):
+    number: str
+
+
+class Booked(BaseModel):
+    seat: Seat
+
+
+class Runner:
+    kind = "work"
+    output_model = Booked
+
+    async def execute(self, _: Any) -> StageOutput:
+        return StageOutput.ok(seat=Seat(number="14A"))
+
+
+@pytest.mark.parametrize("runner", [Runner, Runner()], ids=["class", "instance"])
+def test_what_its_runner_declares_of_its_output_holds_after_a_restart(runner: Any, tmp_path: Path) -> None:
+    freed: list[str] = []
+
+    async def free(ctx: CompensationContext) -> None:
+        assert ctx.output is not None
+        freed.append(ctx.output.data["seat"].number)
+
+    pipeline = Pipeline(name="p").with_stage("seat", compensable(runner, free))
+
+    async def in_two_lives() -> SagaReport:
+        async with SQLiteLedger(tmp_path / "ledger.db") as ledger:
+            await SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s")
+        async with SQLiteLedger(tmp_path / "ledger.db") as ledger:
+            return await SagaCoordinator(ledger=ledger).compensate("s", pipeline)
+
+    assert asyncio.run(in_two_lives()).status is SagaStatus.COMPENSATED
+    assert freed == ["14A"]
+
+
+class Patient:
+    """Says of itself when it is made how patient it is."""
+
+    kind = "work"
+
+    def __init__(self, seconds: float = 1.0) -> None:
+        self.timeout = seconds
+        self.retry = Retry(attempts=4, wait=0)
+        self.idempotent = True
+
+    async def execute(self, _: Any) -> None: ...
+
+
+def test_what_a_class_says_of_itself_when_it_is_made_counts() -> None:
+    made = stage("a", compensable(Patient, nothing), config={"seconds": 7.0})
+    given = stage("b", compensable(Patient, nothing, timeout=3.0, retry=Retry(attempts=2)))
+
+    blueprint = Blueprint.of(Pipeline(name="p", stages={"a": made, "b": given}))
+
+    assert (blueprint.stages["a"].timeout, blueprint.stages["a"].retry, blueprint.graph["a"].idempotent) == (
+        7.0,
+        Retry(attempts=4, wait=0),
+        True,
+    )
+    assert (blueprint.stages["b"].timeout, blueprint.stages["b"].retry) == (3.0, Retry(attempts=2))
+
+
+class Send(PivotStage):
+    async def execute(self, ctx: SagaContext) -> None: ...
+
+
+@pytest.mark.parametrize("pivot", [Send, Send()], ids=["class", "instance"])
+def test_a_pivot_can_not_be_made_compensable(pivot: Any) -> None:
+    with pytest.raises(PipelineInvalid, match=r"expected a runner that can be undone, got the pivot .* A pivot is the point of no return"):
+        compensable(pivot, nothing)
+
+
+def test_a_nested_saga_with_a_pivot_holds_what_it_depends_on_under_another_compensation_too() -> None:
+    """Promise 10."""
+    undone: list[str] = []
+
+    class Note(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> None: ...
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            undone.append(ctx.stage_name)
+
+    async def fails(_: Any) -> None:
+        raise ConnectionError("no line")
+
+    child = nested(Pipeline(name="child").with_stage("send", Send))
+    pipeline = Pipeline(name="p").with_stage("before", Note).with_stage("child", compensable(child, nothing), dependencies=("before",))
+    pipeline = pipeline.with_stage("after", fails, "work", dependencies=("child",))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert report.status is SagaStatus.HALTED
+    assert undone == []
