@@ -379,10 +379,13 @@ def _irreversible_before_fallible(design: _Design) -> Iterator[Finding]:
 
 
 def _independent_pivots(design: _Design) -> Iterator[Finding]:
+    if design.skips_branches():
+        return
     pivots = design.pivots()
     for place, pivot in enumerate(pivots):
         before = design.graph.with_ancestors([pivot])
-        others = [other for other in pivots[:place] if other not in before]
+        # Either may be the one that fails, so a fallback of one alone leaves the other.
+        others = [other for other in pivots[:place] if other not in before and not (design.fallback(pivot) and design.fallback(other))]
         if others:
             yield Finding.of(
                 FindingCode.INDEPENDENT_PIVOTS,

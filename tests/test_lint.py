@@ -331,6 +331,43 @@ def test_a_pivot_names_all_earlier_ones_that_it_does_not_depend_on() -> None:
     assert "'charge'" not in findings[1].message
 
 
+@pytest.mark.parametrize(
+    ("policy", "stuck"),
+    [
+        (FailFast(), True),
+        (GO_ON, True),
+        (ContinueWithFallback(fallbacks={"charge": {}}), True),
+        (ContinueWithFallback(fallbacks={"sign": {}}), True),
+        (ContinueWithFallback(fallbacks={"charge": {}, "sign": {}}), False),
+        (SKIP, False),
+    ],
+    ids=["fail fast", "no fallback", "a fallback of the first", "a fallback of the second", "a fallback of both", "a skipped branch"],
+)
+def test_pivots_beside_each_other_are_found_when_a_run_gets_stuck_between_them_and_only_then(policy: Policy, stuck: bool) -> None:
+    ends = set()
+    for fails in ("charge", "sign"):
+        scripts = {name: Script("raise", before=1) if name == fails else Script() for name in ("charge", "sign")}
+        _, made = scene({"charge": (), "sign": ()}, scripts, {"charge": "pivot", "sign": "pivot"})
+
+        findings = found(made, policy)
+        report = run(SagaCoordinator(policy).run(made))
+
+        assert scripts[fails].attempts == ["raise"], "the fault was not reached"
+        assert findings == ([("sign", "independent-pivots")] if stuck else [])
+        assert explain(made, policy).stages[fails].status is report.status
+        ends.add(report.status)
+    assert (SagaStatus.HALTED in ends) == stuck
+    assert ends <= {SagaStatus.HALTED, SagaStatus.DEGRADED}
+
+
+def test_a_pivots_own_fallback_counts_as_the_policys_does() -> None:
+    helped = a(Charge, fallback=fallback)
+
+    assert found(pipeline(charge=helped, sign=helped), GO_ON) == []
+    assert found(pipeline(charge=helped, sign=Charge), ContinueWithFallback(fallbacks={"sign": {}})) == []
+    assert found(pipeline(charge=helped, sign=Charge), GO_ON) == [("sign", "independent-pivots")]
+
+
 # -- unusable-fallback -------------------------------------------------------------------------------------------
 
 
