@@ -6,7 +6,6 @@ saga makes it, because between two attempts a probe may be asked and a ledger wr
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic import (
     PlainValidator,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
@@ -30,15 +30,19 @@ from tenacity import RetryCallState, wait_exponential, wait_random_exponential
 from saga.errors import PolicyInvalid
 from saga.failures import Failure, FailureKind
 from saga.outputs import Plain
-from saga.text import qualified
+from saga.text import did_you_mean, qualified
 
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Strict, or True would be one second.
+Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(strict=True, ge=1)]
 
 _NEVER_RETRIED: Final = frozenset({FailureKind.CANCELLED, FailureKind.INTERRUPTED, FailureKind.CONTRACT})
+# In which ways one attempt fails; what ran in a process that is gone is `resume`'s to repeat.
+_RETRIED: Final = tuple(kind.value for kind in FailureKind if kind not in {*_NEVER_RETRIED, FailureKind.CRASHED})
 
 
-def _names(value: Any) -> tuple[str, ...] | None:
+def _names(value: Any, info: ValidationInfo) -> tuple[str, ...] | None:
     if value is None:
         return None
     if isinstance(value, str) or not hasattr(value, "__iter__"):
@@ -48,10 +52,19 @@ def _names(value: Any) -> tuple[str, ...] | None:
         if isinstance(item, type) and issubclass(item, BaseException):
             names.append(qualified(item))
         elif isinstance(item, str) and item:
+            _refuse_no_kind(str(item), info)
             names.append(str(item))
         else:
             raise ValueError("expected failure kinds, exception types or their qualified names")
     return tuple(sorted(set(names)))
+
+
+def _refuse_no_kind(name: str, info: ValidationInfo) -> None:
+    # No exception has such a name: it would match nothing, and nobody would notice.
+    if not name.islower() or "." in name or name in set(FailureKind):
+        return
+    wanted = f"one of {', '.join(_RETRIED)}, or the name of an exception"
+    raise PolicyInvalid(f"{wanted} for Retry.retry_on{_place(info)}", got=repr(name), hint=did_you_mean(name, _RETRIED))
 
 
 class _Frozen(BaseModel):
@@ -61,22 +74,27 @@ class _Frozen(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _refuse(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _refuse(cls, data: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
         try:
             return handler(data)
         except ValidationError as error:
-            raise _invalid(cls, error) from None
+            raise _invalid(cls, error, _place(info)) from None
 
 
-def _invalid(model: type[BaseModel], error: ValidationError) -> PolicyInvalid:
+def _invalid(model: type[BaseModel], error: ValidationError, place: str) -> PolicyInvalid:
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key, keys = ".".join(str(part) for part in first["loc"]), ", ".join(model.model_fields)
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, model.model_fields, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else ""
-        return PolicyInvalid(f"one of {', '.join(model.model_fields)} in {model.__name__}", got=repr(key), hint=hint)
+        return PolicyInvalid(f"one of {keys} in {model.__name__}{place}", got=repr(key), hint=did_you_mean(key, model.model_fields))
+    if not key:
+        return PolicyInvalid(f"a {model.__name__} or a table of its keys ({keys}){place}", got=repr(first["input"]))
     wanted = str(first["msg"]).removeprefix("Input should be ").removeprefix("Value error, expected ")
-    return PolicyInvalid(f"{wanted} for {model.__name__}.{key}", got=repr(first["input"]))
+    return PolicyInvalid(f"{wanted} for {model.__name__}.{key}{place}", got=repr(first["input"]))
+
+
+def _place(info: ValidationInfo) -> str:
+    """Name the file that is being read, if it is one."""
+    return f", in {info.context}" if info.context is not None else ""
 
 
 class Retry(_Frozen):
@@ -96,9 +114,9 @@ class Retry(_Frozen):
     Source: Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015.
     """
 
-    attempts: Annotated[int, Field(ge=1)] = 1
+    attempts: Count = 1
     wait: NonNegative = 0.1
-    multiplier: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+    multiplier: Annotated[float, Field(strict=True, ge=1, allow_inf_nan=False)] = 2.0
     wait_max: NonNegative = 30.0
     jitter: bool = True
     max_elapsed: Seconds | None = None
@@ -159,7 +177,7 @@ class Compensation(_Frozen):
 
     retry: Retry = Retry(attempts=3)
     timeout: Seconds | None = 60.0
-    max_concurrency: Annotated[int, Field(ge=1)] | None = None
+    max_concurrency: Count | None = None
     on_failure: Literal["isolate", "continue", "halt"] = "isolate"
     deadline: Seconds | None = None
 
@@ -228,16 +246,31 @@ def load_policy(path: str | Path) -> FailFast | ContinueWithFallback:
     """Read a policy from a `.toml` or a `.json` file; its key `policy` says which one it is.
 
     Raises:
-        PolicyInvalid: The file holds no policy.
+        PolicyInvalid: The file holds no policy; the error names the file.
+        OSError: It can't be read.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
+    content = path.read_bytes()
+    if path.suffix not in {".toml", ".json"}:
+        raise PolicyInvalid("a .toml or .json file", got=path.name)
     try:
+        text = content.decode("utf-8")
         if path.suffix == ".toml":
-            return _reader().validate_python(tomllib.loads(text))
-        return _reader().validate_json(text)
-    except ValidationError as error:
-        # Keys of the policies themselves are refused by their models; here only the choice between them can be wrong.
-        raise PolicyInvalid("policy = 'fail_fast' or 'continue_with_fallback'", got=error.errors()[0]["msg"]) from None
+            return _reader().validate_python(tomllib.loads(text), context=path.name)
+        return _reader().validate_json(text, context=path.name)
+    except UnicodeDecodeError as error:
+        raise PolicyInvalid(f"UTF-8 in {path.name}", got=f"{content[error.start]:#x} at byte {error.start}") from None
     except tomllib.TOMLDecodeError as error:
         raise PolicyInvalid(f"TOML in {path.name}", got=str(error)) from None
+    except ValidationError as error:
+        raise _no_policy(path.name, error) from None
+
+
+def _no_policy(name: str, error: ValidationError) -> PolicyInvalid:
+    first = error.errors(include_url=False)[0]
+    told = first.get("ctx", {})
+    if first["type"] == "json_invalid":
+        return PolicyInvalid(f"JSON in {name}", got=told["error"])
+    # Keys of the policies themselves are refused by their models; here only the choice between them can be wrong.
+    got = repr(told["tag"]) if "tag" in told else "no key policy"
+    return PolicyInvalid(f"policy = 'fail_fast' or 'continue_with_fallback', in {name}", got=got)

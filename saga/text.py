@@ -1,6 +1,9 @@
-"""Words for values whose own words may fail: user types decide what their `__str__` and `__repr__` raise."""
+"""Words for what users wrote: for values whose own words may fail, and for names that are nearly right."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 def qualified(kind: type) -> str:
@@ -8,8 +11,14 @@ def qualified(kind: type) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Ask whether the nearest of the known names was meant; empty when none is near."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]!r}?" if close else ""
+
+
 def said(value: object) -> str:
-    """What `str` gives, or a stand-in when it fails."""
+    """What `str` gives, or a stand-in when it fails: user types decide what their `__str__` raises."""
     try:
         return written(str(value))
     except Exception as error:  # noqa: BLE001 - whatever the user's __str__ raises

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import weakref
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -167,6 +168,26 @@ POLICIES: dict[str, tuple[Callable[[], Any], str]] = {
     "no attempt": (lambda: Retry(attempts=0), "expected greater than or equal to 1 for Retry.attempts, got 0"),
     "odd retry_on": (lambda: Retry(retry_on=(3,)), "expected failure kinds, exception types or their qualified names for Retry.retry_on"),
     "single odd retry_on": (lambda: Retry(retry_on=3), "expected failure kinds"),
+    "a misspelt failure kind in retry_on": (
+        lambda: Retry(retry_on=["timeout", "exeption"]),
+        "or the name of an exception for Retry.retry_on, got 'exeption'. Did you mean 'exception'?",
+    ),
+    "a word that is no failure kind in retry_on": (
+        lambda: Retry(retry_on="rain"),
+        "expected one of exception, reported, timeout, compensation, or the name of an exception for Retry.retry_on, got 'rain'",
+    ),
+    "a boolean for seconds": (lambda: FailFast(timeout=True), "expected a valid number for FailFast.timeout, got True"),
+    "a boolean for seconds that may be none": (lambda: Retry(wait=False), "expected a valid number for Retry.wait, got False"),
+    "a boolean for a factor": (lambda: Retry(multiplier=True), "expected a valid number for Retry.multiplier, got True"),
+    "a boolean for a count": (lambda: Retry(attempts=True), "expected a valid integer for Retry.attempts, got True"),
+    "a boolean for a limit": (
+        lambda: Compensation(max_concurrency=True),
+        "expected a valid integer for Compensation.max_concurrency, got True",
+    ),
+    "a number for a part": (
+        lambda: FailFast(retry=3),
+        "expected a Retry or a table of its keys (attempts, wait, multiplier, wait_max, jitter, max_elapsed, retry_on), got 3",
+    ),
     "odd choice": (lambda: FailFast(on_failure="panic"), "expected 'compensate' or 'halt' for FailFast.on_failure, got 'panic'"),
 }
 
@@ -227,22 +248,55 @@ def test_a_policy_is_read_from_a_file(tmp_path: Any, suffix: str) -> None:
     assert policy == ContinueWithFallback(timeout=5, fallbacks={"price": {"amount": 1}}, compensation=Compensation(max_concurrency=2))
 
 
+def test_exceptions_may_have_any_name_in_retry_on() -> None:
+    retry = Retry(retry_on=[KeyError, "TimeoutError", "CardDeclined", "payments.declined", "crashed"])
+
+    assert retry.retry_on == ("CardDeclined", "KeyError", "TimeoutError", "crashed", "payments.declined")
+
+
+CHOICE = "expected policy = 'fail_fast' or 'continue_with_fallback', in"
+
+
+def test_a_file_may_hold_what_a_policy_was_written_as(tmp_path: Any) -> None:
+    policy = ContinueWithFallback(fallbacks={"price": {"until": datetime(2026, 7, 1, tzinfo=UTC), "amounts": (1, 2)}})
+    (tmp_path / "policy.json").write_text(policy.model_dump_json())
+
+    assert load_policy(tmp_path / "policy.json") == policy
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.toml", "policy = ", "expected TOML in a.toml"),
-        ("b.toml", 'policy = "panic"', "expected policy = 'fail_fast' or 'continue_with_fallback'"),
-        ("c.json", "{", "expected policy"),
-        ("d.toml", 'policy = "fail_fast"\nretrys = 3', "got 'retrys'"),
+        ("a.toml", "policy = ", "expected TOML in a.toml, got Invalid value"),
+        ("b.toml", 'policy = "panic"', f"{CHOICE} b.toml, got 'panic'"),
+        ("c.json", "{", "expected JSON in c.json, got EOF while parsing an object at line 1 column 1"),
+        ("d.toml", 'policy = "fail_fast"\nretrys = 3', " in FailFast, in d.toml, got 'retrys'. Did you mean 'retry'?"),
+        ("e.toml", "timeout = 3", f"{CHOICE} e.toml, got no key policy"),
+        ("f.json", '["fail_fast"]', f"{CHOICE} f.json, got no key policy"),
+        ("f.toml", "policy = 3", f"{CHOICE} f.toml, got '3'"),
+        ("g.yaml", "policy: fail_fast", "expected a .toml or .json file, got g.yaml"),
+        ("h.py", "policy = 'fail_fast'", "expected a .toml or .json file, got h.py"),
+        ("i.toml", 'policy = "fail_fast"\nretry = 3', "max_elapsed, retry_on), in i.toml, got 3"),
+        ("j.json", '{"policy": "fail_fast", "compensation": {"timeout": true}}', "for Compensation.timeout, in j.json, got True"),
+        ("k.toml", 'policy = "fail_fast"\nretry.retry_on = ["exeption"]', "for Retry.retry_on, in k.toml, got 'exeption'. Did you mean"),
+        ("l.toml", 'policy = "fail_fast"\nretry.retry_on = [3]', "qualified names for Retry.retry_on, in l.toml, got [3]"),
+        ("m.toml", b'policy = "\xff"', "expected UTF-8 in m.toml, got 0xff at byte 10"),
+        ("n.json", b'{"policy": "\xe9t\xe9"}', "expected UTF-8 in n.json, got 0xe9 at byte 12"),
     ],
 )
-def test_a_file_that_holds_no_policy_is_refused(tmp_path: Any, name: str, text: str, message: str) -> None:
-    (tmp_path / name).write_text(text)
+def test_a_file_that_holds_no_policy_is_refused_by_its_name(tmp_path: Any, name: str, text: str | bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
 
     with pytest.raises(PolicyInvalid, match="expected") as caught:
         load_policy(tmp_path / name)
 
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["policy.toml", "policy.json", "policy.yaml"])
+def test_a_file_that_is_not_there_is_no_policy_that_is_wrong(tmp_path: Any, name: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_policy(tmp_path / name)
 
 
 def test_a_saga_id_that_is_taken_is_refused_while_it_runs_and_afterwards() -> None:
