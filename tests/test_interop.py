@@ -19,12 +19,14 @@ from saga import (
     ContinueWithFallback,
     FailFast,
     MemoryLedger,
+    PolicyInvalid,
     Retry,
     SagaCoordinator,
     SagaError,
     SagaFailed,
     SagaReport,
     SagaStatus,
+    load_policy,
     nested,
 )
 from saga.events import event_to_json
@@ -243,3 +245,13 @@ def test_the_schema_of_the_policy_accepts_what_may_be_written_and_refuses_an_unk
     validator.validate(json.loads(ContinueWithFallback(fallbacks={"price": {"amount": 0}}).model_dump_json()))
     with pytest.raises(jsonschema.ValidationError):
         validator.validate({"policy": "fail_fast", "retries": 3})
+
+
+@pytest.mark.parametrize("keys", [{}, {"fallbacks": {"price": {}}}, {"without_fallback": "fail"}, {"timeout": 5}])
+def test_what_does_not_say_which_policy_it_is_is_refused_by_the_schema_as_by_the_reader(keys: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "policy.json").write_text(json.dumps(keys))
+
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(schemas()["policy.json"]).validate(keys)
+    with pytest.raises(PolicyInvalid, match="got no key policy"):
+        load_policy(tmp_path / "policy.json")
