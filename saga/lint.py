@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -56,6 +57,8 @@ class FindingCode(StrEnum):
     """Two points of no return, of which one may be passed and the other not."""
     UNUSABLE_FALLBACK = "unusable-fallback"
     """Its fallback is never used."""
+    MISSPELT = "misspelt"
+    """It has something under a name that is nearly one that a saga reads."""
 
 
 class Severity(StrEnum):
@@ -74,6 +77,7 @@ _SEVERITIES: Final = {
     FindingCode.IRREVERSIBLE_BEFORE_FALLIBLE: Severity.ERROR,
     FindingCode.INDEPENDENT_PIVOTS: Severity.ERROR,
     FindingCode.UNUSABLE_FALLBACK: Severity.WARNING,
+    FindingCode.MISSPELT: Severity.WARNING,
 }
 
 
@@ -302,6 +306,19 @@ class _Design:
 
 
 _CHANGES_THINGS: Final = frozenset({StageKind.WORK.value, StageKind.AGENT.value})
+_DECLARABLE: Final = (
+    "retry",
+    "timeout",
+    "idempotent",
+    "output_model",
+    "has_effect",
+    "compensation",
+    "compensate_in_doubt",
+    "compensate",
+    "probe",
+    "fallback",
+)
+"""What a saga reads of a stage besides its `execute`, without which it is refused."""
 
 
 # -- what may be wrong -----------------------------------------------------------------------------------------------
@@ -410,6 +427,33 @@ def _unusable_fallbacks(design: _Design) -> Iterator[Finding]:
             )
 
 
+def _misspelt(design: _Design) -> Iterator[Finding]:
+    for name in design.graph.names:
+        runner = design.plan(name).spec.runner
+        meant = _nearly_declared(runner if isinstance(runner, type) else type(runner))
+        if meant:
+            yield Finding.of(
+                FindingCode.MISSPELT,
+                name,
+                f"it has {_named(list(meant))}, which a saga doesn't read: {_named(list(meant.values()))} may be meant",
+                "Write it so, or give it a name that is less like it",
+            )
+
+
+def _nearly_declared(stage: type) -> dict[str, str]:
+    """What the class has under a name that is nearly one of those that it lacks, and that one."""
+    lacking = [name for name in _DECLARABLE if not getattr(stage, name, None)]
+    found = {}
+    for name in dir(stage):
+        if name.startswith("_") or name in _DECLARABLE:
+            continue
+        close = difflib.get_close_matches(name, lacking, n=1, cutoff=0.8)
+        # A word more is no slip: `timeout_ms` is the stage's own.
+        if close and not name.startswith(f"{close[0]}_"):
+            found[name] = close[0]
+    return found
+
+
 _RULES: Final = (
     _undeclared_effects,
     _doubts_without_probe,
@@ -417,6 +461,7 @@ _RULES: Final = (
     _irreversible_before_fallible,
     _independent_pivots,
     _unusable_fallbacks,
+    _misspelt,
 )
 
 

@@ -383,6 +383,59 @@ def test_the_policys_fallback_is_of_use_when_the_stages_own_fails() -> None:
     assert found(pipeline(hold=a(Hold, fallback=fallback)), ContinueWithFallback(fallbacks={"hold": {}})) == []
 
 
+# -- misspelt ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("timeuot", "timeout"),
+        ("retrys", "retry"),
+        ("idempotant", "idempotent"),
+        ("compensate_in_dout", "compensate_in_doubt"),
+        ("output_modell", "output_model"),
+        ("porbe", "probe"),
+        ("fallbak", "fallback"),
+        ("compensatoin", "compensation"),
+    ],
+)
+def test_what_a_stage_says_under_a_name_that_is_nearly_right_is_asked_about(written: str, meant: str) -> None:
+    (finding,) = check(pipeline(hold=a(Hold, **{written: 5.0})))
+
+    assert (finding.stage, finding.code, finding.severity) == ("hold", FindingCode.MISSPELT, Severity.WARNING)
+    assert finding.message == f"it has {written!r}, which a saga doesn't read: {meant!r} may be meant"
+
+
+def test_a_misspelt_compensation_of_a_plain_stage_is_asked_about() -> None:
+    assert found(pipeline(hold=a(Plain, has_effect=True, compensat=Hold.compensate))) == [("hold", "misspelt")]
+    assert found(pipeline(hold=a(Plain, has_efect=True))) == [("hold", "undeclared-effect"), ("hold", "misspelt")]
+
+
+def test_all_that_is_misspelt_in_a_stage_and_its_bases_is_one_finding_also_of_an_instance() -> None:
+    made = a(a(Hold, timeuot=5.0), porbe=probe)
+
+    (finding,) = check(pipeline(hold=made()))
+
+    assert "'porbe' and 'timeuot'" in finding.message
+    assert "'probe' and 'timeout' may be meant" in finding.message
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"_timeuot": 5.0},
+        {"timeout_ms": 500},
+        {"timeout": None, "retry": TWICE, "idempotent": True},
+        {"fallbacks": {}, "fallback": fallback},
+        {"compensated": []},
+        {"executor": None, "names": (), "seat": "12A"},
+    ],
+    ids=["private", "with a unit", "right", "beside the right one", "beside a method", "a stage's own"],
+)
+def test_other_names_are_a_stages_own_affair(own: dict[str, Any]) -> None:
+    assert found(pipeline(hold=a(Hold, **own)), GO_ON) == []
+
+
 # -- findings ----------------------------------------------------------------------------------------------------
 
 
