@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import weakref
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -19,7 +19,7 @@ from saga.compensable import PivotStage
 from saga.errors import PipelineInvalid, PolicyInvalid
 from saga.graph import Graph, Node, Role
 from saga.policies import Compensation, ContinueWithFallback, FailFast, Retry
-from saga.text import written
+from saga.text import did_you_mean, written
 
 if TYPE_CHECKING:
     from stageflow.pipeline.pipeline import UnifiedStageSpec
@@ -113,6 +113,8 @@ class Blueprint:
     @classmethod
     def _read(cls, pipeline: Pipeline, specs: tuple[UnifiedStageSpec, ...]) -> Blueprint:
         read = {name: _read(name, spec) for name, spec in pipeline.stages.items()}
+        for name, spec in pipeline.stages.items():
+            _refuse_unknown(name, spec.dependencies, pipeline.stages)
         graph = Graph.of(node for node, _ in read.values())
         return cls(
             name=pipeline.name,
@@ -148,7 +150,9 @@ class Blueprint:
         for name in policy.fallbacks if isinstance(policy, ContinueWithFallback) else ():
             if name not in self.stages:
                 raise PolicyInvalid(
-                    f"fallbacks for stages of pipeline {self.name!r} ({', '.join(self.stages)})", got="a fallback", stage=name
+                    f"fallbacks for stages of pipeline {self.name!r} ({', '.join(self.stages)})",
+                    got=repr(name),
+                    hint=did_you_mean(name, self.stages),
                 )
 
 
@@ -159,6 +163,27 @@ def _refuse_ambiguous(name: str) -> None:
             got=repr(written(name)),
             hint="Idempotency keys and paths are made of names, and two stages would share one.",
         )
+
+
+def _refuse_unknown(name: str, dependencies: Sequence[str], stages: Mapping[str, object]) -> None:
+    if isinstance(dependencies, str):
+        raise PipelineInvalid("dependencies to be a tuple of names", got=repr(dependencies), stage=name)
+    for dependency in dependencies:
+        if dependency not in stages:
+            raise PipelineInvalid(
+                f"dependencies out of the pipeline's stages ({', '.join(stages)})",
+                got=repr(dependency),
+                stage=name,
+                hint=_dependencies_meant(dependency, dependencies, stages),
+            )
+
+
+def _dependencies_meant(unknown: str, dependencies: Sequence[str], stages: Mapping[str, object]) -> str:
+    # stageflow makes a tuple of whatever it gets, so ("seat") comes here as ('s', 'e', 'a', 't').
+    if len(dependencies) > 1 and all(len(dependency) == 1 for dependency in dependencies):
+        word = "".join(dependencies)
+        return f"Is dependencies a str? Write {f'({word!r},)' if word in stages else 'a tuple of names'}."
+    return did_you_mean(unknown, stages)
 
 
 def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:

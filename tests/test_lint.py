@@ -475,7 +475,7 @@ def test_what_cannot_run_is_refused_as_a_run_refuses_it(look: Any) -> None:
         look("made")
     with pytest.raises(PolicyInvalid, match="expected a FailFast or a ContinueWithFallback policy, got 'strict'"):
         look(pipeline(hold=Hold), "strict")
-    with pytest.raises(PolicyInvalid, match="for stage 'book'"):
+    with pytest.raises(PolicyInvalid, match=r"expected fallbacks for stages of pipeline 'made' \(hold\), got 'book'"):
         look(pipeline(hold=Hold), ContinueWithFallback(fallbacks={"book": {}}))
 
 

@@ -103,6 +103,22 @@ PIPELINES: dict[str, tuple[Pipeline, str]] = {
         pipeline(spec("a"), spec("b", dependencies=("z",))),
         "expected dependencies out of the pipeline's stages (a, b), for stage 'b', got 'z'",
     ),
+    "misspelt dependency": (
+        pipeline(spec("seat"), spec("room"), spec("pay", dependencies=("room", "saet"))),
+        "expected dependencies out of the pipeline's stages (seat, room, pay), for stage 'pay', got 'saet'. Did you mean 'seat'?",
+    ),
+    "a str that was made a tuple of its characters": (
+        Pipeline().with_stage("room", good, "work").with_stage("pay", good, "work", dependencies="room"),  # type: ignore[arg-type] # what the test is about
+        "expected dependencies out of the pipeline's stages (room, pay), for stage 'pay', got 'r'. Is dependencies a str? Write ('room',).",
+    ),
+    "a str of which no stage is named": (
+        pipeline(spec("a"), spec("b", dependencies=tuple("rom"))),
+        "expected dependencies out of the pipeline's stages (a, b), for stage 'b', got 'r'. Is dependencies a str? Write a tuple of names.",
+    ),
+    "a str as it is": (
+        pipeline(spec("a"), spec("b"), spec("c", dependencies="ab")),  # type: ignore[arg-type] # what the test is about
+        "expected dependencies to be a tuple of names, for stage 'c', got 'ab'",
+    ),
     "empty name": (pipeline(spec("")), "expected a stage name with at least one visible character, for stage '', got ''"),
     "blank name": (pipeline(spec(" ")), "expected a stage name with at least one visible character, for stage ' ', got ' '"),
     "name with a slash": (
@@ -209,12 +225,12 @@ def test_a_policy_is_frozen() -> None:
 
 
 def test_a_fallback_for_a_stage_that_does_not_exist_is_refused() -> None:
-    _, three = scene(SEQUENCE)
+    _, two = scene({"seat": (), "room": ("seat",)})
 
-    with pytest.raises(
-        PolicyInvalid, match=r"expected fallbacks for stages of pipeline 'scene' \(a, b, c\), for stage 'z', got a fallback"
-    ):
-        run(SagaCoordinator(ContinueWithFallback(fallbacks={"z": {}})).run(three))
+    with pytest.raises(PolicyInvalid) as caught:
+        run(SagaCoordinator(ContinueWithFallback(fallbacks={"saet": {}})).run(two))
+
+    assert str(caught.value) == "expected fallbacks for stages of pipeline 'scene' (seat, room), got 'saet'. Did you mean 'seat'?"
 
 
 def test_what_is_no_policy_is_refused() -> None:

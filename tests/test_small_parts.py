@@ -569,6 +569,8 @@ def test_a_saga_whose_loop_is_thrown_away_makes_no_noise(where: str, unraisable:
 def test_the_graph_names_what_it_refuses() -> None:
     with pytest.raises(PipelineInvalid, match="at least one visible character, for stage ' ', got ' '"):
         Graph.of([Node(name=" ")])
+    with pytest.raises(PipelineInvalid, match=r"dependencies out of the pipeline's stages \(a\), for stage 'a', got 'z'"):
+        Graph.of([Node(name="a", dependencies=("z",))])
 
 
 def test_the_graph_reaches_ancestors_once_however_many_ways_lead_there() -> None:
