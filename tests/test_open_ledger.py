@@ -44,6 +44,25 @@ def test_any_other_url_is_refused_and_kept_secret(url: str) -> None:
     assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("url", ["sqlite:sagas.db", "sqlite:/sagas.db", "sqlite://sagas.db", "sqlite:///"])
+def test_a_url_of_sqlite_with_too_few_slashes_is_told_how_many_it_takes(url: str) -> None:
+    with pytest.raises(
+        MisuseError, match=r"got 'sqlite:'\. Three slashes for a path from here, sqlite:///sagas\.db; four from the root\.$"
+    ):
+        open_ledger(url)
+
+
+@pytest.mark.parametrize("url", ["sqlite:///sagas.db", "sqlite://sagas.db", "SQLite:///sagas.db", "postgresql://ann:s3cret@db/shop"])
+def test_a_url_in_place_of_a_path_is_refused_and_kept_secret(url: str) -> None:
+    with pytest.raises(MisuseError, match=r"^expected the path of a file, got a URL\. saga\.ledgers\.open_ledger\(url\) opens it\.$"):
+        SQLiteLedger(url)
+
+
+def test_a_path_that_only_looks_like_a_url_is_one(tmp_path: Path) -> None:
+    assert SQLiteLedger(tmp_path / "sqlite:" / "sagas.db").path == tmp_path / "sqlite:" / "sagas.db"
+    assert SQLiteLedger("sagas:today.db").path == Path("sagas:today.db").absolute()
+
+
 def test_importing_saga_brings_no_database() -> None:
     code = "import sys, saga; print([name for name in sys.modules if name.startswith(('sqlite3', 'psycopg', 'saga.ledgers'))])"
 

@@ -28,4 +28,5 @@ def open_ledger(url: str) -> Ledger:
 
         return PostgresLedger(url)
     # Not all of it is shown: it may hold a password.
-    raise MisuseError("a ledger's URL: memory:, sqlite:///path or postgresql://...", got=repr(scheme + colon))
+    hint = "Three slashes for a path from here, sqlite:///sagas.db; four from the root." if scheme == "sqlite" else ""
+    raise MisuseError("a ledger's URL: memory:, sqlite:///path or postgresql://...", got=repr(scheme + colon), hint=hint)

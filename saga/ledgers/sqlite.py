@@ -137,6 +137,9 @@ class SQLiteLedger(DurableLedger):
     ) -> None:
         if os.fspath(path) in {"", ":memory:"}:
             raise MisuseError("the path of a file", got=repr(path), hint="A ledger in memory is a MemoryLedger.")
+        if "://" in os.fspath(path):
+            # Not shown: it may hold a password.
+            raise MisuseError("the path of a file", got="a URL", hint="saga.ledgers.open_ledger(url) opens it.")
         # Made absolute now: the working directory may be another one when the file is opened.
         self.path: Final = Path(path).absolute()
         super().__init__(
