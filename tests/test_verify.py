@@ -194,6 +194,14 @@ def test_a_saga_that_keeps_what_was_done_is_resumed_when_the_fault_is_mended() -
     assert endings(verification, "card", Fault.RAISES_BEFORE) == {(HALTED, COMPLETED)}
 
 
+def test_a_saga_that_had_come_to_rest_in_doubt_when_its_process_died_is_left_to_a_person() -> None:
+    """Two stages side by side: one raises, and the other, which can't be asked, is cancelled; that is so with and without a kill."""
+    town = Town()
+    pipeline = Pipeline(name="trip").with_stage("note", Recording(town, "note")).with_stage("book", Booking(town, "book"))
+
+    assert verified(town, pipeline, FailFast(in_flight="cancel", on_failure="halt"), faults=[Fault.KILLED_AFTER]).ok
+
+
 def test_what_is_recorded_can_be_undone_without_a_probe() -> None:
     town, pipeline = trip(card=Recording)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from stageflow.api import Pipeline
 
 from saga.errors import LedgerError, MisuseError, SagaError
-from saga.events import SagaStatus, Verdict
+from saga.events import SagaEnded, SagaStatus, Verdict
 from saga.failures import Failure, FailureKind
 from saga.graph import Node, Role
 from saga.ledger import StageState
@@ -286,13 +286,23 @@ class _Verifier:
                 trial = replace(trial, stage=ledger.struck_at, events=ledger.struck_events)
                 ledger.revive()
                 coordinator = self._coordinator(ledger, injection)
-                report = await coordinator.resume(ID, self._pipeline) if await ledger.read(ID) else None
+                report = await self._gone_on_with(coordinator)
                 trial = await self._concluded(replace(trial, report=report), coordinator, injection)
             except SagaError as error:
                 trial = replace(trial, wrong=_stopped_by(error))
             yield trial
             if ledger.struck_at is None:
                 return
+
+    async def _gone_on_with(self, coordinator: Rehearsal) -> SagaReport | None:
+        """What becomes of the saga whose process has died; None if it had not begun."""
+        events = await coordinator.ledger.read(ID)
+        if not events:
+            return None
+        if isinstance(events[-1], SagaEnded):
+            # It had come to rest, so nobody goes on with it.
+            return await coordinator.report(ID)
+        return await coordinator.resume(ID, self._pipeline)
 
     async def _concluded(self, trial: Trial, coordinator: Rehearsal, injection: Injection) -> Trial:
         """Look at the world, mend the fault, resume, and look again."""
