@@ -419,6 +419,33 @@ def test_a_reader_that_goes_away_is_no_error_to_talk_about(shop: Shop) -> None:
     assert done.stderr == ""
 
 
+def test_a_reader_of_what_happens_who_goes_away_ends_no_saga(shop: Shop) -> None:
+    shop.write("note.py", SHOP.replace('print("cancelled", ctx.output.data["booking"])', 'DOWN.write_text("cancelled")'))
+    command = [sys.executable, "-W", "error", "-m", "saga", "run", "note:trip", "--id", "s"]
+    read, write = os.pipe()
+    os.close(read)
+
+    done = subprocess.run(command, cwd=shop.folder, env=shop.environment(), stdout=subprocess.PIPE, stderr=write, text=True, check=False)
+    os.close(write)
+
+    assert done.returncode == Exit.COMPENSATED
+    assert (shop.folder / "the-bank-is-down").read_text(encoding="utf-8") == "cancelled"
+    assert done.stdout.startswith("Saga s (trip): COMPENSATED after ")
+    assert done.stdout.endswith("Nothing is left to do.\n")
+
+
+def test_what_stages_print_when_nobody_reads_it_any_more_harms_none_of_them(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+
+    with os.fdopen(write, "w", buffering=1) as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        done = shop.saga("run", "shop:trip", "--id", "s")
+
+    assert done.code == Exit.COMPENSATED
+    assert re.search(r"reserve_seat +< undone +1 attempt ", done.out)
+
+
 def test_without_its_extra_the_command_says_how_to_get_it(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "saga.cli.commands", raising=False)
     monkeypatch.setitem(sys.modules, "typer", None)

@@ -21,7 +21,6 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 from pydantic import TypeAdapter, ValidationError
-from rich.console import Console
 from stageflow.api import Pipeline
 
 from saga.cli.conduct import conduct
@@ -30,7 +29,7 @@ from saga.cli.family import Family
 from saga.cli.interrupt import interruptible
 from saga.cli.pipelines import did_you_mean, load, load_all
 from saga.cli.settings import settings
-from saga.cli.view import tell_on, view
+from saga.cli.view import Stderr, tell_on, view
 from saga.coordinator import SagaCoordinator
 from saga.errors import LedgerCorrupt, MisuseError, SagaExists, SagaNotFound
 from saga.events import AnyEvent, SagaStarted, SagaStatus, Verdict, event_from_json, event_to_json
@@ -199,7 +198,7 @@ async def _conduct(
     as_json: bool,
 ) -> NoReturn:
     async with _opened(url) as ledger:
-        outcome = await conduct(ledger, saga_id, work, console=_stderr(), goes_on=goes_on, policy=policy)
+        outcome = await conduct(ledger, saga_id, work, console=Stderr(), goes_on=goes_on, policy=policy)
     if outcome.report is None:
         raise typer.Exit(Exit.INTERRUPTED)
     _print_report(outcome.report, as_json=as_json)
@@ -221,9 +220,10 @@ def recover(
 
     async def all_of_them() -> Exit:
         async with _opened(url) as opened:
-            coordinator = SagaCoordinator(ledger=opened, listeners=[tell_on(_stderr())])
+            console = Stderr()
+            coordinator = SagaCoordinator(ledger=opened, listeners=[tell_on(console)])
             task = asyncio.create_task(coordinator.recover(pipelines, concurrency=concurrency))
-            with interruptible(task, lambda: typer.echo(_FIRST, err=True), lambda: _SECOND):
+            with interruptible(task, lambda: console.print(_FIRST, soft_wrap=True), lambda: _SECOND):
                 try:
                     with redirect_stdout(sys.stderr):
                         recovery = await task
@@ -319,7 +319,7 @@ def watch(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) ->
         async with _opened(_durable(ledger)) as opened:
             await _refuse_unknown(opened, saga_id)
             family, left = await Family.read(opened, saga_id), None
-            async with view(family, _stderr()) as hear:
+            async with view(family, Stderr()) as hear:
                 while family.sagas[saga_id].ended_at is None and left is None:
                     await asyncio.sleep(_LOOKS)
                     left = await _left_behind(opened, saga_id)
@@ -489,10 +489,6 @@ async def _opened(url: str) -> AsyncIterator[Ledger]:
         yield ledger
     finally:
         await ledger.close()
-
-
-def _stderr() -> Console:
-    return Console(stderr=True, highlight=False)
 
 
 def _url(given: str | None) -> str:

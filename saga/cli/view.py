@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
@@ -20,6 +21,20 @@ from saga.journal import Listener
 
 _FRAMES: Final = 0.1
 """Seconds between two pictures."""
+
+
+class Stderr(Console):
+    """stderr as a console; whoever reads it may go away, which is nothing to the saga."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing more, and let nobody stumble who prints there; rich would end the process in the middle of a saga."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
 
 
 def view(family: Family, console: Console) -> AbstractAsyncContextManager[Listener]:
