@@ -1,9 +1,16 @@
-"""Words for what users wrote: for values whose own words may fail, and for names that are nearly right."""
+"""Words for what users wrote: values whose own words may fail, names that are nearly right, text that a terminal must not obey."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+from shlex import quote
+from typing import Final
+
+_BREAK: Final = re.compile(r"[\t-\r\x85\u2028\u2029]\s*")
+# What moves a terminal's cursor, rings its bell or turns round what is read after it; what only shapes letters or emoji is left alone.
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def qualified(kind: type) -> str:
@@ -36,3 +43,19 @@ def shown(value: object) -> str:
 def written(text: str) -> str:
     """Text that can be written: what UTF-8 lacks, such as the odd bytes in a file's name, is escaped."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def printable(text: str) -> str:
+    """The text as one line of which a terminal does nothing but show it: control characters are escaped."""
+    return _CONTROL.sub(_escaped, _BREAK.sub(" ", written(text).strip()))
+
+
+def quoted(text: str) -> str:
+    """The text as one word of a command that a person can read, copy and run; control characters as bash and zsh read them."""
+    if not _CONTROL.search(text):
+        return quote(text)
+    return "$'" + _CONTROL.sub(_escaped, text.replace("\\", "\\\\").replace("'", "\\'")) + "'"
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"

@@ -160,12 +160,12 @@ def test_a_record_has_the_ids_as_fields(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_one_event_is_one_line_whatever_a_stage_says(caplog: pytest.LogCaptureFixture) -> None:
-    failure = Failure.of("pay", FailureKind.EXCEPTION, "declined\n  by the bank\r\nfor good", type="Declined", attempt=1)
+    failure = Failure.of("pay", FailureKind.EXCEPTION, "declined\n  by the bank\r\nfor good\x1b[2J", type="Declined", attempt=1)
 
     with caplog.at_level(logging.DEBUG, "saga"):
         log_events("s", StageFailed(stage="pay", failure=failure))
 
-    assert lines(caplog) == ["WARNING saga s: stage 'pay' raised: Declined: declined by the bank for good"]
+    assert lines(caplog) == ["WARNING saga s: stage 'pay' raised: Declined: declined by the bank for good\\u001b[2J"]
 
 
 def test_levels_that_only_rare_events_reach(caplog: pytest.LogCaptureFixture) -> None:

@@ -277,6 +277,35 @@ def test_an_event_is_told_in_a_line(event: AnyEvent, line: str) -> None:
     assert tell(event) == line
 
 
+RUDE = "\x1b[2J\x1b]0;owned\x07 line\nNothing is left to do."
+"""What a stage may say that would clear a terminal, name its window and forge a line."""
+TAMED = r"\u001b[2J\u001b]0;owned\u0007 line Nothing is left to do."
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (SagaStopped(cause=failure(message=RUDE)), f"stopped: the saga reported a failure: {TAMED}"),
+        (StageFailed(stage="a\x1b[31m", failure=failure("a\x1b[31m", message=RUDE)), rf"a\u001b[31m: reported a failure: {TAMED}"),
+        (StageSkipped(stage="a", reason=RUDE, output=StageOutput.ok()), f"a: skipped, {TAMED}"),
+        (StageSettled(stage="a", verdict=Verdict.KEPT, note=RUDE, by="ann"), f"a: settled as kept by ann: {TAMED}"),
+    ],
+)
+def test_what_stages_and_people_say_moves_no_cursor_and_breaks_no_line(event: AnyEvent, line: str) -> None:
+    assert tell(event) == line
+
+
+def test_a_picture_shows_rude_words_and_names_on_the_line_of_their_stage() -> None:
+    skipped = StageSkipped(stage="b\n", reason=RUDE, output=StageOutput.ok())
+    family = family_of({"a\x1b[31m": (), "b\n": ("a\x1b[31m",)}, *completed("a\x1b[31m"), skipped)
+
+    lines = shown(family, width=140)
+
+    assert [line.split()[0] for line in lines[1:3]] == [r"a\u001b[31m", "b"]
+    assert lines[2].endswith(TAMED)
+    assert len(lines) == 4
+
+
 def on_paper() -> Console:
     return Console(file=io.StringIO(), width=40, force_terminal=False)
 
@@ -400,6 +429,17 @@ def test_ctrl_c_says_what_it_waits_for_and_that_memory_forgets() -> None:
         "A second Ctrl-C stops at once and leaves in effect: a; in doubt: b.\nThe ledger is in memory: nothing knows of that then.\n"
         in written(console)
     )
+
+
+def test_ctrl_c_names_a_stage_with_a_rude_name_on_one_line() -> None:
+    console = on_paper()
+    notice = Notice(family_of({"a\n\x1b[2J": ()}, *completed("a\n\x1b[2J")), console, goes_on=None)
+
+    notice.first()
+
+    said = r"A second Ctrl-C stops at once and leaves in effect: a \u001b[2J."
+    assert said in written(console).splitlines()
+    assert said.replace("A second Ctrl-C stops at once and leaves", "Stopped at once and left") in notice.second().splitlines()
 
 
 def test_ctrl_c_says_that_a_policy_keeps_what_was_done() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
 import sys
 from collections.abc import Iterator
 from traceback import format_exception
@@ -31,10 +32,13 @@ from saga import (
     StageState,
     compensable,
 )
+from saga.events import StageSettled, StageSkipped, Verdict
 from saga.graph import Graph, Node
 from saga.policies import Policy
+from saga.text import printable
 from saga.watch import bounded
 from tests.controlled import elapse, run
+from tests.stories import Story
 from tests.test_hard_cases import deaf
 from tests.world import SEQUENCE, CardDeclined, Script, scene
 
@@ -214,6 +218,49 @@ def test_the_summary_of_a_halted_and_of_a_living_saga_say_what_to_do() -> None:
     assert report.status is SagaStatus.RUNNING
     assert report.stages["b"].state is StageState.RUNNING
     assert str(report).endswith("it is running, or its process is gone. saga list says which, saga recover goes on with it.")
+
+
+RUDE = "\x1b[2J\x1b]0;owned\x07 line\nNothing is left to do."
+TAMED = r"\u001b[2J\u001b]0;owned\u0007 line Nothing is left to do."
+
+
+def test_the_summary_shows_rude_words_and_names_in_the_row_of_their_stage() -> None:
+    story = Story(f"trip {RUDE}", {"a\x1b[31m": (), "b": ("a\x1b[31m",), "c": ("a\x1b[31m",), "d": ("b", "c")})
+    story.done("a\x1b[31m", 0, 1).tell(1, StageSkipped, stage="c", reason=RUDE, output=StageOutput.ok())
+    story.fails("b", 1, 2, RUDE).turns_back(2)
+    story.undo_fails("a\x1b[31m", 2, 3, RUDE).ends(3, SagaStatus.STUCK)
+    story.tell(4, StageSettled, stage="a\x1b[31m", verdict=Verdict.UNDONE, note=RUDE, by=f"ann {RUDE}")
+
+    text = str(story.report)
+
+    lines = text.splitlines()
+    assert not set(text) & set("\x1b\x07\r")
+    assert lines[0] == f"Saga 7f3a (trip {TAMED}): STUCK after 3.00 s"
+    assert lines[1] == f"Cause: stage 'b' raised: CardDeclined: {TAMED}"
+    assert lines[3].startswith(r"  a\u001b[31m  < undone ")
+    assert f"settled as undone by ann {TAMED}: {TAMED}" in lines[3]
+    assert lines[4].endswith(f"raised: CardDeclined: {TAMED}")
+    assert lines[5].endswith(TAMED)
+    assert not any(line.startswith("Nothing") for line in lines)
+
+
+def test_the_command_that_settles_a_stage_with_a_rude_name_names_it_to_the_shell() -> None:
+    name = "it's \\ \x1b[31m\ncaf\u00e9"
+    story = Story("trip", {name: (), "b": (name,)}).done(name, 0, 1).fails("b", 1, 2, "no").turns_back(2)
+    lines = str(story.undo_fails(name, 2, 3, "down").ends(3, SagaStatus.STUCK).report).splitlines()
+
+    (command,) = (line.strip() for line in lines if "saga settle" in line)
+
+    shell = ["/bin/bash", "-c", f"saga() {{ printf '%s\\0' \"$@\"; }}; {command}"]
+    done = subprocess.run(shell, env={"LC_ALL": "C.UTF-8"}, stdout=subprocess.PIPE, text=True, check=True)
+    assert name in done.stdout.split("\0")
+
+
+@pytest.mark.parametrize(
+    "text", ["caf\u00e9", "\u4eac\u90fd 10\u00a0000 \u20ac", "\u0645\u06cc\u200c\u062e", "\U0001f468\u200d\U0001f469", "a  b"]
+)
+def test_words_of_any_language_are_shown_as_they_are(text: str) -> None:
+    assert printable(text) == text
 
 
 @pytest.mark.parametrize(("place", "said"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"), (21, "21st")])

@@ -42,6 +42,7 @@ from saga.owners import is_gone
 from saga.policies import Policy, load_policy
 from saga.recovery import SagaState
 from saga.report import Recovery, SagaReport
+from saga.text import printable
 
 MEMORY: Final = "memory:"
 _LOOKS: Final = 0.25
@@ -271,7 +272,9 @@ def list_(
     if as_json:
         typer.echo(TypeAdapter(list[Entry]).dump_json(found).decode())
         return
-    rows = [(entry.saga_id, entry.pipeline, entry.status.value, _when(entry.started_at), _runs(entry)) for entry in found]
+    rows = [
+        (printable(entry.saga_id), printable(entry.pipeline), entry.status.value, _when(entry.started_at), _runs(entry)) for entry in found
+    ]
     for line in _columns([("ID", "PIPELINE", "STATUS", "STARTED", ""), *rows]):
         typer.echo(line)
 

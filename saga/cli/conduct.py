@@ -21,6 +21,7 @@ from saga.events import SagaStatus
 from saga.ledger import Ledger, StageState
 from saga.policies import Policy
 from saga.report import SagaReport
+from saga.text import printable
 
 _S = StageState
 
@@ -91,12 +92,12 @@ class Notice:
     def first(self) -> None:
         """What happens now, and what a second Ctrl-C would leave."""
         for line in (f"Interrupted: {self._what_follows()}.", *self._stopping("A second Ctrl-C stops at once", "leaves")):
-            self.console.print(Text(line, style="bold yellow"), soft_wrap=not self.console.is_terminal)
+            self.console.print(Text(printable(line), style="bold yellow"), soft_wrap=not self.console.is_terminal)
 
     def second(self) -> str:
         """What is left."""
         cursor = "\x1b[?25h\n" if self.console.is_terminal else ""
-        return "".join([cursor, *(f"{line}\n" for line in self._stopping("Stopped at once", "left"))])
+        return "".join([cursor, *(f"{printable(line)}\n" for line in self._stopping("Stopped at once", "left"))])
 
     def _what_follows(self) -> str:
         state = self.family.sagas.get(self.family.head)

@@ -23,14 +23,15 @@ from saga.events import (
     StageStarted,
 )
 from saga.failures import Failure
+from saga.text import printable
 
 
 def tell(event: AnyEvent) -> str:
     """An event as a line; empty if it is of no interest to somebody who looks on."""
     if not isinstance(event, StageEvent):
-        return _of_saga(event)
+        return printable(_of_saga(event))
     said = _of_undoing(event) or _of_stage(event)
-    return f"{event.stage}: {said}" if said else ""
+    return printable(f"{event.stage}: {said}") if said else ""
 
 
 def _of_saga(event: SagaStarted | SagaResumed | SagaStopped | SagaTurnedBack | SagaEnded) -> str:

@@ -18,6 +18,7 @@ from saga.graph import Graph
 from saga.ledger import StageState
 from saga.recovery import SagaState, StageRecord, stage_states
 from saga.render.text import SIGNS, seconds
+from saga.text import printable
 
 _S = StageState
 
@@ -97,7 +98,8 @@ def picture(family: Family, now: datetime, width: int, height: int, focus: str =
 def _title(state: SagaState, now: datetime) -> Text:
     took = _took(state.started.at, state.ended_at, now)
     colour = _TURNED if state.status is SagaStatus.COMPENSATING else "cyan"
-    return Text.assemble((state.started.pipeline, "bold"), f"  {state.started.saga_id}  ", (state.status.value, colour), f"  {took}")
+    name, saga_id = printable(state.started.pipeline), printable(state.started.saga_id)
+    return Text.assemble((name, "bold"), f"  {saga_id}  ", (state.status.value, colour), f"  {took}")
 
 
 def _window(found: list[Row], room: int, focus: str) -> tuple[list[Row], list[Row], list[Row]]:
@@ -141,7 +143,7 @@ def rows(family: Family, saga_id: str, now: datetime, guide: str = "") -> Iterat
         waits = name in remaining and where is not _S.COMPENSATING
         attempt, time = _effort(record, where, now)
         label = "to undo" if waits else where.value.replace("_", " ")
-        yield Row(f"{saga_id}/{name}", guide + lines, name, where, label, attempt, time, _note(state, name, where))
+        yield Row(f"{saga_id}/{name}", guide + lines, printable(name), where, label, attempt, time, printable(_note(state, name, where)))
         child = family.child(saga_id, name)
         if child is not None:
             yield from rows(family, child, now, f"{guide}{_continued(lines)}  ")

@@ -18,6 +18,7 @@ from saga.cli.lines import tell
 from saga.cli.picture import picture
 from saga.events import AnyEvent
 from saga.journal import Listener
+from saga.text import printable
 
 _FRAMES: Final = 0.1
 """Seconds between two pictures."""
@@ -48,7 +49,7 @@ def tell_on(console: Console) -> Listener:
     def hear(saga_id: str, event: AnyEvent) -> None:
         told = tell(event)
         if told:
-            console.print(Text(f"{saga_id}  {told}"), soft_wrap=True)
+            console.print(Text(f"{printable(saga_id)}  {told}"), soft_wrap=True)
 
     return hear
 

@@ -28,6 +28,7 @@ from saga.events import (
     StageSkipped,
     StageStarted,
 )
+from saga.text import printable
 
 _LOG: Final = logging.getLogger("saga")
 _Words = tuple[int, str]
@@ -48,8 +49,8 @@ def log_events(saga_id: str, event: AnyEvent) -> None:
     failure = getattr(event, "failure", None)
     attempt = getattr(event, "attempt", None) if failure is None else failure.attempt
     fields = {"saga_id": saga_id, "event": event.event, "stage": getattr(event, "stage", None), "attempt": attempt}
-    # A stage's own words may have line breaks, and be looked at with a tool that goes by lines.
-    _LOG.log(level, "saga %s: %s", saga_id, " ".join(words.split()), extra=fields)
+    # A stage's own words may have line breaks, and be looked at with a tool that goes by lines, or in a terminal.
+    _LOG.log(level, "saga %s: %s", printable(saga_id), printable(words), extra=fields)
 
 
 def _saga_started(event: SagaStarted) -> _Words:

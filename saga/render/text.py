@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from datetime import datetime
-from shlex import quote
 from typing import TYPE_CHECKING, Final
 
 from saga.events import SagaStatus, Verdict
 from saga.ledger import StageState
+from saga.text import printable, quoted
 
 if TYPE_CHECKING:
     from saga.report import SagaReport, StageReport
@@ -52,9 +52,12 @@ def duration(span: float) -> str:
 def summary(report: SagaReport) -> str:
     """A readable summary: the cause first, a line per stage in topological order, what to do last."""
     took = seconds(report.started_at, report.ended_at)
-    lines = [f"Saga {report.saga_id} ({report.pipeline}): {report.status.value.upper()}" + (f" after {took}" if took else "")]
+    lines = [
+        f"Saga {printable(report.saga_id)} ({printable(report.pipeline)}): {report.status.value.upper()}"
+        + (f" after {took}" if took else "")
+    ]
     if report.cause is not None:
-        lines.append(f"Cause: {report.cause}")
+        lines.append(f"Cause: {printable(str(report.cause))}")
     lines.append("")
     rows = [_row(name, stage, report) for name, stage in report.stages.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -68,7 +71,7 @@ def summary(report: SagaReport) -> str:
 def _row(name: str, stage: StageReport, report: SagaReport) -> tuple[str, str, str, str, str]:
     tries = f"{stage.attempts} attempt{'' if stage.attempts == 1 else 's'}" if stage.attempts else ""
     state = f"{SIGNS[stage.state]} {stage.state.value.replace('_', ' ')}"
-    return name, state, tries, seconds(stage.started_at, stage.ended_at), explanation(name, stage, report)
+    return printable(name), state, tries, seconds(stage.started_at, stage.ended_at), printable(explanation(name, stage, report))
 
 
 def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
@@ -110,12 +113,12 @@ def _how_to_settle(report: SagaReport) -> list[str]:
     """The exact next commands, for the innermost stages: what runs them finds out by itself."""
     open_ones = [*report.stuck, *report.in_doubt]
     innermost = [name for name in open_ones if not any(other.startswith(f"{name}/") for other in open_ones)]
-    resume = f"saga resume {quote(report.saga_id)}"
+    resume = f"saga resume {quoted(report.saga_id)}"
     if not innermost:
         return [f"To do: it was not undone to the end; go on with: {resume}"]
     return [
         "To do: look at the outside world, put it right by hand, and say so (undone, kept or retry); then go on:",
-        *(f"  saga settle {quote(report.saga_id)} {quote(name)} undone --note '...'" for name in innermost),
+        *(f"  saga settle {quoted(report.saga_id)} {quoted(name)} undone --note '...'" for name in innermost),
         f"  {resume}",
     ]
 
@@ -129,14 +132,14 @@ def what_to_do(report: SagaReport) -> list[str]:
         ("In doubt, may be in effect", report.in_doubt),
     ):
         if names:
-            lines.append(f"{label}: {', '.join(names)}.")
+            lines.append(f"{label}: {', '.join(map(printable, names))}.")
     match report.status:
         case SagaStatus.STUCK:
             lines += _how_to_settle(report)
         case SagaStatus.HALTED if report.in_doubt:
             lines += _how_to_settle(report)
         case SagaStatus.HALTED:
-            lines.append(f"To do: what was done is kept. Mend the cause, then: saga resume {quote(report.saga_id)}")
+            lines.append(f"To do: what was done is kept. Mend the cause, then: saga resume {quoted(report.saga_id)}")
         case SagaStatus.RUNNING | SagaStatus.COMPENSATING:
             lines.append(
                 "It has not come to rest: it is running, or its process is gone. saga list says which, saga recover goes on with it."
