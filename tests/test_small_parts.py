@@ -40,7 +40,7 @@ from saga.watch import bounded
 from tests.controlled import elapse, run
 from tests.stories import Story
 from tests.test_hard_cases import deaf
-from tests.world import SEQUENCE, CardDeclined, Script, scene
+from tests.world import SEQUENCE, CardDeclined, Script, Scripted, World, scene
 
 # -- compensable() -----------------------------------------------------------------------------------------------
 
@@ -193,6 +193,67 @@ def test_the_summary_tells_what_a_retry_mended_and_what_a_probe_found() -> None:
     assert mended[3].endswith("at first it raised: CardDeclined: b was declined")
     assert landed[3].endswith("at first it ran out of time: no answer within 1 s; asked, it had landed")
     assert not_landed[4].endswith("ran out of time: no answer within 1 s; asked, it had not landed")
+
+
+class Asked(CompensableStage):
+    """Nobody knows whether it landed, and nobody says."""
+
+    timeout = 1.0
+    compensation = Compensation(retry=Retry(attempts=3, wait=0))
+    answer: Any = ConnectionError("bank unreachable")
+
+    async def execute(self, ctx: SagaContext) -> None:
+        await asyncio.Event().wait()
+
+    async def probe(self, ctx: CompensationContext) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        if ctx.attempt == 1:
+            raise CardDeclined("not yet")
+
+
+class AskedWrong(Asked):
+    compensation = Compensation(retry=Retry(attempts=1))
+    answer = True
+
+
+class AskedThenUndone(Asked):
+    compensate_in_doubt = True
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        (Asked, "3 times, the last: ConnectionError: bank unreachable"),
+        (AskedWrong, "once, the last: TypeError: expected None or a StageOutput with status OK from the probe, got True"),
+        (AskedThenUndone, "3 times, the last: ConnectionError: bank unreachable; undone 1st in "),
+    ],
+)
+def test_the_summary_tells_why_a_probe_gave_no_answer(stage: type[CompensableStage], said: str) -> None:
+    report = run(SagaCoordinator().run(Pipeline(name="bank").with_stage("pay", stage), saga_id="s"))
+
+    assert f"ran out of time: no answer within 1 s; its probe failed {said}" in str(report).splitlines()[3]
+
+
+class Unpriced(Scripted):
+    async def fallback(self, ctx: SagaContext, failure: Failure) -> None:
+        raise ValueError("price list missing")
+
+
+def test_the_summary_tells_why_a_fallback_did_not_stand_in() -> None:
+    def lines(**fallbacks: Any) -> list[str]:
+        world = World({"b": ()})
+        pipeline = Pipeline(name="priced").with_stage("b", Unpriced(world, "b", Script("raise")))
+        return str(run(SagaCoordinator(ContinueWithFallback(fallbacks=fallbacks)).run(pipeline, saga_id="s"))).splitlines()
+
+    said = "raised: CardDeclined: b was declined; its fallback failed: ValueError: price list missing"
+
+    assert lines()[3].endswith(said)
+    assert lines(b={"price": 0})[2].startswith("  b  ~ fallback")
+    assert lines(b={"price": 0})[2].endswith(said)
 
 
 def test_the_summary_tells_why_a_compensation_had_to_be_repeated() -> None:

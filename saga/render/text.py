@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from datetime import datetime
+from itertools import dropwhile
 from typing import TYPE_CHECKING, Final
 
 from saga.events import SagaStatus, Verdict
+from saga.failures import Failure, FailureKind
 from saga.ledger import StageState
 from saga.text import printable, quoted
 
@@ -30,6 +32,8 @@ SIGNS: Final = {
 
 
 _MINUTE: Final = 60
+_BACKWARD: Final = frozenset({FailureKind.COMPENSATION, FailureKind.CRASHED})
+"""How compensations and probes fail, and no fallback does."""
 
 
 def seconds(start: datetime | None, end: datetime | None) -> str:
@@ -78,8 +82,7 @@ def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
     """What there is to explain about a stage; empty if nothing is."""
     undo = stage.compensation
     if stage.state is StageState.STUCK and undo is not None and undo.failure is not None:
-        tries = "once" if undo.attempts == 1 else f"{undo.attempts} times"
-        return f"its compensation failed {tries}, the last: {_said(undo.failure.type, undo.failure.message)}"
+        return f"its compensation failed {_times(undo.attempts)}, the last: {_said(undo.failure)}"
     if stage.state is StageState.SKIPPED:
         return stage.skip_reason or ""
     parts = ["held back by what is stuck, in doubt or not undone"] if stage.state is StageState.BLOCKED else []
@@ -92,11 +95,15 @@ def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
         parts.append(mended + str(stage.failure).removeprefix(f"stage {name!r} "))
     if stage.probed is not None:
         parts.append("asked, it had landed" if stage.probed else "asked, it had not landed")
+    elif unanswered := _of_probe(name, stage, report):
+        parts.append(f"its probe failed {_times(len(unanswered))}, the last: {_said(unanswered[-1])}")
+    if of_fallback := _of_fallback(name, stage, report):
+        parts.append(f"its fallback failed: {_said(of_fallback[-1])}")
     by_hand = stage.settled is not None and stage.settled.verdict is Verdict.UNDONE
     if stage.state is StageState.UNDONE and undo is not None and name in report.compensation_order and not by_hand:
         parts.append(f"undone {_ordinal(report.compensation_order.index(name) + 1)} in {seconds(undo.started_at, undo.ended_at)}")
         if undo.attempts > 1 and undo.failure is not None:
-            parts.append(f"at attempt {undo.attempts}, after {_said(undo.failure.type, undo.failure.message)}")
+            parts.append(f"at attempt {undo.attempts}, after {_said(undo.failure)}")
     return "; ".join(parts)
 
 
@@ -105,8 +112,31 @@ def _ordinal(number: int) -> str:
     return f"{number}{'th' if teens else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
-def _said(kind: str, message: str) -> str:
-    return f"{kind.rpartition('.')[2]}: {message}" if kind else message
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
+
+
+def _said(failure: Failure) -> str:
+    return f"{failure.type.rpartition('.')[2]}: {failure.message}" if failure.type else failure.message
+
+
+def _of_probe(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
+    """The failures of its probe: those of the way back that no attempt of its compensation ended with."""
+    tries = stage.compensation.tries if stage.compensation is not None else ()
+    undoing = [(each.started_at, each.ended_at) for each in tries if each.ended_at is not None]
+    return [
+        failure
+        for failure in report.failures
+        if (failure.stage, failure.kind) == (name, FailureKind.COMPENSATION)
+        and not any(start <= failure.at <= end for start, end in undoing)
+    ]
+
+
+def _of_fallback(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
+    """The failures of its fallback: those of the way forward that came after its last attempt's."""
+    ours = (failure for failure in report.failures if failure.stage == name)
+    since = dropwhile(lambda failure: failure != stage.failure, ours)
+    return [failure for failure in since if failure.kind not in _BACKWARD and failure != stage.failure]
 
 
 def _how_to_settle(report: SagaReport) -> list[str]:
