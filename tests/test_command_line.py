@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import runpy
+import shlex
 import signal
 import struct
 import subprocess
@@ -557,6 +558,22 @@ def test_a_stuck_saga_may_be_run_on_forward(shop: Shop) -> None:
     resumed = shop.saga("resume", "s", "shop:order", "--forward")
 
     assert resumed.code == Exit.COMPLETED
+
+
+def test_the_commands_for_names_that_begin_with_a_dash_are_taken_as_they_are_printed(shop: Shop) -> None:
+    shop.write(
+        "dashed.py", SHOP + 'dashed = Pipeline(name="d").with_stage("-a", Charge).with_stage("b", decline, "work", dependencies=("-a",))'
+    )
+    shop.breaks_the_bank()
+    stuck = shop.saga("run", "dashed:dashed", "--id=-s")
+    settle, resume = (shlex.split(line) for line in stuck.out.splitlines() if line.startswith("  saga "))
+
+    settled, resumed = shop.saga(*settle[1:]), shop.saga(*resume[1:], "dashed:dashed")
+
+    assert settle == ["saga", "settle", "--note", "...", "--", "-s", "-a", "undone"]
+    assert settled.code == Exit.COMPLETED
+    assert resumed.code == Exit.COMPENSATED
+    sys.modules.pop("dashed", None)
 
 
 def test_a_stage_that_is_kept_may_be_given_an_output(shop: Shop) -> None:

@@ -41,6 +41,7 @@ from saga.lint import explain as consequences
 from saga.owners import is_gone
 from saga.policies import Policy, load_policy
 from saga.recovery import SagaState
+from saga.render.text import next_command
 from saga.report import Recovery, SagaReport
 from saga.text import printable
 
@@ -563,7 +564,7 @@ async def _refuse_unknown(ledger: Ledger, saga_id: str) -> None:
 def _goes_on(saga_id: str, target: str | None, ledger: str | None) -> str:
     # What the environment says it will say again; and a URL may hold a password.
     option = [] if ledger is None or ledger == os.environ.get("SAGA_LEDGER") else ["--ledger", "URL" if "@" in ledger else ledger]
-    return shlex.join(["saga", "resume", saga_id, *([target] if target else []), *option])
+    return next_command("resume", saga_id, *([target] if target else []), options=shlex.join(option))
 
 
 def _print_report(report: SagaReport, *, as_json: bool) -> None:

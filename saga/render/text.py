@@ -139,16 +139,24 @@ def _of_fallback(name: str, stage: StageReport, report: SagaReport) -> list[Fail
     return [failure for failure in since if failure.kind not in _BACKWARD and failure != stage.failure]
 
 
+def next_command(name: str, *words: str, options: str = "") -> str:
+    """A command of `saga` to be copied and run; its options as they are, its words quoted."""
+    given = " ".join(map(quoted, words))
+    # What begins with a dash would be taken for an option, were it not said that no more of them follow.
+    parts = (name, options, "--", given) if any(word.startswith("-") for word in words) else (name, given, options)
+    return " ".join(("saga", *filter(None, parts)))
+
+
 def _how_to_settle(report: SagaReport) -> list[str]:
     """The exact next commands, for the innermost stages: what runs them finds out by itself."""
     open_ones = [*report.stuck, *report.in_doubt]
     innermost = [name for name in open_ones if not any(other.startswith(f"{name}/") for other in open_ones)]
-    resume = f"saga resume {quoted(report.saga_id)}"
+    resume = next_command("resume", report.saga_id)
     if not innermost:
         return [f"To do: it was not undone to the end; go on with: {resume}"]
     return [
         "To do: look at the outside world, put it right by hand, and say so (undone, kept or retry); then go on:",
-        *(f"  saga settle {quoted(report.saga_id)} {quoted(name)} undone --note '...'" for name in innermost),
+        *("  " + next_command("settle", report.saga_id, name, "undone", options="--note '...'") for name in innermost),
         f"  {resume}",
     ]
 
@@ -169,7 +177,7 @@ def what_to_do(report: SagaReport) -> list[str]:
         case SagaStatus.HALTED if report.in_doubt:
             lines += _how_to_settle(report)
         case SagaStatus.HALTED:
-            lines.append(f"To do: what was done is kept. Mend the cause, then: saga resume {quoted(report.saga_id)}")
+            lines.append(f"To do: what was done is kept. Mend the cause, then: {next_command('resume', report.saga_id)}")
         case SagaStatus.RUNNING | SagaStatus.COMPENSATING:
             lines.append(
                 "It has not come to rest: it is running, or its process is gone. saga list says which, saga recover goes on with it."
