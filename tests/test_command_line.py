@@ -246,6 +246,17 @@ def test_with_json_stdout_holds_a_report_and_nothing_else(shop: Shop) -> None:
     assert re.fullmatch("[0-9a-f]{12}", report.saga_id)
 
 
+@pytest.mark.parametrize("command", ["run", "check", "explain"])
+def test_with_json_stdout_holds_nothing_that_a_module_prints_when_it_is_imported(shop: Shop, command: str) -> None:
+    shop.write("chatty.py", SHOP.replace("    return seat", "    print('made')\n    return seat") + "print('hello')\n")
+
+    done = shop.saga(command, "chatty:made", "--json")
+
+    assert json.loads(done.out) is not None
+    assert "hello\nmade\n" in done.err
+    sys.modules.pop("chatty", None)
+
+
 def test_every_end_has_an_exit_code_of_its_own(shop: Shop) -> None:
     shop.write("halt.toml", 'policy = "fail_fast"\non_failure = "halt"\n')
     shop.write("degrade.toml", 'policy = "continue_with_fallback"\n[fallbacks.ship]\nparcel = 0\n')

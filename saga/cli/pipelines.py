@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
 from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
@@ -18,7 +19,7 @@ from saga.text import said, shown
 
 
 def load(target: str) -> Pipeline:
-    """Import a pipeline; the current directory comes first.
+    """Import a pipeline; the current directory comes first. What its module prints goes to stderr: stdout is for what was asked for.
 
     Args:
         target: `module:attribute`; the attribute is a `Pipeline`, or takes no arguments and returns one.
@@ -29,12 +30,13 @@ def load(target: str) -> Pipeline:
     module_name, colon, attribute = target.partition(":")
     if not (module_name and colon and attribute):
         raise MisuseError("MODULE:PIPELINE, as in shop:book_trip", got=repr(target))
-    module = _module(module_name)
-    try:
-        found = attrgetter(attribute)(module)
-    except AttributeError:
-        raise MisuseError(f"a pipeline in {module_name}", got=repr(attribute), hint=_others(attribute, module)) from None
-    return _pipeline(found, target)
+    with redirect_stdout(sys.stderr):
+        module = _module(module_name)
+        try:
+            found = attrgetter(attribute)(module)
+        except AttributeError:
+            raise MisuseError(f"a pipeline in {module_name}", got=repr(attribute), hint=_others(attribute, module)) from None
+        return _pipeline(found, target)
 
 
 def load_all(targets: Iterable[str]) -> dict[str, Pipeline]:
