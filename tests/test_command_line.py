@@ -296,6 +296,11 @@ def test_the_input_may_be_a_file_of_context_fields(shop: Shop) -> None:
         ("{", "expected JSON for --input, got Expecting property name"),
         ("[1]", "expected a JSON object for --input, got [1]"),
         ('{"colour": 1}', "expected fields of stageflow's PipelineContext, got "),
+        ('{"saga_id": "s"}', "expected fields of stageflow's PipelineContext, got 'saga_id'. A saga's id is given with --id.\n"),
+        (
+            '{"pipeline": 1, "self": 2, "context": {}}',
+            "expected fields of stageflow's PipelineContext, got 'context', 'pipeline', 'self'. ",
+        ),
     ],
 )
 def test_an_input_file_that_makes_no_sense_is_refused(shop: Shop, text: str, said: str) -> None:
@@ -305,6 +310,18 @@ def test_an_input_file_that_makes_no_sense_is_refused(shop: Shop, text: str, sai
 
     assert done.code == Exit.MISUSE
     assert said in done.err
+
+
+def test_a_file_of_other_bytes_than_utf_8_is_refused(shop: Shop) -> None:
+    (shop.folder / "bytes").write_bytes(b"\xff{}\n")
+
+    ran = shop.saga("run", "shop:seat", "--input", "@bytes")
+    imported = shop.saga("import", "bytes")
+
+    assert (ran.code, imported.code) == (Exit.MISUSE, Exit.MISUSE)
+    assert ran.err.startswith("saga: expected JSON for --input, got 'utf-8' codec can't decode byte 0xff in position 0")
+    assert imported.err.startswith("saga: expected what saga export writes, which is UTF-8, got 'utf-8' codec can't decode byte 0xff")
+    assert imported.err.endswith(". Nothing was imported.\n")
 
 
 def test_a_run_in_memory_needs_no_file(shop: Shop) -> None:
@@ -709,6 +726,13 @@ def test_prune_forgets_what_is_old_and_done(shop: Shop) -> None:
     assert young == (Exit.COMPLETED, "", "0 forgotten\n")
     assert old == (Exit.COMPLETED, "s\n", "1 forgotten\n")
     assert shop.saga("prune", "--older-than", "soon").err == "saga: expected an age such as 30d, 12h or 90m, got 'soon'\n"
+
+
+@pytest.mark.parametrize("age", ["999999d", "9999999999999w", "9" * 5000 + "s"])
+def test_an_age_beyond_the_calendar_is_refused(shop: Shop, age: str) -> None:
+    done = shop.saga("prune", "--older-than", age)
+
+    assert (done.code, done.err) == (Exit.MISUSE, f"saga: expected an age that reaches back to the year 1 at most, got {age[:20]!r}\n")
 
 
 # -- before it runs ----------------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ from saga.text import printable
 MEMORY: Final = "memory:"
 _LOOKS: Final = 0.25
 """Seconds between two looks of `saga watch` into the ledger."""
+_NO_FIELDS: Final = frozenset(inspect.signature(SagaCoordinator.run).parameters) - {"context_fields"}
+"""What `SagaCoordinator.run` takes beside the fields of a context."""
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 app: Final = typer.Typer(
@@ -426,7 +428,12 @@ def _age(text: str) -> timedelta:
     found = re.fullmatch(r"(\d+)([smhdw])", text)
     if not found:
         raise MisuseError("an age such as 30d, 12h or 90m", got=repr(text))
-    return timedelta(**{_UNITS[found[2]]: int(found[1])})
+    try:
+        age = timedelta(**{_UNITS[found[2]]: int(found[1])})
+        datetime.now(UTC) - age
+    except (OverflowError, ValueError):
+        raise MisuseError("an age that reaches back to the year 1 at most", got=f"{text[:20]!r}") from None
+    return age
 
 
 @command("export")
@@ -444,9 +451,14 @@ def export(saga_id: SagaId, ledger: LedgerUrl = None) -> None:
 
 
 @command("import")
-def import_(file: Annotated[typer.FileText, typer.Argument(help="What export wrote; - for stdin.")], ledger: LedgerUrl = None) -> None:
+def import_(
+    file: Annotated[typer.FileText, typer.Argument(encoding="utf-8", help="What export wrote; - for stdin.")], ledger: LedgerUrl = None
+) -> None:
     """Take over sagas that `saga export` has written, be it from another ledger."""
-    sagas = _sagas_in(file)
+    try:
+        sagas = _sagas_in(file)
+    except UnicodeDecodeError as error:
+        raise MisuseError("what saga export writes, which is UTF-8", got=str(error), hint="Nothing was imported.") from None
 
     async def taken_over() -> None:
         async with _opened(_durable(ledger, exists=False)) as opened:
@@ -521,12 +533,17 @@ def _policy(given: Path | None) -> Policy | None:
 
 
 def _fields(given: str) -> dict[str, Any]:
-    return _json_object(given, "--input") if given.startswith("@") else {"input_text": given} if given else {}
+    if not given.startswith("@"):
+        return {"input_text": given} if given else {}
+    fields = _json_object(given, "--input")
+    if others := sorted(_NO_FIELDS & fields.keys()):
+        raise MisuseError("fields of stageflow's PipelineContext", got=", ".join(map(repr, others)), hint="A saga's id is given with --id.")
+    return fields
 
 
 def _json_object(given: str, option: str) -> dict[str, Any]:
-    text = Path(given[1:]).read_text(encoding="utf-8") if given.startswith("@") else given
     try:
+        text = Path(given[1:]).read_text(encoding="utf-8") if given.startswith("@") else given
         found = json.loads(text)
     except ValueError as error:
         raise MisuseError(f"JSON for {option}", got=str(error)) from None
