@@ -537,11 +537,15 @@ def test_a_pipeline_that_the_project_does_not_name_is_asked_for(shop: Shop) -> N
     shop.saga("run", "shop:order", "--id", "s")
 
     nothing = shop.saga("compensate", "s")
+    elsewhere = shop.saga("resume", "s", "--ledger", f"sqlite:///{shop.folder}/sagas.db")
     shop.write("pyproject.toml", '[tool.saga]\npipelines = ["shop:seat"]\n')
     other = shop.saga("compensate", "s")
 
-    assert nothing.err == "saga: expected MODULE:PIPELINE, or pipelines in [tool.saga] of pyproject.toml, got neither\n"
-    assert other.err == "saga: expected the pipeline 'order' among [tool.saga] pipelines, got seat. Or give it as MODULE:PIPELINE.\n"
+    neither = "saga: expected MODULE:PIPELINE, or pipelines in [tool.saga] of pyproject.toml, got neither. "
+    typed = "Give it as it was given to saga run: saga compensate s MODULE:PIPELINE\n"
+    assert nothing.err == neither + typed
+    assert elsewhere.err.endswith(f": saga resume s MODULE:PIPELINE --ledger sqlite:///{shop.folder}/sagas.db\n")
+    assert other.err == f"saga: expected the pipeline 'order' among [tool.saga] pipelines, got seat. {typed}"
 
 
 # -- a saga's later life -----------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ from saga.report import Recovery, SagaReport
 from saga.text import printable
 
 MEMORY: Final = "memory:"
+_TARGET: Final = "MODULE:PIPELINE"
 _LOOKS: Final = 0.25
 """Seconds between two looks of `saga watch` into the ledger."""
 _NO_FIELDS: Final = frozenset(inspect.signature(SagaCoordinator.run).parameters) - {"context_fields"}
@@ -175,7 +176,7 @@ def resume(
     url = _durable(ledger)
 
     async def work(coordinator: SagaCoordinator) -> SagaReport:
-        pipeline = await _pipeline_of(coordinator.ledger, saga_id, target)
+        pipeline = await _pipeline_of(coordinator.ledger, saga_id, target, _command("resume", saga_id, _TARGET, ledger))
         return await coordinator.resume(saga_id, pipeline, policy=chosen, forward=forward or None)
 
     asyncio.run(_conduct(url, saga_id, work, _goes_on(saga_id, target, ledger), as_json=as_json))
@@ -187,7 +188,8 @@ def compensate(saga_id: SagaId, target: KnownTarget = None, ledger: LedgerUrl = 
     url = _durable(ledger)
 
     async def work(coordinator: SagaCoordinator) -> SagaReport:
-        return await coordinator.compensate(saga_id, await _pipeline_of(coordinator.ledger, saga_id, target))
+        pipeline = await _pipeline_of(coordinator.ledger, saga_id, target, _command("compensate", saga_id, _TARGET, ledger))
+        return await coordinator.compensate(saga_id, pipeline)
 
     asyncio.run(_conduct(url, saga_id, work, _goes_on(saga_id, target, ledger), as_json=as_json))
 
@@ -552,23 +554,22 @@ def _json_object(given: str, option: str) -> dict[str, Any]:
     return found
 
 
-def _pipelines(targets: Sequence[str]) -> dict[str, Pipeline]:
+def _pipelines(targets: Sequence[str], hint: str = "") -> dict[str, Pipeline]:
     if not targets:
-        raise MisuseError("MODULE:PIPELINE, or pipelines in [tool.saga] of pyproject.toml", got="neither")
+        raise MisuseError(f"{_TARGET}, or pipelines in [tool.saga] of pyproject.toml", got="neither", hint=hint)
     return load_all(targets)
 
 
-async def _pipeline_of(ledger: Ledger, saga_id: str, target: str | None) -> Pipeline:
+async def _pipeline_of(ledger: Ledger, saga_id: str, target: str | None, with_target: str) -> Pipeline:
     await _refuse_unknown(ledger, saga_id)
     if target is not None:
         return load(target)
     started = (await ledger.read(saga_id))[0]
     assert isinstance(started, SagaStarted)  # every ledger begins so
-    known = _pipelines(settings(Path.cwd()).pipelines)
+    hint = f"Give it as it was given to saga run: {with_target}"
+    known = _pipelines(settings(Path.cwd()).pipelines, hint)
     if started.pipeline not in known:
-        raise MisuseError(
-            f"the pipeline {started.pipeline!r} among [tool.saga] pipelines", got=", ".join(known), hint="Or give it as MODULE:PIPELINE."
-        )
+        raise MisuseError(f"the pipeline {started.pipeline!r} among [tool.saga] pipelines", got=", ".join(known), hint=hint)
     return known[started.pipeline]
 
 
@@ -579,9 +580,13 @@ async def _refuse_unknown(ledger: Ledger, saga_id: str) -> None:
 
 
 def _goes_on(saga_id: str, target: str | None, ledger: str | None) -> str:
+    return _command("resume", saga_id, target, ledger)
+
+
+def _command(name: str, saga_id: str, target: str | None, ledger: str | None) -> str:
     # What the environment says it will say again; and a URL may hold a password.
     option = [] if ledger is None or ledger == os.environ.get("SAGA_LEDGER") else ["--ledger", "URL" if "@" in ledger else ledger]
-    return next_command("resume", saga_id, *([target] if target else []), options=shlex.join(option))
+    return next_command(name, saga_id, *([target] if target else []), options=shlex.join(option))
 
 
 def _print_report(report: SagaReport, *, as_json: bool) -> None:
