@@ -27,7 +27,15 @@ from typing import Self
 
 
 class SagaError(Exception):
-    """The base of every error that saga raises."""
+    """The base of every error that saga raises. It is pickled and copied with its attributes, notes and text."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Be made again without `__init__`, whose arguments are not kept: it makes the text of them."""
+        return _made_again, (type(self), *self.args), self.__dict__
+
+
+def _made_again(kind: type[SagaError], *args: object) -> SagaError:
+    return kind.__new__(kind, *args)
 
 
 class MisuseError(SagaError):

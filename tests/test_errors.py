@@ -1,0 +1,100 @@
+"""What every error of saga can do."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+
+import pytest
+from stageflow.api import Pipeline
+
+from saga import SagaCoordinator, SagaError, SagaFailed, SagaReport, nested
+from saga.errors import (
+    GraphChanged,
+    LedgerConflict,
+    LedgerCorrupt,
+    LedgerError,
+    MisuseError,
+    NotStorable,
+    PipelineInvalid,
+    PolicyInvalid,
+    SagaExists,
+    SagaNotFound,
+    SagaUnrecorded,
+)
+from saga.nested import NestedSagaFailed
+from saga.testing.rehearsal import ProcessDied
+from tests.controlled import run
+from tests.stories import three_stages
+from tests.world import SEQUENCE, Script, scene
+
+
+def misuse(kind: type[MisuseError]) -> MisuseError:
+    return kind("a stage", got="none", stage="pay", hint="Give one.")
+
+
+def failed() -> SagaFailed:
+    group = SagaFailed("saga s (trip) is halted", [ValueError("declined"), LedgerError("gone")])
+    group.report = three_stages()
+    return group
+
+
+ERRORS: dict[type[SagaError], Callable[[], SagaError]] = {
+    SagaError: lambda: SagaError("it was undone on demand"),
+    **{kind: lambda kind=kind: misuse(kind) for kind in (MisuseError, PipelineInvalid, PolicyInvalid, SagaExists, SagaNotFound)},
+    GraphChanged: lambda: GraphChanged("s", ["stage 'pay' is gone"]),
+    LedgerError: lambda: LedgerError("no such table"),
+    LedgerCorrupt: lambda: LedgerCorrupt("event 3 is no JSON"),
+    LedgerConflict: lambda: LedgerConflict.held("s", "b", holder="a", until=datetime(2026, 3, 14, tzinfo=UTC)),
+    SagaUnrecorded: lambda: SagaUnrecorded("s", OSError("disk full"), in_effect=["a"], unknown=["b"]),
+    ProcessDied: lambda: ProcessDied("the process is gone"),
+    NotStorable: lambda: NotStorable("data['connection']", "a socket"),
+    SagaFailed: failed,
+    NestedSagaFailed: lambda: NestedSagaFailed(three_stages()),
+}
+
+
+def kinds(base: type[SagaError] = SagaError) -> Iterator[type[SagaError]]:
+    yield base
+    for kind in base.__subclasses__():
+        yield from kinds(kind)
+
+
+def test_every_kind_of_error_is_looked_at() -> None:
+    assert {kind for kind in kinds() if kind.__module__.startswith("saga.")} == set(ERRORS)
+
+
+def facts(error: BaseException) -> tuple[object, ...]:
+    """All that can be told of an error; members of a group are no values, so they are told, too."""
+    members = [facts(member) for member in error.exceptions] if isinstance(error, BaseExceptionGroup) else list(error.args)
+    return type(error), str(error), members, error.__dict__
+
+
+def pickled(error: SagaError) -> SagaError:
+    return pickle.loads(pickle.dumps(error))  # type: ignore[no-any-return] # noqa: S301 - our own bytes
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, pickled])
+@pytest.mark.parametrize("kind", ERRORS)
+def test_an_error_is_copied_and_pickled_with_its_attributes_notes_and_text(
+    kind: type[SagaError], again: Callable[[SagaError], SagaError]
+) -> None:
+    error = ERRORS[kind]()
+    error.add_note("seen at noon")
+
+    assert facts(again(error)) == facts(error)
+
+
+def test_a_report_that_holds_the_failure_of_a_nested_saga_is_copied() -> None:
+    _, child = scene(SEQUENCE, {"b": Script("raise")})
+    report = run(SagaCoordinator().run(Pipeline(name="parent").with_stage("child", nested(child))))
+
+    copied: SagaReport = copy.deepcopy(report)
+
+    assert copied == report
+    assert report.cause is not None
+    assert copied.cause is not None
+    assert isinstance(copied.cause.exception, NestedSagaFailed)
+    assert str(copied.cause.exception) == str(report.cause.exception)
