@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from saga.policies import Policy
     from saga.testing import Verification, World
 
-_MATRICES: Final = pytest.StashKey[list[tuple[str, str]]]()
+_MATRIX: Final = "saga"
+"""The property of a test that holds a matrix."""
 
 
 class VerifySaga(Protocol):
@@ -44,12 +45,30 @@ def verify_saga(request: pytest.FixtureRequest) -> VerifySaga:
 
 
 def _kept(request: pytest.FixtureRequest, verification: Verification) -> Verification:
-    request.config.stash.setdefault(_MATRICES, []).append((request.node.nodeid, str(verification)))
+    # Under pytest-xdist this process has no terminal: all that gets from here to there is the tests' reports.
+    request.node.user_properties.append((_MATRIX, str(verification)))
     return verification
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the matrices, unless pytest is to be quiet."""
-    for test, drawn in config.stash.get(_MATRICES, []) if config.get_verbosity() >= 0 else []:
-        terminalreporter.section(f"saga: {test}")
-        terminalreporter.write_line(drawn)
+def pytest_configure(config: pytest.Config) -> None:
+    """Look out for matrices."""
+    config.pluginmanager.register(_Matrices(config))
+
+
+class _Matrices:
+    """Takes the matrices from the reports of the tests, and prints them at the end of the run."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._found: list[tuple[str, str]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # The last report of a test has what the ones before it have.
+        if report.when == "teardown":
+            self._found += [(report.nodeid, str(drawn)) for name, drawn in report.user_properties if name == _MATRIX]
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Print the matrices, unless pytest is to be quiet."""
+        for test, drawn in self._found if self._config.get_verbosity() >= 0 else []:
+            terminalreporter.section(f"saga: {test}")
+            terminalreporter.write_line(drawn)

@@ -46,6 +46,47 @@ def test_the_matrix_of_a_saga_that_was_verified_is_printed_at_the_end(pytester: 
     result.stdout.fnmatch_lines(["*= saga: *::test_it =*", "one: wherever it failed, the world was where the report said", "tick *<*"])
 
 
+AS_XDIST_DOES = """
+    import json
+    from pathlib import Path
+
+    pytest_plugins = ("saga.pytest_plugin",)
+    SENT = Path("sent.jsonl")
+
+    class Worker:
+        def __init__(self, config):
+            self.config = config
+
+        def pytest_runtest_logreport(self, report):
+            data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+            with SENT.open("a") as file:
+                print(json.dumps(data), file=file)
+
+    class Controller:
+        def pytest_runtestloop(self, session):
+            for line in SENT.read_text().splitlines():
+                report = session.config.hook.pytest_report_from_serializable(config=session.config, data=json.loads(line))
+                session.config.hook.pytest_runtest_logreport(report=report)
+            return True
+
+    def pytest_configure(config):
+        config.pluginmanager.register(Controller() if SENT.exists() else Worker(config))
+"""
+
+
+def test_the_matrix_is_printed_where_the_terminal_is_when_the_test_ran_in_another_process(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(A_TEST.replace("{looks}", "True"))
+    pytester.makeconftest(AS_XDIST_DOES)
+
+    worker = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-q")
+    controller = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+
+    worker.assert_outcomes(passed=1)
+    controller.assert_outcomes(passed=1)
+    controller.stdout.fnmatch_lines(["*= saga: *::test_it =*", "one: wherever it failed, *", "tick *<*"])
+    assert str(controller.stdout).count("saga: ") == 1
+
+
 def test_a_quiet_run_prints_none(pytester: pytest.Pytester) -> None:
     result = run_pytest(pytester, "-q")
 
