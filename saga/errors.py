@@ -119,10 +119,11 @@ class LedgerConflict(LedgerError):
         return cls(f"saga {saga_id} exists already; nothing was recorded")
 
     @classmethod
-    def held(cls, saga_id: str, by: str, *, holder: str, until: datetime | None = None) -> Self:
+    def held(cls, saga_id: str, *, holder: str, until: datetime | None = None) -> Self:
         """Another owner holds the lease and counts as alive."""
-        when = "until it is released" if until is None else f"until it is released, or until {_clock(until)} if {holder} says nothing more"
-        return cls(f"saga {saga_id} is held by {holder}; {by} has to wait {when}", holder=holder, until=until)
+        at_most = "" if until is None else f", or until {_clock(until)} if it says nothing more"
+        message = f"saga {saga_id} is held by {holder}. Wait until it lets go{at_most}; or go on with the saga where it is held"
+        return cls(message, holder=holder, until=until)
 
     @classmethod
     def overtaken(cls, saga_id: str, token: int, current: int, *, holder: str | None, until: datetime | None = None) -> Self:

@@ -290,7 +290,7 @@ class MemoryLedger(Ledger):
         """Take the lease; it lasts until it is released, because its holder lives in this process."""
         saga = self._find(saga_id)
         if saga.owner is not None and saga.owner != owner:
-            raise LedgerConflict.held(saga_id, owner, holder=saga.owner)
+            raise LedgerConflict.held(saga_id, holder=saga.owner)
         saga.owner = owner
         saga.token += 1
         self._review(saga)

@@ -1041,7 +1041,7 @@ def test_a_recovery_is_told_in_json(shop: Shop) -> None:
 
     told = json.loads(done.out)
     assert SagaReport.model_validate(told["reports"]["gone"]).status is SagaStatus.COMPENSATED
-    assert told["held"]["held"].startswith("saga held is held by owner of held; ")
+    assert told["held"]["held"].startswith("saga held is held by owner of held. ")
     assert told["failed"]["unknown"].startswith("expected a pipeline named 'another', got those named crash")
     assert {len(found) for found in told.values()} == {1}
     assert done.code == Exit.FAILED

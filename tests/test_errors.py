@@ -44,7 +44,7 @@ ERRORS = [
     GraphChanged("s", ["stage 'pay' is gone"]),
     LedgerError("no such table"),
     LedgerCorrupt("event 3 is no JSON"),
-    LedgerConflict.held("s", "b", holder="a", until=datetime(2026, 3, 14, tzinfo=UTC)),
+    LedgerConflict.held("s", holder="a", until=datetime(2026, 3, 14, tzinfo=UTC)),
     SagaUnrecorded("s", OSError("disk full"), in_effect=["a"], unknown=["b"]),
     ProcessDied("the process is gone"),
     NotStorable("data['connection']", "a socket"),
@@ -94,3 +94,16 @@ def test_a_report_that_holds_the_failure_of_a_nested_saga_is_copied() -> None:
     assert copied.cause is not None
     assert isinstance(copied.cause.exception, NestedSagaFailed)
     assert str(copied.cause.exception) == str(report.cause.exception)
+
+
+def test_a_conflict_names_the_holder_once_and_says_what_to_do() -> None:
+    holder = "host/4711/1234567/4026531836/a2b5c2d0/9f86d081"
+
+    at_most = LedgerConflict.held("s", holder=holder, until=datetime(2026, 3, 14, 9, 26, 53, tzinfo=UTC))
+    for_ever = LedgerConflict.held("s", holder=holder)
+
+    assert str(at_most) == (
+        f"saga s is held by {holder}. Wait until it lets go, or until 2026-03-14 09:26:53 UTC if it says nothing more; "
+        "or go on with the saga where it is held"
+    )
+    assert str(for_ever) == f"saga s is held by {holder}. Wait until it lets go; or go on with the saga where it is held"

@@ -242,7 +242,7 @@ def test_whoever_holds_a_saga_keeps_others_from_it_until_it_lets_go(place: Place
 
     assert first == 1
     assert isinstance(refused, LedgerConflict)
-    assert "saga s is held by me; you has to wait until it is released" in str(refused)
+    assert "saga s is held by me. Wait until it lets go" in str(refused)
     assert refused.holder == "me"
     assert (refused.until is None) is (ledger.lease is None)
     assert released is None

@@ -282,7 +282,7 @@ class _Store:
             connection.execute("SELECT FROM sagas WHERE id = %s FOR UPDATE", (saga_id,))
             _, token, holder, until, is_alive = self._holder(connection, saga_id)
             if holder is not None and holder != owner and is_alive and not is_gone(holder):
-                raise LedgerConflict.held(saga_id, owner, holder=holder, until=until)
+                raise LedgerConflict.held(saga_id, holder=holder, until=until)
             connection.execute("UPDATE sagas SET owner = %s, token = token + 1 WHERE id = %s", (owner, saga_id))
             connection.execute(_BEAT, (owner, self._lease))
         return token + 1

@@ -247,7 +247,7 @@ class _Store:
         saga_id, owner = request
         _, token, holder, until = self._holder(connection, saga_id)
         if holder not in {None, owner} and until is not None and until >= self._clock() and not is_gone(str(holder)):
-            raise LedgerConflict.held(saga_id, owner, holder=str(holder), until=_when(until))
+            raise LedgerConflict.held(saga_id, holder=str(holder), until=_when(until))
         connection.execute("UPDATE sagas SET owner = ?, token = token + 1 WHERE id = ?", (owner, saga_id))
         self._beat(connection, owner)
         return token + 1
