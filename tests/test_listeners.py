@@ -146,7 +146,7 @@ def test_a_child_names_the_stage_that_runs_it(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.INFO, "saga"):
         run(SagaCoordinator(listeners=[log_events]).run(pipeline.with_stage("trip", nested(trip)), saga_id="s"))
 
-    assert "INFO saga s/trip: started 'scene', 1 stages for stage 'trip' of saga s" in lines(caplog)
+    assert "INFO saga s/trip: started 'scene', 1 stage for stage 'trip' of saga s" in lines(caplog)
 
 
 def test_a_record_has_the_ids_as_fields(caplog: pytest.LogCaptureFixture) -> None:

@@ -169,6 +169,26 @@ def test_the_bar_runs_forward_and_then_back() -> None:
     assert (filled(forward), filled(back), filled(nearly)) == (26, 40, 20)
 
 
+def test_the_bar_stays_at_what_was_undone_when_the_saga_has_come_to_rest() -> None:
+    def last(*events: AnyEvent) -> list[str]:
+        family, shown_last = family_of(SEQUENCE, *completed("a"), *completed("b"), *failed("c"), turned()), []
+        for event in events:
+            family.hear("s", event)
+            shown_last.append(shown(family)[-1].split("  ")[-1].strip())
+        return shown_last
+
+    undone = [event for stage in "ba" for event in (CompensationStarted(stage=stage, attempt=1), CompensationCompleted(stage=stage))]
+    stuck = CompensationFailed(stage="b", failure=failure("b", FailureKind.COMPENSATION, "no line"))
+
+    assert last(*undone, SagaEnded(status=SagaStatus.COMPENSATED))[1:] == [
+        "1 of 2 undone",
+        "1 of 2 undone",
+        "2 of 2 undone",
+        "2 of 2 undone",
+    ]
+    assert last(undone[0], stuck, SagaEnded(status=SagaStatus.STUCK)) == ["0 of 2 undone"] * 3
+
+
 def test_a_stage_that_is_held_back_stuck_skipped_or_its_fallback_says_why() -> None:
     stuck = CompensationFailed(at=at(5), stage="b", failure=failure("b", FailureKind.COMPENSATION, "no line"))
     tried = (turned(), CompensationStarted(at=at(4), stage="b", attempt=1), stuck, SagaEnded(at=at(6), status=SagaStatus.STUCK))

@@ -687,6 +687,14 @@ def test_a_page_has_the_table_with_a_caption_and_headings_of_columns_and_rows() 
     assert "its compensation failed 3 times, the last: Unreachable: the bank does not answer" in page.words["bdi"]
 
 
+def test_a_page_of_one_stage_does_not_count_stages() -> None:
+    html = Story("seat", {"reserve_seat": ()}).done("reserve_seat", 0, 1).ends(1, SagaStatus.COMPLETED).report.to_html()
+
+    assert Page(html).words["caption"] == ["The only stage"]
+    assert "1 stage" in html
+    assert "1 stages" not in html
+
+
 def test_every_stage_of_the_graph_and_of_the_table_is_a_link_to_its_details() -> None:
     report = twelve_stages()
     page = Page(report.to_html())

@@ -37,6 +37,7 @@ COLOURS: Final = {
     StageState.BLOCKED: "red",
 }
 _TURNED: Final = "magenta"
+_BACKWARD: Final = frozenset({SagaStatus.COMPENSATING, SagaStatus.COMPENSATED, SagaStatus.STUCK})
 _STATE: Final = len("< compensating")
 _NARROW: Final = 80
 """Columns below which there is no room for a stage's note."""
@@ -119,13 +120,14 @@ def _hidden(found: list[Row], where: str) -> Text:
 
 
 def _bar(state: SagaState, width: int) -> Table:
-    """Forward, how many stages have ended; backward, how many effects have been undone, and the bar runs back."""
-    left, undone = len(to_undo(state)), sum(record.state is _S.UNDONE for record in state.stages.values())
+    """Forward, how many stages have ended; backward, how many effects have been undone, and the bar runs back and stays there."""
+    held = {name for name, where in stage_states(state, state.policy).items() if where in {_S.STUCK, _S.BLOCKED}}
+    left, undone = len(to_undo(state) | held), sum(record.state is _S.UNDONE for record in state.stages.values())
     ended = sum(record.state not in {_S.NOT_RUN, _S.RUNNING} for record in state.stages.values())
     total = len(state.stages)
     grid = Table.grid(padding=(0, 2, 0, 0))
     bar_width = max(10, min(40, width - 24))
-    if state.status is SagaStatus.COMPENSATING:
+    if state.status in _BACKWARD:
         done = left / (left + undone) if left + undone else 0.0
         bar = ProgressBar(total=1.0, completed=done, width=bar_width, complete_style=_TURNED, finished_style=_TURNED)
         grid.add_row(bar, f"{undone} of {left + undone} undone")

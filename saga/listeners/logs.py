@@ -55,7 +55,8 @@ def log_events(saga_id: str, event: AnyEvent) -> None:
 
 def _saga_started(event: SagaStarted) -> _Words:
     child = "" if event.parent is None else f" for stage {event.parent_stage!r} of saga {event.parent}"
-    return logging.INFO, f"started {event.pipeline!r}, {len(event.graph.names)} stages{child}"
+    stages = len(event.graph.names)
+    return logging.INFO, f"started {event.pipeline!r}, {stages} stage{'' if stages == 1 else 's'}{child}"
 
 
 def _saga_stopped(event: SagaStopped) -> _Words:

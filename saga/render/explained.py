@@ -11,7 +11,7 @@ from saga.ledger import StageState
 from saga.render.colours import LIKE
 from saga.render.drawing import Box, Drawing, way_back
 from saga.render.graph import graph_section
-from saga.render.html import filled, isolated, scrolling, sign
+from saga.render.html import caption_of, filled, isolated, scrolling, sign
 from saga.render.lettering import cells, shortened, wrapped
 from saga.render.svg import tag
 
@@ -87,7 +87,7 @@ def _table(explanation: Explanation, anchors: dict[str, str]) -> str:
         status = sign(LIKE[consequence.status]) + consequence.status.value
         parts = (tag("th", link, scope="row"), tag("td", status), tag("td", _first_line("; ".join(consequence.what_follows))))
         rows.append(tag("tr", "".join(parts)))
-    caption = tag("caption", f"The {len(rows)} stages, each after those that it depends on")
+    caption = caption_of(len(rows))
     widest = min(max(map(cells, anchors), default=0), _NAME_ROOM)
     table = tag("table", caption + head + tag("tbody", "\n".join(rows)), style=f"--names: {widest}ch")
     return scrolling("Table of stages, scrolls", table)

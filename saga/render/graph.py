@@ -41,7 +41,7 @@ def graph_svg(drawing: Drawing) -> str:
 def graph_section(drawing: Drawing, links: Mapping[str, str]) -> str:
     """A graph as a part of a page, each stage a link to where `links` says."""
     plan = _plan(drawing)
-    label = f"Graph of {drawing.title}: {len(drawing.boxes)} stages"
+    label = f"Graph of {drawing.title}: {len(drawing.boxes)} stage{'' if len(drawing.boxes) == 1 else 's'}"
     return section(label, plan.parts(links), _keys(drawing), width=plan.width, height=plan.height, role="group")
 
 

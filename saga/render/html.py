@@ -111,6 +111,11 @@ def scrolling(label: str, inside: str) -> str:
     return tag("div", inside, class_="box", role="region", aria_label=label, tabindex="0")
 
 
+def caption_of(stages: int) -> str:
+    """What a table of so many stages holds."""
+    return tag("caption", "The only stage" if stages == 1 else f"The {stages} stages, each after those that it depends on")
+
+
 def _table(report: SagaReport, anchors: dict[str, str]) -> str:
     places = {name: str(place) for place, name in enumerate(report.compensation_order, 1)}
     heads = {"Stage": "", "State": "", "Attempts": "number", "Time": "number", "Undoing": "number", "What happened": ""}
@@ -126,7 +131,7 @@ def _table(report: SagaReport, anchors: dict[str, str]) -> str:
             tag("td", "".join(isolated(line) for line in wrapped(explanation(name, stage, report), 2 * _LINE, 1)) or "-"),
         )
         rows.append(tag("tr", "".join(parts)))
-    caption = tag("caption", f"The {len(report.stages)} stages, each after those that it depends on")
+    caption = caption_of(len(report.stages))
     widest = min(max(map(cells, report.stages), default=0), _NAME_ROOM)
     return tag("table", caption + head + tag("tbody", "\n".join(rows)), style=f"--names: {widest}ch")
 
