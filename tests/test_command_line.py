@@ -355,12 +355,14 @@ A_PIPELINE = "expected a Pipeline, or a function without arguments that returns 
         ("broken:trip", "saga: expected a module broken that can be imported, got ZeroDivisionError: division by zero\n"),
         ("lacking:trip", "saga: expected a module lacking that can be imported, got ModuleNotFoundError: No module named 'airline'\n"),
         ("empty:trip", "saga: expected a pipeline in empty, got 'trip'\n"),
+        ("rude:trip", "saga: expected a module rude that can be imported, got ValueError: \\u001b[2J cleared\n"),
     ],
 )
 def test_a_pipeline_that_is_not_there_is_refused_in_a_line(shop: Shop, target: str, said: str) -> None:
     shop.write("broken.py", "1 / 0")
     shop.write("lacking.py", "import airline")
     shop.write("empty.py", "")
+    shop.write("rude.py", "raise ValueError('\\x1b[2J\\ncleared')")
 
     done = shop.saga("run", target)
 

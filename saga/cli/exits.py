@@ -7,7 +7,7 @@ from typing import Final
 
 from saga.errors import MisuseError, SagaError
 from saga.events import SagaStatus
-from saga.text import said
+from saga.text import printable, said
 
 
 class Exit(IntEnum):
@@ -62,4 +62,5 @@ def exit_of_error(error: Exception) -> Exit:
 
 def in_a_line(error: Exception) -> str:
     """What went wrong."""
-    return str(error) if isinstance(error, SagaError | OSError | ModuleNotFoundError) else f"{type(error).__name__}: {said(error)}"
+    known = isinstance(error, SagaError | OSError | ModuleNotFoundError)
+    return printable(str(error) if known else f"{type(error).__name__}: {said(error)}")
