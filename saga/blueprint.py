@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from saga.recovery import StageRecord
 
 T = TypeVar("T")
-_HOOKS: Final = ("execute", "compensate", "probe", "fallback")
+_HOOKS: Final = {"execute": ("ctx",), "compensate": ("ctx",), "probe": ("ctx",), "fallback": ("ctx", "failure")}
+"""What stages are called for, and with what."""
 
 
 class Runner(Protocol):
@@ -145,8 +146,7 @@ class Blueprint:
         Raises:
             PolicyInvalid: It does.
         """
-        if not isinstance(policy, FailFast | ContinueWithFallback):
-            raise PolicyInvalid("a FailFast or a ContinueWithFallback policy", got=repr(policy))
+        refuse_no_policy(policy)
         for name in policy.fallbacks if isinstance(policy, ContinueWithFallback) else ():
             if name not in self.stages:
                 raise PolicyInvalid(
@@ -154,6 +154,17 @@ class Blueprint:
                     got=repr(name),
                     hint=did_you_mean(name, self.stages),
                 )
+
+
+def refuse_no_policy(policy: object) -> None:
+    """Refuse what is no policy; None stands for one elsewhere.
+
+    Raises:
+        PolicyInvalid: It is none.
+    """
+    if policy is not None and not isinstance(policy, FailFast | ContinueWithFallback):
+        hint = f"Write {policy.__name__}()." if isinstance(policy, type) and issubclass(policy, FailFast | ContinueWithFallback) else ""
+        raise PolicyInvalid("a FailFast or a ContinueWithFallback policy", got=repr(policy), hint=hint)
 
 
 def _refuse_ambiguous(name: str) -> None:
@@ -200,8 +211,9 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         wrapped: Any = _Callable(runner)
         make = lambda: wrapped  # noqa: E731 - as above
     sample = _instance(name, make)
-    for hook in _HOOKS:
+    for hook, arguments in _HOOKS.items():
         _refuse_sync(name, hook, getattr(sample, hook, None))
+        _refuse_signature(name, hook, getattr(sample, hook, None), arguments)
     if not callable(getattr(sample, "execute", None)):
         raise PipelineInvalid("a stage with an async execute", got=repr(runner), stage=name)
     can_compensate = callable(getattr(sample, "compensate", None))
@@ -270,6 +282,17 @@ def _refuse_sync(name: str, hook: str, function: object) -> None:
         stage=name,
         hint="Write async def, and take blocking work to a thread (asyncio.to_thread).",
     )
+
+
+def _refuse_signature(name: str, hook: str, function: Any, arguments: tuple[str, ...]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # there is none, or it says nothing of itself
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        raise PipelineInvalid(f"{hook} to be called with {' and '.join(arguments)}", got=f"{hook}{signature}", stage=name) from None
 
 
 def _is_async(function: Callable[..., object]) -> bool:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import getpass
+import inspect
 import logging
+import os
 import secrets
+import weakref
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -18,7 +21,7 @@ from saga.actions import LocalActions
 from saga.alive import LiveSaga
 from saga.asking import ask
 from saga.backward import Backward
-from saga.blueprint import Blueprint
+from saga.blueprint import Blueprint, refuse_no_policy
 from saga.compensable import child_id
 from saga.errors import (
     GraphChanged,
@@ -45,6 +48,7 @@ from saga.events import (
 from saga.failures import Failure
 from saga.forward import Forward
 from saga.graph import Role
+from saga.heart import Heart
 from saga.journal import Journal, Listener, tell
 from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, StageState
 from saga.outputs import copied, refuse_unstorable
@@ -95,7 +99,7 @@ class SagaCoordinator:
             own time, so they have to be quick; what they raise is logged and harms no saga.
 
     Raises:
-        MisuseError: The ledger is none.
+        MisuseError: The ledger is none, or a listener.
         PolicyInvalid: The policy is none.
     """
 
@@ -110,15 +114,22 @@ class SagaCoordinator:
         if isinstance(ledger, str):
             # Not the text itself: a URL may hold a password.
             raise MisuseError("a ledger", got="a str", hint="saga.ledgers.open_ledger(url) opens the one at a URL.")
+        refuse_no_policy(policy)
         self.policy: Final = policy if policy is not None else FailFast()
         self.ledger: Final = ledger if ledger is not None else MemoryLedger()
         self._interceptors = tuple(interceptors)
-        self._listeners = tuple(listeners)
+        self._listeners = _checked(listeners)
+        self._name_anew()
+        _COORDINATORS.add(self)
+
+    def _name_anew(self) -> None:
+        """Be an owner of its own, that holds nothing: also in a process that was forked off, which has none of its parent's sagas."""
         self._owner = this_process()
         self._alive: dict[str, LiveSaga | None] = {}
         self._late: dict[str, list[AnyEvent]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._heart: asyncio.Task[None] | None = None
+        self._hearts: dict[asyncio.AbstractEventLoop, Heart] = {}
+        self._beating: dict[str, Heart] = {}
 
     async def run(
         self,
@@ -177,9 +188,10 @@ class SagaCoordinator:
         Raises:
             SagaNotFound: The ledger has no such saga.
             GraphChanged: The pipeline differs from the saga's.
-            MisuseError: The saga is alive here, or has stages in doubt that a person has to settle first.
+            MisuseError: The saga is alive here, has stages in doubt that a person has to settle first, or is run by another one.
             LedgerConflict: Another coordinator holds it.
         """
+        await self._refuse_other(saga_id, pipeline)
         return await self._go_on(saga_id, pipeline, partial(resumption, policy=policy, forward=forward, by=by or _user()), policy)
 
     async def compensate(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
@@ -190,9 +202,10 @@ class SagaCoordinator:
         Raises:
             SagaNotFound: The ledger has no such saga.
             GraphChanged: The pipeline differs from the saga's.
-            MisuseError: The saga is alive here.
+            MisuseError: The saga is alive here, or is run by another one.
             LedgerConflict: Another coordinator holds it.
         """
+        await self._refuse_other(saga_id, pipeline)
         return await self._go_on(saga_id, pipeline, partial(undoing, by=_user()))
 
     async def settle(
@@ -202,7 +215,7 @@ class SagaCoordinator:
 
         Args:
             saga_id: The saga's id.
-            stage: The stage; one of a nested saga by its path, `book_hotel/charge_deposit`.
+            stage: The stage; one of a nested saga by its path, `book_hotel/charge_deposit`. The sagas that run this one learn of it.
             verdict: `undone`: nothing of it stands. `kept`: it stands and is to stay, with all that it depends on. `retry`: what was
                 in the way is mended, so try once more.
             note: Why; for whoever reads the ledger later.
@@ -218,7 +231,9 @@ class SagaCoordinator:
             raise MisuseError("undone, kept or retry as the verdict", got=repr(verdict), stage=stage)
         if not note.strip():
             raise MisuseError("a note that says why", got=repr(note), stage=stage)
-        path = await self._locate(saga_id, stage)
+        if output is not None and not isinstance(output, dict):
+            raise MisuseError("a dict as the output's data", got=repr(output), stage=stage)
+        path = [*await self._runs(saga_id), *await self._locate(saga_id, stage)]
         *above, (owner, leaf) = path
         said = StageSettled(
             stage=leaf,
@@ -235,38 +250,40 @@ class SagaCoordinator:
         return await self.report(saga_id)
 
     async def recover(
-        self, pipelines: Iterable[Pipeline] | Mapping[str, Pipeline], *, concurrency: int = 10, by: str | None = None
+        self, pipelines: Pipeline | Iterable[Pipeline] | Mapping[str, Pipeline], *, concurrency: int = 10, by: str | None = None
     ) -> Recovery:
         """Go on with every saga in the ledger whose process is gone, as `resume` does; nested ones go on with those that run them.
 
         Args:
-            pipelines: Those that the sagas were started with, found by their names; as a mapping, by its keys.
+            pipelines: The one, or those, that the sagas were started with, found by their names; as a mapping, by its keys.
             concurrency: How many sagas go on at once.
             by: Who resumes them, for the ledger; the user of this process by default.
 
         Returns:
             A report for every saga that went on, and for every other one why it did not.
         """
+        if isinstance(pipelines, Pipeline):
+            pipelines = (pipelines,)
         known = dict(pipelines) if isinstance(pipelines, Mapping) else {pipeline.name: pipeline for pipeline in pipelines}
-        entries = {entry.saga_id: entry for entry in await self.ledger.list(statuses=ALIVE) if entry.saga_id not in self._alive}
+        entries = {entry.saga_id: entry for entry in await self.ledger.list(statuses=ALIVE)}
         recovery = Recovery()
         limit = asyncio.Semaphore(concurrency)
 
         async def go_on(entry: Entry) -> None:
             async with limit:
+                if entry.saga_id in self._alive:
+                    return
                 try:
-                    if entry.pipeline not in known:
-                        raise MisuseError(f"a pipeline named {entry.pipeline!r}", got=f"those named {', '.join(known) or 'nothing'}")
-                    chapter = partial(recovering, by=by or _user())
-                    recovery.reports[entry.saga_id] = await self._go_on(entry.saga_id, known[entry.pipeline], chapter)
+                    pipeline = _among(known, entry.pipeline)
+                    recovery.reports[entry.saga_id] = await self._go_on(entry.saga_id, pipeline, partial(recovering, by=by or _user()))
                 except LedgerConflict as held:
                     recovery.held[entry.saga_id] = held
-                except SagaError as error:
-                    recovery.failed[entry.saga_id] = error
+                except Exception as error:  # noqa: BLE001 - it is one saga's, and the others go on
+                    recovery.failed[entry.saga_id] = error if isinstance(error, SagaError) else _unexpected(entry.saga_id, error)
 
         async with asyncio.TaskGroup() as group:
             for entry in entries.values():
-                if entry.parent not in entries:
+                if entry.parent not in entries and entry.parent not in self._alive:
                     group.create_task(go_on(entry))
         return recovery
 
@@ -337,7 +354,7 @@ class SagaCoordinator:
 
     async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child."""
-        return await self.compensate(saga_id, pipeline)
+        return await self._go_on(saga_id, pipeline, partial(undoing, by=_user()))
 
     async def reports_of(self, saga_id: str, stage: str, prefix: str) -> list[SagaReport]:
         """The children of a saga's stage, oldest first; those whose ids begin so."""
@@ -442,7 +459,7 @@ class SagaCoordinator:
         """A saga that nobody was running, held from here on, and the work that its events come to."""
         saga = await self._take(saga_id, pipeline, policy)
         try:
-            return saga, await self._turn_to(saga, decide(await self.ledger.read(saga_id)))
+            return saga, self._turn_to(saga, decide(await self.ledger.read(saga_id)))
         except BaseException:
             await self._let_go(saga)
             raise
@@ -462,27 +479,22 @@ class SagaCoordinator:
 
     def _hold(self, saga_id: str) -> None:
         self._alive[saga_id] = None
-        if self.ledger.lease is not None and self._heart is None:
-            self._heart = asyncio.create_task(self._beat(self.ledger.lease / 3))
+        if self.ledger.lease is not None:
+            loop = asyncio.get_running_loop()
+            if loop not in self._hearts:
+                self._hearts[loop] = Heart(self.ledger, self._owner, self.ledger.lease / 3)
+            self._beating[saga_id] = self._hearts[loop]
+            self._hearts[loop].hold()
 
     def _unhold(self, saga_id: str) -> None:
         del self._alive[saga_id]
-        if not self._alive and self._heart is not None:
-            self._heart.cancel()
-            self._heart = None
+        heart = self._beating.pop(saga_id, None)
+        if heart is not None and heart.let_go():
+            del self._hearts[heart.loop]
 
-    async def _beat(self, seconds: float) -> None:
-        while True:
-            await asyncio.sleep(seconds)
-            try:
-                await self.ledger.beat(self._owner)
-            except LedgerError:
-                # A lease that is lost is noticed by the next append, which is refused.
-                _LOG.warning("the ledger could not be told that %s is alive", self._owner, exc_info=True)
-
-    def _forward(self, saga: LiveSaga) -> Coroutine[Any, Any, None]:
+    def _forward(self, saga: LiveSaga, before: Sequence[AnyEvent] = ()) -> Coroutine[Any, Any, None]:
         # Made here and not in its task: a cancel that comes before the task runs finds what it is to stop.
-        return self._drive(saga, Forward(saga, self._interceptors))
+        return self._drive(saga, Forward(saga, self._interceptors), before)
 
     async def _unbroken(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
         """Wait for the saga to come to rest, also when the caller is cancelled meanwhile."""
@@ -524,7 +536,9 @@ class SagaCoordinator:
             children[stage] = (*children.get(stage, ()), await self.report(entry.saga_id))
         return SagaReport.of(state, children, {} if saga is None else saga.exceptions)
 
-    async def _drive(self, saga: LiveSaga, forward: Forward) -> None:
+    async def _drive(self, saga: LiveSaga, forward: Forward, before: Sequence[AnyEvent]) -> None:
+        if before:
+            await saga.journal.record(*before)
         await forward.run()
         await self._conclude(saga, forward.cause)
 
@@ -558,22 +572,59 @@ class SagaCoordinator:
         await self._ask_the_rest(saga)
         await saga.journal.record(SagaEnded(status=final_status(saga.journal.state, saga.policy)), release=True)
 
-    async def _turn_to(self, saga: LiveSaga, chapter: Chapter) -> Coroutine[Any, Any, None]:
-        """Record that a new chapter of the saga begins; its work."""
+    def _turn_to(self, saga: LiveSaga, chapter: Chapter) -> Coroutine[Any, Any, None]:
+        """The work of a new chapter of the saga, which begins with its being recorded."""
+        if chapter.direction is Direction.FORWARD:
+            return self._forward(saga, chapter.events)
+        return self._finish(saga, chapter)
+
+    async def _finish(self, saga: LiveSaga, chapter: Chapter) -> None:
         if chapter.direction is Direction.NOWHERE:
             _LOG.info("saga %s: %s", saga.id, chapter.why_not)
-            return _nothing()
+            return
         await saga.journal.record(*chapter.events)
-        match chapter.direction:
-            case Direction.FORWARD:
-                return self._forward(saga)
-            case Direction.CONCLUDE:
-                return self._conclude(saga, chapter.stop)
-            case _:
-                assert chapter.reason is not None  # a saga goes backward for a reason
-                return self._back(saga, chapter.reason)
+        if chapter.direction is Direction.CONCLUDE:
+            await self._conclude(saga, chapter.stop)
+        else:
+            assert chapter.reason is not None  # a saga goes backward for a reason
+            await self._back(saga, chapter.reason)
 
     # -- what people and latecomers say --------------------------------------------------------------------------
+
+    async def _refuse_other(self, saga_id: str, pipeline: Pipeline) -> None:
+        """Refuse to go on with what is another saga's part, or with a pipeline of another name.
+
+        Raises:
+            SagaNotFound: The ledger has no such saga.
+            MisuseError: Another one runs it.
+            GraphChanged: The pipeline has another name.
+        """
+        for parent, stage in (await self._runs(saga_id))[:1]:
+            raise MisuseError(
+                "a saga that no other one runs",
+                got=f"{saga_id}, which is run by stage {stage!r} of saga {parent}",
+                hint=f"Go on with {parent}: it goes on with those that it runs, and learns what became of them.",
+            )
+        started = (await self.ledger.read(saga_id))[0]
+        name = getattr(pipeline, "name", None)
+        if isinstance(started, SagaStarted) and isinstance(name, str) and name != started.pipeline:
+            raise GraphChanged(saga_id, [f"its pipeline is {started.pipeline!r}, this one is {name!r}"])
+
+    async def _runs(self, saga_id: str) -> list[tuple[str, str]]:
+        """The sagas and stages that run a saga, the outermost first.
+
+        Raises:
+            SagaNotFound: The ledger has no such saga.
+        """
+        events = await self.ledger.read(saga_id)
+        if not events:
+            raise _not_found(saga_id)
+        found: list[tuple[str, str]] = []
+        while events and isinstance(started := events[0], SagaStarted) and started.parent is not None:
+            events = await self.ledger.read(started.parent)
+            if events:
+                found.insert(0, (started.parent, str(started.parent_stage)))
+        return found
 
     async def _locate(self, saga_id: str, path: str) -> list[tuple[str, str]]:
         """The sagas and stages that a path leads through, the outermost first."""
@@ -648,6 +699,18 @@ class SagaCoordinator:
             _LOG.exception("saga %s: what came late (%s) could not be recorded; look at its stages in the outside world", saga_id, names)
 
 
+_COORDINATORS: Final[weakref.WeakSet[SagaCoordinator]] = weakref.WeakSet()
+
+
+def _name_all_anew() -> None:
+    for coordinator in _COORDINATORS:
+        coordinator._name_anew()  # noqa: SLF001 - of this file
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_name_all_anew)
+
+
 def _unrecorded(journal: Journal, error: LedgerError) -> LedgerError:
     """What to say of a saga that its ledger failed: what is in effect, and what nobody knows."""
     state, unwritten = journal.state, journal.unwritten
@@ -669,8 +732,25 @@ def _unrecorded(journal: Journal, error: LedgerError) -> LedgerError:
     return SagaUnrecorded(state.started.saga_id, error, in_effect=in_effect, unknown=unknown)
 
 
-async def _nothing() -> None:
-    """The saga has nothing left to do."""
+def _checked(listeners: Sequence[Listener]) -> tuple[Listener, ...]:
+    if callable(listeners):
+        raise MisuseError("a list of listeners", got=repr(listeners), hint="Write listeners=[it].")
+    for listener in listeners:
+        if not callable(listener) or isinstance(listener, type) or inspect.iscoroutinefunction(listener):
+            raise MisuseError("a listener to be a plain function, or an object that can be called as one", got=repr(listener))
+    return tuple(listeners)
+
+
+def _among(known: Mapping[str, Pipeline], name: str) -> Pipeline:
+    if name not in known:
+        raise MisuseError(f"a pipeline named {name!r}", got=f"those named {', '.join(known) or 'nothing'}")
+    return known[name]
+
+
+def _unexpected(saga_id: str, error: Exception) -> SagaError:
+    failed = SagaError(f"saga {saga_id} could not go on: {type(error).__name__}: {error}")
+    failed.__cause__ = error
+    return failed
 
 
 def _user() -> str:

@@ -85,7 +85,7 @@ class Forward(Stages):
         self._schedule: Schedule = StageflowSchedule(saga, self, interceptors) if by_stageflow else OwnSchedule(saga, self)
         self._loop = asyncio.get_running_loop()
         self._running: Crew[_StageRun] = Crew(self._breaks)
-        self._fallen = {name for name, record in self._state.stages.items() if record.with_branch and not record.again}
+        self._fallen: set[str] = set()
         self._stopped = asyncio.Event()
         self._interrupted = asyncio.Event()
         self._until: float | None = None
@@ -102,6 +102,7 @@ class Forward(Stages):
         Raises:
             LedgerError: The ledger could not record; nothing was started after that.
         """
+        self._fallen = {name for name, record in self._state.stages.items() if record.with_branch and not record.again}
         timer = None
         if self._policy.deadline is not None:
             self._until = self._loop.time() + self._policy.deadline

@@ -176,7 +176,7 @@ class Journal:
                 await self._wait_for_creation(events)
             else:
                 await self._create(events)
-        except BaseException as error:
+        except (Exception, asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
             self.unwritten += events
             self.error = self._told(error, events)
             if isinstance(error, KeyboardInterrupt | SystemExit | LedgerError):

@@ -11,6 +11,7 @@ from saga.blueprint import Blueprint
 from saga.compensable import CompensableStage, CompensationContext, SagaContext
 from saga.errors import SagaError
 from saga.events import SagaStatus
+from saga.failures import FailureKind
 from saga.policies import Compensation, Policy, Retry
 from saga.report import SagaReport
 
@@ -26,8 +27,7 @@ class NestedSagaFailed(SagaError):
     def __init__(self, report: SagaReport) -> None:
         self.report = report
         self.past_pivot = report.past_pivot
-        cause = f": {report.cause}" if report.cause is not None else ""
-        super().__init__(f"its saga {report.saga_id} is {report.status.value}{cause}")
+        super().__init__(f"its saga {report.saga_id} is {report.status.value}{_why(report)}")
 
 
 class NestedSaga(CompensableStage):
@@ -55,8 +55,8 @@ class NestedSaga(CompensableStage):
         policy: Policy | None = None,
         fields: Callable[[SagaContext], Mapping[str, Any]] | None = None,
     ) -> None:
-        self.name = pipeline.name
         self.holds_pivot = any(node.is_point_of_no_return for node in Blueprint.of(pipeline).graph.nodes)
+        self.name = pipeline.name
         self._pipeline = pipeline
         self._policy = policy
         self._fields = fields
@@ -92,6 +92,13 @@ class NestedSaga(CompensableStage):
         if not standing[-1].ok:
             raise NestedSagaFailed(standing[-1])
         return _output(standing[-1])
+
+
+def _why(report: SagaReport) -> str:
+    """What is in the way of a child: what could not be undone, else what stopped it."""
+    stuck = [failure for failure in report.failures if failure.kind is FailureKind.COMPENSATION and failure.stage in report.stuck]
+    said = stuck[-1] if stuck else report.cause
+    return f": {said}" if said is not None else ""
 
 
 def _standing(children: list[SagaReport]) -> list[SagaReport]:

@@ -156,6 +156,8 @@ class SagaReport(BaseModel):
         stages: Every stage of the pipeline, in topological order.
         compensation_order: The stages whose compensations started, in the order in which they did.
         past_pivot: Whether something of it can't be undone any more: a pivot has completed, or a person said that it is to be kept.
+        parent: The id of the saga that runs it as a child, if one does.
+        parent_stage: The parent's stage that does.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -170,6 +172,8 @@ class SagaReport(BaseModel):
     stages: dict[str, StageReport]
     compensation_order: tuple[str, ...] = ()
     past_pivot: bool = False
+    parent: str | None = None
+    parent_stage: str | None = None
 
     @classmethod
     def of(
@@ -197,6 +201,8 @@ class SagaReport(BaseModel):
             },
             compensation_order=tuple(name for _, name in undone),
             past_pivot=bool(protected(state)),
+            parent=state.started.parent,
+            parent_stage=state.started.parent_stage,
         )
 
     @classmethod

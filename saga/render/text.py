@@ -151,14 +151,20 @@ def _how_to_settle(report: SagaReport) -> list[str]:
     """The exact next commands, for the innermost stages: what runs them finds out by itself."""
     open_ones = [*report.stuck, *report.in_doubt]
     innermost = [name for name in open_ones if not any(other.startswith(f"{name}/") for other in open_ones)]
-    resume = next_command("resume", report.saga_id)
+    saga_id, path = _outer(report)
+    resume = next_command("resume", saga_id)
     if not innermost:
         return [f"To do: it was not undone to the end; go on with: {resume}"]
     return [
         "To do: look at the outside world, put it right by hand, and say so (undone, kept or retry); then go on:",
-        *("  " + next_command("settle", report.saga_id, name, "undone", options="--note '...'") for name in innermost),
+        *("  " + next_command("settle", saga_id, f"{path}{name}", "undone", options="--note '...'") for name in innermost),
         f"  {resume}",
     ]
+
+
+def _outer(report: SagaReport) -> tuple[str, str]:
+    """The saga to go on with, and the path to this one's stages from there: what another one runs goes on with that."""
+    return (report.saga_id, "") if report.parent is None else (report.parent, f"{report.parent_stage}/")
 
 
 def what_to_do(report: SagaReport) -> list[str]:
@@ -177,7 +183,7 @@ def what_to_do(report: SagaReport) -> list[str]:
         case SagaStatus.HALTED if report.in_doubt:
             lines += _how_to_settle(report)
         case SagaStatus.HALTED:
-            lines.append(f"To do: what was done is kept. Mend the cause, then: {next_command('resume', report.saga_id)}")
+            lines.append(f"To do: what was done is kept. Mend the cause, then: {next_command('resume', _outer(report)[0])}")
         case SagaStatus.RUNNING | SagaStatus.COMPENSATING:
             lines.append(
                 "It has not come to rest: it is running, or its process is gone. saga list says which, saga recover goes on with it."

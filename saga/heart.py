@@ -1,0 +1,62 @@
+"""Saying that an owner is alive, for as long as it holds the lease of any saga."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Final
+
+from saga.watch import start
+
+if TYPE_CHECKING:
+    from saga.ledger import Ledger
+
+_LOG: Final = logging.getLogger("saga")
+
+
+class Heart:
+    """Beats for an owner in the event loop in which it was made, while that loop's sagas are held.
+
+    Args:
+        ledger: The one that is told.
+        owner: Who is alive.
+        seconds: Between two beats.
+
+    Attributes:
+        loop: That event loop.
+    """
+
+    def __init__(self, ledger: Ledger, owner: str, seconds: float) -> None:
+        self.loop: Final = asyncio.get_running_loop()
+        self._ledger = ledger
+        self._owner = owner
+        self._seconds = seconds
+        self._held = 0
+        self._task = start(self._beat())
+
+    def hold(self) -> None:
+        """Beat for one saga more."""
+        self._held += 1
+
+    def let_go(self) -> bool:
+        """Beat for one saga less; whether it was the last, and the heart stands still."""
+        self._held -= 1
+        if not self._held:
+            self._task.cancel()
+        return not self._held
+
+    async def _beat(self) -> None:
+        while self._held:
+            # asyncio.run cancels every task before it ends, and waits for what is still to be undone: that must not lose its lease.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(self._seconds)
+            if self._held:
+                await self._say()
+
+    async def _say(self) -> None:
+        try:
+            await self._ledger.beat(self._owner)
+        except (Exception, asyncio.CancelledError):  # noqa: BLE001 - whatever a ledger's driver raises
+            # A lease that is lost is noticed by the next append, which is refused.
+            _LOG.warning("the ledger could not be told that %s is alive", self._owner, exc_info=True)

@@ -1,0 +1,330 @@
+"""A saga has one owner: while it is alive nobody else takes the saga, and a process that was forked off is another one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stageflow.api import Pipeline
+
+from saga import (
+    CompensableStage,
+    CompensationContext,
+    FailFast,
+    LedgerError,
+    MemoryLedger,
+    MisuseError,
+    SagaContext,
+    SagaCoordinator,
+    SagaReport,
+    SagaStatus,
+    compensable,
+    nested,
+)
+from saga.blueprint import Blueprint
+from saga.events import SagaStarted
+from tests.controlled import elapse, run
+from tests.dying import Dying
+from tests.slow import SlowDisk
+from tests.world import SEQUENCE, Script, scene
+
+
+async def nothing(*_: Any) -> None: ...
+
+
+class Leased(MemoryLedger):
+    """Remembers when an owner said that it is alive; its driver fails now and then."""
+
+    lease = 30.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beats: list[float] = []
+
+    async def beat(self, owner: str) -> None:
+        self.beats.append(asyncio.get_running_loop().time())
+        if len(self.beats) == 3:
+            raise OSError("a driver's error")
+
+
+def test_an_owner_beats_on_while_it_undoes_though_every_task_is_cancelled() -> None:
+    """As asyncio.run does before it ends: a compensation goes on for longer than the lease, and nobody else may undo meanwhile."""
+    _, pipeline = scene({"a": ()}, {"a": Script(before=1.0, undo_takes=100.0)})
+    ledger = Leased()
+
+    async def play() -> None:
+        me = asyncio.current_task()
+        caller = asyncio.create_task(SagaCoordinator(ledger=ledger).run(pipeline.with_stage("b", hangs, "work", dependencies=("a",))))
+        for moment in (5.0, 30.0, 60.0):
+            await elapse(moment)
+            for task in asyncio.all_tasks() - {me}:
+                task.cancel()
+        await asyncio.wait({caller})
+
+    async def hangs(_: Any) -> None:
+        await elapse(60.0)
+
+    run(play())
+
+    between = [later - sooner for sooner, later in zip(ledger.beats, ledger.beats[1:], strict=False)]
+    assert ledger.beats[-1] > 90.0
+    assert max(between) <= 10.0
+
+
+FORKING = """
+import asyncio, os, sys
+from stageflow.api import Pipeline
+from saga import SagaCoordinator, PivotStage
+from saga.ledgers.sqlite import SQLiteLedger
+
+begun, parent_goes_on = os.pipe(), os.pipe()
+
+class Pay(PivotStage):
+    idempotent = True
+    async def execute(self, ctx):
+        print("paid", flush=True)
+        os.write(begun[1], b"x")
+        await asyncio.to_thread(os.read, parent_goes_on[0], 1)
+
+pipeline = Pipeline(name="p").with_stage("pay", Pay)
+coordinator = SagaCoordinator(ledger=SQLiteLedger(sys.argv[1]))
+child = os.fork()
+if child:
+    print(asyncio.run(coordinator.run(pipeline, saga_id="s")).status.value, flush=True)
+    os.waitpid(child, 0)
+else:
+    os.read(begun[0], 1)
+    print(*asyncio.run(coordinator.recover(pipeline)).held, flush=True)
+    os.write(parent_goes_on[1], b"x")
+    os._exit(0)
+"""
+
+
+def test_a_coordinator_that_was_made_before_a_fork_is_another_owner_after_it(tmp_path: Path) -> None:
+    """A server that loads its program and then forks its workers: none takes another one's saga for its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING, str(tmp_path / "ledger.db")], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert done.stderr == ""
+    assert done.stdout.split() == ["paid", "s", "completed"]
+
+
+class Goes(CompensableStage):
+    """Goes on with the child that an earlier process has left."""
+
+    idempotent = True
+
+    def __init__(self, child: Pipeline) -> None:
+        self.child = child
+
+    async def execute(self, ctx: SagaContext) -> None:
+        await elapse(10.0)
+        left = await ctx.child_sagas()
+        report = await (ctx.resume_saga(left[-1].saga_id, self.child) if left else ctx.run_saga(self.child))
+        assert report.ok
+
+    async def compensate(self, ctx: CompensationContext) -> None: ...
+
+
+def test_a_child_whose_parent_is_being_recovered_is_left_to_it() -> None:
+    _, child = scene({"a": ()}, {"a": Script(before=5.0)}, {"a": "probed"})
+    parent = Pipeline(name="parent").with_stage("child", Goes(child))
+    # It dies when the child's stage has begun.
+    ledger = Dying(2)
+
+    async def play() -> tuple[Any, Any]:
+        with contextlib.suppress(LedgerError):
+            await SagaCoordinator(ledger=ledger).run(parent, saga_id="s")
+        ledger.left = 1000
+        ledger.forget_owners()
+        coordinator = SagaCoordinator(ledger=ledger)
+        first = asyncio.create_task(coordinator.recover([parent, child]))
+        await elapse(5.0)
+        return await coordinator.recover([parent, child]), await first
+
+    second, first = run(play())
+
+    assert (second.reports, second.held, second.failed) == ({}, {}, {})
+    assert first.reports["s"].status is SagaStatus.COMPLETED
+
+
+def test_a_saga_that_goes_on_here_meanwhile_is_no_failure_of_a_recovery() -> None:
+    _, pipeline = scene({"a": ()}, {"a": Script(before=5.0)})
+    ledger = MemoryLedger()
+
+    async def play() -> list[Any]:
+        for name in "xyz":
+            await left_behind(ledger, pipeline, name)
+        coordinator = SagaCoordinator(ledger=ledger)
+        return list(await asyncio.gather(*(coordinator.recover(pipeline, concurrency=1) for _ in range(2))))
+
+    recoveries = run(play())
+
+    assert {name for recovery in recoveries for name in recovery.reports} == {"x", "y", "z"}
+    assert [recovery.failed for recovery in recoveries] == [{}, {}]
+
+
+async def left_behind(ledger: MemoryLedger, pipeline: Pipeline, saga_id: str) -> None:
+    """A saga whose process is gone."""
+
+    started = SagaStarted(saga_id=saga_id, pipeline=pipeline.name, graph=Blueprint.of(pipeline).graph, policy=FailFast())
+    token = await ledger.create(saga_id, "gone", [started])
+    await ledger.release(saga_id, token)
+
+
+def test_what_nobody_expects_of_one_saga_leaves_the_others_of_a_recovery_alone() -> None:
+    _, pipeline = scene({"a": ()})
+
+    class Odd(MemoryLedger):
+        async def acquire(self, saga_id: str, owner: str) -> int:
+            if saga_id == "x":
+                raise ZeroDivisionError("a driver's defect")
+            return await super().acquire(saga_id, owner)
+
+    ledger = Odd()
+
+    async def play() -> Any:
+        for name in "xy":
+            await left_behind(ledger, pipeline, name)
+        return await SagaCoordinator(ledger=ledger).recover(pipeline)
+
+    recovery = run(play())
+
+    assert recovery.reports["y"].status is SagaStatus.COMPLETED
+    assert str(recovery.failed["x"]) == "saga x could not go on: ZeroDivisionError: a driver's defect"
+    assert isinstance(recovery.failed["x"].__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("how", ["cancel", "timeout"])
+def test_a_caller_that_is_cancelled_while_its_resuming_is_recorded_gets_its_cancel(how: str) -> None:
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise", then=("ok",))})
+    ledger = SlowDisk(seconds=1.0)
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"), ledger=ledger)
+
+    async def play() -> SagaReport:
+        await coordinator.run(pipeline, saga_id="s")
+        if how == "cancel":
+            resuming = asyncio.create_task(coordinator.resume("s", pipeline))
+            await elapse(0.5)
+            resuming.cancel()
+            await asyncio.wait({resuming})
+            assert resuming.cancelled()
+        else:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await coordinator.resume("s", pipeline)
+        return await coordinator.report("s")
+
+    report = run(play())
+
+    assert any("SagaResumed" in write for write in ledger.writes)
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+# -- whose part a saga is --------------------------------------------------------------------------------------------
+
+
+def stuck_within() -> tuple[Any, SagaCoordinator, Pipeline, Pipeline]:
+    """top: middle: child: a -> b, where a could not be undone."""
+    world, child = scene({"a": (), "b": ("a",)}, {"a": Script(undo_fails=3), "b": Script("raise")})
+    middle = Pipeline(name="middle").with_stage("child", nested(child))
+    return world, SagaCoordinator(), child, Pipeline(name="top").with_stage("middle", nested(middle))
+
+
+def test_what_is_settled_within_is_learned_by_the_sagas_around_it_whichever_is_named() -> None:
+    world, coordinator, _, top = stuck_within()
+    run(coordinator.run(top, saga_id="s"))
+    world.undo("a")
+
+    run(coordinator.settle("s/middle/child", "a", "undone", "by hand"))
+    report = run(coordinator.resume("s", top, forward=False))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.stuck == {}
+
+
+def test_the_report_of_what_is_stuck_within_says_what_to_do_in_the_saga_that_runs_it() -> None:
+    _, coordinator, _, top = stuck_within()
+    report = run(coordinator.run(top, saga_id="s"))
+
+    within = run(coordinator.report("s/middle"))
+
+    assert str(within).splitlines()[-2:] == ["  saga settle s middle/child/a undone --note '...'", "  saga resume s"]
+    assert report.cause is not None
+    assert report.cause.message.endswith("is stuck: stage 'a' could not be compensated at attempt 3: CardDeclined: undoing a was declined")
+    assert SagaReport.model_validate_json(within.model_dump_json()) == within
+    assert (within.parent, within.parent_stage) == ("s", "middle")
+
+
+def test_a_saga_that_another_one_runs_is_not_resumed_or_undone_by_itself() -> None:
+    _, coordinator, child, top = stuck_within()
+    run(coordinator.run(top, saga_id="s"))
+
+    for go_on in (coordinator.resume, coordinator.compensate):
+        with pytest.raises(
+            MisuseError, match=r"a saga that no other one runs, got s/middle/child, .*stage 'middle' of saga s. Go on with s: "
+        ):
+            run(go_on("s/middle/child", child))
+
+
+def test_a_pipeline_of_another_name_can_not_undo_a_saga() -> None:
+    """A mistyped one, whose stages happen to be named alike."""
+    _, pipeline = scene(SEQUENCE)
+    coordinator = SagaCoordinator()
+    run(coordinator.run(pipeline, saga_id="s"))
+    other = Pipeline(name="refund", stages=pipeline.stages)
+
+    with pytest.raises(MisuseError, match=r"got another one: its pipeline is 'scene', this one is 'refund'. Nothing was run"):
+        run(coordinator.compensate("s", other))
+
+
+def untyped(value: Any) -> Any:
+    """What a type checker would refuse."""
+    return value
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: SagaCoordinator(untyped(FailFast)), r"expected a FailFast or a ContinueWithFallback policy, got .* Write FailFast\(\)."),
+        (lambda: SagaCoordinator(untyped("fail_fast")), "expected a FailFast or a ContinueWithFallback policy, got 'fail_fast'"),
+        (lambda: SagaCoordinator(listeners=untyped(print)), r"expected a list of listeners, got .* Write listeners=\[it\]."),
+        (lambda: SagaCoordinator(listeners=untyped([nothing])), "expected a listener to be a plain function"),
+        (lambda: SagaCoordinator(listeners=untyped([dict])), "expected a listener to be a plain function"),
+        (lambda: nested(untyped(nothing)), "expected a stageflow Pipeline"),
+    ],
+)
+def test_what_can_not_work_is_refused_when_it_is_made(made: Any, message: str) -> None:
+    with pytest.raises(MisuseError, match=message):
+        made()
+
+
+def test_an_output_that_a_person_gives_has_to_be_a_dict() -> None:
+    async def hangs(_: Any) -> None:
+        await elapse(60.0)
+
+    coordinator = SagaCoordinator(FailFast(timeout=1.0))
+    run(coordinator.run(Pipeline(name="p").with_stage("a", compensable(hangs, nothing)), saga_id="s"))
+
+    with pytest.raises(MisuseError, match="expected a dict as the output's data, for stage 'a', got 3"):
+        run(coordinator.settle("s", "a", "kept", "seen", output=3))  # type: ignore[arg-type] # what the test is about
+
+
+class Careless:
+    kind = "work"
+
+    async def execute(self, ctx: Any) -> None: ...
+
+    async def compensate(self) -> None: ...
+
+
+def test_a_compensation_that_takes_no_context_is_refused_before_anything_runs() -> None:
+    with pytest.raises(MisuseError, match=r"expected compensate to be called with ctx, for stage 'a', got compensate\(\) -> 'None'"):
+        run(SagaCoordinator().run(Pipeline(name="p").with_stage("a", untyped(Careless()))))
