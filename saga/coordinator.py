@@ -408,7 +408,7 @@ class SagaCoordinator:
         return self._lives(blueprint, policy, journal, context)
 
     def _input(self, context: PipelineContext) -> dict[str, Any]:
-        found = {name: value for name in _INPUT if (value := getattr(context, name))}
+        found = {name: copied(value) for name in _INPUT if (value := getattr(context, name))}
         if self.ledger.durable:
             try:
                 refuse_unstorable(found, "context")

@@ -17,6 +17,7 @@ from saga.ledger import StageState
 from saga.outputs import Output, Plain, copied, copied_output
 from saga.recovery import SagaState, StageRecord, Try, protected, stage_states
 from saga.render.text import summary
+from saga.text import printable
 
 _S = StageState
 
@@ -386,7 +387,7 @@ class Recovery:
         lines = [f"{saga_id}: {report.status.value.upper()}" for saga_id, report in self.reports.items()]
         lines += [f"{saga_id}: left alone, {error}" for saga_id, error in self.held.items()]
         lines += [f"{saga_id}: not recovered, {error}" for saga_id, error in self.failed.items()]
-        return "\n".join(lines) or "No saga has lost its process."
+        return "\n".join(map(printable, lines)) or "No saga has lost its process."
 
 
 def _as_error(failure: Failure) -> Exception:

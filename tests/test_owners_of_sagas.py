@@ -228,6 +228,25 @@ def test_a_caller_that_is_cancelled_while_its_resuming_is_recorded_gets_its_canc
     assert world.standing == {}
 
 
+def test_what_a_caller_changes_after_a_saga_has_begun_its_ledger_does_not_hold() -> None:
+    seen: list[Any] = []
+
+    async def look(ctx: Any) -> None:
+        seen.append(ctx.snapshot.metadata)
+        if len(seen) == 1:
+            raise ConnectionError("no line")
+
+    metadata = {"iban": ["NO1"]}
+    pipeline = Pipeline(name="p").with_stage("a", look, "work")
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"))
+    run(coordinator.run(pipeline, saga_id="s", metadata=metadata))
+    metadata["iban"].append("changed")
+
+    run(coordinator.resume("s", pipeline))
+
+    assert seen[1]["iban"] == ["NO1"]
+
+
 # -- whose part a saga is --------------------------------------------------------------------------------------------
 
 
