@@ -90,6 +90,9 @@ def _has_plain_keys(value: dict[Any, Any]) -> bool:
     return TAG not in value
 
 
+Encode = Callable[[Any, Callable[[Any], Any], int], Any]
+"""Gives plain JSON for a value: what stands for it where it has none, and how many levels it may have, come behind it."""
+
 _LEVELS: Final = 150
 """How deeply JSON nests at most: pydantic writes 255 levels and reads 200, and a value stands within an output, an event and a row."""
 _BITS: Final = 1024
@@ -163,29 +166,34 @@ def refuse_unstorable_output(output: StageOutput) -> None:
 
 def stored(value: Any, name: str) -> Any:
     """Turn a value into plain JSON as `encoded` does, but refuse what has no encoding; see `refuse_unstorable`."""
+    return _stored(value, name, _encoded)
+
+
+def _stored(value: Any, name: str, encode: Encode) -> Any:
     try:
-        return _encoded(value, _refused, _LEVELS)
+        return encode(value, _refused, _LEVELS)
     except RecursionError:
         raise NotStorable(name, f"more than {_LEVELS} levels, or a value within itself") from None
     except NotStorable:
-        for part, item in _parts(value, name):
-            stored(item, part)
-        raise NotStorable(name, f"{qualified(type(value))}, which has no encoding as JSON") from None
+        for part, item, encode_part in _parts(value, name, encode):
+            _stored(item, part, encode_part)
+        hashed = " that can be hashed" if encode is _encoded_key else ""
+        raise NotStorable(name, f"{qualified(type(value))}, which has no encoding as JSON{hashed}") from None
 
 
-def _parts(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+def _parts(value: Any, name: str, encode: Encode) -> Iterator[tuple[str, Any, Encode]]:
     match value:
         case dict():
-            yield from ((f"the key {shown(key)} of {name}", key) for key in value)
-            yield from ((f"{name}[{shown(key)}]", item) for key, item in value.items())
+            yield from ((f"the key {shown(key)} of {name}", key, _encoded_key) for key in value)
+            yield from ((f"{name}[{shown(key)}]", item, _encoded) for key, item in value.items())
         case list() | tuple():
-            yield from ((f"{name}[{index}]", item) for index, item in enumerate(value))
+            yield from ((f"{name}[{index}]", item, encode) for index, item in enumerate(value))
         case set() | frozenset():
-            yield from ((f"an item of {name}", item) for item in value)
+            yield from ((f"an item of {name}", item, _encoded_key) for item in value)
         case BaseModel():
-            yield from ((f"{name}.{field}", item) for field, item in value.model_dump().items())
+            yield from ((f"{name}.{field}", item, _encoded) for field, item in value.model_dump().items())
         case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            yield from ((f"{name}.{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value))
+            yield from ((f"{name}.{field.name}", getattr(value, field.name), _encoded) for field in dataclasses.fields(value))
 
 
 def _opaque(value: Any, text: str | None = None) -> dict[str, Any]:
@@ -214,13 +222,29 @@ def _encoded(value: Any, otherwise: Callable[[Any], Any], levels: int) -> Any:
     if kind is dict:
         if _has_plain_keys(value):
             return {key: _encoded(item, otherwise, levels - 1) for key, item in value.items()}
-        pairs = [[_encoded(part, otherwise, levels - 3) for part in pair] for pair in value.items()]
+        pairs = [[_encoded_key(key, otherwise, levels - 3), _encoded(item, otherwise, levels - 3)] for key, item in value.items()]
         return {TAG: "dict", "value": pairs}
     if kind in _ENCODERS:
         return _tagged(kind, value)
     if kind in _COLLECTIONS:
-        return {TAG: _COLLECTIONS[kind], "value": [_encoded(item, otherwise, levels - 2) for item in value]}
+        encode = _encoded if kind is tuple else _encoded_key
+        return {TAG: _COLLECTIONS[kind], "value": [encode(item, otherwise, levels - 2) for item in value]}
     return _encoded_object(value, otherwise, levels)
+
+
+def _encoded_key(value: Any, otherwise: Callable[[Any], Any], levels: int) -> Any:
+    """Encode a dict's key or an item of a set, which has to have a hash when it comes back, too."""
+    plain = _encoded(value, otherwise, levels)
+    return plain if _is_hashable(plain) else otherwise(value)
+
+
+def _is_hashable(plain: Any) -> bool:
+    """Whether what `decoded` makes of it has a hash: a model or a dataclass comes back as a dict, which has none."""
+    if type(plain) is not dict:
+        return type(plain) is not list
+    if plain.get(TAG) == "tuple":
+        return all(map(_is_hashable, plain["value"]))
+    return TAG in plain and plain[TAG] not in {"dict", "set"}
 
 
 def _encoded_object(value: Any, otherwise: Callable[[Any], Any], levels: int) -> Any:
@@ -285,13 +309,16 @@ def _output_to_json(output: StageOutput, encode: Callable[[Any, str], Any]) -> d
 def _output_from(value: Any) -> StageOutput:
     if isinstance(value, StageOutput):
         return value
-    fields: dict[str, Any] = dict(value)
-    fields["status"] = StageStatus(fields["status"])
-    fields["data"] = decoded(fields["data"])
-    fields["duration_ms"] = decoded(fields.get("duration_ms"))
-    fields["artifacts"] = [StageArtifact(*decoded(item)) for item in fields.get("artifacts", ())]
-    fields["events"] = [StageEvent(*decoded(item)) for item in fields.get("events", ())]
-    return StageOutput(**fields)
+    try:
+        fields: dict[str, Any] = dict(value)
+        fields["status"] = StageStatus(fields["status"])
+        fields["data"] = decoded(fields["data"])
+        fields["duration_ms"] = decoded(fields.get("duration_ms"))
+        fields["artifacts"] = [StageArtifact(*decoded(item)) for item in fields.get("artifacts", ())]
+        fields["events"] = [StageEvent(*decoded(item)) for item in fields.get("events", ())]
+        return StageOutput(**fields)
+    except (TypeError, LookupError, ArithmeticError) as error:
+        raise _no_value(error) from error
 
 
 def _write_output(output: StageOutput, info: SerializationInfo) -> dict[str, Any]:
@@ -309,7 +336,17 @@ Output = Annotated[
 
 def _plain_from(value: Any, info: ValidationInfo) -> Any:
     # A live value may hold our tag as an ordinary key; only JSON is ever decoded.
-    return decoded(value) if info.mode == "json" else value
+    if info.mode != "json":
+        return value
+    try:
+        return decoded(value)
+    except (TypeError, LookupError, ArithmeticError) as error:
+        raise _no_value(error) from error
+
+
+def _no_value(error: Exception) -> ValueError:
+    """Of all that decoding may raise, pydantic makes a `ValidationError` of this alone."""
+    return ValueError(f"expected what was written of a value, got {type(error).__name__}: {error}")
 
 
 def _write_plain(value: Any, info: SerializationInfo) -> Any:

@@ -650,6 +650,20 @@ def test_a_ledger_serves_event_loops_in_several_threads(durable: Place) -> None:
     assert [len(events) for events in on(ledger, *(read(name) for name in "abcd"))] == [21] * 4
 
 
+def test_a_read_that_fails_keeps_nobody_who_reads_at_the_same_time_from_their_answer(durable: Place) -> None:
+    async def together(ledger: Any) -> Any:
+        asked = (ledger.read("s"), ledger.list(statuses=["completed"]), ledger.list())
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    _, (events, refused, entries) = on(durable.open(), create(), together)
+
+    assert events == (started(),)
+    assert [entry.saga_id for entry in entries] == ["s"]
+    assert type(refused) is LedgerError
+    assert "AttributeError: 'str' object has no attribute 'value'" in str(refused)
+    assert isinstance(refused.__cause__, AttributeError)
+
+
 def test_closing_waits_for_what_was_asked_for_and_then_nothing_more_can_be_asked(durable: Place) -> None:
     ledger = durable.open()
 

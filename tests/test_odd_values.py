@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 import threading
 from collections import OrderedDict
@@ -9,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 from pydantic_core import PydanticSerializationError
 from stageflow.api import Pipeline, StageArtifact, StageEvent, StageOutput, StageStatus
 
@@ -32,6 +35,7 @@ from saga import (
 )
 from saga.errors import NotStorable
 from saga.events import AnyEvent, EffectRecorded, StageCompleted, event_from_json, event_to_json
+from saga.ledgers.sqlite import SQLiteLedger
 from saga.outputs import TAG, Opaque, copied, decoded, encoded, refuse_unstorable, refuse_unstorable_output
 from saga.text import said, shown
 from tests.controlled import run
@@ -218,6 +222,22 @@ class Seat:
     row: Any
 
 
+@dataclass(frozen=True)
+class Place:
+    row: int
+
+
+class Fare(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    amount: int = 1
+
+
+class Seats(RootModel[tuple[int, ...]]):
+    model_config = ConfigDict(frozen=True)
+
+
+PLACE = f"{__name__}.Place, which has no encoding as JSON that can be hashed"
 UNSTORABLE: dict[str, tuple[Callable[[], Any], str, str]] = {
     "a lock": (threading.Lock, "it", "_thread.lock, which has no encoding as JSON"),
     "in a dict": (lambda: {"a": 1, "connection": threading.Lock()}, "it['connection']", "_thread.lock"),
@@ -231,6 +251,12 @@ UNSTORABLE: dict[str, tuple[Callable[[], Any], str, str]] = {
     "a text of a type of its own": (lambda: {"status": SagaStatus.STUCK}, "it['status']", "saga.events.SagaStatus"),
     "a dict of a type of its own": (lambda: OrderedDict(a=1), "it", "collections.OrderedDict"),
     "what can't be shown": (lambda: {"a": Unwilling()}, "it['a']", "Unwilling"),
+    "a dataclass in a set": (lambda: {"seats": {Place(1)}}, "an item of it['seats']", PLACE),
+    "a dataclass in a frozenset": (lambda: frozenset({Place(1)}), "an item of it", PLACE),
+    "a dataclass as a key": (lambda: {Place(1): "Ann"}, "the key Place(row=1) of it", PLACE),
+    "a dataclass in a tuple that is a key": (lambda: {(Place(1), 1): 2}, "the key (Place(row=1), 1) of it[0]", PLACE),
+    "a model in a set": (lambda: {Fare()}, "an item of it", "Fare, which has no encoding as JSON that can be hashed"),
+    "a model with our tag in a set": (lambda: {Fare.model_validate({TAG: "set"})}, "an item of it", "Fare, which"),
     "what holds itself": (cyclic, "it", "more than 150 levels, or a value within itself"),
     "what is nested too deeply": (deep, "it", "more than 150 levels"),
     "a little too deeply": (lambda: nested(list, 152), "it", "more than 150 levels"),
@@ -249,6 +275,52 @@ def test_what_cannot_be_stored_is_refused_by_the_path_to_it(case: str) -> None:
     assert str(caught.value).startswith(f"expected plain data at {path}, got ")
     assert why in str(caught.value)
     assert isinstance(caught.value, ValueError)
+
+
+HASHED: dict[str, tuple[Any, Any]] = {
+    "tuples in a set": ({(1, (2, "a"))}, {(1, (2, "a"))}),
+    "a frozenset as a key": ({frozenset({date(2026, 1, 2)}): 1}, {frozenset({date(2026, 1, 2)}): 1}),
+    "a value of a key that is none": ({1: Place(2)}, {1: {"row": 2}}),
+    "a model that is a tuple": ({Seats((1, 2))}, {(1, 2)}),
+}
+
+
+@pytest.mark.parametrize("case", HASHED)
+def test_what_still_has_a_hash_when_it_comes_back_may_be_in_a_set_or_a_key(case: str) -> None:
+    value, back = HASHED[case]
+    event = EffectRecorded(stage="a", effect=value)
+
+    assert event_from_json(event_to_json(event, strict=True)) == EffectRecorded(stage="a", effect=back, at=event.at)
+
+
+@pytest.mark.parametrize("value", [{Place(1)}, {Place(1): "Ann"}], ids=["set", "key"])
+def test_what_would_have_no_hash_any_more_is_named_in_a_report_all_the_same(value: Any) -> None:
+    (back,) = decoded(encoded(value))
+
+    assert back == Opaque(f"{__name__}.Place", "Place(row=1)")
+
+
+def test_a_set_that_could_not_be_read_again_stops_the_saga_and_what_its_stage_did_is_undone(tmp_path: Path) -> None:
+    undone = []
+
+    async def book(_: Any) -> StageOutput:
+        return StageOutput.ok(seats={Place(14)})
+
+    async def cancel(ctx: CompensationContext) -> None:
+        undone.append(ctx.output is not None)
+
+    pipeline = Pipeline().with_stage("book", compensable(book, cancel))
+
+    async def play() -> tuple[SagaReport, SagaReport]:
+        async with SQLiteLedger(tmp_path / "sagas.db") as ledger:
+            coordinator = SagaCoordinator(ledger=ledger)
+            return await coordinator.run(pipeline, saga_id="s"), await coordinator.report("s")
+
+    ran, read = asyncio.run(play())
+
+    assert ran.status is read.status is SagaStatus.COMPENSATED
+    assert undone == [True]
+    assert "an item of data['seats'], got" in str(read.cause)
 
 
 OUTPUTS: dict[str, tuple[Callable[[], StageOutput], str]] = {
@@ -358,6 +430,26 @@ def test_models_and_dataclasses_become_plain_data_and_the_rest_is_named() -> Non
 def test_a_tag_that_nobody_knows_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a tag out of"):
         decoded({TAG: "builtins.eval", "value": "1"})
+
+
+NONSENSE: dict[str, Any] = {
+    "a set of dicts": {TAG: "set", "value": [{"row": 1}]},
+    "a tag without a value": {TAG: "uuid"},
+    "a tag that is a list": {TAG: [], "value": 1},
+    "a number that is none": {TAG: "decimal", "value": "many"},
+    "a time longer than all": {TAG: "timedelta", "value": [10**12]},
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_an_event_with_a_value_that_nothing_can_be_made_of_is_refused(case: str) -> None:
+    plain = json.dumps(NONSENSE[case])
+    effect = event_to_json(EffectRecorded(stage="a", effect="it")).replace('"it"', plain)
+    completed = event_to_json(StageCompleted(stage="a", output=StageOutput.ok(seat="it"))).replace('"it"', plain)
+
+    for text in (effect, completed):
+        with pytest.raises(ValidationError, match="expected what was written of a value, got"):
+            event_from_json(text)
 
 
 def test_a_live_effect_that_looks_like_a_tag_is_left_as_it_is() -> None:

@@ -27,7 +27,7 @@ from stageflow.api import StageOutput
 
 from saga import LedgerError, MemoryLedger, MisuseError
 from saga.errors import LedgerCorrupt
-from saga.events import AnyEvent, StageCompleted
+from saga.events import AnyEvent, EffectRecorded, StageCompleted, event_to_json
 from saga.ledgers import open_ledger, sqlite, workers
 from saga.ledgers.postgres import PostgresLedger
 from saga.ledgers.rows import checksum
@@ -112,6 +112,7 @@ def test_a_file_with_flipped_bits_gives_its_events_or_an_error_and_stays_as_it_i
 
 
 UNKNOWN = '{"type":"nothing that we know"}'
+UNREADABLE = event_to_json(EffectRecorded(stage="a", effect="it")).replace('"it"', '{"$saga":"set","value":[{"row":1}]}')
 BY_HAND = {
     "swapped": ("UPDATE events SET first = -first WHERE saga = 's'", "UPDATE events SET first = first + 3 WHERE saga = 's'"),
     "first one deleted": ("DELETE FROM events WHERE saga = 's' AND first = 0",),
@@ -137,6 +138,9 @@ BY_HAND = {
     "checksum no number": ("UPDATE events SET checksum = 'none' WHERE saga = 's'",),
     "event of another version of saga": (
         f"UPDATE events SET body = '{UNKNOWN}', checksum = {checksum('s', 3, UNKNOWN.encode())} WHERE first = 3",  # noqa: S608 - constants
+    ),
+    "set of what can't be in one": (
+        f"UPDATE events SET body = '{UNREADABLE}', checksum = {checksum('s', 3, UNREADABLE.encode())} WHERE first = 3",  # noqa: S608 - as above
     ),
     "count changed": ("UPDATE sagas SET version = 3 WHERE id = 's'",),
 }

@@ -184,4 +184,8 @@ def _one_by_one(store: Store, reads: Sequence[Callable[[Store], Any]]) -> Sequen
             answers.append(read(store))
         except LedgerError as error:
             answers.append(error)
+        except Exception as error:  # noqa: BLE001 - whoever waits has to be told, whatever it is, and nobody else
+            failure = LedgerError(f"the ledger failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            answers.append(failure)
     return answers

@@ -200,10 +200,9 @@ def events_in(saga_id: str, version: int | None, rows: Iterable[tuple[int, int, 
             raise _corrupt(saga_id, first, "the row's checksum says that it was changed")
         try:
             events += [event_from_json(line) for line in body.split(b"\n")]
-        except ValidationError as error:
-            raise _corrupt(
-                saga_id, len(events), f"no event of this version of saga: {error.errors(include_url=False)[0]['msg']}"
-            ) from error
+        except (ValueError, TypeError, LookupError) as error:
+            why = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
+            raise _corrupt(saga_id, len(events), f"no event of this version of saga: {why}") from error
     if version != len(events) and (events or version is not None):
         raise _corrupt(saga_id, len(events), f"there are {len(events)} events, and the saga's row says {version}")
     return tuple(events)
