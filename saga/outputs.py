@@ -10,7 +10,7 @@ import base64
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Final, NoReturn
@@ -90,8 +90,11 @@ def _has_plain_keys(value: dict[Any, Any]) -> bool:
     return TAG not in value
 
 
-Encode = Callable[[Any, Callable[[Any], Any], int], Any]
-"""Gives plain JSON for a value: what stands for it where it has none, and how many levels it may have, come behind it."""
+Otherwise = Callable[..., Any]
+"""Gives what stands for a value that has no encoding; behind the value comes what it raised, if that is why."""
+Encode = Callable[[Any, Otherwise, int], Any]
+"""Gives plain JSON for a value; behind the value come what stands for a part without an encoding, and how many levels there may be."""
+_NOTHING: Final = object()
 
 _LEVELS: Final = 150
 """How deeply JSON nests at most: pydantic writes 255 levels and reads 200, and a value stands within an output, an event and a row."""
@@ -133,13 +136,13 @@ _DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
 def encoded(value: Any) -> Any:
     """Turn a value into plain JSON; standard types carry a tag so that they come back equal.
 
-    What has no encoding becomes an `Opaque` of its type and repr. Pydantic models and dataclasses become
-    plain data.
+    What has no encoding, or raises while it is encoded, becomes an `Opaque` of its type and repr. Pydantic models
+    and dataclasses become plain data.
     """
     try:
         return _encoded(value, _opaque, _LEVELS)
     except RecursionError:
-        return _opaque(value, "nested too deeply, or within itself")
+        return _opaque(value, text="nested too deeply, or within itself")
 
 
 def refuse_unstorable(value: Any, name: str) -> None:
@@ -150,7 +153,7 @@ def refuse_unstorable(value: Any, name: str) -> None:
         name: What the error calls it: `effect`; of its parts it then says `effect['seats'][2]`.
 
     Raises:
-        NotStorable: It, or a part of it, has no encoding; the error says which part.
+        NotStorable: It, or a part of it, has no encoding, or raises while it is encoded; the error says which part.
     """
     stored(value, name)
 
@@ -174,11 +177,20 @@ def _stored(value: Any, name: str, encode: Encode) -> Any:
         return encode(value, _refused, _LEVELS)
     except RecursionError:
         raise NotStorable(name, f"more than {_LEVELS} levels, or a value within itself") from None
-    except NotStorable:
-        for part, item, encode_part in _parts(value, name, encode):
+    except NotStorable as refused:
+        raised = refused.__cause__
+        for part, item, encode_part in _parts_of(value, name, encode):
             _stored(item, part, encode_part)
         hashed = " that can be hashed" if encode is _encoded_key else ""
-        raise NotStorable(name, f"{qualified(type(value))}, which has no encoding as JSON{hashed}") from None
+        why = f"has no encoding as JSON{hashed}" if raised is None else f"can't be encoded: {type(raised).__name__}: {said(raised)}"
+        raise NotStorable(name, f"{qualified(type(value))}, which {why}") from raised
+
+
+def _parts_of(value: Any, name: str, encode: Encode) -> Sequence[tuple[str, Any, Encode]]:
+    try:
+        return list(_parts(value, name, encode))
+    except Exception:  # noqa: BLE001 - whatever the user's type raises; then it is to blame itself
+        return ()
 
 
 def _parts(value: Any, name: str, encode: Encode) -> Iterator[tuple[str, Any, Encode]]:
@@ -190,21 +202,23 @@ def _parts(value: Any, name: str, encode: Encode) -> Iterator[tuple[str, Any, En
             yield from ((f"{name}[{index}]", item, encode) for index, item in enumerate(value))
         case set() | frozenset():
             yield from ((f"an item of {name}", item, _encoded_key) for item in value)
-        case BaseModel():
-            yield from ((f"{name}.{field}", item, _encoded) for field, item in value.model_dump().items())
-        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            yield from ((f"{name}.{field.name}", getattr(value, field.name), _encoded) for field in dataclasses.fields(value))
+        case _:
+            match _plain_of(value):
+                case dict(fields):
+                    yield from ((f"{name}.{field}", item, _encoded) for field, item in fields.items())
+                case plain if plain is not _NOTHING:
+                    yield name, plain, encode
 
 
-def _opaque(value: Any, text: str | None = None) -> dict[str, Any]:
+def _opaque(value: Any, _: Exception | None = None, *, text: str | None = None) -> dict[str, Any]:
     return {TAG: "opaque", "value": [qualified(type(value)), shown(value) if text is None else text]}
 
 
-def _refused(_: Any) -> NoReturn:
-    raise NotStorable("", "")  # `stored` finds out where
+def _refused(_: Any, error: Exception | None = None) -> NoReturn:
+    raise NotStorable("", "") from error  # `stored` finds out where
 
 
-def _encoded(value: Any, otherwise: Callable[[Any], Any], levels: int) -> Any:
+def _encoded(value: Any, otherwise: Otherwise, levels: int) -> Any:
     kind = type(value)
     # One after another, the most frequent first: for large outputs this is where the time goes.
     if kind is str:
@@ -225,14 +239,17 @@ def _encoded(value: Any, otherwise: Callable[[Any], Any], levels: int) -> Any:
         pairs = [[_encoded_key(key, otherwise, levels - 3), _encoded(item, otherwise, levels - 3)] for key, item in value.items()]
         return {TAG: "dict", "value": pairs}
     if kind in _ENCODERS:
-        return _tagged(kind, value)
+        try:
+            return _tagged(kind, value)
+        except Exception as error:  # noqa: BLE001 - whatever the user's tzinfo raises
+            return otherwise(value, error)
     if kind in _COLLECTIONS:
         encode = _encoded if kind is tuple else _encoded_key
         return {TAG: _COLLECTIONS[kind], "value": [encode(item, otherwise, levels - 2) for item in value]}
     return _encoded_object(value, otherwise, levels)
 
 
-def _encoded_key(value: Any, otherwise: Callable[[Any], Any], levels: int) -> Any:
+def _encoded_key(value: Any, otherwise: Otherwise, levels: int) -> Any:
     """Encode a dict's key or an item of a set, which has to have a hash when it comes back, too."""
     plain = _encoded(value, otherwise, levels)
     return plain if _is_hashable(plain) else otherwise(value)
@@ -247,12 +264,21 @@ def _is_hashable(plain: Any) -> bool:
     return TAG in plain and plain[TAG] not in {"dict", "set"}
 
 
-def _encoded_object(value: Any, otherwise: Callable[[Any], Any], levels: int) -> Any:
+def _encoded_object(value: Any, otherwise: Otherwise, levels: int) -> Any:
+    try:
+        plain = _plain_of(value)
+    except Exception as error:  # noqa: BLE001 - whatever the user's type raises
+        return otherwise(value, error)
+    return otherwise(value) if plain is _NOTHING else _encoded(plain, otherwise, levels)
+
+
+def _plain_of(value: Any) -> Any:
+    """What a pydantic model or a dataclass holds, as it says itself; of all else `_NOTHING`."""
     if isinstance(value, BaseModel):
-        return _encoded(value.model_dump(), otherwise, levels)
+        return value.model_dump()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _encoded({field.name: getattr(value, field.name) for field in dataclasses.fields(value)}, otherwise, levels)
-    return otherwise(value)
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return _NOTHING
 
 
 def _tagged(kind: type, value: Any) -> dict[str, Any]:

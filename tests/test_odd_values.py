@@ -8,8 +8,8 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, date, datetime, time, timedelta
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from uuid import UUID
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
+from pydantic import BaseModel, ConfigDict, RootModel, ValidationError, model_serializer
 from pydantic_core import PydanticSerializationError
 from stageflow.api import Pipeline, StageArtifact, StageEvent, StageOutput, StageStatus
 
@@ -237,6 +237,104 @@ class Seats(RootModel[tuple[int, ...]]):
     model_config = ConfigDict(frozen=True)
 
 
+@dataclass
+class Unset:
+    row: int
+    seat: int = field(init=False)
+
+
+class Unserializable(BaseModel):
+    amount: int = 1
+
+    @model_serializer
+    def refuse(self) -> Any:
+        raise ValueError("no number")
+
+
+class Anything(RootModel[Any]): ...
+
+
+class Nowhere(tzinfo):
+    def utcoffset(self, _: datetime | None) -> Any:
+        raise RuntimeError("no zone")
+
+    dst = tzname = utcoffset
+
+    def __repr__(self) -> str:
+        return "nowhere"
+
+
+class Proxy:
+    """Passes every question on to something that isn't there, as werkzeug's proxies do outside a request."""
+
+    @property  # type: ignore[misc] # what the test is about
+    def __class__(self) -> Any:
+        raise RuntimeError("outside a request")
+
+    def __deepcopy__(self, _: Any) -> Any:
+        return self
+
+
+UNWILLING: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "a dataclass with a field that was never set": (
+        lambda: Unset(row=1),
+        "Unset",
+        "AttributeError: 'Unset' object has no attribute 'seat'",
+    ),
+    "a model whose serializer raises": (Unserializable, "Unserializable", "no number"),
+    "a time whose zone raises": (lambda: datetime(2026, 1, 2, tzinfo=Nowhere()), "datetime.datetime", "RuntimeError: no zone"),
+    "a proxy of nothing": (Proxy, "Proxy", "RuntimeError: outside a request"),
+}
+
+
+@pytest.mark.parametrize("case", UNWILLING)
+def test_what_raises_while_it_is_encoded_is_refused_by_the_path_to_it(case: str) -> None:
+    make, name, why = UNWILLING[case]
+
+    with pytest.raises(NotStorable) as caught:
+        refuse_unstorable({"seats": [1, make()]}, "it")
+
+    assert caught.value.path == "it['seats'][1]"
+    assert f"{name}, which can't be encoded: " in str(caught.value)
+    assert why in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("case", UNWILLING)
+def test_what_raises_while_it_is_encoded_does_not_keep_its_neighbours_from_being_told(case: str) -> None:
+    make, name, _ = UNWILLING[case]
+
+    back = decoded(encoded({"seat": "14A", "odd": make()}))
+
+    assert back["seat"] == "14A"
+    assert isinstance(back["odd"], Opaque)
+    assert back["odd"].type.endswith(name)
+
+
+@pytest.mark.parametrize("case", UNWILLING)
+def test_an_output_that_raises_while_it_is_encoded_stops_the_saga_and_what_its_stage_did_is_undone(case: str, tmp_path: Path) -> None:
+    undone = []
+
+    async def book(_: Any) -> StageOutput:
+        return StageOutput.ok(seat="14A", odd=UNWILLING[case][0]())
+
+    async def cancel(ctx: CompensationContext) -> None:
+        assert ctx.output is not None
+        undone.append(ctx.output.data["seat"])
+
+    pipeline = Pipeline().with_stage("book", compensable(book, cancel))
+
+    async def play() -> SagaReport:
+        async with SQLiteLedger(tmp_path / "sagas.db") as ledger:
+            return await SagaCoordinator(ledger=ledger).run(pipeline)
+
+    report = asyncio.run(play())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert undone == ["14A"]
+    assert "expected plain data at data['odd'], got" in str(report.cause)
+
+
 PLACE = f"{__name__}.Place, which has no encoding as JSON that can be hashed"
 UNSTORABLE: dict[str, tuple[Callable[[], Any], str, str]] = {
     "a lock": (threading.Lock, "it", "_thread.lock, which has no encoding as JSON"),
@@ -257,6 +355,7 @@ UNSTORABLE: dict[str, tuple[Callable[[], Any], str, str]] = {
     "a dataclass in a tuple that is a key": (lambda: {(Place(1), 1): 2}, "the key (Place(row=1), 1) of it[0]", PLACE),
     "a model in a set": (lambda: {Fare()}, "an item of it", "Fare, which has no encoding as JSON that can be hashed"),
     "a model with our tag in a set": (lambda: {Fare.model_validate({TAG: "set"})}, "an item of it", "Fare, which"),
+    "in a model of one value": (lambda: {"all": Anything([1, threading.Lock()])}, "it['all'][1]", "_thread.lock"),
     "what holds itself": (cyclic, "it", "more than 150 levels, or a value within itself"),
     "what is nested too deeply": (deep, "it", "more than 150 levels"),
     "a little too deeply": (lambda: nested(list, 152), "it", "more than 150 levels"),
