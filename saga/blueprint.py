@@ -6,10 +6,11 @@ Everything that can be known to be wrong is refused here, before anything runs.
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -19,7 +20,7 @@ from saga.compensable import PivotStage
 from saga.errors import PipelineInvalid, PolicyInvalid
 from saga.graph import Graph, Node, Role
 from saga.policies import Compensation, ContinueWithFallback, FailFast, Retry
-from saga.text import did_you_mean, written
+from saga.text import did_you_mean, qualified, said, written
 
 if TYPE_CHECKING:
     from stageflow.pipeline.pipeline import UnifiedStageSpec
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from saga.recovery import StageRecord
 
 T = TypeVar("T")
+_LOG: Final = logging.getLogger("saga")
 _HOOKS: Final = {"execute": ("ctx",), "compensate": ("ctx",), "probe": ("ctx",), "fallback": ("ctx", "failure")}
 """What stages are called for, and with what."""
 
@@ -58,7 +60,8 @@ class StagePlan:
         retry: Its own, or None.
         timeout: Seconds, its own, or None.
         compensation: Its own, or None.
-        output_model: What its output's data is made of again when it comes from a durable ledger; None: plain data.
+        output_model: What its output's data is made of again when it comes from a durable ledger; None: plain data,
+            which is also what stays of data that does not fit.
         patient: It bounds itself: it is never given up, however long it takes to end after a cancel.
         has_effect: What it says of its effect, or None.
     """
@@ -128,8 +131,8 @@ class Blueprint:
     def restore_outputs(self, records: Mapping[str, StageRecord]) -> None:
         """Make outputs that come from a durable ledger what their stages declare them to be.
 
-        Raises:
-            PipelineInvalid: One does not fit its stage's `output_model`.
+        One that does not fit its stage's `output_model` stays plain data, and the log says why. It is no reason to refuse
+        the saga: what was recorded stays as it is, and nobody could ever go on with it.
         """
         for name, plan in self.stages.items():
             record = records[name]
@@ -248,12 +251,41 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
 
 def _restored(name: str, model: Any, data: dict[str, Any]) -> dict[str, Any]:
     try:
-        value = TypeAdapter(model).validate_python(data)
-    except ValidationError as error:
-        raise PipelineInvalid(
-            f"an output_model that its recorded output fits ({model.__qualname__})", got=str(error), stage=name
-        ) from error
-    return {key: getattr(value, key, plain) for key, plain in data.items()}
+        value, names = TypeAdapter(model).validate_python(data), _fields(model)
+        return {key: getattr(value, names[key], plain) if key in names else plain for key, plain in data.items()}
+    except Exception as error:  # noqa: BLE001 - whatever the user's validators raise
+        _LOG.warning(
+            "stage %r: its recorded output does not fit its output_model %s (%s); it stays plain data",
+            name,
+            qualified(model),
+            _misfit(error),
+        )
+        return data
+
+
+def _fields(model: Any) -> dict[str, str]:
+    """The fields of a model by the keys that its data may have: the name, the aliases, or both."""
+    known = getattr(model, "__pydantic_fields__", None)
+    if known is None:
+        return {field.name: field.name for field in fields(model)}
+    config = getattr(model, "model_config", None) or getattr(model, "__pydantic_config__", {})
+    is_by_name = config.get("populate_by_name") or config.get("validate_by_name")
+    found: dict[str, str] = {}
+    for name, field in known.items():
+        alias = field.validation_alias
+        keys = getattr(alias, "choices", (alias,))
+        found |= {key: name for key in keys if isinstance(key, str)}
+        if alias is None or is_by_name:
+            found[name] = name
+    return found
+
+
+def _misfit(error: Exception) -> str:
+    """Why data does not fit a model; without the data, which may be secret."""
+    if not isinstance(error, ValidationError):
+        return f"{type(error).__name__}: {said(error)}"
+    found = error.errors(include_url=False, include_input=False)
+    return "; ".join(": ".join(filter(None, (".".join(map(str, one["loc"])), one["msg"]))) for one in found)
 
 
 def _instance(name: str, make: Callable[[], Any]) -> Any:

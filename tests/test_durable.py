@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from stageflow.api import Pipeline, StageOutput
 
 from saga import (
@@ -413,24 +414,127 @@ def test_an_output_comes_back_from_a_durable_ledger_as_what_its_stage_declares(m
     assert undone == [{"booking": booking, "note": "window"}] * 2
 
 
-def test_an_output_that_no_longer_fits_its_model_is_refused_before_anything_runs() -> None:
+class Moody(BaseModel):
+    booking: Any
+
+    @field_validator("booking")
+    @classmethod
+    def refuse(cls, _: Any) -> Any:
+        raise RuntimeError("not today")
+
+
+MISFITS: dict[str, tuple[Any, str]] = {
+    "a field that is missing": (Receipt, "tests.test_durable.Receipt (booking.price: Field required)"),
+    "a validator that raises": (Moody, "tests.test_durable.Moody (RuntimeError: not today)"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_an_output_that_no_longer_fits_its_model_stays_plain_data_and_the_log_says_why(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, why = MISFITS[case]
+    undone: list[Any] = []
+
     class Book(CompensableStage):
         async def execute(self, ctx: SagaContext) -> StageOutput:
-            return StageOutput.ok(booking={"seat": 14})
+            return StageOutput.ok(booking={"seat": "14A"})
 
         async def compensate(self, ctx: CompensationContext) -> None:
-            raise AssertionError
+            assert ctx.output is not None
+            undone.append(ctx.output.data)
 
     class Typed(Book):
-        output_model = Receipt
+        output_model = model
 
     ledger = Stored()
     run(SagaCoordinator(ledger=ledger).run(Pipeline().with_stage("book", Book), saga_id="s"))
 
-    with pytest.raises(PipelineInvalid, match="expected an output_model that its recorded output fits"):
-        run(SagaCoordinator(ledger=ledger).compensate("s", Pipeline().with_stage("book", Typed)))
+    with caplog.at_level(logging.WARNING, "saga"):
+        report = run(SagaCoordinator(ledger=ledger).compensate("s", Pipeline().with_stage("book", Typed)))
 
-    assert run(SagaCoordinator(ledger=ledger).report("s")).status is SagaStatus.COMPLETED
+    assert report.status is SagaStatus.COMPENSATED
+    assert undone == [{"booking": {"seat": "14A"}}]
+    said = f"stage 'book': its recorded output does not fit its output_model {why}; it stays plain data"
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [said]
+
+
+@pytest.mark.parametrize("output", [None, {"booking": {"seat": 14}}], ids=["no output", "one that does not fit"])
+def test_a_saga_goes_on_although_a_person_settled_a_stage_without_what_its_model_requires(output: Any) -> None:
+    seen: list[Any] = []
+
+    class Book(CompensableStage):
+        output_model = Receipt
+        timeout = 1
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            await elapse(60)
+            raise AssertionError
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    async def ship(ctx: Any) -> None:
+        seen.append(ctx.inputs.get_output("book").data)
+
+    pipeline = Pipeline().with_stage("book", Book).with_stage("ship", ship, "work", dependencies=("book",))
+    coordinator = SagaCoordinator(ledger=Stored())
+    run(coordinator.run(pipeline, saga_id="s"))
+    run(coordinator.settle("s", "book", "kept", "the airline has it", output=output))
+
+    report = run(coordinator.resume("s", pipeline, forward=True))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert seen == [output or {}]
+
+
+class Named(BaseModel):
+    number: Booking = Field(alias="flight")
+    name: str = Field(default="", validation_alias=AliasChoices("passenger", "name"))
+    seat: str = Field(default="any", alias="place")
+
+
+class ByEither(BaseModel):
+    model_config = ConfigDict(populate_by_name=True)
+
+    number: Booking = Field(alias="flight")
+
+
+@pydantic_dataclass
+class NamedRecord:
+    number: Booking = Field(alias="flight")
+
+
+BOOKED = Booking(seat="14A", price=9.5)
+MODELLED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "keys that are methods of a model": (Receipts, {"booking": BOOKED, "copy": "carbon", "json": {"a": 1}}),
+    "aliases": (Named, {"flight": BOOKED, "passenger": "Ann"}),
+    "a name of which only the alias is read": (Named, {"flight": BOOKED, "seat": "14A"}),
+    "an alias where the name would do": (ByEither, {"flight": BOOKED}),
+    "a name where the alias would do": (ByEither, {"number": BOOKED}),
+    "an alias in a dataclass": (NamedRecord, {"flight": BOOKED, "number": 3}),
+}
+
+
+@pytest.mark.parametrize("case", MODELLED)
+def test_only_what_is_a_field_of_the_model_is_made_of_it(case: str) -> None:
+    model, data = MODELLED[case]
+    undone: list[Any] = []
+
+    class Book(CompensableStage):
+        output_model = model
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            return StageOutput.ok(data)
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            assert ctx.output is not None
+            undone.append(ctx.output.data)
+
+    pipeline = Pipeline().with_stage("book", Book)
+    ledger = Stored()
+    run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+
+    run(SagaCoordinator(ledger=ledger).compensate("s", pipeline))
+
+    assert undone == [data]
 
 
 # -- listeners -------------------------------------------------------------------------------------------------------

@@ -471,7 +471,7 @@ def test_a_compensation_that_needs_more_of_an_output_than_is_stored_is_found() -
     assert verified(*trip(seat=Typed), faults=[Fault.KILLED_BEFORE], durable=False).ok
 
 
-def test_an_output_that_does_not_fit_its_model_is_found() -> None:
+def test_an_output_that_does_not_fit_its_model_keeps_nothing_from_being_undone() -> None:
     @dataclass
     class Ticket:
         number: int
@@ -483,10 +483,7 @@ def test_an_output_that_does_not_fit_its_model_is_found() -> None:
             await super().execute(ctx)
             return StageOutput.ok(number="none")
 
-    found = refuted(*trip(seat=Modelled))
-
-    assert {("seat", Fault.UNDO_FAILS), ("room", Fault.UNDO_FAILS)} <= found.keys()
-    assert all("It could not go on: expected an output_model" in trial.wrong for trials in found.values() for trial in trials)
+    assert verified(*trip(seat=Modelled)).ok
 
 
 def test_a_compensation_that_fails_though_nothing_made_it_fail_is_found() -> None:
