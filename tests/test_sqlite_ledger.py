@@ -30,7 +30,7 @@ from saga.errors import LedgerCorrupt
 from saga.events import AnyEvent, EffectRecorded, StageCompleted, event_to_json
 from saga.ledgers import open_ledger, sqlite, workers
 from saga.ledgers.postgres import PostgresLedger
-from saga.ledgers.rows import checksum
+from saga.ledgers.rows import Prune, checksum
 from saga.ledgers.sqlite import MIGRATIONS, SQLiteLedger
 from tests.places import SQLiteFile
 from tests.scripts.appending import AT_ONCE, SAGAS
@@ -442,6 +442,32 @@ def test_an_append_is_synced_before_it_is_acknowledged(path: Path) -> None:
     assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
     assert connection.execute("PRAGMA fullfsync").fetchone() == (1,)
     store.close()
+
+
+@pytest.mark.parametrize(("status", "owners"), [("completed", 1000), ("running", 100)], ids=["a step", "the last step"])
+def test_to_forget_many_owners_takes_one_look_at_every_saga_and_only_at_the_end(path: Path, status: str, owners: int) -> None:
+    on(SQLiteLedger(path), create())
+    with closing(sqlite3.connect(path)) as connection, connection:
+        numbers = "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 1000)"
+        connection.execute(
+            f"""INSERT INTO sagas (id, pipeline, status, started_at, updated_at, version, token, owner)
+            {numbers} SELECT 'r' || n, 'p', 'running', started_at, updated_at, 1, 1, 'holder' || n FROM numbers, sagas"""  # noqa: S608 - a constant
+        )
+        connection.execute(f"INSERT INTO owners {numbers} SELECT iif(n % 10, 'gone', 'holder') || n, 0 FROM numbers")  # noqa: S608 - as above
+        connection.execute("UPDATE sagas SET status = ? WHERE id = 's'", (status,))
+    store, steps = sqlite._Store(path, 30.0, 10.0, time.time), [0]
+
+    def count() -> None:
+        steps[0] += 1
+
+    store._connection().set_progress_handler(count, 1)
+    store.write([Prune(DONE.at.replace(year=9999).isoformat(), 0)])
+    store.close()
+
+    with closing(sqlite3.connect(path)) as connection:
+        ((left,),) = connection.execute("SELECT count(*) FROM owners WHERE id != 'me'")
+    assert left == owners
+    assert steps[0] < 100_000  # of SQLite's own; 1,000 looks at 1,000 sagas were millions
 
 
 def commits_in(path: Path) -> int:

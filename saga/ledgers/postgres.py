@@ -296,10 +296,12 @@ class _Store:
             forgotten = [saga_id for _, saga_id, is_over in found if is_over]
             connection.execute("DELETE FROM events WHERE saga = ANY(%s)", (forgotten,))
             connection.execute("DELETE FROM sagas WHERE id = ANY(%s)", (forgotten,))
-        # By itself: whoever writes takes owners before sagas, and would wait for us while we wait for him.
-        connection.execute(
-            "DELETE FROM owners WHERE until < clock_timestamp() AND NOT EXISTS (SELECT 1 FROM sagas WHERE owner = owners.id)"
-        )
+        if not found:
+            # By itself: whoever writes takes owners before sagas, and would wait for us while we wait for him.
+            # Once, at the end: it looks at every saga.
+            connection.execute(
+                "DELETE FROM owners WHERE until < clock_timestamp() AND NOT EXISTS (SELECT 1 FROM sagas WHERE owner = owners.id)"
+            )
         return Pruned(tuple(forgotten), found[-1][0] if found else None)
 
     def read(self, saga_id: str) -> Sequence[AnyEvent]:
