@@ -228,8 +228,12 @@ class Ledger(Protocol):
     async def completions(self, saga_id: str) -> dict[str, StageOutput]:
         """What completed, by stage, in topological order; also what was undone later."""
         events = await self.read(saga_id)
-        outputs = {event.stage: event.output for event in events if isinstance(event, StageCompleted)}
-        outputs |= {event.stage: event.output for event in events if isinstance(event, StageProbed) and event.landed and event.output}
+        # In order: a stage that was undone may have run once more, and its last output counts.
+        outputs = {
+            event.stage: event.output
+            for event in events
+            if (isinstance(event, StageCompleted) or (isinstance(event, StageProbed) and event.landed)) and event.output
+        }
         started = events[0] if events else None
         if not isinstance(started, SagaStarted):
             return {}

@@ -232,6 +232,16 @@ def test_completions_are_read_from_the_events(place: Place) -> None:
     assert completions == {"a": OUTPUT, "b": OUTPUT}
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["probed, then completed", "completed, then probed"])
+def test_of_a_stage_that_ran_twice_the_last_completion_counts(place: Place, order: int) -> None:
+    probed = StageProbed(stage="a", landed=True, output=StageOutput.ok(by="the probe"))
+    events: list[Any] = [probed, replace(SECOND, output=StageOutput.ok(by="the stage"))][::order]
+
+    *_, completions = on(place.open(), create(), append(FIRST, *events), lambda ledger: ledger.completions("s"))
+
+    assert completions == {"a": events[-1].output}
+
+
 # -- leases ----------------------------------------------------------------------------------------------------------
 
 
