@@ -33,7 +33,7 @@ from saga.events import (
     event_to_json,
 )
 from tests.places import Memory, Place, PostgresSchema, SQLiteFile
-from tests.test_ledger import ALL, GRAPH, OUTPUT
+from tests.test_ledger import ALL, FAILURE, GRAPH, OUTPUT
 
 FIRST, SECOND = StageStarted(stage="a", attempt=1), StageCompleted(stage="a", output=OUTPUT)
 LONG_AGO = datetime.now(UTC) - timedelta(days=30)
@@ -830,6 +830,42 @@ def test_what_redact_gives_has_to_be_the_event(durable: Place) -> None:
 
     assert str(refused) == "SagaStarted of saga s can't be stored: expected one from redact, got NoneType"
     assert events == ()
+
+
+CHANGED: dict[str, tuple[AnyEvent, dict[str, Any], str]] = {
+    "no failure": (
+        StageFailed(stage="a", failure=FAILURE),
+        {"failure": None},
+        "what redact gave can't be read again: failure: Input should be",
+    ),
+    "no time": (FIRST, {"at": "yesterday"}, "what redact gave can't be read again: at: Input should be a valid datetime"),
+    "no event": (FIRST, {"event": "gone"}, "what redact gave can't be read again: Input tag 'gone'"),
+    "another event": (FIRST, {"event": "compensation_started"}, "redact changed its event from 'stage_started' to 'compensation_started'"),
+    "another stage": (FIRST, {"stage": "b"}, "redact changed its stage from 'a' to 'b'"),
+    "another saga": (started(), {"saga_id": "t"}, "redact changed its saga_id from 's' to 't'"),
+    "another status": (DONE, {"status": SagaStatus.STUCK}, "redact changed its status from <SagaStatus.COMPLETED: 'completed'> to"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_redacted_event_that_would_be_read_as_another_one_or_not_at_all_is_never_stored(durable: Place, case: str) -> None:
+    event, changes, why = CHANGED[case]
+
+    def redact(one: AnyEvent) -> AnyEvent:
+        return replace(one, **changes) if one is event else one
+
+    def put(ledger: Ledger) -> Any:
+        if isinstance(event, SagaStarted):
+            return ledger.create("s", "me", (event,))
+        return append(event)(ledger)
+
+    *_, refused, events = on(durable.open(redact=redact), *(() if isinstance(event, SagaStarted) else (create(),)), put, read())
+
+    assert type(refused) is LedgerError
+    assert f"{type(event).__name__} of saga s" in str(refused)
+    assert f"can't be stored: {why}" in str(refused)
+    assert len(events) == (0 if isinstance(event, SagaStarted) else 1)
 
 
 # -- all of it at once -----------------------------------------------------------------------------------------------

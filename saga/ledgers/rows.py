@@ -139,6 +139,8 @@ class Writer:
         if size > self._max:
             too_large = f"has {size:,} bytes of JSON, the ledger takes {self._max:,} (max_event_bytes)"
             raise LedgerError(f"{_named(saga_id, event)} {too_large}; nothing was recorded")
+        if self._redact is not None:
+            _refuse_changed(saga_id, event, line)
         return line
 
     def _redacted(self, saga_id: str, event: AnyEvent) -> AnyEvent:
@@ -151,6 +153,28 @@ class Writer:
         if type(redacted) is not type(event):
             raise LedgerError(f"{_named(saga_id, event)} can't be stored: expected one from redact, got {type(redacted).__name__}")
         return redacted
+
+
+_FIXED: Final = ("event", "saga_id", "stage", "status")
+"""What redact must leave as it is: without it a saga can't be read any more, or reads as another one."""
+
+
+def _refuse_changed(saga_id: str, event: AnyEvent, line: str) -> None:
+    """Refuse a redacted event that would be read as another one, or not at all.
+
+    Raises:
+        LedgerError: It would; the error says what has changed.
+    """
+    try:
+        back = event_from_json(line)
+    except _UNREADABLE as error:
+        where = error.errors(include_url=False)[0]["loc"][1:] if isinstance(error, ValidationError) else ()
+        what = "".join(f"{part}: " for part in where[:1]) + _why(error)
+        raise LedgerError(f"{_named(saga_id, event)} can't be stored: what redact gave can't be read again: {what}") from error
+    for part in _FIXED:
+        was, now = getattr(event, part, None), getattr(back, part, None)
+        if was != now:
+            raise LedgerError(f"{_named(saga_id, event)} can't be stored: redact changed its {part} from {was!r} to {now!r}")
 
 
 _LONGEST: Final = 500
@@ -200,12 +224,20 @@ def events_in(saga_id: str, version: int | None, rows: Iterable[tuple[int, int, 
             raise _corrupt(saga_id, first, "the row's checksum says that it was changed")
         try:
             events += [event_from_json(line) for line in body.split(b"\n")]
-        except (ValueError, TypeError, LookupError) as error:
-            why = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
-            raise _corrupt(saga_id, len(events), f"no event of this version of saga: {why}") from error
+        except _UNREADABLE as error:
+            raise _corrupt(saga_id, len(events), f"no event of this version of saga: {_why(error)}") from error
     if version != len(events) and (events or version is not None):
         raise _corrupt(saga_id, len(events), f"there are {len(events)} events, and the saga's row says {version}")
     return tuple(events)
+
+
+_UNREADABLE: Final = (ValueError, TypeError, LookupError)
+"""What reading an event may raise: a `ValidationError`, which is a ValueError, and whatever else comes of a damaged value."""
+
+
+def _why(error: Exception) -> str:
+    found: str = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
+    return found
 
 
 def _corrupt(saga_id: str, position: int, why: str) -> LedgerCorrupt:
