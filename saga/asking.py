@@ -10,7 +10,7 @@ from stageflow.api import StageOutput, StageStatus
 
 from saga.events import StageProbed
 from saga.failures import Failure, FailureKind
-from saga.outputs import copied_output
+from saga.outputs import copied_output, refuse_unstorable_output
 from saga.text import shown
 from saga.watch import bounded, closes, this_task
 
@@ -27,7 +27,8 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
         stop: When it is set, nobody waits for the answer any more.
 
     Returns:
-        The output if the effect landed; None if it did not, or if the probe failed for good.
+        The output if the effect landed; None if it did not, or if the probe failed for good, be it with an output that a durable
+        ledger can't keep.
     """
     settings = saga.blueprint.stages[stage].compensation or saga.policy.compensation
     loop, task = asyncio.get_running_loop(), this_task()
@@ -44,6 +45,9 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
                 stop=stop,
             )
             _check(answer)
+            if answer is not None and saga.journal._ledger.durable:  # noqa: SLF001 - the journal alone knows
+                # Before it is recorded: a text would come to the compensation in the place of what the probe gave.
+                refuse_unstorable_output(answer)
         except BaseException as error:
             if closes(error, task):
                 raise

@@ -28,7 +28,7 @@ from saga import (
     SagaStatus,
     nested,
 )
-from saga.events import AnyEvent, SagaStarted, StageCompleted, StageStarted, event_from_json, event_to_json
+from saga.events import AnyEvent, SagaStarted, StageCompleted, StageProbed, StageStarted, event_from_json, event_to_json
 from tests.controlled import ControlledLoop, elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk
@@ -627,6 +627,43 @@ def test_what_is_beside_a_failure_may_be_anything() -> None:
 
     assert report.cause.message == "declined"
     assert report.stages["book"].output.data["line"].type == "object"
+
+
+def probed_in_vain(ledger: MemoryLedger) -> tuple[list[Any], SagaStatus, Sequence[AnyEvent]]:
+    """book: it takes too long, and its probe gives something that JSON can't hold; what was undone, and how the saga ended."""
+    undone: list[Any] = []
+
+    class Book(CompensableStage):
+        timeout = 1
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            await elapse(60)
+            raise AssertionError
+
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            return StageOutput.ok(seat="14A", status=SagaStatus.COMPLETED)
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            assert ctx.output is not None
+            undone.append(ctx.output.data)
+
+    report = run(SagaCoordinator(ledger=ledger).run(Pipeline().with_stage("book", Book), saga_id="s"))
+    return undone, report.status, run(ledger.read("s"))
+
+
+def test_a_probe_that_gives_what_cannot_be_stored_has_failed_and_no_compensation_is_told_of_it() -> None:
+    undone, status, events = probed_in_vain(SlowDisk())
+
+    probed = [event for event in events if isinstance(event, StageProbed)]
+    assert (undone, status) == ([], SagaStatus.STUCK)
+    assert {event.landed for event in probed} == {None}
+    assert "NotStorable: expected plain data at data['status'], got saga.events.SagaStatus" in str(probed[-1].failure)
+
+
+def test_where_nothing_is_stored_a_probe_may_give_anything() -> None:
+    undone, status, _ = probed_in_vain(MemoryLedger())
+
+    assert (undone, status) == ([{"seat": "14A", "status": SagaStatus.COMPLETED}], SagaStatus.COMPENSATED)
 
 
 def test_an_input_that_cannot_be_stored_is_refused_before_anything_runs() -> None:
