@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
+from itertools import count
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +118,18 @@ def prune(days: float = 1) -> Any:
         return set(await ledger.prune(timedelta(days=days)))
 
     return pruned
+
+
+FORK = multiprocessing.get_context("fork")
+# Newer Pythons warn of every fork of a process that has threads; ours have come to rest before it.
+forks = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+
+
+def fork(work: Callable[[], object]) -> ForkProcess:
+    """Have a child of this process do something, with all that it inherits."""
+    child = FORK.Process(target=work)
+    child.start()
+    return child
 
 
 # -- recording -------------------------------------------------------------------------------------------------------
@@ -706,6 +721,104 @@ def test_a_ledger_is_closed_at_the_end_of_its_block(durable: Place) -> None:
 
 def test_a_ledger_that_was_never_used_can_be_closed(place: Place) -> None:
     assert on(place.open()) == []
+
+
+# -- forking ---------------------------------------------------------------------------------------------------------
+
+
+@forks
+def test_a_process_that_was_forked_off_and_its_parent_go_on_side_by_side(durable: Place) -> None:
+    ledger = durable.open()
+    asyncio.run(create("before")(ledger))
+    parent, child = FORK.Event(), FORK.Event()
+
+    def take_turns(name: str, mine: Any, other: Any) -> None:
+        for number in range(3):
+            asyncio.run(create(f"{name} {number}")(ledger))
+            mine.set()
+            assert other.wait(30)
+            other.clear()
+
+    other = fork(lambda: take_turns("child", child, parent))
+    take_turns("parent", parent, child)
+    other.join()
+
+    assert other.exitcode == 0
+    *_, found = on(ledger, listed())
+    assert sorted(found) == ["before", *(f"{name} {number}" for name in ("child", "parent") for number in range(3))]
+
+
+@forks
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_process_that_was_forked_off_keeps_what_it_writes_after_its_parent_has_closed_the_ledger(durable: Place, closes: bool) -> None:
+    ledger = durable.open()
+    asyncio.run(create("before")(ledger))
+    is_written, is_closed = FORK.Event(), FORK.Event()
+
+    def write() -> None:
+        asyncio.run(create("early")(ledger))
+        is_written.set()
+        assert is_closed.wait(30)
+        asyncio.run(create("late")(ledger))
+        if closes:
+            asyncio.run(ledger.close())
+
+    child = fork(write)
+    assert is_written.wait(30)
+    asyncio.run(ledger.close())
+    is_closed.set()
+    child.join()
+
+    assert child.exitcode == 0
+    assert on(durable.open(), listed()) == [["before", "early", "late"]]
+
+
+@forks
+def test_processes_that_are_forked_off_while_their_parent_writes_without_a_pause_all_write_and_nothing_is_lost(durable: Place) -> None:
+    ledger = durable.open()
+    told: dict[str, int] = {}
+    is_writing, is_over = threading.Event(), threading.Event()
+
+    async def write(saga_id: str) -> None:
+        await create(saga_id)(ledger)
+        for version in count(1):
+            told[saga_id] = version
+            if is_over.is_set():
+                return
+            await append(FIRST, version=version, saga_id=saga_id)(ledger)
+            is_writing.set()
+
+    async def write_all() -> None:
+        await asyncio.gather(*map(write, "abcd"))
+
+    writer = threading.Thread(target=lambda: asyncio.run(write_all()))
+    writer.start()
+    assert is_writing.wait(30)
+    # Every other one with a ledger of its own.
+    used = [durable.open() if number % 2 else ledger for number in range(12)]
+    children = [fork(partial(on, one, create(f"child {number}"))) for number, one in enumerate(used)]
+    for child in children:
+        child.join()
+    is_over.set()
+    writer.join()
+
+    assert [child.exitcode for child in children] == [0] * 12
+    found, *sagas = on(ledger, listed(), *map(read, "abcd"))
+    assert sorted(found) == sorted([*"abcd", *(f"child {n}" for n in range(12))])
+    assert [len(events) for events in sagas] == [told[saga_id] for saga_id in "abcd"]
+
+
+@forks
+def test_a_ledger_that_was_closed_does_not_hold_up_a_fork(durable: Place) -> None:
+    ledger = durable.open()
+    on(ledger, create())
+
+    child = fork(lambda: on(durable.open(), create("child")))
+    child.join()
+
+    assert child.exitcode == 0
+    assert on(durable.open(), listed()) == [["s", "child"]]
+    assert repr(ledger)  # it was there all the time
 
 
 # -- what is stored --------------------------------------------------------------------------------------------------

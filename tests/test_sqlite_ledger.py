@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from saga.ledgers.rows import Prune, checksum
 from saga.ledgers.sqlite import MIGRATIONS, SQLiteLedger
 from tests.places import SQLiteFile
 from tests.scripts.appending import AT_ONCE, SAGAS
-from tests.test_ledger_contract import DONE, FIRST, SECOND, append, create, listed, on, prune, read, started
+from tests.test_ledger_contract import DONE, FIRST, SECOND, append, create, fork, forks, listed, on, prune, read, started
 
 EVENTS = (started(), FIRST, SECOND, DONE)
 RECORDED = (create(), append(FIRST), append(SECOND, version=2), create("other"), append(DONE, version=3))
@@ -617,10 +618,120 @@ def test_a_ledger_that_nobody_holds_any_more_ends_its_threads_and_closes_its_con
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_process_that_was_forked_off_uses_threads_and_connections_of_its_own(path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "tests.scripts.forking", path], check=True, timeout=60)
+# -- a process that forks --------------------------------------------------------------------------------------------
 
-    assert on(SQLiteLedger(path), listed()) == [["before", "child", "parent"]]
+
+def in_use(path: Path) -> list[str]:
+    """Which of a ledger's files this process has open."""
+    descriptors = Path("/proc/self/fd").iterdir()
+    return [str(found) for found in map(Path.resolve, descriptors) if str(found).startswith(str(path))]
+
+
+def fork_waits() -> bool:
+    """Whether the main thread is forking, and waits for a worker to come to rest."""
+    main = sys._current_frames()[threading.main_thread().ident or 0]
+    return bool(workers.WORKING._rests) and main.f_code is threading.Condition.wait.__code__
+
+
+@forks
+def test_a_process_that_is_forked_off_inherits_no_connection_and_no_worker(path: Path) -> None:
+    ledger = SQLiteLedger(path)
+    asyncio.run(create()(ledger))
+    asyncio.run(read()(ledger))
+    before = in_use(path)
+
+    def look() -> None:
+        assert in_use(path) == []
+        assert list(workers.WORKING.workers) == []
+        assert threads_of_ledgers() == []
+
+    child = fork(look)
+    child.join()
+
+    assert before
+    assert child.exitcode == 0
+    assert on(ledger, read()) == [(started(),)]
+
+
+@forks
+def test_a_fork_waits_until_the_batch_under_way_is_on_disk(path: Path) -> None:
+    is_writing = threading.Event()
+
+    def clock() -> float:
+        """Keep the transaction open until a fork has begun."""
+        if not is_writing.is_set():
+            is_writing.set()
+            while not fork_waits():
+                pass
+        return time.time()
+
+    def look() -> None:
+        with closing(sqlite3.connect(path)) as other:
+            assert other.execute("SELECT id FROM sagas").fetchall() == [("s",)]
+
+    ledger = SQLiteLedger(path, clock=clock)
+    writer = threading.Thread(target=lambda: asyncio.run(create()(ledger)))
+    writer.start()
+    assert is_writing.wait(30)
+    child = fork(look)
+    child.join()
+    writer.join()
+
+    assert child.exitcode == 0
+    assert on(ledger, read()) == [(started(),)]
+
+
+@forks
+def test_a_signal_whose_handler_raises_does_not_have_a_fork_go_ahead_of_the_batch_under_way(path: Path) -> None:
+    is_writing, is_raised = threading.Event(), threading.Event()
+
+    def clock() -> float:
+        """Keep the transaction open until a fork waits for it and was interrupted."""
+        if not is_writing.is_set():
+            is_writing.set()
+            while not fork_waits():
+                pass
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            assert is_raised.wait(30)
+        return time.time()
+
+    def interrupt(*_: object) -> None:
+        is_raised.set()
+        raise KeyboardInterrupt
+
+    ledger = SQLiteLedger(path, clock=clock)
+    usual = signal.signal(signal.SIGUSR1, interrupt)
+    writer = threading.Thread(target=lambda: asyncio.run(create()(ledger)))
+    writer.start()
+    try:
+        assert is_writing.wait(30)
+        child = fork(lambda: on(SQLiteLedger(path), append(FIRST)))
+        child.join()
+    finally:
+        signal.signal(signal.SIGUSR1, usual)
+    writer.join()
+
+    assert is_raised.is_set()
+    assert child.exitcode == 0
+    assert on(ledger, read()) == [(started(), FIRST)]
+
+
+@forks
+def test_a_clock_that_forks_costs_the_batch_that_asks_it_and_no_other(path: Path) -> None:
+    children: list[ForkProcess] = []
+
+    def clock() -> float:
+        if not children:
+            children.append(fork(lambda: None))
+        return time.time()
+
+    failed, _, events = on(SQLiteLedger(path, clock=clock), create(), create(), read())
+
+    children[0].join()
+    assert children[0].exitcode == 0
+    assert isinstance(failed, LedgerError)
+    assert "nothing was recorded" in str(failed)
+    assert events == (started(),)
 
 
 # -- a process that ends ---------------------------------------------------------------------------------------------

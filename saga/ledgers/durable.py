@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime, timedelta
@@ -13,7 +12,7 @@ from saga.errors import LedgerError, MisuseError
 from saga.events import AnyEvent, SagaStatus
 from saga.ledger import Entry, Ledger
 from saga.ledgers.rows import Acquire, Append, Beat, Prune, Pruned, Redact, Release, Request, Writer, check_name, iso
-from saga.ledgers.workers import Worker
+from saga.ledgers.workers import WORKING, Worker
 
 MAX_EVENT_BYTES: Final = 16 * 2**20
 
@@ -62,7 +61,6 @@ class DurableLedger(Ledger):
         self._store = store
         self._rows = Writer(max_event_bytes, redact)
         self._threads: tuple[Worker[Store], Worker[Store]] | None = None
-        self._starting = threading.Lock()
         self._closed = False
 
     def __repr__(self) -> str:
@@ -156,7 +154,7 @@ class DurableLedger(Ledger):
             raise LedgerError(f"{self._name} is closed")
         # A process that was forked off has none of our threads, and must not touch their connections.
         if self._threads is None or self._threads[0].pid != os.getpid():
-            with self._starting:
+            with WORKING.lock:
                 self._start()
         assert self._threads is not None  # they have just been started
         return self._threads

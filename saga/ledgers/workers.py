@@ -21,7 +21,7 @@ _ALONE: Final = 10
 
 
 class Closable(Protocol):
-    """What a worker works with; it is made, used and closed in the worker's thread."""
+    """What a worker works with; it is used and closed in the worker's thread."""
 
     def close(self) -> None:
         """Let go of the connection, if there is one; it may be used again."""
@@ -31,8 +31,25 @@ class Closable(Protocol):
 S = TypeVar("S", bound=Closable)
 
 
-_END: Final = object()
-"""The request to end."""
+class _Order:
+    """A request that is for the worker itself; it ends a batch."""
+
+
+_END: Final = _Order()
+"""The order to end."""
+
+
+class _Rest(_Order):
+    """The order to disconnect, and to do nothing until `over` is set.
+
+    Attributes:
+        reached: The worker is disconnected, or has ended.
+        over: It may go on.
+    """
+
+    def __init__(self) -> None:
+        self.reached: Final = threading.Event()
+        self.over: Final = threading.Event()
 
 
 class _Job(NamedTuple):
@@ -60,9 +77,11 @@ class Worker(Generic[S]):
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._alone = 0
         self._has_ended = False
-        self._thread = threading.Thread(target=self._run, args=(store, work), name=name, daemon=True)
-        self._thread.start()
-        _WORKING.add(self)
+        self._store = store()
+        self._thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
+        with WORKING.lock:
+            self._thread.start()
+            WORKING.workers.add(self)
 
     def ask(self, request: Any, size: int = 0) -> asyncio.Future[Any]:
         """Have a request carried out; the answer is for the event loop that runs.
@@ -91,13 +110,16 @@ class Worker(Generic[S]):
         for job in jobs:
             self._jobs.put(job)
         if self._has_ended:
-            self._refuse_rest()
+            self._refuse_late()
 
-    def _refuse_rest(self) -> None:
+    def _refuse_late(self) -> None:
         """Answer what came too late: from the thread when it ends, and from whoever hands over after that."""
         with suppress(Empty):
             while True:
-                _answer([self._jobs.get_nowait()], [LedgerError("the ledger is closed")])
+                job = self._jobs.get_nowait()
+                if isinstance(job.request, _Rest):
+                    job.request.reached.set()
+                _answer([job], [LedgerError("the ledger is closed")])
 
     async def end(self) -> None:
         """Do what was asked for before, and end."""
@@ -112,29 +134,44 @@ class Worker(Generic[S]):
         """Wait so long until it has ended."""
         self._thread.join(seconds)
 
-    def _run(self, store: Callable[[], S], work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> None:
-        opened = store()
+    def rest(self) -> _Rest:
+        """Have it do what was asked for before, disconnect, and wait; it connects again when it is next needed."""
+        rest = _Rest()
+        if threading.current_thread() is self._thread:
+            # What it is just doing forks, a clock for example. The batch is done again or fails, and nobody shares its connection.
+            self._store.close()
+            rest.reached.set()
+        else:
+            self._hand_over([_Job(rest, 0, None, None)])
+        return rest
+
+    def _run(self, work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> None:
         end = None
         while end is None:
-            end = self._turn(opened, work)
-        opened.close()
+            end = self._turn(work)
+        self._store.close()
         self._has_ended = True
-        self._refuse_rest()
+        self._refuse_late()
         _answer([end], [None])
 
-    def _turn(self, store: S, work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> _Job | None:
-        """Carry out one batch; the request to end, if it has come."""
+    def _turn(self, work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> _Job | None:
+        """Carry out one batch; the order to end, if it has come."""
         # While the thread waits for more it must hold on to nothing that was asked for: it may be what keeps a ledger alive.
         jobs = self._take()
-        end = jobs.pop() if jobs[-1].request is _END else None
+        last = jobs.pop() if isinstance(jobs[-1].request, _Order) else None
         if jobs:
-            _answer(jobs, _answers(store, work, [job.request for job in jobs]))
-        return end
+            _answer(jobs, _answers(self._store, work, [job.request for job in jobs]))
+        if last is None or not isinstance(last.request, _Rest):
+            return last
+        self._store.close()
+        last.request.reached.set()
+        last.request.over.wait()
+        return None
 
     def _take(self) -> list[_Job]:
         jobs = [self._jobs.get()]
         size = jobs[0].size
-        while size < _MOST and jobs[-1].request is not _END and not self._jobs.empty():
+        while size < _MOST and not isinstance(jobs[-1].request, _Order) and not self._jobs.empty():
             jobs.append(self._jobs.get())
             size += jobs[-1].size
         self._alone = self._alone + 1 if len(jobs) == 1 else 0
@@ -181,13 +218,55 @@ def _settle(answered: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
             future.set_result(answer)
 
 
-_WORKING: Final[weakref.WeakSet[Worker[Any]]] = weakref.WeakSet()
+class _Working:
+    """The workers of this process; while it forks, all of them are disconnected and at rest, and none is started.
+
+    A child inherits what SQLite knows of the locks that its process holds, and would believe that it holds them, too: it would write
+    without any, and lose all of that when its parent takes the log away as the last one that uses it. A socket it would share.
+
+    Attributes:
+        lock: Held while workers are started, and by whoever forks.
+        workers: All of them that somebody holds on to.
+    """
+
+    def __init__(self) -> None:
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Be a process without workers, as one that was forked off is; threads that it doesn't have may hold the old lock."""
+        self.lock = threading.RLock()
+        self.workers: weakref.WeakSet[Worker[Any]] = weakref.WeakSet()
+        self._rests: list[_Rest] = []
+
+    def rest(self) -> None:
+        """Come back when nobody works."""
+        self.lock.acquire()
+        for worker in list(self.workers):
+            # One after the other: of two connections that close at once, neither takes SQLite's log away as the last one does.
+            rest = worker.rest()
+            self._rests.append(rest)
+            while not rest.reached.is_set():
+                # When a signal's handler raises here, a second Ctrl-C's for example, Python says so at most, and forks all the same.
+                with suppress(BaseException):
+                    rest.reached.wait()
+
+    def go_on(self) -> None:
+        """Let them work again."""
+        for rest in self._rests:
+            rest.over.set()
+        self._rests = []
+        self.lock.release()
+
+
+WORKING: Final = _Working()
+if hasattr(os, "register_at_fork"):  # pragma: no branch - where processes don't fork, there is nothing to see to
+    os.register_at_fork(before=WORKING.rest, after_in_parent=WORKING.go_on, after_in_child=WORKING.begin_anew)
 
 
 @atexit.register
 def _stop_all() -> None:
     """Close the connections of ledgers that nobody closed; what was answered is on disk already."""
-    mine = [worker for worker in _WORKING if worker.pid == os.getpid()]
+    mine = [worker for worker in WORKING.workers if worker.pid == os.getpid()]
     for worker in mine:
         worker.stop()
     for worker in mine:
