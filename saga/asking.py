@@ -45,7 +45,7 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
                 stop=stop,
             )
             _check(answer)
-            if answer is not None and saga.journal._ledger.durable:  # noqa: SLF001 - the journal alone knows
+            if answer is not None and saga.journal.is_durable:
                 # Before it is recorded: a text would come to the compensation in the place of what the probe gave.
                 refuse_unstorable_output(answer)
         except BaseException as error:

@@ -627,11 +627,8 @@ class SagaCoordinator:
         return found
 
     async def _locate(self, saga_id: str, path: str) -> list[tuple[str, str]]:
-        """The sagas and stages that a path leads through, the outermost first."""
-        events = await self.ledger.read(saga_id)
-        if not events:
-            raise _not_found(saga_id)
-        state = SagaState(events)
+        """The sagas and stages that a path leads through, from a saga that is there, the outermost first."""
+        state = SagaState(await self.ledger.read(saga_id))
         if path in state.stages:
             return [(saga_id, path)]
         for stage in state.stages:
@@ -703,11 +700,12 @@ _COORDINATORS: Final[weakref.WeakSet[SagaCoordinator]] = weakref.WeakSet()
 
 
 def _name_all_anew() -> None:
+    """What a process that was forked off begins with."""
     for coordinator in _COORDINATORS:
         coordinator._name_anew()  # noqa: SLF001 - of this file
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows
+if hasattr(os, "register_at_fork"):  # pragma: no branch - where processes don't fork, there is nothing to see to
     os.register_at_fork(after_in_child=_name_all_anew)
 
 

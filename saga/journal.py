@@ -106,6 +106,11 @@ class Journal:
             await journal._write((started,), release=False)
         return journal
 
+    @property
+    def is_durable(self) -> bool:
+        """Whether what is recorded outlives the process, so that it has to be JSON."""
+        return self._ledger.durable
+
     async def record(self, *events: AnyEvent, release: bool = False) -> None:
         """Fold the events and have them written, with `release` as the last ones before the lease is given back.
 

@@ -26,6 +26,7 @@ from saga import (
     compensable,
     nested,
 )
+from saga import coordinator as coordinator_module
 from saga.blueprint import Blueprint
 from saga.events import SagaStarted
 from tests.controlled import elapse, run
@@ -115,6 +116,18 @@ def test_a_coordinator_that_was_made_before_a_fork_is_another_owner_after_it(tmp
     assert done.stdout.split() == ["paid", "s", "completed"]
 
 
+def test_after_a_fork_a_coordinator_holds_nothing_and_has_another_name() -> None:
+    """What runs in the forked process, played here."""
+    coordinator = SagaCoordinator()
+    before = coordinator._owner
+    coordinator._alive["s"] = None
+
+    coordinator_module._name_all_anew()
+
+    assert coordinator._owner != before
+    assert coordinator._alive == {}
+
+
 class Goes(CompensableStage):
     """Goes on with the child that an earlier process has left."""
 
@@ -170,10 +183,10 @@ def test_a_saga_that_goes_on_here_meanwhile_is_no_failure_of_a_recovery() -> Non
     assert [recovery.failed for recovery in recoveries] == [{}, {}]
 
 
-async def left_behind(ledger: MemoryLedger, pipeline: Pipeline, saga_id: str) -> None:
+async def left_behind(ledger: MemoryLedger, pipeline: Pipeline, saga_id: str, parent: str | None = None) -> None:
     """A saga whose process is gone."""
 
-    started = SagaStarted(saga_id=saga_id, pipeline=pipeline.name, graph=Blueprint.of(pipeline).graph, policy=FailFast())
+    started = SagaStarted(saga_id=saga_id, pipeline=pipeline.name, graph=Blueprint.of(pipeline).graph, policy=FailFast(), parent=parent)
     token = await ledger.create(saga_id, "gone", [started])
     await ledger.release(saga_id, token)
 
@@ -291,6 +304,33 @@ def test_a_saga_that_another_one_runs_is_not_resumed_or_undone_by_itself() -> No
             MisuseError, match=r"a saga that no other one runs, got s/middle/child, .*stage 'middle' of saga s. Go on with s: "
         ):
             run(go_on("s/middle/child", child))
+
+
+def test_a_child_of_which_the_ledger_has_no_parent_goes_on_by_itself() -> None:
+    """Brought from another ledger alone, say."""
+    _, pipeline = scene({"a": ()})
+    ledger = MemoryLedger()
+
+    async def play() -> SagaReport:
+        await left_behind(ledger, pipeline, "s/child", parent="s")
+        return await SagaCoordinator(ledger=ledger).resume("s/child", pipeline)
+
+    assert run(play()).status is SagaStatus.COMPLETED
+
+
+def test_a_stage_can_not_go_on_with_a_child_that_is_not_there() -> None:
+    _, child = scene({"a": ()})
+
+    class Asks(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> None:
+            await ctx.resume_saga("nowhere", child)
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    report = run(SagaCoordinator().run(Pipeline(name="p").with_stage("a", Asks)))
+
+    assert report.cause is not None
+    assert report.cause.message == "expected the id of a saga in the ledger, got 'nowhere'"
 
 
 def test_a_pipeline_of_another_name_can_not_undo_a_saga() -> None:
