@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class _Worker(Watched):
-    """Undoes one stage."""
+    """Undoes one stage after another, as long as any is open, each in a task of its own."""
 
     __slots__ = ("stage",)
 
@@ -72,23 +72,33 @@ class Backward:
         self._rollback.stop()
 
     def _put_to_work(self) -> None:
-        """Have a worker for each open stage, within the limit; one that ends has others put to work."""
-        if self._until is not None and self._loop.time() >= self._until:
-            # The timer strikes two turns of the loop after code that never awaited.
-            self._expire()
+        """Have as many workers as there are open stages, within the limit; a worker that ends its stage takes the next."""
+        self._look_at_the_clock()
         limit = self._settings.max_concurrency
         for _ in range(len(self._rollback)):
             if limit is not None and len(self._workers.members) >= limit:
                 return
-            worker = _Worker(self._rollback.take(), self._gives_up)
-            # A worker is put to work where another one has ended: in its context, what that one bound would be bound for this one.
-            self._context.run(self._workers.employ, worker, self._work(worker))
+            self._employ(_Worker(self._rollback.take(), self._gives_up))
 
-    async def _work(self, worker: _Worker) -> None:
+    def _look_at_the_clock(self) -> None:
+        if self._until is not None and self._loop.time() >= self._until:
+            # The timer strikes two turns of the loop after code that never awaited.
+            self._expire()
+
+    def _employ(self, worker: _Worker) -> None:
+        # It is employed where another one has ended: in its context, what that one bound would be bound for this one.
+        self._context.run(self._workers.employ, worker, self._work(worker))
+
+    async def _work(self, worker: _Worker) -> bool:
+        """Undo a stage, and go on with the next one in another task, on which nothing was left; whether there is one."""
         await self._undo(worker)
-        if not worker.given_up:
-            self._workers.dismiss(worker)
-            self._put_to_work()
+        self._look_at_the_clock()
+        if worker.given_up or not len(self._rollback):
+            return False
+        worker.stage = self._rollback.take()
+        self._employ(worker)
+        self._put_to_work()
+        return True
 
     def _breaks(self, error: Exception) -> None:
         self._broken = self._broken or error

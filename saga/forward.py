@@ -163,6 +163,8 @@ class Forward(Stages):
             await self._unless_broken(SagaStopped(cause=self.cause))
         if self._running.members:
             await self._drain()
+        else:
+            await self._running.disband()
         if self.cause is None:
             return
         for name, record in self._state.stages.items():

@@ -115,16 +115,20 @@ class Watched:
     is given up: `on_give_up` is called, and whoever waits for it must wait no longer.
 
     Attributes:
-        task: The task; set by whoever starts it.
+        task: The task; set by the crew that starts it.
+        crew: That crew, whose clock says when the code's time is up.
+        until: When that is, by the event loop's clock; None: never.
         is_acting: The code is running now.
         reason: Why it was cancelled, TIMEOUT or INTERRUPTED; None if it was not.
         given_up: It ignored its cancel for longer than the grace.
     """
 
-    __slots__ = ("_grace", "_on_give_up", "_timer", "given_up", "is_acting", "reason", "task")
+    __slots__ = ("_grace", "_on_give_up", "_timer", "crew", "given_up", "is_acting", "reason", "task", "until")
 
     def __init__(self, on_give_up: Callable[[Any], None]) -> None:
         self.task: asyncio.Task[None]
+        self.crew: Crew[Any]
+        self.until: float | None = None
         self.is_acting = False
         self.reason: FailureKind | None = None
         self.given_up = False
@@ -138,7 +142,8 @@ class Watched:
         _uncancel(self.task)
         self.is_acting, self.reason, self._grace = True, None, grace
         if seconds is not None:
-            self._timer = self.task.get_loop().call_later(seconds, self.cancel, FailureKind.TIMEOUT)
+            self.until = self.task.get_loop().time() + seconds
+            self.crew.wake_at(self.until)
 
     def end(self) -> None:
         """The code has ended."""
@@ -160,6 +165,7 @@ class Watched:
         self._on_give_up(self)
 
     def _stop_clock(self) -> None:
+        self.until = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -183,16 +189,42 @@ class Crew(Generic[W]):
         self.members: Final[set[W]] = set()
         self._breaks = breaks
         self._turn = asyncio.Event()
+        self._alarm: asyncio.TimerHandle | None = None
 
-    def employ(self, member: W, work: Coroutine[Any, Any, None]) -> None:
+    def employ(self, member: W, work: Coroutine[Any, Any, bool | None]) -> None:
         """Start a member's task."""
+        member.crew = self
         member.task = start(self.see_through(member, work))
         self.members.add(member)
 
-    async def see_through(self, member: W, work: Coroutine[Any, Any, None]) -> None:
-        """Do the work; the member is dismissed after it, whatever came of it."""
+    def wake_at(self, moment: float) -> None:
+        """Look then whose time is up. One clock for all: a timer for each costs more than most of their code takes."""
+        if self._alarm is None or moment < self._alarm.when():
+            self._stop_clock()
+            self._alarm = asyncio.get_running_loop().call_at(moment, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        now = asyncio.get_running_loop().time()
+        left = []
+        for member in self.members:
+            if member.until is not None and member.until <= now:
+                member.cancel(FailureKind.TIMEOUT)
+            elif member.until is not None:
+                left.append(member.until)
+        if left:
+            self.wake_at(min(left))
+
+    def _stop_clock(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+
+    async def see_through(self, member: W, work: Coroutine[Any, Any, bool | None]) -> None:
+        """Do the work; the member is dismissed after it, whatever came of it, unless it says that it goes on in another task."""
         try:
-            await work
+            if await work:
+                return
         except BaseException as error:
             if closes(error, member.task):
                 raise
@@ -218,6 +250,7 @@ class Crew(Generic[W]):
             except (KeyboardInterrupt, SystemExit) as error:
                 leave_loop(error)
                 self._breaks(cut_short_by(error))
+        self._stop_clock()
         for killed_by in [member.task.exception() for member in self.members]:
             assert killed_by is not None  # or it would have been dismissed
             self._breaks(cut_short_by(killed_by))

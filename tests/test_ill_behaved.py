@@ -186,6 +186,33 @@ def test_a_deadline_that_passes_in_the_turn_in_which_stages_begin_cancels_what_r
     assert report.cause.kind is FailureKind.TIMEOUT
 
 
+def test_each_of_several_stages_has_its_own_time_and_no_clock_ticks_on_when_they_have_ended() -> None:
+    cut_at: dict[str, float] = {}
+
+    async def takes_long(ctx: SagaContext) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await elapse(5.0)
+        except asyncio.CancelledError:
+            cut_at[ctx.stage_name] = loop.time()
+            raise
+
+    async def play() -> tuple[SagaReport, list[Any]]:
+        report = await SagaCoordinator().run(pipeline)
+        loop: Any = asyncio.get_running_loop()
+        return report, [timer for timer in loop._scheduled if not timer.cancelled()]
+
+    pipeline = Pipeline(name="p")
+    for name, seconds in {"three": 3.0, "one": 1.0, "none": None, "two": 2.0, "sixty": 60.0}.items():
+        pipeline = pipeline.with_stage(name, compensable(takes_long, nothing, timeout=seconds))
+
+    report, ticking = run(play())
+
+    assert cut_at == {"one": 1.0, "two": 2.0, "three": 3.0}
+    assert set(report.undone) == {"none", "sixty"}
+    assert ticking == []
+
+
 def compute_for_a_second(ctx: Any, called: list[str]) -> None:
     called.append(ctx.stage_name)
     loop = asyncio.get_running_loop()
