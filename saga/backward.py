@@ -73,17 +73,11 @@ class Backward:
 
     def _put_to_work(self) -> None:
         """Have as many workers as there are open stages, within the limit; a worker that ends its stage takes the next."""
-        self._look_at_the_clock()
         limit = self._settings.max_concurrency
         for _ in range(len(self._rollback)):
             if limit is not None and len(self._workers.members) >= limit:
                 return
             self._employ(_Worker(self._rollback.take(), self._gives_up))
-
-    def _look_at_the_clock(self) -> None:
-        if self._until is not None and self._loop.time() >= self._until:
-            # The timer strikes two turns of the loop after code that never awaited.
-            self._expire()
 
     def _employ(self, worker: _Worker) -> None:
         # It is employed where another one has ended: in its context, what that one bound would be bound for this one.
@@ -92,7 +86,9 @@ class Backward:
     async def _work(self, worker: _Worker) -> bool:
         """Undo a stage, and go on with the next one in another task, on which nothing was left; whether there is one."""
         await self._undo(worker)
-        self._look_at_the_clock()
+        if self._until is not None and self._loop.time() >= self._until:
+            # The timer strikes two turns of the loop after code that never awaited.
+            self._expire()
         if worker.given_up or not len(self._rollback):
             return False
         worker.stage = self._rollback.take()

@@ -118,7 +118,7 @@ class Blueprint:
     def _read(cls, pipeline: Pipeline, specs: tuple[UnifiedStageSpec, ...]) -> Blueprint:
         read = {name: _read(name, spec) for name, spec in pipeline.stages.items()}
         for name, spec in pipeline.stages.items():
-            _refuse_unknown(name, spec.dependencies, pipeline.stages)
+            _refuse_str(name, spec.dependencies, pipeline.stages)
         graph = Graph.of(node for node, _ in read.values())
         return cls(
             name=pipeline.name,
@@ -179,25 +179,13 @@ def _refuse_ambiguous(name: str) -> None:
         )
 
 
-def _refuse_unknown(name: str, dependencies: Sequence[str], stages: Mapping[str, object]) -> None:
-    if isinstance(dependencies, str):
-        raise PipelineInvalid("dependencies to be a tuple of names", got=repr(dependencies), stage=name)
-    for dependency in dependencies:
-        if dependency not in stages:
-            raise PipelineInvalid(
-                f"dependencies out of the pipeline's stages ({', '.join(stages)})",
-                got=repr(dependency),
-                stage=name,
-                hint=_dependencies_meant(dependency, dependencies, stages),
-            )
-
-
-def _dependencies_meant(unknown: str, dependencies: Sequence[str], stages: Mapping[str, object]) -> str:
-    # stageflow makes a tuple of whatever it gets, so ("seat") comes here as ('s', 'e', 'a', 't').
-    if len(dependencies) > 1 and all(len(dependency) == 1 for dependency in dependencies):
-        word = "".join(dependencies)
-        return f"Is dependencies a str? Write {f'({word!r},)' if word in stages else 'a tuple of names'}."
-    return did_you_mean(unknown, stages)
+def _refuse_str(name: str, dependencies: Sequence[str], stages: Mapping[str, object]) -> None:
+    """Refuse a str in the place of a tuple; stageflow makes one of it, so ("seat") comes here as ('s', 'e', 'a', 't')."""
+    word = "".join(dependencies)
+    is_taken_apart = len(dependencies) > 1 and len(word) == len(dependencies) and not stages.keys() >= set(dependencies)
+    if isinstance(dependencies, str) or is_taken_apart:
+        hint = f"Write ({word!r},)." if word in stages else ""
+        raise PipelineInvalid("dependencies to be a tuple of names", got=f"the str {word!r}", stage=name, hint=hint)
 
 
 def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:

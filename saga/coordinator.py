@@ -719,14 +719,13 @@ def _unrecorded(journal: Journal, error: LedgerError) -> LedgerError:
         )
     # Its code has not run: it waited for this event to be in the ledger.
     never_began = {event.stage for event in unwritten if isinstance(event, StageStarted | CompensationStarted)}
-    stands = {StageState.KEPT, StageState.STUCK, StageState.COMPENSATING}
     under_way = {StageState.RUNNING, StageState.COMPENSATING}
-    unknown = [name for name, record in state.stages.items() if record.state in under_way and name not in never_began]
-    in_effect = [
-        name
-        for name, record in state.stages.items()
-        if state.graph[name].role is not Role.PLAIN and record.state in stands and name not in unknown
-    ]
+    unknown, in_effect = [], []
+    for name, record in state.stages.items():
+        if record.doubt or (record.state in under_way and name not in never_began):
+            unknown.append(name)
+        elif state.graph[name].role is not Role.PLAIN and record.state is not StageState.UNDONE and (record.landed or record.effects):
+            in_effect.append(name)
     return SagaUnrecorded(state.started.saga_id, error, in_effect=in_effect, unknown=unknown)
 
 

@@ -148,7 +148,7 @@ class SagaUnrecorded(LedgerError):
     Attributes:
         saga_id: The saga's id.
         in_effect: The stages whose effect stands, as far as is known.
-        unknown: The stages that were running or being undone when the ledger failed.
+        unknown: The stages that were running or being undone when the ledger failed, or were in doubt before.
     """
 
     def __init__(self, saga_id: str, why: Exception, *, in_effect: Sequence[str], unknown: Sequence[str]) -> None:
@@ -157,7 +157,7 @@ class SagaUnrecorded(LedgerError):
         self.unknown = tuple(unknown)
         super().__init__(
             f"saga {saga_id} stopped, because its ledger failed: {why}. Nothing more was started. "
-            f"In effect: {', '.join(in_effect) or 'nothing'}; under way when it failed: {', '.join(unknown) or 'nothing'}. "
+            f"In effect: {', '.join(in_effect) or 'nothing'}; not known: {', '.join(unknown) or 'nothing'}. "
             f"When the ledger is back, go on: await coordinator.resume({saga_id!r}, pipeline)"
         )
 

@@ -163,8 +163,6 @@ class Forward(Stages):
             await self._unless_broken(SagaStopped(cause=self.cause))
         if self._running.members:
             await self._drain()
-        else:
-            await self._running.disband()
         if self.cause is None:
             return
         for name, record in self._state.stages.items():
@@ -354,10 +352,10 @@ class Forward(Stages):
 
     async def _catch_up(self, run: _StageRun, recording: Coroutine[Any, Any, None], outcome: _Outcome) -> _Outcome:
         """Record what the stage has recorded without `await`; the attempt's outcome with that."""
-        warnings.warn(f"stage {run.name!r} called ctx.record(...) without await", RuntimeWarning, stacklevel=2)
         try:
             await recording
-        except (MisuseError, NotStorable) as error:
+            warnings.warn(f"stage {run.name!r} called ctx.record(...) without await", RuntimeWarning, stacklevel=2)
+        except (MisuseError, NotStorable, RuntimeWarning) as error:
             return _Outcome(failure=outcome.failure or Failure.raised(run.name, error, attempt=run.record.attempts))
         return outcome
 

@@ -14,6 +14,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict
 
 from saga.errors import PipelineInvalid
+from saga.text import did_you_mean
 
 
 class Role(StrEnum):
@@ -89,7 +90,10 @@ class Graph(BaseModel):
             for dependency in node.dependencies:
                 if dependency not in by_name:
                     raise PipelineInvalid(
-                        f"dependencies out of the pipeline's stages ({', '.join(by_name)})", got=repr(dependency), stage=node.name
+                        f"dependencies out of the pipeline's stages ({', '.join(by_name)})",
+                        got=repr(dependency),
+                        stage=node.name,
+                        hint=did_you_mean(dependency, by_name),
                     )
         try:
             order = tuple(TopologicalSorter({name: node.dependencies for name, node in by_name.items()}).static_order())

@@ -169,7 +169,6 @@ class StageflowSchedule:
         self._interceptors = interceptors
         self._called: set[str] = set()
         self._listener = _Listener(self._called)
-        self._begun: set[str] = set()
         self._answers: dict[str, StageOutput | Exception] = {}
         self._waiters: dict[str, asyncio.Future[StageOutput | Exception]] = {}
         self._results: dict[str, StageOutput] = {}
@@ -210,9 +209,8 @@ class StageflowSchedule:
         # An interceptor that asks for a retry gets here again: retries are the policy's, so the answer stays.
         answer = self._answers.get(name)
         if answer is None:
-            if name not in self._begun:
-                self._begun.add(name)
-                self._stages.begin(name, ctx.inputs)
+            assert name not in self._waiters  # stageflow runs a wrapper again only when it has answered
+            self._stages.begin(name, ctx.inputs)
             waiter = self._waiters[name] = asyncio.get_running_loop().create_future()
             answer = await waiter
         if isinstance(answer, Exception):

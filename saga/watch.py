@@ -237,6 +237,8 @@ class Crew(Generic[W]):
         """Wait for it no longer."""
         self.members.discard(member)
         self._turn.set()
+        if not self.members:
+            self._stop_clock()
 
     async def disband(self) -> None:
         """Wait until nobody works any more, whatever strikes whoever waits."""
@@ -250,7 +252,6 @@ class Crew(Generic[W]):
             except (KeyboardInterrupt, SystemExit) as error:
                 leave_loop(error)
                 self._breaks(cut_short_by(error))
-        self._stop_clock()
         for killed_by in [member.task.exception() for member in self.members]:
             assert killed_by is not None  # or it would have been dismissed
             self._breaks(cut_short_by(killed_by))

@@ -26,9 +26,7 @@ from saga import (
 from saga.blueprint import Blueprint
 from saga.ledgers.sqlite import SQLiteLedger
 from tests.controlled import run
-
-
-async def nothing(*_: Any) -> None: ...
+from tests.world import nothing
 
 
 class Seat(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import warnings
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
@@ -19,23 +20,23 @@ from saga import (
     FailFast,
     FailureKind,
     LedgerError,
+    MemoryLedger,
     Retry,
     SagaContext,
     SagaCoordinator,
     SagaReport,
     SagaStatus,
+    SagaUnrecorded,
     StageState,
     compensable,
 )
-from saga.events import SagaStarted
+from saga.events import SagaStarted, SagaTurnedBack, StageStarted
 from tests.controlled import ControlledLoop, elapse, run
 from tests.slow import SlowDisk
+from tests.world import nothing
 
 Code = Callable[[Any], Awaitable[Any]]
 WHO: ContextVar[str] = ContextVar("WHO", default="the caller")
-
-
-async def nothing(*_: Any) -> None: ...
 
 
 async def fails(*_: Any) -> None:
@@ -126,8 +127,8 @@ def test_a_cancel_that_a_stage_did_not_heed_strikes_neither_its_retry_nor_its_fa
     assert report.kept["a"].data == {"by": "the fallback"}
 
 
-@pytest.mark.parametrize("by_policy", [True, False], ids=["forward", "backward"])
-def test_what_code_bound_that_was_given_up_no_other_code_sees(by_policy: bool) -> None:
+@pytest.mark.parametrize("goes", ["forward", "backward"])
+def test_what_code_bound_that_was_given_up_no_other_code_sees(goes: str) -> None:
     seen: list[str] = []
 
     async def ignores_its_cancel(ctx: Any) -> None:
@@ -139,7 +140,7 @@ def test_what_code_bound_that_was_given_up_no_other_code_sees(by_policy: bool) -
     async def look(_: Any) -> None:
         seen.append(WHO.get())
 
-    if by_policy:
+    if goes == "forward":
         pipeline = staged(("a", compensable(ignores_its_cancel, nothing, timeout=1.0)), ("b", look))
         policy: Any = ContinueWithFallback(fallbacks={"a": {}}, cancel_grace=1.0)
     else:
@@ -154,8 +155,8 @@ def test_what_code_bound_that_was_given_up_no_other_code_sees(by_policy: bool) -
 
     report = run(play())
 
-    assert report.status is (SagaStatus.STUCK)
-    assert seen == (["the caller"] if by_policy else ["the caller", "the caller"])
+    assert report.status is SagaStatus.STUCK
+    assert seen == ["the caller"] * (1 if goes == "forward" else 2)
 
 
 def test_a_deadline_that_passes_in_the_turn_in_which_stages_begin_cancels_what_runs() -> None:
@@ -370,12 +371,70 @@ def test_what_a_plain_stage_records_without_await_fails_it(then: str) -> None:
         if then == "raises":
             raise ConnectionError("no line")
 
-    with pytest.warns(RuntimeWarning, match="stage 'a' called ctx.record"):
-        report = run(SagaCoordinator().run(staged(("a", forgets))))
+    report = run(SagaCoordinator().run(staged(("a", forgets))))
 
     assert report.cause is not None
     expected = "no line" if then == "raises" else "expected ctx.record only in a stage with a compensation"
     assert report.cause.message.startswith(expected)
+
+
+def test_where_warnings_are_errors_a_forgotten_await_fails_its_stage_and_is_undone() -> None:
+    undone: list[Any] = []
+
+    async def forgets(ctx: SagaContext) -> None:
+        ctx.record("seat")  # type: ignore[unused-coroutine] # what the test is about
+
+    async def undo(ctx: CompensationContext) -> None:
+        undone.extend(ctx.effects)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = run(SagaCoordinator().run(staged(("a", compensable(forgets, undo)))))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert undone == ["seat"]
+    assert report.cause is not None
+    assert report.cause.message == "stage 'a' called ctx.record(...) without await"
+
+
+def test_when_a_retry_can_not_be_recorded_the_attempt_before_it_is_not_known() -> None:
+    """It ran out of time, and its effect may stand, though the next attempt never began."""
+
+    async def hangs(_: SagaContext) -> None:
+        await elapse(60.0)
+
+    class Full(MemoryLedger):
+        async def append(self, saga_id: str, events: Any, **given: Any) -> None:
+            if any(isinstance(event, StageStarted) and event.attempt > 1 for event in events):
+                raise LedgerError("disk full")
+            await super().append(saga_id, events, **given)
+
+    pipeline = staged(
+        ("a", compensable(nothing, nothing)), ("b", compensable(hangs, nothing, timeout=1.0, retry=Retry(attempts=2, wait=0)))
+    )
+
+    with pytest.raises(SagaUnrecorded) as caught:
+        run(SagaCoordinator(ledger=Full()).run(pipeline))
+
+    assert caught.value.in_effect == ("a",)
+    assert caught.value.unknown == ("b",)
+
+
+def test_when_a_ledger_fails_what_a_failed_stage_recorded_is_in_effect() -> None:
+    async def half(ctx: SagaContext) -> None:
+        await ctx.record("seat")
+        raise ConnectionError("no line")
+
+    class Full(MemoryLedger):
+        async def append(self, saga_id: str, events: Any, **given: Any) -> None:
+            if any(isinstance(event, SagaTurnedBack) for event in events):
+                raise LedgerError("disk full")
+            await super().append(saga_id, events, **given)
+
+    with pytest.raises(SagaUnrecorded) as caught:
+        run(SagaCoordinator(ledger=Full()).run(staged(("a", compensable(half, nothing)))))
+
+    assert (caught.value.in_effect, caught.value.unknown) == (("a",), ())
 
 
 @pytest.mark.parametrize("ends", ["ok", "skip"])
@@ -391,7 +450,7 @@ def test_a_stage_that_failed_and_then_succeeded_is_not_among_those_that_failed(e
 
     assert report.failed == ("b",)
     assert report.stages["a"].failure is not None
-    assert "a" not in report.to_pipeline_results() or ends == "skip"
+    assert ("a" in report.to_pipeline_results()) is (ends == "skip")
 
 
 @pytest.mark.parametrize("stages", [1, 3])

@@ -400,11 +400,7 @@ def test_when_the_ledger_breaks_no_further_effect_is_started(breaks_at: type[Any
 
     assert message.startswith("saga s stopped, because its ledger failed: disk full. Nothing more was started.")
     # What waited for the ledger before it ran has not run.
-    known = (
-        "In effect: nothing; under way when it failed: nothing."
-        if breaks_at is StageStarted
-        else "In effect: a; under way when it failed: nothing."
-    )
+    known = "In effect: nothing; not known: nothing." if breaks_at is StageStarted else "In effect: a; not known: nothing."
     assert known in message
     assert message.endswith("When the ledger is back, go on: await coordinator.resume('s', pipeline)")
     assert world.log == ([] if breaks_at is StageStarted else ["+a"])

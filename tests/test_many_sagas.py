@@ -29,7 +29,7 @@ from saga.events import Event
 from saga.forward import Forward
 from saga.journal import Journal
 from saga.recovery import SagaState, StageRecord
-from tests.controlled import run
+from tests.controlled import elapse, run
 from tests.world import CardDeclined
 
 MANY = 10_000
@@ -150,7 +150,7 @@ def test_a_ledger_in_memory_lets_go_of_what_failing_code_had_in_its_hands(where:
     async def works(*_: Any) -> None: ...
 
     async def hangs(_: SagaContext) -> None:
-        await asyncio.sleep(60)
+        await elapse(60.0)
 
     forward = {"compensation": works, "probe": hangs}.get(where, fails)
     undo = fails if where == "compensation" else works

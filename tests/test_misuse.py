@@ -31,10 +31,11 @@ from saga import (
     SagaExists,
     SagaNotFound,
     compensable,
+    nested,
 )
 from saga.policies import load_policy
 from tests.controlled import elapse, run
-from tests.world import SEQUENCE, CardDeclined, Script, scene
+from tests.world import SEQUENCE, CardDeclined, Script, nothing, scene
 
 
 class Good(CompensableStage):
@@ -109,15 +110,15 @@ PIPELINES: dict[str, tuple[Pipeline, str]] = {
     ),
     "a str that was made a tuple of its characters": (
         Pipeline().with_stage("room", good, "work").with_stage("pay", good, "work", dependencies="room"),  # type: ignore[arg-type] # what the test is about
-        "expected dependencies out of the pipeline's stages (room, pay), for stage 'pay', got 'r'. Is dependencies a str? Write ('room',).",
+        "expected dependencies to be a tuple of names, for stage 'pay', got the str 'room'. Write ('room',).",
     ),
     "a str of which no stage is named": (
         pipeline(spec("a"), spec("b", dependencies=tuple("rom"))),
-        "expected dependencies out of the pipeline's stages (a, b), for stage 'b', got 'r'. Is dependencies a str? Write a tuple of names.",
+        "expected dependencies to be a tuple of names, for stage 'b', got the str 'rom'",
     ),
     "a str as it is": (
         pipeline(spec("a"), spec("b"), spec("c", dependencies="ab")),  # type: ignore[arg-type] # what the test is about
-        "expected dependencies to be a tuple of names, for stage 'c', got 'ab'",
+        "expected dependencies to be a tuple of names, for stage 'c', got the str 'ab'",
     ),
     "empty name": (pipeline(spec("")), "expected a stage name with at least one visible character, for stage '', got ''"),
     "blank name": (pipeline(spec(" ")), "expected a stage name with at least one visible character, for stage ' ', got ' '"),
@@ -447,3 +448,48 @@ def test_a_pipeline_that_was_changed_after_its_first_run_is_read_again() -> None
     assert world.log[:3] == ["+a", "+b", "+c"]
     assert report.cause is not None
     assert report.cause.stage == "c"
+
+
+def untyped(value: Any) -> Any:
+    """What a type checker would refuse."""
+    return value
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: SagaCoordinator(untyped(FailFast)), r"expected a FailFast or a ContinueWithFallback policy, got .* Write FailFast\(\)."),
+        (lambda: SagaCoordinator(untyped("fail_fast")), "expected a FailFast or a ContinueWithFallback policy, got 'fail_fast'"),
+        (lambda: SagaCoordinator(listeners=untyped(print)), r"expected a list of listeners, got .* Write listeners=\[it\]."),
+        (lambda: SagaCoordinator(listeners=untyped([nothing])), "expected a listener to be a plain function"),
+        (lambda: SagaCoordinator(listeners=untyped([dict])), "expected a listener to be a plain function"),
+        (lambda: nested(untyped(nothing)), "expected a stageflow Pipeline"),
+    ],
+)
+def test_what_can_not_work_is_refused_when_it_is_made(made: Any, message: str) -> None:
+    with pytest.raises(MisuseError, match=message):
+        made()
+
+
+def test_an_output_that_a_person_gives_has_to_be_a_dict() -> None:
+    async def hangs(_: Any) -> None:
+        await elapse(60.0)
+
+    coordinator = SagaCoordinator(FailFast(timeout=1.0))
+    run(coordinator.run(Pipeline(name="p").with_stage("a", compensable(hangs, nothing)), saga_id="s"))
+
+    with pytest.raises(MisuseError, match="expected a dict as the output's data, for stage 'a', got 3"):
+        run(coordinator.settle("s", "a", "kept", "seen", output=3))  # type: ignore[arg-type] # what the test is about
+
+
+class Careless:
+    kind = "work"
+
+    async def execute(self, ctx: Any) -> None: ...
+
+    async def compensate(self) -> None: ...
+
+
+def test_a_compensation_that_takes_no_context_is_refused_before_anything_runs() -> None:
+    with pytest.raises(MisuseError, match=r"expected compensate to be called with ctx, for stage 'a', got compensate\(\) -> 'None'"):
+        run(SagaCoordinator().run(Pipeline(name="p").with_stage("a", untyped(Careless()))))

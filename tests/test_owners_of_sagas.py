@@ -23,7 +23,6 @@ from saga import (
     SagaCoordinator,
     SagaReport,
     SagaStatus,
-    compensable,
     nested,
 )
 from saga import coordinator as coordinator_module
@@ -33,9 +32,6 @@ from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk
 from tests.world import SEQUENCE, Script, scene
-
-
-async def nothing(*_: Any) -> None: ...
 
 
 class Leased(MemoryLedger):
@@ -342,48 +338,3 @@ def test_a_pipeline_of_another_name_can_not_undo_a_saga() -> None:
 
     with pytest.raises(MisuseError, match=r"got another one: its pipeline is 'scene', this one is 'refund'. Nothing was run"):
         run(coordinator.compensate("s", other))
-
-
-def untyped(value: Any) -> Any:
-    """What a type checker would refuse."""
-    return value
-
-
-@pytest.mark.parametrize(
-    ("made", "message"),
-    [
-        (lambda: SagaCoordinator(untyped(FailFast)), r"expected a FailFast or a ContinueWithFallback policy, got .* Write FailFast\(\)."),
-        (lambda: SagaCoordinator(untyped("fail_fast")), "expected a FailFast or a ContinueWithFallback policy, got 'fail_fast'"),
-        (lambda: SagaCoordinator(listeners=untyped(print)), r"expected a list of listeners, got .* Write listeners=\[it\]."),
-        (lambda: SagaCoordinator(listeners=untyped([nothing])), "expected a listener to be a plain function"),
-        (lambda: SagaCoordinator(listeners=untyped([dict])), "expected a listener to be a plain function"),
-        (lambda: nested(untyped(nothing)), "expected a stageflow Pipeline"),
-    ],
-)
-def test_what_can_not_work_is_refused_when_it_is_made(made: Any, message: str) -> None:
-    with pytest.raises(MisuseError, match=message):
-        made()
-
-
-def test_an_output_that_a_person_gives_has_to_be_a_dict() -> None:
-    async def hangs(_: Any) -> None:
-        await elapse(60.0)
-
-    coordinator = SagaCoordinator(FailFast(timeout=1.0))
-    run(coordinator.run(Pipeline(name="p").with_stage("a", compensable(hangs, nothing)), saga_id="s"))
-
-    with pytest.raises(MisuseError, match="expected a dict as the output's data, for stage 'a', got 3"):
-        run(coordinator.settle("s", "a", "kept", "seen", output=3))  # type: ignore[arg-type] # what the test is about
-
-
-class Careless:
-    kind = "work"
-
-    async def execute(self, ctx: Any) -> None: ...
-
-    async def compensate(self) -> None: ...
-
-
-def test_a_compensation_that_takes_no_context_is_refused_before_anything_runs() -> None:
-    with pytest.raises(MisuseError, match=r"expected compensate to be called with ctx, for stage 'a', got compensate\(\) -> 'None'"):
-        run(SagaCoordinator().run(Pipeline(name="p").with_stage("a", untyped(Careless()))))

@@ -24,8 +24,8 @@ from saga import (
     StageState,
     compensable,
 )
-from tests.controlled import ControlledLoop, run
-from tests.world import hooked
+from tests.controlled import ControlledLoop, elapse, run
+from tests.world import hooked, nothing
 
 BY_US_OR_STAGEFLOW = pytest.mark.parametrize("context", [None, hooked()], ids=["by our schedule", "by stageflow's"])
 
@@ -42,9 +42,6 @@ class Watching(BaseInterceptor):
 
 def staged(pipeline: Pipeline, name: str, runner: Any, *dependencies: str, conditional: bool = False) -> Pipeline:
     return pipeline.with_stage(name, runner, "work", dependencies=dependencies, conditional=conditional)
-
-
-async def nothing(_: SagaContext) -> None: ...
 
 
 async def undo(_: Any) -> None: ...
@@ -335,7 +332,7 @@ def test_a_cancel_that_a_stage_did_not_heed_stops_no_other_one(context: Pipeline
         assert task is not None
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(1)
+            await elapse(1.0)
         task.cancel()
         return {}
 

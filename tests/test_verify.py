@@ -194,6 +194,22 @@ def test_a_saga_that_keeps_what_was_done_is_resumed_when_the_fault_is_mended() -
     assert endings(verification, "card", Fault.RAISES_BEFORE) == {(HALTED, COMPLETED)}
 
 
+def test_a_pipeline_that_changes_while_it_runs_can_not_go_on_after_a_kill_and_is_found() -> None:
+    town = Town()
+
+    class Grows(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            if pipeline.stages.pop("more", None) is None:
+                pipeline.stages["more"] = replace(pipeline.stages["book"], name="more", runner=Booking(town, "more"))
+            return await super().execute(ctx)
+
+    pipeline = Pipeline(name="trip").with_stage("book", Grows(town, "book"))
+
+    found = refuted(town, pipeline, faults=[Fault.KILLED_AFTER])
+
+    assert any("It could not go on: expected the pipeline that saga" in trial.wrong for trials in found.values() for trial in trials)
+
+
 def test_a_saga_that_had_come_to_rest_in_doubt_when_its_process_died_is_left_to_a_person() -> None:
     """Two stages side by side: one raises, and the other, which can't be asked, is cancelled; that is so with and without a kill."""
     town = Town()

@@ -131,6 +131,10 @@ class Script:
         return outcomes[min(len(self.attempts), len(outcomes) - 1)]
 
 
+async def nothing(*_: Any) -> None:
+    """A stage that does nothing, or the undoing of one."""
+
+
 class CardDeclined(Exception):
     """What scripted stages raise."""
 

@@ -12,7 +12,7 @@ from saga.errors import LedgerError, MisuseError
 from saga.events import AnyEvent, SagaStatus
 from saga.ledger import Entry, Ledger
 from saga.ledgers.rows import Acquire, Append, Beat, Prune, Pruned, Redact, Release, Request, Writer, check_name, iso
-from saga.ledgers.workers import WORKING, Worker
+from saga.ledgers.workers import WORKING, Worker, failed
 
 MAX_EVENT_BYTES: Final = 16 * 2**20
 
@@ -183,7 +183,5 @@ def _one_by_one(store: Store, reads: Sequence[Callable[[Store], Any]]) -> Sequen
         except LedgerError as error:
             answers.append(error)
         except Exception as error:  # noqa: BLE001 - whoever waits has to be told, whatever it is, and nobody else
-            failure = LedgerError(f"the ledger failed: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            answers.append(failure)
+            answers.append(failed(error))
     return answers

@@ -184,10 +184,16 @@ def _answers(store: S, work: Callable[[S, Sequence[Any]], Sequence[Any]], reques
     except LedgerError as error:
         failure = error
     except Exception as error:  # noqa: BLE001 - whoever waits has to be told, whatever it is
-        failure = LedgerError(f"the ledger failed: {type(error).__name__}: {error}")
-        failure.__cause__ = error
+        failure = failed(error)
     # Each gets one of their own: every `raise` adds to an exception's traceback.
     return [_again(failure) for _ in requests]
+
+
+def failed(error: Exception) -> LedgerError:
+    """What to tell whoever waits of an error that nobody expects."""
+    failure = LedgerError(f"the ledger failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 def _again(error: LedgerError) -> LedgerError:

@@ -78,6 +78,8 @@ def main(world: str, *, fails: bool) -> None:
                 say("interrupted")
 
         signal.signal(signal.SIGINT, interrupted)
+        # Has every signal wake the loop: one that comes just before the loop begins to wait would else be handled when it has waited.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, say, "woken")
         return await coordinator.run(pipeline, saga_id="s")
 
     try:
