@@ -4,21 +4,30 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := agent_saga langgraph dbos prefect
 
-.PHONY: demo test test-known test-drawn campaign mutants lint types layers schemas docs pictures bench bench-peers clean
+.PHONY: demo test test-a-to-l test-m-to-z test-many campaign mutants lint types layers schemas docs pictures bench bench-peers clean
 
 demo: $(VENV)/.core  ## run the main job: 1,000 orders against three databases
 	$(BIN)/python -m examples.order_fulfilment
 
-test: $(VENV)/.dev  ## run the tests, those that are drawn beside the others
-	@$(MAKE) --no-print-directory --jobs 2 test-known test-drawn
-
-test-known: $(VENV)/.dev  ## all but the random sagas, with branch coverage; what has to be covered stands in pyproject.toml
-	$(BIN)/coverage run -m pytest --ignore tests/test_properties.py
+test: $(VENV)/.dev  ## run the tests, two parts at a time, with branch coverage; what has to be covered stands in pyproject.toml
+	@$(BIN)/coverage erase
+	@$(MAKE) --no-print-directory --jobs 2 test-a-to-l test-m-to-z test-many
+	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-# Apart from the others: tracing them for coverage would take longer than they do.
-test-drawn: $(VENV)/.dev  ## the random sagas
-	$(BIN)/python -m pytest -p no:cacheprovider tests/test_properties.py
+# Apart from the others: to trace thousands of sagas for coverage would take longer than they do.
+MANY := tests/test_properties.py tests/test_many_sagas.py
+A_TO_L := $(wildcard tests/test_[a-l]*.py)
+TRACED := $(BIN)/coverage run --parallel-mode -m pytest -p no:cacheprovider
+
+test-a-to-l: $(VENV)/.dev
+	$(TRACED) $(A_TO_L)
+
+test-m-to-z: $(VENV)/.dev
+	$(TRACED) $(filter-out $(MANY) $(A_TO_L),$(wildcard tests/test_*.py))
+
+test-many: $(VENV)/.dev  ## the random sagas, and those of which there are thousands
+	$(BIN)/python -m pytest -p no:cacheprovider $(MANY)
 
 campaign: $(VENV)/.dev  ## the random sagas again, many more of them: make campaign CASES=100000
 	SAGA_CASES=$(or $(CASES),50000) $(BIN)/python -m pytest --timeout 0 tests/test_properties.py
