@@ -361,9 +361,8 @@ class Forward(Stages):
 
     def _start_of(self, run: _StageRun) -> StageStarted:
         record = run.record
-        if record.again and record.anew:
-            return StageStarted(stage=run.name, attempt=1, execution=max(record.execution, 1) + 1)
-        return StageStarted(stage=run.name, attempt=record.attempts + 1, execution=max(record.execution, 1))
+        attempt = 1 if record.is_due_anew else record.attempts + 1
+        return StageStarted(stage=run.name, attempt=attempt, execution=record.next_execution)
 
     def _end_of(self, run: _StageRun, outcome: _Outcome) -> StageCompleted | StageSkipped:
         output = outcome.output

@@ -151,6 +151,23 @@ class StageRecord:
     tries: tuple[Try, ...] = ()
     undo_tries: tuple[Try, ...] = ()
 
+    @property
+    def is_due_anew(self) -> bool:
+        """The saga was resumed, and the stage is still to run in a new execution."""
+        return self.again and self.anew
+
+    @property
+    def next_execution(self) -> int:
+        """The execution of the attempt that starts next; one that was undone, or replaced before it began, is never gone on with."""
+        is_over = self.is_due_anew or (self.execution > 0 and not self.attempts)
+        return max(self.execution, 1) + is_over
+
+    def forget(self) -> None:
+        """Nothing of the execution that is over stands, also where another one does not begin; its number is not given again."""
+        execution = self.execution
+        vars(self).clear()
+        self.execution = execution
+
 
 class SagaState:
     """The fold of a saga's events.
@@ -269,7 +286,8 @@ class SagaState:
         for name, record in self.stages.items():
             node = self.graph[name]
             stands = record.landed and node.role is not Role.PLAIN and record.state is not _S.UNDONE
-            lacks_ground = record.state is _S.UNDONE or any(self.stages[below].anew for below in node.dependencies)
+            # One that was to run anew and did not get its turn is still to: what it gave came of outputs that are gone.
+            lacks_ground = record.state is _S.UNDONE or record.is_due_anew or any(self.stages[below].anew for below in node.dependencies)
             # Under another key, what it recorded under this one would be nobody's any more.
             stands_in_part = bool(record.effects) and record.state is not _S.UNDONE
             record.anew = lacks_ground and not (stands or stands_in_part or record.doubt)
@@ -311,8 +329,7 @@ class SagaState:
         if self.status is not SagaStatus.RUNNING:
             raise self._contradiction(f"a saga that is {self.status.value}", event)
         if event.execution != record.execution and record.execution:
-            # Nothing of the execution before it stands.
-            vars(record).clear()
+            record.forget()
         if record.order < 0:
             record.order = self._started
             self._started += 1
@@ -352,6 +369,8 @@ class SagaState:
 
     def _stage_failed(self, record: StageRecord, event: StageFailed) -> None:
         self.is_spotless = False
+        if record.is_due_anew:
+            record.forget()
         # A retry that is called off repeats the failure that it was meant to mend.
         self._note(event.failure)
         record.failure, record.is_acting = event.failure, False
@@ -373,6 +392,8 @@ class SagaState:
             record.state = _S.FAILED
 
     def _stage_skipped(self, record: StageRecord, event: StageSkipped) -> None:
+        if record.is_due_anew:
+            record.forget()
         self.is_spotless = self.is_spotless and not record.effects
         record.state, record.output, record.is_acting, record.again = _S.SKIPPED, event.output, False, False
         record.skip_reason, record.with_branch = event.reason, event.with_branch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from saga import (
     SagaReport,
     SagaStatus,
     StageState,
+    compensable,
 )
 from saga.blueprint import Blueprint
 from saga.events import (
@@ -48,6 +50,7 @@ from saga.recovery import SagaState
 from tests.controlled import run
 from tests.dying import Dying
 from tests.slow import SlowDisk
+from tests.test_hard_cases import Recorder
 from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Pivot, Probed, Script, Scripted, World, scene
 
 HALT = FailFast(on_failure="halt")
@@ -1100,3 +1103,99 @@ def test_what_recorded_effects_and_could_not_be_undone_runs_again_under_its_key_
     assert world.standing == {"a": 1, "b": 1}
     assert report.stages["b"].executions == 1
     assert report.stages["a"].executions == 2
+
+
+@pytest.mark.parametrize("skipped_by", ["its branch", "its condition", "an interceptor"])
+def test_what_was_undone_and_is_skipped_when_it_would_run_again_is_not_undone_once_more(skipped_by: str) -> None:
+    """Promise 2: what stood of it belongs to the execution before, which is over, and so is its key."""
+    falls = Script(then=("raise", "ok")) if skipped_by == "its branch" else Script()
+    says = iter([{}, {"skip_reason": "it rains"} if skipped_by == "its condition" else {}])
+
+    async def look(_: Any) -> dict[str, str]:
+        return next(says)
+
+    world, pipeline = scene(SEQUENCE, {"a": falls, "c": Script("raise", then=("raise", "ok"))})
+    pipeline = pipeline.with_stage("look", look, "work", dependencies=("a",))
+    conditional = replace(pipeline.stages["b"], dependencies=("look",), conditional=True)
+    pipeline = replace(pipeline, stages={**pipeline.stages, "b": conditional})
+    recorder = Recorder()
+    coordinator = SagaCoordinator(interceptors=[recorder])
+    run(coordinator.run(pipeline, saga_id="s"))
+    assert world.undone() == ["b", "a"]
+
+    if skipped_by == "an interceptor":
+        recorder.answer_for = "b"
+    redriven = run(coordinator.resume("s", pipeline, forward=True, policy=ContinueWithFallback(without_fallback="skip_branch")))
+    assert redriven.stages["b"].state is S.SKIPPED
+    recorder.answer_for = ""
+    again = run(coordinator.compensate("s", pipeline))
+
+    assert world.refusals == []
+    assert world.standing == {}
+    assert again.clean
+
+
+def test_what_was_undone_and_was_not_let_run_again_is_not_undone_once_more() -> None:
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise")})
+    recorder = Recorder()
+    coordinator = SagaCoordinator(interceptors=[recorder])
+    run(coordinator.run(pipeline, saga_id="s"))
+    recorder.critical = "b"
+
+    report = run(coordinator.resume("s", pipeline, forward=True))
+
+    assert world.log == ["+a", "+b", "-b", "-a", "+a", "-a"]
+    assert world.refusals == []
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.stages["b"].state is S.FAILED
+
+
+def test_what_was_skipped_when_it_would_run_again_runs_the_next_time_and_not_under_the_key_that_was_undone() -> None:
+    stage = Keyed()
+    _, pipeline = scene({"a": ()}, {"a": Script(then=("raise", "ok"))})
+    _, tail = scene({"c": ("b",)}, {"c": Script("raise", then=("ok",))})
+    pipeline = pipeline.with_stage("b", stage, dependencies=("a",)).with_stage("c", tail.stages["c"].runner, dependencies=("b",))
+    coordinator, _ = first_run(pipeline, FailFast())
+    skipped = run(coordinator.resume("s", pipeline, forward=True, policy=ContinueWithFallback(without_fallback="skip_branch")))
+    assert skipped.stages["b"].state is S.SKIPPED
+
+    report = run(coordinator.resume("s", pipeline, forward=True))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert stage.keys == [(1, "s/b"), (1, "s/b~2")]
+    assert stage.undo_keys == ["s/b"]
+
+
+def test_what_did_not_get_its_turn_to_run_anew_still_runs_anew() -> None:
+    """Its output came of what was undone: nothing may be charged by it."""
+    seats, charged = iter(["14A", "20F"]), []
+    world, pipeline = scene({"z": ()}, {"z": Script(then=("raise", "ok"), before=1)})
+
+    async def book(_: Any) -> dict[str, str]:
+        return {"seat": next(seats)}
+
+    async def release(_: Any) -> None: ...
+
+    async def price(ctx: Any) -> dict[str, Any]:
+        return {"for": ctx.inputs.get_from("seat", "seat")}
+
+    async def charge(ctx: Any) -> None:
+        charged.append(ctx.inputs.get_from("price", "for"))
+        if len(charged) == 1:
+            raise CardDeclined
+
+    whole = (
+        pipeline.with_stage("seat", compensable(book, release))
+        .with_stage("price", price, "work", dependencies=("seat", "z"))
+        .with_stage("charge", charge, "work", dependencies=("price",))
+    )
+    coordinator = SagaCoordinator()
+    run(coordinator.run(whole, saga_id="s"))
+    halted = run(coordinator.resume("s", whole, forward=True, policy=HALT))
+    assert halted.status is SagaStatus.HALTED
+    assert world.log == ["+z", "-z"]
+
+    report = run(coordinator.resume("s", whole))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert charged == ["14A", "20F"]
