@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from stageflow.events import NoOpEventSink
 
 from saga.compensable import CompensationContext, Host, refuse_record
-from saga.events import AnyEvent, EffectRecorded
+from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.outputs import copied, copied_output
@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from saga.journal import Journal
     from saga.policies import ContinueWithFallback, FailFast, Policy
     from saga.report import SagaReport
+
+
+Latecomer = StageCompleted | CompensationCompleted
+"""What code that was given up may come to after all."""
+Late = tuple[Latecomer, int]
+"""With it, the number of the stage's execution that it comes of: by the time that it is recorded, the stage may have run in another one."""
 
 
 class Keeper(Protocol):
@@ -56,7 +62,7 @@ class Keeper(Protocol):
         """The children of a saga's stage, oldest first; those whose ids begin so."""
         ...
 
-    def comes_late(self, saga_id: str, event: AnyEvent) -> None:
+    def comes_late(self, saga_id: str, late: Late) -> None:
         """Record at the next occasion what nobody waited for any more."""
         ...
 
@@ -139,9 +145,9 @@ class LiveSaga(Host):
             leave_loop(error)
             self.interrupt("the process got a KeyboardInterrupt")
 
-    def comes_late(self, event: AnyEvent) -> None:
+    def comes_late(self, event: Latecomer) -> None:
         """Hand over what something given up has come to after all."""
-        self._keeper.comes_late(self.id, event)
+        self._keeper.comes_late(self.id, (event, self.journal.state.stages[event.stage].execution))
 
     def forward_key(self, stage: str) -> str:
         """The idempotency key of a stage's execution."""

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,7 +18,7 @@ import anyio
 from stageflow.api import Pipeline, PipelineContext, StageOutput
 
 from saga.actions import LocalActions
-from saga.alive import LiveSaga
+from saga.alive import Late, Latecomer, LiveSaga
 from saga.asking import ask
 from saga.backward import Backward
 from saga.blueprint import Blueprint, refuse_no_policy
@@ -36,10 +36,12 @@ from saga.errors import (
 )
 from saga.events import (
     AnyEvent,
+    CompensationCompleted,
     CompensationStarted,
     SagaEnded,
     SagaStarted,
     SagaTurnedBack,
+    StageCompleted,
     StageSettled,
     StageStarted,
     TurnReason,
@@ -83,6 +85,8 @@ _INPUT: Final = (
     "data",
 )
 """What of stageflow's context is recorded, so that a saga can go on without its caller."""
+_TOLD: Final = {StageCompleted: StageState.KEPT, CompensationCompleted: StageState.UNDONE}
+"""Where a stage stands of which a latecomer tells nothing new: a probe, a person or another attempt has told before."""
 
 
 class SagaCoordinator:
@@ -126,7 +130,7 @@ class SagaCoordinator:
         """Be an owner of its own, that holds nothing: also in a process that was forked off, which has none of its parent's sagas."""
         self._owner = this_process()
         self._alive: dict[str, LiveSaga | None] = {}
-        self._late: dict[str, list[AnyEvent]] = {}
+        self._late: dict[str, list[Late]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._hearts: dict[asyncio.AbstractEventLoop, Heart] = {}
         self._beating: dict[str, Heart] = {}
@@ -362,9 +366,9 @@ class SagaCoordinator:
         ids = [entry.saga_id for entry in entries if entry.parent_stage == stage]
         return [await self.report(child) for child in ids if child == prefix or child.startswith(f"{prefix}#")]
 
-    def comes_late(self, saga_id: str, event: AnyEvent) -> None:
+    def comes_late(self, saga_id: str, late: Late) -> None:
         """Record at the next occasion what nobody waited for any more."""
-        self._late.setdefault(saga_id, []).append(event)
+        self._late.setdefault(saga_id, []).append(late)
         if saga_id not in self._alive:
             self._record_late_soon(saga_id)
 
@@ -668,13 +672,16 @@ class SagaCoordinator:
                 await self.ledger.release(saga_id, token)
         finally:
             self._unhold(saga_id)
+            if saga_id in self._late:
+                self._record_late_soon(saga_id)
 
     async def _note_late(self, saga: LiveSaga) -> bool:
         """Record what came late for the stages of a saga that is alive; whether anything did."""
-        events = self._late.pop(saga.id, [])
-        for event in events:
+        noted = False
+        for event in _news(saga.journal.state, self._late.pop(saga.id, [])):
             await saga.journal.record(event)
-        return bool(events)
+            noted = True
+        return noted
 
     def _record_late_soon(self, saga_id: str) -> None:
         task = start(self._record_late(saga_id))
@@ -682,18 +689,39 @@ class SagaCoordinator:
         task.add_done_callback(self._tasks.discard)
 
     async def _record_late(self, saga_id: str) -> None:
-        events = self._late.pop(saga_id, [])
+        if saga_id in self._alive:
+            # Somebody goes on with it since: it is recorded when that one comes to rest.
+            return
+        late = self._late.pop(saga_id, [])
 
         def added(state: SagaState) -> list[AnyEvent]:
-            for event in events:
+            events: list[AnyEvent] = []
+            for event in _news(state, late):
                 state.apply(event)
-            return [*events, SagaEnded(status=status_at_rest(state, state.policy))]
+                events.append(event)
+            return [*events, SagaEnded(status=status_at_rest(state, state.policy))] if events else []
 
         try:
             await self._amend(saga_id, added)
-        except SagaError:
-            names = ", ".join(type(event).__name__ for event in events)
-            _LOG.exception("saga %s: what came late (%s) could not be recorded; look at its stages in the outside world", saga_id, names)
+        except SagaError as error:
+            _tell_of_loss(saga_id, [event for event, _ in late], error)
+
+
+def _news(state: SagaState, late: Sequence[Late]) -> Iterator[Latecomer]:
+    """What came late and tells something new of the execution that it comes of; record each before you ask for the next one."""
+    for event, execution in late:
+        record = state.stages[event.stage]
+        is_its_own = execution == record.execution
+        if is_its_own and state.may_follow(event):
+            yield event
+        elif not is_its_own or record.state is not _TOLD[type(event)]:
+            _tell_of_loss(state.started.saga_id, [event])
+
+
+def _tell_of_loss(saga_id: str, events: Sequence[Latecomer], error: SagaError | None = None) -> None:
+    names = ", ".join(type(event).__name__ for event in events)
+    message = "saga %s: what came late (%s) could not be recorded; look at its stages in the outside world"
+    _LOG.error(message, saga_id, names, exc_info=error)
 
 
 _COORDINATORS: Final[weakref.WeakSet[SagaCoordinator]] = weakref.WeakSet()

@@ -307,9 +307,14 @@ class SagaState:
         record = self.stages.get(event.stage)
         if record is None:
             raise self._contradiction("a saga without that stage", event)
-        if type(event) not in TRANSITIONS[record.state] or not self._is_due(record, event):
+        if not self.may_follow(event):
             raise self._contradiction(f"stage {event.stage!r} in state {record.state.value}", event)
         self._FOLD[type(event)](self, record, event)
+
+    def may_follow(self, event: StageEvent) -> bool:
+        """Whether the state of its stage lets the event follow."""
+        record = self.stages[event.stage]
+        return type(event) in TRANSITIONS[record.state] and self._is_due(record, event)
 
     def _is_due(self, record: StageRecord, event: StageEvent) -> bool:
         """Whether an event that the state allows is one that the saga waits for."""

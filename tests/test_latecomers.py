@@ -26,7 +26,7 @@ from saga import (
     SagaStatus,
     StageState,
 )
-from saga.events import SagaEnded, StageCompleted
+from saga.events import SagaEnded, StageCompleted, StageSettled
 from tests.controlled import elapse, run
 from tests.world import Script, World, scene
 
@@ -335,3 +335,181 @@ def test_what_comes_while_the_saga_is_coming_to_rest_is_recorded_behind_its_end(
 
     assert report.stages["deaf"].late_output == StageOutput.ok(seat="14A")
     assert report.status is SagaStatus.STUCK
+
+
+class FoundByProbe(Deaf):
+    timeout = 10
+
+    async def execute(self, ctx: SagaContext) -> Any:
+        self.world.land("deaf")
+        await self._wait()
+        return self.outcome()
+
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        return StageOutput.ok(seat="14A") if "deaf" in self.world.standing else None
+
+
+@pytest.mark.parametrize("end", ["ok", "raise"])
+def test_what_its_probe_has_found_and_comes_late_is_no_news(end: str, caplog: pytest.LogCaptureFixture) -> None:
+    """While the saga that was told by the probe goes on forward."""
+    world, pipeline = scene({"a": (), "slow": ("a",)}, {"slow": Script(end, before=30)})
+    world.dependencies["deaf"] = ("a",)
+
+    async def main() -> SagaReport:
+        stage = FoundByProbe(world)
+        coordinator = SagaCoordinator(ContinueWithFallback(cancel_grace=2, fallbacks={"deaf": {}}))
+        running = asyncio.create_task(coordinator.run(pipeline.with_stage("deaf", stage, dependencies=("a",)), saga_id="s"))
+        await elapse(20)
+        assert (await coordinator.report("s")).stages["deaf"].probed
+        stage.released.set()
+        return await running
+
+    report = run(main())
+
+    assert report.status is (SagaStatus.COMPLETED if end == "ok" else SagaStatus.COMPENSATED)
+    assert world.standing.keys() == ({"a", "slow", "deaf"} if end == "ok" else set())
+    assert world.refusals == []
+    assert "could not be recorded" not in caplog.text
+
+
+@pytest.mark.parametrize("late", ["at rest", "alive"])
+def test_a_stage_that_ran_again_has_answered_for_the_attempt_that_comes_late(late: str, caplog: pytest.LogCaptureFixture) -> None:
+    class RunsAgain(Deaf):
+        idempotent = True
+
+        async def execute(self, ctx: SagaContext) -> Any:
+            if ctx.attempt == 1:
+                await self._wait()
+            elif late == "alive":
+                self.released.set()
+                await elapse(1)
+            if "deaf" not in self.world.standing:
+                self.world.land("deaf")
+            return {"attempt": ctx.attempt}
+
+    world = World({"deaf": ()})
+
+    async def main() -> SagaReport:
+        stage = RunsAgain(world)
+        pipeline = Pipeline().with_stage("deaf", stage)
+        coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2, on_failure="halt"))
+        await coordinator.run(pipeline, saga_id="s")
+        await coordinator.resume("s", pipeline)
+        stage.released.set()
+        await elapse(1)
+        return await coordinator.report("s")
+
+    report = run(main())
+
+    assert report.status is SagaStatus.COMPLETED
+    assert report.kept["deaf"].data == {"attempt": 2}
+    assert world.standing == {"deaf": 1}
+    assert "could not be recorded" not in caplog.text
+
+
+def test_a_compensation_that_comes_late_when_another_attempt_has_undone_its_stage_is_no_news() -> None:
+    world, pipeline = scene({"a": ()})
+    world.dependencies["deaf"] = ("a",)
+
+    class UndoneTwice(Deaf):
+        async def compensate(self, ctx: CompensationContext) -> None:
+            if ctx.attempt == 1:
+                await self._wait()
+                return
+            self.world.undo("deaf")
+            self.released.set()
+            await elapse(1)
+
+    async def fail(_: Any) -> None:
+        raise ValueError
+
+    async def main() -> SagaReport:
+        stage = UndoneTwice(world, deaf_undo=True)
+        whole = pipeline.with_stage("deaf", stage, dependencies=("a",)).with_stage("fail", fail, "work", dependencies=("deaf",))
+        coordinator = SagaCoordinator(FailFast(cancel_grace=2, compensation=Compensation(timeout=10, retry=Retry(attempts=1))))
+        assert "deaf" in (await coordinator.run(whole, saga_id="s")).stuck
+        await coordinator.settle("s", "deaf", "retry", "they answer again")
+        return await coordinator.resume("s", whole)
+
+    report = run(main())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.undone() == ["deaf", "a"]
+
+
+def test_what_comes_late_of_an_execution_before_is_not_taken_for_the_one_that_stands(caplog: pytest.LogCaptureFixture) -> None:
+    """Its effect stands under another key: nobody but a person can see to it."""
+
+    class Doubted(Doubtful):
+        async def execute(self, ctx: SagaContext) -> Any:
+            if ctx.idempotency_key == "s/deaf":
+                await self._wait()
+            return StageOutput.ok(key=ctx.idempotency_key)
+
+    world = World({"deaf": ()})
+
+    async def main() -> SagaReport:
+        stage = Doubted(world)
+        pipeline = Pipeline().with_stage("deaf", stage)
+        coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2))
+        await coordinator.run(pipeline, saga_id="s")
+        await coordinator.resume("s", pipeline, forward=True)
+        stage.released.set()
+        await elapse(1)
+        return await coordinator.report("s")
+
+    report = run(main())
+
+    assert report.kept["deaf"].data == {"key": "s/deaf~2"}
+    assert report.stages["deaf"].late_output is None
+    assert "what came late (StageCompleted) could not be recorded; look at its stages in the outside world" in caplog.text
+
+
+def test_what_comes_late_while_a_person_settles_the_saga_is_recorded_behind_that() -> None:
+    released: list[Deaf] = []
+
+    class ReleasesAtAWord(MemoryLedger):
+        async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
+            if any(isinstance(event, StageSettled) for event in events):
+                released[0].released.set()
+                await elapse(1)
+            await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
+
+    world = World({"deaf": (), "other": ()})
+
+    async def main() -> SagaReport:
+        stage = Deaf(world)
+        released.append(stage)
+        pipeline = Pipeline().with_stage("deaf", stage).with_stage("other", scene({"x": ()}, {"x": Script("hang")})[1].stages["x"].runner)
+        coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2), ledger=ReleasesAtAWord())
+        await coordinator.run(pipeline, saga_id="s")
+        await coordinator.settle("s", "other", "undone", "looked")
+        await elapse(5)
+        return await coordinator.report("s")
+
+    report = run(main())
+
+    assert report.stages["deaf"].late_output == StageOutput.ok(seat="14A")
+    assert report.stages["deaf"].state is S.BLOCKED
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_what_comes_late_in_the_moment_in_which_somebody_goes_on_is_not_lost(turns: int, caplog: pytest.LogCaptureFixture) -> None:
+    world = World({"deaf": ()})
+
+    async def main() -> SagaReport:
+        stage = Deaf(world)
+        pipeline = Pipeline().with_stage("deaf", stage)
+        coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2))
+        await coordinator.run(pipeline, saga_id="s")
+        stage.released.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await coordinator.resume("s", pipeline)
+        await elapse(1)
+        return await coordinator.report("s")
+
+    report = run(main())
+
+    assert report.stages["deaf"].late_output == StageOutput.ok(seat="14A")
+    assert "could not be recorded" not in caplog.text
