@@ -50,7 +50,7 @@ class Keeper(Protocol):
         """Run a child of this saga's stage."""
         ...
 
-    async def resume_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
+    async def resume_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline, *, forward: bool | None) -> SagaReport:
         """Go on with a child."""
         ...
 
@@ -203,9 +203,12 @@ class LiveSaga(Host):
         """Run a pipeline as a saga of its own, in the same ledger."""
         return await self._keeper.run_child(self, stage, attempt, pipeline, context, policy, fields)
 
-    async def resume_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+    async def resume_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Go on with a child saga that has not come to its end."""
-        return await self._keeper.resume_child(self, saga_id, pipeline)
+        record = self.journal.state.stages[stage]
+        # Whoever resumed this saga wants it to go forward; one that got stuck since then goes on to be undone.
+        forward = True if record.attempts == record.attempts_before + 1 else None
+        return await self._keeper.resume_child(self, saga_id, pipeline, forward=forward)
 
     async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child saga."""

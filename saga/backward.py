@@ -141,7 +141,9 @@ class Backward:
             past_pivot = getattr(failure.exception, "past_pivot", False) is True
             if self._expired or past_pivot:
                 wait = None
-            await self._record(CompensationFailed(stage=stage, failure=failure, will_retry=wait is not None, past_pivot=past_pivot))
+            in_part = getattr(failure.exception, "in_part", False) is True
+            failed = CompensationFailed(stage=stage, failure=failure, will_retry=wait is not None, past_pivot=past_pivot, in_part=in_part)
+            await self._record(failed)
             if wait is None:
                 return
             await self._sleep(wait)

@@ -36,7 +36,7 @@ class Host(Protocol):
         """Run a pipeline as a saga of its own, in the same ledger."""
         ...
 
-    async def resume_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+    async def resume_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Go on with a child saga that has not come to its end."""
         ...
 
@@ -85,7 +85,7 @@ class SagaContext(StageContext):
 
     async def resume_saga(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Go on with a child saga of an earlier attempt that has not come to its end."""
-        return await self._host.resume_child(saga_id, pipeline)
+        return await self._host.resume_child(self.stage_name, saga_id, pipeline)
 
     async def child_sagas(self) -> list[SagaReport]:
         """The reports of the child sagas that this execution has run, oldest first."""

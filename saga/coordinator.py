@@ -339,9 +339,9 @@ class SagaCoordinator:
         saga = await self._begin(blueprint, policy, context, child_id(parent.forward_key(stage), attempt), parent.id, stage)
         return await self._as_child(parent, saga, self._forward(saga))
 
-    async def resume_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
+    async def resume_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline, *, forward: bool | None) -> SagaReport:
         """Go on with a child of a saga's stage."""
-        decide = partial(resumption, policy=None, forward=None, by=f"saga {parent.id}")
+        decide = partial(resumption, policy=None, forward=forward, by=f"saga {parent.id}")
         return await self._as_child(parent, *await self._taken_over(saga_id, pipeline, decide))
 
     async def _as_child(self, parent: LiveSaga, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:

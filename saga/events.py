@@ -265,12 +265,14 @@ class CompensationFailed(StageEvent):
         failure: How.
         will_retry: Whether another attempt follows.
         past_pivot: Whether it can't be undone because it has gone beyond a point of no return of its own.
+        in_part: Whether a part of it may be undone by now.
     """
 
     event: Literal["compensation_failed"] = "compensation_failed"
     failure: Failure
     will_retry: bool = False
     past_pivot: bool = False
+    in_part: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

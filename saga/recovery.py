@@ -108,6 +108,7 @@ class StageRecord:
         settled: What a person said of it last.
         may_repeat: Though it is in doubt: a person said so.
         undo_in_question: A process died while it was being compensated.
+        undone_in_part: Its compensation has failed, and a part of it may be undone.
         undo_attempts: Compensation attempts that started.
         undo_order: Its place in the order in which compensations first started; -1 if none did.
         undo_failure: The last failure of its compensation or probe.
@@ -142,6 +143,7 @@ class StageRecord:
     settled: StageSettled | None = None
     may_repeat: bool = False
     undo_in_question: bool = False
+    undone_in_part: bool = False
     skip_reason: str | None = None
     undo_attempts: int = 0
     undo_order: int = -1
@@ -283,20 +285,25 @@ class SagaState:
 
     def _reopen(self) -> None:
         """Mark what runs once more: what failed, what was undone, and what was worked out from outputs that are gone."""
+        in_part = {name for name, record in self.stages.items() if record.undone_in_part}
         for name, record in self.stages.items():
             node = self.graph[name]
-            stands = record.landed and node.role is not Role.PLAIN and record.state is not _S.UNDONE
+            stands = record.landed and name not in in_part and node.role is not Role.PLAIN and record.state is not _S.UNDONE
             # One that was to run anew and did not get its turn is still to: what it gave came of outputs that are gone.
-            lacks_ground = record.state is _S.UNDONE or record.is_due_anew or any(self.stages[below].anew for below in node.dependencies)
+            renewed = any(self.stages[below].anew or below in in_part for below in node.dependencies)
+            lacks_ground = record.state is _S.UNDONE or record.is_due_anew or renewed
             # Under another key, what it recorded under this one would be nobody's any more.
-            stands_in_part = bool(record.effects) and record.state is not _S.UNDONE
+            stands_in_part = (bool(record.effects) or name in in_part) and record.state is not _S.UNDONE
             record.anew = lacks_ground and not (stands or stands_in_part or record.doubt)
-            ended_badly = record.state in {_S.FAILED, _S.CANCELLED, _S.IN_DOUBT, _S.STUCK} or record.with_branch
+            ended_badly = record.state in {_S.FAILED, _S.CANCELLED, _S.IN_DOUBT, _S.STUCK} or record.with_branch or name in in_part
             record.again = not stands and (record.anew or ended_badly) and record.state is not _S.NOT_RUN
             record.attempts_before = record.attempts
-            if stands and record.state is _S.STUCK:
-                # It could not be undone; now it need not be.
-                record.state = _S.KEPT
+            if name in in_part:
+                # What is left of it, running again or undoing it finds out.
+                record.landed, record.undone_in_part, record.state = False, False, _S.FAILED
+            if stands or record.doubt:
+                # It could not be undone; now it need not be, and who goes forward may ask for it again.
+                self._unstick(record)
 
     def _note(self, failure: Failure | None) -> None:
         # The cause of a turn is usually a stage's failure that is noted already.
@@ -422,7 +429,8 @@ class SagaState:
         if record.state is _S.COMPENSATING:
             record.undo_in_question = False
             if event.landed is False:
-                record.state, record.doubt, record.undo_ended_at = _S.UNDONE, False, event.at
+                record.state, record.doubt, record.undone_in_part = _S.UNDONE, False, False
+                record.undo_ended_at = event.at
             return
         if event.landed is None:
             record.unanswered = record.doubt = True
@@ -450,7 +458,7 @@ class SagaState:
         record.undo_tries = (*record.undo_tries, Try(event.at))
 
     def _compensation_completed(self, record: StageRecord, event: CompensationCompleted) -> None:
-        record.state, record.doubt = _S.UNDONE, False
+        record.state, record.doubt, record.undone_in_part = _S.UNDONE, False, False
         record.undo_ended_at = event.at
         record.undo_tries = _ended(record.undo_tries, event.at)
 
@@ -459,6 +467,7 @@ class SagaState:
         record.undo_failure = event.failure
         record.undo_tries = _ended(record.undo_tries, event.at, event.failure.kind)
         record.undo_in_question = event.failure.kind is FailureKind.CRASHED
+        record.undone_in_part = record.undone_in_part or event.in_part
         if event.past_pivot:
             record.past_pivot, record.doubt = True, False
             record.state = _S.KEPT if record.landed else _S.FAILED
@@ -468,6 +477,7 @@ class SagaState:
     def _stage_settled(self, record: StageRecord, event: StageSettled) -> None:
         self.is_spotless = False
         record.settled = event
+        record.undone_in_part = record.undone_in_part and event.verdict is Verdict.RETRY
         match event.verdict:
             case Verdict.UNDONE:
                 record.state, record.doubt, record.landed = _S.UNDONE, False, False
@@ -485,6 +495,9 @@ class SagaState:
         record.answer, record.unanswered = None, False
         # Whether it has landed is as unknown as before; going forward, it may run again all the same.
         record.may_repeat = True
+        self._unstick(record)
+
+    def _unstick(self, record: StageRecord) -> None:
         if record.state is _S.STUCK:
             record.state = _S.KEPT if record.landed else _S.IN_DOUBT if record.doubt else _S.FAILED
 

@@ -506,6 +506,75 @@ def test_a_halted_child_goes_on_when_its_parent_does() -> None:
     assert [child.status for child in report.stages["book_hotel"].children] == [SagaStatus.COMPLETED]
 
 
+@pytest.mark.parametrize(
+    "scripts",
+    [
+        {"room": Script(undo_fails=1), "after": Script("raise", before=1, then=("ok",))},
+        {"room": Script(undo_fails=1), "confirm": Script("raise", then=("ok",))},
+        {"open": Script(undo_fails=1), "after": Script("raise", before=1, then=("ok",))},
+        {"confirm": Script(undo_fails=1), "after": Script("raise", before=1, then=("ok",))},
+    ],
+)
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_child_that_is_stuck_half_undone_is_made_whole_when_its_parent_goes_forward(scripts: dict[str, Script], settled: bool) -> None:
+    """What is kept stands: also what is within it."""
+    for script in scripts.values():
+        script.attempts.clear()
+        script.undo_attempts = 0
+    world, trip = generations(scripts, policy=IMPATIENT)
+    seen: list[Any] = []
+
+    async def look(ctx: Any) -> None:
+        seen.append(ctx.inputs.get_output("book_hotel").data["saga_id"])
+
+    trip = trip.with_stage("look", look, "work", dependencies=("book_hotel",))
+    coordinator = SagaCoordinator(IMPATIENT)
+    stuck = run(coordinator.run(trip, saga_id="s"))
+    assert stuck.status is SagaStatus.STUCK
+    if settled:
+        (path,) = [name for name in stuck.stuck if name.endswith(("room", "open", "confirm"))]
+        run(coordinator.settle("s", path, "retry", "they answer again"))
+
+    report = run(coordinator.resume("s", trip, forward=True))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert report.clean
+    assert world.standing == dict.fromkeys(["before", "room", "open", "pay", "confirm", "after", "aside"], 1)
+    assert seen[-1:] == ["s/book_hotel"]
+    assert len(seen) == 1 + ("after" in scripts)
+    undone = run(coordinator.compensate("s", trip))
+    assert undone.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+    assert world.refusals == []
+
+
+def test_a_child_of_which_a_person_keeps_a_part_is_made_whole_when_its_parent_goes_forward() -> None:
+    world, trip = generations({"pay": Script(undo_fails=9), "after": Script("raise", then=("ok",))}, policy=IMPATIENT)
+    coordinator = SagaCoordinator(IMPATIENT)
+    run(coordinator.run(trip, saga_id="s"))
+    run(coordinator.settle("s", PATH, "kept", "the customer keeps it"))
+    halted = run(coordinator.resume("s", trip))
+    assert "confirm" not in world.standing
+    assert halted.status is SagaStatus.HALTED
+
+    report = run(coordinator.resume("s", trip))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.standing == dict.fromkeys(["before", "room", "open", "pay", "confirm", "after", "aside"], 1)
+
+
+def test_a_child_that_a_person_keeps_as_it_is_stays_as_it_is() -> None:
+    world, trip = generations({"room": Script(undo_fails=9), "after": Script("raise", then=("ok",))}, policy=IMPATIENT)
+    coordinator = SagaCoordinator(IMPATIENT)
+    run(coordinator.run(trip, saga_id="s"))
+
+    run(coordinator.settle("s", "book_hotel", "kept", "the room alone will do"))
+    report = run(coordinator.resume("s", trip, forward=True))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.standing.keys() == {"before", "room", "after", "aside"}
+
+
 @pytest.mark.parametrize("failing", [None, "after", "confirm"])
 def test_killed_at_any_event_a_family_comes_back_as_if_it_had_not_been(failing: str | None) -> None:
     """Promise 11 with children and grandchildren, whose ledgers break together with their parent's."""

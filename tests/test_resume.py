@@ -1199,3 +1199,26 @@ def test_what_did_not_get_its_turn_to_run_anew_still_runs_anew() -> None:
 
     assert report.status is SagaStatus.COMPLETED
     assert charged == ["14A", "20F"]
+
+
+def test_what_is_stuck_and_in_doubt_is_asked_when_the_saga_goes_forward_instead() -> None:
+    world = World({"pay": ()})
+    answers: list[bool] = [False, True]
+
+    class Unreachable(Scripted):
+        compensate_in_doubt = True
+
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            if not answers.pop(0):
+                raise ConnectionError
+            return StageOutput.ok(found=True)
+
+    pipeline = Pipeline().with_stage("pay", Unreachable(world, "pay", Script("hang", lands=True, undo_fails=9)))
+    coordinator, stuck = first_run(pipeline, FailFast(timeout=1, compensation=IMPATIENT))
+    assert list(stuck.stuck) == ["pay"]
+
+    report = run(coordinator.resume("s", pipeline, forward=True))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert report.kept["pay"].data == {"found": True}
+    assert world.standing == {"pay": 1}
