@@ -392,7 +392,8 @@ class SagaCoordinator:
             saga_id = secrets.token_hex(16)
         elif not isinstance(saga_id, str) or not saga_id.strip():
             raise MisuseError("a saga id with at least one visible character", got=repr(saga_id))
-        elif saga_id in self._alive or await self.ledger.read(saga_id):
+        elif await self.ledger.read(saga_id) or saga_id in self._alive:
+            # Looked for here at last: while the ledger was read, somebody else may have begun it.
             raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Read what became of it with report().")
         self._hold(saga_id)
         try:
@@ -420,8 +421,8 @@ class SagaCoordinator:
                 raise MisuseError("a context that a durable ledger can keep", got=str(refused)) from None
         return found
 
-    async def _take(self, saga_id: str, pipeline: Pipeline, policy: Policy | None = None) -> LiveSaga:
-        """Take over a saga that nobody is running."""
+    async def _take(self, saga_id: str, pipeline: Pipeline, policy: Policy | None = None) -> tuple[LiveSaga, Sequence[AnyEvent]]:
+        """Take over a saga that nobody is running; with its events."""
         events = await self.ledger.read(saga_id)
         if not events:
             raise _not_found(saga_id)
@@ -449,7 +450,7 @@ class SagaCoordinator:
         journal = Journal(self.ledger, saga_id, state, version=len(events), token=token, owner=self._owner, listeners=self._listeners)
         saga = self._lives(blueprint, chosen, journal, context)
         saga.has_children = True
-        return saga
+        return saga, events
 
     async def _go_on(
         self, saga_id: str, pipeline: Pipeline, decide: Callable[[Sequence[AnyEvent]], Chapter], policy: Policy | None = None
@@ -461,9 +462,10 @@ class SagaCoordinator:
         self, saga_id: str, pipeline: Pipeline, decide: Callable[[Sequence[AnyEvent]], Chapter], policy: Policy | None = None
     ) -> tuple[LiveSaga, Coroutine[Any, Any, None]]:
         """A saga that nobody was running, held from here on, and the work that its events come to."""
-        saga = await self._take(saga_id, pipeline, policy)
+        saga, events = await self._take(saga_id, pipeline, policy)
         try:
-            return saga, self._turn_to(saga, decide(await self.ledger.read(saga_id)))
+            # Nothing is awaited before there is something to stop: a cancel by its id finds it.
+            return saga, self._turn_to(saga, decide(events))
         except BaseException:
             await self._let_go(saga)
             raise

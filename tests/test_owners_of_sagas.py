@@ -21,6 +21,8 @@ from saga import (
     MisuseError,
     SagaContext,
     SagaCoordinator,
+    SagaExists,
+    SagaNotFound,
     SagaReport,
     SagaStatus,
     nested,
@@ -338,3 +340,50 @@ def test_a_pipeline_of_another_name_can_not_undo_a_saga() -> None:
 
     with pytest.raises(MisuseError, match=r"got another one: its pipeline is 'scene', this one is 'refund'. Nothing was run"):
         run(coordinator.compensate("s", other))
+
+
+class SlowToRead(SlowDisk):
+    async def read(self, saga_id: str) -> Any:
+        await elapse(1)
+        return await super().read(saga_id)
+
+
+def test_of_those_who_begin_a_saga_of_one_id_at_once_one_begins_it_and_the_others_are_told() -> None:
+    """As two requests for one order do, on a ledger that is read before the first of them has written."""
+    world, pipeline = scene(SEQUENCE)
+    coordinator = SagaCoordinator(ledger=SlowToRead())
+
+    async def play() -> list[SagaReport | BaseException]:
+        return await asyncio.gather(*[coordinator.run(pipeline, saga_id="order-7") for _ in range(3)], return_exceptions=True)
+
+    first, *others = run(play())
+
+    assert isinstance(first, SagaReport)
+    assert first.status is SagaStatus.COMPLETED
+    assert [type(other) for other in others] == [SagaExists, SagaExists]
+    assert world.log == ["+a", "+b", "+c"]
+    assert coordinator._alive == {}
+    assert coordinator._beating == {}
+
+
+def test_a_saga_that_is_resumed_is_stopped_by_its_id_from_the_moment_in_which_it_is_alive() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("raise", before=5, then=("ok",))})
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"), ledger=SlowToRead())
+
+    async def play() -> SagaReport:
+        await coordinator.run(pipeline, saga_id="s")
+        resumed = asyncio.create_task(coordinator.resume("s", pipeline))
+        cancelled = False
+        while not cancelled:
+            await elapse(0.1)
+            with contextlib.suppress(SagaNotFound):
+                await coordinator.cancel("s", "the customer left")
+                cancelled = True
+        return await resumed
+
+    report = run(play())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+    assert report.cause.message == "the customer left"
+    assert world.log == ["+a", "+b", "-b", "-a"]
