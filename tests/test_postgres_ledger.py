@@ -377,6 +377,54 @@ def test_transactions_that_lock_each_other_out_go_well_the_next_time(place: Post
     assert using(place.open(), play) == [None, None]
 
 
+def test_what_is_recorded_stays_so_when_what_was_asked_for_with_it_is_done_again(place: PostgresSchema) -> None:
+    async def play(ledger: Ledger) -> Any:
+        await asyncio.gather(*(ledger.create(name, "me", (started(name),)) for name in "abc"))
+        await ledger.release("b", 1)
+        with contextlib.closing(psycopg.connect(place.dsn)) as other:
+            other.execute("SET deadlock_timeout = '10s'")  # so that the ledger is the one that gives up
+            other.execute(f'SET search_path TO "{place.schema}"')
+            other.execute("INSERT INTO owners VALUES ('you', 'infinity')")
+            calls = [
+                ledger.append("a", (attempt(1),), expected_version=1, token=1),
+                ledger.acquire("b", "you"),
+                ledger.append("c", (attempt(1),), expected_version=1, token=1),
+                ledger.append("c", (attempt(9),), expected_version=9, token=1),
+            ]
+            answers = asyncio.gather(*calls, return_exceptions=True)
+            await somebody_waits(place)
+            await asyncio.to_thread(other.execute, "SELECT 1 FROM sagas WHERE id = 'b' FOR UPDATE")
+            other.rollback()
+        return await answers, [len(await ledger.read(name)) for name in "abc"]
+
+    (first, token, third, fourth), events = using(place.open(), play)
+
+    assert (first, token, third) == (None, 2, None)
+    assert isinstance(fourth, LedgerConflict)
+    assert events == [2, 1, 2]
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_of_what_was_asked_for_together_only_what_is_not_recorded_is_said_not_to_be(place: PostgresSchema, refused: bool) -> None:
+    async def play(ledger: Ledger) -> Any:
+        await asyncio.gather(*(ledger.create(name, "me", (started(name),)) for name in "abcd"))
+        if refused:  # then each is written by itself
+            place.execute("ALTER TABLE events ADD CHECK (saga <> 'b' OR first = 0)")
+        appends = [ledger.append(name, (attempt(1),), expected_version=1, token=1) for name in ("abd" if refused else "ab")]
+        with contextlib.closing(psycopg.connect(place.dsn)) as other:
+            other.execute(f"SELECT 1 FROM \"{place.schema}\".sagas WHERE id IN ('c', 'd') FOR UPDATE")  # noqa: S608 - the schema is ours
+            answers = await asyncio.gather(*appends, ledger.acquire("c", "me"), return_exceptions=True)
+        return [None if answer is None else str(answer).rpartition("; ")[2] for answer in answers], [
+            len(await ledger.read(name)) for name in "abcd"
+        ]
+
+    answers, events = using(place.open(patience=0.05), play)
+
+    nothing = "nothing was recorded"
+    assert answers == ([None, nothing, nothing, nothing] if refused else [None, None, nothing])
+    assert events == ([2, 1, 1, 1] if refused else [2, 2, 1, 1])
+
+
 def test_of_those_who_wait_to_take_a_saga_one_gets_it(place: PostgresSchema) -> None:
     async def play() -> Any:
         ledgers = [place.open() for _ in range(4)]

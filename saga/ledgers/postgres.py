@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -27,6 +27,7 @@ from saga.events import AnyEvent, SagaStatus
 from saga.ledger import FORGETTABLE, Entry
 from saga.ledgers.durable import MAX_EVENT_BYTES, DurableLedger
 from saga.ledgers.rows import Acquire, Append, Beat, Create, Prune, Pruned, Redact, Release, Request, events_in
+from saga.ledgers.workers import again
 from saga.owners import is_gone
 
 T = TypeVar("T")
@@ -141,6 +142,8 @@ _OLD: Final = """
     ) OVER (PARTITION BY root)
     FROM families JOIN sagas ON sagas.id = families.id LEFT JOIN owners ON owners.id = owner ORDER BY root
 """
+_TOKEN: Final = 1
+"""The lease's token of a saga that was just created."""
 _AGAIN: Final = frozenset({"40001", "40P01"})
 """Nothing was done, because of a conflict between transactions; it may go well the next time."""
 
@@ -201,42 +204,50 @@ class _Store:
     # -- requests ------------------------------------------------------------------------------------------------
 
     def write(self, requests: Sequence[Request]) -> Sequence[Any]:
-        return self._patiently(lambda connection, in_doubt: self._carry_out(connection, requests, in_doubt))
+        answers: dict[int, Any] = {}
+        try:
+            self._patiently(lambda connection, in_doubt: self._carry_out(connection, requests, answers, in_doubt))
+        except LedgerError as error:
+            return [answers[n] if n in answers else again(error) for n in range(len(requests))]
+        return [answers[n] for n in range(len(requests))]
 
-    def _carry_out(self, connection: Connection, requests: Sequence[Request], in_doubt: bool) -> Sequence[Any]:  # noqa: FBT001 - see _patiently
-        rows = [_row(n, request) for n, request in enumerate(requests) if isinstance(request, Create | Append)]
-        owners = list({request.owner for request in requests if isinstance(request, Create)})
-        refused = self._write(connection, rows, owners) if rows else {}
-        return [self._answer(connection, n, request, refused, in_doubt) for n, request in enumerate(requests)]
+    def _carry_out(self, connection: Connection, requests: Sequence[Request], answers: dict[int, Any], in_doubt: bool) -> None:  # noqa: FBT001 - see _patiently
+        """Carry out what has no answer yet: what has one is committed, and must not be done again when something behind it fails."""
+        left = [(n, request) for n, request in enumerate(requests) if n not in answers]
+        rows = [_row(n, request) for n, request in left if isinstance(request, Create | Append)]
+        owners = list({request.owner for _, request in left if isinstance(request, Create)})
+        refused = self._write(connection, rows, owners, answers) if rows else {}
+        for n, request in left:
+            if n not in answers:
+                answers[n] = self._answer(connection, request, refused.get(n), in_doubt)
 
-    def _write(self, connection: Connection, rows: Sequence[dict[str, Any]], owners: Sequence[str]) -> dict[int, psycopg.Error | None]:
-        """Write what can be written; the numbers of the rows that can't, with the error if there was one."""
+    def _write(
+        self, connection: Connection, rows: Sequence[dict[str, Any]], owners: Sequence[str], answers: dict[int, Any]
+    ) -> dict[int, psycopg.Error | None]:
+        """Write and answer what can be written; the numbers of the rows that can't, with the error if there was one."""
+        refused: dict[int, psycopg.Error | None]
         try:
             if len(rows) == 1 and not owners:
-                return {} if connection.execute(_APPEND, rows[0]).rowcount else {rows[0]["n"]: None}
-            return {n: None for (n,) in connection.execute(_WRITE, (json.dumps(rows, ensure_ascii=False), owners, self._lease))}
+                refused = {} if connection.execute(_APPEND, rows[0]).rowcount else {rows[0]["n"]: None}
+            else:
+                refused = {n: None for (n,) in connection.execute(_WRITE, (json.dumps(rows, ensure_ascii=False), owners, self._lease))}
         except psycopg.Error as error:
             if _is_everybodys(connection, error):
                 raise
-            if len(rows) == 1:
-                return {rows[0]["n"]: error}
-        # It is about one of them, and each by itself shows which.
-        return {n: error for row in rows for n, error in self._write(connection, (row,), owners).items()}
+            if len(rows) > 1:
+                # It is about one of them, and each by itself shows which.
+                return {n: error for row in rows for n, error in self._write(connection, (row,), owners, answers).items()}
+            refused = {rows[0]["n"]: error}
+        answers.update((row["n"], _TOKEN if "owner" in row else None) for row in rows if row["n"] not in refused)
+        return refused
 
-    def _answer(
-        self,
-        connection: Connection,
-        n: int,
-        request: Request,
-        refused: Mapping[int, psycopg.Error | None],
-        in_doubt: bool,  # noqa: FBT001 - see _patiently
-    ) -> Any:
+    def _answer(self, connection: Connection, request: Request, refused: psycopg.Error | None, in_doubt: bool) -> Any:  # noqa: FBT001 - see _patiently
         try:
             match request:
                 case Append() | Create():
-                    if n in refused and not (in_doubt and self._is_there(connection, request)):
-                        self._refuse(connection, request, refused[n])
-                    return 1 if isinstance(request, Create) else None
+                    if not (in_doubt and self._is_there(connection, request)):
+                        self._refuse(connection, request, refused)
+                    return _TOKEN if isinstance(request, Create) else None
                 case Acquire():
                     return self._acquire(connection, request)
                 case Release(saga_id, token):

@@ -185,8 +185,7 @@ def _answers(store: S, work: Callable[[S, Sequence[Any]], Sequence[Any]], reques
         failure = error
     except Exception as error:  # noqa: BLE001 - whoever waits has to be told, whatever it is
         failure = failed(error)
-    # Each gets one of their own: every `raise` adds to an exception's traceback.
-    return [_again(failure) for _ in requests]
+    return [again(failure) for _ in requests]
 
 
 def failed(error: Exception) -> LedgerError:
@@ -196,7 +195,8 @@ def failed(error: Exception) -> LedgerError:
     return failure
 
 
-def _again(error: LedgerError) -> LedgerError:
+def again(error: LedgerError) -> LedgerError:
+    """The same error for one more who waits: every `raise` adds to an exception's traceback."""
     copy = type(error)(str(error))
     copy.__cause__ = error.__cause__
     return copy
