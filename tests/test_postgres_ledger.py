@@ -533,6 +533,19 @@ def test_a_row_that_was_changed_is_noticed(place: PostgresSchema, change: str) -
         using(place.open(), play)
 
 
+@pytest.mark.parametrize("style", ["German", "SQL,DMY", "Postgres"])
+def test_times_are_read_however_the_database_writes_them(place: PostgresSchema, style: str) -> None:
+    async def play(ledger: Ledger) -> Any:
+        await ledger.create("s", "me", (started(),))
+        with pytest.raises(LedgerConflict, match="saga s has 1 events, expected 2"):
+            await ledger.append("s", (attempt(1),), expected_version=2, token=1)
+        return await ledger.list()
+
+    (entry,) = using(place.open(dsn=f"{place.dsn}&options=-c%20datestyle%3D{style}"), play)
+
+    assert entry.until is not None
+
+
 def test_commits_are_on_disk_though_the_database_does_without_it(place: PostgresSchema) -> None:
     store = module._Store(f"{place.dsn}&options=-c%20synchronous_commit%3Doff", place.schema, 30.0, 10.0)
 

@@ -367,6 +367,7 @@ class _Store:
         settings = {
             "search_path": sql.Identifier(self._schema).as_string(),
             "TimeZone": "UTC",
+            "DateStyle": "ISO",  # psycopg reads no other
             "lock_timeout": f"{math.ceil(self._patience * 1000)}ms",
         }
         for name, value in settings.items():
