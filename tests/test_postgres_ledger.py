@@ -568,6 +568,22 @@ def test_a_server_that_does_not_answer_is_given_up_after_the_patience_unless_the
     assert (yours["connect_timeout"], yours["tcp_user_timeout"], yours["application_name"]) == ("99", "98", "shop")
 
 
+def test_a_server_that_has_the_question_and_owes_the_answer_is_asked_for_signs_of_life() -> None:
+    mine = module._Store("dbname=x", "saga", 30.0, 10.0)._parameters()
+    yours = module._Store("dbname=x keepalives_idle=99", "saga", 30.0, 10.0)._parameters()
+
+    # The third that is not answered comes after the patience, and then `tcp_user_timeout` breaks the connection.
+    assert (mine["keepalives_idle"], mine["keepalives_interval"], mine["tcp_user_timeout"]) == (4, 4, 10_000)
+    assert yours["keepalives_idle"] == "99"
+
+
+@pytest.mark.parametrize("patience", [1e9, float("inf")])
+def test_a_patience_may_be_longer_than_postgresql_can_count(place: PostgresSchema, network: Network, patience: float) -> None:
+    ledger = over(network, place, patience=patience)
+
+    assert using(ledger, lambda ledger: ledger.create("s", "me", (started(),))) == 1
+
+
 def test_a_connection_string_that_makes_no_sense_is_refused_and_kept_secret() -> None:
     with pytest.raises(MisuseError, match="expected a connection string or URL of PostgreSQL") as caught:
         PostgresLedger("host=db password 's3cret'")

@@ -144,6 +144,10 @@ _OLD: Final = """
 """
 _TOKEN: Final = 1
 """The lease's token of a saga that was just created."""
+_LONGEST: Final = 2**31 // 1000
+"""Seconds; PostgreSQL counts its own times in milliseconds of 32 bits."""
+_LONGEST_PROBE: Final = 2**15 - 1
+"""Seconds; Linux takes no more between two signs of life of a connection."""
 _AGAIN: Final = frozenset({"40001", "40P01"})
 """Nothing was done, because of a conflict between transactions; it may go well the next time."""
 
@@ -198,7 +202,7 @@ class _Store:
         self._dsn = dsn
         self._schema = schema
         self._lease = lease
-        self._patience = patience
+        self._patience = min(patience, _LONGEST)
         self._opened: Connection | None = None
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -358,9 +362,17 @@ class _Store:
         return self._opened
 
     def _parameters(self) -> dict[str, Any]:
-        # A server that is cut off from the network is noticed after `patience`, too, not after the quarter of an hour that TCP takes.
+        # A server that is cut off from the network is noticed after `patience`, too, not after the quarter of an hour that TCP takes,
+        # or after two hours where the server has the question and owes the answer.
         seconds = math.ceil(self._patience)
-        defaults = {"connect_timeout": seconds, "tcp_user_timeout": seconds * 1000, "application_name": "saga"}
+        probes = min(math.ceil(self._patience / 3), _LONGEST_PROBE)
+        defaults = {
+            "connect_timeout": seconds,
+            "tcp_user_timeout": seconds * 1000,
+            "keepalives_idle": probes,
+            "keepalives_interval": probes,
+            "application_name": "saga",
+        }
         return defaults | conninfo_to_dict(self._dsn) | {"client_encoding": "utf8"}
 
     def _prepare(self, connection: Connection) -> None:
