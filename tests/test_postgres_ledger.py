@@ -333,6 +333,23 @@ def test_a_database_that_may_only_be_read_is_read_and_refuses_appends(place: Pos
     assert len(events) == 1
 
 
+def test_a_database_that_may_be_written_to_again_is(place: PostgresSchema) -> None:
+    async def play(ledger: Ledger) -> Any:
+        await ledger.create("s", "me", (started(),))
+        place.execute("ALTER ROLE postgres SET default_transaction_read_only = on")
+        place.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'saga'")
+        try:
+            with pytest.raises(LedgerError, match="in a read-only transaction"):
+                await ledger.append("s", (attempt(1),), expected_version=1, token=1)
+        finally:
+            writing = PostgresSchema(f"{place.dsn}&options=-c%20default_transaction_read_only%3Doff", place.schema)
+            writing.execute("ALTER ROLE postgres RESET default_transaction_read_only")
+        await ledger.append("s", (attempt(1),), expected_version=1, token=1)
+        return await ledger.read("s")
+
+    assert len(using(place.open(), play)) == 2
+
+
 def test_a_lock_that_somebody_keeps_is_told_after_the_patience(place: PostgresSchema) -> None:
     async def play(ledger: Ledger) -> None:
         token = await ledger.create("s", "me", (started(),))

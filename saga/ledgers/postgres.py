@@ -346,6 +346,8 @@ class _Store:
                 if is_gone:
                     self.close()
                 if not (is_gone or error.sqlstate in _AGAIN) or time.monotonic() + pause > deadline:
+                    # The next one connects anew: what is in its way may be what the server said of this connection when it began.
+                    self.close()
                     raise self._told(error, in_doubt=in_doubt) from error
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
@@ -425,8 +427,8 @@ class _Store:
 
 
 def _is_everybodys(connection: Connection, error: psycopg.Error) -> bool:
-    """Whether something stands in everybody's way: the connection broke, the disk is full, a lock is held."""
-    return connection.closed or isinstance(error, psycopg.OperationalError)
+    """Whether something stands in everybody's way: the connection broke, the disk is full, a lock is held, nothing may be written."""
+    return connection.closed or isinstance(error, psycopg.OperationalError | psycopg.errors.ReadOnlySqlTransaction)
 
 
 def _row(n: int, request: Create | Append) -> dict[str, Any]:
