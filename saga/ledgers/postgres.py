@@ -150,6 +150,7 @@ _LONGEST_PROBE: Final = 2**15 - 1
 """Seconds; Linux takes no more between two signs of life of a connection."""
 _AGAIN: Final = frozenset({"40001", "40P01"})
 """Nothing was done, because of a conflict between transactions; it may go well the next time."""
+_HINT: Final = "In a URL, a password's @, / and % are written %40, %2F and %25."
 
 
 class PostgresLedger(DurableLedger):
@@ -184,9 +185,12 @@ class PostgresLedger(DurableLedger):
     ) -> None:
         try:
             where = conninfo_to_dict(dsn)
-        except psycopg.ProgrammingError as error:
-            # The error may quote the string, which may hold a password.
-            raise MisuseError("a connection string or URL of PostgreSQL", got="one that libpq can't read") from error
+        except psycopg.ProgrammingError:
+            # Not even as its cause: the error may quote the string, which may hold a password.
+            raise MisuseError("a connection string or URL of PostgreSQL", got="one that libpq can't read", hint=_HINT) from None
+        # libpq ends a password at an @ or a / in it, and takes the rest for what errors show. (A host that begins with @ is a socket.)
+        if "://" in dsn and "@" in str(where.get("host", ""))[1:] + str(where.get("dbname", "")):
+            raise MisuseError("a URL of PostgreSQL", got="one with an @ in the host or the database", hint=_HINT)
         super().__init__(
             f"PostgresLedger({where.get('dbname', '')!r}, schema={schema!r})",
             partial(_Store, dsn, schema, lease, patience),
