@@ -321,6 +321,18 @@ def test_a_database_that_is_not_there_is_told(place: PostgresSchema) -> None:
         using(ledger, lambda ledger: ledger.list())
 
 
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_that_cannot_hold_any_text_is_refused_before_anything_runs(place: PostgresSchema, encoding: str) -> None:
+    place.execute(f"CREATE DATABASE {encoding} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
+    ledger = PostgresLedger(place.dsn.replace("/postgres?", f"/{encoding.lower()}?"), patience=0.01)
+
+    if encoding == "LATIN1":
+        with pytest.raises(LedgerError, match="needs a database that can hold any text, with the encoding UTF8; this one has LATIN1"):
+            using(ledger, lambda ledger: ledger.create("s", "me", (started(),)))
+    else:
+        assert using(ledger, lambda ledger: ledger.create("5 €", "me", (started("5 €"),))) == 1
+
+
 def test_a_database_that_may_only_be_read_is_read_and_refuses_appends(place: PostgresSchema) -> None:
     using(place.open(), lambda ledger: ledger.create("s", "me", (started(),)))
 

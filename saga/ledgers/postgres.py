@@ -144,6 +144,8 @@ _OLD: Final = """
 """
 _TOKEN: Final = 1
 """The lease's token of a saga that was just created."""
+_ENCODINGS: Final = frozenset({"UTF8", "SQL_ASCII"})
+"""Those of databases that hold any text; others refuse an output with a character of which they do not know, in the middle of a saga."""
 _LONGEST: Final = 2**31 // 1000
 """Seconds; PostgreSQL counts its own times in milliseconds of 32 bits."""
 _LONGEST_PROBE: Final = 2**15 - 1
@@ -382,6 +384,12 @@ class _Store:
         return defaults | conninfo_to_dict(self._dsn) | {"client_encoding": "utf8"}
 
     def _prepare(self, connection: Connection) -> None:
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding not in _ENCODINGS:
+            raise LedgerError(
+                f"the ledger in schema {self._schema!r} needs a database that can hold any text, with the encoding UTF8; "
+                f"this one has {encoding}. Nothing was changed."
+            )
         settings = {
             "search_path": sql.Identifier(self._schema).as_string(),
             "TimeZone": "UTC",
