@@ -430,10 +430,10 @@ class SagaCoordinator:
             raise MisuseError("a saga that nobody is running", got=f"saga {saga_id}, which is {SagaState(events).status.value} here")
         self._hold(saga_id)
         try:
-            token = await self.ledger.acquire(saga_id, self._owner)
-            # Read again: whoever held it until now may have written.
-            events = await self.ledger.read(saga_id)
+            token = await self._acquire(saga_id)
             try:
+                # Read again: whoever held it until now may have written.
+                events = await self.ledger.read(saga_id)
                 state = SagaState(events)
                 chosen = policy if policy is not None else state.policy
                 blueprint = self._read(pipeline, chosen)
@@ -451,6 +451,21 @@ class SagaCoordinator:
         saga = self._lives(blueprint, chosen, journal, context)
         saga.has_children = True
         return saga, events
+
+    async def _acquire(self, saga_id: str) -> int:
+        """Take the lease of a saga; when the caller is cancelled meanwhile, it is given back first."""
+        acquiring = start(self.ledger.acquire(saga_id, self._owner))
+        try:
+            await asyncio.wait({acquiring})
+        except asyncio.CancelledError:
+            # The ledger carries it out all the same, and our heart would hold what nobody runs for as long as it beats for another saga.
+            with anyio.CancelScope(shield=True):
+                await outlast({acquiring})
+                if acquiring.exception() is None:
+                    with contextlib.suppress(LedgerError):
+                        await self.ledger.release(saga_id, acquiring.result())
+            raise
+        return acquiring.result()
 
     async def _go_on(
         self, saga_id: str, pipeline: Pipeline, decide: Callable[[Sequence[AnyEvent]], Chapter], policy: Policy | None = None
@@ -663,7 +678,7 @@ class SagaCoordinator:
             raise MisuseError("a saga that has come to rest", got=f"saga {saga_id}, which is alive")
         self._hold(saga_id)
         try:
-            token = await self.ledger.acquire(saga_id, self._owner)
+            token = await self._acquire(saga_id)
             try:
                 events = await self.ledger.read(saga_id)
                 more = decide(SagaState(events))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from stageflow.api import Pipeline
 
@@ -237,6 +238,78 @@ def test_a_caller_that_is_cancelled_while_its_resuming_is_recorded_gets_its_canc
     assert any("SagaResumed" in write for write in ledger.writes)
     assert report.status is SagaStatus.COMPENSATED
     assert world.standing == {}
+
+
+class SlowToAnswer(MemoryLedger):
+    """Gives a lease at once, and says so a second later; what is asked for while `fails` fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.acquired = 0
+        self.fails = False
+
+    async def acquire(self, saga_id: str, owner: str) -> int:
+        token = await super().acquire(saga_id, owner)
+        self.acquired += 1
+        await elapse(1.0)
+        return token
+
+    async def read(self, saga_id: str) -> Any:
+        if self.fails and self.acquired:
+            raise LedgerError("no line")
+        return await super().read(saga_id)
+
+
+def calls(pipeline: Pipeline) -> dict[str, Any]:
+    return {
+        "resume": lambda coordinator: coordinator.resume("s", pipeline),
+        "compensate": lambda coordinator: coordinator.compensate("s", pipeline),
+        "settle": lambda coordinator: coordinator.settle("s", "c", "undone", "I looked"),
+    }
+
+
+@pytest.mark.parametrize("call", ["resume", "compensate", "settle"])
+@pytest.mark.parametrize("how", ["cancel", "scope"])
+def test_a_caller_that_is_cancelled_while_it_takes_a_saga_does_not_keep_it(call: str, how: str) -> None:
+    _, pipeline = scene(SEQUENCE, {"c": Script("raise")})
+    ledger = SlowToAnswer()
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"), ledger=ledger)
+
+    async def play() -> str | None:
+        await coordinator.run(pipeline, saga_id="s")
+        if how == "cancel":
+            caller = asyncio.create_task(calls(pipeline)[call](coordinator))
+            await elapse(0.5)
+            caller.cancel()
+            await asyncio.wait({caller})
+            assert caller.cancelled()
+        else:
+            with anyio.move_on_after(0.5) as scope:
+                await calls(pipeline)[call](coordinator)
+            assert scope.cancelled_caught
+        (entry,) = await ledger.list()
+        return entry.owner
+
+    assert run(play()) is None
+    assert ledger.acquired == 1
+
+
+@pytest.mark.parametrize("call", ["resume", "compensate", "settle"])
+def test_a_saga_that_was_taken_and_cannot_be_read_then_is_let_go(call: str) -> None:
+    _, pipeline = scene(SEQUENCE, {"c": Script("raise")})
+    ledger = SlowToAnswer()
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"), ledger=ledger)
+
+    async def play() -> str | None:
+        await coordinator.run(pipeline, saga_id="s")
+        ledger.fails = True
+        with pytest.raises(LedgerError, match="no line"):
+            await calls(pipeline)[call](coordinator)
+        (entry,) = await ledger.list()
+        return entry.owner
+
+    assert run(play()) is None
+    assert ledger.acquired == 1
 
 
 def test_what_a_caller_changes_after_a_saga_has_begun_its_ledger_does_not_hold() -> None:
