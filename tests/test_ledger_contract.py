@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stageflow.api import StageOutput
 
-from saga import FailFast, Failure, Ledger, LedgerConflict, LedgerError, SagaStatus
+from saga import FailFast, Failure, Ledger, LedgerConflict, LedgerError, MisuseError, SagaStatus
 from saga.events import (
     AnyEvent,
     EffectRecorded,
@@ -371,6 +371,18 @@ def test_an_owner_that_says_that_it_is_alive_keeps_all_its_sagas(durable: Place,
 
     assert isinstance(first, LedgerConflict)
     assert isinstance(second, LedgerConflict)
+
+
+@pytest.mark.parametrize("lease", [float("inf"), 1e12])
+def test_a_lease_that_ends_at_no_date_is_refused(durable: Place, lease: float) -> None:
+    with pytest.raises(MisuseError, match="expected a lease of at most 1,000,000,000 seconds"):
+        durable.open(lease=lease)
+
+
+def test_the_longest_lease_ends_at_a_date(durable: Place) -> None:
+    _, (entry,) = on(durable.open(lease=1e9), create(), lambda ledger: ledger.list())
+
+    assert entry.until > datetime.now(UTC) + timedelta(days=11_000)
 
 
 def test_an_owner_whose_process_is_gone_is_succeeded_at_once(durable: Place) -> None:

@@ -15,6 +15,8 @@ from saga.ledgers.rows import Acquire, Append, Beat, Prune, Pruned, Redact, Rele
 from saga.ledgers.workers import WORKING, Worker, failed
 
 MAX_EVENT_BYTES: Final = 16 * 2**20
+_LONGEST_LEASE: Final = 10**9
+"""When a longer one ends no date can say."""
 
 
 class Store(Protocol):
@@ -56,6 +58,8 @@ class DurableLedger(Ledger):
         for what, number in (("lease", lease), ("patience", patience), ("max_event_bytes", max_event_bytes)):
             if not number > 0:
                 raise MisuseError(f"a number above 0 for {what}", got=repr(number))
+        if lease > _LONGEST_LEASE:
+            raise MisuseError(f"a lease of at most {_LONGEST_LEASE:,} seconds", got=repr(lease))
         self.lease = lease
         self._name = name
         self._store = store
