@@ -58,5 +58,6 @@ class Heart:
         try:
             await self._ledger.beat(self._owner)
         except (Exception, asyncio.CancelledError):  # noqa: BLE001 - whatever a ledger's driver raises
-            # A lease that is lost is noticed by the next append, which is refused.
-            _LOG.warning("the ledger could not be told that %s is alive", self._owner, exc_info=True)
+            # A lease that is lost is noticed by the next append, which is refused. Of one that is given back meanwhile nobody need be told.
+            if self._held:
+                _LOG.warning("the ledger could not be told that %s is alive", self._owner, exc_info=True)

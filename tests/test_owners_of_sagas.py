@@ -76,6 +76,25 @@ def test_an_owner_beats_on_while_it_undoes_though_every_task_is_cancelled() -> N
     assert max(between) <= 10.0
 
 
+class SlowToHear(Leased):
+    """Takes its time to be told that an owner is alive."""
+
+    async def beat(self, owner: str) -> None:
+        await super().beat(owner)
+        await elapse(5.0)
+
+
+def test_a_saga_that_ends_while_its_owner_says_that_it_is_alive_alarms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    _, pipeline = scene({"a": ()}, {"a": Script(before=12.0)})
+    ledger = SlowToHear()
+
+    report = run(SagaCoordinator(ledger=ledger).run(pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert ledger.beats == [10.0]
+    assert not caplog.records
+
+
 FORKING = """
 import asyncio, os, sys
 from stageflow.api import Pipeline
