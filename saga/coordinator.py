@@ -454,18 +454,14 @@ class SagaCoordinator:
 
     async def _acquire(self, saga_id: str) -> int:
         """Take the lease of a saga; when the caller is cancelled meanwhile, it is given back first."""
-        acquiring = start(self.ledger.acquire(saga_id, self._owner))
         try:
-            await asyncio.wait({acquiring})
+            return await self.ledger.acquire(saga_id, self._owner)
         except asyncio.CancelledError:
-            # The ledger carries it out all the same, and our heart would hold what nobody runs for as long as it beats for another saga.
-            with anyio.CancelScope(shield=True):
-                await outlast({acquiring})
-                if acquiring.exception() is None:
-                    with contextlib.suppress(LedgerError):
-                        await self.ledger.release(saga_id, acquiring.result())
+            # The ledger may carry it out all the same, and our heart would hold what nobody runs for as long as it beats for another saga.
+            # Whoever holds it gets it once more, behind the first time, and with a token that is known.
+            with anyio.CancelScope(shield=True), contextlib.suppress(LedgerError):
+                await self.ledger.release(saga_id, await self.ledger.acquire(saga_id, self._owner))
             raise
-        return acquiring.result()
 
     async def _go_on(
         self, saga_id: str, pipeline: Pipeline, decide: Callable[[Sequence[AnyEvent]], Chapter], policy: Policy | None = None
