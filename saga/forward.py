@@ -137,7 +137,7 @@ class Forward(Stages):
 
     def _heed_early_cancel(self) -> None:
         if this_task().cancelling():
-            # It came before the task began, and has struck nothing.
+            # It came before the task began, or while a ledger wrote that outlasts it, and has struck nothing.
             self._stop_for_cancel()
 
     def _stop_for_cancel(self) -> None:
@@ -307,6 +307,7 @@ class Forward(Stages):
         while goes_on:
             tries += 1
             await self._record(self._start_of(run))
+            self._heed_early_cancel()
             if self.is_stopping():
                 failure = Failure.of(name, FailureKind.INTERRUPTED, "the saga stopped before it ran")
                 await self._record(StageFailed(stage=name, failure=failure))

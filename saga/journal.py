@@ -28,6 +28,7 @@ from saga.events import (
 from saga.ledger import Ledger
 from saga.outputs import refuse_unstorable, refuse_unstorable_output
 from saga.recovery import SagaState
+from saga.watch import outlasting
 
 Listener = Callable[[str, AnyEvent], None]
 """Is told of every event, with the saga's id, when it is in the ledger. What it raises is logged and harms no saga.
@@ -222,7 +223,7 @@ class Journal:
     async def _wait_for_creation(self, events: Sequence[AnyEvent]) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._behind.append((events, waiter))
-        await waiter
+        await outlasting(waiter)
 
     async def close(self) -> None:
         """Give the lease back, if it is still held."""

@@ -8,6 +8,8 @@ import types
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator
 from typing import Any, Final, Generic, TypeVar
 
+import anyio
+
 from saga.errors import LedgerError
 from saga.failures import FailureKind
 
@@ -47,6 +49,19 @@ async def outlast(tasks: Collection[asyncio.Task[Any]]) -> None:
     while not all(task.done() for task in tasks):
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait(tasks)
+
+
+async def outlasting(answer: asyncio.Future[T]) -> T:
+    """Wait for an answer that comes whatever happens, however often whoever waits is cancelled; that is counted in its `cancelling()`."""
+    try:
+        await asyncio.wait((answer,))
+    except asyncio.CancelledError:
+        # anyio repeats the cancel of a scope at every turn of the loop until the scope is left.
+        with anyio.CancelScope(shield=True):
+            while not answer.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait((answer,))
+    return answer.result()
 
 
 def this_task() -> asyncio.Task[Any]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -27,7 +28,17 @@ from saga import (
     SagaStatus,
     compensable,
 )
-from saga.events import AnyEvent, SagaStopped, StageFailed
+from saga.events import (
+    AnyEvent,
+    CompensationCompleted,
+    CompensationStarted,
+    SagaEnded,
+    SagaStopped,
+    SagaTurnedBack,
+    StageFailed,
+    StageStarted,
+)
+from saga.ledgers.sqlite import SQLiteLedger
 from tests.controlled import ControlledLoop, elapse, run
 from tests.test_hard_cases import Recorder
 from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, hooked, scene
@@ -472,3 +483,42 @@ def test_a_ledger_that_can_not_note_what_an_interceptor_refused_ends_the_saga_wh
     run(play())
 
     assert world.undone() == []
+
+
+@pytest.mark.parametrize("shape", [SEQUENCE, {"a": (), "b": (), "c": ()}], ids=["sequence", "roots"])
+@pytest.mark.parametrize("written", [StageStarted, SagaTurnedBack, CompensationStarted, CompensationCompleted, SagaEnded])
+def test_a_saga_outlasts_the_cancel_of_every_task_while_its_ledger_writes(
+    tmp_path: Path, written: type[Any], shape: Mapping[str, tuple[str, ...]]
+) -> None:
+    """As asyncio.run does before it ends: what is under way at that moment is carried out, whoever waits for it."""
+    world, pipeline = scene(shape, {"c": Script("raise")})
+    cuts = 0
+
+    def cancel_all() -> None:
+        for task in asyncio.all_tasks():
+            task.cancel()
+
+    def cut(event: AnyEvent) -> AnyEvent:
+        nonlocal cuts
+        if isinstance(event, written) and not cuts:
+            cuts += 1
+            # Two turns of the loop later the other first stages wait for this write, too.
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, cancel_all)
+        return event
+
+    async def play() -> None:
+        async with SQLiteLedger(tmp_path / "sagas.db", redact=cut) as ledger:
+            await SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s")
+
+    async def look() -> SagaReport:
+        async with SQLiteLedger(tmp_path / "sagas.db") as ledger:
+            return await SagaCoordinator(ledger=ledger).report("s")
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(play())
+    report = asyncio.run(look())
+
+    assert cuts == 1
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}

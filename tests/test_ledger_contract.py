@@ -15,6 +15,7 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -237,6 +238,42 @@ def test_an_append_that_was_cancelled_is_there_whole_or_not_at_all(place: Place)
     *_, events = on(place.open(), create(), impatient, create("other"), read())
 
     assert events in ((started(),), (started(), FIRST, SECOND))
+
+
+async def told(call: Any) -> Any:
+    """What comes of a call; what is raised is an answer."""
+    try:
+        return await call
+    except LedgerError as error:
+        return error
+
+
+@pytest.mark.parametrize("scope", [False, True])
+def test_who_is_cancelled_while_it_writes_gets_the_answer_all_the_same(durable: Place, scope: bool) -> None:
+    async def play() -> Any:
+        ledger = durable.open()
+        writes: list[Any] = [create(), append(FIRST, SECOND), append(FIRST, version=9)]
+        answers = []
+        for write in writes:
+            if scope:
+                with anyio.CancelScope() as cut:
+                    asyncio.get_running_loop().call_soon(cut.cancel)
+                    answers.append(await told(write(ledger)))
+            else:
+                task = asyncio.create_task(told(write(ledger)))
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                    task.cancel()
+                answers.append(await task)
+        events = await ledger.read("s")
+        await ledger.close()
+        return answers, events
+
+    (token, done, refused), events = asyncio.run(play())
+
+    assert (token, done) == (1, None)
+    assert isinstance(refused, LedgerConflict)
+    assert len(events) == 3
 
 
 def test_completions_are_read_from_the_events(place: Place) -> None:

@@ -13,6 +13,7 @@ from saga.events import AnyEvent, SagaStatus
 from saga.ledger import Entry, Ledger
 from saga.ledgers.rows import Acquire, Append, Beat, Prune, Pruned, Redact, Release, Request, Writer, check_name, iso
 from saga.ledgers.workers import WORKING, Worker, failed
+from saga.watch import outlasting
 
 MAX_EVENT_BYTES: Final = 16 * 2**20
 _LONGEST_LEASE: Final = 10**9
@@ -47,7 +48,11 @@ class Store(Protocol):
 
 
 class DurableLedger(Ledger):
-    """Keeps sagas in a database; see the ledgers themselves."""
+    """Keeps sagas in a database; see the ledgers themselves.
+
+    A write that was asked for is carried out whatever happens to whoever waits for it. So who is cancelled while it creates or appends
+    gets the answer all the same: a saga whose every task is cancelled, as asyncio.run does before it ends, knows where it stands.
+    """
 
     lease: float | None
     durable = True
@@ -74,7 +79,7 @@ class DurableLedger(Ledger):
     async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
         """Record a new saga's first events."""
         request = self._rows.create(saga_id, owner, events)
-        token: int = await self._writer.ask(request, len(request.row.body))
+        token: int = await outlasting(self._writer.ask(request, len(request.row.body)))
         return token
 
     async def acquire(self, saga_id: str, owner: str) -> int:
@@ -101,7 +106,7 @@ class DurableLedger(Ledger):
         """Record events."""
         check_name("saga id", saga_id)
         request = Append(saga_id, token, release, self._rows.row(saga_id, expected_version, events))
-        await self._writer.ask(request, len(request.row.body))
+        await outlasting(self._writer.ask(request, len(request.row.body)))
 
     async def read(self, saga_id: str) -> Sequence[AnyEvent]:
         """All events of a saga."""
