@@ -38,6 +38,7 @@ from saga.events import (
     StageProbed,
     StageSkipped,
     StageStarted,
+    TurnReason,
 )
 from saga.failures import FailureKind
 from saga.graph import Role
@@ -195,6 +196,7 @@ class Oracle:
         self.outputs_are_in_the_report()
         self.the_status_claims_no_more_than_is_known()
         self.only_what_depends_is_held_back()
+        self.what_the_policy_does_not_keep_is_undone()
         self.every_failure_is_there()
         self.pivots_are_respected()
         self.the_plan_follows_from_the_events()
@@ -252,6 +254,26 @@ class Oracle:
             in_doubt = {other for other in dependents if self.kinds[other] == "pivot" and self.states[other] is S.IN_DOUBT}
             assert in_doubt or self.policy.compensation.on_failure == "isolate"
             assert above & {S.STUCK, S.IN_DOUBT}, f"{name} is blocked by nothing"
+
+    def what_the_policy_does_not_keep_is_undone(self) -> None:
+        # Promises 8 and 10, from the other side: without a failure nothing is undone, and after one only a halt, a cancel or a
+        # point of no return leaves something standing.
+        if not self.report.failures:
+            assert self.report.status is SagaStatus.COMPLETED
+        if self.report.status is SagaStatus.DEGRADED:
+            assert isinstance(self.policy, ContinueWithFallback)
+        turned = {event.reason for event in self.events if isinstance(event, SagaTurnedBack)}
+        pivots = {name for name, kind in self.kinds.items() if kind == "pivot" and self.states[name] is S.KEPT}
+        below_pivots = {name for name in self.kinds if self.world.dependents(name) & pivots} | pivots
+        if self.report.status is SagaStatus.HALTED and not turned:
+            assert self.report.cause is not None
+            by_the_caller = self.report.cause.stage is None and self.report.cause.kind is FailureKind.INTERRUPTED
+            assert (self.policy.on_interrupt if by_the_caller else self.policy.on_failure) == "halt"
+        elif self.report.status is SagaStatus.HALTED:
+            assert pivots
+        if turned - {TurnReason.ORPHANS}:
+            kept = {name for name, state in self.states.items() if state is S.KEPT and self.kinds[name] != "plain"}
+            assert kept <= below_pivots, "it was not undone, and nothing keeps it"
 
     def every_failure_is_there(self) -> None:
         # Promise 9.
