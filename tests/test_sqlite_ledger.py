@@ -13,8 +13,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing.context import ForkProcess
@@ -24,10 +24,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stageflow.api import StageOutput
+from stageflow.api import Pipeline, StageOutput
 
-from saga import LedgerError, MemoryLedger, MisuseError
-from saga.errors import LedgerCorrupt
+from saga import LedgerError, MemoryLedger, MisuseError, SagaCoordinator, SagaReport, SagaStatus
+from saga.errors import LedgerCorrupt, SagaUnrecorded
 from saga.events import AnyEvent, EffectRecorded, StageCompleted, event_to_json
 from saga.ledgers import open_ledger, sqlite, workers
 from saga.ledgers.postgres import PostgresLedger
@@ -36,6 +36,7 @@ from saga.ledgers.sqlite import MIGRATIONS, SQLiteLedger
 from tests.places import SQLiteFile
 from tests.scripts.appending import AT_ONCE, SAGAS
 from tests.test_ledger_contract import DONE, FIRST, SECOND, append, create, fork, forks, listed, on, prune, read, started
+from tests.world import SEQUENCE, Script, nothing, scene
 
 EVENTS = (started(), FIRST, SECOND, DONE)
 RECORDED = (create(), append(FIRST), append(SECOND, version=2), create("other"), append(DONE, version=3))
@@ -160,6 +161,41 @@ def test_rows_that_are_not_as_they_were_written_are_refused_and_other_sagas_are_
     assert "Nothing was changed" in str(events)
     assert other == (started("other"),)
     assert path.read_bytes() == damaged != whole
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_nobody_goes_on_with_a_saga_that_cannot_be_read_and_the_file_stays_as_it_is(path: Path, case: str) -> None:
+    last = EffectRecorded(stage="a", effect=1)
+    on(
+        SQLiteLedger(path),
+        create(),
+        append(FIRST),
+        append(SECOND, version=2),
+        create("other", "me", DONE),
+        append(last, version=3, release=True),
+    )
+    execute(path, *BY_HAND[case])
+    damaged = path.read_bytes()
+    pipeline = Pipeline(name="p").with_stage("a", nothing, "work")
+
+    async def play() -> list[str]:
+        async with SQLiteLedger(path) as ledger:
+            saga = SagaCoordinator(ledger=ledger)
+            deeds = [
+                saga.report("s"), saga.resume("s", pipeline), saga.compensate("s", pipeline), saga.settle("s", "a", "undone", "seen"),
+                saga.run(pipeline, saga_id="s"),
+            ]  # fmt: skip
+            for deed in deeds:
+                with pytest.raises(LedgerCorrupt, match="Nothing was changed"):
+                    await deed
+            recovery = await saga.recover([pipeline])
+            assert all(isinstance(error, LedgerCorrupt) for error in recovery.failed.values())
+            return list(recovery.failed)
+
+    failed = asyncio.run(play())
+
+    assert failed == ([] if case == "only the saga's row deleted" else ["s"])
+    assert path.read_bytes() == damaged
 
 
 @pytest.mark.parametrize("change", ["status = 'lost'", "started_at = 'long ago'", "updated_at = x'00'"])
@@ -389,6 +425,60 @@ def test_a_file_that_was_taken_away_is_not_written_to_any_more(whole: bytes, pat
     for answer in (appended, events):
         assert isinstance(answer, LedgerError)
         assert "was moved, deleted or replaced while it was in use; nothing was recorded" in str(answer)
+
+
+@contextmanager
+def full(path: Path) -> Iterator[None]:
+    with files_of_at_most(path.with_name(f"{path.name}-wal").stat().st_size):
+        yield
+
+
+@contextmanager
+def gone(path: Path) -> Iterator[None]:
+    moved = path.rename(path.with_name("moved.db"))
+    yield
+    moved.rename(path)
+
+
+@pytest.mark.parametrize(
+    ("fails", "why"), [(full, "disk I/O error"), (locked, "has held its lock"), (gone, "was moved, deleted or replaced")]
+)
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_saga_whose_ledger_fails_starts_nothing_more_says_what_is_in_effect_and_goes_on_when_it_is_back(
+    path: Path, fails: Callable[[Path], AbstractContextManager[None]], why: str, backward: bool
+) -> None:
+    shape = SEQUENCE | {"d": ("c",)}
+    script = Script("raise") if backward else Script()
+    world, pipeline = scene(shape, {"d": script}, dict.fromkeys(shape, "probed"))
+    struck = world.begin_undo if backward else world.enter
+
+    async def play() -> tuple[SagaUnrecorded, list[str], SagaReport]:
+        async with SQLiteLedger(path, patience=0.01) as ledger:
+            coordinator = SagaCoordinator(ledger=ledger)
+            with ExitStack() as failing:
+
+                def strike(name: str, **options: Any) -> None:
+                    struck(name, **options)
+                    if name == "b":
+                        failing.enter_context(fails(path))
+
+                setattr(world, struck.__name__, strike)
+                with pytest.raises(SagaUnrecorded) as caught:
+                    await coordinator.run(pipeline, saga_id="s")
+                log = list(world.log)
+            setattr(world, struck.__name__, struck)
+            return caught.value, log, await coordinator.resume("s", pipeline)
+
+    error, log, report = asyncio.run(play())
+
+    assert log == (["+a", "+b", "+c", "-c", "-b"] if backward else ["+a", "+b"])
+    assert error.in_effect == (("a",) if backward else ("a", "b"))
+    assert why in str(error)
+    assert f"Nothing more was started. In effect: {', '.join(error.in_effect)}; not known: nothing." in str(error)
+    assert str(error).endswith("When the ledger is back, go on: await coordinator.resume('s', pipeline)")
+    assert world.log == [*log, *(["-a"] if backward else ["+c", "+d"])]
+    assert world.refusals == []
+    assert report.status is (SagaStatus.COMPENSATED if backward else SagaStatus.COMPLETED)
 
 
 def test_what_goes_wrong_in_a_clock_is_told_to_everybody_who_waits_and_to_nobody_else(path: Path) -> None:
