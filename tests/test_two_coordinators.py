@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,13 @@ from stageflow.api import Pipeline, StageOutput
 from saga import CompensableStage, CompensationContext, FailFast, LedgerConflict, SagaContext, SagaCoordinator, SagaStatus
 from saga.ledgers.postgres import PostgresLedger
 from tests.places import SQLiteFile
-from tests.world import SEQUENCE, Script, scene
-
-
-class Gate:
-    """Lets a stage be held where it is, by whoever runs it first."""
-
-    def __init__(self) -> None:
-        self.entered = asyncio.Event()
-        self.open = asyncio.Event()
+from tests.world import SEQUENCE, Script, Scripted, scene
 
 
 def test_who_lost_its_lease_starts_nothing_more_and_the_other_is_told_before_and_goes_on_after(tmp_path: Path) -> None:
     place = SQLiteFile(tmp_path / "ledger")
-    script = Script()
-    world, pipeline = scene(SEQUENCE, {"b": script}, {"b": "probed"})
+    script, after = Script(), Script()
+    world, pipeline = scene(SEQUENCE, {"b": script, "c": after}, {"b": "probed"})
 
     async def play() -> tuple[LedgerConflict, LedgerConflict, Any]:
         script.gate = asyncio.Event()
@@ -61,6 +54,50 @@ def test_who_lost_its_lease_starts_nothing_more_and_the_other_is_told_before_and
     assert "saga s is held by" in str(held)
     assert "nothing was recorded" in str(lost)
     assert world.log == ["+a", "+b", "+c"]
+    assert (len(script.attempts), len(after.attempts)) == (2, 1), "who lost its lease went on"
+
+
+class HeldUp(Scripted):
+    """Is held up in its undoing by whoever undoes it first."""
+
+    gate: asyncio.Event | None = None
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        if self.gate is not None:
+            gate, self.gate = self.gate, None
+            self.world.undoing.add("held up")
+            await gate.wait()
+            self.world.undoing.discard("held up")
+        await super().compensate(ctx)
+
+
+def test_who_lost_its_lease_on_the_way_back_undoes_nothing_more(tmp_path: Path) -> None:
+    place = SQLiteFile(tmp_path / "ledger")
+    below, held_up = Script(), Script(undo_bears_repetition=True)
+    world, pipeline = scene(SEQUENCE, {"a": below, "c": Script("raise")})
+    stage = HeldUp(world, "b", held_up)
+    pipeline.stages["b"] = replace(pipeline.stages["b"], runner=stage)
+
+    async def play() -> tuple[LedgerConflict, Any]:
+        gate = stage.gate = asyncio.Event()
+        async with place.open() as slow, place.open() as quick:
+            running = asyncio.create_task(SagaCoordinator(ledger=slow).run(pipeline, saga_id="s"))
+            while "held up" not in world.undoing:
+                await asyncio.sleep(0)
+            place.pass_time(100)
+            report = await SagaCoordinator(ledger=quick).resume("s", pipeline)
+            gate.set()
+            with pytest.raises(LedgerConflict) as lost:
+                await running
+            return lost.value, report
+
+    lost, report = asyncio.run(play())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert "nothing was recorded" in str(lost)
+    assert world.log == ["+a", "+b", "-b", "-a"]
+    assert world.refusals == []
+    assert (held_up.undo_attempts, below.undo_attempts) == (2, 1), "who lost its lease went on"
 
 
 class Account(CompensableStage):
