@@ -226,11 +226,14 @@ def test_a_policy_is_frozen() -> None:
 
 
 def test_a_fallback_for_a_stage_that_does_not_exist_is_refused() -> None:
-    _, two = scene({"seat": (), "room": ("seat",)})
+    world, two = scene({"seat": (), "room": ("seat",)})
+    coordinator = SagaCoordinator(ContinueWithFallback(fallbacks={"saet": {}}))
 
     with pytest.raises(PolicyInvalid) as caught:
-        run(SagaCoordinator(ContinueWithFallback(fallbacks={"saet": {}})).run(two))
+        run(coordinator.run(two))
 
+    assert world.log == []
+    assert run(coordinator.ledger.list()) == ()
     assert str(caught.value) == "expected fallbacks for stages of pipeline 'scene' (seat, room), got 'saet'. Did you mean 'seat'?"
 
 
@@ -340,8 +343,26 @@ def test_a_saga_id_that_is_none_is_refused(saga_id: Any) -> None:
 
 
 def test_a_guard_retry_strategy_is_refused_and_the_error_says_why() -> None:
+    coordinator = SagaCoordinator()
+
     with pytest.raises(MisuseError, match="effects would land twice and be undone once"):
-        run(SagaCoordinator().run(pipeline(spec("a")), guard_retry_strategy=GuardRetryStrategy()))
+        run(coordinator.run(pipeline(spec("a")), guard_retry_strategy=GuardRetryStrategy()))
+
+    assert run(coordinator.ledger.list()) == ()
+
+
+@pytest.mark.parametrize("case", ["cycle", "sync execute", "sync compensate", "negative timeout"])
+def test_a_nested_pipeline_that_cannot_work_is_refused_before_the_one_around_it_begins(case: str) -> None:
+    bad, message = PIPELINES[case]
+    world, outer = scene({"a": ()})
+    coordinator = SagaCoordinator()
+
+    with pytest.raises(PipelineInvalid) as caught:
+        run(coordinator.run(outer.with_stage("child", nested(bad), dependencies=("a",))))
+
+    assert str(caught.value).startswith(message)
+    assert world.log == []
+    assert run(coordinator.ledger.list()) == ()
 
 
 def test_arguments_of_pipeline_run_that_do_not_belong_here_are_refused() -> None:
