@@ -113,6 +113,43 @@ def test_a_file_with_flipped_bits_gives_its_events_or_an_error_and_stays_as_it_i
     assert path.read_bytes() == damaged
 
 
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    """The bytes of a ledger that holds `EVENTS`, all of them still in its log, and those of the log."""
+    path = tmp_path_factory.mktemp("log") / "sagas.db"
+
+    async def while_it_is_open(_: Any) -> tuple[bytes, bytes]:
+        return await asyncio.to_thread(path.read_bytes), await asyncio.to_thread(path.with_name("sagas.db-wal").read_bytes)
+
+    found: tuple[bytes, bytes] = on(SQLiteLedger(path), *RECORDED, while_it_is_open)[-1]
+    return found
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_of_a_log_that_is_damaged_the_appends_before_the_damage_are_there_whole(log: tuple[bytes, bytes], path: Path, damage: str) -> None:
+    """SQLite takes a log to end where it is damaged, as after a crash, and tells nobody: the docs say so."""
+    found = []
+    for place in range(0, len(log[1]), 4099):
+        for name, content in zip(("sagas.db", "sagas.db-wal"), log, strict=True):
+            path.with_name(name).write_bytes(content)
+        with path.with_name("sagas.db-wal").open("r+b") as file:
+            if damage == "cut":
+                file.truncate(place)
+            else:
+                file.seek(place)
+                file.write(bytes([log[1][place] ^ 1]))
+
+        events, other, appended = on(SQLiteLedger(path), read(), read("other"), create("new"))
+
+        found.append(len(events))
+        assert events == EVENTS[: len(events)], place
+        assert other in ((), (started("other"),)), place
+        assert appended == 1, place
+        for left in ("sagas.db-wal", "sagas.db-shm"):
+            path.with_name(left).unlink(missing_ok=True)
+    assert len(set(found)) > 2
+
+
 UNKNOWN = '{"type":"nothing that we know"}'
 UNREADABLE = event_to_json(EffectRecorded(stage="a", effect="it")).replace('"it"', '{"$saga":"set","value":[{"row":1}]}')
 BY_HAND = {
