@@ -79,6 +79,19 @@ def test_it_runs_as_a_program_and_says_nothing_but_what_it_is_asked_for(tmp_path
     assert done.stdout.rstrip().endswith(THE_BOOKS_AGREE)
 
 
+def test_stock_and_payment_are_seen_to_in_parallel_and_the_rest_one_after_another(fulfilments: list[Fulfilment]) -> None:
+    completed = [fulfilment.report.stages for fulfilment in fulfilments if fulfilment.report.status is SagaStatus.COMPLETED]
+
+    assert len(completed) > 50
+    for stages in completed:
+        begun, ended = ({name: getattr(stage, at) for name, stage in stages.items()} for at in ("started_at", "ended_at"))
+        assert begun["reserve_stock"] < ended["authorise_payment"]
+        assert begun["authorise_payment"] < ended["reserve_stock"]
+        assert max(ended["reserve_stock"], ended["authorise_payment"]) <= begun["capture_payment"]
+        assert ended["capture_payment"] <= begun["create_shipment"]
+        assert ended["create_shipment"] <= begun["issue_receipt"]
+
+
 def test_every_kind_of_fault_strikes_at_every_stage(fulfilments: list[Fulfilment]) -> None:
     struck = Counter(fulfilment.fault for fulfilment in fulfilments if fulfilment.was_struck)
 
