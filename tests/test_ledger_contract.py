@@ -907,7 +907,7 @@ def test_an_event_may_have_as_many_bytes_as_the_ledger_says_and_no_more(durable:
     assert isinstance(fits, LedgerConflict), "there is no such saga, but it was asked for"
     assert type(too_large) is LedgerError
     said = f"EffectRecorded of saga s, stage 'a', has {size} bytes of JSON, the ledger takes {size - 1} (max_event_bytes)"
-    assert str(too_large) == f"{said}; nothing was recorded"
+    assert str(too_large) == f"{said}; nothing was recorded. A ledger opened with a larger one takes it"
     assert events == ()
 
 

@@ -138,7 +138,7 @@ class Writer:
         size = len(line) if line.isascii() else len(line.encode())
         if size > self._max:
             too_large = f"has {size:,} bytes of JSON, the ledger takes {self._max:,} (max_event_bytes)"
-            raise LedgerError(f"{_named(saga_id, event)} {too_large}; nothing was recorded")
+            raise LedgerError(f"{_named(saga_id, event)} {too_large}; nothing was recorded. A ledger opened with a larger one takes it")
         if self._redact is not None:
             _refuse_changed(saga_id, event, line)
         return line
