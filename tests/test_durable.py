@@ -392,6 +392,7 @@ class Stored(MemoryLedger):
 @pytest.mark.parametrize("model", [None, Receipt, Receipts])
 def test_an_output_comes_back_from_a_durable_ledger_as_what_its_stage_declares(model: Any) -> None:
     undone: list[Any] = []
+    seen: list[Any] = []
 
     class Book(CompensableStage):
         output_model = model
@@ -403,13 +404,19 @@ def test_an_output_comes_back_from_a_durable_ledger_as_what_its_stage_declares(m
             assert ctx.output is not None
             undone.append(ctx.output.data)
 
-    pipeline = Pipeline().with_stage("book", Book).with_stage("other", Book)
-    ledger = Stored()
-    run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+    async def look(ctx: Any) -> StageOutput:
+        seen.append(ctx.inputs.get_output("book").data)
+        return StageOutput.ok() if ctx.attempt > 1 else StageOutput.fail("not yet")
 
+    pipeline = Pipeline().with_stage("book", Book).with_stage("other", Book).with_stage("look", look, "work", dependencies=("book",))
+    ledger = Stored()
+    run(SagaCoordinator(FailFast(on_failure="halt"), ledger=ledger).run(pipeline, saga_id="s"))
+
+    run(SagaCoordinator(ledger=ledger).resume("s", pipeline))
     run(SagaCoordinator(ledger=ledger).compensate("s", pipeline))
 
     booking = {"seat": "14A", "price": 9.5} if model is None else Booking(seat="14A", price=9.5)
+    assert seen == [{"booking": Booking(seat="14A", price=9.5), "note": "window"}, {"booking": booking, "note": "window"}]
     assert undone == [{"booking": booking, "note": "window"}] * 2
 
 
