@@ -313,6 +313,11 @@ def test_an_order_whose_process_is_killed_at_any_write_balances_to_the_cent(is_d
             assert books.damage == []
             assert sum(books.accounts.values()) == sum(CREDIT.values())
             began = (write, moment) != (1, "before")
+            ended = "completed" if is_deliverable else "compensated"
+            assert recovered["recovered"] in ({}, {"s": ended}), (moment, write)
+            if began:
+                # Whether the recovery had to do anything or not: by its ledger the saga has come to its end.
+                assert SagaState(events_in(folder)).status.value == ended, (moment, write)
             fulfilled = InForce.fulfilled(order) if is_deliverable and began else InForce()
             assert books.in_force[order.id] == fulfilled, (moment, write, recovered)
     assert write > 5
