@@ -63,6 +63,11 @@ def first_run(pipeline: Pipeline, policy: Policy = HALT, **fields: Any) -> tuple
     return coordinator, run(coordinator.run(pipeline, saga_id="s", **fields))
 
 
+def holders(coordinator: SagaCoordinator) -> set[str | None]:
+    """Who holds the sagas of its ledger: what is refused must keep nobody else from them."""
+    return {entry.owner for entry in run(coordinator.ledger.list())}
+
+
 # -- forward ---------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +207,7 @@ def test_a_graph_that_changed_is_refused_with_the_difference_and_nothing_runs() 
     assert caught.value.differences == ("stage 'd' is new", "stage 'c': dependencies was ['b'], is ['a']")
     assert run(coordinator.ledger.read("s")) == before
     assert other_world.log == []
+    assert holders(coordinator) == {None}
     assert run(coordinator.resume("s", pipeline)).status is SagaStatus.HALTED
     assert world.log == ["+a", "+b"]
 
@@ -268,7 +274,9 @@ def test_what_is_in_doubt_and_cannot_be_asked_has_to_be_settled_first() -> None:
         run(coordinator.resume("s", pipeline))
 
     assert run(coordinator.ledger.read("s")) == before
+    assert holders(coordinator) == {None}
     run(coordinator.settle("s", "b", "kept", "the bank has it", output={"receipt": 7}))
+    assert holders(coordinator) == {None}
     report = run(coordinator.resume("s", pipeline))
     assert report.status is SagaStatus.COMPLETED
     assert report.kept["b"].data == {"receipt": 7}
