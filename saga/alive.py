@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from stageflow.events import NoOpEventSink
 
-from saga.compensable import CompensationContext, Host, refuse_record
+from saga.compensable import CompensationContext, Host, child_id, refuse_record
 from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
@@ -105,6 +106,7 @@ class LiveSaga(Host):
         self.stop: Callable[[Failure], None] | None = None
         self.is_stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._begun: Counter[tuple[str, int]] = Counter()
         self._recordings: dict[str, list[Coroutine[Any, Any, None]]] = {}
 
     def private_context(self) -> PipelineContext:
@@ -153,6 +155,12 @@ class LiveSaga(Host):
         """The idempotency key of a stage's execution."""
         execution = self.journal.state.stages[stage].execution
         return f"{self.id}/{stage}" if execution <= 1 else f"{self.id}/{stage}~{execution}"
+
+    def next_child(self, stage: str, attempt: int) -> str:
+        """The id of the next saga that an attempt of a stage runs."""
+        key = self.forward_key(stage)
+        self._begun[key, attempt] += 1
+        return child_id(key, attempt, self._begun[key, attempt])
 
     def compensation_context(self, stage: str, attempt: int) -> CompensationContext:
         """What a compensation or a probe of the stage gets to know."""

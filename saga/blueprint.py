@@ -340,7 +340,7 @@ def _declared_model(name: str, stage: object) -> Any:
     raise PipelineInvalid("output_model to be a pydantic model, a dataclass or None", got=repr(model), stage=name)
 
 
-_AMBIGUOUS: Final = re.compile(r"/|[~#]\d+$")
+_AMBIGUOUS: Final = re.compile(r"/|~\d+$|#\d+(\.\d+)?$")
 _MOST_KNOWN: Final = 1000
 _KNOWN: Final[dict[int, tuple[weakref.ref[Pipeline], Blueprint]]] = {}
 """What was read of the pipelines that are alive, by identity: a pipeline has no hash."""

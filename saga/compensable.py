@@ -80,7 +80,7 @@ class SagaContext(StageContext):
     async def run_saga(
         self, pipeline: Pipeline, context: PipelineContext | None = None, *, policy: Policy | None = None, **context_fields: Any
     ) -> SagaReport:
-        """Run a pipeline as a child saga; `nested` wraps this in a stage that also undoes it."""
+        """Run a pipeline as a child saga, one or several in an attempt; `nested` wraps this in a stage that also undoes it."""
         return await self._host.run_child(self.stage_name, self.attempt, pipeline, context, policy, context_fields)
 
     async def resume_saga(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
@@ -295,8 +295,10 @@ def compensable(
     return _Composed(runner, given)
 
 
-def child_id(forward_key: str, attempt: int) -> str:
-    """The id of the saga that an attempt of a stage runs, from the idempotency key of the stage's execution."""
+def child_id(forward_key: str, attempt: int, number: int) -> str:
+    """The id of the first, second, ... saga that an attempt of a stage runs, from the idempotency key of its execution."""
+    if number > 1:
+        return f"{forward_key}#{attempt}.{number}"
     return forward_key if attempt == 1 else f"{forward_key}#{attempt}"
 
 

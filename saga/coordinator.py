@@ -22,7 +22,6 @@ from saga.alive import Late, Latecomer, LiveSaga
 from saga.asking import ask
 from saga.backward import Backward
 from saga.blueprint import Blueprint, refuse_no_policy
-from saga.compensable import child_id
 from saga.errors import (
     GraphChanged,
     LedgerConflict,
@@ -336,7 +335,7 @@ class SagaCoordinator:
             context = parent.child_context(stage, pipeline, fields)
         elif fields:
             raise _both_given(fields)
-        saga = await self._begin(blueprint, policy, context, child_id(parent.forward_key(stage), attempt), parent.id, stage)
+        saga = await self._begin(blueprint, policy, context, parent.next_child(stage, attempt), parent.id, stage)
         return await self._as_child(parent, saga, self._forward(saga))
 
     async def resume_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline, *, forward: bool | None) -> SagaReport:

@@ -225,7 +225,7 @@ class ContinueWithFallback(_Policy):
         without_fallback: What a failure without a fallback does: `fail` as in `FailFast`; `skip_branch` skips what
             depends on it and lets the other branches go on.
         orphans: At the end of a saga that skipped a branch, what happens to completed stages that now serve nothing kept:
-            `compensate` or `keep` them.
+            `compensate` or `keep` them; a saga that keeps nothing else is halted.
     """
 
     policy: Literal["continue_with_fallback"] = "continue_with_fallback"

@@ -668,8 +668,10 @@ class Rollback:
 def stage_states(state: SagaState, policy: FailFast | ContinueWithFallback) -> dict[str, StageState]:
     """Where every stage stands, in topological order; each is in exactly one state (promise 4)."""
     blocked: frozenset[str] = frozenset()
-    if state.reason is not None and state.status is not SagaStatus.COMPENSATING:
-        blocked = undo_scope(state, policy, state.reason)
+    # One that is stuck and never turned back did not for want of anything that could be undone: what is left over waits for that.
+    reason = TurnReason.ORPHANS if state.reason is None and state.status is SagaStatus.STUCK else state.reason
+    if reason is not None and state.status is not SagaStatus.COMPENSATING:
+        blocked = undo_scope(state, policy, reason)
     states = {}
     for node in state.graph.nodes:
         record = state.stages[node.name]
@@ -760,7 +762,9 @@ def final_status(state: SagaState, policy: FailFast | ContinueWithFallback) -> S
         return SagaStatus.HALTED if protected(state) else SagaStatus.COMPENSATED
     if not any(record.with_branch or record.failed for record in state.stages.values()):
         return SagaStatus.COMPLETED
-    of_use = set(state.graph.names) - orphans(state)
-    if any(state.stages[name].state is _S.KEPT or state.stages[name].fell_back for name in of_use):
+    useless = orphans(state)
+    if any(record.state is _S.KEPT or record.fell_back for name, record in state.stages.items() if name not in useless):
         return SagaStatus.DEGRADED
-    return SagaStatus.COMPENSATED
+    # Nothing came of it; but what the policy keeps all the same stands, and whoever runs this saga has to see to it.
+    stands = any(state.stages[name].state is _S.KEPT and state.graph[name].role is not Role.PLAIN for name in useless)
+    return SagaStatus.HALTED if stands else SagaStatus.COMPENSATED

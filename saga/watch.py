@@ -54,7 +54,7 @@ async def outlast(tasks: Collection[asyncio.Task[Any]]) -> None:
 async def outlasting(answer: asyncio.Future[T]) -> T:
     """Wait for an answer that comes whatever happens, however often whoever waits is cancelled; that is counted in its `cancelling()`."""
     try:
-        await asyncio.wait((answer,))
+        return await asyncio.shield(answer)
     except asyncio.CancelledError:
         # anyio repeats the cancel of a scope at every turn of the loop until the scope is left.
         with anyio.CancelScope(shield=True):

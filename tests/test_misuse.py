@@ -128,6 +128,7 @@ PIPELINES: dict[str, tuple[Pipeline, str]] = {
     ),
     "name of a second execution": (pipeline(spec("pay~2")), "expected a stage name in UTF-8 without '/'"),
     "name of a second child": (pipeline(spec("pay#2")), "expected a stage name in UTF-8 without '/'"),
+    "name of an attempt's second child": (pipeline(spec("pay#2.2")), "expected a stage name in UTF-8 without '/'"),
     "name that no file holds": (
         pipeline(spec("pay\ud800")),
         "expected a stage name in UTF-8 without '/' that doesn't end in ~ or # and a number",

@@ -12,11 +12,14 @@ from stageflow.api import Pipeline, PipelineContext, StageOutput
 
 from saga import (
     Compensation,
+    CompensationContext,
+    ContinueWithFallback,
     FailFast,
     LedgerError,
     MemoryLedger,
     MisuseError,
     Retry,
+    SagaContext,
     SagaCoordinator,
     SagaFailed,
     SagaReport,
@@ -72,6 +75,53 @@ def test_a_child_that_fails_undoes_itself_and_fails_the_parents_stage() -> None:
     assert report.cause.exception.report.status is SagaStatus.COMPENSATED
     assert "stage 'c' raised: CardDeclined" in report.cause.message
     assert run(coordinator.report("s/child")).status is SagaStatus.COMPENSATED
+
+
+def test_a_child_of_which_nothing_came_and_that_keeps_an_orphan_is_undone_with_its_parent() -> None:
+    child_world, child = scene({"x": (), "y": ("x",)}, {"y": Script("raise")})
+    parent_world, parent = scene({"before": ()})
+    keeping = ContinueWithFallback(without_fallback="skip_branch", orphans="keep")
+    parent = parent.with_stage("child", nested(child, keeping), dependencies=("before",))
+    coordinator = SagaCoordinator()
+
+    report = run(coordinator.run(parent, saga_id="s"))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert child_world.log == ["+x", "-x"]
+    assert parent_world.log == ["+before", "-before"]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_stage_may_run_several_children_in_one_attempt_and_undo_them_all(at_once: bool) -> None:
+    """Each under an id of its own, also in another attempt."""
+    worlds, rooms = zip(*[scene({"room": ()}) for _ in range(3)], strict=True)
+    policy = FailFast(retry=Retry(attempts=2, wait=0.0))
+
+    async def book(ctx: SagaContext) -> dict[str, Any]:
+        if ctx.attempt == 1:
+            await ctx.run_saga(rooms[0])
+            raise CardDeclined
+        if at_once:
+            reports = await asyncio.gather(*[ctx.run_saga(room) for room in rooms[1:]])
+        else:
+            reports = [await ctx.run_saga(room) for room in rooms[1:]]
+        assert all(report.ok for report in reports)
+        return {"ids": [report.saga_id for report in await ctx.child_sagas()]}
+
+    async def release(ctx: CompensationContext) -> None:
+        for report, room in zip(await ctx.child_sagas(), rooms, strict=True):
+            assert (await ctx.undo_saga(report.saga_id, room)).clean
+
+    _, tail = scene({"after": ()}, {"after": Script("raise")})
+    parent = Pipeline().with_stage("book", compensable(book, release))
+    parent = parent.with_stage("after", tail.stages["after"].runner, dependencies=("book",))
+
+    report = run(SagaCoordinator(policy).run(parent, saga_id="s"))
+
+    assert report.undone["book"] is not None
+    assert report.undone["book"].data == {"ids": ["s/book", "s/book#2", "s/book#2.2"]}
+    assert [world.log for world in worlds] == [["+room", "-room"]] * 3
+    assert report.status is SagaStatus.COMPENSATED
 
 
 @pytest.mark.parametrize("keep", [lambda _: MemoryLedger(), lambda path: SQLiteLedger(path / "ledger.db")], ids=["in memory", "on disk"])

@@ -163,6 +163,43 @@ def test_orphans_are_kept_when_the_policy_says_so() -> None:
     assert set(world.standing) == {"root", "left", "right"}
 
 
+def test_a_saga_whose_every_branch_fell_and_that_keeps_its_orphans_is_halted_and_can_be_redriven_or_undone() -> None:
+    """Promise 5: something of it stands, so it is not compensated."""
+    shape = {"root": (), "leaf": ("root",)}
+    policy = ContinueWithFallback(without_fallback="skip_branch", orphans="keep")
+    for goes_on in ("redriven", "undone"):
+        world, pipeline = scene(shape, {"leaf": Script("raise", then=("ok",))})
+        coordinator = SagaCoordinator(policy)
+        report = run(coordinator.run(pipeline, saga_id="s"))
+        assert report.status is SagaStatus.HALTED
+        assert set(world.standing) == set(report.kept) == {"root"}
+        assert "To do: what was done is kept. Mend the cause, then: saga resume s" in str(report)
+
+        after = run(coordinator.resume("s", pipeline) if goes_on == "redriven" else coordinator.compensate("s", pipeline))
+
+        assert after.status is (SagaStatus.COMPLETED if goes_on == "redriven" else SagaStatus.COMPENSATED)
+        assert set(world.standing) == (set(shape) if goes_on == "redriven" else set())
+        assert world.refusals == []
+
+
+def test_what_a_fallback_stands_in_for_is_blocked_by_one_in_doubt_above_it_and_undone_when_that_is_known() -> None:
+    scripts = {"e": Script("raise", lands=True), "f": Script("hang", then=("raise",))}
+    world, pipeline = scene({"e": (), "f": ("e",)}, scripts, {"e": "recording"})
+    coordinator = SagaCoordinator(ContinueWithFallback(timeout=5, fallbacks={"e": {}, "f": {}}))
+
+    report = run(coordinator.run(pipeline, saga_id="s"))
+
+    assert report.status is SagaStatus.STUCK
+    assert list(report.in_doubt) == ["f"]
+    assert list(report.blocked) == ["e"]
+    assert set(world.standing) == {"e"}
+    run(coordinator.settle("s", "f", "undone", "the hotel says so"))
+    known = run(coordinator.resume("s", pipeline))
+    assert known.status is SagaStatus.DEGRADED
+    assert known.stages["e"].state is StageState.FALLBACK
+    assert world.log == ["+e", "-e"]
+
+
 def test_an_orphan_behind_a_plain_stage_is_found() -> None:
     shape = {"root": (), "plain": ("root",), "leaf": ("plain",), "other": ()}
     world, pipeline = scene(shape, {"leaf": Script("raise")}, {"plain": "plain"})

@@ -227,8 +227,7 @@ class Oracle:
         match self.report.status:
             case SagaStatus.COMPENSATED:
                 assert not unsettled
-                orphans_kept = isinstance(self.policy, ContinueWithFallback) and self.policy.orphans == "keep"
-                assert not self.world.standing or orphans_kept
+                assert not self.world.standing
             case SagaStatus.COMPLETED:
                 assert set(self.states.values()) <= {S.KEPT, S.SKIPPED}
             case SagaStatus.DEGRADED:
@@ -237,12 +236,18 @@ class Oracle:
             case SagaStatus.STUCK:
                 assert unsettled
             case SagaStatus.HALTED:
-                assert self.report.cause is not None
+                assert self.report.cause is not None or self.nothing_is_left_but_orphans_that_are_kept()
             case SagaStatus.CANCELLED:
                 assert S.CANCELLED in self.states.values() or any(f.kind is FailureKind.CANCELLED for f in self.report.failures)
                 assert self.policy.on_cancel == "keep"
             case other:
                 raise AssertionError(other)
+
+    def nothing_is_left_but_orphans_that_are_kept(self) -> bool:
+        served = {name for name, state in self.states.items() if state in {S.KEPT, S.FALLBACK}}
+        serves_nothing = {name for name in self.world.standing if not served & (self.world.dependents(name) - {name})}
+        keeps = isinstance(self.policy, ContinueWithFallback) and self.policy.orphans == "keep"
+        return keeps and bool(serves_nothing)
 
     def only_what_depends_is_held_back(self) -> None:
         # Promise 8.
@@ -265,7 +270,10 @@ class Oracle:
         turned = {event.reason for event in self.events if isinstance(event, SagaTurnedBack)}
         pivots = {name for name, kind in self.kinds.items() if kind == "pivot" and self.states[name] is S.KEPT}
         below_pivots = {name for name in self.kinds if self.world.dependents(name) & pivots} | pivots
-        if self.report.status is SagaStatus.HALTED and not turned:
+        if self.report.status is SagaStatus.HALTED and self.report.cause is None:
+            assert self.nothing_is_left_but_orphans_that_are_kept()
+            assert turned <= {TurnReason.ORPHANS}
+        elif self.report.status is SagaStatus.HALTED and not turned:
             assert self.report.cause is not None
             by_the_caller = self.report.cause.stage is None and self.report.cause.kind is FailureKind.INTERRUPTED
             assert (self.policy.on_interrupt if by_the_caller else self.policy.on_failure) == "halt"
