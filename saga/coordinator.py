@@ -577,8 +577,10 @@ class SagaCoordinator:
         askable = [node.name for node in state.graph.nodes if undo_step(node, state.stages[node.name]) is Step.PROBE]
         asking = [start(ask(saga, name)) for name in askable]
         await outlast(asking)
-        for asked in asking:
-            asked.result()
+        # All of them are looked at: asyncio complains of an exception that nobody looked at.
+        for error in [asked.exception() for asked in asking]:
+            if error is not None:
+                raise error
 
     async def _back(self, saga: LiveSaga, reason: TurnReason) -> None:
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import warnings
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
@@ -30,10 +31,10 @@ from saga import (
     StageState,
     compensable,
 )
-from saga.events import SagaStarted, SagaTurnedBack, StageStarted
+from saga.events import SagaStarted, SagaTurnedBack, StageProbed, StageStarted
 from tests.controlled import ControlledLoop, elapse, run
-from tests.slow import SlowDisk
-from tests.world import nothing
+from tests.slow import SlowDisk, SlowLedger
+from tests.world import Script, nothing, scene
 
 Code = Callable[[Any], Awaitable[Any]]
 WHO: ContextVar[str] = ContextVar("WHO", default="the caller")
@@ -435,6 +436,17 @@ def test_when_a_ledger_fails_what_a_failed_stage_recorded_is_in_effect() -> None
         run(SagaCoordinator(ledger=Full()).run(staged(("a", compensable(half, nothing)))))
 
     assert (caught.value.in_effect, caught.value.unknown) == (("a",), ())
+
+
+def test_a_ledger_that_fails_while_several_stages_are_asked_for_is_told_of_once_and_asyncio_has_nothing_to_add() -> None:
+    _, pipeline = scene({"a": (), "b": ()}, dict.fromkeys("ab", Script("hang")), dict.fromkeys("ab", "probed"))
+
+    async def play() -> None:
+        with pytest.raises(SagaUnrecorded):
+            await SagaCoordinator(FailFast(timeout=1, on_failure="halt"), ledger=SlowLedger(StageProbed, seconds=0.0)).run(pipeline)
+        gc.collect()
+
+    run(play())
 
 
 @pytest.mark.parametrize("ends", ["ok", "skip"])
