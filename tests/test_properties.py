@@ -244,10 +244,11 @@ class Oracle:
                 raise AssertionError(other)
 
     def nothing_is_left_but_orphans_that_are_kept(self) -> bool:
-        served = {name for name, state in self.states.items() if state in {S.KEPT, S.FALLBACK}}
-        serves_nothing = {name for name in self.world.standing if not served & (self.world.dependents(name) - {name})}
+        ends = {name for name in self.kinds if not self.world.dependents(name) - {name}}
+        above = {end for name in self.world.standing for end in ends & (self.world.dependents(name) | {name})}
+        fell = {name for name in above if (self.report.stages[name].skip_reason or "").endswith(" did not complete")}
         keeps = isinstance(self.policy, ContinueWithFallback) and self.policy.orphans == "keep"
-        return keeps and bool(serves_nothing)
+        return keeps and bool(above) and above <= fell | set(self.report.failed)
 
     def only_what_depends_is_held_back(self) -> None:
         # Promise 8.
