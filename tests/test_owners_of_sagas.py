@@ -20,6 +20,7 @@ from saga import (
     LedgerError,
     MemoryLedger,
     MisuseError,
+    Recovery,
     SagaContext,
     SagaCoordinator,
     SagaExists,
@@ -33,7 +34,7 @@ from saga.blueprint import Blueprint
 from saga.events import SagaStarted
 from tests.controlled import elapse, run
 from tests.dying import Dying
-from tests.slow import SlowDisk
+from tests.slow import SlowDisk, SlowLedger
 from tests.world import SEQUENCE, Script, scene
 
 
@@ -406,6 +407,27 @@ def test_a_child_of_which_the_ledger_has_no_parent_goes_on_by_itself() -> None:
         return await SagaCoordinator(ledger=ledger).resume("s/child", pipeline)
 
     assert run(play()).status is SagaStatus.COMPLETED
+
+
+def test_a_recovery_leaves_the_child_of_a_saga_that_is_just_being_resumed_to_it() -> None:
+    """Which is still halted in the ledger, and about to go on with its child."""
+    world, pipeline = scene({"a": ()}, {"a": Script("raise", then=("ok",))})
+    ledger = SlowLedger()
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"), ledger=ledger)
+
+    async def play() -> Recovery:
+        await coordinator.run(pipeline, saga_id="s")
+        await left_behind(ledger, pipeline, "s/a", parent="s")
+        resumed = asyncio.create_task(coordinator.resume("s", pipeline))
+        await elapse(0.1)
+        recovery = await coordinator.recover(pipeline)
+        await resumed
+        return recovery
+
+    recovery = run(play())
+
+    assert (recovery.reports, recovery.held, recovery.failed) == ({}, {}, {})
+    assert world.log == ["+a"]
 
 
 def test_a_stage_can_not_go_on_with_a_child_that_is_not_there() -> None:
