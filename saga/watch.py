@@ -1,4 +1,4 @@
-"""Tasks that begin whatever happens, and time limits for code that may ignore its cancel."""
+"""Tasks that begin and waits that last, whoever is cancelled; and time limits for code that may ignore its cancel."""
 
 from __future__ import annotations
 

@@ -79,6 +79,21 @@ class DeniedByProbe(Deaf):
         return None
 
 
+class ReleasesAt(MemoryLedger):
+    """Lets a stage come late in the moment in which such an event is recorded."""
+
+    def __init__(self, kind: type[Any], stage: Deaf) -> None:
+        super().__init__()
+        self.kind = kind
+        self.stage = stage
+
+    async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
+        if any(isinstance(event, self.kind) for event in events):
+            self.stage.released.set()
+            await elapse(1)
+        await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
+
+
 def play(
     kind: type[Deaf] = Deaf,
     policy: Policy | None = None,
@@ -312,21 +327,11 @@ def test_a_compensation_that_fails_late_leaves_its_stage_stuck() -> None:
 
 
 def test_what_comes_while_the_saga_is_coming_to_rest_is_recorded_behind_its_end() -> None:
-    released: list[Deaf] = []
-
-    class ReleasesAtTheEnd(MemoryLedger):
-        async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
-            if any(isinstance(event, SagaEnded) for event in events):
-                released[0].released.set()
-                await elapse(1)
-            await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
-
     world = World({"deaf": ()})
 
     async def main() -> SagaReport:
         stage = Deaf(world)
-        released.append(stage)
-        coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2), ledger=ReleasesAtTheEnd())
+        coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2), ledger=ReleasesAt(SagaEnded, stage))
         await coordinator.run(Pipeline().with_stage("deaf", stage), saga_id="s")
         await elapse(5)
         return await coordinator.report("s")
@@ -466,22 +471,12 @@ def test_what_comes_late_of_an_execution_before_is_not_taken_for_the_one_that_st
 
 
 def test_what_comes_late_while_a_person_settles_the_saga_is_recorded_behind_that() -> None:
-    released: list[Deaf] = []
-
-    class ReleasesAtAWord(MemoryLedger):
-        async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
-            if any(isinstance(event, StageSettled) for event in events):
-                released[0].released.set()
-                await elapse(1)
-            await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
-
     world = World({"deaf": (), "other": ()})
 
     async def main() -> SagaReport:
         stage = Deaf(world)
-        released.append(stage)
         pipeline = Pipeline().with_stage("deaf", stage).with_stage("other", scene({"x": ()}, {"x": Script("hang")})[1].stages["x"].runner)
-        coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2), ledger=ReleasesAtAWord())
+        coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2), ledger=ReleasesAt(StageSettled, stage))
         await coordinator.run(pipeline, saga_id="s")
         await coordinator.settle("s", "other", "undone", "looked")
         await elapse(5)
