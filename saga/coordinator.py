@@ -27,32 +27,29 @@ from saga.errors import (
     LedgerConflict,
     LedgerError,
     MisuseError,
-    NotStorable,
     SagaError,
     SagaExists,
     SagaNotFound,
-    SagaUnrecorded,
 )
 from saga.events import (
     AnyEvent,
     CompensationCompleted,
-    CompensationStarted,
     SagaEnded,
     SagaStarted,
     SagaTurnedBack,
     StageCompleted,
     StageSettled,
-    StageStarted,
     TurnReason,
     Verdict,
 )
 from saga.failures import Failure
+from saga.family import events_of, located, report_of, report_with_children, reports_of, run_by
 from saga.forward import Forward
-from saga.graph import Role
 from saga.heart import Heart
+from saga.inputs import context_of, recorded_input, refuse_both
 from saga.journal import Journal, Listener, tell
 from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, StageState
-from saga.outputs import copied, refuse_unstorable
+from saga.outputs import copied
 from saga.owners import this_process
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery import SagaState, Step, conclude, final_status, undo_step
@@ -66,24 +63,6 @@ if TYPE_CHECKING:
     from saga.actions import Actions
 
 _LOG: Final = logging.getLogger("saga")
-_INPUT: Final = (
-    "pipeline_run_id",
-    "request_id",
-    "session_id",
-    "user_id",
-    "org_id",
-    "interaction_id",
-    "topology",
-    "configuration",
-    "execution_mode",
-    "input_text",
-    "input_audio_duration_ms",
-    "metadata",
-    "created_at",
-    "service",
-    "data",
-)
-"""What of stageflow's context is recorded, so that a saga can go on without its caller."""
 _TOLD: Final = {StageCompleted: StageState.KEPT, CompensationCompleted: StageState.UNDONE}
 """Where a stage stands of which a latecomer tells nothing new: a probe, a person or another attempt has told before."""
 
@@ -159,7 +138,7 @@ class SagaCoordinator:
             asyncio.CancelledError: The caller was cancelled, and the saga has done what `on_interrupt` says.
         """
         blueprint = self._read(pipeline, self.policy)
-        context = _context(pipeline.name, context, context_fields)
+        context = context_of(pipeline.name, context, context_fields)
         saga = await self._begin(blueprint, self.policy, context, saga_id)
         return await self._unbroken(saga, self._forward(saga))
 
@@ -236,8 +215,8 @@ class SagaCoordinator:
             raise MisuseError("a note that says why", got=repr(note), stage=stage)
         if output is not None and not isinstance(output, dict):
             raise MisuseError("a dict as the output's data", got=repr(output), stage=stage)
-        path = [*await self._runs(saga_id), *await self._locate(saga_id, stage)]
-        *above, (owner, leaf) = path
+        state = SagaState(await events_of(self.ledger, saga_id))
+        *above, (owner, leaf) = [*await run_by(self.ledger, state), *await located(self.ledger, state, stage)]
         said = StageSettled(
             stage=leaf,
             verdict=Verdict(verdict),
@@ -296,10 +275,7 @@ class SagaCoordinator:
         Raises:
             SagaNotFound: The ledger has no such saga.
         """
-        events = await self.ledger.read(saga_id)
-        if not events:
-            raise _not_found(saga_id)
-        return await self._report(SagaState(events))
+        return await report_of(self.ledger, saga_id)
 
     async def cancel(self, saga_id: str, reason: str = "it was asked to stop") -> None:
         """Stop a saga that is running here, and those that its stages run, as if its caller had been cancelled.
@@ -331,10 +307,9 @@ class SagaCoordinator:
         """Run a child of a saga's stage; `SagaContext.run_saga` gets here."""
         policy = policy if policy is not None else FailFast()
         blueprint = self._read(pipeline, policy)
+        refuse_both(context, fields)
         if context is None:
             context = parent.child_context(stage, pipeline, fields)
-        elif fields:
-            raise _both_given(fields)
         saga = await self._begin(blueprint, policy, context, parent.next_child(stage, attempt), parent.id, stage)
         return await self._as_child(parent, saga, self._forward(saga))
 
@@ -361,9 +336,7 @@ class SagaCoordinator:
 
     async def reports_of(self, saga_id: str, stage: str, prefix: str) -> list[SagaReport]:
         """The children of a saga's stage, oldest first; those whose ids begin so."""
-        entries = await self.ledger.list(parent=saga_id)
-        ids = [entry.saga_id for entry in entries if entry.parent_stage == stage]
-        return [await self.report(child) for child in ids if child == prefix or child.startswith(f"{prefix}#")]
+        return await reports_of(self.ledger, saga_id, stage, prefix)
 
     def comes_late(self, saga_id: str, late: Late) -> None:
         """Record at the next occasion what nobody waited for any more."""
@@ -401,7 +374,7 @@ class SagaCoordinator:
                 pipeline=blueprint.name,
                 graph=blueprint.graph,
                 policy=policy,
-                input=self._input(context),
+                input=recorded_input(context, durable=self.ledger.durable),
                 parent=parent,
                 parent_stage=parent_stage,
             )
@@ -411,20 +384,9 @@ class SagaCoordinator:
             raise
         return self._lives(blueprint, policy, journal, context)
 
-    def _input(self, context: PipelineContext) -> dict[str, Any]:
-        found = {name: copied(value) for name in _INPUT if (value := getattr(context, name))}
-        if self.ledger.durable:
-            try:
-                refuse_unstorable(found, "context")
-            except NotStorable as refused:
-                raise MisuseError("a context that a durable ledger can keep", got=str(refused)) from None
-        return found
-
     async def _take(self, saga_id: str, pipeline: Pipeline, policy: Policy | None = None) -> tuple[LiveSaga, Sequence[AnyEvent]]:
         """Take over a saga that nobody is running; with its events."""
-        events = await self.ledger.read(saga_id)
-        if not events:
-            raise _not_found(saga_id)
+        events = await events_of(self.ledger, saga_id)
         if saga_id in self._alive:
             raise MisuseError("a saga that nobody is running", got=f"saga {saga_id}, which is {SagaState(events).status.value} here")
         self._hold(saga_id)
@@ -532,25 +494,18 @@ class SagaCoordinator:
     async def _closing(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
         try:
             await work
-            return await self._report(saga.journal.state, saga)
+            if saga.has_children:
+                return await report_with_children(self.ledger, saga.journal.state, saga.exceptions)
+            return SagaReport.of(saga.journal.state)
         except LedgerConflict:
             # Somebody else goes on with it; what is in effect is theirs to know.
             raise
         except LedgerError as error:
-            raise _unrecorded(saga.journal, error) from error
+            raise saga.journal.left_unrecorded(error) from error
         finally:
             await self._let_go(saga)
             if saga.id in self._late:
                 self._record_late_soon(saga.id)
-
-    async def _report(self, state: SagaState, saga: LiveSaga | None = None) -> SagaReport:
-        if saga is not None and not saga.has_children:
-            return SagaReport.of(state)
-        children: dict[str, tuple[SagaReport, ...]] = {}
-        for entry in await self.ledger.list(parent=state.started.saga_id):
-            stage = str(entry.parent_stage)
-            children[stage] = (*children.get(stage, ()), await self.report(entry.saga_id))
-        return SagaReport.of(state, children, {} if saga is None else saga.exceptions)
 
     async def _drive(self, saga: LiveSaga, forward: Forward, before: Sequence[AnyEvent]) -> None:
         if before:
@@ -617,45 +572,16 @@ class SagaCoordinator:
             MisuseError: Another one runs it.
             GraphChanged: The pipeline has another name.
         """
-        for parent, stage in (await self._runs(saga_id))[:1]:
+        state = SagaState(await events_of(self.ledger, saga_id))
+        for parent, stage in (await run_by(self.ledger, state))[:1]:
             raise MisuseError(
                 "a saga that no other one runs",
                 got=f"{saga_id}, which is run by stage {stage!r} of saga {parent}",
                 hint=f"Go on with {parent}: it goes on with those that it runs, and learns what became of them.",
             )
-        started = (await self.ledger.read(saga_id))[0]
         name = getattr(pipeline, "name", None)
-        if isinstance(started, SagaStarted) and isinstance(name, str) and name != started.pipeline:
-            raise GraphChanged(saga_id, [f"its pipeline is {started.pipeline!r}, this one is {name!r}"])
-
-    async def _runs(self, saga_id: str) -> list[tuple[str, str]]:
-        """The sagas and stages that run a saga, the outermost first.
-
-        Raises:
-            SagaNotFound: The ledger has no such saga.
-        """
-        events = await self.ledger.read(saga_id)
-        if not events:
-            raise _not_found(saga_id)
-        found: list[tuple[str, str]] = []
-        while events and isinstance(started := events[0], SagaStarted) and started.parent is not None:
-            events = await self.ledger.read(started.parent)
-            if events:
-                found.insert(0, (started.parent, str(started.parent_stage)))
-        return found
-
-    async def _locate(self, saga_id: str, path: str) -> list[tuple[str, str]]:
-        """The sagas and stages that a path leads through, from a saga that is there, the outermost first."""
-        state = SagaState(await self.ledger.read(saga_id))
-        if path in state.stages:
-            return [(saga_id, path)]
-        for stage in state.stages:
-            if not path.startswith(f"{stage}/"):
-                continue
-            for child in reversed([entry for entry in await self.ledger.list(parent=saga_id) if entry.parent_stage == stage]):
-                with contextlib.suppress(MisuseError):
-                    return [(saga_id, stage), *await self._locate(child.saga_id, path.removeprefix(f"{stage}/"))]
-        raise MisuseError(f"a stage of saga {saga_id} ({', '.join(state.stages)})", got=repr(path))
+        if isinstance(name, str) and name != state.started.pipeline:
+            raise GraphChanged(saga_id, [f"its pipeline is {state.started.pipeline!r}, this one is {name!r}"])
 
     async def _settle(self, saga_id: str, said: StageSettled, *, tolerant: bool = False) -> None:
         def settled(state: SagaState) -> list[AnyEvent]:
@@ -751,26 +677,6 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch - where processes don't
     os.register_at_fork(after_in_child=_name_all_anew)
 
 
-def _unrecorded(journal: Journal, error: LedgerError) -> LedgerError:
-    """What to say of a saga that its ledger failed: what is in effect, and what nobody knows."""
-    state, unwritten = journal.state, journal.unwritten
-    if any(isinstance(event, SagaStarted) for event in unwritten):
-        return LedgerError(
-            f"saga {state.started.saga_id} could not begin: {error}. None of its stages ran. When the ledger is back, run it again; "
-            "should it hold this one all the same, go on with that instead."
-        )
-    # Its code has not run: it waited for this event to be in the ledger.
-    never_began = {event.stage for event in unwritten if isinstance(event, StageStarted | CompensationStarted)}
-    under_way = {StageState.RUNNING, StageState.COMPENSATING}
-    unknown, in_effect = [], []
-    for name, record in state.stages.items():
-        if record.doubt or (record.state in under_way and name not in never_began):
-            unknown.append(name)
-        elif state.graph[name].role is not Role.PLAIN and record.state is not StageState.UNDONE and (record.landed or record.effects):
-            in_effect.append(name)
-    return SagaUnrecorded(state.started.saga_id, error, in_effect=in_effect, unknown=unknown)
-
-
 def _checked(listeners: Sequence[Listener]) -> tuple[Listener, ...]:
     if callable(listeners):
         raise MisuseError("a list of listeners", got=repr(listeners), hint="Write listeners=[it].")
@@ -799,39 +705,10 @@ def _user() -> str:
         return "unknown"
 
 
-def _not_found(saga_id: str) -> SagaNotFound:
-    return SagaNotFound("the id of a saga in the ledger", got=repr(saga_id))
-
-
 def _refuse_changed(state: SagaState, blueprint: Blueprint) -> None:
     differences = state.graph.differences(blueprint.graph)
     if differences:
         raise GraphChanged(state.started.saga_id, differences)
-
-
-def _both_given(fields: dict[str, Any]) -> MisuseError:
-    return MisuseError("either a context or its fields", got=f"both, the fields being {', '.join(fields)}")
-
-
-def _context(name: str, context: PipelineContext | None, fields: dict[str, Any]) -> PipelineContext:
-    if "guard_retry_strategy" in fields:
-        raise MisuseError(
-            "no guard_retry_strategy",
-            got=repr(fields["guard_retry_strategy"]),
-            hint="It repeats stages behind the saga's back: effects would land twice and be undone once. Give the stage a Retry.",
-        )
-    if "interceptors" in fields:
-        raise MisuseError("interceptors at SagaCoordinator(..., interceptors=)", got="interceptors at run()")
-    if context is None:
-        try:
-            return PipelineContext.create(**{"topology": name} | fields)
-        except TypeError as error:
-            raise MisuseError("fields of stageflow's PipelineContext", got=str(error).rpartition(") got ")[2]) from None
-    if fields:
-        raise _both_given(fields)
-    if not isinstance(context, PipelineContext):
-        raise MisuseError("a PipelineContext", got=repr(context))
-    return context
 
 
 def _wake(waiter: asyncio.Future[None], _: asyncio.Task[SagaReport]) -> None:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from saga.errors import LedgerError, NotStorable
+from saga.errors import LedgerError, NotStorable, SagaUnrecorded
 from saga.events import (
     AnyEvent,
     CompensationStarted,
@@ -25,7 +25,8 @@ from saga.events import (
     event_from_json,
     event_to_json,
 )
-from saga.ledger import Ledger
+from saga.graph import Role
+from saga.ledger import Ledger, StageState
 from saga.outputs import refuse_unstorable, refuse_unstorable_output
 from saga.recovery import SagaState
 from saga.watch import outlasting
@@ -232,6 +233,25 @@ class Journal:
             with contextlib.suppress(LedgerError):
                 # It ends by itself, and what went wrong before counts for more.
                 await self._ledger.release(self.saga_id, self._token)
+
+    def left_unrecorded(self, error: LedgerError) -> LedgerError:
+        """What to say of the saga that its ledger failed: what is in effect, and what nobody knows."""
+        state = self.state
+        if any(isinstance(event, SagaStarted) for event in self.unwritten):
+            return LedgerError(
+                f"saga {self.saga_id} could not begin: {error}. None of its stages ran. When the ledger is back, run it again; "
+                "should it hold this one all the same, go on with that instead."
+            )
+        # Its code has not run: it waited for this event to be in the ledger.
+        never_began = {event.stage for event in self.unwritten if isinstance(event, StageStarted | CompensationStarted)}
+        under_way = {StageState.RUNNING, StageState.COMPENSATING}
+        unknown, in_effect = [], []
+        for name, record in state.stages.items():
+            if record.doubt or (record.state in under_way and name not in never_began):
+                unknown.append(name)
+            elif state.graph[name].role is not Role.PLAIN and record.state is not StageState.UNDONE and (record.landed or record.effects):
+                in_effect.append(name)
+        return SagaUnrecorded(self.saga_id, error, in_effect=in_effect, unknown=unknown)
 
 
 def _named(events: Sequence[AnyEvent]) -> str:

@@ -1,0 +1,79 @@
+"""What a saga is run on: stageflow's context, and what of it is recorded."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from stageflow.api import PipelineContext
+
+from saga.errors import MisuseError, NotStorable
+from saga.outputs import copied, refuse_unstorable
+
+_RECORDED: Final = (
+    "pipeline_run_id",
+    "request_id",
+    "session_id",
+    "user_id",
+    "org_id",
+    "interaction_id",
+    "topology",
+    "configuration",
+    "execution_mode",
+    "input_text",
+    "input_audio_duration_ms",
+    "metadata",
+    "created_at",
+    "service",
+    "data",
+)
+"""What of stageflow's context is recorded, so that a saga can go on without its caller."""
+
+
+def context_of(name: str, context: PipelineContext | None, fields: dict[str, Any]) -> PipelineContext:
+    """The context that a pipeline of that name is run with: the caller's, or one of these fields.
+
+    Raises:
+        MisuseError: Both are given, or what a saga can't be run with.
+    """
+    if "guard_retry_strategy" in fields:
+        raise MisuseError(
+            "no guard_retry_strategy",
+            got=repr(fields["guard_retry_strategy"]),
+            hint="It repeats stages behind the saga's back: effects would land twice and be undone once. Give the stage a Retry.",
+        )
+    if "interceptors" in fields:
+        raise MisuseError("interceptors at SagaCoordinator(..., interceptors=)", got="interceptors at run()")
+    if context is None:
+        try:
+            return PipelineContext.create(**{"topology": name} | fields)
+        except TypeError as error:
+            raise MisuseError("fields of stageflow's PipelineContext", got=str(error).rpartition(") got ")[2]) from None
+    refuse_both(context, fields)
+    if not isinstance(context, PipelineContext):
+        raise MisuseError("a PipelineContext", got=repr(context))
+    return context
+
+
+def refuse_both(context: PipelineContext | None, fields: dict[str, Any]) -> None:
+    """Refuse a context that comes with fields.
+
+    Raises:
+        MisuseError: Both are given.
+    """
+    if context is not None and fields:
+        raise MisuseError("either a context or its fields", got=f"both, the fields being {', '.join(fields)}")
+
+
+def recorded_input(context: PipelineContext, *, durable: bool) -> dict[str, Any]:
+    """The fields of a context that a ledger keeps.
+
+    Raises:
+        MisuseError: A durable ledger can't keep one of them.
+    """
+    found = {name: copied(value) for name in _RECORDED if (value := getattr(context, name))}
+    if durable:
+        try:
+            refuse_unstorable(found, "context")
+        except NotStorable as refused:
+            raise MisuseError("a context that a durable ledger can keep", got=str(refused)) from None
+    return found
