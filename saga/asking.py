@@ -10,7 +10,7 @@ from stageflow.api import StageOutput, StageStatus
 
 from saga.events import StageProbed
 from saga.failures import Failure, FailureKind
-from saga.outputs import copied_output, refuse_unstorable_output
+from saga.outputs import copied_output
 from saga.text import shown
 from saga.watch import bounded, closes, this_task
 
@@ -45,9 +45,9 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
                 stop=stop,
             )
             _check(answer)
-            if answer is not None and saga.journal.is_durable:
+            if answer is not None:
                 # Before it is recorded: a text would come to the compensation in the place of what the probe gave.
-                refuse_unstorable_output(answer)
+                saga.journal.refuse_unstorable(StageProbed(stage=stage, landed=True, output=answer))
         except BaseException as error:
             if closes(error, task):
                 raise

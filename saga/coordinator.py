@@ -55,6 +55,7 @@ from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery import SagaState, Step, conclude, final_status, undo_step
 from saga.report import Recovery, SagaReport
 from saga.resumption import Chapter, Direction, recovering, refusal, resumption, status_at_rest, undoing
+from saga.storable import storable
 from saga.watch import outlast, start
 
 if TYPE_CHECKING:
@@ -637,8 +638,9 @@ class SagaCoordinator:
         def added(state: SagaState) -> list[AnyEvent]:
             events: list[AnyEvent] = []
             for event in _news(state, late):
-                state.apply(event)
-                events.append(event)
+                kept, _ = storable(self.ledger, event)
+                state.apply(kept)
+                events.append(kept)
             return [*events, SagaEnded(status=status_at_rest(state, state.policy))] if events else []
 
         try:

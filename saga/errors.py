@@ -13,7 +13,7 @@
      │    ├── LedgerCorrupt    the events contradict the transition table
      │    ├── LedgerConflict   somebody else wrote to the saga, or holds its lease
      │    └── SagaUnrecorded   a saga could not record how it went on, and stopped
-     ├── NotStorable           a value can't be written as JSON and read back
+     ├── NotStorable           a value can't be written as JSON and read back, or is too large
      └── SagaFailed            raised on request, by `SagaReport.raise_for_status()`
 
 A failing stage raises none of these: `SagaCoordinator.run` answers with a report.
@@ -163,15 +163,15 @@ class SagaUnrecorded(LedgerError):
 
 
 class NotStorable(SagaError, ValueError):
-    """A value can't be written as JSON and read back equal, so no durable ledger can keep it.
+    """A durable ledger can't keep a value: it can't be written as JSON and read back equal, or is too large.
 
     Attributes:
         path: Which one: `data['connection']`.
     """
 
-    def __init__(self, path: str, why: str) -> None:
+    def __init__(self, path: str, expected: str, got: str) -> None:
         self.path = path
-        super().__init__(f"expected plain data at {path}, got {why}")
+        super().__init__(f"expected {expected}, got {got}")
 
 
 class SagaFailed(ExceptionGroup, SagaError):

@@ -9,7 +9,7 @@ from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from saga.text import qualified, said, written
+from saga.text import brief, qualified, said, written
 
 
 class FailureKind(StrEnum):
@@ -72,7 +72,7 @@ class Failure(BaseModel):
     ) -> Self:
         """Note a failure that comes without an exception, or with one that the code raised instead of ending when it was cancelled."""
         traceback = None if instead is None else _traced(instead)
-        message = said(message) + raised_instead(instead)
+        message = brief(said(message) + raised_instead(instead))
         return cls(stage=stage, kind=kind, type=type, message=message, attempt=attempt, at=datetime.now(UTC), traceback=traceback)
 
     @classmethod
@@ -82,7 +82,7 @@ class Failure(BaseModel):
             stage=stage,
             kind=kind,
             type=qualified(type(error)),
-            message=said(error) or type(error).__name__,
+            message=brief(said(error)) or type(error).__name__,
             attempt=attempt,
             at=datetime.now(UTC),
             traceback=_traced(error),
@@ -123,7 +123,7 @@ def _traced(error: BaseException) -> str:
         for frame in part.stack:
             frame.colno = None
         parts += [inner for inner in (part.__cause__, part.__context__, *(part.exceptions or ())) if inner is not None]
-    return written("".join(whole.format()))
+    return brief(written("".join(whole.format())))
 
 
 _NAMED_BY_TYPE: Final = frozenset({FailureKind.EXCEPTION, FailureKind.COMPENSATION})

@@ -20,7 +20,7 @@ from saga.ledger import StageState
 from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
 from saga.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
-from saga.text import said, shown
+from saga.text import brief, said, shown
 from saga.watch import Crew, Watched, bounded, closes, cut_short_by, instead_of_cancel, leave_loop, this_task
 
 if TYPE_CHECKING:
@@ -262,8 +262,9 @@ class Forward(Stages):
         if not self._is_due(name) or output.status in {StageStatus.CANCEL, StageStatus.FAIL}:
             return
         skipped = output.status is StageStatus.SKIP
-        reason = said(output.data.get("reason") or "stageflow skipped it") if skipped else "an interceptor answered for it"
+        reason = brief(said(output.data.get("reason") or "stageflow skipped it")) if skipped else "an interceptor answered for it"
         await self._record(StageSkipped(stage=name, reason=reason, output=copied_output(output)))
+        self._refuse_unstorable(name)
 
     async def _falls_with(self, run: _StageRun, dependency: str) -> StageOutput:
         self._fallen.add(run.name)
@@ -370,14 +371,14 @@ class Forward(Stages):
         assert output is not None  # without a failure there is one
         copy = copied_output(output)
         if output.status is StageStatus.SKIP:
-            return StageSkipped(stage=run.name, reason=said(output.data.get("reason") or "it said so"), output=copy)
+            return StageSkipped(stage=run.name, reason=brief(said(output.data.get("reason") or "it said so")), output=copy)
         return StageCompleted(stage=run.name, output=copy)
 
     def _refuse_unstorable(self, name: str) -> None:
         refused = self._saga.journal.unstorable.pop(name, None)
         if refused is not None:
             # Its effect stands and is known; but whoever resumed this saga would lack what it gave.
-            message = f"{refused}: no durable ledger can keep it"
+            message = f"{refused}: the ledger can't keep it"
             self.stop(Failure.of(name, FailureKind.CONTRACT, message, attempt=self._state.stages[name].attempts))
 
     async def _pause(self, seconds: float) -> bool:
@@ -511,14 +512,15 @@ class Forward(Stages):
         try:
             call = self._saga.actions.fallback(self._context(run), failure)
             returned = await bounded(call, seconds=seconds, grace=self._policy.cancel_grace, stop=self._interrupted)
+            outcome = normalised(run.name, attempt, returned)
+            if outcome.failure is None and outcome.output is not None:
+                self._saga.journal.refuse_unstorable(FallbackUsed(stage=run.name, output=outcome.output, source="stage"))
         except BaseException as error:
             if closes(error, run.task):
                 raise
             # A fallback's failure is data.
             self._saga.heed_ctrl_c(error)
             outcome = _Outcome(failure=Failure.raised(run.name, error, attempt=attempt))
-        else:
-            outcome = normalised(run.name, attempt, returned)
         if outcome.failure is not None:
             await self._record(FallbackFailed(stage=run.name, failure=outcome.failure))
             return None

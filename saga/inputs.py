@@ -7,7 +7,7 @@ from typing import Any, Final
 from stageflow.api import PipelineContext
 
 from saga.errors import MisuseError, NotStorable
-from saga.outputs import copied, refuse_unstorable
+from saga.outputs import copied, stored
 
 _RECORDED: Final = (
     "pipeline_run_id",
@@ -73,7 +73,7 @@ def recorded_input(context: PipelineContext, *, durable: bool) -> dict[str, Any]
     found = {name: copied(value) for name in _RECORDED if (value := getattr(context, name))}
     if durable:
         try:
-            refuse_unstorable(found, "context")
+            stored(found, "context")
         except NotStorable as refused:
             raise MisuseError("a context that a durable ledger can keep", got=str(refused)) from None
     return found

@@ -13,22 +13,17 @@ from saga.events import (
     AnyEvent,
     CompensationStarted,
     EffectRecorded,
-    FallbackUsed,
     SagaEnded,
     SagaResumed,
     SagaStarted,
     StageCompleted,
-    StageFailed,
-    StageProbed,
     StageSkipped,
     StageStarted,
-    event_from_json,
-    event_to_json,
 )
 from saga.graph import Role
 from saga.ledger import Ledger, StageState
-from saga.outputs import refuse_unstorable, refuse_unstorable_output
 from saga.recovery import SagaState
+from saga.storable import storable
 from saga.watch import outlasting
 
 Listener = Callable[[str, AnyEvent], None]
@@ -40,7 +35,6 @@ It is told of the start of an attempt in the task that then runs the attempt, so
 _LOG: Final = logging.getLogger("saga")
 _AWAITED: Final = (StageStarted, CompensationStarted, EffectRecorded, SagaResumed, SagaEnded)
 """What has to be in the ledger before anybody goes on; everything else may be written together with the next of these."""
-_WITH_OUTPUT: Final = (StageCompleted, StageFailed, StageSkipped, StageProbed, FallbackUsed)
 _TURNS: Final = 10
 """Turns of the event loop for which an event waits before it lingers. The start that a completion enables is at most five turns away,
 however long they take where a thousand sagas run; and a timer, which the loop has to sort, is seldom needed."""
@@ -52,8 +46,8 @@ class Journal:
     To a durable ledger, an event that guards nothing is written together with the next one that does: a completion with the
     starts that it enables is one write (promise 6).
 
-    Of a value that a durable ledger can't hold it writes a text; if a stage gave or recorded it, `unstorable` has the error under the
-    stage, until somebody takes it.
+    In the place of a value that a durable ledger can't hold it writes a text; if a stage gave or recorded it, `unstorable` has the
+    error under the stage, until somebody takes it.
 
     After an append that failed nothing more is written: what the state then says beyond the ledger is unknown to
     whoever resumes, so no further effect may start.
@@ -108,11 +102,6 @@ class Journal:
             await journal._write((started,), release=False)
         return journal
 
-    @property
-    def is_durable(self) -> bool:
-        """Whether what is recorded outlives the process, so that it has to be JSON."""
-        return self._ledger.durable
-
     async def record(self, *events: AnyEvent, release: bool = False) -> None:
         """Fold the events and have them written, with `release` as the last ones before the lease is given back.
 
@@ -136,17 +125,20 @@ class Journal:
         await self._write(events, release=release)
 
     def _storable(self, event: AnyEvent) -> AnyEvent:
-        """The event, with a text in the place of what JSON can't hold."""
-        try:
-            if isinstance(event, EffectRecorded):
-                refuse_unstorable(event.effect, "effect")
-            elif isinstance(event, _WITH_OUTPUT) and event.output is not None:
-                refuse_unstorable_output(event.output)
-        except NotStorable as refused:
-            if isinstance(event, StageCompleted | EffectRecorded):
-                self.unstorable[event.stage] = refused
-            return event_from_json(event_to_json(event))
-        return event
+        stored, refused = storable(self._ledger, event)
+        if refused is not None and isinstance(event, StageCompleted | StageSkipped | EffectRecorded):
+            self.unstorable[event.stage] = refused
+        return stored
+
+    def refuse_unstorable(self, event: AnyEvent) -> None:
+        """Refuse an event with an output or an effect that the ledger can't hold.
+
+        Raises:
+            NotStorable: The error says which part.
+        """
+        _, refused = storable(self._ledger, event)
+        if refused is not None:
+            raise refused
 
     def _forget_pending(self) -> None:
         self._pending.clear()

@@ -158,10 +158,12 @@ class Ledger(Protocol):
         lease: Seconds after which an owner that did not `beat` counts as gone; None: owners never do.
         durable: Whether it outlives the process: events are stored as JSON, and an append costs so much that events which guard
             nothing are better written together with the next one that does.
+        max_event_bytes: How many bytes of JSON one event may have; None: as many as it likes.
     """
 
     lease: float | None
     durable: bool
+    max_event_bytes: int | None
 
     async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
         """Record a new saga's first events, and take its lease for `owner`.
@@ -270,6 +272,7 @@ class MemoryLedger(Ledger):
 
     lease: float | None = None
     durable = False
+    max_event_bytes: int | None = None
 
     def __init__(self, keep: int = 10_000) -> None:
         self._keep = keep

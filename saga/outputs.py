@@ -13,14 +13,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from operator import itemgetter
 from typing import Annotated, Any, Final, NoReturn
 from uuid import UUID
 
 from pydantic import BaseModel, PlainSerializer, PlainValidator, SerializationInfo, ValidationInfo, WithJsonSchema
+from pydantic_core import to_json
 from stageflow.api import StageArtifact, StageEvent, StageOutput, StageStatus
 
 from saga.errors import NotStorable
-from saga.text import qualified, said, shown, written
+from saga.text import brief, qualified, said, shown, written
 
 TAG: Final = "$saga"
 _ATOMS: Final = frozenset({str, int, float, bool, type(None), bytes, Decimal, datetime, date, time, timedelta, UUID})
@@ -145,8 +147,8 @@ def encoded(value: Any) -> Any:
         return _opaque(value, text="nested too deeply, or within itself")
 
 
-def refuse_unstorable(value: Any, name: str) -> None:
-    """Refuse what has no encoding, and would come back from a durable ledger as an `Opaque`.
+def stored(value: Any, name: str) -> Any:
+    """Turn a value into plain JSON as `encoded` does, but refuse what would come back from a durable ledger as an `Opaque`.
 
     Args:
         value: What is to be kept.
@@ -155,35 +157,61 @@ def refuse_unstorable(value: Any, name: str) -> None:
     Raises:
         NotStorable: It, or a part of it, has no encoding, or raises while it is encoded; the error says which part.
     """
-    stored(value, name)
+    return _stored(value, name, _encoded)
 
 
-def refuse_unstorable_output(output: StageOutput) -> None:
-    """Refuse an output of which a part has no encoding: `data['connection']`.
+def stored_output(output: StageOutput) -> dict[str, Any]:
+    """Turn an output into plain JSON, but refuse one of which a part has no encoding: `data['connection']`.
 
     Raises:
         NotStorable: The error says which part.
     """
-    _output_to_json(output, stored)
+    return _output_to_json(output, stored)
 
 
-def stored(value: Any, name: str) -> Any:
-    """Turn a value into plain JSON as `encoded` does, but refuse what has no encoding; see `refuse_unstorable`."""
-    return _stored(value, name, _encoded)
+def size_of(plain: Any) -> int:
+    """How many bytes plain JSON takes."""
+    return len(to_json(plain))
+
+
+def sizes_of(data: dict[Any, Any]) -> dict[Any, int]:
+    """How many bytes of JSON each key of a dict takes with its value, the smallest first."""
+    sizes = {key: size_of(encoded({key: value})) for key, value in data.items()}
+    return dict(sorted(sizes.items(), key=itemgetter(1)))
+
+
+def fitting(value: Any, room: int) -> Any:
+    """What of a value fits into so many bytes of JSON: of a dict the smallest items, and a text for each of the others; else a text."""
+    if type(value) is not dict:
+        return _left_out(value, size_of(encoded(value)))
+    fits: dict[Any, Any] = {}
+    for key, size in sizes_of(value).items():
+        item, taken = value[key], size
+        if size > room:
+            item = _left_out(item, size)
+            taken = size_of(encoded({key: item}))
+        room -= taken
+        if room >= 0:
+            fits[key] = item
+    return fits
+
+
+def _left_out(value: Any, size: int) -> Opaque:
+    return Opaque(qualified(type(value)), f"{size:,} bytes of JSON, which were left out")
 
 
 def _stored(value: Any, name: str, encode: Encode) -> Any:
     try:
         return encode(value, _refused, _LEVELS)
     except RecursionError:
-        raise NotStorable(name, f"more than {_LEVELS} levels, or a value within itself") from None
+        raise NotStorable(name, f"plain data at {name}", f"more than {_LEVELS} levels, or a value within itself") from None
     except NotStorable as refused:
         raised = refused.__cause__
         for part, item, encode_part in _parts_of(value, name, encode):
             _stored(item, part, encode_part)
         hashed = " that can be hashed" if encode is _encoded_key else ""
         why = f"has no encoding as JSON{hashed}" if raised is None else f"can't be encoded: {type(raised).__name__}: {said(raised)}"
-        raise NotStorable(name, f"{qualified(type(value))}, which {why}") from raised
+        raise NotStorable(name, f"plain data at {name}", f"{qualified(type(value))}, which {why}") from raised
 
 
 def _parts_of(value: Any, name: str, encode: Encode) -> Sequence[tuple[str, Any, Encode]]:
@@ -211,11 +239,11 @@ def _parts(value: Any, name: str, encode: Encode) -> Iterator[tuple[str, Any, En
 
 
 def _opaque(value: Any, _: Exception | None = None, *, text: str | None = None) -> dict[str, Any]:
-    return {TAG: "opaque", "value": [qualified(type(value)), shown(value) if text is None else text]}
+    return {TAG: "opaque", "value": [qualified(type(value)), brief(shown(value)) if text is None else text]}
 
 
 def _refused(_: Any, error: Exception | None = None) -> NoReturn:
-    raise NotStorable("", "") from error  # `stored` finds out where
+    raise NotStorable("", "", "") from error  # `stored` finds out where
 
 
 def _encoded(value: Any, otherwise: Otherwise, levels: int) -> Any:

@@ -12,6 +12,8 @@ _BREAK: Final = re.compile(r"[\t-\r\x85\u2028\u2029]\s*")
 # What moves a terminal's cursor, rings its bell or turns round what is read after it; what only shapes letters or emoji is left alone.
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
+_HALF: Final = 50_000
+
 
 def qualified(kind: type) -> str:
     """Name a type as `module.Qualname`; builtins without their module."""
@@ -43,6 +45,12 @@ def shown(value: object) -> str:
 def written(text: str) -> str:
     """Text that can be written: what UTF-8 lacks, such as the odd bytes in a file's name, is escaped."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def brief(text: str) -> str:
+    """The text, without the middle of one of more than 100,000 characters: every ledger can keep it, and a person may read it."""
+    left_out = len(text) - 2 * _HALF
+    return text if left_out <= 0 else f"{text[:_HALF]} [{left_out:,} characters left out] {text[-_HALF:]}"
 
 
 def printable(text: str) -> str:

@@ -616,7 +616,7 @@ def test_an_output_that_cannot_be_stored_stops_the_saga_and_what_the_stage_did_i
     assert report.cause.stage == "book"
     assert report.cause.kind == "contract"
     assert "expected plain data at data['line'], got object" in report.cause.message
-    assert "no durable ledger can keep it" in report.cause.message
+    assert "the ledger can't keep it" in report.cause.message
 
 
 def test_an_effect_that_cannot_be_stored_fails_its_stage_which_is_undone_for_all_that_it_recorded() -> None:

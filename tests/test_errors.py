@@ -47,7 +47,7 @@ ERRORS = [
     LedgerConflict.held("s", holder="a", until=datetime(2026, 3, 14, tzinfo=UTC)),
     SagaUnrecorded("s", OSError("disk full"), in_effect=["a"], unknown=["b"]),
     ProcessDied("the process is gone"),
-    NotStorable("data['connection']", "a socket"),
+    NotStorable("data['connection']", "plain data at data['connection']", "a socket"),
     failed(),
     NestedSagaFailed(three_stages()),
 ]

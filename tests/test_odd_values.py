@@ -36,7 +36,7 @@ from saga import (
 from saga.errors import NotStorable
 from saga.events import AnyEvent, EffectRecorded, StageCompleted, event_from_json, event_to_json
 from saga.ledgers.sqlite import SQLiteLedger
-from saga.outputs import TAG, Opaque, copied, decoded, encoded, refuse_unstorable, refuse_unstorable_output
+from saga.outputs import TAG, Opaque, copied, decoded, encoded, stored, stored_output
 from saga.text import said, shown
 from tests.controlled import run
 
@@ -206,7 +206,7 @@ def test_what_people_put_into_outputs_comes_back_equal(value: Any) -> None:
     assert copy == value
     assert typed(copy) == typed(value)
     assert typed(copied(value)) == typed(value)
-    refuse_unstorable(value, "value")
+    stored(value, "value")
 
 
 @given(plain)
@@ -315,7 +315,7 @@ def test_what_raises_while_it_is_encoded_is_refused_by_the_path_to_it(case: str)
     make, name, why = UNWILLING[case]
 
     with pytest.raises(NotStorable) as caught:
-        refuse_unstorable({"seats": [1, make()]}, "it")
+        stored({"seats": [1, make()]}, "it")
 
     assert caught.value.path == "it['seats'][1]"
     assert f"{name}, which can't be encoded: " in str(caught.value)
@@ -391,7 +391,7 @@ def test_what_cannot_be_stored_is_refused_by_the_path_to_it(case: str) -> None:
     make, path, why = UNSTORABLE[case]
 
     with pytest.raises(NotStorable) as caught:
-        refuse_unstorable(make(), "it")
+        stored(make(), "it")
 
     assert caught.value.path == path
     assert str(caught.value).startswith(f"expected plain data at {path}, got ")
@@ -468,10 +468,10 @@ def test_an_output_that_cannot_be_stored_is_refused_by_the_path_to_the_part(part
     make, path = OUTPUTS[part]
 
     with pytest.raises(NotStorable) as caught:
-        refuse_unstorable_output(make())
+        stored_output(make())
 
     assert caught.value.path == path
-    refuse_unstorable_output(StageOutput(status=StageStatus.OK, data={"x": (1,)}, artifacts=[artifact(1)], duration_ms=5))
+    stored_output(StageOutput(status=StageStatus.OK, data={"x": (1,)}, artifacts=[artifact(1)], duration_ms=5))
 
 
 def test_what_cannot_be_stored_is_named_in_a_report_all_the_same() -> None:

@@ -927,33 +927,6 @@ def test_an_event_that_is_too_large_is_refused_with_its_size_and_nothing_of_its_
     assert events == (started(), FIRST)
 
 
-def test_a_saga_with_an_output_that_is_too_large_stops_says_what_is_in_effect_and_goes_on_with_a_larger_bound(path: Path) -> None:
-    world, pipeline = scene(SEQUENCE, {}, dict.fromkeys(SEQUENCE, "probed"))
-
-    async def gives_much(self: Any, ctx: Any) -> StageOutput:
-        world.land(self.name)
-        return StageOutput.ok(text="x" * 3_000)
-
-    stage = pipeline.stages["b"].runner
-    stage.execute = gives_much.__get__(stage)  # type: ignore[union-attr,method-assign] # a scripted stage
-
-    async def play() -> tuple[SagaUnrecorded, list[str], SagaReport]:
-        async with SQLiteLedger(path, max_event_bytes=3_000) as small:
-            with pytest.raises(SagaUnrecorded) as caught:
-                await SagaCoordinator(ledger=small).run(pipeline, saga_id="s")
-        log = list(world.log)
-        async with SQLiteLedger(path) as ledger:
-            return caught.value, log, await SagaCoordinator(ledger=ledger).resume("s", pipeline)
-
-    stopped, log, report = asyncio.run(play())
-
-    assert "stage 'b', has 3,1" in str(stopped)
-    assert "A ledger opened with a larger one takes it. Nothing more was started. In effect: a, b; not known: nothing." in str(stopped)
-    assert log == ["+a", "+b"]
-    assert world.log == ["+a", "+b", "+c"]
-    assert report.status is SagaStatus.COMPLETED
-
-
 def test_the_size_of_an_event_is_counted_in_bytes_and_not_in_characters(path: Path) -> None:
     event = StageCompleted(stage="a", output=StageOutput.ok({"text": "€" * 700}))
 

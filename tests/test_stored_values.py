@@ -16,7 +16,7 @@ from stageflow.api import StageArtifact, StageEvent, StageOutput
 from saga import owners
 from saga.errors import NotStorable
 from saga.events import StageCompleted
-from saga.outputs import TAG, encoded, refuse_unstorable, refuse_unstorable_output
+from saga.outputs import TAG, encoded, stored, stored_output
 from saga.owners import is_gone, this_process
 
 # -- values ----------------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ UNSTORABLE = {
 @pytest.mark.parametrize("where", UNSTORABLE)
 def test_the_part_of_a_value_that_has_no_encoding_is_named(where: str) -> None:
     with pytest.raises(NotStorable) as refused:
-        refuse_unstorable(UNSTORABLE[where], "effect")
+        stored(UNSTORABLE[where], "effect")
 
     assert where in str(refused.value)
     assert f"{__name__}.Thing, which has no encoding as JSON" in str(refused.value)
@@ -65,7 +65,7 @@ def test_the_part_of_a_value_that_has_no_encoding_is_named(where: str) -> None:
 
 def test_the_type_itself_of_a_dataclass_has_no_encoding() -> None:
     with pytest.raises(NotStorable, match=r"effect\['kind'\]"):
-        refuse_unstorable({"kind": Seat}, "effect")
+        stored({"kind": Seat}, "effect")
 
 
 def within_itself() -> list[Any]:
@@ -84,13 +84,13 @@ def nested(levels: int) -> Any:
 @pytest.mark.parametrize("value", [within_itself(), nested(152)], ids=["within itself", "152 levels"])
 def test_a_value_that_nests_without_end_or_too_deeply_is_refused(value: Any) -> None:
     with pytest.raises(NotStorable, match=r"effect.*more than 150 levels, or a value within itself"):
-        refuse_unstorable(value, "effect")
+        stored(value, "effect")
 
     assert encoded(value) == {TAG: "opaque", "value": ["list", "nested too deeply, or within itself"]}
 
 
 def test_a_value_that_nests_just_deeply_enough_is_stored() -> None:
-    refuse_unstorable(nested(151), "effect")
+    stored(nested(151), "effect")
 
     assert encoded(nested(151)) == nested(151)
 
@@ -106,7 +106,7 @@ def test_a_value_that_nests_just_deeply_enough_is_stored() -> None:
 )
 def test_the_part_of_an_output_that_has_no_encoding_is_named(output: StageOutput, where: str) -> None:
     with pytest.raises(NotStorable) as refused:
-        refuse_unstorable_output(output)
+        stored_output(output)
 
     assert where in str(refused.value)
 

@@ -56,6 +56,7 @@ class DurableLedger(Ledger):
 
     lease: float | None
     durable = True
+    max_event_bytes: int | None
 
     def __init__(
         self, name: str, store: Callable[[], Store], *, lease: float, patience: float, max_event_bytes: int, redact: Redact | None
@@ -66,6 +67,7 @@ class DurableLedger(Ledger):
         if lease > _LONGEST_LEASE:
             raise MisuseError(f"a lease of at most {_LONGEST_LEASE:,} seconds", got=repr(lease))
         self.lease = lease
+        self.max_event_bytes = max_event_bytes
         self._name = name
         self._store = store
         self._rows = Writer(max_event_bytes, redact)

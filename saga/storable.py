@@ -1,0 +1,72 @@
+"""What of an event a durable ledger can keep: nothing without an encoding as JSON, and no more than it has room for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from saga.errors import NotStorable
+from saga.events import (
+    AnyEvent,
+    EffectRecorded,
+    FallbackUsed,
+    StageCompleted,
+    StageFailed,
+    StageProbed,
+    StageSkipped,
+    event_from_json,
+    event_to_json,
+)
+from saga.outputs import fitting, size_of, sizes_of, stored, stored_output
+from saga.text import shown
+
+if TYPE_CHECKING:
+    from saga.ledger import Ledger
+
+_WITH_OUTPUT: Final = (StageCompleted, StageFailed, StageSkipped, StageProbed, FallbackUsed)
+
+
+def storable(ledger: Ledger, event: AnyEvent) -> tuple[AnyEvent, NotStorable | None]:
+    """The event with texts in the place of what of its output or effect the ledger can't hold; and what is wrong with it.
+
+    How large it is counts before the ledger's `redact` sees it.
+    """
+    if not ledger.durable:
+        return event, None
+    most = ledger.max_event_bytes
+    try:
+        _refuse_unstorable(event, most)
+    except NotStorable as refused:
+        event = event_from_json(event_to_json(event))
+        return (event if most is None or _size(event) <= most else _fitting(event, most // 2)), refused
+    return event, None
+
+
+def _refuse_unstorable(event: AnyEvent, most: int | None) -> None:
+    if isinstance(event, EffectRecorded):
+        value, plain, name = event.effect, stored(event.effect, "effect"), "effect"
+    elif isinstance(event, _WITH_OUTPUT) and event.output is not None:
+        value, plain, name = event.output.data, stored_output(event.output), "data"
+    else:
+        return
+    # To write the whole event takes ten times as long, and is seldom needed to know.
+    if most is None or size_of(plain) <= most // 2:
+        return
+    size = _size(event)
+    if size > most:
+        largest = f"{name}[{shown([*sizes_of(value)][-1])}]" if type(value) is dict and value else name
+        expected = f"at most {most:,} bytes of JSON in one event (max_event_bytes)"
+        raise NotStorable(largest, expected, f"{size:,}, most of them in {largest}")
+
+
+def _size(event: AnyEvent) -> int:
+    return len(event_to_json(event).encode())
+
+
+def _fitting(event: AnyEvent, room: int) -> AnyEvent:
+    """The event with as much of its effect, or of its output's data, as fits into so many bytes of JSON."""
+    if isinstance(event, EffectRecorded):
+        return replace(event, effect=fitting(event.effect, room))
+    assert isinstance(event, _WITH_OUTPUT)  # nothing else is ever too large to be recorded with its stage
+    assert event.output is not None  # it is what was too large
+    return replace(event, output=replace(event.output, data=fitting(event.output.data, room), artifacts=[], events=[]))
