@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -300,6 +301,11 @@ def child_id(forward_key: str, attempt: int, number: int) -> str:
     if number > 1:
         return f"{forward_key}#{attempt}.{number}"
     return forward_key if attempt == 1 else f"{forward_key}#{attempt}"
+
+
+def is_within(path: str, stage: str) -> bool:
+    """Whether a path leads to a stage of a saga that this one runs: `book/charge` and, of one of several, `book#2/charge`."""
+    return re.match(rf"{re.escape(stage)}(~\d+)?(#\d+(\.\d+)?)?/", path) is not None
 
 
 def refuse_record(stage: str) -> MisuseError:

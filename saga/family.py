@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from saga.errors import MisuseError, SagaNotFound
-from saga.recovery import SagaState
+from saga.ledger import StageState
+from saga.recovery import SagaState, stage_states
 from saga.report import SagaReport
 
 if TYPE_CHECKING:
@@ -65,17 +65,57 @@ async def run_by(ledger: Ledger, state: SagaState) -> list[tuple[str, str]]:
 async def located(ledger: Ledger, state: SagaState, path: str) -> list[tuple[str, str]]:
     """The sagas and stages that a path leads through, from a saga on, the outermost first.
 
+    Of several sagas that a stage has run it leads to the one with something to settle there, else to the last.
+
     Raises:
-        MisuseError: It leads to no stage.
+        MisuseError: It leads to no stage, or to several that are to be settled.
     """
+    places = await _places(ledger, state, path)
+    if not places:
+        raise MisuseError(f"a stage of saga {state.started.saga_id} ({', '.join(state.stages)})", got=repr(path))
+    unsettled = [place for place in places if place.is_unsettled]
+    if len(unsettled) > 1:
+        # Told apart by their sagas' ids, which they have in the report; the first one's may be the path of all.
+        unsettled = [place for place in unsettled if _spelled_out(place.way) == path] or unsettled
+    if len(unsettled) > 1:
+        raise MisuseError(
+            "one stage that is stuck or in doubt",
+            got=f"{path!r}, which leads to {len(unsettled)}",
+            hint=f"Name one of them: {', '.join(_spelled_out(place.way) for place in unsettled)}.",
+        )
+    return (unsettled or places)[0].way
+
+
+class _Place(NamedTuple):
+    """Where a path leads.
+
+    Attributes:
+        way: The sagas and stages that it leads through, the outermost first.
+        is_unsettled: Whether the stage is stuck or in doubt.
+    """
+
+    way: list[tuple[str, str]]
+    is_unsettled: bool
+
+
+def _spelled_out(way: Sequence[tuple[str, str]]) -> str:
+    """The path that leads this way and no other."""
+    (outermost, _), (innermost, stage) = way[0], way[-1]
+    return f"{innermost}/{stage}".removeprefix(f"{outermost}/")
+
+
+async def _places(ledger: Ledger, state: SagaState, path: str) -> list[_Place]:
+    """Where a path leads from a saga on, to the last of several children first."""
     saga_id = state.started.saga_id
     if path in state.stages:
-        return [(saga_id, path)]
-    for stage in state.stages:
-        if not path.startswith(f"{stage}/"):
-            continue
-        for child in reversed([entry for entry in await ledger.list(parent=saga_id) if entry.parent_stage == stage]):
-            with contextlib.suppress(MisuseError):
+        shown = stage_states(state, state.policy)[path]
+        return [_Place([(saga_id, path)], shown in {StageState.STUCK, StageState.IN_DOUBT})]
+    found: list[_Place] = []
+    for child in reversed(await ledger.list(parent=saga_id) if "/" in path else ()):
+        stage = str(child.parent_stage)
+        for name in {stage, child.saga_id.removeprefix(f"{saga_id}/")}:
+            if path.startswith(f"{name}/"):
                 below = SagaState(await events_of(ledger, child.saga_id))
-                return [(saga_id, stage), *await located(ledger, below, path.removeprefix(f"{stage}/"))]
-    raise MisuseError(f"a stage of saga {saga_id} ({', '.join(state.stages)})", got=repr(path))
+                places = await _places(ledger, below, path.removeprefix(f"{name}/"))
+                found += [_Place([(saga_id, stage), *place.way], place.is_unsettled) for place in places]
+    return found

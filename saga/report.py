@@ -223,8 +223,11 @@ class SagaReport(BaseModel):
         for name, stage in self.stages.items():
             if stage.state is state:
                 found[name] = stage.output
-            for child in stage.children:
-                found |= {f"{name}/{inner}": output for inner, output in child._with_children(state).items()}  # noqa: SLF001 - of its own kind
+            unsettled = [child for child in stage.children if not child.clean]
+            for child in unsettled:
+                # What several have in common has a path for each: the child's id begins with this saga's.
+                path = name if len(unsettled) == 1 else child.saga_id.removeprefix(f"{self.saga_id}/")
+                found |= {f"{path}/{inner}": output for inner, output in child._with_children(state).items()}  # noqa: SLF001 - of its own kind
         return found
 
     def _names(self, state: StageState) -> tuple[str, ...]:
@@ -244,7 +247,8 @@ class SagaReport(BaseModel):
     def stuck(self) -> dict[str, StageOutput | None]:
         """The outputs of stages whose compensation failed for good: their effect stands.
 
-        A stage of a nested saga is named by its path, here and below: `book_hotel/charge_deposit`.
+        A stage of a nested saga is named by its path, here and below: `book_hotel/charge_deposit`. Where a stage has run several sagas with
+        something to settle, the path begins as the saga's own id does: `book_hotel#1.2/charge_deposit`.
         """
         return self._with_children(_S.STUCK)
 

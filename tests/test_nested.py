@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -373,7 +373,7 @@ def test_what_is_stuck_in_a_grandchild_surfaces_with_its_path_and_is_settled_by_
 
     assert settled.status is SagaStatus.STUCK
     assert report.status is SagaStatus.COMPENSATED
-    assert report.clean
+    assert report.clean, str(report)
     assert world.standing == {}
     assert world.undone() == ["aside", "confirm", "pay", "open", "room", "before"]
     assert world.refusals == []
@@ -468,9 +468,6 @@ def test_of_two_stuck_stages_of_a_child_each_is_settled_by_its_path() -> None:
     shape = {"a": (), "b": ()}
     world, child = scene(shape, {name: Script(undo_fails=9) for name in shape})
 
-    async def fail(_: Any) -> None:
-        raise CardDeclined
-
     parent = Pipeline(name="parent").with_stage("child", nested(child, IMPATIENT)).with_stage("fail", fail, "work", dependencies=("child",))
     coordinator = SagaCoordinator(IMPATIENT)
     stuck = run(coordinator.run(parent, saga_id="s"))
@@ -484,6 +481,73 @@ def test_of_two_stuck_stages_of_a_child_each_is_settled_by_its_path() -> None:
     assert report.status is SagaStatus.COMPENSATED
 
 
+def undo_each(pipelines: Sequence[Pipeline]) -> Callable[[CompensationContext], Awaitable[None]]:
+    async def undo(ctx: CompensationContext) -> None:
+        children = zip(await ctx.child_sagas(), pipelines, strict=True)
+        reports = [await ctx.undo_saga(child.saga_id, pipeline) for child, pipeline in children]
+        for report in reports:
+            if not report.clean:
+                raise NestedSagaFailed(report)
+
+    return undo
+
+
+async def fail(_: Any) -> None:
+    raise CardDeclined
+
+
+def test_what_is_stuck_in_several_children_of_a_stage_is_reported_and_settled_one_by_one() -> None:
+    worlds, rooms = zip(*[scene({"room": (), "bed": ()}, {"room": Script(undo_fails=9)}) for _ in range(3)], strict=True)
+
+    async def book(ctx: SagaContext) -> None:
+        for room in rooms:
+            await ctx.run_saga(room, policy=IMPATIENT)
+
+    parent = Pipeline().with_stage("book", compensable(book, undo_each(rooms))).with_stage("fail", fail, "work", dependencies=("book",))
+    coordinator = SagaCoordinator(IMPATIENT)
+
+    stuck = run(coordinator.run(parent, saga_id="s"))
+
+    assert [*stuck.stuck] == ["book", "book/room", "book#1.2/room", "book#1.3/room"]
+    assert [line.split()[2:5] for line in str(stuck).splitlines() if "saga settle" in line] == [
+        ["s", path, "undone"] for path in ("book/room", "'book#1.2/room'", "'book#1.3/room'")
+    ]
+    worlds[1].undo("room")
+    report = run(coordinator.settle("s", "book#1.2/room", "undone", "by hand"))
+    assert [*report.stuck] == ["book/room", "book#1.3/room"]
+    worlds[0].undo("room")
+    report = run(coordinator.settle("s", "book/room", "undone", "by hand"))
+    assert [*report.stuck] == ["book/room"]
+    worlds[2].undo("room")
+    report = run(coordinator.settle("s", "book/room", "undone", "by hand"))
+    assert not report.stuck
+    with pytest.raises(MisuseError, match="expected a stage that is stuck or in doubt, for stage .room., got one that is undone"):
+        run(coordinator.settle("s", "book/room", "undone", "by hand"))
+    assert run(coordinator.resume("s", parent)).status is SagaStatus.COMPENSATED
+    assert [world.standing for world in worlds] == [{}, {}, {}]
+
+
+def test_a_path_that_leads_to_several_stuck_stages_is_refused() -> None:
+    _, rooms = zip(*[scene({"room": ()}, {"room": Script(undo_fails=9)}) for _ in range(2)], strict=True)
+
+    async def book(ctx: SagaContext) -> None:
+        if ctx.attempt == 1:
+            raise CardDeclined
+        for room in rooms:
+            await ctx.run_saga(room, policy=IMPATIENT)
+
+    parent = Pipeline().with_stage("book", compensable(book, undo_each(rooms))).with_stage("fail", fail, "work", dependencies=("book",))
+    coordinator = SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0.0), compensation=IMPATIENT.compensation))
+    stuck = run(coordinator.run(parent, saga_id="s"))
+    assert [*stuck.stuck] == ["book", "book#2/room", "book#2.2/room"]
+
+    with pytest.raises(MisuseError) as refused:
+        run(coordinator.settle("s", "book/room", "undone", "by hand"))
+
+    several = "expected one stage that is stuck or in doubt, got 'book/room', which leads to 2."
+    assert str(refused.value) == f"{several} Name one of them: book#2.2/room, book#2/room."
+
+
 def test_what_a_person_keeps_in_a_child_keeps_what_the_child_stands_on() -> None:
     world, trip = generations({"pay": Script(undo_fails=9), "after": Script("raise")}, policy=IMPATIENT)
     coordinator = SagaCoordinator(IMPATIENT)
@@ -493,7 +557,7 @@ def test_what_a_person_keeps_in_a_child_keeps_what_the_child_stands_on() -> None
     report = run(coordinator.resume("s", trip))
 
     assert report.status is SagaStatus.HALTED
-    assert report.clean
+    assert report.clean, str(report)
     assert report.past_pivot
     assert report.stages["book_hotel"].state is StageState.KEPT
     assert world.standing.keys() == {"before", "room", "open", "pay"}
@@ -588,7 +652,7 @@ def test_a_child_that_is_stuck_half_undone_is_made_whole_when_its_parent_goes_fo
     report = run(coordinator.resume("s", trip, forward=True))
 
     assert report.status is SagaStatus.COMPLETED
-    assert report.clean
+    assert report.clean, str(report)
     assert world.standing == dict.fromkeys(["before", "room", "open", "pay", "confirm", "after", "aside"], 1)
     assert seen[-1:] == ["s/book_hotel"]
     assert len(seen) == 1 + ("after" in scripts)

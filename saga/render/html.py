@@ -11,6 +11,7 @@ from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING, Any, Final
 
+from saga.compensable import is_within
 from saga.failures import Failure
 from saga.ledger import StageState
 from saga.outputs import encoded
@@ -157,7 +158,7 @@ def _details(name: str, stage: StageReport, report: SagaReport, anchors: dict[st
     for child in stage.children:
         parts += [tag("h4", "Saga within"), tag("pre", isolated(_cut(str(child))))]
     for failure in report.failures:
-        if failure.stage is not None and (failure.stage == name or failure.stage.startswith(f"{name}/")):
+        if failure.stage is not None and (failure.stage == name or is_within(failure.stage, name)):
             parts += _failure(failure)
     return tag("details", summary + tag("div", "\n".join(parts), class_="inside", id=anchors[name], tabindex="-1"))
 

@@ -6,6 +6,7 @@ from datetime import datetime
 from itertools import dropwhile
 from typing import TYPE_CHECKING, Final
 
+from saga.compensable import is_within
 from saga.events import SagaStatus, Verdict
 from saga.failures import Failure, FailureKind
 from saga.ledger import StageState
@@ -150,7 +151,7 @@ def next_command(name: str, *words: str, options: str = "") -> str:
 def _how_to_settle(report: SagaReport) -> list[str]:
     """The exact next commands, for the innermost stages: what runs them finds out by itself."""
     open_ones = [*report.stuck, *report.in_doubt]
-    innermost = [name for name in open_ones if not any(other.startswith(f"{name}/") for other in open_ones)]
+    innermost = [name for name in open_ones if not any(is_within(other, name) for other in open_ones)]
     saga_id, path = _outer(report)
     resume = next_command("resume", saga_id)
     if not innermost:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.api import Pipeline
 
+from saga.compensable import is_within
 from saga.errors import LedgerError, MisuseError, SagaError
 from saga.events import SagaEnded, SagaStatus, Verdict
 from saga.failures import Failure, FailureKind
@@ -321,7 +322,7 @@ class _Verifier:
 
     async def _mend(self, report: SagaReport, coordinator: Rehearsal) -> SagaReport | None:
         """Do what the report asks a person to do, where that takes no look at the outside world; None if nothing is to be done."""
-        innermost = [name for name in report.stuck if not any(other.startswith(f"{name}/") for other in report.stuck)]
+        innermost = [name for name in report.stuck if not any(is_within(other, name) for other in report.stuck)]
         if not innermost and (report.status is not SagaStatus.HALTED or report.in_doubt):
             return None
         for name in innermost:
