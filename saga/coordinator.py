@@ -27,6 +27,7 @@ from saga.errors import (
     LedgerConflict,
     LedgerError,
     MisuseError,
+    NotStorable,
     SagaError,
     SagaExists,
     SagaNotFound,
@@ -55,7 +56,7 @@ from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery import SagaState, Step, conclude, final_status, undo_step
 from saga.report import Recovery, SagaReport
 from saga.resumption import Chapter, Direction, recovering, refusal, resumption, status_at_rest, undoing
-from saga.storable import storable
+from saga.storable import refuse_unstorable, storable
 from saga.watch import outlast, start
 
 if TYPE_CHECKING:
@@ -375,10 +376,15 @@ class SagaCoordinator:
                 pipeline=blueprint.name,
                 graph=blueprint.graph,
                 policy=policy,
-                input=recorded_input(context, durable=self.ledger.durable),
+                input=recorded_input(context),
                 parent=parent,
                 parent_stage=parent_stage,
             )
+            try:
+                refuse_unstorable(self.ledger, started)
+            except NotStorable as refused:
+                hint = "The ledger keeps the context, so that the saga can go on without its caller."
+                raise MisuseError(refused.expected, got=refused.got, hint=hint) from None
             journal = await Journal.begin(self.ledger, started, self._owner, self._listeners)
         except BaseException:
             self._unhold(saga_id)

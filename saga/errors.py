@@ -167,10 +167,14 @@ class NotStorable(SagaError, ValueError):
 
     Attributes:
         path: Which one: `data['connection']`.
+        expected: What it should be.
+        got: What it is.
     """
 
     def __init__(self, path: str, expected: str, got: str) -> None:
         self.path = path
+        self.expected = expected
+        self.got = got
         super().__init__(f"expected {expected}, got {got}")
 
 

@@ -6,8 +6,8 @@ from typing import Any, Final
 
 from stageflow.api import PipelineContext
 
-from saga.errors import MisuseError, NotStorable
-from saga.outputs import copied, stored
+from saga.errors import MisuseError
+from saga.outputs import copied
 
 _RECORDED: Final = (
     "pipeline_run_id",
@@ -64,16 +64,6 @@ def refuse_both(context: PipelineContext | None, fields: dict[str, Any]) -> None
         raise MisuseError("either a context or its fields", got=f"both, the fields being {', '.join(fields)}")
 
 
-def recorded_input(context: PipelineContext, *, durable: bool) -> dict[str, Any]:
-    """The fields of a context that a ledger keeps.
-
-    Raises:
-        MisuseError: A durable ledger can't keep one of them.
-    """
-    found = {name: copied(value) for name in _RECORDED if (value := getattr(context, name))}
-    if durable:
-        try:
-            stored(found, "context")
-        except NotStorable as refused:
-            raise MisuseError("a context that a durable ledger can keep", got=str(refused)) from None
-    return found
+def recorded_input(context: PipelineContext) -> dict[str, Any]:
+    """The fields of a context that a ledger keeps."""
+    return {name: copied(value) for name in _RECORDED if (value := getattr(context, name))}

@@ -23,7 +23,7 @@ from saga.events import (
 from saga.graph import Role
 from saga.ledger import Ledger, StageState
 from saga.recovery import SagaState
-from saga.storable import storable
+from saga.storable import refuse_unstorable, storable
 from saga.watch import outlasting
 
 Listener = Callable[[str, AnyEvent], None]
@@ -136,9 +136,7 @@ class Journal:
         Raises:
             NotStorable: The error says which part.
         """
-        _, refused = storable(self._ledger, event)
-        if refused is not None:
-            raise refused
+        refuse_unstorable(self._ledger, event)
 
     def _forget_pending(self) -> None:
         self._pending.clear()

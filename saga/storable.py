@@ -10,6 +10,7 @@ from saga.events import (
     AnyEvent,
     EffectRecorded,
     FallbackUsed,
+    SagaStarted,
     StageCompleted,
     StageFailed,
     StageProbed,
@@ -27,28 +28,35 @@ _WITH_OUTPUT: Final = (StageCompleted, StageFailed, StageSkipped, StageProbed, F
 
 
 def storable(ledger: Ledger, event: AnyEvent) -> tuple[AnyEvent, NotStorable | None]:
-    """The event with texts in the place of what of its output or effect the ledger can't hold; and what is wrong with it.
-
-    How large it is counts before the ledger's `redact` sees it.
-    """
-    if not ledger.durable:
-        return event, None
-    most = ledger.max_event_bytes
+    """The event with texts in the place of what of its output or effect the ledger can't keep; and what is wrong with it."""
     try:
-        _refuse_unstorable(event, most)
+        refuse_unstorable(ledger, event)
     except NotStorable as refused:
+        most = ledger.max_event_bytes
         event = event_from_json(event_to_json(event))
         return (event if most is None or _size(event) <= most else _fitting(event, most // 2)), refused
     return event, None
 
 
-def _refuse_unstorable(event: AnyEvent, most: int | None) -> None:
+def refuse_unstorable(ledger: Ledger, event: AnyEvent) -> None:
+    """Refuse an event with an output, an effect or an input that the ledger can't keep.
+
+    How large it is counts before the ledger's `redact` sees it.
+
+    Raises:
+        NotStorable: The error says which part.
+    """
+    if not ledger.durable:
+        return
     if isinstance(event, EffectRecorded):
         value, plain, name = event.effect, stored(event.effect, "effect"), "effect"
     elif isinstance(event, _WITH_OUTPUT) and event.output is not None:
         value, plain, name = event.output.data, stored_output(event.output), "data"
+    elif isinstance(event, SagaStarted):
+        value, plain, name = event.input, stored(event.input, "context"), "context"
     else:
         return
+    most = ledger.max_event_bytes
     # To write the whole event takes ten times as long, and is seldom needed to know.
     if most is None or size_of(plain) <= most // 2:
         return

@@ -521,7 +521,7 @@ def test_what_is_stuck_in_several_children_of_a_stage_is_reported_and_settled_on
     worlds[2].undo("room")
     report = run(coordinator.settle("s", "book/room", "undone", "by hand"))
     assert not report.stuck
-    with pytest.raises(MisuseError, match="expected a stage that is stuck or in doubt, for stage .room., got one that is undone"):
+    with pytest.raises(MisuseError, match="expected a stage that is stuck or in doubt, for stage 'room', got one that is undone"):
         run(coordinator.settle("s", "book/room", "undone", "by hand"))
     assert run(coordinator.resume("s", parent)).status is SagaStatus.COMPENSATED
     assert [world.standing for world in worlds] == [{}, {}, {}]
