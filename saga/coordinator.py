@@ -55,7 +55,7 @@ from saga.owners import this_process
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery import SagaState, Step, conclude, final_status, undo_step
 from saga.report import Recovery, SagaReport
-from saga.resumption import Chapter, Direction, recovering, refusal, resumption, status_at_rest, undoing
+from saga.resumption import Chapter, Decision, Direction, recovering, refusal, resumption, status_at_rest, undoing
 from saga.storable import refuse_unstorable, storable
 from saga.watch import outlast, start
 
@@ -160,7 +160,8 @@ class SagaCoordinator:
 
         Args:
             saga_id: Its id.
-            pipeline: The one that it was started with; its stages' code may have been mended meanwhile.
+            pipeline: The one that it was started with; its stages' code may have been mended meanwhile, and have been given a
+                probe, a fallback, `idempotent` or `compensate_in_doubt`, or lost one.
             policy: The saga's from here on, which is recorded; None: as before.
             forward: None: a saga that is stuck, or was on its way back, goes on to be undone, one that was undone stays so, any
                 other one goes on forward. True lets these go on forward, too.
@@ -317,7 +318,7 @@ class SagaCoordinator:
 
     async def resume_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline, *, forward: bool | None) -> SagaReport:
         """Go on with a child of a saga's stage."""
-        decide = partial(resumption, policy=None, forward=forward, by=f"saga {parent.id}")
+        decide = partial(resumption, forward=forward, by=f"saga {parent.id}")
         return await self._as_child(parent, *await self._taken_over(saga_id, pipeline, decide))
 
     async def _as_child(self, parent: LiveSaga, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
@@ -431,20 +432,19 @@ class SagaCoordinator:
                 await self.ledger.release(saga_id, await self.ledger.acquire(saga_id, self._owner))
             raise
 
-    async def _go_on(
-        self, saga_id: str, pipeline: Pipeline, decide: Callable[[Sequence[AnyEvent]], Chapter], policy: Policy | None = None
-    ) -> SagaReport:
+    async def _go_on(self, saga_id: str, pipeline: Pipeline, decide: Decision, policy: Policy | None = None) -> SagaReport:
         """Take over a saga that nobody is running, and do what its events come to."""
         return await self._unbroken(*await self._taken_over(saga_id, pipeline, decide, policy))
 
     async def _taken_over(
-        self, saga_id: str, pipeline: Pipeline, decide: Callable[[Sequence[AnyEvent]], Chapter], policy: Policy | None = None
+        self, saga_id: str, pipeline: Pipeline, decide: Decision, policy: Policy | None = None
     ) -> tuple[LiveSaga, Coroutine[Any, Any, None]]:
         """A saga that nobody was running, held from here on, and the work that its events come to."""
         saga, events = await self._take(saga_id, pipeline, policy)
         try:
             # Nothing is awaited before there is something to stop: a cancel by its id finds it.
-            return saga, self._turn_to(saga, decide(events))
+            known, graph = saga.journal.state.graph, saga.journal.state.graph.offering(saga.blueprint.graph)
+            return saga, self._turn_to(saga, decide(events, graph if graph != known else None))
         except BaseException:
             await self._let_go(saga)
             raise

@@ -230,11 +230,18 @@ class SagaStopped(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SagaTurnedBack(Event):
-    """The fence: no stage runs any more; from here the saga goes backward."""
+    """The fence: no stage runs any more; from here the saga goes backward.
+
+    Attributes:
+        reason: Why.
+        cause: What stopped it, if that is not in the ledger yet.
+        graph: Its stages with what they offer from here on; None: as before.
+    """
 
     event: Literal["saga_turned_back"] = "saga_turned_back"
     reason: TurnReason
     cause: Failure | None = None
+    graph: Graph | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,12 +307,14 @@ class SagaResumed(Event):
     Attributes:
         forward: Whether its stages run on; else it goes on to be undone.
         policy: Its policy from here on; None: as before.
+        graph: Its stages with what they offer from here on; None: as before.
         by: Who.
     """
 
     event: Literal["saga_resumed"] = "saga_resumed"
     forward: bool
     policy: Policy | None = None
+    graph: Graph | None = None
     by: str
 
 

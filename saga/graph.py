@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
-from typing import Self
+from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -62,6 +62,10 @@ class Node(BaseModel):
     def is_point_of_no_return(self) -> bool:
         """Whether it and all it depends on stay, once it has completed."""
         return self.role is Role.PIVOT or self.holds_pivot
+
+
+_OFFERS: Final = frozenset({"can_probe", "undo_in_doubt", "idempotent", "has_fallback"})
+"""What may change while a saga is at rest, by its being mended: nothing that has been done counts for anything else because of it."""
 
 
 class Graph(BaseModel):
@@ -141,15 +145,21 @@ class Graph(BaseModel):
                 pending.extend(self.by_name[name].dependencies)
         return frozenset(reached)
 
+    def offering(self, other: Graph) -> Graph:
+        """This graph, with what the stages of `other` offer; both have the same stages."""
+        return Graph(
+            nodes=tuple(node.model_copy(update={name: getattr(other[node.name], name) for name in _OFFERS}) for node in self.nodes)
+        )
+
     def differences(self, other: Graph) -> list[str]:
-        """Say in a sentence for each stage how `other` differs; empty when both ask for the same saga."""
+        """Say in a sentence for each stage how `other` differs, beside in what it offers; empty when both ask for the same saga."""
         found = [f"stage {name!r} is gone" for name in self.names if name not in other.by_name]
         found += [f"stage {name!r} is new" for name in other.names if name not in self.by_name]
         for mine in self.nodes:
             theirs = other.by_name.get(mine.name)
             if theirs is None:
                 continue
-            for field in Node.model_fields:
+            for field in [field for field in Node.model_fields if field not in _OFFERS]:
                 before, after = getattr(mine, field), getattr(theirs, field)
                 if field == "dependencies":
                     before, after = sorted(before), sorted(after)

@@ -178,7 +178,7 @@ class SagaState:
 
     Attributes:
         started: How the saga began.
-        graph: Its stages.
+        graph: Its stages, with what they offer since it was resumed last.
         policy: What happens when something fails: the one it was started with, or resumed with last.
         status: Where it stands.
         ended_at: When it came to rest; None while it has not.
@@ -198,7 +198,7 @@ class SagaState:
         if not isinstance(first, SagaStarted):
             raise LedgerCorrupt(f"a saga begins with SagaStarted, this one with {type(first).__name__}; nothing was changed")
         self.started: Final = first
-        self.graph: Final[Graph] = first.graph
+        self.graph: Graph = first.graph
         self.policy: FailFast | ContinueWithFallback = first.policy
         self.status = SagaStatus.RUNNING
         self.ended_at: datetime | None = None
@@ -248,6 +248,7 @@ class SagaState:
             raise self._contradiction("a saga whose stages still run", event)
         self.status = SagaStatus.COMPENSATING
         self.reason = event.reason
+        self.graph = event.graph or self.graph
         if self.ended_at is not None:
             self._ask_anew()
         self.ended_at = None
@@ -267,6 +268,7 @@ class SagaState:
             raise self._contradiction("a saga that never turned back", event)
         self.is_spotless = False
         self.policy = event.policy or self.policy
+        self.graph = event.graph or self.graph
         self.ended_at = None
         self._ask_anew()
         if not event.forward:

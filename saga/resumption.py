@@ -6,7 +6,7 @@ A crash is no second code path: what the dead process left open is recorded as f
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -23,7 +23,7 @@ from saga.events import (
     Verdict,
 )
 from saga.failures import Failure, FailureKind
-from saga.graph import Role
+from saga.graph import Graph, Role
 from saga.ledger import StageState
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery import Rollback, SagaState, StageRecord, Step, final_status, stage_states, stopping, undo_step
@@ -61,11 +61,18 @@ class Chapter:
     why_not: str = ""
 
 
-def resumption(events: Sequence[AnyEvent], policy: Policy | None, *, forward: bool | None, by: str) -> Chapter:
+Decision = Callable[[Sequence[AnyEvent], Graph | None], Chapter]
+"""How a saga goes on, from its ledger and its stages with what they offer from here on; None: as before."""
+
+
+def resumption(
+    events: Sequence[AnyEvent], graph: Graph | None = None, *, policy: Policy | None = None, forward: bool | None, by: str
+) -> Chapter:
     """How a saga goes on that is resumed.
 
     Args:
         events: Its ledger.
+        graph: Its stages with what they offer from here on; None: as before.
         policy: Its policy from here on; None: as before.
         forward: As the caller wants it: None, True or False.
         by: Who resumes it.
@@ -74,9 +81,10 @@ def resumption(events: Sequence[AnyEvent], policy: Policy | None, *, forward: bo
         MisuseError: It would run stages again that are in doubt.
     """
     state = SagaState(events)
+    state.graph = graph or state.graph
     chosen = policy if policy is not None else state.policy
-    ahead = SagaResumed(forward=True, policy=policy, by=by)
-    back = SagaResumed(forward=False, policy=policy, by=by)
+    ahead = SagaResumed(forward=True, policy=policy, graph=graph, by=by)
+    back = SagaResumed(forward=False, policy=policy, graph=graph, by=by)
     if state.ended_at is None:
         if state.reason is not None:
             return Chapter(Direction.BACKWARD, (back, *crashed(state, goes_on=False)), state.reason)
@@ -98,20 +106,20 @@ def resumption(events: Sequence[AnyEvent], policy: Policy | None, *, forward: bo
     return Chapter(Direction.FORWARD, (ahead,))
 
 
-def recovering(events: Sequence[AnyEvent], *, by: str) -> Chapter:
+def recovering(events: Sequence[AnyEvent], graph: Graph | None = None, *, by: str) -> Chapter:
     """How a saga goes on that had not come to rest when it was looked for."""
     if SagaState(events).ended_at is not None:
         # Whoever was faster may have left it halted, and nobody has asked to run it once more.
         return Chapter(Direction.NOWHERE, why_not="it has come to rest meanwhile")
-    return resumption(events, None, forward=None, by=by)
+    return resumption(events, graph, forward=None, by=by)
 
 
-def undoing(events: Sequence[AnyEvent], *, by: str) -> Chapter:
+def undoing(events: Sequence[AnyEvent], graph: Graph | None = None, *, by: str) -> Chapter:
     """How a saga goes on that is undone on demand."""
     state = SagaState(events)
     if state.status is SagaStatus.COMPENSATING:
-        return resumption(events, None, forward=False, by=by)
-    turned = SagaTurnedBack(reason=TurnReason.REQUEST)
+        return resumption(events, graph, forward=False, by=by)
+    turned = SagaTurnedBack(reason=TurnReason.REQUEST, graph=graph)
     begun = (*crashed(state, goes_on=False), turned)
     if state.ended_at is not None and not len(Rollback(SagaState([*events, *begun]), state.policy, TurnReason.REQUEST)):
         return Chapter(Direction.NOWHERE, why_not="nothing is left to undo")

@@ -33,14 +33,14 @@ SKIP_BRANCH = ContinueWithFallback(without_fallback="skip_branch")
 
 @pytest.mark.parametrize("policy", [None, ContinueWithFallback()], ids=["fail fast", "no fallback"])
 def test_a_saga_that_a_stage_had_stopped_when_its_process_died_starts_nothing_more(policy: Any) -> None:
-    chapter = resumption([STARTED, *PATHS[StageState.FAILED]], policy, forward=None, by="ann")
+    chapter = resumption([STARTED, *PATHS[StageState.FAILED]], policy=policy, forward=None, by="ann")
 
     assert (chapter.direction, chapter.stop) == (Direction.CONCLUDE, FAILURE)
 
 
 @pytest.mark.parametrize("policy", [SKIP_BRANCH, ContinueWithFallback(fallbacks={"a": {}})], ids=["skip the branch", "a fallback"])
 def test_a_saga_that_a_failed_stage_does_not_stop_goes_on_when_its_process_died(policy: Any) -> None:
-    chapter = resumption([STARTED, *PATHS[StageState.FAILED]], policy, forward=None, by="ann")
+    chapter = resumption([STARTED, *PATHS[StageState.FAILED]], policy=policy, forward=None, by="ann")
 
     assert (chapter.direction, chapter.stop) == (Direction.FORWARD, None)
 
@@ -49,13 +49,13 @@ def test_a_saga_whose_fallback_had_failed_when_its_process_died_starts_nothing_m
     began = replace(STARTED, graph=Graph.of([Node(name="a", role=Role.COMPENSABLE, has_fallback=True)]))
     fell_back = FallbackFailed(stage="a", failure=FAILURE)
 
-    chapter = resumption([began, *PATHS[StageState.FAILED], fell_back], ContinueWithFallback(), forward=None, by="ann")
+    chapter = resumption([began, *PATHS[StageState.FAILED], fell_back], policy=ContinueWithFallback(), forward=None, by="ann")
 
     assert (chapter.direction, chapter.stop) == (Direction.CONCLUDE, FAILURE)
 
 
 def test_what_was_to_run_again_when_the_process_died_still_is() -> None:
-    chapter = resumption([STARTED, *PATHS[StageState.FAILED], HALTED, RUNS_ON], None, forward=None, by="ann")
+    chapter = resumption([STARTED, *PATHS[StageState.FAILED], HALTED, RUNS_ON], forward=None, by="ann")
 
     assert (chapter.direction, chapter.stop) == (Direction.FORWARD, None)
 
@@ -63,7 +63,7 @@ def test_what_was_to_run_again_when_the_process_died_still_is() -> None:
 def test_what_had_stopped_a_saga_beside_its_stages_when_its_process_died_still_does() -> None:
     late = Failure.of(None, FailureKind.TIMEOUT, "too late")
 
-    chapter = resumption([STARTED, *PATHS[StageState.KEPT], SagaStopped(cause=late)], None, forward=None, by="ann")
+    chapter = resumption([STARTED, *PATHS[StageState.KEPT], SagaStopped(cause=late)], forward=None, by="ann")
 
     assert (chapter.direction, chapter.stop) == (Direction.CONCLUDE, late)
 
@@ -74,7 +74,7 @@ def test_of_several_stages_that_failed_before_the_process_died_the_first_had_sto
     starts = [StageStarted(stage=stage, attempt=1) for stage in "ab"]
     fails = [StageFailed(stage="b", failure=first), StageFailed(stage="a", failure=second)]
 
-    chapter = resumption([began, *starts, *fails], None, forward=None, by="ann")
+    chapter = resumption([began, *starts, *fails], forward=None, by="ann")
 
     assert chapter.stop == first
 
@@ -127,13 +127,13 @@ def test_a_stuck_saga_whose_stage_is_to_be_tried_again_goes_on_backward() -> Non
     stuck = SagaEnded(status=SagaStatus.STUCK)
     retry = StageSettled(stage="a", verdict=Verdict.RETRY, note="the bank is back", by="ann")
 
-    chapter = resumption([STARTED, *PATHS[StageState.STUCK], stuck, retry, stuck], None, forward=None, by="ann")
+    chapter = resumption([STARTED, *PATHS[StageState.STUCK], stuck, retry, stuck], forward=None, by="ann")
 
     assert (chapter.direction, chapter.reason) == (Direction.BACKWARD, TurnReason.REQUEST)
 
 
 def test_a_changed_policy_is_recorded_on_the_way_back_too() -> None:
-    chapter = resumption([STARTED, *PATHS[StageState.COMPENSATING]], SKIP_BRANCH, forward=None, by="ann")
+    chapter = resumption([STARTED, *PATHS[StageState.COMPENSATING]], policy=SKIP_BRANCH, forward=None, by="ann")
 
     resumed = chapter.events[0]
     assert isinstance(resumed, SagaResumed)
