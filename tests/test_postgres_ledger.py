@@ -322,6 +322,14 @@ def test_a_database_that_is_not_there_is_told(place: PostgresSchema) -> None:
         using(ledger, lambda ledger: ledger.list())
 
 
+def test_what_a_role_may_not_do_is_told_at_once(place: PostgresSchema) -> None:
+    place.execute("CREATE ROLE somebody")
+    ledger = place.open(dsn=f"{place.dsn}&options=-crole%3Dsomebody", schema="out_of_bounds", patience=3_600)
+
+    with pytest.raises(LedgerError, match="permission denied for database"):
+        using(ledger, lambda ledger: ledger.read("s"))
+
+
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
 def test_a_database_that_cannot_hold_any_text_is_refused_before_anything_runs(place: PostgresSchema, encoding: str) -> None:
     place.execute(f"CREATE DATABASE {encoding} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")

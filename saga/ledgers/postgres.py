@@ -152,6 +152,8 @@ _LONGEST_PROBE: Final = 2**15 - 1
 """Seconds; Linux takes no more between two signs of life of a connection."""
 _AGAIN: Final = frozenset({"40001", "40P01"})
 """Nothing was done, because of a conflict between transactions; it may go well the next time."""
+_FORBIDDEN: Final = "42501"
+"""The role may not do that; to wait changes nothing."""
 _HINT: Final = "In a URL, a password's @, / and % are written %40, %2F and %25."
 
 
@@ -351,7 +353,8 @@ class _Store:
                 in_doubt = in_doubt or (is_gone and is_sent)
                 if is_gone:
                     self.close()
-                if not (is_gone or error.sqlstate in _AGAIN) or time.monotonic() + pause > deadline:
+                may_pass = error.sqlstate in _AGAIN or (is_gone and error.sqlstate != _FORBIDDEN)
+                if not may_pass or time.monotonic() + pause > deadline:
                     # The next one connects anew: what is in its way may be what the server said of this connection when it began.
                     self.close()
                     raise self._told(error, in_doubt=in_doubt) from error
