@@ -46,7 +46,7 @@ from saga.recovery import Rollback, SagaState
 from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk
-from tests.world import Script, World, hooked, scene
+from tests.world import Script, World, hooked, scene, staged
 
 CASES = int(os.environ.get("SAGA_CASES", "2000"))
 NAMES = "abcdefghijkl"
@@ -323,7 +323,8 @@ class Oracle:
 
 # -- sagas that are killed, resumed, settled, mended, undone on demand -----------------------------------------------
 
-DEEDS = ("resume", "forward", "compensate", "undone", "kept", "retry", "mend")
+DEEDS = ("resume", "forward", "compensate", "undone", "kept", "retry", "mend", "other means")
+OTHER_MEANS = {"compensable": "probed", "probed": "fallback", "fallback": "compensable"}
 
 
 @settings(max_examples=CASES // 2, deadline=None, suppress_health_check=list(HealthCheck))
@@ -342,10 +343,11 @@ class Biography:
     """A saga with a hard life; after each chapter the report has to agree with the world."""
 
     def __init__(self, case: Mapping[str, Any]) -> None:
+        self.shape: Mapping[str, tuple[str, ...]] = case["shape"]
         self.kinds: Mapping[str, str] = case["kinds"]
         self.scripts: Mapping[str, Script] = case["scripts"]
         self.policy: Policy = case["policy"]
-        self.world, self.pipeline = scene(case["shape"], self.scripts, self.kinds)
+        self.world, self.pipeline = scene(self.shape, self.scripts, self.kinds)
         self.ledger = Dying(10_000)
         fallbacks = self.policy.fallbacks if isinstance(self.policy, ContinueWithFallback) else {}
         for name, script in self.scripts.items():
@@ -388,6 +390,11 @@ class Biography:
             case "mend":
                 for script in self.scripts.values():
                     script.outcome, script.then, script.undo_fails = "ok", (), 0
+            case "other means":
+                # Who raises after its effect has landed is to be asked, or lies.
+                turning = {name: kind for name, kind in self.kinds.items() if kind in OTHER_MEANS and not self.scripts[name].lands}
+                self.kinds = {**self.kinds, **{name: OTHER_MEANS[kind] for name, kind in turning.items()}}
+                self.pipeline = staged(self.world, self.shape, self.scripts, self.kinds)
             case _:
                 self.settle(deed)
 

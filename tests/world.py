@@ -285,9 +285,14 @@ def scene(
 ) -> tuple[World, Pipeline]:
     """A world, and a pipeline of that shape in it; what isn't scripted succeeds, what has no kind is compensable."""
     world = World(shape)
+    return world, staged(world, shape, scripts or {}, kinds or {})
+
+
+def staged(world: World, shape: Mapping[str, Iterable[str]], scripts: Mapping[str, Script], kinds: Mapping[str, str]) -> Pipeline:
+    """The pipeline of a scene in a world that is there."""
     pipeline = Pipeline(name="scene")
     for name, dependencies in shape.items():
-        script = (scripts or {}).get(name, Script())
-        kind = STAGES[(kinds or {}).get(name, "compensable")]
+        script = scripts.get(name, Script())
+        kind = STAGES[kinds.get(name, "compensable")]
         pipeline = pipeline.with_stage(name, kind(world, name, script), dependencies=tuple(dependencies))  # type: ignore[arg-type] # stageflow's Stage takes its own context
-    return world, pipeline
+    return pipeline
