@@ -526,5 +526,23 @@ def test_a_family_is_read_from_the_ledger_once_and_then_only_what_is_new() -> No
     assert asyncio.run(story()) == (list(completed("a")), [])
 
 
+def test_of_several_sagas_that_a_stage_ran_one_by_one_the_last_is_shown_also_when_all_come_from_the_ledger() -> None:
+    ledger = MemoryLedger()
+
+    async def story() -> Family:
+        await ledger.create("s", "somebody", family_events())
+        for child in ("s/a", "s/a#2", "s/a#3"):
+            within = SagaStarted(
+                saga_id=child, pipeline="within", graph=graph({child[1:]: ()}), policy=FailFast(), parent="s", parent_stage="a"
+            )
+            await ledger.create(child, "somebody", [within])
+        return await Family.read(ledger, "s")
+
+    family = asyncio.run(story())
+
+    assert family.child("s", "a") == "s/a#3"
+    assert [line.split()[0] for line in shown(family)[2:3]] == ["/a#3"]
+
+
 def family_events() -> list[AnyEvent]:
     return [SagaStarted(at=at(0), saga_id="s", pipeline="trip", graph=graph(SEQUENCE), policy=FailFast()), *completed("a")]

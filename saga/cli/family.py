@@ -39,7 +39,7 @@ class Family:
         """What the ledger holds of them that has not been heard, parents first."""
         waiting = [self.head]
         while waiting:
-            saga_id = waiting.pop()
+            saga_id = waiting.pop(0)
             for event in (await ledger.read(saga_id))[self._heard[saga_id] :]:
                 yield saga_id, event
             waiting += [entry.saga_id for entry in await ledger.list(parent=saga_id)]
