@@ -586,9 +586,9 @@ def test_a_compensation_that_runs_is_drawn_as_far_as_it_has_come() -> None:
 def test_mermaid_has_the_stages_the_arrows_there_and_back_and_their_order() -> None:
     assert three_stages().to_mermaid() == (
         '---\ntitle: "book_trip: compensated after 1.24 s"\n---\nflowchart LR\n'
-        '  s0["#60; reserve_seat<br/>undone #183; 420.0 ms<br/>undoing, number 2"]:::undone\n'
-        '  s1["#60; reserve_room<br/>undone #183; 309.0 ms<br/>undoing, number 1"]:::undone\n'
-        '  s2["x charge_card<br/>failed#58; the card was declined<br/>the cause"]:::failed\n'
+        '  s0["#60;#160;reserve_seat<br/>undone #183; 420.0 ms<br/>undoing, number 2"]:::undone\n'
+        '  s1["#60;#160;reserve_room<br/>undone #183; 309.0 ms<br/>undoing, number 1"]:::undone\n'
+        '  s2["x#160;charge_card<br/>failed#58; the card was declined<br/>the cause"]:::failed\n'
         "  s0 --> s2\n  s1 --> s2\n  s0 -.-|← 2| s2\n  s1 -.-|← 1| s2\n"
         "  classDef failed fill:#fdecec,stroke:#c01c28,color:#1f2328\n"
         "  classDef undone fill:#f3edfc,stroke:#7a3fc7,color:#1f2328\n"
@@ -600,6 +600,15 @@ def test_mermaid_shows_where_the_way_back_begins_and_where_it_only_passes() -> N
     assert "  s10 -.->|1| s10\n" in twelve_stages().to_mermaid()
     _, pipeline = scene(SEQUENCE, {"c": Script("raise")}, {"b": "plain"})
     assert "  s1 -.-|←| s2\n" in run(SagaCoordinator().run(pipeline)).to_mermaid()
+
+
+def test_no_stage_in_mermaid_begins_like_an_item_of_a_list() -> None:
+    """Mermaid 11 takes a label for Markdown, and shows "Unsupported markdown: list" in place of the stage."""
+    story = Story("signs", {"a": (), "b": ("a",)}).done("a", 0, 1)
+    shown = story.tell(1, StageSkipped, stage="b", reason="no need", output=StageOutput.skip("no need")).report.to_mermaid()
+
+    assert 's0["#43;#160;a<br/>' in shown
+    assert 's1["-#160;b<br/>' in shown
 
 
 MERMAID = re.compile(

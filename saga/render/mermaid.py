@@ -65,7 +65,8 @@ def _back(place: int | None) -> str:
 
 
 def _label(box: Box) -> str:
-    words = [f"{SIGNS[box.state]} {shortened(box.name, _NAME_ROOM)}", *wrapped(box.label, _LABEL_ROOM, 1)]
+    # The space doesn't break: Mermaid 11 takes a + or a - with a plain one behind it for a list, and draws a complaint in place of it all.
+    words = [f"{SIGNS[box.state]}\u00a0{shortened(box.name, _NAME_ROOM)}", *wrapped(box.label, _LABEL_ROOM, 1)]
     if box.is_cause:
         words.append("the cause")
     if box.order is not None:
