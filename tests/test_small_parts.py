@@ -261,6 +261,41 @@ def test_the_summary_tells_why_a_compensation_had_to_be_repeated() -> None:
     assert lines[3].endswith("at attempt 2, after CardDeclined: undoing a was declined")
 
 
+def test_the_summary_of_a_cancelled_saga_says_what_to_do_about_what_is_in_doubt() -> None:
+    begun = asyncio.Event()
+
+    async def charge(ctx: Any) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def think_better_of_it(ctx: Any) -> StageOutput:
+        await begun.wait()
+        return StageOutput.cancel("no more")
+
+    pipeline = Pipeline(name="p").with_stage("charge", compensable(charge, charge)).with_stage("ask", think_better_of_it, "work")
+    report = run(SagaCoordinator(FailFast(in_flight="cancel")).run(pipeline, saga_id="s"))
+
+    assert report.status is SagaStatus.CANCELLED
+    assert str(report).splitlines()[-3:] == [
+        "In doubt, may be in effect: charge.",
+        "To do: look at the outside world, put it right by hand, and say so (undone or kept):",
+        "  saga settle s charge undone --note '...'",
+    ]
+
+
+def test_the_summary_of_a_saga_that_passed_over_what_one_of_its_own_left_standing_says_what_to_do() -> None:
+    _, inner = scene(SEQUENCE, {"a": Script(undo_fails=99), "b": Script("raise")})
+
+    async def careless(ctx: Any) -> None:
+        await ctx.run_saga(inner)
+
+    report = run(SagaCoordinator().run(Pipeline(name="outer").with_stage("nest", careless, "work"), saga_id="s"))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert str(report).splitlines()[-3] == "Still in effect, its undoing failed: nest/a."
+    assert str(report).endswith("\n  saga settle s nest/a undone --note '...'")
+
+
 def test_the_summary_of_a_halted_and_of_a_living_saga_say_what_to_do() -> None:
     assert told(FailFast(on_failure="halt"), b=Script("raise"))[-1].startswith("To do: what was done is kept.")
     _, pipeline = scene(SEQUENCE, {"b": Script(before=5)})

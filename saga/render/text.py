@@ -156,10 +156,13 @@ def _how_to_settle(report: SagaReport) -> list[str]:
     resume = next_command("resume", saga_id)
     if not innermost:
         return [f"To do: it was not undone to the end; go on with: {resume}"]
+    # What has come to rest otherwise goes on with nothing: resumed, it would run once more.
+    waits = report.status in {SagaStatus.STUCK, SagaStatus.HALTED}
+    said = "say so (undone, kept or retry); then go on:" if waits else "say so (undone or kept):"
     return [
-        "To do: look at the outside world, put it right by hand, and say so (undone, kept or retry); then go on:",
+        f"To do: look at the outside world, put it right by hand, and {said}",
         *("  " + next_command("settle", saga_id, f"{path}{name}", "undone", options="--note '...'") for name in innermost),
-        f"  {resume}",
+        *([f"  {resume}"] if waits else []),
     ]
 
 
@@ -179,16 +182,15 @@ def what_to_do(report: SagaReport) -> list[str]:
         if names:
             lines.append(f"{label}: {', '.join(map(printable, names))}.")
     match report.status:
-        case SagaStatus.STUCK:
-            lines += _how_to_settle(report)
-        case SagaStatus.HALTED if report.in_doubt:
-            lines += _how_to_settle(report)
-        case SagaStatus.HALTED:
-            lines.append(f"To do: what was done is kept. Mend the cause, then: {next_command('resume', _outer(report)[0])}")
         case SagaStatus.RUNNING | SagaStatus.COMPENSATING:
             lines.append(
                 "It has not come to rest: it is running, or its process is gone. saga list says which, saga recover goes on with it."
             )
+        case _ if report.status is SagaStatus.STUCK or not report.clean:
+            # Also one that was cancelled while something was in doubt, or whose stage passed over what its own saga could not undo.
+            lines += _how_to_settle(report)
+        case SagaStatus.HALTED:
+            lines.append(f"To do: what was done is kept. Mend the cause, then: {next_command('resume', _outer(report)[0])}")
         case _:
             lines.append("Nothing is left to do.")
     return lines
