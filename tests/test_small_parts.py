@@ -237,6 +237,21 @@ def test_the_summary_tells_why_a_probe_gave_no_answer(stage: type[CompensableSta
     assert f"ran out of time: no answer within 1 s; its probe failed {said}" in str(report).splitlines()[3]
 
 
+def test_what_was_returned_beside_a_failure_does_not_pass_for_a_later_success() -> None:
+    async def declined(ctx: Any) -> StageOutput:
+        return StageOutput.fail("declined", data={"balance": 0})
+
+    async def no_line(ctx: CompensationContext) -> None:
+        raise OSError("no line")
+
+    stage = compensable(declined, no_line, probe=no_line)
+    report = run(SagaCoordinator().run(Pipeline(name="p").with_stage("pay", stage), saga_id="s"))
+
+    assert report.stages["pay"].output is not None
+    assert report.stages["pay"].state is StageState.IN_DOUBT
+    assert "  reported a failure: declined; its probe failed 3 times" in str(report).splitlines()[3]
+
+
 class Unpriced(Scripted):
     async def fallback(self, ctx: SagaContext, failure: Failure) -> None:
         raise ValueError("price list missing")

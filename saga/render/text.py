@@ -92,7 +92,8 @@ def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
     if stage.late_output is not None:
         parts.append("it completed late, when it had been given up")
     if stage.failure is not None:
-        mended = "at first it " if stage.state is StageState.KEPT or (undo and stage.output and not stage.effects) else ""
+        # What it gave beside a failure, and what its fallback gave, mended nothing.
+        mended = "at first it " if stage.state is StageState.KEPT or (stage.output and (stage.probed or not stage.failed)) else ""
         parts.append(mended + str(stage.failure).removeprefix(f"stage {name!r} "))
     if stage.probed is not None:
         parts.append("asked, it had landed" if stage.probed else "asked, it had not landed")
