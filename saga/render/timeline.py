@@ -18,7 +18,7 @@ from saga.render.drawing import drawing
 from saga.render.graph import badge
 from saga.render.lettering import cells, escaped, shortened
 from saga.render.svg import NAME_CELL, Head, Key, document, moved, number, path, pill, section, state_keys, tag, text, words_of
-from saga.render.text import SIGNS, duration
+from saga.render.text import SIGNS, duration, seconds
 
 if TYPE_CHECKING:
     from saga.recovery import Try
@@ -51,7 +51,7 @@ _FAILED: Final = {
 _MEANINGS: Final = {
     _S.KEPT: "attempt completed",
     _S.FAILED: "attempt failed",
-    _S.IN_DOUBT: "nobody knows whether it landed",
+    _S.IN_DOUBT: "nobody knew whether it landed",
     _S.UNDONE: "effect undone",
 }
 _SOLID: Final = frozenset({_S.KEPT, _S.UNDONE})
@@ -113,7 +113,7 @@ def _panels(report: SagaReport) -> dict[str, list[_Row]]:
             # Of an attempt whose process was lost only the start is known.
             end = max(start, end or start)
             why = said.get((name, attempt, failed), "") if failed is not None else ""
-            hint = f"{name}, attempt {attempt}: {words_of(state)}, {duration((end - start).total_seconds())}"
+            hint = ", ".join(filter(None, (f"{name}, attempt {attempt}: {words_of(state)}", seconds(start, ended))))
             found.append(_Bar(start, end, state, f"{hint}; {why}" if why else hint))
         return tuple(found)
 
@@ -121,16 +121,16 @@ def _panels(report: SagaReport) -> dict[str, list[_Row]]:
         done = _S.SKIPPED if stage.skip_reason is not None else _S.KEPT
         tried = bars(name, stage.tries, done)
         is_cause = report.cause is not None and report.cause.stage == name
-        note = _took(tried) + (", cause" if is_cause else "") if tried else words_of(stage.state)
+        note = (_took(stage.tries) or words_of(stage.state)) + (", cause" if is_cause else "")
         forward.append(_Row(pill(14, 4, stage.state), name, tried, note))
     for place, name in enumerate(report.compensation_order, 1):
         tried = bars(name, undos[name], _S.UNDONE)
-        backward.append(_Row(badge(16, 12, str(place)), name, tried, _took(tried)))
+        backward.append(_Row(badge(16, 12, str(place)), name, tried, _took(undos[name])))
     return {"Forward": forward, "Backward": backward} if backward else {"Forward": forward}
 
 
-def _took(bars: tuple[_Bar, ...]) -> str:
-    return duration((bars[-1].end - bars[0].start).total_seconds()) if bars else ""
+def _took(tries: tuple[Try, ...]) -> str:
+    return seconds(tries[0].started_at, tries[-1].ended_at) if tries else ""
 
 
 def _keys(panels: dict[str, list[_Row]]) -> list[Key]:
