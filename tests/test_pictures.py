@@ -23,6 +23,7 @@ from saga.events import (
     CompensationStarted,
     EffectRecorded,
     FallbackUsed,
+    SagaResumed,
     StageCompleted,
     StageFailed,
     StageProbed,
@@ -542,6 +543,19 @@ def test_how_long_an_attempt_took_is_not_said_when_nobody_knows() -> None:
         assert note in drawn[drawn.index("b") :]
         assert "0.0 ms" not in drawn
     assert "nobody knew whether it landed" in texts(parsed(found.to_svg("timeline")))
+
+
+def test_a_stage_that_stands_after_all_is_no_part_of_the_way_back() -> None:
+    story = Story("p", {"a": (), "b": ("a",)}).done("a", 0, 1).fails("b", 1, 2, "no").turns_back(2)
+    story.undo_fails("a", 2, 3, "the bank does not answer").ends(3, SagaStatus.STUCK)
+    story.tell(4, SagaResumed, forward=True, by="anna").done("b", 4, 5).ends(5, SagaStatus.COMPLETED)
+    its = drawing(story.report)
+
+    assert story.report.compensation_order == ("a",)
+    assert [box.order for box in its.boxes] == [None, None]
+    assert its.undoes == ()
+    assert "undoing" not in its.description
+    assert texts(parsed(story.report.to_svg("timeline"))).count("Backward") == 1
 
 
 def test_an_undoing_that_a_probe_found_to_have_landed_has_no_end_of_its_own() -> None:

@@ -83,7 +83,8 @@ class Drawing:
 
 def drawing(report: SagaReport) -> Drawing:
     """The picture of a saga."""
-    places = {name: place for place, name in enumerate(report.compensation_order, 1)}
+    # One that stands after all, because the saga was run on or a pivot within it was passed, is no part of the way back.
+    places = {name: place for place, name in enumerate(report.compensation_order, 1) if report.stages[name].state is not _S.KEPT}
     took = seconds(report.started_at, report.ended_at)
     runs = tuple((dependency, name) for name, stage in report.stages.items() for dependency in stage.dependencies)
     turned = {name for name, stage in report.stages.items() if name in places or stage.state in _TURNS}
