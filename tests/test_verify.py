@@ -15,6 +15,7 @@ import pytest
 from stageflow.api import Pipeline, StageOutput
 
 from saga import (
+    CompensableStage,
     Compensation,
     CompensationContext,
     ContinueWithFallback,
@@ -367,6 +368,34 @@ def test_many_stages_in_doubt_at_once_are_told_apart_in_few_worlds() -> None:
 
     assert max(len(trial.report.in_doubt) for trial in verification.trials if trial.report) == 12
     assert town.resets < 3 * len(verification.trials)
+
+
+class Tour(CompensableStage):
+    """Runs two sagas, one after the other."""
+
+    idempotent = True
+    compensate_in_doubt = True
+
+    def __init__(self, town: Town) -> None:
+        self.parts = {name: Pipeline(name=name).with_stage(f"{name}_room", Booking(town, name)) for name in ("paris", "rome")}
+
+    async def execute(self, ctx: SagaContext) -> None:
+        standing = {child.pipeline: child for child in await ctx.child_sagas() if child.status is not COMPENSATED}
+        for name, part in self.parts.items():
+            left = standing.get(name)
+            report = await (ctx.run_saga(part) if left is None else ctx.resume_saga(left.saga_id, part))
+            report.raise_for_status()
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        for child in reversed(await ctx.child_sagas()):
+            await ctx.undo_saga(child.saga_id, self.parts[child.pipeline])
+
+
+def test_a_stage_that_runs_several_sagas_is_verified_with_all_of_them() -> None:
+    town = Town()
+    pipeline = Pipeline(name="journey").with_stage("seat", Booking(town, "seat")).with_stage("tour", Tour(town), dependencies=("seat",))
+
+    assert verified(town, pipeline).stages == ("seat", "tour", "tour/paris_room", "tour/rome_room")
 
 
 def test_a_nested_saga_that_nobody_went_on_with_is_in_doubt() -> None:

@@ -138,12 +138,11 @@ async def _answer(given: Any) -> Any:
 
 
 def leaves_and_branches(report: SagaReport, prefix: str = "") -> Iterator[tuple[str, StageReport]]:
-    """The stages by their paths, in topological order; those of a nested saga behind the stage that runs it."""
+    """The stages by their paths, in topological order; those of nested sagas behind the stage that runs them, the last ones last."""
     for name, stage in report.stages.items():
-        child = stage.children[-1] if stage.children else None
         # What a nested saga has left standing is told by its own stages.
-        yield prefix + name, stage if child is None else replace(stage, state=StageState.SKIPPED)
-        if child is not None:
+        yield prefix + name, replace(stage, state=StageState.SKIPPED) if stage.children else stage
+        for child in stage.children:
             yield from leaves_and_branches(child, f"{prefix}{name}/")
 
 
