@@ -40,6 +40,7 @@ from saga.render.drawing import Drawing
 from saga.render.explained import drawing_if, page
 from saga.render.graph import graph_svg
 from saga.render.mermaid import graph_mermaid
+from saga.text import printable
 
 
 class FindingCode(StrEnum):
@@ -147,7 +148,7 @@ class Consequence:
 
     def __str__(self) -> str:
         """Some lines."""
-        return "\n  ".join((f"If {self.stage} fails: {self.status.value.upper()}", *self.what_follows))
+        return "\n  ".join(map(printable, (f"If {self.stage} fails: {self.status.value.upper()}", *self.what_follows)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ class Explanation:
 
     def __str__(self) -> str:
         """A readable text."""
-        return "\n\n".join([f"Pipeline {self.pipeline}", *(str(consequence) for consequence in self.stages.values())])
+        return "\n\n".join([f"Pipeline {printable(self.pipeline)}", *(str(consequence) for consequence in self.stages.values())])
 
     def to_svg(self, stage: str) -> str:
         """The graph as a failure of this stage leaves it; stages with the same number are undone at the same time.

@@ -695,6 +695,16 @@ def test_a_saga_moves_to_another_ledger_with_its_children(shop: Shop) -> None:
     assert not re.search("runs it", shop.saga("list", "--ledger", "sqlite:///new.db").out)
 
 
+def test_the_id_of_a_saga_from_elsewhere_is_shown_and_not_obeyed_by_a_terminal(shop: Shop) -> None:
+    shop.saga("run", "shop:order", "--id", "s")
+    shop.write("s.jsonl", shop.saga("export", "s").out.replace('"s"', r'"s\u001b[2J"'))
+
+    imported = shop.saga("import", "s.jsonl", "--ledger", "sqlite:///new.db")
+    pruned = shop.saga("prune", "--older-than", "0s", "--ledger", "sqlite:///new.db")
+
+    assert (imported.out, pruned.out) == ("s\\u001b[2J  completed\n", "s\\u001b[2J\n")
+
+
 def test_an_import_is_refused_as_a_whole(shop: Shop) -> None:
     shop.saga("run", "shop:order", "--id", "s")
     lines = shop.saga("export", "s").out.splitlines(keepends=True)

@@ -578,6 +578,12 @@ def test_an_explanation_reads_as_a_text() -> None:
     )
 
 
+def test_an_explanation_is_nothing_that_a_terminal_would_obey() -> None:
+    made = Pipeline(name="p\x1b[2J").with_stage("a\x1b[31m\nb", Hold)
+
+    assert str(explain(made)) == ("Pipeline p\\u001b[2J\n\nIf a\\u001b[31m b fails: COMPENSATED\n  nothing had been done")
+
+
 def test_the_text_says_when_a_branch_is_skipped_and_when_nothing_had_been_done() -> None:
     made = pipeline(hold=Hold, seat=(Hold, "hold"))
 

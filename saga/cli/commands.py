@@ -422,7 +422,7 @@ def prune(
 
     gone = asyncio.run(forgotten())
     for saga_id in gone:
-        typer.echo(saga_id)
+        typer.echo(printable(saga_id))
     typer.echo(f"{len(gone)} forgotten", err=True)
 
 
@@ -472,7 +472,7 @@ def import_(
 
     asyncio.run(taken_over())
     for saga_id, events in sagas.items():
-        typer.echo(f"{saga_id}  {SagaState(events).status.value}")
+        typer.echo(f"{printable(saga_id)}  {SagaState(events).status.value}")
 
 
 def _sagas_in(lines: Iterator[str]) -> dict[str, list[AnyEvent]]:
