@@ -675,6 +675,18 @@ def test_list_says_whether_somebody_runs_what_has_not_come_to_rest(shop: Shop) -
     }
 
 
+def test_a_report_that_nobody_can_take_down_does_not_pass_for_a_saga_that_never_ran(shop: Shop) -> None:
+    """The exit code 2 says that nothing was run; who believes it runs the saga again."""
+    command = [sys.executable, "-m", "saga", "run", "shop:order", "--id", "s"]
+    here = shop.environment(PYTHONUNBUFFERED="1")  # else Python tries once more when it ends, and exits with 120
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run(command, cwd=shop.folder, env=here, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+
+    assert done.stderr.endswith("saga: [Errno 28] No space left on device\n")
+    assert done.returncode == Exit.FAILED
+    assert shop.saga("show", "s").out.startswith("Saga s (order): COMPLETED")
+
+
 def test_show_prints_the_report_again(shop: Shop) -> None:
     ran = shop.saga("run", "shop:family", "--id", "s")
 

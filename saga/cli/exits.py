@@ -47,6 +47,10 @@ _BY_STATUS: Final = {
 }
 
 
+_ABSENT: Final = FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError | ModuleNotFoundError
+"""A file or a driver that isn't there is the caller's to see to. A disk that is full is not: the saga may have run."""
+
+
 def exit_of_status(status: SagaStatus, *, interrupted: bool = False) -> Exit:
     """What to exit with after a saga has come to rest."""
     if interrupted and status is not SagaStatus.STUCK:
@@ -56,8 +60,7 @@ def exit_of_status(status: SagaStatus, *, interrupted: bool = False) -> Exit:
 
 def exit_of_error(error: Exception) -> Exit:
     """What to exit with after an error."""
-    # A file or a driver that isn't there is the caller's to see to.
-    return Exit.MISUSE if isinstance(error, MisuseError | OSError | ModuleNotFoundError) else Exit.FAILED
+    return Exit.MISUSE if isinstance(error, MisuseError | _ABSENT) else Exit.FAILED
 
 
 def in_a_line(error: Exception) -> str:
