@@ -16,7 +16,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stageflow.api import StageOutput
+from stageflow.api import Pipeline, StageOutput
 
 from saga import ContinueWithFallback, FailureKind, MisuseError, SagaCoordinator, SagaReport, SagaStatus, StageState
 from saga.events import (
@@ -556,6 +556,25 @@ def test_a_stage_that_stands_after_all_is_no_part_of_the_way_back() -> None:
     assert its.undoes == ()
     assert "undoing" not in its.description
     assert texts(parsed(story.report.to_svg("timeline"))).count("Backward") == 1
+
+
+@pytest.mark.parametrize(
+    ("ends", "state"), [(StageOutput.ok(), "kept"), (StageOutput.skip("no"), "skipped"), (StageOutput.fail("no"), "failed")]
+)
+def test_a_stage_that_passes_over_what_a_saga_of_its_own_left_standing_hides_it_from_nobody(ends: StageOutput, state: str) -> None:
+    _, inner = scene(SEQUENCE, {"a": Script(undo_fails=99), "b": Script("raise")})
+
+    async def careless(ctx: Any) -> StageOutput:
+        await ctx.run_saga(inner)
+        return ends
+
+    report = run(SagaCoordinator().run(Pipeline(name="outer").with_stage("book", careless, "work"), saga_id="s"))
+    (box,) = drawing(report).boxes
+
+    assert report.stages["book"].state == state
+    assert box.label.startswith(f"{state} · trouble within")
+    for shown in (box.hint, str(report), details(report, "book")):
+        assert "something of its saga s/book is stuck, blocked or in doubt" in shown
 
 
 def test_an_undoing_that_a_probe_found_to_have_landed_has_no_end_of_its_own() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from saga.ledger import StageState
 from saga.render.colours import LIKE
 from saga.render.lettering import one_line
-from saga.render.text import explanation, seconds
+from saga.render.text import explanation, seconds, troubled
 
 if TYPE_CHECKING:
     from saga.report import SagaReport, StageReport
@@ -140,7 +140,7 @@ def way_back(
 
 
 def _label(stage: StageReport) -> str:
-    state = stage.state.value.replace("_", " ")
+    state = stage.state.value.replace("_", " ") + (" · trouble within" if troubled(stage) else "")
     if stage.state in _TURNS and stage.failure is not None:
         return f"{state}: {one_line(stage.failure.message)}"
     if stage.state is _S.STUCK and stage.compensation is not None and stage.compensation.failure is not None:

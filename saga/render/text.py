@@ -35,6 +35,8 @@ SIGNS: Final = {
 _MINUTE: Final = 60
 _BACKWARD: Final = frozenset({FailureKind.COMPENSATION, FailureKind.CRASHED})
 """How compensations and probes fail, and no fallback does."""
+_OPEN: Final = frozenset({StageState.RUNNING, StageState.COMPENSATING, StageState.STUCK, StageState.BLOCKED, StageState.IN_DOUBT})
+"""The states of stages with which nobody thinks to be done."""
 
 
 def seconds(start: datetime | None, end: datetime | None) -> str:
@@ -84,9 +86,10 @@ def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
     undo = stage.compensation
     if stage.state is StageState.STUCK and undo is not None and undo.failure is not None:
         return f"its compensation failed {_times(undo.attempts)}, the last: {_said(undo.failure)}"
+    parts = [f"something of its saga {child.saga_id} is stuck, blocked or in doubt" for child in troubled(stage)]
     if stage.state is StageState.SKIPPED:
-        return stage.skip_reason or ""
-    parts = ["held back by what is stuck, in doubt or not undone"] if stage.state is StageState.BLOCKED else []
+        return "; ".join([*parts, stage.skip_reason or ""])
+    parts += ["held back by what is stuck, in doubt or not undone"] if stage.state is StageState.BLOCKED else []
     if stage.settled is not None:
         parts.append(f"settled as {stage.settled.verdict.value} by {stage.settled.by}: {stage.settled.note}")
     if stage.late_output is not None:
@@ -107,6 +110,11 @@ def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
         if undo.attempts > 1 and undo.failure is not None:
             parts.append(f"at attempt {undo.attempts}, after {_said(undo.failure)}")
     return "; ".join(parts)
+
+
+def troubled(stage: StageReport) -> list[SagaReport]:
+    """The sagas of a stage that seems to be done with, in which something is stuck, blocked or in doubt all the same."""
+    return [] if stage.state in _OPEN else [child for child in stage.children if not child.clean]
 
 
 def _ordinal(number: int) -> str:
