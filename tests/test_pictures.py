@@ -531,6 +531,14 @@ def test_of_an_attempt_whose_process_was_lost_only_the_start_is_known() -> None:
     assert "failed (crashed)" in details(report, "a")
 
 
+def test_the_timeline_goes_backward_in_the_order_of_undoing() -> None:
+    report = twelve_stages()
+    said = texts(parsed(report.to_svg("timeline")))
+    backward = [words for words in said[said.index("Backward") :] if words in report.stages]
+
+    assert backward == ["send_receipt", "print_label", "reserve_courier", "charge_card", "award_points"]
+
+
 def test_how_long_an_attempt_took_is_not_said_when_nobody_knows() -> None:
     story = Story("p", {"a": (), "b": ("a",)}).done("a", 0, 1)
     alive = story.tell(1, StageStarted, stage="b", attempt=1).report

@@ -276,6 +276,12 @@ def test_the_summary_tells_why_a_compensation_had_to_be_repeated() -> None:
     assert lines[3].endswith("at attempt 2, after CardDeclined: undoing a was declined")
 
 
+def test_the_summary_of_a_stuck_saga_names_what_is_stuck_and_what_is_held_back_with_it() -> None:
+    lines = told(FailFast(compensation=Compensation(retry=Retry(attempts=1))), b=Script(undo_fails=9), c=Script("raise"))
+
+    assert lines[-5:-3] == ["Still in effect, its undoing failed: b.", "Still in effect, held back: a."]
+
+
 def test_the_summary_of_a_cancelled_saga_says_what_to_do_about_what_is_in_doubt() -> None:
     begun = asyncio.Event()
 
