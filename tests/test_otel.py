@@ -57,6 +57,7 @@ from saga.failures import Failure, FailureKind
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.listeners.otel import OpenTelemetryListener
 from tests.controlled import elapse, run
+from tests.stories import Story
 from tests.test_latecomers import Doubtful
 from tests.test_properties import cases
 from tests.world import SEQUENCE, Probed, Script, WithFallback, scene
@@ -101,6 +102,12 @@ class Backend:
                     assert attributes.pop("saga.pipeline.name") in {"scene", "unknown"}
                     found[tuple(sorted(attributes.items()))] = getattr(point, "value", None) if hasattr(point, "value") else point.count
         return found
+
+    def seconds(self, metric: str) -> list[float]:
+        """The sums of a histogram."""
+        data = self._reader.get_metrics_data()
+        found = data.resource_metrics[0].scope_metrics[0].metrics if data is not None else ()
+        return sorted(getattr(point, "sum", 0.0) for measured in found if measured.name == metric for point in measured.data.data_points)
 
     def instruments(self) -> dict[str, tuple[str, bool, str, set[str]]]:
         """Every metric's kind of data, whether that only grows, its unit and the attributes of all its points."""
@@ -545,6 +552,21 @@ def test_events_of_sagas_that_it_does_not_know_do_no_harm() -> None:
     assert backend.names() == ["saga unknown"]
     assert backend.spans[0].status.description == "stuck"
     assert backend.points("saga.duration") == {key(saga__status="stuck"): 1}
+
+
+def test_what_takes_how_long_is_measured_in_seconds_from_its_own_start_or_from_where_it_went_on() -> None:
+    backend = Backend()
+    story = Story("scene", {"a": (), "b": ("a",)}).done("a", 0, 1).fails("b", 1, 3, "no").ends(4, SagaStatus.HALTED)
+    story.tell(1_000, SagaResumed, forward=True, by="anna").fails("b", 1_000, 1_016, "no", attempt=2)
+    story.turns_back(1_016).undone("a", 1_016, 1_048).ends(1_064, SagaStatus.COMPENSATED)
+
+    for event in story.events:
+        backend.listener("s", event)
+
+    assert backend.seconds("saga.duration") == [4, 64]
+    assert backend.seconds("saga.stage.duration") == [1, 2 + 16]
+    assert backend.seconds("saga.compensation.duration") == [32]
+    assert [(span.end_time or 0) - (span.start_time or 0) for span in backend.spans if span.name == "saga scene"] == [4 * 10**9, 64 * 10**9]
 
 
 def test_a_saga_that_went_on_elsewhere_meanwhile_loses_its_counts_and_not_its_spans() -> None:
