@@ -511,8 +511,9 @@ def test_a_wave_waits_for_what_depends_on_its_stages() -> None:
     assert explain(made).stages["pay"].undone == (("top", "left"), ("right",), ("base",))
 
 
-def test_a_saga_that_halts_keeps_everything_and_finds_nothing_impossible() -> None:
-    told = explain(pipeline(hold=Hold, mail=(MAILS, "hold"), pay=(PURE, "mail")), FailFast(on_failure="halt")).stages["pay"]
+@pytest.mark.parametrize("policy", [FailFast(on_failure="halt"), ContinueWithFallback(on_failure="halt")])
+def test_a_saga_that_halts_keeps_everything_and_finds_nothing_impossible(policy: Policy) -> None:
+    told = explain(pipeline(hold=Hold, mail=(MAILS, "hold"), pay=(PURE, "mail")), policy).stages["pay"]
 
     assert told == Consequence("pay", SagaStatus.HALTED, absorbed=False, undone=(), kept=("hold", "mail"), impossible=())
 

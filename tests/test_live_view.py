@@ -510,6 +510,15 @@ def test_a_second_ctrl_c_gives_the_cursor_back_and_names_the_stages_of_nested_sa
     )
 
 
+def test_what_is_in_doubt_is_left_so_also_when_nothing_of_it_runs_any_more() -> None:
+    family = family_of(SEQUENCE, *failed("a", in_doubt=True))
+
+    assert Notice(family, in_colour(), "saga resume s").second().splitlines()[1:] == [
+        "Stopped at once and left in doubt: a.",
+        "What goes on from there: saga resume s",
+    ]
+
+
 def test_a_family_is_read_from_the_ledger_once_and_then_only_what_is_new() -> None:
     ledger = MemoryLedger()
 

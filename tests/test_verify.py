@@ -370,6 +370,20 @@ def test_many_stages_in_doubt_at_once_are_told_apart_in_few_worlds() -> None:
     assert town.resets < 3 * len(verification.trials)
 
 
+class SlowLiar(Lying):
+    """Has its effect when nobody waits for it any more, and says that nothing landed."""
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        await elapse(1)
+        return await super().execute(ctx)
+
+
+def test_an_effect_lands_after_the_time_is_up_however_long_it_takes() -> None:
+    town, pipeline = trip(seat=SlowLiar)
+
+    assert set(refuted(town, pipeline, faults=Fault.TIMES_OUT_AFTER)) == {("seat", Fault.TIMES_OUT_AFTER)}
+
+
 class Tour(CompensableStage):
     """Runs two sagas, one after the other."""
 
