@@ -213,6 +213,7 @@ def test_a_nested_saga_stands_below_the_stage_that_runs_it() -> None:
             at=at(1), saga_id=child, pipeline="hotel", graph=graph(BRANCHES), policy=FailFast(), parent="s", parent_stage="b"
         )
         family.hear(child, started)
+    family.hear("s/b#1", SagaEnded(status=SagaStatus.COMPENSATED))
     family.hear("s/b#2", StageStarted(at=at(2), stage="a", attempt=1))
     family.hear("other", SagaStarted(saga_id="other", pipeline="hotel", graph=graph(BRANCHES), policy=FailFast()))
     family.hear("other", StageStarted(stage="a", attempt=1))
@@ -535,22 +536,23 @@ def test_a_family_is_read_from_the_ledger_once_and_then_only_what_is_new() -> No
     assert asyncio.run(story()) == (list(completed("a")), [])
 
 
-def test_of_several_sagas_that_a_stage_ran_one_by_one_the_last_is_shown_also_when_all_come_from_the_ledger() -> None:
+def test_all_sagas_of_a_stage_are_shown_in_their_order_also_from_the_ledger_but_for_those_that_it_has_put_behind_it() -> None:
     ledger = MemoryLedger()
 
     async def story() -> Family:
         await ledger.create("s", "somebody", family_events())
-        for child in ("s/a", "s/a#2", "s/a#3"):
+        for child, begun in {"r": [], "s": [SagaEnded(status=SagaStatus.COMPENSATED)], "t": [], "u": []}.items():
             within = SagaStarted(
-                saga_id=child, pipeline="within", graph=graph({child[1:]: ()}), policy=FailFast(), parent="s", parent_stage="a"
+                saga_id=f"s/{child}", pipeline="room", graph=graph({child: ()}), policy=FailFast(), parent="s", parent_stage="a"
             )
-            await ledger.create(child, "somebody", [within])
+            await ledger.create(f"s/{child}", "somebody", [within, *begun])
         return await Family.read(ledger, "s")
 
     family = asyncio.run(story())
 
-    assert family.child("s", "a") == "s/a#3"
-    assert [line.split()[0] for line in shown(family)[2:3]] == ["/a#3"]
+    assert [line.split()[0] for line in shown(family)[1:6]] == ["a", "r", "t", "u", "b"]
+    family.hear("s/u", SagaEnded(status=SagaStatus.COMPENSATED))
+    assert [line.split()[0] for line in shown(family)[1:6]] == ["a", "r", "t", "u", "b"]
 
 
 def family_events() -> list[AnyEvent]:

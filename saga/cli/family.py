@@ -53,10 +53,12 @@ class Family:
         elif saga_id in self.sagas:
             self.sagas[saga_id].apply(event)
 
-    def child(self, saga_id: str, stage: str) -> str | None:
-        """The saga that a stage ran last."""
-        children = [child for child, state in self.sagas.items() if state.started.parent == saga_id and state.started.parent_stage == stage]
-        return children[-1] if children else None
+    def children(self, saga_id: str, stage: str) -> list[str]:
+        """The sagas that a stage ran, oldest first, without those that were undone before it ran the last one."""
+        ran = {
+            child: state for child, state in self.sagas.items() if (state.started.parent, state.started.parent_stage) == (saga_id, stage)
+        }
+        return [child for child, state in ran.items() if state.status is not SagaStatus.COMPENSATED or child == list(ran)[-1]]
 
     def standing(self) -> Iterator[tuple[str, StageState]]:
         """The stages that have, or may have, an effect now, by their paths."""

@@ -146,8 +146,7 @@ def rows(family: Family, saga_id: str, now: datetime, guide: str = "") -> Iterat
         attempt, time = _effort(record, where, now)
         label = "to undo" if waits else where.value.replace("_", " ")
         yield Row(f"{saga_id}/{name}", guide + lines, printable(name), where, label, attempt, time, printable(_note(state, name, where)))
-        child = family.child(saga_id, name)
-        if child is not None:
+        for child in family.children(saga_id, name):
             yield from rows(family, child, now, f"{guide}{_continued(lines)}  ")
 
 
