@@ -205,6 +205,13 @@ def test_a_stage_that_is_held_back_stuck_skipped_or_its_fallback_says_why() -> N
     assert shown(fallback)[1] == "a  ~ fallback      attempt 1  500.0 ms  reported a failure: declined"
 
 
+def test_a_failure_that_a_later_attempt_has_mended_is_told_as_one() -> None:
+    again = (StageStarted(at=at(1), stage="a", attempt=2), StageCompleted(at=at(2), stage="a", output=StageOutput.ok()))
+    family = family_of(SEQUENCE, *failed("a", will_retry=True), *again)
+
+    assert shown(family)[1] == "a  + kept          attempt 2  2.00 s  at first it reported a failure: declined"
+
+
 def test_a_nested_saga_stands_below_the_stage_that_runs_it() -> None:
     family = family_of(BRANCHES, *completed("a"), StageStarted(at=at(1), stage="b", attempt=1))
     for number in (1, 2):

@@ -177,6 +177,8 @@ def _note(state: SagaState, name: str, where: StageState) -> str:
             return said(record.undo_failure)
         case _S.SKIPPED:
             return record.skip_reason or ""
+        case _S.KEPT if record.failure is not None:
+            return f"at first it {said(record.failure)}"
         case _ if record.failure is not None:
             return said(record.failure)
         case _:
