@@ -205,6 +205,12 @@ def test_a_stage_that_is_held_back_stuck_skipped_or_its_fallback_says_why() -> N
     assert shown(fallback)[1] == "a  ~ fallback      attempt 1  500.0 ms  reported a failure: declined"
 
 
+def test_in_a_narrow_terminal_stages_keep_their_names() -> None:
+    family = family_of({"reserve_seat": (), "reserve_room": ()}, *completed("reserve_seat"))
+
+    assert shown(family, width=45)[1:3] == ["├ reserve_seat  + kept            500.0 ms", "└ reserve_room  · not run"]
+
+
 def test_a_failure_that_a_later_attempt_has_mended_is_told_as_one() -> None:
     again = (StageStarted(at=at(1), stage="a", attempt=2), StageCompleted(at=at(2), stage="a", output=StageOutput.ok()))
     family = family_of(SEQUENCE, *failed("a", will_retry=True), *again)

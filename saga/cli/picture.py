@@ -41,6 +41,8 @@ _BACKWARD: Final = frozenset({SagaStatus.COMPENSATING, SagaStatus.COMPENSATED, S
 _STATE: Final = len("< compensating")
 _NARROW: Final = 80
 """Columns below which there is no room for a stage's note."""
+_CRAMPED: Final = 60
+"""Columns below which its attempts make way for its name."""
 
 
 class Row(NamedTuple):
@@ -83,7 +85,7 @@ def picture(family: Family, now: datetime, width: int, height: int, focus: str =
         table.add_row(
             Text(row.guide, style="dim").append(row.name, style="default not dim"),
             Text(f"{SIGNS[row.state]} {row.label}", style=colour),
-            Text(f"attempt {row.attempt}" if row.attempt else "", style="default" if row.attempt > 1 else "dim"),
+            Text(f"attempt {row.attempt}" if row.attempt and width >= _CRAMPED else "", style="default" if row.attempt > 1 else "dim"),
             Text(row.time),
             Text(row.note if width >= _NARROW else "", style="dim"),
         )
