@@ -37,6 +37,7 @@ from saga.events import (
     CompensationCompleted,
     SagaEnded,
     SagaStarted,
+    SagaStatus,
     SagaTurnedBack,
     StageCompleted,
     StageSettled,
@@ -53,7 +54,7 @@ from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, StageState
 from saga.outputs import copied
 from saga.owners import this_process
 from saga.policies import ContinueWithFallback, FailFast, Policy
-from saga.recovery import SagaState, Step, conclude, final_status, undo_step
+from saga.recovery import SagaState, Step, conclude, final_status, has_doubt, undo_step
 from saga.report import Recovery, SagaReport
 from saga.resumption import Chapter, Decision, Direction, recovering, refusal, resumption, status_at_rest, undoing
 from saga.storable import refuse_unstorable, storable
@@ -529,6 +530,9 @@ class SagaCoordinator:
             return
         await self._ask_the_rest(saga)
         status = move.status if move.status is not None else final_status(saga.journal.state, saga.policy)
+        if status is SagaStatus.CANCELLED and has_doubt(saga.journal.state):
+            # Nothing is left to do about one that was cancelled, and whoever prunes may forget it.
+            status = SagaStatus.HALTED
         await saga.journal.record(SagaEnded(status=status, cause=move.cause), release=True)
 
     async def _ask_the_rest(self, saga: LiveSaga) -> None:

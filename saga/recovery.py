@@ -749,12 +749,17 @@ def conclude(state: SagaState, policy: FailFast | ContinueWithFallback, stop: Fa
     return Move(turn=TurnReason.FAILURE, cause=stop)
 
 
+def has_doubt(state: SagaState) -> bool:
+    """Whether nobody knows of some stage whether its effect landed."""
+    return any(record.doubt for record in state.stages.values())
+
+
 def final_status(state: SagaState, policy: FailFast | ContinueWithFallback) -> SagaStatus:
     """How a saga ends that ran to its end, or has gone backward as far as it could."""
     if state.reason is None and state.is_spotless:
         return SagaStatus.COMPLETED
     if state.reason is None:
-        unsettled = any(record.doubt for record in state.stages.values())
+        unsettled = has_doubt(state)
     else:
         scope = undo_scope(state, policy, state.reason)
         unsettled = any(undo_step(state.graph[name], state.stages[name]) is not Step.CLEAR for name in scope)

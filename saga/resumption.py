@@ -26,7 +26,7 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Graph, Role
 from saga.ledger import StageState
 from saga.policies import ContinueWithFallback, FailFast, Policy
-from saga.recovery import Rollback, SagaState, StageRecord, Step, final_status, stage_states, stopping, undo_step
+from saga.recovery import Rollback, SagaState, StageRecord, Step, final_status, has_doubt, stage_states, stopping, undo_step
 
 _S = StageState
 
@@ -157,6 +157,8 @@ def status_at_rest(state: SagaState, policy: FailFast | ContinueWithFallback) ->
     """Where a saga stands that had come to rest, after something became known of one of its stages."""
     if state.reason is not None:
         return final_status(state, policy)
+    if state.status is SagaStatus.HALTED and state.cause is not None and state.cause.kind is FailureKind.CANCELLED and not has_doubt(state):
+        return SagaStatus.CANCELLED
     if state.status not in {SagaStatus.COMPLETED, SagaStatus.DEGRADED, SagaStatus.STUCK}:
         return state.status
     # What a fallback had stood in for has come late: it serves nothing, and stands.

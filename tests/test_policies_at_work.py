@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -437,6 +438,32 @@ def test_a_report_names_the_first_failure_as_the_cause_whatever_fails_later() ->
         ("c", FailureKind.REPORTED),
         ("a", FailureKind.COMPENSATION),
     ]
+
+
+def test_a_cancelled_saga_is_not_done_with_while_a_stage_is_in_doubt() -> None:
+    world, pipeline = scene(BRANCHES, {"b": Script("cancel", before=1), "c": Script("hang", lands=True)})
+    coordinator = SagaCoordinator(FailFast(in_flight="cancel"))
+
+    halted = run(coordinator.run(pipeline, saga_id="s"))
+
+    assert halted.status is SagaStatus.HALTED
+    assert halted.cause is not None
+    assert halted.cause.kind is FailureKind.CANCELLED
+    assert list(halted.in_doubt) == ["c"]
+    assert run(coordinator.ledger.prune(timedelta(0))) == ()
+    settled = run(coordinator.settle("s", "c", "kept", "it is on their books"))
+    assert settled.status is SagaStatus.CANCELLED
+    assert set(settled.kept) == set(world.standing) == {"a", "c"}
+    assert run(coordinator.ledger.prune(timedelta(0))) == ("s",)
+
+
+def test_a_cancelled_saga_asks_for_what_is_in_doubt() -> None:
+    world, pipeline = scene(BRANCHES, {"b": Script("cancel", before=1), "c": Script("hang", lands=True)}, {"c": "probed"})
+
+    report = run(SagaCoordinator(FailFast(in_flight="cancel")).run(pipeline))
+
+    assert report.status is SagaStatus.CANCELLED
+    assert set(report.kept) == set(world.standing) == {"a", "c"}
 
 
 def test_a_cancel_outweighed_by_a_failure_during_the_drain_compensates() -> None:

@@ -240,6 +240,7 @@ class Oracle:
             case SagaStatus.CANCELLED:
                 assert S.CANCELLED in self.states.values() or any(f.kind is FailureKind.CANCELLED for f in self.report.failures)
                 assert self.policy.on_cancel == "keep"
+                assert not unsettled
             case other:
                 raise AssertionError(other)
 
@@ -277,7 +278,10 @@ class Oracle:
         elif self.report.status is SagaStatus.HALTED and not turned:
             assert self.report.cause is not None
             by_the_caller = self.report.cause.stage is None and self.report.cause.kind is FailureKind.INTERRUPTED
-            assert (self.policy.on_interrupt if by_the_caller else self.policy.on_failure) == "halt"
+            if self.report.cause.kind is FailureKind.CANCELLED:
+                assert (self.policy.on_cancel, bool(self.report.in_doubt)) == ("keep", True)
+            else:
+                assert (self.policy.on_interrupt if by_the_caller else self.policy.on_failure) == "halt"
         elif self.report.status is SagaStatus.HALTED:
             assert pivots
         if turned - {TurnReason.ORPHANS}:
