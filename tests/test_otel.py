@@ -582,22 +582,26 @@ def test_a_saga_that_went_on_elsewhere_meanwhile_loses_its_counts_and_not_its_sp
     assert backend.names()[-2:] == ["saga scene", "saga scene"]
 
 
-def test_sagas_at_rest_are_remembered_up_to_a_limit() -> None:
+def test_sagas_at_rest_are_remembered_up_to_a_limit_and_what_waits_in_them_until_it_is_settled() -> None:
     backend = Backend(remember=2)
-    _, pipeline = scene(SEQUENCE, {"c": Script("raise"), "b": Script(undo_fails=99)})
+    _, bad = scene(SEQUENCE, {"c": Script("raise"), "b": Script(undo_fails=99)})
+    _, good = scene(SEQUENCE)
     coordinator = backend.coordinator(ONCE)
 
     async def main() -> None:
-        for number in range(4):
-            await coordinator.run(pipeline, saga_id=f"{number}")
-        await coordinator.settle("2", "b", "retry", "the bank is back")
-        await coordinator.run(pipeline, saga_id="4")
+        for number in range(3):
+            await coordinator.run(bad, saga_id=f"bad {number}")
+        await coordinator.settle("bad 1", "b", "undone", "by hand")
+        for number in range(2):
+            await coordinator.run(good, saga_id=f"good {number}")
+        await coordinator.resume("bad 1", bad)
 
     run(main())
 
-    assert list(backend.listener._at_rest) == ["2", "4"]
+    assert list(backend.listener._at_rest) == ["good 1", "bad 1"]
+    assert list(backend.listener._unsettled) == ["bad 0", "bad 2"]
     assert backend.listener._alive == {}
-    assert backend.now("saga.stage.stuck") == 1
+    assert backend.now("saga.stage.stuck") == 2
 
 
 def test_a_saga_in_which_nothing_failed_keeps_none_of_its_outputs_in_memory() -> None:

@@ -98,7 +98,7 @@ class OpenTelemetryListener:
         tracer_provider: Makes the spans; None: the global one.
         meter_provider: Takes the measurements; None: the global one.
         remember: Of so many sagas at rest, the last ones, is remembered what links and counts need if they go on: a few hundred bytes a
-            stage, and the outputs of those in which something failed.
+            stage, and the outputs of those in which something failed. Those in which something waits for a person come on top.
     """
 
     def __init__(
@@ -118,13 +118,14 @@ class OpenTelemetryListener:
             ),
         }
         self._alive: dict[str, _Saga] = {}
+        self._unsettled: dict[str, _Saga] = {}
         self._at_rest: OrderedDict[str, _Saga] = OrderedDict()
         self._remember = remember
 
     def __call__(self, saga_id: str, event: AnyEvent) -> None:
         """Take in an event."""
         event = at_rest(event)
-        saga = self._alive.get(saga_id) or self._at_rest.get(saga_id) or _Saga()
+        saga = self._alive.get(saga_id) or self._resting(saga_id)
         _fold(saga, event)
         match event:
             case SagaStarted() | SagaResumed():
@@ -152,11 +153,10 @@ class OpenTelemetryListener:
         process call this, when it starts and as often as it pleases.
         """
         stuck = {entry.saga_id for entry in await ledger.list(statuses={SagaStatus.STUCK})}
-        waiting = {saga_id for saga_id, saga in self._at_rest.items() if saga.waiting.total()}
-        for saga_id in stuck | waiting:
+        for saga_id in stuck | self._unsettled.keys():
             events = await ledger.read(saga_id)
             if events and saga_id not in self._alive:
-                saga = self._at_rest.get(saga_id) or _Saga()
+                saga = self._resting(saga_id)
                 saga.state = SagaState(events)
                 saga.pipeline = saga.state.started.pipeline
                 self._rest(saga_id, saga)
@@ -175,7 +175,7 @@ class OpenTelemetryListener:
         saga.began, saga.cause = event.at, None
         # Whoever goes on with it may mend what waits; what still does is counted when it has come to rest again.
         self._counts_waiting(saga, Counter())
-        self._at_rest.pop(saga_id, None)
+        self._forget(saga_id)
         self._alive[saga_id] = saga
 
     def _end(self, saga_id: str, saga: _Saga, event: SagaEnded) -> None:
@@ -194,18 +194,28 @@ class OpenTelemetryListener:
         self._rest(saga_id, saga)
 
     def _rest(self, saga_id: str, saga: _Saga) -> None:
-        """Remember a saga that has come to rest, count what waits in it, and forget the one that has rested longest."""
+        """Remember a saga that has come to rest, count what waits in it, and forget the one that has rested longest if nothing does."""
         if saga.state is not None:
             states = Counter(stage_states(saga.state, saga.state.policy).values())
             self._counts_waiting(saga, Counter({state: states[state] for state in _WAITING}))
             if saga.state.is_spotless:
                 # Nothing in it waits, and nothing can come late.
                 saga.state = None
+        self._forget(saga_id)
+        if saga.waiting.total():
+            # It is remembered until it is settled: an alert that ends by itself has lied.
+            self._unsettled[saga_id] = saga
+            return
         self._at_rest[saga_id] = saga
-        self._at_rest.move_to_end(saga_id)
         while len(self._at_rest) > self._remember:
-            _, forgotten = self._at_rest.popitem(last=False)
-            self._counts_waiting(forgotten, Counter())
+            self._at_rest.popitem(last=False)
+
+    def _resting(self, saga_id: str) -> _Saga:
+        return self._unsettled.get(saga_id) or self._at_rest.get(saga_id) or _Saga()
+
+    def _forget(self, saga_id: str) -> None:
+        self._unsettled.pop(saga_id, None)
+        self._at_rest.pop(saga_id, None)
 
     def _counts_as(self, saga: _Saga, status: SagaStatus | None) -> None:
         for was, change in ((saga.status, -1), (status, 1)):
