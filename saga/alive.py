@@ -59,6 +59,10 @@ class Keeper(Protocol):
         """Undo what is left of a child."""
         ...
 
+    async def rest_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """See to it that a child whose process is gone comes to rest."""
+        ...
+
     async def reports_of(self, saga_id: str, stage: str, prefix: str) -> list[SagaReport]:
         """The children of a saga's stage, oldest first; those whose ids begin so."""
         ...
@@ -221,6 +225,10 @@ class LiveSaga(Host):
     async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child saga."""
         return await self._keeper.undo_child(saga_id, pipeline)
+
+    async def rest_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """See to it that a child saga whose process is gone comes to rest, unless this saga runs on and sees to it itself."""
+        return await self._keeper.rest_child(self, saga_id, pipeline)
 
     async def child_reports(self, stage: str) -> list[SagaReport]:
         """The children that this execution of the stage has run, oldest first."""

@@ -45,6 +45,10 @@ class Host(Protocol):
         """Undo what is left of a child saga."""
         ...
 
+    async def rest_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """See to it that a child saga whose process is gone comes to rest, unless this saga runs on and sees to it itself."""
+        ...
+
     async def child_reports(self, stage: str) -> list[SagaReport]:
         """The children that this execution of the stage has run, oldest first."""
         ...
@@ -127,6 +131,13 @@ class CompensationContext:
     async def undo_saga(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what a child saga left standing; does nothing when nothing is."""
         return await self._host.undo_child(saga_id, pipeline)
+
+    async def rest_saga(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """For a probe: let a child saga whose process is gone come to rest, as one does whose parent stops.
+
+        Does nothing while the parent runs on: then its stage goes on with the child.
+        """
+        return await self._host.rest_child(saga_id, pipeline)
 
     async def child_sagas(self) -> list[SagaReport]:
         """The reports of the child sagas that this execution has run, oldest first."""

@@ -338,6 +338,13 @@ class SagaCoordinator:
         """Undo what is left of a child."""
         return await self._go_on(saga_id, pipeline, partial(undoing, by=_user()))
 
+    async def rest_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """See to it that a child whose process is gone comes to rest: it is stopped, as those are that run when their parent stops."""
+        if not parent.is_stopping:
+            return await self.report(saga_id)
+        decide = partial(recovering, by=f"saga {parent.id}")
+        return await self._as_child(parent, *await self._taken_over(saga_id, pipeline, decide))
+
     async def reports_of(self, saga_id: str, stage: str, prefix: str) -> list[SagaReport]:
         """The children of a saga's stage, oldest first; those whose ids begin so."""
         return await reports_of(self.ledger, saga_id, stage, prefix)
@@ -522,6 +529,7 @@ class SagaCoordinator:
         await self._conclude(saga, forward.cause)
 
     async def _conclude(self, saga: LiveSaga, stop: Failure | None) -> None:
+        saga.is_stopping = True
         await self._note_late(saga)
         move = conclude(saga.journal.state, saga.policy, stop)
         if move.turn is not None:
@@ -549,6 +557,7 @@ class SagaCoordinator:
                 raise error
 
     async def _back(self, saga: LiveSaga, reason: TurnReason) -> None:
+        saga.is_stopping = True
         while True:
             await Backward(saga, reason).run()
             if not await self._note_late(saga):

@@ -84,12 +84,15 @@ class NestedSaga(CompensableStage):
                 raise NestedSagaFailed(report)
 
     async def probe(self, ctx: CompensationContext) -> StageOutput | None:
-        """Ask the child's ledger what became of it.
+        """Ask the child's ledger what became of it; one whose process is gone comes to rest first, unless its parent runs on.
 
         Raises:
             NestedSagaFailed: It has not come to its end, and something of it may stand.
         """
         standing = _standing(await ctx.child_sagas())
+        if standing and standing[-1].ended_at is None:
+            await ctx.rest_saga(standing[-1].saga_id, self._pipeline)
+            standing = _standing(await ctx.child_sagas())
         if not standing:
             return None
         if not standing[-1].ok:

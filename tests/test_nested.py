@@ -710,3 +710,30 @@ def test_killed_at_any_event_a_family_comes_back_as_if_it_had_not_been(failing: 
         assert world.standing.keys() == (set() if failing else names), (killed_after, str(report))
         assert report.status is (SagaStatus.COMPENSATED if failing else SagaStatus.COMPLETED), (killed_after, str(report))
     assert survived
+
+
+@pytest.mark.parametrize("failing", [None, "aside", "confirm"])
+def test_killed_at_any_event_no_saga_of_a_family_is_left_running_by_whoever_recovers_it(failing: str | None) -> None:
+    """Promise 11: a parent that does not go on lets its children come to rest, as it would have if its process had lived."""
+    survived = left_by_its_parent = 0
+    for killed_after in range(60):
+        # It can't run again when its process has died, so the parent halts.
+        scripts = {name: Script(undo_bears_repetition=True) for name in ("before", "room", "open", "pay", "confirm", "aside")}
+        scripts["aside"].before, scripts["pay"].before = 2, 1
+        if failing:
+            scripts[failing].outcome = "raise"
+        _, trip = generations(scripts, dict.fromkeys(["open", "pay"], "probed"))
+        ledger = Dying(killed_after)
+        try:
+            run(SagaCoordinator(FailFast(on_failure="halt"), ledger=ledger).run(trip, saga_id="s"))
+            survived += 1
+        except LedgerError:
+            ledger.left = 10_000
+            ledger.forget_owners()
+            recovery = run(SagaCoordinator(ledger=ledger).recover(trip))
+            left_by_its_parent += any(report.status is SagaStatus.HALTED for report in recovery.reports.values())
+
+        again = run(SagaCoordinator(ledger=ledger).recover(trip))
+        assert str(again) == "No saga has lost its process.", killed_after
+    assert survived
+    assert left_by_its_parent
