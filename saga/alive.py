@@ -84,6 +84,7 @@ class LiveSaga(Host):
         children: The sagas that its stages run now.
         has_children: Whether its stages have run any.
         exceptions: What those that ended have failed with.
+        undone_within: The stages whose compensations have turned to a saga that they ran.
         stop: Stops its forward run; None when it has none.
         is_stopping: Whether its forward run starts nothing more.
     """
@@ -107,6 +108,7 @@ class LiveSaga(Host):
         self.children: Final[set[LiveSaga]] = set()
         self.has_children = False
         self.exceptions: dict[Failure, BaseException] = {}
+        self.undone_within: Final[set[str]] = set()
         self.stop: Callable[[Failure], None] | None = None
         self.is_stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -222,8 +224,9 @@ class LiveSaga(Host):
         forward = True if record.attempts == record.attempts_before + 1 else None
         return await self._keeper.resume_child(self, saga_id, pipeline, forward=forward)
 
-    async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+    async def undo_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child saga."""
+        self.undone_within.add(stage)
         return await self._keeper.undo_child(saga_id, pipeline)
 
     async def rest_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:

@@ -41,7 +41,7 @@ class Host(Protocol):
         """Go on with a child saga that has not come to its end."""
         ...
 
-    async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+    async def undo_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child saga."""
         ...
 
@@ -130,7 +130,7 @@ class CompensationContext:
 
     async def undo_saga(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what a child saga left standing; does nothing when nothing is."""
-        return await self._host.undo_child(saga_id, pipeline)
+        return await self._host.undo_child(self.stage_name, saga_id, pipeline)
 
     async def rest_saga(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """For a probe: let a child saga whose process is gone come to rest, as one does whose parent stops.

@@ -22,10 +22,7 @@ class NestedSagaFailed(SagaError):
     Attributes:
         report: The child's report.
         past_pivot: It failed after its point of no return.
-        in_part: Raised by the compensation: some of its stages may be undone, and others not.
     """
-
-    in_part = True
 
     def __init__(self, report: SagaReport) -> None:
         self.report = report

@@ -737,3 +737,31 @@ def test_killed_at_any_event_no_saga_of_a_family_is_left_running_by_whoever_reco
         assert str(again) == "No saga has lost its process.", killed_after
     assert survived
     assert left_by_its_parent
+
+
+def test_a_stage_of_ones_own_that_is_stuck_half_undone_runs_again_when_its_saga_goes_forward() -> None:
+    """What is kept stands: also what is within it."""
+    shape = {"room": (), "breakfast": ()}
+    world, hotel = scene(shape, {"room": Script(undo_fails=1)})
+
+    async def book(ctx: SagaContext) -> dict[str, Any]:
+        left = await ctx.child_sagas()
+        report = await (ctx.resume_saga(left[-1].saga_id, hotel) if left else ctx.run_saga(hotel, policy=IMPATIENT))
+        return {"id": report.saga_id}
+
+    async def release(ctx: CompensationContext) -> None:
+        for child in await ctx.child_sagas():
+            assert (await ctx.undo_saga(child.saga_id, hotel)).clean
+
+    parent = Pipeline(name="trip").with_stage("book", compensable(book, release, idempotent=True))
+    coordinator = SagaCoordinator(IMPATIENT)
+    run(coordinator.run(parent, saga_id="s"))
+    stuck = run(coordinator.compensate("s", parent))
+
+    report = run(coordinator.resume("s", parent, forward=True))
+
+    assert list(stuck.stuck) == ["book", "book/room"]
+    assert report.status is SagaStatus.COMPLETED
+    assert report.stages["book"].children[0].status is SagaStatus.COMPLETED
+    assert world.standing == dict.fromkeys(shape, 1)
+    assert world.log == ["+room", "+breakfast", "-breakfast", "+breakfast"]
