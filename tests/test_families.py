@@ -1,0 +1,469 @@
+"""Random families of sagas with hard lives: what is promised of one saga holds for those that its stages run, too.
+
+`SAGA_CASES` sets the number of cases; `make campaign` runs many more than the test run does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from stageflow.api import Pipeline
+
+from saga import (
+    Compensation,
+    ContinueWithFallback,
+    FailFast,
+    LedgerError,
+    MemoryLedger,
+    MisuseError,
+    Policy,
+    Retry,
+    SagaCoordinator,
+    SagaReport,
+    SagaStatus,
+    StageState,
+)
+from saga.ledgers.sqlite import SQLiteLedger
+from saga.report import StageReport
+from tests.controlled import elapse, run
+from tests.families import FamilyWorld, Kin, Leaf, Tree, may_fall_back
+from tests.places import SQLiteFile
+
+CASES = int(os.environ.get("SAGA_CASES", "2000"))
+S = StageState
+ALIVE = {SagaStatus.RUNNING, SagaStatus.COMPENSATING}
+
+# What may land although the stage says that it did not: only where it can be asked, or has recorded it.
+LANDS: Mapping[str, set[str]] = {
+    "asked": {"raise", "fail", "hang"},
+    "asked pivot": {"raise", "fail", "hang"},
+    "recording": {"raise", "fail", "cancel", "retry", "hang"},
+}
+KINDS = ["compensable"] * 4 + ["asked"] * 3 + ["recording"] * 2 + ["sturdy", "sturdy", "fallback", "plain", "pivot", "asked pivot"]
+
+
+# -- what is drawn ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def leaves(draw: st.DrawFn, *, hurried: bool, pivots: bool) -> Leaf:
+    kind = draw(st.sampled_from([kind for kind in KINDS if pivots or "pivot" not in kind]))
+    bad = ["raise", "fail", "cancel", "retry", "skip"] if hurried else ["raise", "fail", "cancel", "retry", "skip", "hang"]
+    outcome = draw(st.one_of(st.just("ok"), st.just("ok"), st.just("ok"), st.sampled_from(bad)))
+    moments = st.just(0.0) if hurried else st.sampled_from([0.0, 0.0, 1.0])
+    return Leaf(
+        kind=kind,
+        outcome=outcome,
+        times=draw(st.sampled_from([1, 2, 99])),
+        lands=outcome in LANDS.get(kind, {"hang"}) and draw(st.booleans()),
+        before=draw(moments),
+        after=draw(moments),
+        undo_fails=draw(st.sampled_from([0, 0, 0, 0, 1, 99])),
+        undo_takes=draw(moments),
+        unanswered=draw(st.sampled_from([0, 0, 0, 1, 99])) if kind.startswith("asked") else 0,
+    )
+
+
+@st.composite
+def policies(draw: st.DrawFn, names: Sequence[str], *, hurried: bool) -> Policy:
+    common: dict[str, Any] = {
+        "retry": Retry(attempts=draw(st.integers(1, 2)), wait=0.0, jitter=False),
+        "timeout": None if hurried else draw(st.sampled_from([None, None, 4.0])),
+        "compensation": Compensation(
+            retry=Retry(attempts=draw(st.integers(1, 2)), wait=0.0, jitter=False),
+            max_concurrency=draw(st.sampled_from([None, None, 1])),
+            on_failure=draw(st.sampled_from(["isolate", "isolate", "isolate", "halt"])),
+        ),
+        "in_flight": draw(st.sampled_from(["drain", "cancel"])),
+        "cancel_grace": 1000.0,
+        "on_failure": draw(st.sampled_from(["compensate", "compensate", "halt"])),
+        "on_cancel": draw(st.sampled_from(["keep", "compensate"])),
+        "on_interrupt": draw(st.sampled_from(["compensate", "compensate", "halt"])),
+        "deadline": None if hurried else draw(st.sampled_from([None, None, None, 4.0])),
+    }
+    if draw(st.booleans()):
+        return FailFast(**common)
+    return ContinueWithFallback(
+        **common,
+        fallbacks={name: {"instead_of": name} for name in draw(st.sets(st.sampled_from(names), max_size=1))},
+        without_fallback=draw(st.sampled_from(["fail", "skip_branch"])),
+        orphans=draw(st.sampled_from(["compensate", "keep"])),
+    )
+
+
+@st.composite
+def trees(draw: st.DrawFn, *, hurried: bool, names: Iterator[str] | None = None, depth: int = 0, pivots: bool = True) -> Tree:
+    names = names if names is not None else (f"{letter}{round_ or ''}" for round_ in itertools.count() for letter in "abcdefghijklmnopqrt")
+    size = draw(st.integers(2, 4) if depth == 0 else st.integers(1, 3))
+    mine = [next(names) for _ in range(size)]
+    shape = {
+        name: tuple(sorted(draw(st.sets(st.sampled_from(mine[:place]), max_size=2)))) if place else () for place, name in enumerate(mine)
+    }
+    stages: dict[str, Leaf | Kin] = {}
+    has_kin = False
+    for place, name in enumerate(mine):
+        # The outermost saga has at least one stage that runs another one.
+        kinds = ["leaf", "leaf", "nested", "several"] if depth == 0 else ["leaf", "leaf", "leaf", "nested"]
+        kind = draw(st.sampled_from(kinds if depth < 2 else ["leaf"]))
+        if depth == 0 and place == size - 1 and not has_kin:
+            kind = "nested"
+        has_kin = has_kin or kind != "leaf"
+        if kind == "leaf":
+            stages[name] = draw(leaves(hurried=hurried, pivots=pivots))
+            continue
+        children = 1 if kind == "nested" else 2
+        below = [
+            # One that takes care of several itself can't say that one of them has a point of no return.
+            draw(trees(hurried=hurried, names=names, depth=depth + 1, pivots=pivots and kind == "nested"))
+            for _ in range(children)
+        ]
+        stages[name] = Kin(below, at_once=None if kind == "nested" else draw(st.booleans()))
+    return Tree(f"p{mine[0]}", shape, stages, draw(policies(mine, hurried=hurried)))
+
+
+@st.composite
+def deeds(draw: st.DrawFn, root: Tree, *, hurried: bool) -> dict[str, Any]:
+    """What is done with a saga that has come to rest."""
+    what = draw(st.sampled_from(["resume", "forward", "compensate", "settle", "settle", "mend"]))
+    deed: dict[str, Any] = {"what": what}
+    if what in {"resume", "forward"}:
+        deed["policy"] = draw(st.one_of(st.none(), st.none(), policies(list(root.shape), hurried=hurried)))
+    if what == "settle":
+        deed["verdict"] = draw(st.sampled_from(["undone", "kept", "retry"]))
+        deed["which"] = draw(st.integers(0, 3))
+    if what == "mend":
+        deed["name"] = draw(st.sampled_from(sorted(root.leaves())))
+    return deed | draw(mishaps(hurried=hurried))
+
+
+@st.composite
+def mishaps(draw: st.DrawFn, *, hurried: bool) -> dict[str, Any]:
+    """After how many writes the process dies, and when the caller is cancelled."""
+    return {
+        "kills": draw(st.one_of(st.just([]), st.just([]), st.lists(st.integers(0, 25), min_size=1, max_size=2))),
+        "cancel_at": None if hurried else draw(st.one_of(st.none(), st.none(), st.sampled_from([0.5, 1.0, 1.5, 2.5, 3.0]))),
+    }
+
+
+@st.composite
+def lives(draw: st.DrawFn, *, hurried: bool = False) -> dict[str, Any]:
+    root = draw(trees(hurried=hurried))
+    return {
+        "root": root,
+        "birth": draw(mishaps(hurried=hurried)),
+        "deeds": draw(st.lists(deeds(root, hurried=hurried), max_size=4)),
+        "home": draw(st.sampled_from(["forward", "back"])),
+    }
+
+
+# -- what it is kept in ----------------------------------------------------------------------------------------------
+
+
+class Mortal:
+    """A ledger that takes so many writes; for whoever goes on, its process was killed there."""
+
+    left: float = float("inf")
+
+    def _count(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError("killed")
+
+    async def create(self, *args: Any, **options: Any) -> Any:
+        self._count()
+        return await super().create(*args, **options)  # type: ignore[misc] # of the ledger that it is mixed with
+
+    async def append(self, *args: Any, **options: Any) -> None:
+        self._count()
+        await super().append(*args, **options)  # type: ignore[misc] # of the ledger that it is mixed with
+
+
+class MortalMemory(Mortal, MemoryLedger):
+    pass
+
+
+class MortalSQLite(Mortal, SQLiteLedger):
+    pass
+
+
+class InMemory:
+    def __init__(self) -> None:
+        self.ledger = MortalMemory()
+
+    async def reopen(self) -> Any:
+        for saga in self.ledger._sagas.values():
+            saga.owner = None
+        return self.ledger
+
+
+class OnDisk:
+    def __init__(self, folder: Path) -> None:
+        self.file = SQLiteFile(folder / "ledger.db")
+        self.ledger: Any = None
+
+    async def reopen(self) -> Any:
+        if self.ledger is not None:
+            await self.ledger.close()
+        self.file.pass_time(100)
+        self.ledger = MortalSQLite(self.file.path, clock=lambda: time.time() + self.file.ahead)
+        return self.ledger
+
+
+# -- a life, and the oracle ------------------------------------------------------------------------------------------
+
+
+class Life:
+    """A family of sagas from its birth until it is at rest for good; after each deed its reports have to agree with the world."""
+
+    def __init__(self, case: Mapping[str, Any], place: InMemory | OnDisk) -> None:
+        self.case, self.place = case, place
+        self.root: Tree = case["root"]
+        self.leaves = self.root.leaves()
+        self.world = FamilyWorld(self.root)
+        given = [deed["policy"] for deed in case["deeds"] if deed.get("policy") is not None]
+        self.world.in_no_order = may_fall_back(self.root, given)
+        self.pipeline: Pipeline = self.root.pipeline(self.world)
+        self.ledger: Any = None
+
+    async def live(self) -> None:
+        await self.act(lambda saga: saga.run(self.pipeline, saga_id="s"), **self.case["birth"])
+        if not await self.ledger.read("s"):
+            # It died before anything was known of it.
+            assert not self.world.log
+            return
+        await self.look()
+        for deed in self.case["deeds"]:
+            await self.do(**deed)
+            await self.look()
+        await self.come_home(self.case["home"])
+
+    async def act(
+        self, deed: Callable[[SagaCoordinator], Coroutine[Any, Any, Any]], *, kills: Sequence[int] = (), cancel_at: float | None = None
+    ) -> bool:
+        """Do something with a new coordinator, whose process may die; then others recover what it left. Whether it was refused."""
+        refused = False
+        for number, kill in enumerate([*kills, float("inf")]):
+            self.ledger = await self.place.reopen()
+            coordinator = SagaCoordinator(self.root.policy, ledger=self.ledger)
+            self.ledger.left = kill
+            self.world.unsure.clear()
+            try:
+                if number == 0:
+                    refused = await self._attempt(coordinator, deed, cancel_at)
+                else:
+                    recovery = await coordinator.recover(self.pipeline)
+                    assert not recovery.held, str(recovery)
+                    assert not recovery.failed or self.ledger.left < 0, str(recovery)
+            except (LedgerError, OSError):
+                assert self.ledger.left < 0
+            if self.ledger.left < 0:
+                self.world.confirmed -= self.world.unsure
+            elif number == 0:
+                break
+            self.ledger.left = float("inf")
+        return refused
+
+    async def _attempt(
+        self, coordinator: SagaCoordinator, deed: Callable[[SagaCoordinator], Coroutine[Any, Any, Any]], cancel_at: float | None
+    ) -> bool:
+        before = await self.history()
+        task = asyncio.ensure_future(deed(coordinator))
+        if cancel_at is not None:
+            await elapse(cancel_at)
+            task.cancel()
+        try:
+            report = await task
+        except asyncio.CancelledError:
+            assert cancel_at is not None
+            return False
+        except MisuseError as refusal:
+            if not any(why in str(refusal) for why in ("in doubt, without a probe and not idempotent", "got retry")):
+                raise
+            assert await self.history() == before, "it was refused, and something was recorded"
+            return True
+        assert report == await coordinator.report("s")
+        return False
+
+    async def history(self) -> dict[str, int]:
+        """How many events each saga has."""
+        return {entry.saga_id: len(await self.ledger.read(entry.saga_id)) for entry in await self.ledger.list()}
+
+    async def report(self) -> SagaReport:
+        return await SagaCoordinator(ledger=self.ledger).report("s")
+
+    async def do(self, what: str, **how: Any) -> None:
+        mishaps = {"kills": how.get("kills", ()), "cancel_at": how.get("cancel_at")}
+        match what:
+            case "resume":
+                await self.act(lambda saga: saga.resume("s", self.pipeline, policy=how["policy"]), **mishaps)
+            case "forward":
+                await self.act(lambda saga: saga.resume("s", self.pipeline, policy=how["policy"], forward=True), **mishaps)
+            case "compensate":
+                await self.act(lambda saga: saga.compensate("s", self.pipeline), **mishaps)
+            case "mend":
+                self.leaves[how["name"]].mend()
+            case "settle":
+                open_questions = unsettled(await self.report())
+                if open_questions:
+                    path = open_questions[how["which"] % len(open_questions)]
+                    await self.settle(path, how["verdict"], kills=how["kills"])
+            case _:
+                raise AssertionError(what)
+
+    async def settle(self, path: str, verdict: str, *, kills: Sequence[int] = ()) -> None:
+        """Say the truth of a stage, having made it true where that takes a deed."""
+        report, name = await self.report(), path.rpartition("/")[2]
+        leaf = self.leaves.get(name)
+        if leaf is None:
+            # It runs others, none of which is in question: to look once more tells.
+            verdict = "retry"
+        else:
+            stands = [key for key, its in self.world.standing.items() if its == name]
+            if verdict == "kept" and not stands:
+                verdict = "undone"
+            if verdict == "undone":
+                for key in stands:
+                    self.world.by_hand(key)
+            if verdict == "retry":
+                leaf.mend()
+        assert path in {*report.stuck, *report.in_doubt}
+        refused = await self.act(lambda saga: saga.settle("s", path, verdict, "looked"), kills=kills)
+        if refused and leaf is not None:
+            assert verdict == "retry"
+            await self.settle(path, "undone")
+
+    async def look(self) -> SagaReport:
+        assert self.world.refusals == []
+        report = await self.report()
+        assert SagaReport.model_validate_json(report.model_dump_json()) == report
+        seen = set(self.agrees(report))
+        unseen = set(self.world.standing) - seen
+        assert not unseen, f"nobody reports {unseen}"
+        return report
+
+    def agrees(self, report: SagaReport) -> Iterator[str]:
+        """Compare a saga with the world; gives the keys of its effects that stand and that it shows."""
+        assert report.status not in ALIVE, report.saga_id
+        standing = self.world.within(report.saga_id)
+        if report.status is SagaStatus.COMPENSATED:
+            # Promise 5.
+            assert not standing, f"{report.saga_id} is compensated"
+            assert report.clean
+        if report.status is SagaStatus.COMPLETED:
+            assert report.clean
+            # One that skipped itself when an attempt before may have landed is undone.
+            shown = {name: stage.state for name, stage in report.stages.items() if stage.skip_reason is None}
+            assert {S.KEPT, S.FALLBACK}.issuperset(shown.values()), (report.saga_id, shown)
+        if report.status is SagaStatus.DEGRADED:
+            assert report.clean
+        if report.status is SagaStatus.STUCK:
+            assert not report.clean
+        for name, stage in report.stages.items():
+            stands = self.world.within(report.saga_id, name)
+            where = (report.saga_id, name, stage.state.value, report.status.value, stands)
+            if name in self.leaves:
+                self.leaf_agrees(report, name, stage, stands, where)
+                yield from stands
+            else:
+                self.kin_agrees(report, stage, stands, where)
+                for child in stage.children:
+                    yield from self.agrees(child)
+
+    def leaf_agrees(self, report: SagaReport, name: str, stage: StageReport, stands: list[str], where: Any) -> None:
+        if self.leaves[name].kind == "plain":
+            assert not stands
+            return
+        match stage.state:
+            case S.KEPT:
+                assert len(stands) == 1, where
+            case S.STUCK | S.IN_DOUBT | S.BLOCKED:
+                assert len(stands) <= 1, where
+            case S.FALLBACK if stage.settled is not None and stage.settled.verdict == "kept":
+                assert len(stands) == 1, where
+            case S.UNDONE | S.NOT_RUN:
+                assert not stands, where
+            case _:
+                # A saga that keeps what was done keeps what a failed stage has recorded, too.
+                kept_part = stage.effects and report.status in {SagaStatus.HALTED, SagaStatus.CANCELLED}
+                assert not stands or kept_part, where
+
+    def kin_agrees(self, report: SagaReport, stage: StageReport, stands: list[str], where: Any) -> None:
+        last = stage.children[-1] if stage.children else None
+        past_pivot = any(child.past_pivot for child in stage.children)
+        match stage.state:
+            case S.KEPT:
+                assert last is not None, where
+                assert all(child.ok or child.past_pivot or not self.world.within(child.saga_id) for child in stage.children), where
+                if report.ok:
+                    assert last.ok, where
+            case S.UNDONE | S.NOT_RUN:
+                assert not stands, where
+            case S.STUCK | S.IN_DOUBT | S.BLOCKED:
+                pass
+            case _:
+                kept_part = stage.effects and report.status in {SagaStatus.HALTED, SagaStatus.CANCELLED}
+                assert not stands or past_pivot or kept_part, where
+
+    async def come_home(self, way: str) -> None:
+        """Mended and truthfully settled, every life comes to rest, and stays there: undone, or completed."""
+        for leaf in self.leaves.values():
+            leaf.mend()
+        for _ in range(4):
+            for asked in unsettled(await self.report()):
+                # What is settled within may have answered for it.
+                if asked in unsettled(await self.report()):
+                    await self.settle(asked, "undone" if way == "back" else "kept")
+            if way == "back":
+                await self.act(lambda saga: saga.compensate("s", self.pipeline))
+            else:
+                await self.act(lambda saga: saga.resume("s", self.pipeline, policy=FailFast(), forward=True))
+            report = await self.look()
+            if report.clean and (way == "back" or report.ok):
+                break
+            if report.past_pivot:
+                # From there the way leads forward only.
+                way = "forward"
+        event(f"{way}: {report.status.value}")
+        assert report.clean, str(report)
+        assert report.ok if way == "forward" else report.past_pivot or not self.world.standing, str(report)
+        history = await self.history()
+        if way == "back":
+            await self.act(lambda saga: saga.compensate("s", self.pipeline))
+        else:
+            await self.act(lambda saga: saga.resume("s", self.pipeline))
+        assert await self.history() == history, "there was nothing left to do"
+
+
+def unsettled(report: SagaReport) -> list[str]:
+    """The paths of what is stuck or in doubt, without those that are so because of something within them."""
+    paths = [*report.stuck, *report.in_doubt]
+    return [path for path in paths if not any(other.startswith(f"{path}/") for other in paths)]
+
+
+@settings(max_examples=max(CASES // 8, 1), deadline=None, suppress_health_check=list(HealthCheck))
+@given(lives())
+def test_what_is_promised_holds_for_a_family_of_sagas(case: Mapping[str, Any]) -> None:
+    run(Life(case, InMemory()).live())
+
+
+@settings(max_examples=max(CASES // 200, 1), deadline=None, suppress_health_check=list(HealthCheck))
+@given(lives(hurried=True))
+def test_what_is_promised_holds_for_a_family_of_sagas_on_disk(case: Mapping[str, Any]) -> None:
+    async def live(folder: str) -> None:
+        place = OnDisk(Path(folder))
+        try:
+            await Life(case, place).live()
+        finally:
+            await place.ledger.close()
+
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(live(folder))
