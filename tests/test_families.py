@@ -10,6 +10,7 @@ import itertools
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,7 @@ class Life:
         self.world.in_no_order = may_fall_back(self.root, given)
         self.pipeline: Pipeline = self.root.pipeline(self.world)
         self.ledger: Any = None
+        self.asked: Counter[str] = Counter()
 
     async def live(self) -> None:
         await self.act(lambda saga: saga.run(self.pipeline, saga_id="s"), **self.case["birth"])
@@ -324,8 +326,9 @@ class Life:
         report, name = await self.report(), path.rpartition("/")[2]
         leaf = self.leaves.get(name)
         if leaf is None:
-            # It runs others, none of which is in question: to look once more tells.
-            verdict = "retry"
+            # It runs others, none of which is in question: to look once more tells, or what stands of it.
+            stands = self.world.within(*owner_of(report, path))
+            verdict = "retry" if verdict == "retry" or not self.is_old(path) else "kept" if stands else "undone"
         else:
             stands = [key for key, its in self.world.standing.items() if its == name]
             if verdict == "kept" and not stands:
@@ -340,6 +343,11 @@ class Life:
         if refused and leaf is not None:
             assert verdict == "retry"
             await self.settle(path, "undone")
+
+    def is_old(self, path: str) -> bool:
+        """Whether a stage was in question already when it was asked for before."""
+        self.asked[path] += 1
+        return self.asked[path] > 1
 
     async def look(self) -> SagaReport:
         assert self.world.refusals == []
@@ -399,6 +407,9 @@ class Life:
     def kin_agrees(self, report: SagaReport, stage: StageReport, stands: list[str], where: Any) -> None:
         last = stage.children[-1] if stage.children else None
         past_pivot = any(child.past_pivot for child in stage.children)
+        if stage.settled is not None and stage.settled.verdict == "kept":
+            # A person wants it as it is.
+            return
         match stage.state:
             case S.KEPT:
                 assert last is not None, where
@@ -441,6 +452,14 @@ class Life:
         else:
             await self.act(lambda saga: saga.resume("s", self.pipeline))
         assert await self.history() == history, "there was nothing left to do"
+
+
+def owner_of(report: SagaReport, path: str) -> tuple[str, str]:
+    """The newest saga that a path leads to, and its stage."""
+    *above, name = path.split("/")
+    for stage in above:
+        report = report.stages[stage].children[-1]
+    return report.saga_id, name
 
 
 def unsettled(report: SagaReport) -> list[str]:
