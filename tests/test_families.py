@@ -318,6 +318,7 @@ class Life:
                 if open_questions:
                     path = open_questions[how["which"] % len(open_questions)]
                     await self.settle(path, how["verdict"], kills=how["kills"])
+                self.asked.clear()
             case _:
                 raise AssertionError(what)
 

@@ -412,11 +412,11 @@ def test_a_stage_that_runs_several_sagas_is_verified_with_all_of_them() -> None:
     assert verified(town, pipeline).stages == ("seat", "tour", "tour/paris_room", "tour/rome_room")
 
 
-def test_a_nested_saga_that_nobody_went_on_with_is_in_doubt() -> None:
+def test_a_nested_saga_with_a_stage_in_doubt_is_in_doubt() -> None:
     town = Town()
     inner = Pipeline(name="hotel")
-    for name, needs in (("room", ()), ("deposit", ("room",))):
-        inner = inner.with_stage(name, Booking(town, name), dependencies=needs)
+    for name, kind, needs in (("room", Booking, ()), ("deposit", Unasked, ("room",))):
+        inner = inner.with_stage(name, kind(town, name), dependencies=needs)
     pipeline = Pipeline(name="journey").with_stage("hotel", nested(inner)).with_stage("seat", Unasked(town, "seat"))
 
     verification = verified(town, pipeline, FailFast(on_failure="halt"), faults=[Fault.KILLED_BEFORE])
