@@ -141,9 +141,13 @@ class Backward:
             past_pivot = getattr(failure.exception, "past_pivot", False) is True
             if self._expired or past_pivot:
                 wait = None
-            # One that may not run again stays as it is when the saga goes forward, for nobody could make it whole.
-            in_part = stage in self._saga.undone_within and self._state.graph[stage].idempotent
-            failed = CompensationFailed(stage=stage, failure=failure, will_retry=wait is not None, past_pivot=past_pivot, in_part=in_part)
+            failed = CompensationFailed(
+                stage=stage,
+                failure=failure,
+                will_retry=wait is not None,
+                past_pivot=past_pivot,
+                in_part=stage in self._saga.undone_within,
+            )
             await self._record(failed)
             if wait is None:
                 return

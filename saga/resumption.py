@@ -142,6 +142,13 @@ def _awaits_fallback(state: SagaState, name: str, policy: FailFast | ContinueWit
     return name in policy.fallbacks or (state.graph[name].has_fallback and not state.stages[name].fallback_failed)
 
 
+def halves(state: SagaState) -> tuple[str, ...]:
+    """The stages that would run again to be made whole, though they are not made for it."""
+    return tuple(
+        name for name, record in state.stages.items() if record.undone_in_part and not (record.may_repeat or state.graph[name].idempotent)
+    )
+
+
 def undecided(state: SagaState) -> tuple[str, ...]:
     """The stages that would run again, though nobody knows whether they have had their effect and nothing can tell."""
     return tuple(
@@ -196,6 +203,13 @@ def _refuse_undecided(state: SagaState) -> None:
             "a saga whose stages in doubt can be asked, or can run again",
             got=f"{', '.join(names)} in doubt, without a probe and not idempotent",
             hint="Look whether the effect has landed, then say so: settle(saga_id, stage, 'kept' or 'undone', note).",
+        )
+    in_part = halves(state)
+    if in_part:
+        raise MisuseError(
+            "a saga whose half undone stages can run again",
+            got=f"{', '.join(in_part)}, not idempotent",
+            hint="Put it right by hand, then say what stands: settle(saga_id, stage, 'kept' or 'undone', note); or go on backward.",
         )
 
 

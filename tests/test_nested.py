@@ -739,8 +739,8 @@ def test_killed_at_any_event_no_saga_of_a_family_is_left_running_by_whoever_reco
     assert left_by_its_parent
 
 
-def test_a_stage_of_ones_own_that_is_stuck_half_undone_runs_again_when_its_saga_goes_forward() -> None:
-    """What is kept stands: also what is within it."""
+def half_undone(*, idempotent: bool) -> tuple[World, SagaCoordinator, Pipeline]:
+    """A stage that runs a hotel's room and breakfast as a saga; the breakfast has been undone, the room not."""
     shape = {"room": (), "breakfast": ()}
     world, hotel = scene(shape, {"room": Script(undo_fails=1)})
 
@@ -753,15 +753,43 @@ def test_a_stage_of_ones_own_that_is_stuck_half_undone_runs_again_when_its_saga_
         for child in await ctx.child_sagas():
             assert (await ctx.undo_saga(child.saga_id, hotel)).clean
 
-    parent = Pipeline(name="trip").with_stage("book", compensable(book, release, idempotent=True))
+    parent = Pipeline(name="trip").with_stage("book", compensable(book, release, idempotent=idempotent))
     coordinator = SagaCoordinator(IMPATIENT)
     run(coordinator.run(parent, saga_id="s"))
     stuck = run(coordinator.compensate("s", parent))
+    assert list(stuck.stuck) == ["book", "book/room"]
+    return world, coordinator, parent
+
+
+def test_a_stage_of_ones_own_that_is_stuck_half_undone_runs_again_when_its_saga_goes_forward() -> None:
+    """What is kept stands: also what is within it."""
+    world, coordinator, parent = half_undone(idempotent=True)
 
     report = run(coordinator.resume("s", parent, forward=True))
 
-    assert list(stuck.stuck) == ["book", "book/room"]
     assert report.status is SagaStatus.COMPLETED
     assert report.stages["book"].children[0].status is SagaStatus.COMPLETED
-    assert world.standing == dict.fromkeys(shape, 1)
+    assert world.standing == {"room": 1, "breakfast": 1}
     assert world.log == ["+room", "+breakfast", "-breakfast", "+breakfast"]
+
+
+def test_one_that_may_not_run_again_is_for_a_person_to_make_whole() -> None:
+    world, coordinator, parent = half_undone(idempotent=False)
+
+    with pytest.raises(MisuseError, match="expected a saga whose half undone stages can run again, got book, not idempotent"):
+        run(coordinator.resume("s", parent, forward=True))
+    assert world.log == ["+room", "+breakfast", "-breakfast"]
+    world.undo("room")
+    run(coordinator.settle("s", "book/room", "undone", "by hand"))
+    assert run(coordinator.resume("s", parent)).status is SagaStatus.COMPENSATED
+
+
+def test_one_that_a_person_has_made_whole_is_kept() -> None:
+    world, coordinator, parent = half_undone(idempotent=False)
+    world.land("breakfast")
+    run(coordinator.settle("s", "book", "kept", "booked the breakfast by hand"))
+
+    report = run(coordinator.resume("s", parent, forward=True))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert report.stages["book"].state is StageState.KEPT
