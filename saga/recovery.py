@@ -588,6 +588,8 @@ def orphans(state: SagaState) -> frozenset[str]:
 def undo_scope(state: SagaState, policy: FailFast | ContinueWithFallback, reason: TurnReason) -> frozenset[str]:
     """The stages that going backward for this reason is about; the others stand and hold nothing up."""
     said = state.graph.with_ancestors(name for name, record in state.stages.items() if _is_kept_by_word(record))
+    # A pivot that has landed behind its fallback serves nothing; but nobody can undo it, and a person can say nothing new of it.
+    said |= {name for name, record in state.stages.items() if record.landed and state.graph[name].role is Role.PIVOT}
     if reason is not TurnReason.ORPHANS:
         # What a fallback stands in for is no foundation of what followed, so a pivot does not protect its remains.
         replaced = {name for name, record in state.stages.items() if record.fell_back}

@@ -1230,3 +1230,35 @@ def test_what_is_stuck_and_in_doubt_is_asked_when_the_saga_goes_forward_instead(
     assert report.status is SagaStatus.COMPLETED
     assert report.kept["pay"].data == {"found": True}
     assert world.standing == {"pay": 1}
+
+
+class Captured(Pivot):
+    """A pivot that can be asked, as soon as the line is back."""
+
+    is_reachable = False
+
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        if not self.is_reachable:
+            raise OSError("no line")
+        return StageOutput.ok(receipt=9) if self.name in self.world.standing else None
+
+
+@pytest.mark.parametrize("begun_by", ["resume", "compensate"])
+def test_a_pivot_that_turns_out_to_have_landed_behind_its_fallback_holds_nothing_up(begun_by: str) -> None:
+    """Nobody can undo it, and there is nothing to settle: the saga would be stuck for good."""
+    world = World({"a": (), "b": ("a",), "c": ("b",)})
+    pivot = Captured(world, "b", Script("hang", lands=True))
+    pipeline = Pipeline().with_stage("a", Scripted(world, "a", Script())).with_stage("b", pivot, dependencies=("a",))
+    pipeline = pipeline.with_stage("c", Scripted(world, "c", Script()), dependencies=("b",))
+    coordinator, first = first_run(pipeline, ContinueWithFallback(timeout=1, fallbacks={"b": {}}, compensation=IMPATIENT))
+    assert first.status is SagaStatus.STUCK
+    assert set(first.in_doubt) == {"b"}
+    pivot.is_reachable = True
+
+    report = run(getattr(coordinator, begun_by)("s", pipeline))
+
+    assert report.clean
+    assert report.status is (SagaStatus.DEGRADED if begun_by == "resume" else SagaStatus.HALTED)
+    assert report.stages["b"].state is S.FALLBACK
+    assert report.stages["b"].late_output == StageOutput.ok(receipt=9)
+    assert set(world.standing) == {"a", "b"} | ({"c"} if begun_by == "resume" else set())
