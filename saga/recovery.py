@@ -765,7 +765,8 @@ def final_status(state: SagaState, policy: FailFast | ContinueWithFallback) -> S
     else:
         scope = undo_scope(state, policy, state.reason)
         unsettled = any(undo_step(state.graph[name], state.stages[name]) is not Step.CLEAR for name in scope)
-    if unsettled:
+    # What is stuck may have left the scope: what came late, or a person's word, has given a use to what it was to be undone for.
+    if unsettled or any(record.state is _S.STUCK for record in state.stages.values()):
         return SagaStatus.STUCK
     if state.reason not in {None, TurnReason.ORPHANS}:
         return SagaStatus.HALTED if protected(state) else SagaStatus.COMPENSATED

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from stageflow.api import Pipeline, StageOutput
+from stageflow.api import Pipeline, StageContext, StageOutput
 
 from saga import (
     CompensableStage,
@@ -508,3 +508,37 @@ def test_what_comes_late_in_the_moment_in_which_somebody_goes_on_is_not_lost(tur
 
     assert report.stages["deaf"].late_output == StageOutput.ok(seat="14A")
     assert "could not be recorded" not in caplog.text
+
+
+def test_a_saga_stays_stuck_when_what_comes_late_has_a_use_for_what_could_not_be_undone() -> None:
+    """Undoing it has been tried, and what is left of it only a person can see."""
+    world, pipeline = scene({"a": ()}, {"a": Script(undo_fails=9)})
+    released = asyncio.Event()
+
+    async def tells(_: StageContext) -> StageOutput:
+        while not released.is_set():
+            try:
+                await released.wait()
+            except asyncio.CancelledError:
+                continue
+        return StageOutput.ok(told=True)
+
+    async def main() -> tuple[SagaReport, SagaReport]:
+        whole = pipeline.with_stage("tells", tells, "work", dependencies=("a",))
+        policy = ContinueWithFallback(
+            timeout=10, cancel_grace=2, without_fallback="skip_branch", compensation=Compensation(retry=Retry(attempts=1))
+        )
+        coordinator = SagaCoordinator(policy)
+        first = await coordinator.run(whole, saga_id="s")
+        released.set()
+        await elapse(1)
+        return first, await coordinator.report("s")
+
+    first, late = run(main())
+
+    assert first.status is SagaStatus.STUCK
+    assert set(first.stuck) == {"a"}
+    assert late.kept["tells"].data == {"told": True}
+    assert set(late.stuck) == {"a"}
+    assert late.status is SagaStatus.STUCK
+    assert set(world.standing) == {"a"}
