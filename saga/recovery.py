@@ -339,9 +339,14 @@ class SagaState:
             return (record.doubt or state is _S.STUCK) and self.ended_at is not None
         return True
 
+    def _begin(self, record: StageRecord) -> None:
+        """What stood in for it, or was to and failed, does so no more: it runs once more, or was kept from it."""
+        record.fell_back, record.fallback_failed = False, False
+
     def _stage_started(self, record: StageRecord, event: StageStarted) -> None:
         if self.status is not SagaStatus.RUNNING:
             raise self._contradiction(f"a saga that is {self.status.value}", event)
+        self._begin(record)
         if event.execution != record.execution and record.execution:
             record.forget()
         if record.order < 0:
@@ -383,6 +388,7 @@ class SagaState:
 
     def _stage_failed(self, record: StageRecord, event: StageFailed) -> None:
         self.is_spotless = False
+        self._begin(record)
         if record.is_due_anew:
             record.forget()
         # A retry that is called off repeats the failure that it was meant to mend.
@@ -406,6 +412,7 @@ class SagaState:
             record.state = _S.FAILED
 
     def _stage_skipped(self, record: StageRecord, event: StageSkipped) -> None:
+        self._begin(record)
         if record.is_due_anew:
             record.forget()
         self.is_spotless = self.is_spotless and not record.effects

@@ -1262,3 +1262,62 @@ def test_a_pivot_that_turns_out_to_have_landed_behind_its_fallback_holds_nothing
     assert report.stages["b"].state is S.FALLBACK
     assert report.stages["b"].late_output == StageOutput.ok(receipt=9)
     assert set(world.standing) == {"a", "b"} | ({"c"} if begun_by == "resume" else set())
+
+
+class Keeps(Scripted):
+    """Records its effect before anything can go wrong, and tells with what it was undone."""
+
+    undone_with: Any = "nothing"
+
+    async def execute(self, ctx: SagaContext) -> Any:
+        self.world.standing[self.name] = 1
+        await ctx.record(ctx.idempotency_key)
+        self.script.attempts.append(self.script.next_outcome())
+        if self.script.attempts[-1] == "raise":
+            raise CardDeclined(self.name)
+        return StageOutput.ok(receipt=9)
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        await super().compensate(ctx)
+        self.undone_with = ctx.output
+
+
+def test_what_runs_again_where_a_fallback_stood_in_is_undone_with_what_it_gave_itself() -> None:
+    script = Script("raise", then=("ok",), undo_fails=1)
+    world = World({"b": ()})
+    stage = Keeps(world, "b", script)
+    pipeline = Pipeline().with_stage("b", stage)
+    coordinator, first = first_run(pipeline, ContinueWithFallback(fallbacks={"b": {"receipt": None}}, compensation=IMPATIENT))
+    assert first.status is SagaStatus.STUCK
+    assert first.fallbacks == ("b",)
+
+    second = run(coordinator.resume("s", pipeline, forward=True))
+    undone = run(coordinator.compensate("s", pipeline))
+
+    assert second.status is SagaStatus.COMPLETED
+    assert second.fallbacks == ()
+    assert undone.status is SagaStatus.COMPENSATED
+    assert stage.undone_with == StageOutput.ok(receipt=9)
+
+
+@pytest.mark.parametrize(("verdict", "state"), [("kept", S.KEPT), ("undone", S.UNDONE)])
+def test_what_a_fallback_stood_in_for_and_lost_its_process_when_it_ran_again_can_be_settled(verdict: str, state: StageState) -> None:
+    world = World({"b": ()})
+    stage = Keeps(world, "b", Script("raise", then=("ok",), undo_fails=1))
+    pipeline = Pipeline().with_stage("b", stage)
+    policy = ContinueWithFallback(fallbacks={"b": {"receipt": None}}, compensation=IMPATIENT)
+    ledger = Dying(10_000)
+    run(SagaCoordinator(policy, ledger=ledger).run(pipeline, saga_id="s"))
+    # It is killed while it runs.
+    ledger.left = 3
+    with pytest.raises(LedgerError):
+        run(SagaCoordinator(ledger=ledger).resume("s", pipeline, forward=True, policy=FailFast(on_failure="halt")))
+    ledger.left = 10_000
+    ledger.forget_owners()
+    coordinator = SagaCoordinator(ledger=ledger)
+    assert set(run(coordinator.resume("s", pipeline)).in_doubt) == {"b"}
+
+    report = run(coordinator.settle("s", "b", verdict, "looked"))
+
+    assert report.stages["b"].state is state
+    assert report.clean
