@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from saga.recovery import StageRecord
 
 _ENDED_WELL: Final = frozenset({StageState.KEPT, StageState.FALLBACK, StageState.SKIPPED})
+_SAID_NOTHING: Final = frozenset({FailureKind.EXCEPTION, FailureKind.REPORTED, FailureKind.CONTRACT})
+"""Of an attempt that failed so it is taken that it had no effect, and nobody has asked."""
 
 
 @dataclass(slots=True)
@@ -318,6 +320,9 @@ class Forward(Stages):
                 return outcome
             for recording in self._saga.forgotten(name):
                 outcome = await self._catch_up(run, recording, outcome)
+            outcome = await self._checked(run, outcome)
+            if run.record.state is StageState.KEPT:
+                return outcome
             if outcome.failure is None:
                 await self._record(self._end_of(run, outcome))
                 self._refuse_unstorable(name)
@@ -407,12 +412,26 @@ class Forward(Stages):
         run.end()
         # A cancel that it did not heed was the stage's, and strikes nothing that comes after it.
         await run.absorb()
-        outcome = normalised(run.name, run.record.attempts, returned)
-        if outcome.failure is None and outcome.output is not None and outcome.output.status is StageStatus.SKIP and run.record.effects:
-            # Its dependents would run on, and what it recorded could then not be undone before them.
-            got = f"a SKIP after {len(run.record.effects)} recorded effects"
-            message = f"expected a stage that skips itself to have recorded no effect, got {got}"
-            return _Outcome(outcome.output, Failure.of(run.name, FailureKind.CONTRACT, message, attempt=run.record.attempts))
+        return normalised(run.name, run.record.attempts, returned)
+
+    async def _checked(self, run: _StageRun, outcome: _Outcome) -> _Outcome:
+        """The outcome of a stage that says that it has had no effect, seen against what its attempts before have come to."""
+        record, output = run.record, outcome.output
+        if output is None or output.status not in {StageStatus.SKIP, StageStatus.CANCEL}:
+            return outcome
+        if self._state.graph[run.name].can_probe and any(earlier.failed in _SAID_NOTHING for earlier in record.tries[:-1]):
+            # They are taken at their word where nothing else is known; where it can be asked, it is asked before the word counts.
+            landed = await ask(self._saga, run.name, stop=self._interrupted)
+            if landed is not None:
+                return _Outcome(output=landed, failure=outcome.failure)
+        if output.status is StageStatus.SKIP and outcome.failure is None and (record.effects or record.doubt):
+            # Its dependents would run on, and what stands of it could then not be undone before them.
+            message = (
+                f"expected a stage that skips itself to have recorded no effect, got a SKIP after {len(record.effects)} recorded effects"
+            )
+            if not record.effects:
+                message = "expected a stage that skips itself to have had no effect, got a SKIP after an attempt that may have had one"
+            return _Outcome(output, Failure.of(run.name, FailureKind.CONTRACT, message, attempt=record.attempts))
         return outcome
 
     def _context(self, run: _StageRun) -> SagaContext:

@@ -26,7 +26,7 @@ from saga import (
 )
 from saga.events import CompensationFailed
 from tests.controlled import elapse, run
-from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, World, scene
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, Scripted, World, scene
 
 THREE = Retry(attempts=3, wait=1, jitter=False)
 
@@ -552,6 +552,55 @@ def test_a_stage_that_skips_itself_after_it_recorded_an_effect_has_broken_its_co
     assert report.cause is not None
     assert (report.cause.stage, report.cause.kind) == ("b", FailureKind.CONTRACT)
     assert report.cause.message == "expected a stage that skips itself to have recorded no effect, got a SKIP after 1 recorded effects"
+
+
+class Copes(Scripted):
+    compensate_in_doubt = True
+
+
+def test_a_stage_that_skips_itself_after_an_attempt_that_may_have_landed_has_broken_its_contract_and_is_undone_first() -> None:
+    """With a SKIP its dependents would run on, and it would be undone below them."""
+    script = Script("hang", lands=True, then=("skip",))
+    world = World(SEQUENCE)
+    pipeline = Pipeline()
+    for name, needs in SEQUENCE.items():
+        stage = Copes(world, name, script) if name == "b" else Scripted(world, name, Script())
+        pipeline = pipeline.with_stage(name, stage, dependencies=needs)
+
+    report = run(SagaCoordinator(FailFast(timeout=1, retry=Retry(attempts=2, wait=0))).run(pipeline))
+
+    assert script.attempts == ["hang", "skip"]
+    assert world.refusals == []
+    assert world.log == ["+a", "+b", "-b", "-a"]
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+    assert report.cause.message == (
+        "expected a stage that skips itself to have had no effect, got a SKIP after an attempt that may have had one"
+    )
+
+
+@pytest.mark.parametrize("lands", [True, False])
+@pytest.mark.parametrize("then", ["cancel", "skip"])
+@pytest.mark.parametrize("on_cancel", ["keep", "compensate"])
+def test_a_stage_that_stops_after_an_attempt_that_raised_is_asked_before_its_word_counts(lands: bool, then: str, on_cancel: Any) -> None:
+    """The request got through and its answer was lost; by the next attempt the customer had left."""
+    script = Script("raise", lands=lands, then=(then,))
+    world, pipeline = scene(SEQUENCE, {"b": script}, {"b": "probed"})
+
+    report = run(SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0), on_cancel=on_cancel)).run(pipeline))
+
+    assert script.attempts == ["raise", then]
+    assert world.refusals == []
+    assert report.clean
+    stands = {"a": then == "skip" or on_cancel == "keep", "b": lands and (then == "skip" or on_cancel == "keep"), "c": then == "skip"}
+    assert set(world.standing) == {name for name, does in stands.items() if does}
+    assert set(report.kept) == set(world.standing)
+    if then == "skip":
+        assert report.status is SagaStatus.COMPLETED
+    else:
+        assert report.status is (SagaStatus.CANCELLED if on_cancel == "keep" else SagaStatus.COMPENSATED)
+        assert report.cause is not None
+        assert report.cause.message == "b cancels"
 
 
 @pytest.mark.parametrize("last", ["ok", "raise"])
