@@ -203,7 +203,7 @@ class Forward(Stages):
     def given(self, name: str) -> StageOutput | None:
         """What a stage gave that ended well before the saga was resumed; None: it is to run."""
         record = self._state.stages[name]
-        if record.state not in _ENDED_WELL or record.again:
+        if record.again or not (record.state in _ENDED_WELL or record.fell_back):
             return None
         assert record.output is not None  # what ended so has given one
         return copied_output(record.output)

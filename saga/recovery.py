@@ -293,7 +293,8 @@ class SagaState:
             stands = record.landed and name not in in_part and node.role is not Role.PLAIN and record.state is not _S.UNDONE
             # One that was to run anew and did not get its turn is still to: what it gave came of outputs that are gone.
             renewed = any(self.stages[below].anew or below in in_part for below in node.dependencies)
-            lacks_ground = record.state is _S.UNDONE or record.is_due_anew or renewed
+            # What stands in for a stage goes on doing so when the remains of that one have been undone.
+            lacks_ground = (record.state is _S.UNDONE and not record.fell_back) or record.is_due_anew or renewed
             # Under another key, what it recorded under this one would be nobody's any more.
             stands_in_part = (bool(record.effects) or name in in_part) and record.state is not _S.UNDONE
             record.anew = lacks_ground and not (stands or stands_in_part or record.doubt)
@@ -492,7 +493,9 @@ class SagaState:
                 record.state, record.doubt, record.landed = _S.UNDONE, False, False
                 record.undo_ended_at = event.at
             case Verdict.KEPT:
-                if not record.fell_back:
+                if record.fell_back:
+                    record.state = _S.FALLBACK
+                else:
                     record.state, record.failed = _S.KEPT, False
                     # What it returned beside a failure is no output.
                     record.output = event.output or (record.output if record.landed else None) or StageOutput.ok()
@@ -507,7 +510,11 @@ class SagaState:
         self._unstick(record)
 
     def _unstick(self, record: StageRecord) -> None:
-        if record.state is _S.STUCK:
+        if record.state is not _S.STUCK:
+            return
+        if record.fell_back and not record.again:
+            record.state = _S.FALLBACK
+        else:
             record.state = _S.KEPT if record.landed else _S.IN_DOUBT if record.doubt else _S.FAILED
 
     _FOLD: ClassVar[dict[type[StageEvent], Callable[[SagaState, StageRecord, Any], None]]] = {

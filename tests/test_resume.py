@@ -1321,3 +1321,52 @@ def test_what_a_fallback_stood_in_for_and_lost_its_process_when_it_ran_again_can
 
     assert report.stages["b"].state is state
     assert report.clean
+
+
+def test_a_saga_whose_fallback_stands_in_is_left_as_it_is_when_the_remains_below_it_were_undone() -> None:
+    """Its dependents have used the fallback: what would land now would serve nothing."""
+    world = World({"b": (), "c": ("b",)})
+    stage = Keeps(world, "b", Script("raise", then=("ok",), order_matters=False))
+    pipeline = Pipeline().with_stage("b", stage).with_stage("c", Scripted(world, "c", Script()), dependencies=("b",))
+    coordinator, first = first_run(pipeline, ContinueWithFallback(fallbacks={"b": {"receipt": None}}))
+    assert first.status is SagaStatus.DEGRADED
+    assert set(world.standing) == {"c"}
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert stage.script.attempts == ["raise"]
+    assert report == first
+
+
+def test_a_fallback_still_stands_in_where_its_saga_goes_on_with_another_branch() -> None:
+    world = World({"b": (), "c": ("b",), "d": ()})
+    stage, other = Keeps(world, "b", Script("raise", then=("ok",), order_matters=False)), Script("raise", then=("ok",))
+    pipeline = Pipeline().with_stage("b", stage).with_stage("c", Scripted(world, "c", Script()), dependencies=("b",))
+    pipeline = pipeline.with_stage("d", Scripted(world, "d", other))
+    coordinator, first = first_run(pipeline, ContinueWithFallback(fallbacks={"b": {"receipt": None}}, without_fallback="skip_branch"))
+    assert first.failed == ("b", "d")
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert stage.script.attempts == ["raise"]
+    assert report.status is SagaStatus.DEGRADED
+    assert report.kept["b"].data == {"receipt": None}
+    assert set(world.standing) == {"c", "d"}
+
+
+@pytest.mark.parametrize("retried", [False, True])
+def test_what_stands_below_a_fallback_and_cannot_be_undone_may_be_kept(retried: bool) -> None:
+    world = World({"b": ()})
+    stage = Keeps(world, "b", Script("raise", undo_fails=9))
+    pipeline = Pipeline().with_stage("b", stage)
+    coordinator, first = first_run(pipeline, ContinueWithFallback(fallbacks={"b": {"receipt": None}}, compensation=IMPATIENT))
+    assert set(first.stuck) == {"b"}
+    if retried:
+        run(coordinator.settle("s", "b", "retry", "the bank answers again"))
+        assert set(run(coordinator.resume("s", pipeline)).stuck) == {"b"}
+
+    report = run(coordinator.settle("s", "b", "kept", "it may stay"))
+
+    assert report.clean
+    assert report.status is SagaStatus.DEGRADED
+    assert report.stages["b"].state is S.FALLBACK
