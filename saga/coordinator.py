@@ -664,7 +664,7 @@ class SagaCoordinator:
 
         try:
             await self._amend(saga_id, added)
-        except SagaError as error:
+        except Exception as error:  # noqa: BLE001 - whatever a ledger's driver raises
             _tell_of_loss(saga_id, [event for event, _ in late], error)
 
 
@@ -679,7 +679,7 @@ def _news(state: SagaState, late: Sequence[Late]) -> Iterator[Latecomer]:
             _tell_of_loss(state.started.saga_id, [event])
 
 
-def _tell_of_loss(saga_id: str, events: Sequence[Latecomer], error: SagaError | None = None) -> None:
+def _tell_of_loss(saga_id: str, events: Sequence[Latecomer], error: Exception | None = None) -> None:
     names = ", ".join(type(event).__name__ for event in events)
     message = "saga %s: what came late (%s) could not be recorded; look at its stages in the outside world"
     _LOG.error(message, saga_id, names, exc_info=error)

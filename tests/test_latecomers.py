@@ -17,6 +17,7 @@ from saga import (
     CompensationContext,
     ContinueWithFallback,
     FailFast,
+    LedgerError,
     MemoryLedger,
     Policy,
     Retry,
@@ -240,13 +241,12 @@ def test_a_compensation_that_comes_to_its_end_late_has_undone_its_stage() -> Non
     assert world.undone() == ["deaf", "a"]
 
 
-def test_what_comes_too_late_to_be_recorded_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [LedgerError("disk full"), OSError("a driver's own")])
+def test_what_comes_too_late_to_be_recorded_is_told_to_the_log(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     class Gone(MemoryLedger):
         async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
             if any(isinstance(event, StageCompleted) and event.late for event in events):
-                from saga import LedgerError
-
-                raise LedgerError("disk full")
+                raise error
             await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
 
     world, pipeline = scene({"a": ()})
