@@ -174,6 +174,8 @@ class LiveSaga(Host):
         record = state.stages[stage]
         outputs = [(name, state.stages[name].output) for name in state.graph[stage].dependencies]
         forward_key = self.forward_key(stage)
+        # Whoever recognises a repeated request to undo would answer that it was carried out, which was before there was anything to undo.
+        again = f"~{record.undone_too_soon + 1}" if record.undone_too_soon else ""
         given = record.late_output or (None if record.fell_back else record.output)
         return CompensationContext(
             saga_id=self.id,
@@ -183,7 +185,7 @@ class LiveSaga(Host):
             in_doubt=record.doubt,
             cause=state.cause,
             attempt=attempt,
-            idempotency_key=f"{forward_key}/undo",
+            idempotency_key=f"{forward_key}/undo{again}",
             forward_key=forward_key,
             inputs={name: copied_output(output) for name, output in outputs if output is not None},
             snapshot=self.root.snapshot,

@@ -109,7 +109,7 @@ class CompensationContext:
         in_doubt: Whether nobody knows if the effect landed.
         cause: The failure that turned the saga back; None if it was undone on demand.
         attempt: Of this compensation; 1 for the first.
-        idempotency_key: This compensation's, the same for all its attempts.
+        idempotency_key: This compensation's, the same for all its attempts; another one when the effect came late, after its undoing.
         forward_key: The idempotency key that the execution had.
         inputs: Outputs of the direct dependencies, by stage.
         snapshot: stageflow's immutable view of the run's input.

@@ -109,6 +109,7 @@ class StageRecord:
         may_repeat: Though it is in doubt: a person said so.
         undo_in_question: A process died while it was being compensated.
         undone_in_part: Its compensation has failed, and a part of it may be undone.
+        undone_too_soon: How often its effect came late to what had been undone.
         undo_attempts: Compensation attempts that started.
         undo_order: Its place in the order in which compensations first started; -1 if none did.
         undo_failure: The last failure of its compensation or probe.
@@ -145,6 +146,7 @@ class StageRecord:
     undo_in_question: bool = False
     undone_in_part: bool = False
     skip_reason: str | None = None
+    undone_too_soon: int = 0
     undo_attempts: int = 0
     undo_order: int = -1
     undo_started_at: datetime | None = None
@@ -378,6 +380,7 @@ class SagaState:
             case _S.UNDONE:
                 # Which came last, the effect or its compensation, nobody knows.
                 record.state, record.doubt = _S.IN_DOUBT, True
+                record.undone_too_soon += 1
             case _S.FALLBACK:
                 record.landed, record.doubt = True, False
                 return

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from stageflow.api import Pipeline, StageContext, StageOutput
@@ -180,6 +180,24 @@ def test_what_comes_late_after_it_was_compensated_in_doubt_is_in_doubt_again() -
     assert late.stages["deaf"].state is S.IN_DOUBT
     assert resumed.status is SagaStatus.COMPENSATED
     assert stage.undone_with == ["in doubt", "in doubt"]
+    assert world.standing == {}
+
+
+def test_what_comes_late_after_it_was_compensated_in_doubt_is_undone_under_another_key() -> None:
+    """Under the same one the bank would say that it had refunded it, which was when there was nothing to refund."""
+
+    class Recognised(Doubtful):
+        keys: ClassVar[list[str]] = []
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            if ctx.idempotency_key not in self.keys:
+                await super().compensate(ctx)
+            self.keys.append(ctx.idempotency_key)
+
+    world, _, first, _, resumed = play(Recognised)
+
+    assert first.status is resumed.status is SagaStatus.COMPENSATED
+    assert Recognised.keys == ["s/deaf/undo", "s/deaf/undo~2"]
     assert world.standing == {}
 
 
