@@ -138,11 +138,13 @@ class StageCompleted(StageEvent):
     Attributes:
         output: What it gave.
         late: It had been given up as in doubt, and nobody waited for it any more.
+        not_kept: What of its output the ledger could not keep, and why; None if it keeps all of it.
     """
 
     event: Literal["stage_completed"] = "stage_completed"
     output: Output
     late: bool = False
+    not_kept: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,12 +175,14 @@ class StageSkipped(StageEvent):
         reason: Why.
         output: What its dependents get to see.
         with_branch: Whether it is skipped because something that it depends on failed.
+        not_kept: What of its output the ledger could not keep, and why; None if it keeps all of it.
     """
 
     event: Literal["stage_skipped"] = "stage_skipped"
     reason: str
     output: Output
     with_branch: bool = False
+    not_kept: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

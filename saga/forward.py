@@ -110,6 +110,7 @@ class Forward(Stages):
             self._until = self._loop.time() + self._policy.deadline
             timer = self._loop.call_at(self._until, self._out_of_time)
         self._heed_early_cancel()
+        self._heed_what_is_missing()
         try:
             await self._schedule.run()
         except asyncio.CancelledError:
@@ -141,6 +142,12 @@ class Forward(Stages):
         if this_task().cancelling():
             # It came before the task began, or while a ledger wrote that outlasts it, and has struck nothing.
             self._stop_for_cancel()
+
+    def _heed_what_is_missing(self) -> None:
+        for name, record in self._state.stages.items():
+            if record.not_kept is not None and not record.again and any(map(self._is_due, self._state.graph.dependents[name])):
+                # They would get a text where a value was.
+                self._stop_without(name, record.not_kept)
 
     def _stop_for_cancel(self) -> None:
         # Somebody cancels every task of the process; none of ours may die of it, or the saga would wait for it for ever.
@@ -383,8 +390,11 @@ class Forward(Stages):
         refused = self._saga.journal.unstorable.pop(name, None)
         if refused is not None:
             # Its effect stands and is known; but whoever resumed this saga would lack what it gave.
-            message = f"{refused}: the ledger can't keep it"
-            self.stop(Failure.of(name, FailureKind.CONTRACT, message, attempt=self._state.stages[name].attempts))
+            self._stop_without(name, str(refused))
+
+    def _stop_without(self, name: str, not_kept: str) -> None:
+        message = f"{not_kept}: the ledger can't keep it"
+        self.stop(Failure.of(name, FailureKind.CONTRACT, message, attempt=self._state.stages[name].attempts))
 
     async def _pause(self, seconds: float) -> bool:
         """Wait for the next attempt; whether there is to be one."""

@@ -104,6 +104,7 @@ class StageRecord:
         fallback_failed: Its own fallback failed.
         with_branch: It was skipped because something that it depends on failed.
         past_pivot: It has gone beyond a point of no return of its own, though it did not complete.
+        not_kept: What of its output the ledger could not keep, and why: nothing can go on from that.
         late_output: What it gave when nobody waited for it any more.
         settled: What a person said of it last.
         may_repeat: Though it is in doubt: a person said so.
@@ -140,6 +141,7 @@ class StageRecord:
     fallback_failed: bool = False
     with_branch: bool = False
     past_pivot: bool = False
+    not_kept: str | None = None
     late_output: StageOutput | None = None
     settled: StageSettled | None = None
     may_repeat: bool = False
@@ -366,7 +368,7 @@ class SagaState:
         record.effects = (*record.effects, event.effect)
 
     def _stage_completed(self, record: StageRecord, event: StageCompleted) -> None:
-        record.is_acting = False
+        record.is_acting, record.not_kept = False, event.not_kept
         if event.late:
             self._completed_late(record, event)
             return
@@ -421,7 +423,7 @@ class SagaState:
             record.forget()
         self.is_spotless = self.is_spotless and not record.effects
         record.state, record.output, record.is_acting, record.again = _S.SKIPPED, event.output, False, False
-        record.skip_reason, record.with_branch = event.reason, event.with_branch
+        record.skip_reason, record.with_branch, record.not_kept = event.reason, event.with_branch, event.not_kept
         record.ended_at = event.at if record.started_at else None
         record.tries = _ended(record.tries, event.at)
 

@@ -19,7 +19,7 @@ from saga.events import (
     event_to_json,
 )
 from saga.outputs import fitting, size_of, sizes_of, stored, stored_output
-from saga.text import shown
+from saga.text import brief, shown
 
 if TYPE_CHECKING:
     from saga.ledger import Ledger
@@ -34,6 +34,8 @@ def storable(ledger: Ledger, event: AnyEvent) -> tuple[AnyEvent, NotStorable | N
     except NotStorable as refused:
         most = ledger.max_event_bytes
         event = event_from_json(event_to_json(event))
+        if isinstance(event, StageCompleted | StageSkipped):
+            event = replace(event, not_kept=brief(str(refused)))
         return (event if most is None or _size(event) <= most else _fitting(event, most // 2)), refused
     return event, None
 

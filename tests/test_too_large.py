@@ -28,8 +28,9 @@ from saga import (
     SagaStatus,
     SagaUnrecorded,
     StageState,
+    compensable,
 )
-from saga.events import AnyEvent, StageFailed, StageProbed, StageSkipped
+from saga.events import AnyEvent, StageCompleted, StageFailed, StageProbed, StageSkipped
 from saga.failures import Failure, FailureKind
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.outputs import Opaque
@@ -343,3 +344,50 @@ def test_a_failure_that_says_more_than_anybody_reads_is_kept_without_its_middle(
     assert report.cause.message.startswith("head xxx")
     assert report.cause.message.endswith("xxx tail")
     assert "x [19,900,010 characters left out] x" in report.cause.message
+
+
+class Line(Book):
+    """Gives what has no encoding, until it is mended."""
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        self.world.land("book")
+        return StageOutput.ok(seat="14A") if self.how.get("mended") else StageOutput.ok(seat="14A", line=object())
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_no_stage_runs_on_a_text_that_stands_where_a_value_was(killed: bool) -> None:
+    """Neither when a saga that kept what it had is resumed, nor when its process died before it knew why it stopped."""
+    stage, seen = Line(), list[Any]()
+
+    async def pay(ctx: SagaContext) -> None:
+        seen.append(ctx.inputs.get_from("book", "line"))
+
+    async def nothing(_: CompensationContext) -> None: ...
+
+    pipeline = Pipeline().with_stage("book", stage).with_stage("pay", compensable(pay, nothing), dependencies=("book",))
+    ledger = slow_disk()
+
+    async def main() -> list[SagaReport]:
+        coordinator = SagaCoordinator(FailFast(on_failure="halt"), ledger=ledger)
+        reports = [await coordinator.run(pipeline, saga_id="s")]
+        if killed:
+            kept = ledger._sagas["s"]
+            last = next(place for place, event in enumerate(kept.events) if isinstance(event, StageCompleted))
+            del kept.events[last + 1 :]
+        reports += [await coordinator.resume("s", pipeline), await coordinator.resume("s", pipeline)]
+        assert seen == []
+        reports.append(await coordinator.compensate("s", pipeline))
+        stage.how["mended"] = True
+        reports.append(await coordinator.resume("s", pipeline, forward=True))
+        return reports
+
+    reports = run(main())
+
+    halted = [SagaStatus.HALTED] * 3
+    assert [report.status for report in reports] == [*halted, SagaStatus.COMPENSATED, SagaStatus.COMPLETED]
+    for report in reports[:3]:
+        assert report.cause is not None
+        assert report.cause.message.endswith("got object, which has no encoding as JSON: the ledger can't keep it")
+    assert [told["seat"] for told in stage.told] == ["14A"]
+    assert seen == [None]
+    assert stage.world.standing == {"book": 1}
