@@ -249,6 +249,7 @@ def test_a_sink_gets_every_event_as_plain_data() -> None:
         "stage": "a",
         "output": {"status": "ok", "data": {"stage": "a"}},
         "late": False,
+        "not_kept": None,
     }
     assert "exception" not in sink.events[4][1]["failure"]
     assert sink.events[4][1]["failure"]["message"] == "b was declined"
