@@ -254,5 +254,8 @@ def tell(listeners: Sequence[Listener], saga_id: str, events: Sequence[AnyEvent]
         for listener in listeners:
             try:
                 listener(saga_id, event)
-            except (Exception, asyncio.CancelledError):  # noqa: BLE001 - whatever a listener raises
+            except (KeyboardInterrupt, SystemExit):
+                # A signal strikes whatever code runs.
+                raise
+            except BaseException:  # noqa: BLE001 - whatever a listener raises
                 _LOG.exception("saga %s: a listener failed on %s; the saga goes on", saga_id, type(event).__name__)

@@ -546,7 +546,7 @@ def test_only_what_is_a_field_of_the_model_is_made_of_it(case: str) -> None:
 # -- listeners -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("raised", [ValueError, asyncio.CancelledError])
+@pytest.mark.parametrize("raised", [ValueError, asyncio.CancelledError, GeneratorExit])
 @pytest.mark.parametrize("ledger", [MemoryLedger, SlowDisk])
 def test_listeners_are_told_what_is_in_the_ledger_and_harm_no_saga(ledger: Any, raised: Any, caplog: pytest.LogCaptureFixture) -> None:
     heard: list[tuple[str, AnyEvent]] = []
