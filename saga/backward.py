@@ -13,6 +13,7 @@ from stageflow.api import StageOutput, StageStatus
 from saga.asking import ask
 from saga.events import CompensationCompleted, CompensationFailed, CompensationStarted, TurnReason
 from saga.failures import Failure, FailureKind, raised_instead
+from saga.ledger import StageState
 from saga.recovery import Rollback, Step, undo_step
 from saga.text import said
 from saga.watch import Crew, Watched, closes, instead_of_cancel
@@ -141,13 +142,15 @@ class Backward:
             past_pivot = getattr(failure.exception, "past_pivot", False) is True
             if self._expired or past_pivot:
                 wait = None
-            failed = CompensationFailed(
-                stage=stage,
-                failure=failure,
-                will_retry=wait is not None,
-                past_pivot=past_pivot,
-                in_part=stage in self._saga.undone_within,
-            )
+            in_part = stage in self._saga.undone_within
+            may_be_undone = not (record.unanswered or past_pivot or in_part or self._expired)
+            if wait is None and may_be_undone and self._state.graph[stage].can_probe:
+                # The request may have got through though its answer did not; what is undone is not to be called stuck, or kept after that.
+                await self._record(CompensationFailed(stage=stage, failure=failure, will_retry=True))
+                await ask(self._saga, stage)
+                if record.state is StageState.UNDONE:
+                    return
+            failed = CompensationFailed(stage=stage, failure=failure, will_retry=wait is not None, past_pivot=past_pivot, in_part=in_part)
             await self._record(failed)
             if wait is None:
                 return

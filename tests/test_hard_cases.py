@@ -862,3 +862,40 @@ def test_a_task_factory_of_the_users_changes_nothing(policy: FailFast | Continue
         return report.status, {name: stage.state for name, stage in report.stages.items()}, sorted(world.log), world.refusals
 
     assert report_of(with_factory=True) == report_of(with_factory=False)
+
+
+class Refunds(CompensableStage):
+    """A card that is charged; its refund gets through, and the bank's answer does not."""
+
+    def __init__(self, world: World, *, gets_through: bool) -> None:
+        self.world, self.gets_through = world, gets_through
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        self.world.land("charge")
+        return StageOutput.ok(receipt=9)
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        if self.gets_through:
+            self.world.undo("charge")
+        await asyncio.Event().wait()
+
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        return StageOutput.ok(receipt=9) if "charge" in self.world.standing else None
+
+
+@pytest.mark.parametrize("gets_through", [True, False])
+def test_what_cannot_be_undone_is_asked_before_it_is_called_stuck(gets_through: bool) -> None:
+    """On resume(forward=True) it would be called kept: goods would be sent for a charge that was refunded."""
+    world = World({"charge": ()})
+
+    async def fail(_: Any) -> None:
+        raise CardDeclined
+
+    pipeline = Pipeline().with_stage("charge", Refunds(world, gets_through=gets_through))
+    pipeline = pipeline.with_stage("fail", fail, "work", dependencies=("charge",))
+
+    report = run(SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1), timeout=1))).run(pipeline))
+
+    assert report.status is (SagaStatus.COMPENSATED if gets_through else SagaStatus.STUCK)
+    assert report.stages["charge"].state is (StageState.UNDONE if gets_through else StageState.STUCK)
+    assert [failure.kind for failure in report.failures] == [FailureKind.EXCEPTION, FailureKind.COMPENSATION]

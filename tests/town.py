@@ -60,8 +60,8 @@ class Forgetful(Booking):
     async def compensate(self, ctx: CompensationContext) -> None: ...
 
 
-class Literal(Booking):
-    """Refuses to undo what is undone."""
+class Literal(Silent):
+    """Refuses to undo what is undone. If it could be asked, its probe would make up for that."""
 
     async def compensate(self, ctx: CompensationContext) -> None:
         del self.town.bookings[ctx.forward_key]
