@@ -84,7 +84,7 @@ class LiveSaga(Host):
         children: The sagas that its stages run now.
         has_children: Whether its stages have run any.
         exceptions: What those that ended have failed with.
-        undone_within: The stages whose compensations have turned to a saga that they ran.
+        undone_within: By stage the sagas that its compensation has turned to, and what it has made of each.
         stop: Stops its forward run; None when it has none.
         is_stopping: Whether its forward run starts nothing more.
     """
@@ -108,7 +108,7 @@ class LiveSaga(Host):
         self.children: Final[set[LiveSaga]] = set()
         self.has_children = False
         self.exceptions: dict[Failure, BaseException] = {}
-        self.undone_within: Final[set[str]] = set()
+        self.undone_within: Final[dict[str, dict[str, SagaReport]]] = {}
         self.stop: Callable[[Failure], None] | None = None
         self.is_stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -228,8 +228,9 @@ class LiveSaga(Host):
 
     async def undo_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child saga."""
-        self.undone_within.add(stage)
-        return await self._keeper.undo_child(saga_id, pipeline)
+        within = self.undone_within.setdefault(stage, {})
+        within[saga_id] = report = await self._keeper.undo_child(saga_id, pipeline)
+        return report
 
     async def rest_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """See to it that a child saga whose process is gone comes to rest, unless this saga runs on and sees to it itself."""

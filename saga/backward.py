@@ -15,6 +15,7 @@ from saga.events import CompensationCompleted, CompensationFailed, CompensationS
 from saga.failures import Failure, FailureKind, raised_instead
 from saga.ledger import StageState
 from saga.recovery import Rollback, Step, undo_step
+from saga.report import NestedSagaFailed
 from saga.text import said
 from saga.watch import Crew, Watched, closes, instead_of_cancel
 
@@ -181,7 +182,14 @@ class Backward:
         worker.end()
         # A cancel that it did not heed was the compensation's, and strikes nothing that comes after it.
         await worker.absorb()
-        return _refusal(worker.stage, context.attempt, returned)
+        return _refusal(worker.stage, context.attempt, returned) or self._left_within(worker.stage, context.attempt)
+
+    def _left_within(self, stage: str, attempt: int) -> Failure | None:
+        # Whatever the compensation made of that report: a stage is not undone while something within it stands (promise 5).
+        for report in self._saga.undone_within.get(stage, {}).values():
+            if report.past_pivot or not report.clean:
+                return Failure.raised(stage, NestedSagaFailed(report), attempt=attempt, kind=FailureKind.COMPENSATION)
+        return None
 
     async def _sleep(self, seconds: float) -> None:
         # Somebody may cancel every task of the process; what is being undone is undone to the end.

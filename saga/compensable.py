@@ -129,7 +129,12 @@ class CompensationContext:
     _host: Host
 
     async def undo_saga(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
-        """Undo what a child saga left standing; does nothing when nothing is."""
+        """Undo what a child saga left standing; does nothing when nothing is.
+
+        Returns:
+            The child's report. Unless it is clean and not past its pivot, something of the child stands, and this compensation counts as
+            failed, whatever it returns.
+        """
         return await self._host.undo_child(self.stage_name, saga_id, pipeline)
 
     async def rest_saga(self, saga_id: str, pipeline: Pipeline) -> SagaReport:

@@ -9,25 +9,9 @@ from stageflow.api import Pipeline, StageOutput
 
 from saga.blueprint import Blueprint
 from saga.compensable import CompensableStage, CompensationContext, SagaContext
-from saga.errors import SagaError
 from saga.events import SagaStatus
-from saga.failures import FailureKind
 from saga.policies import Compensation, Policy, Retry
-from saga.report import SagaReport
-
-
-class NestedSagaFailed(SagaError):
-    """The child saga of a stage did not complete.
-
-    Attributes:
-        report: The child's report.
-        past_pivot: It failed after its point of no return.
-    """
-
-    def __init__(self, report: SagaReport) -> None:
-        self.report = report
-        self.past_pivot = report.past_pivot
-        super().__init__(f"its saga {report.saga_id} is {report.status.value}{_why(report)}")
+from saga.report import NestedSagaFailed, SagaReport
 
 
 class NestedSaga(CompensableStage):
@@ -95,13 +79,6 @@ class NestedSaga(CompensableStage):
         if not standing[-1].ok:
             raise NestedSagaFailed(standing[-1])
         return _output(standing[-1])
-
-
-def _why(report: SagaReport) -> str:
-    """What is in the way of a child: what could not be undone, else what stopped it."""
-    stuck = [failure for failure in report.failures if failure.kind is FailureKind.COMPENSATION and failure.stage in report.stuck]
-    said = stuck[-1] if stuck else report.cause
-    return f": {said}" if said is not None else ""
 
 
 def _standing(children: list[SagaReport]) -> list[SagaReport]:

@@ -12,7 +12,7 @@ from stageflow.api import PipelineResults, StageOutput
 
 from saga.errors import LedgerConflict, MisuseError, SagaError, SagaFailed
 from saga.events import AnyEvent, SagaStatus, StageSettled, Verdict
-from saga.failures import Failure
+from saga.failures import Failure, FailureKind
 from saga.ledger import StageState
 from saga.outputs import Output, Plain, copied, copied_output
 from saga.recovery import SagaState, StageRecord, Try, protected, stage_states
@@ -416,3 +416,24 @@ def _of_children(children: Mapping[str, tuple[SagaReport, ...]], exceptions: Map
         for report in reports
         for failure in report.failures
     ]
+
+
+class NestedSagaFailed(SagaError):
+    """The child saga of a stage did not complete, or could not be undone.
+
+    Attributes:
+        report: The child's report.
+        past_pivot: It failed after its point of no return.
+    """
+
+    def __init__(self, report: SagaReport) -> None:
+        self.report = report
+        self.past_pivot = report.past_pivot
+        super().__init__(f"its saga {report.saga_id} is {report.status.value}{_why(report)}")
+
+
+def _why(report: SagaReport) -> str:
+    """What is in the way of a child: what could not be undone, else what stopped it."""
+    stuck = [failure for failure in report.failures if failure.kind is FailureKind.COMPENSATION and failure.stage in report.stuck]
+    said = stuck[-1] if stuck else report.cause
+    return f": {said}" if said is not None else ""

@@ -24,7 +24,7 @@ from saga.errors import (
     SagaNotFound,
     SagaUnrecorded,
 )
-from saga.nested import NestedSagaFailed
+from saga.report import NestedSagaFailed
 from saga.testing.rehearsal import ProcessDied
 from tests.controlled import run
 from tests.stories import three_stages

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 import tempfile
 import time
 from collections import Counter
@@ -458,15 +459,23 @@ class Life:
 def owner_of(report: SagaReport, path: str) -> tuple[str, str]:
     """The newest saga that a path leads to, and its stage."""
     *above, name = path.split("/")
-    for stage in above:
-        report = report.stages[stage].children[-1]
+    for step in above:
+        children = report.stages[stage_of(step)].children
+        named = [child for child in children if child.saga_id == f"{report.saga_id}/{step}" and not child.clean]
+        report = named[0] if named else children[-1]
     return report.saga_id, name
+
+
+def stage_of(step: str) -> str:
+    """The stage in a part of a path, which may tell several sagas of that stage apart: `a#1.2`."""
+    return re.split("[~#]", step)[0]
 
 
 def unsettled(report: SagaReport) -> list[str]:
     """The paths of what is stuck or in doubt, without those that are so because of something within them."""
     paths = [*report.stuck, *report.in_doubt]
-    return [path for path in paths if not any(other.startswith(f"{path}/") for other in paths)]
+    within = ["/".join(map(stage_of, path.split("/"))) for path in paths]
+    return [path for path, bare in zip(paths, within, strict=True) if not any(other.startswith(f"{bare}/") for other in within)]
 
 
 @settings(max_examples=max(CASES // 8, 1), deadline=None, suppress_health_check=list(HealthCheck))

@@ -29,7 +29,7 @@ from saga import (
     nested,
 )
 from saga.ledgers.sqlite import SQLiteLedger
-from saga.nested import NestedSagaFailed
+from saga.report import NestedSagaFailed
 from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowLedger
@@ -482,18 +482,54 @@ def test_of_two_stuck_stages_of_a_child_each_is_settled_by_its_path() -> None:
 
 
 def undo_each(pipelines: Sequence[Pipeline]) -> Callable[[CompensationContext], Awaitable[None]]:
+    """Undoes the children, and looks at no report of them."""
+
     async def undo(ctx: CompensationContext) -> None:
-        children = zip(await ctx.child_sagas(), pipelines, strict=True)
-        reports = [await ctx.undo_saga(child.saga_id, pipeline) for child, pipeline in children]
-        for report in reports:
-            if not report.clean:
-                raise NestedSagaFailed(report)
+        for child, pipeline in zip(await ctx.child_sagas(), pipelines, strict=True):
+            await ctx.undo_saga(child.saga_id, pipeline)
 
     return undo
 
 
 async def fail(_: Any) -> None:
     raise CardDeclined
+
+
+def test_a_compensation_that_passes_over_what_a_child_left_standing_has_failed() -> None:
+    """Promise 5: compensated means that nothing is stuck, however careless the code of a stage is."""
+    world, room = scene({"room": ()}, {"room": Script(undo_fails=9)})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(room, policy=IMPATIENT)
+
+    parent = Pipeline().with_stage("book", compensable(book, undo_each([room]))).with_stage("fail", fail, "work", dependencies=("book",))
+    coordinator = SagaCoordinator(IMPATIENT)
+
+    stuck = run(coordinator.run(parent, saga_id="s"))
+
+    assert stuck.status is SagaStatus.STUCK
+    assert stuck.stages["book"].state is StageState.STUCK
+    assert "saga.report.NestedSagaFailed" in [failure.type for failure in stuck.failures]
+    world.undo("room")
+    run(coordinator.settle("s", "book/room", "undone", "by hand"))
+    assert run(coordinator.resume("s", parent)).status is SagaStatus.COMPENSATED
+
+
+def test_a_compensation_that_passes_over_the_pivot_of_a_child_undoes_nothing_before_it() -> None:
+    """Promise 10: the same as when the child is `nested`, which raises what it was told."""
+    _, before = scene({"before": ()})
+    _, sale = scene({"sale": ()}, kinds={"sale": "pivot"})
+
+    async def sell(ctx: SagaContext) -> None:
+        await ctx.run_saga(sale)
+
+    parent = before.with_stage("sell", compensable(sell, undo_each([sale])), dependencies=("before",))
+    parent = parent.with_stage("fail", fail, "work", dependencies=("sell",))
+
+    report = run(SagaCoordinator(IMPATIENT).run(parent))
+
+    assert report.status is SagaStatus.HALTED
+    assert [*report.kept] == ["before", "sell"]
 
 
 def test_what_is_stuck_in_several_children_of_a_stage_is_reported_and_settled_one_by_one() -> None:
