@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from stageflow.api import Pipeline, StageContext, StageKind, StageOutput
 
@@ -159,8 +159,15 @@ DEFECTS: Mapping[type[Booking], tuple[Fault, ...]] = {
 """And what brings each to light."""
 
 
+IN_DOUBT_BESIDE_WHAT_IS_STUCK: Saga = (
+    {"a": ("booking", ()), "b": ("recording", ()), "c": ("child with pivot", ())},
+    FailFast(compensation=Compensation(retry=Retry(attempts=1)), in_flight="cancel", on_interrupt="halt", on_failure="halt"),
+)
+
+
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(saga=sagas(), fault=st.sampled_from(list(Fault)), durable=st.booleans())
+@example(saga=IN_DOUBT_BESIDE_WHAT_IS_STUCK, fault=Fault.UNDO_FAILS, durable=False)
 def test_a_saga_as_it_should_be_passes(saga: Saga, fault: Fault, durable: bool) -> None:
     shape, policy = saga
     if fault in UNDOING and not any(kind not in NEVER_UNDONE for kind, _ in shape.values()):

@@ -323,7 +323,9 @@ class _Verifier:
     async def _mend(self, report: SagaReport, coordinator: Rehearsal) -> SagaReport | None:
         """Do what the report asks a person to do, where that takes no look at the outside world; None if nothing is to be done."""
         innermost = [name for name in report.stuck if not any(is_within(other, name) for other in report.stuck)]
-        if not innermost and (report.status is not SagaStatus.HALTED or report.in_doubt):
+        # A stage whose own saga is stuck is in doubt for that alone.
+        doubtful = [name for name in report.in_doubt if not any(is_within(other, name) for other in innermost)]
+        if (report.status is SagaStatus.HALTED and doubtful) or not (report.status is SagaStatus.HALTED or innermost):
             return None
         for name in innermost:
             await coordinator.settle(ID, name, Verdict.RETRY, "the injected fault is mended")
