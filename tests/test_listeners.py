@@ -282,3 +282,11 @@ def test_a_sink_that_raises_harms_no_saga_and_no_other_listener(caplog: pytest.L
     assert report.status is SagaStatus.COMPENSATED
     assert len(sink.events) == len([line for line in lines(caplog) if "a listener failed on" in line])
     assert sink.events[-1][0] == "saga.ended"
+
+
+def test_a_signal_that_strikes_a_listener_ends_the_program() -> None:
+    def listener(_saga_id: str, _event: Any) -> None:
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        run(SagaCoordinator(listeners=[listener]).run(scene(SEQUENCE)[1]))
