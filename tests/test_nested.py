@@ -495,6 +495,21 @@ async def fail(_: Any) -> None:
     raise CardDeclined
 
 
+def test_a_halted_saga_whose_child_has_halted_asks_nobody_to_say_what_stands() -> None:
+    """Said undone, while the child's stages stand by its ledger, they would be left behind."""
+    world, child = scene(SEQUENCE, {"b": Script("raise", then=("ok",))})
+    halting = FailFast(on_failure="halt")
+    trip = Pipeline().with_stage("child", nested(child, halting))
+    coordinator = SagaCoordinator(halting)
+
+    report = run(coordinator.run(trip, saga_id="s"))
+
+    assert [*report.in_doubt] == ["child"]
+    assert str(report).splitlines()[-1] == "To do: what the saga within it did is kept. Mend the cause, then: saga resume s"
+    assert run(coordinator.resume("s", trip)).status is SagaStatus.COMPLETED
+    assert world.standing == {"a": 1, "b": 1, "c": 1}
+
+
 def test_a_compensation_that_passes_over_what_a_child_left_standing_has_failed() -> None:
     """Promise 5: compensated means that nothing is stuck, however careless the code of a stage is."""
     world, room = scene({"room": ()}, {"room": Script(undo_fails=9)})

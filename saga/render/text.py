@@ -165,6 +165,8 @@ def _how_to_settle(report: SagaReport) -> list[str]:
     resume = next_command("resume", saga_id)
     if not innermost:
         return [f"To do: it was not undone to the end; go on with: {resume}"]
+    if all(_goes_on(name, report) for name in innermost):
+        return [f"To do: what the saga within it did is kept. Mend the cause, then: {resume}"]
     # What has come to rest otherwise goes on with nothing: resumed, it would run once more.
     waits = report.status in {SagaStatus.STUCK, SagaStatus.HALTED}
     said = "say so (undone, kept or retry); then go on:" if waits else "say so (undone or kept):"
@@ -173,6 +175,14 @@ def _how_to_settle(report: SagaReport) -> list[str]:
         *("  " + next_command("settle", saga_id, f"{path}{name}", "undone", options="--note '...'") for name in innermost),
         *([f"  {resume}"] if waits else []),
     ]
+
+
+def _goes_on(name: str, report: SagaReport) -> bool:
+    """Whether a stage is in doubt for no more than that its own saga has halted: that one goes on when this one does."""
+    stage = report.stages.get(name)
+    if report.status is not SagaStatus.HALTED or stage is None or not stage.children:
+        return False
+    return stage.children[-1].status is SagaStatus.HALTED and stage.children[-1].clean
 
 
 def _outer(report: SagaReport) -> tuple[str, str]:
