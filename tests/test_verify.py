@@ -580,7 +580,8 @@ def test_a_probe_that_fails_though_nothing_made_it_fail_is_found() -> None:
     assert {("seat", Fault.TIMES_OUT_BEFORE), ("seat", Fault.TIMES_OUT_AFTER)} <= found.keys()
 
 
-def test_a_stage_that_never_goes_through_once_it_has_failed_is_found() -> None:
+@pytest.mark.parametrize("stage", ["admit", "enter/admit"])
+def test_a_stage_that_never_goes_through_once_it_has_failed_is_found(stage: str) -> None:
     async def admit(ctx: Any) -> None:
         if ctx.idempotency_key in admitted:
             raise OSError("not you again")
@@ -595,10 +596,15 @@ def test_a_stage_that_never_goes_through_once_it_has_failed_is_found() -> None:
     town = Guarded()
     pipeline = Pipeline(name="one").with_stage("seat", Booking(town, "seat")).with_stage("admit", admit, "guard", dependencies=("seat",))
 
-    found = refuted(town, pipeline, FailFast(on_failure="halt"), faults=[Fault.RAISES_AFTER])
+    halting = FailFast(on_failure="halt")
+    if stage.startswith("enter/"):
+        pipeline = Pipeline(name="outer").with_stage("enter", nested(pipeline, halting))
 
-    (trial,) = found["admit", Fault.RAISES_AFTER]
-    assert trial.wrong == "The fault was mended, and it is halted all the same: stage 'admit' raised at attempt 2: OSError: not you again"
+    found = refuted(town, pipeline, halting, faults=[Fault.RAISES_AFTER])
+
+    (trial,) = found[stage, Fault.RAISES_AFTER]
+    why = f"stage '{stage}' raised at attempt 2: OSError: not you again"
+    assert trial.wrong == f"The fault was mended, and it is halted all the same: {why}"
 
 
 def test_what_a_stage_keeps_in_itself_is_gone_with_its_process() -> None:

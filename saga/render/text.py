@@ -165,7 +165,7 @@ def _how_to_settle(report: SagaReport) -> list[str]:
     resume = next_command("resume", saga_id)
     if not innermost:
         return [f"To do: it was not undone to the end; go on with: {resume}"]
-    if all(_goes_on(name, report) for name in innermost):
+    if all(goes_on(name, report) for name in innermost):
         return [f"To do: what the saga within it did is kept. Mend the cause, then: {resume}"]
     # What has come to rest otherwise goes on with nothing: resumed, it would run once more.
     waits = report.status in {SagaStatus.STUCK, SagaStatus.HALTED}
@@ -177,7 +177,7 @@ def _how_to_settle(report: SagaReport) -> list[str]:
     ]
 
 
-def _goes_on(name: str, report: SagaReport) -> bool:
+def goes_on(name: str, report: SagaReport) -> bool:
     """Whether a stage is in doubt for no more than that its own saga has halted: that one goes on when this one does."""
     stage = report.stages.get(name)
     if report.status is not SagaStatus.HALTED or stage is None or not stage.children:

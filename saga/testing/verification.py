@@ -19,6 +19,7 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Node, Role
 from saga.ledger import StageState
 from saga.policies import FailFast, Policy
+from saga.render.text import goes_on
 from saga.testing.faults import (
     KILLS,
     TIMEOUTS,
@@ -323,8 +324,8 @@ class _Verifier:
     async def _mend(self, report: SagaReport, coordinator: Rehearsal) -> SagaReport | None:
         """Do what the report asks a person to do, where that takes no look at the outside world; None if nothing is to be done."""
         innermost = [name for name in report.stuck if not any(is_within(other, name) for other in report.stuck)]
-        # A stage whose own saga is stuck is in doubt for that alone.
-        doubtful = [name for name in report.in_doubt if not any(is_within(other, name) for other in innermost)]
+        # A stage whose own saga is stuck, or has halted, is in doubt for that alone.
+        doubtful = [name for name in report.in_doubt if not (any(is_within(other, name) for other in innermost) or goes_on(name, report))]
         if (report.status is SagaStatus.HALTED and doubtful) or not (report.status is SagaStatus.HALTED or innermost):
             return None
         for name in innermost:
