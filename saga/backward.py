@@ -187,8 +187,8 @@ class Backward:
     def _left_within(self, stage: str, attempt: int) -> Failure | None:
         # Whatever the compensation made of that report: a stage is not undone while something within it stands (promise 5).
         for report in self._saga.undone_within.get(stage, {}).values():
-            if report.past_pivot or not report.clean:
-                return Failure.raised(stage, NestedSagaFailed(report), attempt=attempt, kind=FailureKind.COMPENSATION)
+            if (failed := NestedSagaFailed.unless_undone(report)) is not None:
+                return Failure.raised(stage, failed, attempt=attempt, kind=FailureKind.COMPENSATION)
         return None
 
     async def _sleep(self, seconds: float) -> None:

@@ -61,8 +61,8 @@ class NestedSaga(CompensableStage):
         """Undo what is left of the child, whichever attempt ran it."""
         for standing in reversed(_standing(await ctx.child_sagas())):
             report = await ctx.undo_saga(standing.saga_id, self._pipeline)
-            if report.past_pivot or not report.clean:
-                raise NestedSagaFailed(report)
+            if (failed := NestedSagaFailed.unless_undone(report)) is not None:
+                raise failed
 
     async def probe(self, ctx: CompensationContext) -> StageOutput | None:
         """Ask the child's ledger what became of it; one whose process is gone comes to rest first, unless its parent runs on.

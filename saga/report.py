@@ -431,6 +431,11 @@ class NestedSagaFailed(SagaError):
         self.past_pivot = report.past_pivot
         super().__init__(f"its saga {report.saga_id} is {report.status.value}{_why(report)}")
 
+    @classmethod
+    def unless_undone(cls, report: SagaReport) -> Self | None:
+        """The error of a child that was to be undone, if something of it stands."""
+        return cls(report) if report.past_pivot or not report.clean else None
+
 
 def _why(report: SagaReport) -> str:
     """What is in the way of a child: what could not be undone, else what stopped it."""

@@ -510,6 +510,21 @@ def test_a_halted_saga_whose_child_has_halted_asks_nobody_to_say_what_stands() -
     assert world.standing == {"a": 1, "b": 1, "c": 1}
 
 
+def test_beside_a_child_that_has_halted_only_what_is_unclear_is_to_be_settled() -> None:
+    _, child = scene(SEQUENCE, {"b": Script("raise")})
+    halting = FailFast(on_failure="halt", in_flight="cancel")
+
+    async def hang(_: Any) -> None:
+        await asyncio.Event().wait()
+
+    trip = Pipeline().with_stage("child", nested(child, halting)).with_stage("pay", compensable(hang, hang))
+
+    report = run(SagaCoordinator(halting).run(trip, saga_id="s"))
+
+    assert {*report.in_doubt} == {"child", "pay"}
+    assert str(report).splitlines()[-2:] == ["  saga settle s pay undone --note '...'", "  saga resume s"]
+
+
 def test_a_compensation_that_passes_over_what_a_child_left_standing_has_failed() -> None:
     """Promise 5: compensated means that nothing is stuck, however careless the code of a stage is."""
     world, room = scene({"room": ()}, {"room": Script(undo_fails=9)})

@@ -165,14 +165,15 @@ def _how_to_settle(report: SagaReport) -> list[str]:
     resume = next_command("resume", saga_id)
     if not innermost:
         return [f"To do: it was not undone to the end; go on with: {resume}"]
-    if all(goes_on(name, report) for name in innermost):
+    unclear = [name for name in innermost if not goes_on(name, report)]
+    if not unclear:
         return [f"To do: what the saga within it did is kept. Mend the cause, then: {resume}"]
     # What has come to rest otherwise goes on with nothing: resumed, it would run once more.
     waits = report.status in {SagaStatus.STUCK, SagaStatus.HALTED}
     said = "say so (undone, kept or retry); then go on:" if waits else "say so (undone or kept):"
     return [
         f"To do: look at the outside world, put it right by hand, and {said}",
-        *("  " + next_command("settle", saga_id, f"{path}{name}", "undone", options="--note '...'") for name in innermost),
+        *("  " + next_command("settle", saga_id, f"{path}{name}", "undone", options="--note '...'") for name in unclear),
         *([f"  {resume}"] if waits else []),
     ]
 
