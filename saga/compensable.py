@@ -109,8 +109,8 @@ class CompensationContext:
         in_doubt: Whether nobody knows if the effect landed.
         cause: The failure that turned the saga back; None if it was undone on demand.
         attempt: Of this compensation; 1 for the first.
-        idempotency_key: This compensation's, the same for all its attempts; another one when the effect came late, after its undoing.
-        forward_key: The idempotency key that the execution had.
+        idempotency_key: This compensation's own, the same for all its attempts; another one when the effect came late, after its undoing.
+        forward_key: The `idempotency_key` that the execution had: the outside world knows the effect by it.
         inputs: Outputs of the direct dependencies, by stage.
         snapshot: stageflow's immutable view of the run's input.
     """
