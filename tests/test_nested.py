@@ -505,7 +505,7 @@ def test_a_halted_saga_whose_child_has_halted_asks_nobody_to_say_what_stands() -
     report = run(coordinator.run(trip, saga_id="s"))
 
     assert [*report.in_doubt] == ["child"]
-    assert str(report).splitlines()[-1] == "To do: what the saga within it did is kept. Mend the cause, then: saga resume s"
+    assert str(report).splitlines()[-1] == "To do: there is nothing to settle. Mend the cause, then: saga resume s"
     assert run(coordinator.resume("s", trip)).status is SagaStatus.COMPLETED
     assert world.standing == {"a": 1, "b": 1, "c": 1}
 
@@ -523,6 +523,50 @@ def test_beside_a_child_that_has_halted_only_what_is_unclear_is_to_be_settled() 
 
     assert {*report.in_doubt} == {"child", "pay"}
     assert str(report).splitlines()[-2:] == ["  saga settle s pay undone --note '...'", "  saga resume s"]
+
+
+@pytest.mark.parametrize(
+    ("pay", "after", "verdict"),
+    [
+        ("in doubt", "ok", "kept"),
+        ("in doubt", "ok", "undone"),
+        ("stuck", "raise", "kept"),
+        ("stuck", "raise", "undone"),
+        ("stuck", "raise", "retry"),
+    ],
+)
+def test_when_a_person_has_said_what_became_of_a_stage_within_there_is_only_to_go_on(pay: str, after: str, verdict: str) -> None:
+    """Whoever said of the stage around it that it is undone, too, would leave behind what the child keeps."""
+    script = Script("hang", lands=True) if pay == "in doubt" else Script(undo_fails=9)
+    _, trip = generations({"pay": script, "after": Script(after)}, policy=IMPATIENT, pay_within=1)
+    coordinator = SagaCoordinator(IMPATIENT)
+    stuck = run(coordinator.run(trip, saga_id="s"))
+    assert str(stuck).splitlines()[-2:] == [f"  saga settle s {PATH} undone --note '...'", "  saga resume s"]
+
+    settled = run(coordinator.settle("s", PATH, verdict, "they told me"))
+
+    assert "saga settle" not in str(settled)
+    assert str(settled).endswith(": saga resume s")
+
+
+def test_when_a_person_has_said_to_try_again_there_is_only_to_go_on_until_that_has_failed() -> None:
+    world, pipeline = scene(SEQUENCE, {"a": Script(undo_fails=2), "c": Script("raise")})
+    coordinator = SagaCoordinator(IMPATIENT)
+    run(coordinator.run(pipeline, saga_id="s"))
+
+    told = [str(run(coordinator.settle("s", "a", "retry", "they answer again"))), str(run(coordinator.resume("s", pipeline)))]
+
+    assert ["saga settle" in text for text in told] == [False, True]
+    assert world.standing == {"a": 1}
+
+
+def test_what_a_child_keeps_is_named_where_its_stage_did_not_complete() -> None:
+    _, trip = generations({"confirm": Script("raise")}, {"pay": "pivot"})
+
+    halted = run(SagaCoordinator().run(trip, saga_id="s"))
+
+    within = ["book_hotel/room", "book_hotel/charge_deposit"]
+    assert f"Kept within what did not complete: {', '.join(within)}." in str(halted).splitlines()
 
 
 def test_a_compensation_that_passes_over_what_a_child_left_standing_has_failed() -> None:

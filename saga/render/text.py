@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from itertools import dropwhile
 from typing import TYPE_CHECKING, Final
@@ -37,6 +38,8 @@ _BACKWARD: Final = frozenset({FailureKind.COMPENSATION, FailureKind.CRASHED})
 """How compensations and probes fail, and no fallback does."""
 _OPEN: Final = frozenset({StageState.RUNNING, StageState.COMPENSATING, StageState.STUCK, StageState.BLOCKED, StageState.IN_DOUBT})
 """The states of stages with which nobody thinks to be done."""
+_CAME_TO_NOTHING: Final = frozenset({StageState.FAILED, StageState.CANCELLED, StageState.SKIPPED, StageState.IN_DOUBT, StageState.STUCK})
+"""The states of stages of which nothing is kept, unless it is within them."""
 
 
 def seconds(start: datetime | None, end: datetime | None) -> str:
@@ -167,7 +170,7 @@ def _how_to_settle(report: SagaReport) -> list[str]:
         return [f"To do: it was not undone to the end; go on with: {resume}"]
     unclear = [name for name in innermost if not goes_on(name, report)]
     if not unclear:
-        return [f"To do: what the saga within it did is kept. Mend the cause, then: {resume}"]
+        return [f"To do: there is nothing to settle. Mend the cause, then: {resume}"]
     # What has come to rest otherwise goes on with nothing: resumed, it would run once more.
     waits = report.status in {SagaStatus.STUCK, SagaStatus.HALTED}
     said = "say so (undone, kept or retry); then go on:" if waits else "say so (undone or kept):"
@@ -178,17 +181,47 @@ def _how_to_settle(report: SagaReport) -> list[str]:
     ]
 
 
-def goes_on(name: str, report: SagaReport) -> bool:
-    """Whether a stage is in doubt for no more than that its own saga has halted: that one goes on when this one does."""
-    stage = report.stages.get(name)
-    if report.status is not SagaStatus.HALTED or stage is None or not stage.children:
+def goes_on(path: str, report: SagaReport) -> bool:
+    """Whether nobody has to say what became of a stage in doubt.
+
+    Its own saga has halted, and goes on when this one does; or somebody has said to try it again, and it has not been tried since.
+    """
+    saga, name = _located(path, report)
+    stage = saga.stages[name]
+    if stage.settled is not None and stage.settled.verdict is Verdict.RETRY:
+        said_at = stage.settled.at
+        if all(failure.at <= said_at for failure in saga.failures if failure.stage == name):
+            return True
+    if saga.status is not SagaStatus.HALTED or not stage.children:
         return False
     return stage.children[-1].status is SagaStatus.HALTED and stage.children[-1].clean
+
+
+def _located(path: str, report: SagaReport) -> tuple[SagaReport, str]:
+    """The saga and the stage of it to which one of the report's paths leads."""
+    for name, stage in report.stages.items():
+        for child in stage.children:
+            for begin in (f"{name}/", f"{child.saga_id.removeprefix(f'{report.saga_id}/')}/"):
+                if path not in report.stages and path.startswith(begin) and not child.clean:
+                    return _located(path.removeprefix(begin), child)
+    return report, path
 
 
 def _outer(report: SagaReport) -> tuple[str, str]:
     """The saga to go on with, and the path to this one's stages from there: what another one runs goes on with that."""
     return (report.saga_id, "") if report.parent is None else (report.parent, f"{report.parent_stage}/")
+
+
+def _kept_within(report: SagaReport) -> Iterator[str]:
+    """The stages that their own saga keeps, though the stage that ran it came to nothing, by their paths."""
+    for name, stage in report.stages.items():
+        if stage.state not in _CAME_TO_NOTHING:
+            continue
+        at_rest = [child for child in stage.children if child.clean and child.ended_at is not None]
+        standing = [child for child in at_rest if child.status is not SagaStatus.COMPENSATED]
+        for child in standing:
+            path = name if len(standing) == 1 else child.saga_id.removeprefix(f"{report.saga_id}/")
+            yield from (f"{path}/{inner}" for inner in (*child.kept, *_kept_within(child)))
 
 
 def what_to_do(report: SagaReport) -> list[str]:
@@ -201,6 +234,8 @@ def what_to_do(report: SagaReport) -> list[str]:
     ):
         if names:
             lines.append(f"{label}: {', '.join(map(printable, names))}.")
+    if kept := list(_kept_within(report)):
+        lines.append(f"Kept within what did not complete: {', '.join(map(printable, kept))}.")
     match report.status:
         case SagaStatus.RUNNING | SagaStatus.COMPENSATING:
             lines.append(
