@@ -6,13 +6,14 @@ import asyncio
 import dataclasses
 import inspect
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from stageflow.events import NoOpEventSink
 
 from saga.compensable import CompensationContext, Host, child_id, refuse_record
+from saga.errors import LedgerCorrupt, LedgerError
 from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from saga.policies import ContinueWithFallback, FailFast, Policy
     from saga.report import SagaReport
 
+
+T = TypeVar("T")
 
 Latecomer = StageCompleted | CompensationCompleted
 """What code that was given up may come to after all."""
@@ -217,28 +220,39 @@ class LiveSaga(Host):
         self, stage: str, attempt: int, pipeline: Pipeline, context: PipelineContext | None, policy: Policy | None, fields: dict[str, Any]
     ) -> SagaReport:
         """Run a pipeline as a saga of its own, in the same ledger."""
-        return await self._keeper.run_child(self, stage, attempt, pipeline, context, policy, fields)
+        return await self._heeding(stage, self._keeper.run_child(self, stage, attempt, pipeline, context, policy, fields))
+
+    async def _heeding(self, stage: str, asked: Awaitable[T]) -> T:
+        """What the keeper answers. Where the ledger fails a child, this saga records nothing more, whatever the stage makes of that."""
+        try:
+            return await asked
+        except LedgerCorrupt:
+            # It is about that child alone, and stays so: the stage has failed.
+            raise
+        except LedgerError as error:
+            self.journal.break_off(stage, error)
+            raise
 
     async def resume_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Go on with a child saga that has not come to its end."""
         record = self.journal.state.stages[stage]
         # Whoever resumed this saga wants it to go forward; one that got stuck since then goes on to be undone.
         forward = True if record.attempts == record.attempts_before + 1 else None
-        return await self._keeper.resume_child(self, saga_id, pipeline, forward=forward)
+        return await self._heeding(stage, self._keeper.resume_child(self, saga_id, pipeline, forward=forward))
 
     async def undo_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child saga."""
         within = self.undone_within.setdefault(stage, {})
-        within[saga_id] = report = await self._keeper.undo_child(saga_id, pipeline)
+        within[saga_id] = report = await self._heeding(stage, self._keeper.undo_child(saga_id, pipeline))
         return report
 
-    async def rest_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+    async def rest_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """See to it that a child saga whose process is gone comes to rest, unless this saga runs on and sees to it itself."""
-        return await self._keeper.rest_child(self, saga_id, pipeline)
+        return await self._heeding(stage, self._keeper.rest_child(self, saga_id, pipeline))
 
     async def child_reports(self, stage: str) -> list[SagaReport]:
         """The children that this execution of the stage has run, oldest first."""
-        return await self._keeper.reports_of(self.id, stage, self.forward_key(stage))
+        return await self._heeding(stage, self._keeper.reports_of(self.id, stage, self.forward_key(stage)))
 
     def child_context(self, stage: str, pipeline: Pipeline, fields: dict[str, Any]) -> PipelineContext:
         """The input of a child saga: this saga's, with some fields replaced."""

@@ -45,7 +45,7 @@ class Host(Protocol):
         """Undo what is left of a child saga."""
         ...
 
-    async def rest_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+    async def rest_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """See to it that a child saga whose process is gone comes to rest, unless this saga runs on and sees to it itself."""
         ...
 
@@ -142,7 +142,7 @@ class CompensationContext:
 
         Does nothing while the parent runs on: then its stage goes on with the child.
         """
-        return await self._host.rest_child(saga_id, pipeline)
+        return await self._host.rest_child(self.stage_name, saga_id, pipeline)
 
     async def child_sagas(self) -> list[SagaReport]:
         """The reports of the child sagas that this execution has run, oldest first."""

@@ -147,11 +147,12 @@ class SagaUnrecorded(LedgerError):
 
     Attributes:
         saga_id: The saga's id.
-        in_effect: The stages whose effect stands, as far as is known.
-        unknown: The stages that were running or being undone when the ledger failed, or were in doubt before.
+        in_effect: The stages whose effect stands, as far as is known; those of a saga that a stage was running then, by their paths.
+        unknown: The stages that were running or being undone when the ledger failed, were in doubt before, or are asked before anybody
+            says that they had no effect.
     """
 
-    def __init__(self, saga_id: str, why: Exception, *, in_effect: Sequence[str], unknown: Sequence[str]) -> None:
+    def __init__(self, saga_id: str, why: BaseException | None, *, in_effect: Sequence[str], unknown: Sequence[str]) -> None:
         self.saga_id = saga_id
         self.in_effect = tuple(in_effect)
         self.unknown = tuple(unknown)

@@ -22,7 +22,7 @@ from saga.events import (
 )
 from saga.graph import Role
 from saga.ledger import Ledger, StageState
-from saga.recovery import SagaState
+from saga.recovery import SagaState, Step, undo_step
 from saga.storable import refuse_unstorable, storable
 from saga.watch import outlasting
 
@@ -87,6 +87,7 @@ class Journal:
         self._is_creating = False
         self._behind: list[tuple[Sequence[AnyEvent], asyncio.Future[None]]] = []
         self._released = False
+        self._within: dict[str, LedgerError] = {}
 
     @classmethod
     async def begin(cls, ledger: Ledger, started: SagaStarted, owner: str, listeners: Sequence[Listener] = ()) -> Journal:
@@ -101,6 +102,11 @@ class Journal:
         else:
             await journal._write((started,), release=False)
         return journal
+
+    def break_off(self, stage: str, error: LedgerError) -> None:
+        """Record nothing more: the ledger has failed a saga that the stage runs, so what this one would say of the stage is not known."""
+        self.error = self.error or error
+        self._within.setdefault(stage, error)
 
     async def record(self, *events: AnyEvent, release: bool = False) -> None:
         """Fold the events and have them written, with `release` as the last ones before the lease is given back.
@@ -218,6 +224,9 @@ class Journal:
 
     async def close(self) -> None:
         """Give the lease back, if it is still held."""
+        if self._within and not self.unwritten:
+            # What other stages have come to is known, and this ledger may still take it.
+            await self._write_late()
         self._forget_pending()
         if self._token is not None and not self._released:
             with contextlib.suppress(LedgerError):
@@ -237,11 +246,19 @@ class Journal:
         under_way = {StageState.RUNNING, StageState.COMPENSATING}
         unknown, in_effect = [], []
         for name, record in state.stages.items():
-            if record.doubt or (record.state in under_way and name not in never_began):
+            node, within = state.graph[name], self._within.get(name)
+            is_asked_first = undo_step(node, record) is Step.PROBE
+            if record.doubt or is_asked_first or (record.state in under_way and name not in never_began):
                 unknown.append(name)
-            elif state.graph[name].role is not Role.PLAIN and record.state is not StageState.UNDONE and (record.landed or record.effects):
+            elif node.role is not Role.PLAIN and record.state is not StageState.UNDONE and (record.landed or record.effects):
                 in_effect.append(name)
-        return SagaUnrecorded(self.saga_id, error, in_effect=in_effect, unknown=unknown)
+            if isinstance(within, SagaUnrecorded):
+                in_effect += [f"{name}/{inner}" for inner in within.in_effect]
+                unknown += [f"{name}/{inner}" for inner in within.unknown]
+        said: BaseException | None = error
+        while isinstance(said, SagaUnrecorded):  # by a child
+            said = said.__cause__
+        return SagaUnrecorded(self.saga_id, said, in_effect=in_effect, unknown=unknown)
 
 
 def _named(events: Sequence[AnyEvent]) -> str:

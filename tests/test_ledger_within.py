@@ -1,0 +1,184 @@
+"""What becomes of a saga whose ledger fails, or whose lease is lost, in a saga that one of its stages runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stageflow.api import Pipeline
+
+from saga import (
+    Compensation,
+    CompensationContext,
+    FailFast,
+    LedgerCorrupt,
+    LedgerError,
+    MemoryLedger,
+    Retry,
+    SagaContext,
+    SagaCoordinator,
+    SagaStatus,
+    SagaUnrecorded,
+    compensable,
+    nested,
+)
+from saga.events import AnyEvent, CompensationStarted, SagaEnded, SagaStarted, SagaTurnedBack, StageCompleted, StageStarted
+from saga.ledgers.sqlite import SQLiteLedger
+from tests.controlled import run
+from tests.world import Script, World, nothing, scene
+
+IMPATIENT = FailFast(compensation=Compensation(retry=Retry(attempts=1)))
+SHAPE = {"flight": (), "deposit": ("flight",), "room": ("deposit",), "after": ("room",)}
+
+
+class NoRoom(MemoryLedger):
+    """Can't write one kind of event of one saga; from then on nothing, or, if it is back at once, everything."""
+
+    def __init__(self, saga_id: str, kind: type[AnyEvent], *, once: bool) -> None:
+        super().__init__()
+        self.saga_id, self.kind, self.once = saga_id, kind, once
+        self.is_full = False
+
+    async def create(self, saga_id: str, owner: str, events: Any) -> int:
+        self._refuse(saga_id, events)
+        return await super().create(saga_id, owner, events)
+
+    async def append(self, saga_id: str, events: Any, **how: Any) -> None:
+        self._refuse(saga_id, events)
+        await super().append(saga_id, events, **how)
+
+    def _refuse(self, saga_id: str, events: Any) -> None:
+        if self.is_full or (saga_id == self.saga_id and any(isinstance(event, self.kind) for event in events)):
+            if self.once:
+                self.saga_id = ""
+            else:
+                self.is_full = True
+            raise LedgerError("no room left")
+
+
+def trip(scripts: dict[str, Script], kind: str = "compensable") -> tuple[World, Pipeline]:
+    """flight -> hotel (deposit -> room) -> after, in one world."""
+    world, flat = scene(SHAPE, scripts, dict.fromkeys(SHAPE, kind))
+    stages: dict[str, Any] = {name: spec.runner for name, spec in flat.stages.items()}
+    hotel = Pipeline(name="hotel").with_stage("deposit", stages["deposit"]).with_stage("room", stages["room"], dependencies=("deposit",))
+    pipeline = (
+        Pipeline(name="trip")
+        .with_stage("flight", stages["flight"])
+        .with_stage("hotel", nested(hotel, IMPATIENT), dependencies=("flight",))
+        .with_stage("after", stages["after"], dependencies=("hotel",))
+    )
+    return world, pipeline
+
+
+@pytest.mark.parametrize(
+    ("kind", "in_effect", "unknown"),
+    [
+        (SagaStarted, ("flight",), ("hotel",)),
+        (StageStarted, ("flight",), ("hotel",)),
+        (StageCompleted, ("flight", "hotel/deposit"), ("hotel",)),
+        (SagaEnded, ("flight", "hotel/deposit", "hotel/room"), ("hotel",)),
+    ],
+)
+def test_when_the_ledger_fails_within_the_error_names_what_is_in_effect_there(
+    kind: type[AnyEvent], in_effect: tuple[str, ...], unknown: tuple[str, ...]
+) -> None:
+    """Promise 5: also of an error nobody may claim that nothing stands."""
+    world, pipeline = trip({})
+    ledger = NoRoom("s/hotel", kind, once=False)
+
+    with pytest.raises(SagaUnrecorded) as failed:
+        run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+
+    assert (failed.value.in_effect, failed.value.unknown) == (in_effect, unknown)
+    assert {name.rpartition("/")[2] for name in (*in_effect, *unknown)} >= world.standing.keys()
+    assert str(failed.value).startswith("saga s stopped, because its ledger failed: no room left. Nothing more was started.")
+    assert str(failed.value).count("coordinator.resume") == 1
+
+
+@pytest.mark.parametrize("kind", [SagaTurnedBack, CompensationStarted, SagaEnded])
+def test_when_the_ledger_fails_while_a_child_is_undone_the_saga_goes_on_when_it_is_back(kind: type[AnyEvent]) -> None:
+    """A stage is stuck when its compensation has failed, not when a disk was full for a moment."""
+    world, pipeline = trip({"after": Script("raise")}, "probed")
+    ledger = NoRoom("", kind, once=True)
+    coordinator = SagaCoordinator(IMPATIENT, ledger=ledger, listeners=[lambda saga_id, event: begin(ledger, saga_id, event)])
+
+    with pytest.raises(LedgerError):
+        run(coordinator.run(pipeline, saga_id="s"))
+    recovery = run(SagaCoordinator(ledger=ledger).recover(pipeline))
+
+    assert {saga_id: report.status for saga_id, report in recovery.reports.items()} == {"s": SagaStatus.COMPENSATED}, str(recovery)
+    assert world.standing == {}
+    assert world.refusals == []
+
+
+def begin(ledger: NoRoom, saga_id: str, event: AnyEvent) -> None:
+    if saga_id == "s" and isinstance(event, CompensationStarted) and event.stage == "hotel":
+        ledger.saga_id = "s/hotel"
+
+
+def test_a_stage_that_swallows_the_ledgers_error_of_its_child_has_not_completed() -> None:
+    _, room = scene({"room": ()})
+
+    async def book(ctx: SagaContext) -> None:
+        with pytest.raises(LedgerError):
+            await ctx.run_saga(room)
+
+    async def release(ctx: CompensationContext) -> None:
+        raise AssertionError(ctx)
+
+    pipeline = Pipeline().with_stage("book", compensable(book, release))
+
+    with pytest.raises(SagaUnrecorded) as failed:
+        run(SagaCoordinator(ledger=NoRoom("s/book", StageCompleted, once=True)).run(pipeline, saga_id="s"))
+
+    assert (failed.value.in_effect, failed.value.unknown) == (("book/room",), ("book",))
+
+
+def test_what_other_stages_have_come_to_is_recorded_all_the_same(tmp_path: Path) -> None:
+    """Or they would be in doubt, though the ledger would take what is known of them."""
+    has_paid = asyncio.Event()
+
+    class NoRoomForTheChild(SQLiteLedger):
+        async def append(self, saga_id: str, events: Any, **how: Any) -> None:
+            if saga_id == "s/book" and isinstance(events[-1], SagaEnded):
+                raise LedgerError("no room left")
+            await super().append(saga_id, events, **how)
+
+    async def pay(_: SagaContext) -> None:
+        has_paid.set()
+
+    async def room(_: SagaContext) -> None:
+        await has_paid.wait()
+
+    async def play() -> list[AnyEvent]:
+        hotel = Pipeline(name="hotel").with_stage("room", compensable(room, nothing))
+        pipeline = Pipeline().with_stage("book", nested(hotel)).with_stage("pay", compensable(pay, nothing))
+        async with NoRoomForTheChild(tmp_path / "sagas.db") as ledger:
+            with pytest.raises(SagaUnrecorded):
+                await SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s")
+            return [*await ledger.read("s")]
+
+    assert [event.stage for event in asyncio.run(play()) if isinstance(event, StageCompleted)] == ["pay"]
+
+
+def test_a_child_that_cannot_be_read_fails_its_stage_and_holds_up_nothing_else() -> None:
+    """To read it again changes nothing: a person has to see to it."""
+    world, pipeline = trip({"after": Script("raise")})
+
+    class Damaged(MemoryLedger):
+        async def read(self, saga_id: str) -> Sequence[AnyEvent]:
+            if saga_id == "s/hotel" and "room" in world.standing:
+                raise LedgerCorrupt("the ledger is damaged")
+            return await super().read(saga_id)
+
+    async def play() -> SagaStatus:
+        ledger = Damaged()
+        with pytest.raises(SagaUnrecorded):  # there is no report without the child's
+            await SagaCoordinator(IMPATIENT, ledger=ledger).run(pipeline, saga_id="s")
+        return (await ledger.list())[0].status
+
+    assert run(play()) is SagaStatus.STUCK
+    assert world.standing.keys() == {"flight", "deposit", "room"}
