@@ -58,7 +58,7 @@ class Keeper(Protocol):
         """Go on with a child."""
         ...
 
-    async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+    async def undo_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child."""
         ...
 
@@ -243,7 +243,7 @@ class LiveSaga(Host):
     async def undo_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child saga."""
         within = self.undone_within.setdefault(stage, {})
-        within[saga_id] = report = await self._heeding(stage, self._keeper.undo_child(saga_id, pipeline))
+        within[saga_id] = report = await self._heeding(stage, self._keeper.undo_child(self, saga_id, pipeline))
         return report
 
     async def rest_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:

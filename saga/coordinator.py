@@ -314,13 +314,13 @@ class SagaCoordinator:
         refuse_both(context, fields)
         if context is None:
             context = parent.child_context(stage, pipeline, fields)
-        saga = await self._begin(blueprint, policy, context, parent.next_child(stage, attempt), parent.id, stage)
+        saga = await self._begin(blueprint, policy, context, parent.next_child(stage, attempt), parent, stage)
         return await self._as_child(parent, saga, self._forward(saga))
 
     async def resume_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline, *, forward: bool | None) -> SagaReport:
         """Go on with a child of a saga's stage."""
         decide = partial(resumption, forward=forward, by=f"saga {parent.id}")
-        return await self._as_child(parent, *await self._taken_over(saga_id, pipeline, decide))
+        return await self._as_child(parent, *await self._taken_over(saga_id, pipeline, decide, parent=parent))
 
     async def _as_child(self, parent: LiveSaga, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
         parent.has_children = True
@@ -334,16 +334,16 @@ class SagaCoordinator:
         parent.exceptions |= {failure: failure.exception for failure in report.failures if failure.exception is not None}
         return report
 
-    async def undo_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
+    async def undo_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child."""
-        return await self._go_on(saga_id, pipeline, partial(undoing, by=_user()))
+        return await self._unbroken(*await self._taken_over(saga_id, pipeline, partial(undoing, by=_user()), parent=parent))
 
     async def rest_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """See to it that a child whose process is gone comes to rest: it is stopped, as those are that run when their parent stops."""
         if not parent.is_stopping:
             return await self.report(saga_id)
         decide = partial(recovering, by=f"saga {parent.id}")
-        return await self._as_child(parent, *await self._taken_over(saga_id, pipeline, decide))
+        return await self._as_child(parent, *await self._taken_over(saga_id, pipeline, decide, parent=parent))
 
     async def reports_of(self, saga_id: str, stage: str, prefix: str) -> list[SagaReport]:
         """The children of a saga's stage, oldest first; those whose ids begin so."""
@@ -368,7 +368,7 @@ class SagaCoordinator:
         policy: FailFast | ContinueWithFallback,
         context: PipelineContext,
         saga_id: str | None,
-        parent: str | None = None,
+        parent: LiveSaga | None = None,
         parent_stage: str | None = None,
     ) -> LiveSaga:
         if saga_id is None:
@@ -386,7 +386,7 @@ class SagaCoordinator:
                 graph=blueprint.graph,
                 policy=policy,
                 input=recorded_input(context),
-                parent=parent,
+                parent=None if parent is None else parent.id,
                 parent_stage=parent_stage,
             )
             try:
@@ -394,20 +394,22 @@ class SagaCoordinator:
             except NotStorable as refused:
                 hint = "The ledger keeps the context, so that the saga can go on without its caller."
                 raise MisuseError(refused.expected, got=refused.got, hint=hint) from None
-            journal = await Journal.begin(self.ledger, started, self._owner, self._listeners)
+            journal = await Journal.begin(self.ledger, started, self._owner, _token_of(parent), self._listeners)
         except BaseException:
             self._unhold(saga_id)
             raise
         return self._lives(blueprint, policy, journal, context)
 
-    async def _take(self, saga_id: str, pipeline: Pipeline, policy: Policy | None = None) -> tuple[LiveSaga, Sequence[AnyEvent]]:
+    async def _take(
+        self, saga_id: str, pipeline: Pipeline, policy: Policy | None, parent: LiveSaga | None
+    ) -> tuple[LiveSaga, Sequence[AnyEvent]]:
         """Take over a saga that nobody is running; with its events."""
         events = await events_of(self.ledger, saga_id)
         if saga_id in self._alive:
             raise MisuseError("a saga that nobody is running", got=f"saga {saga_id}, which is {SagaState(events).status.value} here")
         self._hold(saga_id)
         try:
-            token = await self._acquire(saga_id)
+            token = await self._acquire(saga_id, parent)
             try:
                 # Read again: whoever held it until now may have written.
                 events = await self.ledger.read(saga_id)
@@ -429,15 +431,16 @@ class SagaCoordinator:
         saga.has_children = True
         return saga, events
 
-    async def _acquire(self, saga_id: str) -> int:
+    async def _acquire(self, saga_id: str, parent: LiveSaga | None = None) -> int:
         """Take the lease of a saga; when the caller is cancelled meanwhile, it is given back first."""
+        under = _token_of(parent)
         try:
-            return await self.ledger.acquire(saga_id, self._owner)
+            return await self.ledger.acquire(saga_id, self._owner, under=under)
         except asyncio.CancelledError:
             # The ledger may carry it out all the same, and our heart would hold what nobody runs for as long as it beats for another saga.
             # Whoever holds it gets it once more, behind the first time, and with a token that is known.
             with anyio.CancelScope(shield=True), contextlib.suppress(LedgerError):
-                await self.ledger.release(saga_id, await self.ledger.acquire(saga_id, self._owner))
+                await self.ledger.release(saga_id, await self.ledger.acquire(saga_id, self._owner, under=under))
             raise
 
     async def _go_on(self, saga_id: str, pipeline: Pipeline, decide: Decision, policy: Policy | None = None) -> SagaReport:
@@ -445,10 +448,10 @@ class SagaCoordinator:
         return await self._unbroken(*await self._taken_over(saga_id, pipeline, decide, policy))
 
     async def _taken_over(
-        self, saga_id: str, pipeline: Pipeline, decide: Decision, policy: Policy | None = None
+        self, saga_id: str, pipeline: Pipeline, decide: Decision, policy: Policy | None = None, parent: LiveSaga | None = None
     ) -> tuple[LiveSaga, Coroutine[Any, Any, None]]:
         """A saga that nobody was running, held from here on, and the work that its events come to."""
-        saga, events = await self._take(saga_id, pipeline, policy)
+        saga, events = await self._take(saga_id, pipeline, policy, parent)
         try:
             # Nothing is awaited before there is something to stop: a cancel by its id finds it.
             known, graph = saga.journal.state.graph, saga.journal.state.graph.offering(saga.blueprint.graph)
@@ -705,6 +708,10 @@ def _checked(listeners: Sequence[Listener]) -> tuple[Listener, ...]:
         if not callable(listener) or isinstance(listener, type) or inspect.iscoroutinefunction(listener):
             raise MisuseError("a listener to be a plain function, or an object that can be called as one", got=repr(listener))
     return tuple(listeners)
+
+
+def _token_of(parent: LiveSaga | None) -> int | None:
+    return None if parent is None else parent.journal.token
 
 
 def _among(known: Mapping[str, Pipeline], name: str) -> Pipeline:

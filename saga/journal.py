@@ -53,6 +53,7 @@ class Journal:
     whoever resumes, so no further effect may start.
 
     Attributes:
+        token: That of the lease under which it writes; None while the saga is not in the ledger.
         error: What went wrong with an append; None if nothing did.
         unwritten: The events that were to be written then: what they were to guard has not run.
         linger: Seconds after which an event is written although nobody waits for it.
@@ -69,6 +70,7 @@ class Journal:
         version: int,
         token: int | None,
         owner: str,
+        under: int | None = None,
         listeners: Sequence[Listener] = (),
     ) -> None:
         self.saga_id: Final = saga_id
@@ -78,8 +80,9 @@ class Journal:
         self.unstorable: dict[str, NotStorable] = {}
         self._ledger = ledger
         self._version = version
-        self._token = token
+        self.token = token
         self._owner = owner
+        self._under = under
         self._listeners = listeners
         self._pending: list[AnyEvent] = []
         self._timer: asyncio.Handle | None = None
@@ -90,13 +93,15 @@ class Journal:
         self._within: dict[str, LedgerError] = {}
 
     @classmethod
-    async def begin(cls, ledger: Ledger, started: SagaStarted, owner: str, listeners: Sequence[Listener] = ()) -> Journal:
-        """Begin the ledger of a new saga; its first event is written at the latest before its first stage starts.
+    async def begin(
+        cls, ledger: Ledger, started: SagaStarted, owner: str, under: int | None = None, listeners: Sequence[Listener] = ()
+    ) -> Journal:
+        """Begin the ledger of a new saga, under its parent's token; its first event is written at the latest before its first stage starts.
 
         Raises:
             LedgerError: It could not be written; the saga does not exist.
         """
-        journal = cls(ledger, started.saga_id, SagaState([started]), version=0, token=None, owner=owner, listeners=listeners)
+        journal = cls(ledger, started.saga_id, SagaState([started]), version=0, token=None, owner=owner, under=under, listeners=listeners)
         if ledger.durable:
             journal._pending.append(started)
         else:
@@ -172,8 +177,8 @@ class Journal:
         # Reserved before the write is awaited: a second record meanwhile goes behind this one.
         self._version += len(events)
         try:
-            if self._token is not None:
-                await self._ledger.append(self.saga_id, events, expected_version=version, token=self._token, release=release)
+            if self.token is not None:
+                await self._ledger.append(self.saga_id, events, expected_version=version, token=self.token, release=release)
                 self._released = release
             elif self._is_creating:
                 await self._wait_for_creation(events)
@@ -202,11 +207,11 @@ class Journal:
     async def _create(self, events: Sequence[AnyEvent]) -> None:
         self._is_creating = True
         try:
-            self._token = await self._ledger.create(self.saga_id, self._owner, events)
+            self.token = await self._ledger.create(self.saga_id, self._owner, events, under=self._under)
             if self._behind:
                 # In one append, and at once: what comes from here on goes behind them.
                 late = [event for more, _ in self._behind for event in more]
-                await self._ledger.append(self.saga_id, late, expected_version=len(events), token=self._token)
+                await self._ledger.append(self.saga_id, late, expected_version=len(events), token=self.token)
         except BaseException as error:
             for _, waiter in self._behind:
                 # Who was cancelled waits no more.
@@ -228,10 +233,10 @@ class Journal:
             # What other stages have come to is known, and this ledger may still take it.
             await self._write_late()
         self._forget_pending()
-        if self._token is not None and not self._released:
+        if self.token is not None and not self._released:
             with contextlib.suppress(LedgerError):
                 # It ends by itself, and what went wrong before counts for more.
-                await self._ledger.release(self.saga_id, self._token)
+                await self._ledger.release(self.saga_id, self.token)
 
     def left_unrecorded(self, error: LedgerError) -> LedgerError:
         """What to say of the saga that its ledger failed: what is in effect, and what nobody knows."""

@@ -154,6 +154,10 @@ class Ledger(Protocol):
     a later holder's token is higher. An owner that says nothing for longer than `lease` counts as gone, and what it held may be
     taken over; it then finds that its token is refused.
 
+    A saga that a stage runs has that stage's as its parent. Whoever creates or acquires it says `under` which token it holds the
+    parent, and is refused when that is no longer the current one. Whoever takes over a saga that another owner held takes from that owner
+    the leases of all that is below it, too: an owner that lost a saga writes nothing more to its children, and begins none.
+
     Attributes:
         lease: Seconds after which an owner that did not `beat` counts as gone; None: owners never do.
         durable: Whether it outlives the process: events are stored as JSON, and an append costs so much that events which guard
@@ -165,20 +169,21 @@ class Ledger(Protocol):
     durable: bool
     max_event_bytes: int | None
 
-    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
+    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent], *, under: int | None = None) -> int:
         """Record a new saga's first events, and take its lease for `owner`.
 
         Raises:
-            LedgerConflict: There is a saga of that id.
+            LedgerConflict: There is a saga of that id, or its parent's token is not `under`.
             LedgerError: They can't be recorded; the saga does not exist.
         """
         ...
 
-    async def acquire(self, saga_id: str, owner: str) -> int:
+    async def acquire(self, saga_id: str, owner: str, *, under: int | None = None) -> int:
         """Take the lease of a saga for `owner`; the holder itself gets a new token, and the old one is refused from then on.
 
         Raises:
-            LedgerConflict: There is no such saga, or another owner holds it and counts as alive; the error says who and until when.
+            LedgerConflict: There is no such saga, its parent's token is not `under`, or another owner holds it and counts as alive; the
+                error says who and until when.
         """
         ...
 
@@ -280,12 +285,13 @@ class MemoryLedger(Ledger):
         self._children: dict[str | None, dict[str, None]] = {}
         self._done: dict[str, None] = {}
 
-    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
+    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent], *, under: int | None = None) -> int:
         """Record a new saga."""
-        if saga_id in self._sagas:
-            raise LedgerConflict.exists(saga_id)
         started = events[0]
         assert isinstance(started, SagaStarted)  # the journal sees to that
+        self._refuse_overtaken(started, under)
+        if saga_id in self._sagas:
+            raise LedgerConflict.exists(saga_id)
         saga = self._sagas[saga_id] = _Kept(list(map(at_rest, events)), started, owner, 1, status_after(SagaStatus.RUNNING, events))
         if started.parent is not None:
             self._children.setdefault(started.parent, {})[saga_id] = None
@@ -293,9 +299,14 @@ class MemoryLedger(Ledger):
             self._done.pop(one.started.saga_id, None)  # a child that was alone so far
         return 1
 
-    async def acquire(self, saga_id: str, owner: str) -> int:
+    def _refuse_overtaken(self, started: SagaStarted, under: int | None) -> None:
+        if under is not None and (above := self._find(str(started.parent))).token != under:
+            raise LedgerConflict.overtaken(str(started.parent), under, above.token, holder=above.owner)
+
+    async def acquire(self, saga_id: str, owner: str, *, under: int | None = None) -> int:
         """Take the lease; it lasts until it is released, because its holder lives in this process."""
         saga = self._find(saga_id)
+        self._refuse_overtaken(saga.started, under)
         if saga.owner is not None and saga.owner != owner:
             raise LedgerConflict.held(saga_id, holder=saga.owner)
         saga.owner = owner

@@ -25,9 +25,9 @@ class SlowLedger(MemoryLedger):
         self.writes: list[list[str]] = []
         self.turn = asyncio.Lock()
 
-    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
+    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent], **how: Any) -> int:
         await self._written(events)
-        return await super().create(saga_id, owner, events)
+        return await super().create(saga_id, owner, events, **how)
 
     async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int, release: bool = False) -> None:
         await self._written(events)

@@ -83,16 +83,18 @@ def on(ledger: Ledger, *acts: Callable[[Ledger], Any]) -> list[Any]:
     return asyncio.run(play())
 
 
-def create(saga_id: str = "s", owner: str = "me", *more: AnyEvent, parent: str | None = None, at: datetime = LONG_AGO) -> Any:
-    return lambda ledger: ledger.create(saga_id, owner, (started(saga_id, at, parent), *more))
+def create(
+    saga_id: str = "s", owner: str = "me", *more: AnyEvent, parent: str | None = None, at: datetime = LONG_AGO, under: int | None = None
+) -> Any:
+    return lambda ledger: ledger.create(saga_id, owner, (started(saga_id, at, parent), *more), under=under)
 
 
 def append(*events: AnyEvent, version: int = 1, token: int = 1, saga_id: str = "s", release: bool = False) -> Any:
     return lambda ledger: ledger.append(saga_id, events, expected_version=version, token=token, release=release)
 
 
-def acquire(owner: str, saga_id: str = "s") -> Any:
-    return lambda ledger: ledger.acquire(saga_id, owner)
+def acquire(owner: str, saga_id: str = "s", under: int | None = None) -> Any:
+    return lambda ledger: ledger.acquire(saga_id, owner, under=under)
 
 
 def release(token: int, saga_id: str = "s") -> Any:
@@ -346,6 +348,86 @@ def test_when_nobody_holds_a_saga_the_last_token_is_good_until_somebody_takes_it
     assert isinstance(too_late, LedgerConflict)
     assert "nobody holds it now" in str(too_late)
     assert too_late.holder is None
+
+
+def test_a_child_is_begun_and_taken_by_whoever_holds_its_parent_and_by_nobody_else(place: Place) -> None:
+    """Promise 2: an owner that was overtaken would run the children of a saga beside whoever runs it now."""
+    ledger = place.open()
+
+    *_, begun, taken, refused, refused_too, lost, entries = on(
+        ledger,
+        create(),
+        create("alone", parent="s"),
+        release(1, "alone"),
+        acquire("me"),
+        create("child", parent="s", under=2),
+        acquire("me", "child", under=2),
+        create("another", parent="s", under=1),
+        acquire("me", "child", under=1),
+        create("lost", parent="nowhere", under=1),
+        listed(parent="s"),
+    )
+
+    assert (begun, taken) == (1, 2)
+    for conflict in (refused, refused_too):
+        assert isinstance(conflict, LedgerConflict)
+        assert "saga s is written with lease token 1, the current one is 2: me holds it" in str(conflict)
+        assert conflict.holder == "me"
+    assert isinstance(lost, LedgerConflict)
+    assert str(lost) == "there is no saga nowhere"
+    assert entries == ["alone", "child"]
+
+
+def test_a_child_that_is_there_is_told_from_one_whose_parent_was_overtaken(place: Place) -> None:
+    *_, exists, overtaken = on(
+        place.open(),
+        create(),
+        create("child", parent="s", under=1),
+        create("child", parent="s", under=1),
+        create("child", parent="s", under=3),
+    )
+
+    assert str(exists) == "saga child exists already; nothing was recorded"
+    assert "saga s is written with lease token 3, the current one is 1" in str(overtaken)
+
+
+def test_whoever_takes_over_a_saga_takes_all_that_is_below_it_from_the_owner_that_lost_it(durable: Place) -> None:
+    """One that was stopped for longer than its lease, and goes on the moment after it was lost, counts as alive again."""
+    ledger = durable.open(lease=60.0)
+
+    def wait(_: Ledger) -> Any:
+        durable.pass_time(61.0)
+        return asyncio.sleep(0)
+
+    *_, taken, _, child, grandchild, own, other, mine, at_rest, entries = on(
+        ledger,
+        create("s", "gone"),
+        create("child", "gone", parent="s"),
+        create("grandchild", "gone", parent="child"),
+        create("aside", "gone"),
+        create("other's", "you", parent="s"),
+        create("at rest", "gone", parent="s"),
+        release(1, "at rest"),
+        wait,
+        acquire("me"),
+        lambda ledger: ledger.beat("gone"),
+        append(FIRST, saga_id="child"),
+        append(FIRST, saga_id="grandchild"),
+        append(FIRST, saga_id="aside"),
+        append(FIRST, saga_id="other's"),
+        acquire("me", "child", under=2),
+        append(FIRST, saga_id="at rest"),
+        lambda ledger: ledger.list(),
+    )
+
+    assert taken == 2
+    for name, conflict in (("child", child), ("grandchild", grandchild)):
+        assert isinstance(conflict, LedgerConflict)
+        assert f"saga {name} is written with lease token 1, the current one is 2: nobody holds it now" in str(conflict)
+    assert own is other is at_rest is None
+    assert mine == 3
+    owners = {entry.saga_id: entry.owner for entry in entries}
+    assert owners == {"s": "me", "child": "me", "grandchild": None, "aside": "gone", "other's": "you", "at rest": None}
 
 
 def test_an_append_may_give_the_lease_back(place: Place) -> None:
@@ -1041,14 +1123,15 @@ KINDS: list[Callable[[datetime], AnyEvent]] = [
 ]
 SAGAS, OWNERS, TIMES = st.sampled_from("pqrs"), st.sampled_from(["ann", "bob"]), st.sampled_from([LONG_AGO, LONG_AGO, YOUNG])
 MOSTLY_RIGHT = st.sampled_from([0, 0, 0, 0, 0, 0, -1, 1])
+UNDER = st.sampled_from([None, None, 1, 2])
 ACTS = st.one_of(
-    st.tuples(st.just("create"), SAGAS, OWNERS, TIMES, st.booleans()),
+    st.tuples(st.just("create"), SAGAS, OWNERS, TIMES, st.booleans(), UNDER),
     st.tuples(
         st.just("append"), SAGAS, st.lists(st.tuples(st.sampled_from(KINDS), TIMES), min_size=1, max_size=3), MOSTLY_RIGHT, MOSTLY_RIGHT,
         st.booleans(),
     ),
     st.tuples(st.just("append"), SAGAS, st.tuples(st.tuples(st.just(KINDS[-1]), TIMES)), st.just(0), st.just(0), st.just(value=True)),
-    st.tuples(st.just("acquire"), SAGAS, OWNERS),
+    st.tuples(st.just("acquire"), SAGAS, OWNERS, UNDER),
     st.tuples(st.just("release"), SAGAS, MOSTLY_RIGHT),
     st.tuples(st.just("list"), st.none() | st.sets(st.sampled_from(SagaStatus)), st.none() | SAGAS),
     st.tuples(st.just("prune")),
@@ -1075,9 +1158,9 @@ class Player:
         await self.ledger.close()
         return self.answers
 
-    async def create(self, saga: str, owner: str, at: datetime, is_child: bool) -> int:
+    async def create(self, saga: str, owner: str, at: datetime, is_child: bool, under: int | None) -> int:
         parent = chr(ord(saga) - 1) if is_child else None
-        self.tokens[saga] = await self.ledger.create(saga, owner, (started(saga, at, parent),))
+        self.tokens[saga] = await self.ledger.create(saga, owner, (started(saga, at, parent),), under=under)
         return self.tokens[saga]
 
     async def append(self, saga: str, events: Any, version_off: int, token_off: int, release: bool) -> None:
@@ -1085,8 +1168,8 @@ class Player:
         made = [kind(at) for kind, at in events]
         await self.ledger.append(saga, made, expected_version=version, token=token, release=release)
 
-    async def acquire(self, saga: str, owner: str) -> int:
-        self.tokens[saga] = await self.ledger.acquire(saga, owner)
+    async def acquire(self, saga: str, owner: str, under: int | None) -> int:
+        self.tokens[saga] = await self.ledger.acquire(saga, owner, under=under)
         return self.tokens[saga]
 
     async def release(self, saga: str, token_off: int) -> None:

@@ -42,9 +42,9 @@ class NoRoom(MemoryLedger):
         self.saga_id, self.kind, self.once = saga_id, kind, once
         self.is_full = False
 
-    async def create(self, saga_id: str, owner: str, events: Any) -> int:
+    async def create(self, saga_id: str, owner: str, events: Any, **how: Any) -> int:
         self._refuse(saga_id, events)
-        return await super().create(saga_id, owner, events)
+        return await super().create(saga_id, owner, events, **how)
 
     async def append(self, saga_id: str, events: Any, **how: Any) -> None:
         self._refuse(saga_id, events)

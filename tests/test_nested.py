@@ -290,7 +290,7 @@ def test_a_saga_whose_ledger_breaks_can_be_undone_when_it_is_back() -> None:
     ledger = SlowLedger()
     coordinator = SagaCoordinator(ledger=ledger)
 
-    async def refuse(saga_id: str, owner: str) -> int:
+    async def refuse(saga_id: str, owner: str, *, under: int | None = None) -> int:
         raise OSError("no ledger")
 
     async def play() -> SagaReport:

@@ -214,10 +214,10 @@ def test_what_nobody_expects_of_one_saga_leaves_the_others_of_a_recovery_alone()
     _, pipeline = scene({"a": ()})
 
     class Odd(MemoryLedger):
-        async def acquire(self, saga_id: str, owner: str) -> int:
+        async def acquire(self, saga_id: str, owner: str, **how: Any) -> int:
             if saga_id == "x":
                 raise ZeroDivisionError("a driver's defect")
-            return await super().acquire(saga_id, owner)
+            return await super().acquire(saga_id, owner, **how)
 
     ledger = Odd()
 
@@ -268,8 +268,8 @@ class SlowToAnswer(MemoryLedger):
         self.acquired = 0
         self.fails = False
 
-    async def acquire(self, saga_id: str, owner: str) -> int:
-        token = await super().acquire(saga_id, owner)
+    async def acquire(self, saga_id: str, owner: str, **how: Any) -> int:
+        token = await super().acquire(saga_id, owner, **how)
         self.acquired += 1
         await elapse(1.0)
         return token

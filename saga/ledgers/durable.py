@@ -78,20 +78,20 @@ class DurableLedger(Ledger):
         """Say where it is."""
         return self._name
 
-    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
+    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent], *, under: int | None = None) -> int:
         """Record a new saga's first events."""
-        request = self._rows.create(saga_id, owner, events)
+        request = self._rows.create(saga_id, owner, events, under)
         token: int = await outlasting(self._writer.ask(request, len(request.row.body)))
         return token
 
-    async def acquire(self, saga_id: str, owner: str) -> int:
+    async def acquire(self, saga_id: str, owner: str, *, under: int | None = None) -> int:
         """Take the lease of a saga.
 
         A holder whose process is known to be gone doesn't count as alive, even if its lease goes on for a while.
         """
         check_name("saga id", saga_id)
         check_name("owner", owner)
-        token: int = await self._writer.ask(Acquire(saga_id, owner))
+        token: int = await self._writer.ask(Acquire(saga_id, owner, under))
         return token
 
     async def release(self, saga_id: str, token: int) -> None:

@@ -68,14 +68,17 @@ MIGRATIONS: Final[tuple[tuple[LiteralString, ...], ...]] = (
             ON CONFLICT (id) DO UPDATE SET until = excluded.until;
             FOR asked IN SELECT * FROM json_to_recordset(_requests) AS asked (
                 n integer, saga_id text, first bigint, added bigint, checksum bigint, body text, status text, at timestamptz,
-                token bigint, release boolean, owner text, pipeline text, parent text, parent_stage text, started_at timestamptz
+                token bigint, release boolean, owner text, pipeline text, parent text, parent_stage text, started_at timestamptz,
+                under bigint
             ) ORDER BY n LOOP
                 IF asked.owner IS NOT NULL THEN
                     INSERT INTO sagas (id, pipeline, parent, parent_stage, status, started_at, updated_at, version, token, owner)
-                    VALUES (
+                    SELECT
                         asked.saga_id, asked.pipeline, asked.parent, asked.parent_stage, asked.status, asked.started_at, asked.at,
                         asked.added, 1, asked.owner
-                    ) ON CONFLICT (id) DO NOTHING;
+                    WHERE asked.under IS NULL
+                        OR EXISTS (SELECT FROM sagas WHERE id = asked.parent AND token = asked.under FOR SHARE)
+                    ON CONFLICT (id) DO NOTHING;
                 ELSE
                     UPDATE sagas SET
                         version = version + asked.added,
@@ -116,6 +119,12 @@ _BEAT: Final = """
 _HOLDER: Final = """
     SELECT version, token, owner, until, coalesce(until >= clock_timestamp(), false)
     FROM sagas LEFT JOIN owners ON owners.id = owner WHERE sagas.id = %s
+"""
+_TAKE_BELOW: Final = """
+    WITH RECURSIVE below (id) AS (
+        SELECT id FROM sagas WHERE parent = %s UNION SELECT sagas.id FROM below JOIN sagas ON parent = below.id
+    )
+    UPDATE sagas SET owner = NULL, token = token + 1 WHERE id IN (SELECT id FROM below) AND owner = %s
 """
 _READ: Final = """
     SELECT version, first, checksum, body
@@ -278,14 +287,18 @@ class _Store:
 
     def _is_there(self, connection: Connection, request: Create | Append) -> bool:
         """Whether what is refused was recorded when it was first written, and only the answer got lost."""
-        ours = "SELECT 1 FROM events WHERE saga = %s AND first = %s AND checksum = %s"
-        return connection.execute(ours, (request.saga_id, request.row.first, request.row.checksum)).fetchone() is not None
+        ours = "SELECT FROM events JOIN sagas ON sagas.id = saga WHERE saga = %s AND first = %s AND checksum = %s AND token = %s"
+        # Under a later token, whoever holds it has gone on from there: it does not guard what we would do next.
+        token = _TOKEN if isinstance(request, Create) else request.token
+        return connection.execute(ours, (request.saga_id, request.row.first, request.row.checksum, token)).fetchone() is not None
 
     def _refuse(self, connection: Connection, request: Create | Append, error: psycopg.Error | None) -> None:
         if error is not None:
             raise error
         saga_id = request.saga_id
         if isinstance(request, Create):
+            if request.under is not None:
+                self._refuse_overtaken(connection, str(request.parent), request.under)
             raise LedgerConflict.exists(saga_id)
         version, token, holder, until, _ = self._holder(connection, saga_id)
         if token != request.token:
@@ -298,15 +311,25 @@ class _Store:
             raise LedgerConflict.missing(saga_id)
         return found
 
+    def _refuse_overtaken(self, connection: Connection, parent: str, under: int) -> None:
+        _, token, holder, until, _ = self._holder(connection, parent)
+        if token != under:
+            raise LedgerConflict.overtaken(parent, under, token, holder=holder, until=until)
+
     def _acquire(self, connection: Connection, request: Acquire) -> int:
-        saga_id, owner = request
+        saga_id, owner, under = request
         with connection.transaction():
             # In a statement of its own: whoever waited for the row here would else see the new owner, but not its beat.
-            connection.execute("SELECT FROM sagas WHERE id = %s FOR UPDATE", (saga_id,))
+            row = connection.execute("SELECT parent FROM sagas WHERE id = %s FOR UPDATE", (saga_id,)).fetchone()
             _, token, holder, until, is_alive = self._holder(connection, saga_id)
+            if under is not None and row is not None:
+                connection.execute("SELECT FROM sagas WHERE id = %s FOR SHARE", row)
+                self._refuse_overtaken(connection, row[0], under)
             if holder is not None and holder != owner and is_alive and not is_gone(holder):
                 raise LedgerConflict.held(saga_id, holder=holder, until=until)
             connection.execute("UPDATE sagas SET owner = %s, token = token + 1 WHERE id = %s", (owner, saga_id))
+            if holder not in {None, owner}:
+                connection.execute(_TAKE_BELOW, (saga_id, holder))
             connection.execute(_BEAT, (owner, self._lease))
         return token + 1
 
@@ -466,6 +489,7 @@ def _row(n: int, request: Create | Append) -> dict[str, Any]:
         "parent": request.parent,
         "parent_stage": request.parent_stage,
         "started_at": request.started_at,
+        "under": request.under,
     }
 
 

@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 class Create(NamedTuple):
-    """Begin a saga; `Row.first` is 0."""
+    """Begin a saga, its parent's token being `under`; None: whatever that is. `Row.first` is 0."""
 
     saga_id: str
     owner: str
@@ -49,6 +49,7 @@ class Create(NamedTuple):
     parent_stage: str | None
     started_at: str
     row: Row
+    under: int | None
 
 
 class Append(NamedTuple):
@@ -61,10 +62,11 @@ class Append(NamedTuple):
 
 
 class Acquire(NamedTuple):
-    """Take a lease."""
+    """Take a lease, the parent's token being `under`; None: whatever that is."""
 
     saga_id: str
     owner: str
+    under: int | None
 
 
 class Release(NamedTuple):
@@ -109,7 +111,7 @@ class Writer:
         self._max = max_event_bytes
         self._redact = redact
 
-    def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> Create:
+    def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent], under: int | None) -> Create:
         """Make the rows of a new saga."""
         started = events[0]
         assert isinstance(started, SagaStarted)  # the journal sees to that
@@ -117,7 +119,7 @@ class Writer:
         for what, text in (parts | {"parent": started.parent or "", "stage name": started.parent_stage or ""}).items():
             check_name(what, text)
         row = self.row(saga_id, 0, events)
-        return Create(saga_id, owner, started.pipeline, started.parent, started.parent_stage, iso(started.at), row)
+        return Create(saga_id, owner, started.pipeline, started.parent, started.parent_stage, iso(started.at), row, under)
 
     def row(self, saga_id: str, first: int, events: Sequence[AnyEvent]) -> Row:
         """Make a row of events.

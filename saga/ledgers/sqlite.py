@@ -81,6 +81,12 @@ _STATUS: Final = "UPDATE sagas SET status = ? WHERE id = ?"
 _INSERT: Final = "INSERT INTO events (saga, first, checksum, body) VALUES (?, ?, ?, ?)"
 _BEAT: Final = "INSERT INTO owners (id, until) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET until = excluded.until"
 _HOLDER: Final = "SELECT version, token, owner, until FROM sagas LEFT JOIN owners ON owners.id = owner WHERE sagas.id = ?"
+_TAKE_BELOW: Final = """
+    WITH RECURSIVE below (id) AS (
+        SELECT id FROM sagas WHERE parent = ? UNION SELECT sagas.id FROM below JOIN sagas ON parent = below.id
+    )
+    UPDATE sagas SET owner = NULL, token = token + 1 WHERE id IN below AND owner = ?
+"""
 _OLD: Final = f"""
     WITH RECURSIVE roots AS (
         SELECT number, id FROM sagas
@@ -215,7 +221,9 @@ class _Store:
             return conflict
 
     def _create(self, connection: sqlite3.Connection, request: Create) -> int:
-        saga_id, owner, pipeline, parent, parent_stage, started_at, row = request
+        saga_id, owner, pipeline, parent, parent_stage, started_at, row, under = request
+        if under is not None:
+            self._refuse_overtaken(connection, str(parent), under)
         values = (saga_id, pipeline, parent, parent_stage, row.status, started_at, row.at, row.added, owner)
         if not connection.execute(_CREATE, values).rowcount:
             raise LedgerConflict.exists(saga_id)
@@ -244,13 +252,23 @@ class _Store:
         return found
 
     def _acquire(self, connection: sqlite3.Connection, request: Acquire) -> int:
-        saga_id, owner = request
+        saga_id, owner, under = request
         _, token, holder, until = self._holder(connection, saga_id)
+        if under is not None:
+            (parent,) = connection.execute("SELECT parent FROM sagas WHERE id = ?", (saga_id,)).fetchone()
+            self._refuse_overtaken(connection, parent, under)
         if holder not in {None, owner} and until is not None and until >= self._clock() and not is_gone(str(holder)):
             raise LedgerConflict.held(saga_id, holder=str(holder), until=_when(until))
         connection.execute("UPDATE sagas SET owner = ?, token = token + 1 WHERE id = ?", (owner, saga_id))
+        if holder not in {None, owner}:
+            connection.execute(_TAKE_BELOW, (saga_id, holder))
         self._beat(connection, owner)
         return token + 1
+
+    def _refuse_overtaken(self, connection: sqlite3.Connection, parent: str, under: int) -> None:
+        _, token, holder, until = self._holder(connection, parent)
+        if token != under:
+            raise LedgerConflict.overtaken(parent, under, token, holder=holder, until=_when(until))
 
     def _beat(self, connection: sqlite3.Connection, owner: str) -> None:
         if owner not in self._beaten:

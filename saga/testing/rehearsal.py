@@ -153,10 +153,10 @@ class MortalLedger(MemoryLedger):
         self._is_dead = True
         self._refuse_if_dead()
 
-    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
+    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent], *, under: int | None = None) -> int:
         """Record a new saga, unless this is where the process dies."""
         last = self._last_words(events)
-        token = 0 if last is not None and not last else await super().create(saga_id, owner, events if last is None else last)
+        token = 0 if last is not None and not last else await super().create(saga_id, owner, events if last is None else last, under=under)
         if last is not None:
             assert isinstance(events[0], SagaStarted)  # every saga begins with it
             self._die(events[0], events if self._after else events[len(last) :])
@@ -170,10 +170,10 @@ class MortalLedger(MemoryLedger):
         if last is not None:
             self._die(self._sagas[saga_id].started, events if self._after else events[len(last) :])
 
-    async def acquire(self, saga_id: str, owner: str) -> int:
+    async def acquire(self, saga_id: str, owner: str, *, under: int | None = None) -> int:
         """Take the lease of a saga."""
         self._refuse_if_dead()
-        return await super().acquire(saga_id, owner)
+        return await super().acquire(saga_id, owner, under=under)
 
     async def read(self, saga_id: str) -> Sequence[AnyEvent]:
         """All events of a saga, as they are at rest."""

@@ -132,9 +132,9 @@ class Mortal(SQLiteLedger):
         if write == self.kill_at and moment == self.moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
+    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent], **how: Any) -> int:
         write = self._begin()
-        token = await super().create(saga_id, owner, events)
+        token = await super().create(saga_id, owner, events, **how)
         self._die(write, "after")
         return token
 
@@ -172,10 +172,10 @@ class Fateful(SQLiteLedger):
         super().__init__(path)
         self.fate = fate
 
-    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent]) -> int:
+    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent], **how: Any) -> int:
         for event in events:
             self.fate.meet(f"before {named(event)}")
-        return await super().create(saga_id, owner, events)
+        return await super().create(saga_id, owner, events, **how)
 
     async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int, release: bool = False) -> None:
         for event in events:
