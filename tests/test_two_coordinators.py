@@ -16,6 +16,7 @@ from stageflow.api import Pipeline, StageOutput
 
 from saga import CompensableStage, CompensationContext, FailFast, LedgerConflict, SagaContext, SagaCoordinator, SagaStatus
 from saga.ledgers.postgres import PostgresLedger
+from saga.nested import NestedSaga
 from tests.places import SQLiteFile
 from tests.world import SEQUENCE, Script, Scripted, scene
 
@@ -98,6 +99,56 @@ def test_who_lost_its_lease_on_the_way_back_undoes_nothing_more(tmp_path: Path) 
     assert world.log == ["+a", "+b", "-b", "-a"]
     assert world.refusals == []
     assert (held_up.undo_attempts, below.undo_attempts) == (2, 1), "who lost its lease went on"
+
+
+@pytest.mark.parametrize("held_up_in", ["the stage", "a child"])
+def test_who_lost_its_lease_begins_no_child_and_goes_on_with_none(held_up_in: str, tmp_path: Path) -> None:
+    """Promise 2: its children have other ids than those of whoever runs the saga now, and so have their effects."""
+    place = SQLiteFile(tmp_path / "ledger")
+    shape = {"room": (), "meal": ("room",)}
+    in_room = Script(undo_bears_repetition=True)
+    world, hotel = scene(shape, {"room": in_room}, {"room": "probed"})
+    gates: list[asyncio.Event] = []
+
+    class Book(NestedSaga):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            if held_up_in == "the stage" and not gates:
+                # It has looked for what is there already, and found nothing.
+                gates.append(asyncio.Event())
+                await gates[0].wait()
+                report = await ctx.run_saga(hotel)
+                return StageOutput.ok(saga_id=report.saga_id)
+            return await super().execute(ctx)
+
+    trip = Pipeline(name="trip").with_stage("book", Book(hotel))
+
+    async def play() -> Any:
+        async with place.open() as slow, place.open() as quick:
+            if held_up_in == "a child":
+                gates.append(asyncio.Event())
+                in_room.gate = gates[0]
+            running = asyncio.create_task(SagaCoordinator(ledger=slow).run(trip, saga_id="s"))
+            while not gates or (held_up_in == "a child" and "room" not in world.running):
+                await asyncio.sleep(0)
+            place.pass_time(100)
+            in_room.gate = None
+            # The owner that lost the saga says at the last moment that it is alive.
+            owner = (await quick.list())[0].owner
+            taken = asyncio.create_task(SagaCoordinator(ledger=quick).recover(trip))
+            while not taken.done() and (await quick.list())[0].owner in {owner, None}:
+                await asyncio.sleep(0)
+            await slow.beat(str(owner))
+            recovery = await taken
+            gates[0].set()
+            with pytest.raises(LedgerConflict):
+                await running
+            return recovery
+
+    recovery = asyncio.run(play())
+
+    assert {saga_id: report.status for saga_id, report in recovery.reports.items()} == {"s": SagaStatus.COMPLETED}, str(recovery)
+    # What was under way when the lease was lost can't be called back, but is recognised by its key; nothing was begun after that.
+    assert world.log == ["+room", "+meal"]
 
 
 class Account(CompensableStage):
