@@ -210,7 +210,8 @@ class SagaCoordinator:
 
         Raises:
             SagaNotFound: The ledger has no such saga.
-            MisuseError: The stage is neither stuck nor in doubt, or a retry could not tell anything new; nothing was recorded.
+            MisuseError: The stage is neither stuck nor in doubt, a saga that it ran has not come to rest, or a retry could not tell
+                anything new; nothing was recorded.
             LedgerConflict: Another coordinator holds the saga.
         """
         if verdict not in set(Verdict):
@@ -228,6 +229,8 @@ class SagaCoordinator:
             by=by or _user(),
             output=None if output is None else StageOutput.ok(copied(output)),
         )
+        if said.verdict is not Verdict.RETRY:
+            await self._refuse_while_within(owner, leaf)
         await self._settle(owner, said)
         for parent, name in reversed(above):
             # What runs the child is stuck because of it, and finds out by trying again.
@@ -239,6 +242,8 @@ class SagaCoordinator:
         self, pipelines: Pipeline | Iterable[Pipeline] | Mapping[str, Pipeline], *, concurrency: int = 10, by: str | None = None
     ) -> Recovery:
         """Go on with every saga in the ledger whose process is gone, as `resume` does; nested ones go on with those that run them.
+
+        Where a saga has come to rest and left one behind that a stage of it had run, that one is stopped, as if it had run on until then.
 
         Args:
             pipelines: The one, or those, that the sagas were started with, found by their names; as a mapping, by its keys.
@@ -261,7 +266,12 @@ class SagaCoordinator:
                     return
                 try:
                     pipeline = _among(known, entry.pipeline)
-                    recovery.reports[entry.saga_id] = await self._go_on(entry.saga_id, pipeline, partial(recovering, by=by or _user()))
+                    is_left_behind = entry.parent is not None and bool(await self.ledger.read(entry.parent))
+                    saga, work = await self._taken_over(entry.saga_id, pipeline, partial(recovering, by=by or _user()))
+                    if is_left_behind:
+                        # Nobody waits for what it would give, and a person may have said that nothing of it stands.
+                        saga.interrupt("the saga that ran it has come to rest")
+                    recovery.reports[entry.saga_id] = await self._unbroken(saga, work)
                 except LedgerConflict as held:
                     recovery.held[entry.saga_id] = held
                 except Exception as error:  # noqa: BLE001 - it is one saga's, and the others go on
@@ -605,6 +615,18 @@ class SagaCoordinator:
         name = getattr(pipeline, "name", None)
         if isinstance(name, str) and name != state.started.pipeline:
             raise GraphChanged(saga_id, [f"its pipeline is {state.started.pipeline!r}, this one is {name!r}"])
+
+    async def _refuse_while_within(self, saga_id: str, stage: str) -> None:
+        """Refuse a word on what stands of a stage while a saga that it ran has not come to rest."""
+        for child in await self.ledger.list(parent=saga_id, statuses=ALIVE):
+            if child.parent_stage == stage:
+                raise MisuseError(
+                    "a stage whose own sagas have come to rest",
+                    got=f"saga {child.saga_id}, which is {child.status.value}",
+                    stage=stage,
+                    hint=f"If its process is gone, have it stopped first: saga recover, or coordinator.recover, with its pipeline "
+                    f"{child.pipeline!r}.",
+                )
 
     async def _settle(self, saga_id: str, said: StageSettled, *, tolerant: bool = False) -> None:
         def settled(state: SagaState) -> list[AnyEvent]:

@@ -485,7 +485,7 @@ class SagaState:
         record.undone_in_part = record.undone_in_part or event.in_part
         if event.past_pivot:
             record.past_pivot, record.doubt = True, False
-            record.state = _S.KEPT if record.landed else _S.FAILED
+            record.state = _S.FALLBACK if record.fell_back else _S.KEPT if record.landed else _S.FAILED
         elif not event.will_retry:
             record.state, record.undo_ended_at = _S.STUCK, event.at
 
@@ -560,18 +560,26 @@ def undo_step(node: Node, record: StageRecord) -> Step:
     """What undoing this stage comes to next."""
     if node.role is Role.PLAIN or record.state is _S.UNDONE:
         return Step.CLEAR
-    if record.state is _S.STUCK or record.past_pivot:
+    if record.state is _S.STUCK:
         return Step.HOLD
     if record.state is _S.COMPENSATING:
         return Step.PROBE if record.undo_in_question and node.can_probe else Step.COMPENSATE
     unsure = record.doubt or record.state is _S.FAILED
     if unsure and node.can_probe and record.answer is None and not record.unanswered:
         return Step.PROBE
+    if record.past_pivot:
+        # Its compensation undoes what may be, where it is made for not knowing; from there on nothing can be done about it.
+        return Step.COMPENSATE if record.doubt and node.undo_in_doubt else Step.HOLD
     if node.role is Role.PIVOT:
         return Step.HOLD if record.doubt or record.landed else Step.CLEAR
     if record.doubt:
         return Step.COMPENSATE if node.undo_in_doubt else Step.HOLD
     return Step.COMPENSATE if record.landed or record.effects else Step.CLEAR
+
+
+def _may_be_asked(record: StageRecord) -> bool:
+    """Whether a person may have something to say of a stage."""
+    return record.doubt or record.state is _S.STUCK
 
 
 def _is_kept_by_word(record: StageRecord) -> bool:
@@ -609,10 +617,14 @@ def undo_scope(state: SagaState, policy: FailFast | ContinueWithFallback, reason
     said = state.graph.with_ancestors(name for name, record in state.stages.items() if _is_kept_by_word(record))
     # A pivot that has landed behind its fallback serves nothing; but nobody can undo it, and a person can say nothing new of it.
     said |= {name for name, record in state.stages.items() if record.landed and state.graph[name].role is Role.PIVOT}
+    beyond = {name: undo_step(state.graph[name], record) for name, record in state.stages.items() if record.past_pivot}
+    said |= {name for name, step in beyond.items() if step is Step.HOLD and not _may_be_asked(state.stages[name])}
     if reason is not TurnReason.ORPHANS:
         # What a fallback stands in for is no foundation of what followed, so a pivot does not protect its remains.
         replaced = {name for name, record in state.stages.items() if record.fell_back}
-        return ((frozenset(state.graph.names) - protected(state)) | replaced) - said
+        # Nor does its own one protect what is within it and can be undone all the same.
+        within = {name for name, step in beyond.items() if step is not Step.HOLD}
+        return ((frozenset(state.graph.names) - protected(state)) | replaced | within) - said
     # Read off what happened forward, which stays: a stage that is undone or stuck meanwhile is still in the scope.
     left_over = {name for name, record in state.stages.items() if record.failed or record.skip_reason is not None}
     serves_nothing = orphans(state) if isinstance(policy, ContinueWithFallback) and policy.orphans == "compensate" else frozenset()

@@ -107,6 +107,11 @@ class StageReport:
     dependencies: tuple[str, ...] = ()
     tries: tuple[Try, ...] = ()
 
+    @property
+    def is_kept_by_word(self) -> bool:
+        """Whether it stands because a person said that it is to."""
+        return self.settled is not None and self.settled.verdict is Verdict.KEPT and self.state in {_S.KEPT, _S.FALLBACK}
+
     @classmethod
     def of(cls, record: StageRecord, state: StageState, dependencies: tuple[str, ...], children: tuple[SagaReport, ...] = ()) -> Self:
         """Project what the events say of one stage."""
@@ -223,7 +228,8 @@ class SagaReport(BaseModel):
         for name, stage in self.stages.items():
             if stage.state is state:
                 found[name] = stage.output
-            unsettled = [child for child in stage.children if not child.clean]
+            # What a person keeps is kept with all that is within it.
+            unsettled = [] if stage.is_kept_by_word else [child for child in stage.children if not child.clean]
             for child in unsettled:
                 # What several have in common has a path for each: the child's id begins with this saga's.
                 path = name if len(unsettled) == 1 else child.saga_id.removeprefix(f"{self.saga_id}/")
@@ -434,7 +440,12 @@ class NestedSagaFailed(SagaError):
     @classmethod
     def unless_undone(cls, report: SagaReport) -> Self | None:
         """The error of a child that was to be undone, if something of it stands."""
-        return cls(report) if report.past_pivot or not report.clean else None
+        if report.clean and not report.past_pivot:
+            return None
+        failed = cls(report)
+        # While anything is stuck or in doubt within, a person has to act, whatever else can't be undone any more.
+        failed.past_pivot = report.past_pivot and report.clean
+        return failed
 
 
 def _why(report: SagaReport) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -569,6 +570,46 @@ def test_what_a_child_keeps_is_named_where_its_stage_did_not_complete() -> None:
     assert f"Kept within what did not complete: {', '.join(within)}." in str(halted).splitlines()
 
 
+@pytest.mark.parametrize("left_in", ["room", "meal"])
+def test_a_child_left_behind_by_a_saga_at_rest_is_stopped_and_never_goes_forward(left_in: str) -> None:
+    """Promise 5: or what a person has just said to be undone would be done once more, under a saga that says so."""
+    world, hotel = scene({"room": (), "meal": ("room",)}, kinds={"room": "probed", "meal": "probed"})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(hotel)
+
+    async def release(ctx: CompensationContext) -> None:
+        for child in await ctx.child_sagas():
+            await ctx.undo_saga(child.saga_id, hotel)
+
+    trip = Pipeline(name="trip").with_stage("book", compensable(book, release))
+    ledger = Dying(after=3 if left_in == "room" else 4)
+    hotel = replace(hotel, name="hotel")
+
+    async def play() -> tuple[SagaReport, str, SagaReport]:
+        with pytest.raises(LedgerError):
+            await SagaCoordinator(ledger=ledger).run(trip, saga_id="s")
+        ledger.left = 100
+        ledger.forget_owners()
+        coordinator = SagaCoordinator(ledger=ledger)
+        stuck = (await coordinator.recover(trip)).reports["s"]
+        with pytest.raises(MisuseError) as refused:
+            await coordinator.settle("s", "book", "undone", "refunded")
+        recovery = await coordinator.recover([trip, hotel])
+        assert {saga_id: report.status for saga_id, report in recovery.reports.items()} == {"s/book": SagaStatus.COMPENSATED}
+        await coordinator.settle("s", "book", "undone", "refunded")
+        return stuck, str(refused.value), await coordinator.resume("s", trip)
+
+    stuck, refused, report = run(play())
+
+    assert stuck.status is SagaStatus.STUCK
+    assert "a stage whose own sagas have come to rest, for stage 'book', got saga s/book, which is running" in refused
+    assert "coordinator.recover, with its pipeline 'hotel'" in refused
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+    assert world.log.count("+room") == 1
+
+
 def test_a_compensation_that_passes_over_what_a_child_left_standing_has_failed() -> None:
     """Promise 5: compensated means that nothing is stuck, however careless the code of a stage is."""
     world, room = scene({"room": ()}, {"room": Script(undo_fails=9)})
@@ -706,6 +747,33 @@ def test_a_child_that_fails_after_its_pivot_halts_the_parent_and_both_go_on_from
     assert len(report.stages["book_hotel"].children) == 1
 
 
+@pytest.mark.parametrize("fallback", [False, True])
+def test_what_can_be_undone_beyond_the_pivot_of_a_child_is_undone_when_it_is_settled(fallback: bool) -> None:
+    """Also where a fallback stands in, so that the child never goes forward any more; it was in doubt for good."""
+    shape = {"pay": (), "mail": ("pay",), "fail": ("mail",)}
+    world, child = scene(shape, {"mail": Script(undo_fails=1), "fail": Script("raise", then=("ok",))}, {"pay": "pivot"})
+    before, parent = scene({"before": ()})
+    trip = parent.with_stage("child", nested(child, IMPATIENT), dependencies=("before",))
+    policy: Any = ContinueWithFallback(fallbacks={"child": {}}) if fallback else FailFast()
+    coordinator = SagaCoordinator(policy)
+
+    stuck = run(coordinator.run(trip, saga_id="s"))
+    assert stuck.status is SagaStatus.STUCK
+    assert [*stuck.stuck] == ["child", "child/mail"]
+    run(coordinator.settle("s", "child/mail", "retry", "they answer again"))
+    report = run(coordinator.resume("s", trip))
+
+    assert report.status is (SagaStatus.DEGRADED if fallback else SagaStatus.HALTED)
+    assert report.clean, str(report)
+    assert (world.standing, before.standing) == ({"pay": 1}, {"before": 1})
+    assert "Kept within what did not complete: child/pay." in str(report).splitlines()
+    assert report.stages["child"].state is (StageState.FALLBACK if fallback else StageState.FAILED)
+    assert set(report.kept) == ({"before", "child"} if fallback else {"before"})
+    if not fallback:
+        assert run(coordinator.resume("s", trip)).status is SagaStatus.COMPLETED
+        assert world.standing == {"pay": 1, "mail": 1, "fail": 1}
+
+
 def test_a_child_that_fails_before_its_pivot_is_undone_with_its_parent() -> None:
     world, trip = generations({"pay": Script("raise")}, {"pay": "pivot"})
 
@@ -796,6 +864,10 @@ def test_a_child_that_a_person_keeps_as_it_is_stays_as_it_is() -> None:
     report = run(coordinator.resume("s", trip, forward=True))
 
     assert report.status is SagaStatus.COMPLETED
+    # What is within it is kept by the same word.
+    assert report.clean
+    assert str(report).endswith("Nothing is left to do.")
+    assert "stuck, blocked or in doubt" not in str(report)
     assert world.standing.keys() == {"before", "room", "after", "aside"}
 
 

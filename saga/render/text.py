@@ -38,7 +38,9 @@ _BACKWARD: Final = frozenset({FailureKind.COMPENSATION, FailureKind.CRASHED})
 """How compensations and probes fail, and no fallback does."""
 _OPEN: Final = frozenset({StageState.RUNNING, StageState.COMPENSATING, StageState.STUCK, StageState.BLOCKED, StageState.IN_DOUBT})
 """The states of stages with which nobody thinks to be done."""
-_CAME_TO_NOTHING: Final = frozenset({StageState.FAILED, StageState.CANCELLED, StageState.SKIPPED, StageState.IN_DOUBT, StageState.STUCK})
+_CAME_TO_NOTHING: Final = frozenset(
+    {StageState.FAILED, StageState.FALLBACK, StageState.CANCELLED, StageState.SKIPPED, StageState.IN_DOUBT, StageState.STUCK}
+)
 """The states of stages of which nothing is kept, unless it is within them."""
 
 
@@ -117,7 +119,7 @@ def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
 
 def troubled(stage: StageReport) -> list[SagaReport]:
     """The sagas of a stage that seems to be done with, in which something is stuck, blocked or in doubt all the same."""
-    return [] if stage.state in _OPEN else [child for child in stage.children if not child.clean]
+    return [] if stage.state in _OPEN or stage.is_kept_by_word else [child for child in stage.children if not child.clean]
 
 
 def _ordinal(number: int) -> str:
