@@ -231,7 +231,8 @@ class SagaCoordinator:
         )
         if said.verdict is not Verdict.RETRY:
             await self._refuse_while_within(owner, leaf)
-        await self._settle(owner, said)
+        # Whoever was cut off between the saga's ledger and those of the ones above it says it again.
+        await self._settle(owner, said, may_repeat=bool(above))
         for parent, name in reversed(above):
             # What runs the child is stuck because of it, and finds out by trying again.
             again = StageSettled(stage=name, verdict=Verdict.RETRY, note=f"{stage} is settled as {said.verdict}: {note}", by=said.by)
@@ -628,10 +629,11 @@ class SagaCoordinator:
                     f"{child.pipeline!r}.",
                 )
 
-    async def _settle(self, saga_id: str, said: StageSettled, *, tolerant: bool = False) -> None:
+    async def _settle(self, saga_id: str, said: StageSettled, *, tolerant: bool = False, may_repeat: bool = False) -> None:
         def settled(state: SagaState) -> list[AnyEvent]:
             misuse = refusal(state, said)
-            if misuse is not None and tolerant:
+            before = state.stages[said.stage].settled
+            if misuse is not None and (tolerant or (may_repeat and before is not None and before.verdict is said.verdict)):
                 return []
             if misuse is not None:
                 raise misuse

@@ -17,15 +17,17 @@ from saga import (
     LedgerCorrupt,
     LedgerError,
     MemoryLedger,
+    MisuseError,
     Retry,
     SagaContext,
     SagaCoordinator,
+    SagaReport,
     SagaStatus,
     SagaUnrecorded,
     compensable,
     nested,
 )
-from saga.events import AnyEvent, CompensationStarted, SagaEnded, SagaStarted, SagaTurnedBack, StageCompleted, StageStarted
+from saga.events import AnyEvent, CompensationStarted, SagaEnded, SagaStarted, SagaTurnedBack, StageCompleted, StageSettled, StageStarted
 from saga.ledgers.sqlite import SQLiteLedger
 from tests.controlled import run
 from tests.world import Script, World, nothing, scene
@@ -135,6 +137,33 @@ def test_a_stage_that_swallows_the_ledgers_error_of_its_child_has_not_completed(
         run(SagaCoordinator(ledger=NoRoom("s/book", StageCompleted, once=True)).run(pipeline, saga_id="s"))
 
     assert (failed.value.in_effect, failed.value.unknown) == (("book/room",), ("book",))
+
+
+@pytest.mark.parametrize("verdict", ["undone", "kept"])
+def test_a_word_on_a_stage_within_that_did_not_get_to_the_saga_above_is_said_again(verdict: str) -> None:
+    world, pipeline = trip({"after": Script("raise"), "room": Script(undo_fails=9)})
+    ledger = NoRoom("", StageSettled, once=True)
+    coordinator = SagaCoordinator(IMPATIENT, ledger=ledger)
+
+    async def play() -> SagaReport:
+        stuck = await coordinator.run(pipeline, saga_id="s")
+        assert [*stuck.stuck] == ["hotel", "hotel/room"]
+        if verdict == "undone":
+            world.undo("room")
+        ledger.saga_id = "s"
+        with pytest.raises(LedgerError):
+            await coordinator.settle("s", "hotel/room", verdict, "they told me")
+        with pytest.raises(MisuseError):
+            await coordinator.settle("s", "hotel/room", "kept" if verdict == "undone" else "undone", "they told me")
+        await coordinator.settle("s", "hotel/room", verdict, "they told me")
+        await coordinator.settle("s", "hotel/room", verdict, "they told me")
+        return await coordinator.resume("s", pipeline)
+
+    report = run(play())
+
+    assert report.status is (SagaStatus.COMPENSATED if verdict == "undone" else SagaStatus.HALTED)
+    assert report.clean
+    assert set(world.standing) == (set() if verdict == "undone" else {"flight", "deposit", "room"})
 
 
 def test_what_other_stages_have_come_to_is_recorded_all_the_same(tmp_path: Path) -> None:
