@@ -126,10 +126,19 @@ class LedgerConflict(LedgerError):
         return cls(message, holder=holder, until=until)
 
     @classmethod
-    def overtaken(cls, saga_id: str, token: int, current: int, *, holder: str | None, until: datetime | None = None) -> Self:
+    def overtaken(
+        cls,
+        saga_id: str,
+        token: int,
+        current: int,
+        *,
+        holder: str | None,
+        until: datetime | None = None,
+        outcome: str = "nothing was recorded",
+    ) -> Self:
         """The lease was lost to a later holder."""
         now = "nobody holds it now" if holder is None else f"{holder} holds it" + ("" if until is None else f" until {_clock(until)}")
-        message = f"saga {saga_id} is written with lease token {token}, the current one is {current}: {now}; nothing was recorded"
+        message = f"saga {saga_id} is written with lease token {token}, the current one is {current}: {now}; {outcome}"
         return cls(message, holder=holder, until=until)
 
     @classmethod

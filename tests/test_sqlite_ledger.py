@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -28,7 +29,7 @@ from stageflow.api import Pipeline, StageOutput
 
 from saga import LedgerError, MemoryLedger, MisuseError, SagaCoordinator, SagaReport, SagaStatus
 from saga.errors import LedgerCorrupt, SagaUnrecorded
-from saga.events import AnyEvent, EffectRecorded, StageCompleted, event_to_json
+from saga.events import AnyEvent, EffectRecorded, SagaStarted, StageCompleted, StageStarted, event_to_json
 from saga.ledgers import open_ledger, sqlite, workers
 from saga.ledgers.postgres import PostgresLedger
 from saga.ledgers.rows import Prune, checksum
@@ -462,6 +463,42 @@ def test_a_file_that_was_taken_away_is_not_written_to_any_more(whole: bytes, pat
     for answer in (appended, events):
         assert isinstance(answer, LedgerError)
         assert "was moved, deleted or replaced while it was in use; nothing was recorded" in str(answer)
+
+
+def test_a_log_that_another_process_took_away_is_not_written_to_any_more(path: Path) -> None:
+    """Where the process itself has opened and closed the file, its locks are gone: appends would be acknowledged, and be nowhere."""
+
+    async def copy(_: Any) -> None:
+        await asyncio.to_thread(shutil.copy, path, path.with_name("backup.db"))
+        listing = [sys.executable, "-c", "from saga.cli import main; main()", "list", "--ledger", f"sqlite:///{path}"]
+        await asyncio.to_thread(subprocess.run, listing, check=True, stdout=subprocess.DEVNULL)
+        assert not path.with_name(f"{path.name}-wal").exists()
+
+    *_, refused, recorded, events = on(SQLiteLedger(path), create(), copy, append(FIRST), append(FIRST), read())
+
+    assert type(refused) is LedgerError
+    assert "or its log beside it, was moved, deleted or replaced while it was in use; nothing was recorded" in str(refused)
+    assert recorded is None
+    assert [*map(type, events)] == [SagaStarted, StageStarted]
+
+
+def test_of_a_log_that_is_taken_away_at_the_moment_of_a_write_nobody_says_what_became_of_it(path: Path) -> None:
+    log = path.with_name(f"{path.name}-wal")
+    is_armed: list[bool] = []
+
+    def clock() -> float:
+        if is_armed:
+            log.rename(log.with_name("taken away"))
+            is_armed.clear()
+        return time.time()
+
+    async def arm(_: Any) -> None:
+        is_armed.append(True)
+
+    *_, unknown = on(SQLiteLedger(path, clock=clock), create(), arm, lambda ledger: ledger.beat("me"))
+
+    assert type(unknown) is LedgerError
+    assert str(unknown).endswith("was moved, deleted or replaced while it was in use; whether this was recorded is not known")
 
 
 @contextmanager

@@ -267,7 +267,7 @@ class _Store:
             match request:
                 case Append() | Create():
                     if not (in_doubt and self._is_there(connection, request)):
-                        self._refuse(connection, request, refused)
+                        self._refuse(connection, request, refused, in_doubt=in_doubt)
                     return _TOKEN if isinstance(request, Create) else None
                 case Acquire():
                     return self._acquire(connection, request)
@@ -292,7 +292,7 @@ class _Store:
         token = _TOKEN if isinstance(request, Create) else request.token
         return connection.execute(ours, (request.saga_id, request.row.first, request.row.checksum, token)).fetchone() is not None
 
-    def _refuse(self, connection: Connection, request: Create | Append, error: psycopg.Error | None) -> None:
+    def _refuse(self, connection: Connection, request: Create | Append, error: psycopg.Error | None, *, in_doubt: bool) -> None:
         if error is not None:
             raise error
         saga_id = request.saga_id
@@ -302,7 +302,8 @@ class _Store:
             raise LedgerConflict.exists(saga_id)
         version, token, holder, until, _ = self._holder(connection, saga_id)
         if token != request.token:
-            raise LedgerConflict.overtaken(saga_id, request.token, token, holder=holder, until=until)
+            outcome = _outcome(in_doubt=in_doubt)
+            raise LedgerConflict.overtaken(saga_id, request.token, token, holder=holder, until=until, outcome=outcome)
         raise LedgerConflict.outdated(saga_id, request.row.first, version)
 
     def _holder(self, connection: Connection, saga_id: str) -> tuple[int, int, str | None, datetime | None, bool]:
@@ -460,8 +461,12 @@ class _Store:
 
     def _told(self, error: psycopg.Error, *, in_doubt: bool) -> LedgerError:
         """Say what PostgreSQL says, and what is known."""
-        outcome = "whether it was recorded is not known" if in_doubt else "nothing was recorded"
-        return LedgerError(f"the ledger in schema {self._schema!r} failed: {error.diag.message_primary or str(error).strip()}; {outcome}")
+        why = error.diag.message_primary or str(error).strip()
+        return LedgerError(f"the ledger in schema {self._schema!r} failed: {why}; {_outcome(in_doubt=in_doubt)}")
+
+
+def _outcome(*, in_doubt: bool) -> str:
+    return "whether it was recorded is not known" if in_doubt else "nothing was recorded"
 
 
 def _is_everybodys(connection: Connection, error: psycopg.Error) -> bool:

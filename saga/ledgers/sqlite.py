@@ -165,7 +165,7 @@ class _Store:
         self._patience = patience
         self._clock = clock
         self._opened: sqlite3.Connection | None = None
-        self._file: tuple[int, int] | None = None
+        self._files: Sequence[tuple[int, int] | None] = ()
         self._beaten: set[str] = set()
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -200,6 +200,8 @@ class _Store:
             with suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
             raise
+        if _identities(self._path) != self._files:
+            raise LedgerError(f"{self._replaced()}; whether this was recorded is not known")
         return answers
 
     def _carry_out(self, connection: sqlite3.Connection, request: Request) -> Any:
@@ -327,11 +329,23 @@ class _Store:
     def _connection(self) -> sqlite3.Connection:
         if self._opened is None:
             self._opened = _open(self._path, self._patience)
-            self._file = _identity(self._path)
-        elif _identity(self._path) != self._file:
-            # SQLite would go on to write to the file that nobody can find any more.
-            raise LedgerError(f"the ledger {self._path} was moved, deleted or replaced while it was in use; nothing was recorded")
+            self._files = _identities(self._path)
+        elif _identities(self._path) != self._files:
+            # SQLite would go on to write to files that nobody can find any more.
+            raise LedgerError(f"{self._replaced()}; nothing was recorded")
         return self._opened
+
+    def _replaced(self) -> str:
+        return f"the ledger {self._path}, or its log beside it, was moved, deleted or replaced while it was in use"
+
+
+def _identities(path: Path) -> Sequence[tuple[int, int] | None]:
+    """Which file it is, and which its log.
+
+    Where any code of a process opens and closes the file, POSIX drops the locks that the process has on it: the next process that closes
+    the ledger then takes itself for the last one, and the log away.
+    """
+    return _identity(path), _identity(path.with_name(f"{path.name}-wal"))
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
