@@ -12,7 +12,7 @@ import secrets
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import anyio
 from stageflow.api import Pipeline, PipelineContext, StageOutput
@@ -231,12 +231,17 @@ class SagaCoordinator:
         )
         if said.verdict is not Verdict.RETRY:
             await self._refuse_while_within(owner, leaf)
+        refused = await self._settle(owner, said)
         # Whoever was cut off between the saga's ledger and those of the ones above it says it again.
-        await self._settle(owner, said, may_repeat=bool(above))
+        if refused is not None and not refused.is_repeated:
+            raise refused.misuse
+        is_news = refused is None
         for parent, name in reversed(above):
             # What runs the child is stuck because of it, and finds out by trying again.
             again = StageSettled(stage=name, verdict=Verdict.RETRY, note=f"{stage} is settled as {said.verdict}: {note}", by=said.by)
-            await self._settle(parent, again, tolerant=True)
+            is_news = await self._settle(parent, again) is None or is_news
+        if refused is not None and not is_news:
+            raise refused.misuse
         return await self.report(saga_id)
 
     async def recover(
@@ -629,18 +634,21 @@ class SagaCoordinator:
                     f"{child.pipeline!r}.",
                 )
 
-    async def _settle(self, saga_id: str, said: StageSettled, *, tolerant: bool = False, may_repeat: bool = False) -> None:
+    async def _settle(self, saga_id: str, said: StageSettled) -> _Refused | None:
+        """Record a person's word on a stage; or why it can't be taken."""
+        refused: list[_Refused] = []
+
         def settled(state: SagaState) -> list[AnyEvent]:
             misuse = refusal(state, said)
-            before = state.stages[said.stage].settled
-            if misuse is not None and (tolerant or (may_repeat and before is not None and before.verdict is said.verdict)):
-                return []
             if misuse is not None:
-                raise misuse
+                before = state.stages[said.stage].settled
+                refused.append(_Refused(misuse, is_repeated=before is not None and before.verdict is said.verdict))
+                return []
             state.apply(said)
             return [said, SagaEnded(status=status_at_rest(state, state.policy))]
 
         await self._amend(saga_id, settled)
+        return refused[0] if refused else None
 
     async def _amend(self, saga_id: str, decide: Callable[[SagaState], list[AnyEvent]]) -> None:
         """Add to the ledger of a saga at rest."""
@@ -693,6 +701,18 @@ class SagaCoordinator:
             await self._amend(saga_id, added)
         except Exception as error:  # noqa: BLE001 - whatever a ledger's driver raises
             _tell_of_loss(saga_id, [event for event, _ in late], error)
+
+
+class _Refused(NamedTuple):
+    """A person's word that is not taken.
+
+    Attributes:
+        misuse: Why.
+        is_repeated: Whether it is the one that the stage was settled with last.
+    """
+
+    misuse: MisuseError
+    is_repeated: bool
 
 
 def _news(state: SagaState, late: Sequence[Late]) -> Iterator[Latecomer]:

@@ -156,7 +156,8 @@ def test_a_word_on_a_stage_within_that_did_not_get_to_the_saga_above_is_said_aga
         with pytest.raises(MisuseError):
             await coordinator.settle("s", "hotel/room", "kept" if verdict == "undone" else "undone", "they told me")
         await coordinator.settle("s", "hotel/room", verdict, "they told me")
-        await coordinator.settle("s", "hotel/room", verdict, "they told me")
+        with pytest.raises(MisuseError, match=f"got one that is {verdict}"):
+            await coordinator.settle("s", "hotel/room", verdict, "they told me")
         return await coordinator.resume("s", pipeline)
 
     report = run(play())
