@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 from contextvars import copy_context
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from saga.ledger import StageState
 from saga.recovery import Rollback, Step, undo_step
 from saga.report import NestedSagaFailed
 from saga.text import said
-from saga.watch import Crew, Watched, closes, instead_of_cancel
+from saga.watch import Crew, Employer, Watched, closes, instead_of_cancel
 
 if TYPE_CHECKING:
     from saga.alive import LiveSaga
@@ -30,12 +29,12 @@ class _Worker(Watched):
 
     __slots__ = ("stage",)
 
-    def __init__(self, stage: str, on_give_up: Callable[[_Worker], None]) -> None:
-        super().__init__(on_give_up)
+    def __init__(self, stage: str, employer: Employer) -> None:
+        super().__init__(employer)
         self.stage = stage
 
 
-class Backward:
+class Backward(Employer):
     """Carries out the rollback of one saga that has turned back."""
 
     def __init__(self, saga: LiveSaga, reason: TurnReason) -> None:
@@ -44,7 +43,7 @@ class Backward:
         self._record = saga.journal.record
         self._settings = saga.policy.compensation
         self._rollback = Rollback(self._state, saga.policy, reason)
-        self._workers: Crew[_Worker] = Crew(self._breaks)
+        self._workers: Crew[_Worker] = Crew()
         self._context = copy_context()
         self._loop = asyncio.get_running_loop()
         self._until: float | None = None
@@ -63,7 +62,7 @@ class Backward:
             timer = self._loop.call_at(self._until, self._expire)
         self._put_to_work()
         # Promise 7: a cancel can start a compensation, never interrupt one.
-        await self._workers.disband()
+        await self._workers.disband(self)
         if timer is not None:
             timer.cancel()
         if self._broken is not None:
@@ -79,7 +78,7 @@ class Backward:
         for _ in range(len(self._rollback)):
             if limit is not None and len(self._workers.members) >= limit:
                 return
-            self._employ(_Worker(self._rollback.take(), self._gives_up))
+            self._employ(_Worker(self._rollback.take(), self))
 
     def _employ(self, worker: _Worker) -> None:
         # It is employed where another one has ended: in its context, what that one bound would be bound for this one.
@@ -98,7 +97,8 @@ class Backward:
         self._put_to_work()
         return True
 
-    def _breaks(self, error: Exception) -> None:
+    def breaks(self, error: Exception, /) -> None:
+        """Start no further compensation."""
         self._broken = self._broken or error
         self._rollback.stop()
 
@@ -196,7 +196,8 @@ class Backward:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(seconds)
 
-    def _gives_up(self, worker: _Worker) -> None:
+    def gives_up(self, worker: _Worker, /) -> None:
+        """Go on without a compensation that ignored its cancel."""
         self._saga.spawn(self._workers.see_through(worker, self._given_up(worker)))
 
     async def _given_up(self, worker: _Worker) -> None:

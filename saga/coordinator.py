@@ -58,7 +58,7 @@ from saga.recovery import SagaState, Step, conclude, final_status, has_doubt, un
 from saga.report import Recovery, SagaReport
 from saga.resumption import Chapter, Decision, Direction, recovering, refusal, resumption, status_at_rest, undoing
 from saga.storable import refuse_unstorable, storable
-from saga.watch import outlast, start
+from saga.watch import make_ready, outlast, start
 
 if TYPE_CHECKING:
     from stageflow import BaseInterceptor
@@ -490,6 +490,7 @@ class SagaCoordinator:
         await saga.journal.close()
 
     def _hold(self, saga_id: str) -> None:
+        make_ready()
         self._alive[saga_id] = None
         if self.ledger.lease is not None:
             loop = asyncio.get_running_loop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -21,7 +21,7 @@ from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
 from saga.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
 from saga.text import brief, said, shown
-from saga.watch import Crew, Watched, bounded, closes, cut_short_by, instead_of_cancel, leave_loop, this_task
+from saga.watch import Crew, Employer, Watched, bounded, closes, cut_short_by, instead_of_cancel, leave_loop, this_task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,17 +60,15 @@ class _StageRun(Watched):
 
     __slots__ = ("inputs", "name", "plan", "record")
 
-    def __init__(
-        self, name: str, plan: StagePlan, record: StageRecord, inputs: StageInputs, on_give_up: Callable[[_StageRun], None]
-    ) -> None:
-        super().__init__(on_give_up)
+    def __init__(self, name: str, plan: StagePlan, record: StageRecord, inputs: StageInputs, employer: Employer) -> None:
+        super().__init__(employer)
         self.name = name
         self.plan = plan
         self.record = record
         self.inputs = inputs
 
 
-class Forward(Stages):
+class Forward(Stages, Employer):
     """Runs one saga forward, until every stage has ended or something stops it.
 
     Attributes:
@@ -84,9 +82,9 @@ class Forward(Stages):
         self._record = saga.journal.record
         self._policy = saga.policy
         by_stageflow = interceptors or not saga.is_left_alone()
-        self._schedule: Schedule = StageflowSchedule(saga, self, interceptors) if by_stageflow else OwnSchedule(saga, self)
+        self._schedule: Schedule = StageflowSchedule(saga, interceptors) if by_stageflow else OwnSchedule(saga)
         self._loop = asyncio.get_running_loop()
-        self._running: Crew[_StageRun] = Crew(self._breaks)
+        self._running: Crew[_StageRun] = Crew()
         self._fallen: set[str] = set()
         self._stopped = asyncio.Event()
         self._interrupted = asyncio.Event()
@@ -112,17 +110,18 @@ class Forward(Stages):
         self._heed_early_cancel()
         self._heed_what_is_missing()
         try:
-            await self._schedule.run()
+            await self._schedule.run(self)
         except asyncio.CancelledError:
             self._stop_for_cancel()
         except (KeyboardInterrupt, SystemExit) as error:
             leave_loop(error)
-            self._breaks(cut_short_by(error))
+            self.breaks(cut_short_by(error))
         await self._come_to_rest()
+        self._saga.stop = None
         if timer is not None:
             timer.cancel()
         if self._broken is None:
-            await self._schedule.tell()
+            await self._schedule.tell(self)
         if self._broken is not None:
             raise self._broken
 
@@ -185,7 +184,7 @@ class Forward(Stages):
         try:
             await self._record(event)
         except LedgerError as error:
-            self._breaks(error)
+            self.breaks(error)
 
     async def _drain(self) -> None:
         """Wait until no stage runs: promise 3 begins here."""
@@ -195,7 +194,7 @@ class Forward(Stages):
             self._interrupt(spared=Role.PIVOT)
         if policy.drain_timeout is not None:
             timer = self._loop.call_later(policy.drain_timeout, self._interrupt)
-        await self._running.disband()
+        await self._running.disband(self)
         if timer is not None:
             timer.cancel()
 
@@ -217,15 +216,16 @@ class Forward(Stages):
 
     def begin(self, name: str, inputs: StageInputs) -> None:
         """Start a stage in a task of ours; its schedule is told when it has ended."""
-        run = _StageRun(name, self._saga.blueprint.stages[name], self._state.stages[name], inputs, self._gives_up)
+        run = _StageRun(name, self._saga.blueprint.stages[name], self._state.stages[name], inputs, self)
         self._running.employ(run, self._see_to(run))
 
     async def _see_to(self, run: _StageRun) -> None:
         answer = await self._stage(run)
         if not run.given_up:
-            self._schedule.ended(run.name, answer)
+            self._schedule.ended(self, run.name, answer)
 
-    def _breaks(self, error: Exception) -> None:
+    def breaks(self, error: Exception, /) -> None:
+        """Start no further stage; the run then raises this."""
         self._broken = self._broken or error
         self.stop(Failure.raised(None, error, attempt=0))
 
@@ -488,7 +488,8 @@ class Forward(Stages):
         past_pivot = self._state.graph[name].is_point_of_no_return and getattr(error, "past_pivot", False) is True
         return _Outcome(failure=Failure.raised(name, error, attempt=attempt), past_pivot=past_pivot)
 
-    def _gives_up(self, run: _StageRun) -> None:
+    def gives_up(self, run: _StageRun, /) -> None:
+        """Go on without a stage that ignored its cancel."""
         self._saga.spawn(self._running.see_through(run, self._given_up(run)))
 
     async def _given_up(self, run: _StageRun) -> None:
@@ -498,7 +499,7 @@ class Forward(Stages):
         failure = Failure.of(run.name, run.reason, message, attempt=run.record.attempts)
         in_doubt = self._state.graph[run.name].role is not Role.PLAIN
         await self._record(StageFailed(stage=run.name, failure=failure, in_doubt=in_doubt))
-        self._schedule.ended(run.name, await self._absorb(run, failure))
+        self._schedule.ended(self, run.name, await self._absorb(run, failure))
 
     # -- what a failure leads to ---------------------------------------------------------------------------------
 

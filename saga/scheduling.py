@@ -54,13 +54,16 @@ class Stages(Protocol):
 
 
 class Schedule(Protocol):
-    """Starts every stage in its turn."""
+    """Starts every stage in its turn.
 
-    async def run(self) -> None:
+    It is told each time whose stages they are and does not hold on to them: what refers to each other waits for Python's garbage collector.
+    """
+
+    async def run(self, stages: Stages) -> None:
         """Start the stages, until all have ended or the saga stops."""
         ...
 
-    def ended(self, name: str, answer: StageOutput | Failure) -> None:
+    def ended(self, stages: Stages, name: str, answer: StageOutput | Failure) -> None:
         """Take a stage's answer for those that depend on it; a failure has stopped the saga."""
         ...
 
@@ -68,7 +71,7 @@ class Schedule(Protocol):
         """Start nothing more; the stage that is `told` answers for itself."""
         ...
 
-    async def tell(self) -> None:
+    async def tell(self, stages: Stages) -> None:
         """Tell of stages that were answered for by something else, when the others have come to rest."""
         ...
 
@@ -76,26 +79,25 @@ class Schedule(Protocol):
 class OwnSchedule:
     """Starts a stage as soon as all that it depends on has ended."""
 
-    def __init__(self, saga: LiveSaga, stages: Stages) -> None:
+    def __init__(self, saga: LiveSaga) -> None:
         self._graph = saga.blueprint.graph
         self._root = saga.root
-        self._stages = stages
         # Stages are started where another one has ended: in its context, what it bound would be bound for them.
         self._context = copy_context()
         self._inputs: dict[str, dict[str, StageOutput]] = {name: {} for name in self._graph.names}
         self._left = len(self._inputs)
         self._over = asyncio.Event()
 
-    async def run(self) -> None:
+    async def run(self, stages: Stages) -> None:
         """Start the stages, until all have ended or the saga stops."""
-        self._start([node.name for node in self._graph.nodes if not node.dependencies])
+        self._start(stages, [node.name for node in self._graph.nodes if not node.dependencies])
         await self._over.wait()
 
-    def _start(self, ready: list[str]) -> None:
+    def _start(self, stages: Stages, ready: list[str]) -> None:
         for name in ready:
-            given = self._stages.given(name)
+            given = stages.given(name)
             if given is None:
-                self._context.run(self._stages.begin, name, self._inputs_of(name))
+                self._context.run(stages.begin, name, self._inputs_of(name))
             else:
                 # The list grows while it is gone through: to hand on what thousands gave takes no stack.
                 ready += self._enabled(name, given)
@@ -123,17 +125,17 @@ class OwnSchedule:
                 enabled.append(dependent)
         return enabled
 
-    def ended(self, name: str, answer: StageOutput | Failure) -> None:
+    def ended(self, stages: Stages, name: str, answer: StageOutput | Failure) -> None:
         """Start the stages that have waited for this one only."""
-        if not self._stages.is_stopping():
+        if not stages.is_stopping():
             assert isinstance(answer, StageOutput)  # a failure has stopped the saga
-            self._start(self._enabled(name, answer))
+            self._start(stages, self._enabled(name, answer))
 
     def stop(self, _told: str | None, /) -> None:
         """Start nothing more."""
         self._over.set()
 
-    async def tell(self) -> None:
+    async def tell(self, _stages: Stages) -> None:
         """Nothing else answers for a stage."""
 
 
@@ -163,9 +165,8 @@ class StageflowSchedule:
     stageflow so with a CANCEL, which makes it cancel and await its other wrappers.
     """
 
-    def __init__(self, saga: LiveSaga, stages: Stages, interceptors: Sequence[BaseInterceptor]) -> None:
+    def __init__(self, saga: LiveSaga, interceptors: Sequence[BaseInterceptor]) -> None:
         self._saga = saga
-        self._stages = stages
         self._interceptors = interceptors
         self._called: set[str] = set()
         self._listener = _Listener(self._called)
@@ -173,29 +174,29 @@ class StageflowSchedule:
         self._waiters: dict[str, asyncio.Future[StageOutput | Exception]] = {}
         self._results: dict[str, StageOutput] = {}
 
-    async def run(self) -> None:
+    async def run(self, stages: Stages) -> None:
         """Start the stages, until all have ended or the saga stops."""
-        graph = self._graph()
+        graph = self._graph(stages)
         try:
             self._results = await graph.run(self._saga.private_context())
         except UnifiedPipelineCancelled as cancelled:
-            if not self._stages.is_stopping():
+            if not stages.is_stopping():
                 # No wrapper of ours asked for it: the context was cancelled, or a hook.
-                self._stages.stop(Failure.of(None, FailureKind.CANCELLED, cancelled.reason))
+                stages.stop(Failure.of(None, FailureKind.CANCELLED, cancelled.reason))
             self._results = cancelled.results
         except UnifiedStageExecutionError as failed:
-            await self._stages.refused(failed.stage, failed.original)
+            await stages.refused(failed.stage, failed.original)
         except Exception as error:  # noqa: BLE001 - a hook's or an interceptor's of the user
-            self._stages.stop(Failure.raised(None, error, attempt=0))
+            stages.stop(Failure.raised(None, error, attempt=0))
 
-    def _graph(self) -> UnifiedStageGraph:
+    def _graph(self, stages: Stages) -> UnifiedStageGraph:
         """What Pipeline.build() makes of a pipeline that has been checked; to make it at once takes half the time."""
         names = self._saga.blueprint.stages
-        self._answers |= {name: given for name in names if (given := self._stages.given(name)) is not None}
+        self._answers |= {name: given for name in names if (given := stages.given(name)) is not None}
         specs = [
             UnifiedStageSpec(
                 name=name,
-                runner=partial(self._wait_for, name),
+                runner=partial(self._wait_for, stages, name),
                 kind=plan.spec.kind,
                 dependencies=plan.spec.dependencies,
                 conditional=plan.spec.conditional,
@@ -204,20 +205,20 @@ class StageflowSchedule:
         ]
         return UnifiedStageGraph(specs, pipeline_name=self._saga.blueprint.name, interceptors=[*self._interceptors, self._listener])
 
-    async def _wait_for(self, name: str, ctx: StageContext) -> StageOutput:
+    async def _wait_for(self, stages: Stages, name: str, ctx: StageContext) -> StageOutput:
         self._called.add(name)
         # An interceptor that asks for a retry gets here again: retries are the policy's, so the answer stays.
         answer = self._answers.get(name)
         if answer is None:
             assert name not in self._waiters  # stageflow runs a wrapper again only when it has answered
-            self._stages.begin(name, ctx.inputs)
+            stages.begin(name, ctx.inputs)
             waiter = self._waiters[name] = asyncio.get_running_loop().create_future()
             answer = await waiter
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    def ended(self, name: str, answer: StageOutput | Failure) -> None:
+    def ended(self, _stages: Stages, name: str, answer: StageOutput | Failure) -> None:
         """Have the stage's wrapper say so to stageflow."""
         told = self._told(answer) if isinstance(answer, Failure) else answer
         self._answers[name] = told
@@ -242,7 +243,7 @@ class StageflowSchedule:
         if waiter is not None and not waiter.done():
             waiter.set_result(answer)
 
-    async def tell(self) -> None:
+    async def tell(self, stages: Stages) -> None:
         """Tell of the stages that stageflow skipped, or that an interceptor answered for."""
         for name, output in {**self._listener.answered, **self._results}.items():
-            await self._stages.learn(name, output)
+            await stages.learn(name, output)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import types
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator
-from typing import Any, Final, Generic, TypeVar
+from collections.abc import Awaitable, Collection, Coroutine, Generator
+from functools import cache
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import anyio
 
@@ -15,6 +16,15 @@ from saga.failures import FailureKind
 
 T = TypeVar("T")
 W = TypeVar("W", bound="Watched")
+
+
+@cache
+def make_ready() -> None:
+    """Have anyio import its part for asyncio, which it does with the first scope: before a saga begins, and not when a cancel strikes it.
+
+    Of a Ctrl-C that strikes an import Python 3.11 may make a RuntimeError, and a saga would end of it.
+    """
+    anyio.CancelScope()
 
 
 def start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -123,13 +133,29 @@ def _uncancel(task: asyncio.Task[Any]) -> None:
         task.uncancel()
 
 
+class Employer(Protocol):
+    """Whoever has a crew run somebody else's code.
+
+    Its members know it and the crew does not, so that nothing of a saga that has ended waits for Python's garbage collector.
+    """
+
+    def gives_up(self, member: Any, /) -> None:
+        """Go on without a member whose code ignored its cancel for longer than the grace."""
+        ...
+
+    def breaks(self, error: Exception, /) -> None:
+        """Take what ended a member that should not have: the ledger's error, a Ctrl-C, a defect of ours."""
+        ...
+
+
 class Watched:
     """A task of ours that runs somebody else's code, and does not trust it to end.
 
     The task is cancelled when the code's time is up or when told to; if the code then has not ended within the grace, it
-    is given up: `on_give_up` is called, and whoever waits for it must wait no longer.
+    is given up: its employer is told, and must wait for it no longer.
 
     Attributes:
+        employer: Whoever has it run.
         task: The task; set by the crew that starts it.
         crew: That crew, whose clock says when the code's time is up.
         until: When that is, by the event loop's clock; None: never.
@@ -138,16 +164,16 @@ class Watched:
         given_up: It ignored its cancel for longer than the grace.
     """
 
-    __slots__ = ("_grace", "_on_give_up", "_timer", "crew", "given_up", "is_acting", "reason", "task", "until")
+    __slots__ = ("_grace", "_timer", "crew", "employer", "given_up", "is_acting", "reason", "task", "until")
 
-    def __init__(self, on_give_up: Callable[[Any], None]) -> None:
+    def __init__(self, employer: Employer) -> None:
+        self.employer = employer
         self.task: asyncio.Task[None]
         self.crew: Crew[Any]
         self.until: float | None = None
         self.is_acting = False
         self.reason: FailureKind | None = None
         self.given_up = False
-        self._on_give_up = on_give_up
         self._grace: float | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -177,7 +203,7 @@ class Watched:
 
     def _give_up(self) -> None:
         self.given_up = True
-        self._on_give_up(self)
+        self.employer.gives_up(self)
 
     def _stop_clock(self) -> None:
         self.until = None
@@ -193,16 +219,12 @@ class Watched:
 class Crew(Generic[W]):
     """The tasks of ours that run somebody else's code now, and the wait until none does.
 
-    Args:
-        breaks: Called with what ended one of them that should not have: the ledger's error, a Ctrl-C, a defect of ours.
-
     Attributes:
         members: Those that nobody has dismissed.
     """
 
-    def __init__(self, breaks: Callable[[Exception], None]) -> None:
+    def __init__(self) -> None:
         self.members: Final[set[W]] = set()
-        self._breaks = breaks
         self._turn = asyncio.Event()
         self._alarm: asyncio.TimerHandle | None = None
 
@@ -245,7 +267,7 @@ class Crew(Generic[W]):
                 raise
             # Whatever it is, nobody must wait for this member for ever.
             leave_loop(error)
-            self._breaks(cut_short_by(error))
+            member.employer.breaks(cut_short_by(error))
         self.dismiss(member)
 
     def dismiss(self, member: W) -> None:
@@ -255,8 +277,8 @@ class Crew(Generic[W]):
         if not self.members:
             self._stop_clock()
 
-    async def disband(self) -> None:
-        """Wait until nobody works any more, whatever strikes whoever waits."""
+    async def disband(self, employer: Employer) -> None:
+        """Wait until nobody works any more, whatever strikes their employer, who waits."""
         # Asked of the tasks themselves: a Ctrl-C may have killed one before it was dismissed.
         while any(not member.task.done() for member in self.members):
             self._turn.clear()
@@ -266,10 +288,10 @@ class Crew(Generic[W]):
                 continue
             except (KeyboardInterrupt, SystemExit) as error:
                 leave_loop(error)
-                self._breaks(cut_short_by(error))
+                employer.breaks(cut_short_by(error))
         for killed_by in [member.task.exception() for member in self.members]:
             assert killed_by is not None  # or it would have been dismissed
-            self._breaks(cut_short_by(killed_by))
+            employer.breaks(cut_short_by(killed_by))
 
 
 async def bounded(call: Awaitable[Any], *, seconds: float | None, grace: float, stop: asyncio.Event | None = None) -> Any:

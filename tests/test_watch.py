@@ -9,20 +9,31 @@ from typing import Any
 import pytest
 
 from saga import LedgerError
-from saga.watch import Crew, Watched, outlast, start
+from saga.watch import Crew, Employer, Watched, outlast, start
 from tests.controlled import ControlledLoop, elapse, run
 
 
-def unheeded(_: Watched) -> None:
-    raise AssertionError("nobody was given up")
+class Notes(Employer):
+    """Notes what breaks; the first time, something strikes it there."""
+
+    def __init__(self, strike: BaseException | None = None) -> None:
+        self.broken: list[Exception] = []
+        self._strike = strike
+
+    def gives_up(self, _member: object, /) -> None:
+        raise AssertionError("nobody was given up")
+
+    def breaks(self, error: Exception, /) -> None:
+        self.broken.append(error)
+        if self._strike is not None and len(self.broken) == 1:
+            raise self._strike
 
 
-def crew_of(*work: Coroutine[Any, Any, None]) -> tuple[Crew[Watched], list[Exception]]:
-    broken: list[Exception] = []
-    crew: Crew[Watched] = Crew(broken.append)
+def crew_of(*work: Coroutine[Any, Any, None], employer: Employer) -> Crew[Watched]:
+    crew: Crew[Watched] = Crew()
     for each in work:
-        crew.employ(Watched(unheeded), each)
-    return crew, broken
+        crew.employ(Watched(employer), each)
+    return crew
 
 
 def left_by(strike: type[BaseException], main: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -88,10 +99,10 @@ def test_a_crew_is_held_by_nobody_who_has_died() -> None:
         raise asyncio.CancelledError
 
     async def play() -> list[Exception]:
-        crew, broken = crew_of(cancels_itself(), elapse(3))
-        await crew.disband()
+        notes = Notes()
+        await crew_of(cancels_itself(), elapse(3), employer=notes).disband(notes)
         assert asyncio.get_running_loop().time() == 3
-        return broken
+        return notes.broken
 
     (broken,) = run(play())
 
@@ -99,36 +110,28 @@ def test_a_crew_is_held_by_nobody_who_has_died() -> None:
 
 
 def test_a_crew_notices_who_was_killed_before_it_could_be_dismissed() -> None:
-    broken: list[Exception] = []
-
-    def is_struck_once(error: Exception) -> None:
-        broken.append(error)
-        if len(broken) == 1:
-            raise KeyboardInterrupt
+    notes = Notes(strike=KeyboardInterrupt())
 
     async def fails() -> None:
         raise OSError
 
     async def play() -> None:
-        crew: Crew[Watched] = Crew(is_struck_once)
-        crew.employ(Watched(unheeded), fails())
-        await crew.disband()
+        await crew_of(fails(), employer=notes).disband(notes)
 
     left_by(KeyboardInterrupt, play)
 
-    assert [type(error) for error in broken] == [OSError, LedgerError]
+    assert [type(error) for error in notes.broken] == [OSError, LedgerError]
 
 
 def test_whoever_waits_for_a_crew_goes_on_waiting_when_a_ctrl_c_strikes() -> None:
-    broken: list[Exception] = []
+    notes = Notes()
     ended: list[float] = []
 
     async def wait() -> None:
-        crew: Crew[Watched] = Crew(broken.append)
-        crew.employ(Watched(unheeded), elapse(3))
+        crew = crew_of(elapse(3), employer=notes)
         # As a strike in the step in which the wait is resumed would.
         asyncio.get_running_loop().call_later(1, lambda: crew._turn._waiters[0].set_exception(KeyboardInterrupt()))
-        await crew.disband()
+        await crew.disband(notes)
         ended.append(asyncio.get_running_loop().time())
 
     async def play() -> None:
@@ -136,5 +139,5 @@ def test_whoever_waits_for_a_crew_goes_on_waiting_when_a_ctrl_c_strikes() -> Non
 
     left_by(KeyboardInterrupt, play)
 
-    assert "KeyboardInterrupt" in str(broken[0])
+    assert "KeyboardInterrupt" in str(notes.broken[0])
     assert len(ended) == 1
