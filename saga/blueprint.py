@@ -13,12 +13,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from stageflow.api import Pipeline, StageOutput
 
 from saga.compensable import PivotStage
 from saga.errors import PipelineInvalid, PolicyInvalid
 from saga.graph import Graph, Node, Role
+from saga.outputs import adapter_of
 from saga.policies import Compensation, ContinueWithFallback, FailFast, Retry
 from saga.text import did_you_mean, qualified, said, written
 
@@ -74,6 +75,20 @@ class StagePlan:
     output_model: Any
     patient: bool
     has_effect: bool | None
+
+    def warn_of_misfit(self, output: StageOutput) -> None:
+        """Say in the log that an output does not fit the stage's `output_model`: nothing else shows it before a saga is resumed."""
+        if self.output_model is None:
+            return
+        try:
+            _made(self.output_model, output.data)
+        except Exception as error:  # noqa: BLE001 - whatever the user's validators raise
+            _LOG.warning(
+                "stage %r: its output does not fit its output_model %s (%s); a durable ledger will give it back as plain data",
+                self.spec.name,
+                qualified(self.output_model),
+                _misfit(error),
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +254,7 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
 
 def _restored(name: str, model: Any, data: dict[str, Any]) -> dict[str, Any]:
     try:
-        value, names = TypeAdapter(model).validate_python(data), _fields(model)
+        value, names = _made(model, data), _fields(model, data)
         return {key: getattr(value, names[key], plain) if key in names else plain for key, plain in data.items()}
     except Exception as error:  # noqa: BLE001 - whatever the user's validators raise
         _LOG.warning(
@@ -251,20 +266,20 @@ def _restored(name: str, model: Any, data: dict[str, Any]) -> dict[str, Any]:
         return data
 
 
-def _fields(model: Any) -> dict[str, str]:
-    """The fields of a model by the keys that its data may have: the name, the aliases, or both."""
+def _made(model: Any, data: dict[str, Any]) -> Any:
+    # By name, as models are stored; and by alias, as somebody may have written them.
+    return adapter_of(model).validate_python(data, by_alias=True, by_name=True)
+
+
+def _fields(model: Any, data: dict[str, Any]) -> dict[str, str]:
+    """The fields of a model by the keys that the data has for them: an alias, or else the name."""
     known = getattr(model, "__pydantic_fields__", None)
     if known is None:
         return {field.name: field.name for field in fields(model)}
-    config = getattr(model, "model_config", None) or getattr(model, "__pydantic_config__", {})
-    is_by_name = config.get("populate_by_name") or config.get("validate_by_name")
     found: dict[str, str] = {}
     for name, field in known.items():
-        alias = field.validation_alias
-        keys = getattr(alias, "choices", (alias,))
-        found |= {key: name for key in keys if isinstance(key, str)}
-        if alias is None or is_by_name:
-            found[name] = name
+        aliases = [key for key in getattr(field.validation_alias, "choices", (field.validation_alias,)) if key in data]
+        found |= dict.fromkeys(aliases or (name,), name)
     return found
 
 

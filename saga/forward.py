@@ -384,6 +384,7 @@ class Forward(Stages, Employer):
         copy = copied_output(output)
         if output.status is StageStatus.SKIP:
             return StageSkipped(stage=run.name, reason=brief(said(output.data.get("reason") or "it said so")), output=copy)
+        run.plan.warn_of_misfit(output)
         return StageCompleted(stage=run.name, output=copy)
 
     def _refuse_unstorable(self, name: str) -> None:

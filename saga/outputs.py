@@ -13,11 +13,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from enum import Enum
+from functools import lru_cache, partial
 from operator import itemgetter
+from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 from uuid import UUID
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import BaseModel, PlainSerializer, PlainValidator, SerializationInfo, ValidationInfo, WithJsonSchema
+from pydantic import BaseModel, PlainSerializer, PlainValidator, RootModel, SerializationInfo, TypeAdapter, ValidationInfo, WithJsonSchema
 from pydantic_core import to_json
 from stageflow.api import StageArtifact, StageEvent, StageOutput, StageStatus
 
@@ -106,24 +110,28 @@ _ENCODERS: Final[dict[type, tuple[str, Callable[[Any], Any]]]] = {
     str: ("text", lambda text: base64.b64encode(text.encode("utf-8", "surrogatepass")).decode("ascii")),
     int: ("int", hex),
     float: ("float", repr),
-    datetime: ("datetime", datetime.isoformat),
+    datetime: ("datetime", lambda when: _of_zone(when) or when.isoformat()),
     date: ("date", date.isoformat),
     time: ("time", time.isoformat),
     timedelta: ("timedelta", lambda span: [span.days, span.seconds, span.microseconds]),
     UUID: ("uuid", str),
     Decimal: ("decimal", str),
     bytes: ("bytes", lambda raw: base64.b64encode(raw).decode("ascii")),
+    type(Path()): ("path", str),
     Opaque: ("opaque", lambda opaque: [opaque.type, opaque.text]),
 }
+_DERIVED: Final = {dict: dict, list: list, tuple: tuple, str: str, int: int, float: float, bytes: bytes, bytearray: bytes}
+"""What values of types that somebody derived from these are stored as."""
 _COLLECTIONS: Final[dict[type, str]] = {tuple: "tuple", set: "set", frozenset: "frozenset"}
 _DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
-    "datetime": datetime.fromisoformat,
+    "datetime": lambda said: datetime.fromisoformat(said) if type(said) is str else _in_zone(*said),
     "date": date.fromisoformat,
     "time": time.fromisoformat,
     "timedelta": lambda parts: timedelta(*parts),
     "uuid": UUID,
     "decimal": Decimal,
     "bytes": base64.b64decode,
+    "path": Path,
     "text": lambda raw: base64.b64decode(raw).decode("utf-8", "surrogatepass"),
     "int": lambda digits: int(digits, 16),
     "float": float,
@@ -133,6 +141,22 @@ _DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
     "dict": lambda pairs: {decoded(key): decoded(item) for key, item in pairs},
     "opaque": lambda parts: Opaque(*parts),
 }
+
+
+def _of_zone(when: datetime) -> list[Any] | None:
+    """A moment with the name of its time zone, which an offset does not tell; None: it has none."""
+    zone = when.tzinfo
+    if type(zone) is not ZoneInfo or zone.key is None:
+        return None
+    return [when.isoformat(), zone.key, when.fold]
+
+
+def _in_zone(said: str, key: str, fold: int) -> datetime:
+    when = datetime.fromisoformat(said)
+    try:
+        return when.replace(tzinfo=ZoneInfo(key), fold=fold)
+    except (ZoneInfoNotFoundError, ValueError):
+        return when  # this machine does not know it; the moment is the same
 
 
 def encoded(value: Any) -> Any:
@@ -232,8 +256,8 @@ def _parts(value: Any, name: str, encode: Encode) -> Iterator[tuple[str, Any, En
             yield from ((f"an item of {name}", item, _encoded_key) for item in value)
         case _:
             match _plain_of(value):
-                case dict(fields):
-                    yield from ((f"{name}.{field}", item, _encoded) for field, item in fields.items())
+                case dict(fields) if not isinstance(value, RootModel):
+                    yield from ((f"{name}.{field}", item, partial(_encoded_field, value, field)) for field, item in fields.items())
                 case plain if plain is not _NOTHING:
                     yield name, plain, encode
 
@@ -297,16 +321,61 @@ def _encoded_object(value: Any, otherwise: Otherwise, levels: int) -> Any:
         plain = _plain_of(value)
     except Exception as error:  # noqa: BLE001 - whatever the user's type raises
         return otherwise(value, error)
-    return otherwise(value) if plain is _NOTHING else _encoded(plain, otherwise, levels)
+    if plain is _NOTHING:
+        return otherwise(value)
+    if type(plain) is dict and _has_fields(value):
+        return {name: _encoded_field(value, name, item, otherwise, levels - 1) for name, item in plain.items()}
+    return _encoded(plain, otherwise, levels)
+
+
+def _encoded_field(owner: Any, name: str, item: Any, otherwise: Otherwise, levels: int) -> Any:
+    """Encode a field of a model or a dataclass; one that has no encoding of ours as its owner writes and reads it itself."""
+    try:
+        return _encoded(item, _refused, levels)
+    except NotStorable:
+        own = _own_form(owner, name, item)
+        return _encoded(item if own is _NOTHING else own, otherwise, levels)
+
+
+def _own_form(owner: Any, name: str, item: Any) -> Any:
+    """What the owner's type makes of a field for JSON, if it makes the same value of that again: it does not of a secret."""
+    try:
+        kind: Any = type(owner)  # mypy takes a class for unhashable
+        adapter = adapter_of(kind)
+        plain = adapter.dump_python(owner, mode="json", include={name})[name]
+        back = adapter.validate_python(_plain_of(owner) | {name: plain}, by_alias=True, by_name=True)
+        return plain if getattr(back, name) == item else _NOTHING
+    except Exception:  # noqa: BLE001 - whatever the user's type raises: then it has no such form
+        return _NOTHING
+
+
+@lru_cache(maxsize=1000)
+def adapter_of(kind: Any) -> TypeAdapter[Any]:
+    """What reads and writes values of a type."""
+    return TypeAdapter(kind)
 
 
 def _plain_of(value: Any) -> Any:
-    """What a pydantic model or a dataclass holds, as it says itself; of all else `_NOTHING`."""
-    if isinstance(value, BaseModel):
-        return value.model_dump()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return _NOTHING
+    """What a pydantic model or a dataclass holds by the names of its fields, what an enum's member stands for; of all else `_NOTHING`.
+
+    A value of a type that somebody derived from a plain one is plain, too: it comes back equal.
+    """
+    match value:
+        case Enum():
+            return value.value
+        case RootModel():
+            return value.root
+        case BaseModel():
+            # Not as it would write itself: a field's serializer has no way back, and what is computed is computed again.
+            shown = (name for name, field in type(value).model_fields.items() if not field.exclude)
+            return {name: getattr(value, name) for name in shown} | (value.model_extra or {})
+        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return next((plain(value) for kind, plain in _DERIVED.items() if isinstance(value, kind)), _NOTHING)
+
+
+def _has_fields(value: Any) -> bool:
+    return isinstance(value, BaseModel) or dataclasses.is_dataclass(value)
 
 
 def _tagged(kind: type, value: Any) -> dict[str, Any]:

@@ -683,11 +683,15 @@ def test_a_fault_that_never_strikes_is_said_and_can_be_left_out() -> None:
 
 
 def test_what_is_resumed_is_what_a_durable_ledger_gives(tmp_path: Path) -> None:
+    @dataclass
+    class Fare:
+        amount: int
+
     class Odd(Booking):
         async def execute(self, ctx: SagaContext) -> StageOutput:
             await super().execute(ctx)
             await ctx.record({"pair": (1, 2)})
-            return StageOutput.ok(pair=(1, 2), when=datetime(2026, 1, 1, tzinfo=UTC), large=10**30, none=None, status=SagaStatus.STUCK)
+            return StageOutput.ok(pair=(1, 2), when=datetime(2026, 1, 1, tzinfo=UTC), large=10**30, none=None, fare=Fare(1))
 
     async def fail(_: Any) -> None:
         raise OSError("no")
