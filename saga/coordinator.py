@@ -421,6 +421,8 @@ class SagaCoordinator:
     ) -> tuple[LiveSaga, Sequence[AnyEvent]]:
         """Take over a saga that nobody is running; with its events."""
         events = await events_of(self.ledger, saga_id)
+        if parent is not None:
+            _refuse_others(SagaState(events).started, parent)
         if saga_id in self._alive:
             raise MisuseError("a saga that nobody is running", got=f"saga {saga_id}, which is {SagaState(events).status.value} here")
         self._hold(saga_id)
@@ -757,6 +759,21 @@ def _checked(listeners: Sequence[Listener]) -> tuple[Listener, ...]:
 
 def _token_of(parent: LiveSaga | None) -> int | None:
     return None if parent is None else parent.journal.token
+
+
+def _refuse_others(started: SagaStarted, parent: LiveSaga) -> None:
+    """Refuse a stage to go on with a saga that is not its own saga's: the ledger fences that one with another lease, or with none.
+
+    Raises:
+        MisuseError: It is not.
+    """
+    if started.parent != parent.id:
+        runner = "no saga runs" if started.parent is None else f"saga {started.parent} runs"
+        raise MisuseError(
+            f"a saga that saga {parent.id} runs",
+            got=f"{started.saga_id}, which {runner}",
+            hint="A stage goes on with what it began with ctx.run_saga; other sagas are for the coordinator's own methods.",
+        )
 
 
 def _among(known: Mapping[str, Pipeline], name: str) -> Pipeline:

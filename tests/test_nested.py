@@ -975,3 +975,28 @@ def test_one_that_a_person_has_made_whole_is_kept() -> None:
 
     assert report.status is SagaStatus.COMPLETED
     assert report.stages["book"].state is StageState.KEPT
+
+
+@pytest.mark.parametrize("how", ["resume_saga", "undo_saga"])
+@pytest.mark.parametrize("whose", ["nobody's", "another saga's"])
+def test_a_stage_that_turns_to_a_saga_that_is_not_its_own_fails_and_holds_up_nothing_else(how: str, whose: str) -> None:
+    strange, other = scene({"room": ()})
+    world, trip = scene({"aside": ()})
+    stranger = "other" if whose == "nobody's" else "other/child"
+
+    async def turn_to_it(ctx: Any) -> None:
+        if hasattr(ctx, how):
+            await getattr(ctx, how)(stranger, other)
+
+    trip = trip.with_stage("book", compensable(turn_to_it, turn_to_it)).with_stage("fail", fail, "work", dependencies=("book", "aside"))
+    coordinator = SagaCoordinator(IMPATIENT)
+    run(coordinator.run(other if whose == "nobody's" else Pipeline(name="top").with_stage("child", nested(other)), saga_id="other"))
+
+    report = run(coordinator.run(trip, saga_id="s"))
+
+    (failure,) = [failure for failure in report.failures if failure.stage == "book"]
+    assert failure.message.startswith(f"expected a saga that saga s runs, got {stranger}, which ")
+    assert report.status is (SagaStatus.STUCK if how == "undo_saga" else SagaStatus.COMPENSATED)
+    assert world.standing == {}
+    assert strange.log == ["+room"]
+    assert run(coordinator.report(stranger)).status is SagaStatus.COMPLETED
