@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from stageflow.events import NoOpEventSink
 
 from saga.compensable import CompensationContext, Host, child_id, refuse_record
-from saga.errors import LedgerCorrupt, LedgerError
+from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError
 from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
@@ -226,11 +226,10 @@ class LiveSaga(Host):
         """What the keeper answers. Where the ledger fails a child, this saga records nothing more, whatever the stage makes of that."""
         try:
             return await asked
-        except LedgerCorrupt:
-            # It is about that child alone, and stays so: the stage has failed.
-            raise
         except LedgerError as error:
-            self.journal.break_off(stage, error)
+            # One that can't be read, or that somebody else holds, fails its stage, and tells nothing of this saga's own ledger.
+            if not (isinstance(error, LedgerCorrupt) or (isinstance(error, LedgerConflict) and error.is_held)):
+                self.journal.break_off(stage, error)
             raise
 
     async def resume_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:

@@ -101,11 +101,13 @@ class LedgerConflict(LedgerError):
     Attributes:
         holder: Who holds it, if it is about that.
         until: When the holder counts as gone unless it says that it is alive, UTC; None: not before it lets go.
+        is_held: Whether the lease could not be had, so that nothing was begun; not whether one that was had is lost.
     """
 
-    def __init__(self, message: str, *, holder: str | None = None, until: datetime | None = None) -> None:
+    def __init__(self, message: str, *, holder: str | None = None, until: datetime | None = None, is_held: bool = False) -> None:
         self.holder = holder
         self.until = until
+        self.is_held = is_held
         super().__init__(message)
 
     @classmethod
@@ -123,7 +125,7 @@ class LedgerConflict(LedgerError):
         """Another owner holds the lease and counts as alive."""
         at_most = "" if until is None else f", or until {_clock(until)} if it says nothing more"
         message = f"saga {saga_id} is held by {holder}. Wait until it lets go{at_most}; or go on with the saga where it is held"
-        return cls(message, holder=holder, until=until)
+        return cls(message, holder=holder, until=until, is_held=True)
 
     @classmethod
     def overtaken(

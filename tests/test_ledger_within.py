@@ -212,3 +212,45 @@ def test_a_child_that_cannot_be_read_fails_its_stage_and_holds_up_nothing_else()
 
     assert run(play()) is SagaStatus.STUCK
     assert world.standing.keys() == {"flight", "deposit", "room"}
+
+
+def halted_within() -> tuple[World, World, MemoryLedger, SagaCoordinator, Pipeline]:
+    """flight beside hotel (deposit -> room), which has halted at the room."""
+    halting = IMPATIENT.model_copy(update={"on_failure": "halt"})
+    hotel_world, hotel = scene({"deposit": (), "room": ("deposit",)}, {"room": Script("raise", then=("ok",))})
+    world, pipeline = scene({"flight": ()})
+    pipeline = pipeline.with_stage("hotel", nested(hotel, halting))
+    ledger = MemoryLedger()
+    coordinator = SagaCoordinator(halting, ledger=ledger)
+    assert run(coordinator.run(pipeline, saga_id="s")).status is SagaStatus.HALTED
+    return world, hotel_world, ledger, coordinator, pipeline
+
+
+def test_a_child_that_somebody_else_holds_is_stuck_and_holds_up_nothing_else() -> None:
+    """The lease of the saga that runs it is as good as before."""
+    world, hotel_world, ledger, coordinator, pipeline = halted_within()
+    token = run(ledger.acquire("s/hotel", "somebody else"))
+
+    held = run(coordinator.compensate("s", pipeline))
+
+    assert held.status is SagaStatus.STUCK
+    assert "saga s/hotel is held by somebody else" in str(held)
+    assert (world.standing, hotel_world.standing) == ({}, {"deposit": 1})
+    run(ledger.release("s/hotel", token))
+    run(coordinator.settle("s", "hotel", "retry", "they have let go of it"))
+    assert run(coordinator.resume("s", pipeline)).status is SagaStatus.COMPENSATED
+    assert hotel_world.standing == {}
+
+
+def test_a_child_that_somebody_else_holds_leaves_its_stage_in_doubt_and_goes_on_later() -> None:
+    world, hotel_world, ledger, coordinator, pipeline = halted_within()
+    token = run(ledger.acquire("s/hotel", "somebody else"))
+
+    held = run(coordinator.resume("s", pipeline))
+
+    assert held.status is SagaStatus.HALTED
+    assert [*held.in_doubt] == ["hotel"]
+    assert "saga s/hotel is held by somebody else" in str(held)
+    run(ledger.release("s/hotel", token))
+    assert run(coordinator.resume("s", pipeline)).status is SagaStatus.COMPLETED
+    assert (world.standing, hotel_world.standing) == ({"flight": 1}, {"deposit": 1, "room": 1})
