@@ -25,6 +25,7 @@ from saga.blueprint import Blueprint, refuse_no_policy
 from saga.errors import (
     GraphChanged,
     LedgerConflict,
+    LedgerCorrupt,
     LedgerError,
     MisuseError,
     NotStorable,
@@ -530,19 +531,35 @@ class SagaCoordinator:
 
     async def _closing(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
         try:
+            await self._to_rest(saga, work)
+            return await self._report(saga)
+        finally:
+            await self._let_go(saga)
+            if saga.id in self._late:
+                self._record_late_soon(saga.id)
+
+    async def _to_rest(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> None:
+        try:
             await work
-            if saga.has_children:
-                return await report_with_children(self.ledger, saga.journal.state, saga.exceptions)
-            return SagaReport.of(saga.journal.state)
         except LedgerConflict:
             # Somebody else goes on with it; what is in effect is theirs to know.
             raise
         except LedgerError as error:
             raise saga.journal.left_unrecorded(error) from error
-        finally:
-            await self._let_go(saga)
-            if saga.id in self._late:
-                self._record_late_soon(saga.id)
+
+    async def _report(self, saga: LiveSaga) -> SagaReport:
+        """The report of a saga that has come to rest, which is recorded whatever becomes of the report."""
+        state = saga.journal.state
+        if not saga.has_children:
+            return SagaReport.of(state)
+        try:
+            return await report_with_children(self.ledger, state, saga.exceptions)
+        except LedgerError as error:
+            kind = LedgerCorrupt if isinstance(error, LedgerCorrupt) else LedgerError
+            raise kind(
+                f"saga {saga.id} is {state.status.value}, which is recorded; but the sagas that its stages ran can't be read: "
+                f"{error}. When the ledger is back, ask for the report: await coordinator.report({saga.id!r})"
+            ) from error
 
     async def _drive(self, saga: LiveSaga, forward: Forward, before: Sequence[AnyEvent]) -> None:
         if before:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from saga.errors import MisuseError, SagaNotFound
+from saga.errors import LedgerCorrupt, MisuseError, SagaNotFound
 from saga.ledger import StageState
 from saga.recovery import SagaState, stage_states
 from saga.report import SagaReport
@@ -38,12 +38,17 @@ async def report_of(ledger: Ledger, saga_id: str) -> SagaReport:
 
 
 async def report_with_children(ledger: Ledger, state: SagaState, exceptions: Mapping[Failure, BaseException]) -> SagaReport:
-    """The report of a saga of which somebody has the state, with those that its stages run."""
+    """The report of a saga of which somebody has the state, with those that its stages run; it also tells which of them can't be read."""
     children: dict[str, tuple[SagaReport, ...]] = {}
+    unread: dict[str, dict[str, str]] = {}
     for entry in await ledger.list(parent=state.started.saga_id):
         stage = str(entry.parent_stage)
-        children[stage] = (*children.get(stage, ()), await report_of(ledger, entry.saga_id))
-    return SagaReport.of(state, children, exceptions)
+        try:
+            children[stage] = (*children.get(stage, ()), await report_of(ledger, entry.saga_id))
+        except LedgerCorrupt as damage:
+            # To read it again changes nothing, and what its parent did is known all the same.
+            unread.setdefault(stage, {})[entry.saga_id] = str(damage)
+    return SagaReport.of(state, children, exceptions, unread)
 
 
 async def reports_of(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> list[SagaReport]:

@@ -81,7 +81,8 @@ class StageReport:
         late_output: What it gave when it had been given up and nobody waited for it any more.
         executions: How often it was executed; one more each time that it ran again after it was undone.
         settled: What a person said of it last.
-        children: The sagas that this execution and those before it ran, oldest first.
+        children: The sagas that this execution and those before it ran, oldest first; those of them that the ledger can read.
+        unread: By id the other ones, and what the ledger says of each: nobody knows what of them stands.
         probed: What its probe answered: whether its effect had landed; None if it gave no answer.
         compensation: What became of its compensation; None if neither it nor a probe was tried.
         dependencies: The stages that it waits for.
@@ -102,6 +103,7 @@ class StageReport:
     executions: int = 0
     settled: Settlement | None = None
     children: tuple[SagaReport, ...] = ()
+    unread: dict[str, str] = field(default_factory=dict)
     probed: bool | None = None
     compensation: CompensationReport | None = None
     dependencies: tuple[str, ...] = ()
@@ -112,8 +114,21 @@ class StageReport:
         """Whether it stands because a person said that it is to."""
         return self.settled is not None and self.settled.verdict is Verdict.KEPT and self.state in {_S.KEPT, _S.FALLBACK}
 
+    @property
+    def is_known_by_word(self) -> bool:
+        """Whether a person said what of it stands: all that is to, or nothing."""
+        undone = self.settled is not None and self.settled.verdict is Verdict.UNDONE and self.state is _S.UNDONE
+        return undone or self.is_kept_by_word
+
     @classmethod
-    def of(cls, record: StageRecord, state: StageState, dependencies: tuple[str, ...], children: tuple[SagaReport, ...] = ()) -> Self:
+    def of(
+        cls,
+        record: StageRecord,
+        state: StageState,
+        dependencies: tuple[str, ...],
+        children: tuple[SagaReport, ...] = (),
+        unread: Mapping[str, str] | None = None,
+    ) -> Self:
         """Project what the events say of one stage."""
         if record.state is _S.NOT_RUN:
             return cls(state=state, dependencies=dependencies)
@@ -141,6 +156,7 @@ class StageReport:
             executions=record.execution,
             settled=None if record.settled is None else Settlement.of(record.settled),
             children=children,
+            unread=dict(unread or {}),
             probed=record.answer,
             compensation=undo,
             dependencies=dependencies,
@@ -187,9 +203,13 @@ class SagaReport(BaseModel):
         state: SagaState,
         children: Mapping[str, tuple[SagaReport, ...]] | None = None,
         exceptions: Mapping[Failure, BaseException] | None = None,
+        unread: Mapping[str, Mapping[str, str]] | None = None,
     ) -> Self:
-        """Project a saga's state and the reports of the sagas that its stages ran, with their exceptions, which no ledger keeps."""
-        children = children or {}
+        """Project a saga's state and the reports of the sagas that its stages ran, with their exceptions, which no ledger keeps.
+
+        Those that can't be read are left out of it, and told by stage and by id, with what the ledger says.
+        """
+        children, unread = children or {}, unread or {}
         undone = sorted([(record.undo_order, name) for name, record in state.stages.items() if record.undo_order >= 0])
         shown = stage_states(state, state.policy)
         return cls(
@@ -202,8 +222,10 @@ class SagaReport(BaseModel):
             started_at=state.started.at,
             ended_at=state.ended_at,
             stages={
-                node.name: StageReport.of(state.stages[node.name], shown[node.name], node.dependencies, children.get(node.name, ()))
-                for node in state.graph.nodes
+                name: StageReport.of(
+                    state.stages[name], shown[name], state.graph[name].dependencies, children.get(name, ()), unread.get(name)
+                )
+                for name in state.graph.names
             },
             compensation_order=tuple(name for _, name in undone),
             past_pivot=bool(protected(state)),
@@ -269,6 +291,17 @@ class SagaReport(BaseModel):
         return self._with_children(_S.IN_DOUBT)
 
     @property
+    def unread(self) -> dict[str, str]:
+        """The sagas within that the ledger can't read, by id, with what it says: nobody knows what of them stands."""
+        found: dict[str, str] = {}
+        for stage in self.stages.values():
+            if not stage.is_known_by_word:
+                found |= stage.unread
+                for child in stage.children:
+                    found |= child.unread
+        return found
+
+    @property
     def failed(self) -> tuple[str, ...]:
         """The stages whose execution failed for good, also where recorded effects were undone or a fallback stands in."""
         return tuple(name for name, stage in self.stages.items() if stage.failed and stage.state not in {_S.KEPT, _S.CANCELLED})
@@ -295,8 +328,8 @@ class SagaReport(BaseModel):
 
     @property
     def clean(self) -> bool:
-        """Whether nothing is stuck, blocked or in doubt."""
-        return not (self.stuck or self.blocked or self.in_doubt)
+        """Whether nothing is stuck, blocked or in doubt, and every saga within can be read."""
+        return not (self.stuck or self.blocked or self.in_doubt or self.unread)
 
     def raise_for_status(self) -> None:
         """Raise unless the saga came to its end going forward.

@@ -28,6 +28,7 @@ from saga import (
     nested,
 )
 from saga.events import AnyEvent, CompensationStarted, SagaEnded, SagaStarted, SagaTurnedBack, StageCompleted, StageSettled, StageStarted
+from saga.ledger import Entry
 from saga.ledgers.sqlite import SQLiteLedger
 from tests.controlled import run
 from tests.world import Script, World, nothing, scene
@@ -194,24 +195,98 @@ def test_what_other_stages_have_come_to_is_recorded_all_the_same(tmp_path: Path)
     assert [event.stage for event in asyncio.run(play()) if isinstance(event, StageCompleted)] == ["pay"]
 
 
+class Damaged(MemoryLedger):
+    """Can't read some sagas."""
+
+    damaged = ""
+
+    async def read(self, saga_id: str) -> Sequence[AnyEvent]:
+        if saga_id == self.damaged:
+            raise LedgerCorrupt(f"saga {saga_id} is damaged")
+        return await super().read(saga_id)
+
+
 def test_a_child_that_cannot_be_read_fails_its_stage_and_holds_up_nothing_else() -> None:
     """To read it again changes nothing: a person has to see to it."""
     world, pipeline = trip({"after": Script("raise")})
+    ledger = Damaged()
 
-    class Damaged(MemoryLedger):
-        async def read(self, saga_id: str) -> Sequence[AnyEvent]:
-            if saga_id == "s/hotel" and "room" in world.standing:
-                raise LedgerCorrupt("the ledger is damaged")
-            return await super().read(saga_id)
+    def damage(saga_id: str, event: AnyEvent) -> None:
+        if saga_id == "s/hotel" and isinstance(event, SagaEnded):
+            ledger.damaged = "s/hotel"
 
-    async def play() -> SagaStatus:
-        ledger = Damaged()
-        with pytest.raises(SagaUnrecorded):  # there is no report without the child's
-            await SagaCoordinator(IMPATIENT, ledger=ledger).run(pipeline, saga_id="s")
-        return (await ledger.list())[0].status
+    report = run(SagaCoordinator(IMPATIENT, ledger=ledger, listeners=[damage]).run(pipeline, saga_id="s"))
 
-    assert run(play()) is SagaStatus.STUCK
+    assert report.status is SagaStatus.STUCK
+    assert [*report.stuck] == ["hotel"]
     assert world.standing.keys() == {"flight", "deposit", "room"}
+
+
+def test_a_child_that_cannot_be_read_hides_nothing_of_its_parent_which_is_not_clean() -> None:
+    """Promise 5: nobody knows what of the child stands."""
+    _, pipeline = trip({})
+    ledger = Damaged()
+    coordinator = SagaCoordinator(ledger=ledger)
+    top = Pipeline(name="top").with_stage("trip", nested(pipeline), "work")
+    run(coordinator.run(top, saga_id="s"))
+    ledger.damaged = "s/trip/hotel"
+
+    report = run(coordinator.report("s"))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert not report.clean
+    assert report.unread == {"s/trip/hotel": "saga s/trip/hotel is damaged"}
+    assert SagaReport.model_validate_json(report.model_dump_json()).unread == report.unread
+    (within,) = report.stages["trip"].children
+    assert "its saga s/trip/hotel can't be read" in str(within)
+    assert "trouble within" in within.to_svg()
+    for text in (str(report), str(within)):
+        assert text.splitlines()[-1] == "Not known what stands of saga s/trip/hotel: saga s/trip/hotel is damaged"
+
+
+@pytest.mark.parametrize("verdict", ["undone", "kept"])
+def test_what_a_person_says_of_a_child_that_cannot_be_read_is_known(verdict: str) -> None:
+    _, pipeline = trip({})
+    ledger = Damaged()
+    coordinator = SagaCoordinator(ledger=ledger)
+    run(coordinator.run(pipeline, saga_id="s"))
+    ledger.damaged = "s/hotel"
+    stuck = run(coordinator.compensate("s", pipeline))
+    assert [*stuck.stuck] == ["hotel"]
+    assert [*stuck.unread] == ["s/hotel"]
+
+    report = run(coordinator.settle("s", "hotel", verdict, "I looked"))
+
+    assert report.stages["hotel"].state.value == verdict
+    assert (report.stuck, report.unread) == ({}, {})
+
+
+@pytest.mark.parametrize("error", [LedgerError, LedgerCorrupt])
+def test_a_saga_that_has_ended_is_not_called_unrecorded_when_its_children_cannot_be_read(error: type[LedgerError]) -> None:
+    _, pipeline = trip({})
+
+    class Unread(MemoryLedger):
+        has_ended = False
+
+        async def list(self, **how: Any) -> Sequence[Entry]:
+            if self.has_ended:
+                raise error("no line")
+            return await super().list(**how)
+
+    def note(saga_id: str, event: AnyEvent) -> None:
+        ledger.has_ended = saga_id == "s" and isinstance(event, SagaEnded)
+
+    ledger = Unread()
+    coordinator = SagaCoordinator(ledger=ledger, listeners=[note])
+
+    with pytest.raises(error) as failed:
+        run(coordinator.run(pipeline, saga_id="s"))
+
+    assert type(failed.value) is error
+    assert str(failed.value).startswith("saga s is completed, which is recorded; but the sagas that its stages ran can't be read: no line.")
+    ledger.has_ended = False
+    assert run(coordinator.report("s")).status is SagaStatus.COMPLETED
+    assert run(ledger.list())[0].owner is None
 
 
 def halted_within() -> tuple[World, World, MemoryLedger, SagaCoordinator, Pipeline]:

@@ -140,7 +140,9 @@ def way_back(
 
 
 def _label(stage: StageReport) -> str:
-    state = stage.state.value.replace("_", " ") + (" · trouble within" if troubled(stage) else "")
+    state = stage.state.value.replace("_", " ") + (
+        " · trouble within" if troubled(stage) or (stage.unread and not stage.is_known_by_word) else ""
+    )
     if stage.state in _TURNS and stage.failure is not None:
         return f"{state}: {one_line(stage.failure.message)}"
     if stage.state is _S.STUCK and stage.compensation is not None and stage.compensation.failure is not None:

@@ -92,6 +92,7 @@ def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
     if stage.state is StageState.STUCK and undo is not None and undo.failure is not None:
         return f"its compensation failed {_times(undo.attempts)}, the last: {_said(undo.failure)}"
     parts = [f"something of its saga {child.saga_id} is stuck, blocked or in doubt" for child in troubled(stage)]
+    parts += [f"its saga {saga_id} can't be read" for saga_id in stage.unread]
     if stage.state is StageState.SKIPPED:
         return "; ".join([*parts, stage.skip_reason or ""])
     parts += ["held back by what is stuck, in doubt or not undone"] if stage.state is StageState.BLOCKED else []
@@ -238,16 +239,18 @@ def what_to_do(report: SagaReport) -> list[str]:
             lines.append(f"{label}: {', '.join(map(printable, names))}.")
     if kept := list(_kept_within(report)):
         lines.append(f"Kept within what did not complete: {', '.join(map(printable, kept))}.")
+    unread = report.unread
+    lines += [f"Not known what stands of saga {printable(saga_id)}: {printable(why)}" for saga_id, why in unread.items()]
     match report.status:
         case SagaStatus.RUNNING | SagaStatus.COMPENSATING:
             lines.append(
                 "It has not come to rest: it is running, or its process is gone. saga list says which, saga recover goes on with it."
             )
-        case _ if report.status is SagaStatus.STUCK or not report.clean:
+        case _ if report.status is SagaStatus.STUCK or report.stuck or report.blocked or report.in_doubt:
             # Also one that was cancelled while something was in doubt, or whose stage passed over what its own saga could not undo.
             lines += _how_to_settle(report)
         case SagaStatus.HALTED:
             lines.append(f"To do: what was done is kept. Mend the cause, then: {next_command('resume', _outer(report)[0])}")
-        case _:
+        case _ if not unread:
             lines.append("Nothing is left to do.")
     return lines
