@@ -348,6 +348,15 @@ def test_a_log_without_its_file_is_not_taken_for_a_new_ledger(path: Path) -> Non
     assert not path.exists()
 
 
+def test_a_ledger_is_made_where_a_link_leads(path: Path) -> None:
+    link = path.with_name("link.db")
+    link.symlink_to(path.name)
+
+    assert on(SQLiteLedger(link), create()) == [1]
+    assert path.is_file()
+    assert link.is_symlink()
+
+
 # -- a ledger that fails ---------------------------------------------------------------------------------------------
 
 
@@ -465,8 +474,12 @@ def test_a_file_that_was_taken_away_is_not_written_to_any_more(whole: bytes, pat
         assert "was moved, deleted or replaced while it was in use; nothing was recorded" in str(answer)
 
 
-def test_a_log_that_another_process_took_away_is_not_written_to_any_more(path: Path) -> None:
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_a_log_that_another_process_took_away_is_not_written_to_any_more(path: Path, is_linked: bool) -> None:
     """Where the process itself has opened and closed the file, its locks are gone: appends would be acknowledged, and be nowhere."""
+    called = path.with_name("link.db") if is_linked else path
+    if is_linked:
+        called.symlink_to(path.name)
 
     async def copy(_: Any) -> None:
         await asyncio.to_thread(shutil.copy, path, path.with_name("backup.db"))
@@ -474,12 +487,29 @@ def test_a_log_that_another_process_took_away_is_not_written_to_any_more(path: P
         await asyncio.to_thread(subprocess.run, listing, check=True, stdout=subprocess.DEVNULL)
         assert not path.with_name(f"{path.name}-wal").exists()
 
-    *_, refused, recorded, events = on(SQLiteLedger(path), create(), copy, append(FIRST), append(FIRST), read())
+    *_, refused, recorded, events = on(SQLiteLedger(called), create(), copy, append(FIRST), append(FIRST), read())
 
     assert type(refused) is LedgerError
-    assert "or its log beside it, was moved, deleted or replaced while it was in use; nothing was recorded" in str(refused)
+    assert f"the ledger {called}, or its log beside it, was moved, deleted or replaced while it was in use; nothing was recorded" in str(
+        refused
+    )
     assert recorded is None
     assert [*map(type, events)] == [SagaStarted, StageStarted]
+
+
+def test_a_link_that_leads_to_another_file_since_is_noticed(whole: bytes, path: Path) -> None:
+    link, other = path.with_name("link.db"), path.with_name("other.db")
+    link.symlink_to(path.name)
+
+    async def turn(_: Any) -> None:
+        other.write_bytes(whole)
+        link.unlink()
+        link.symlink_to(other.name)
+
+    *_, refused, events = on(SQLiteLedger(link), create(), turn, append(FIRST), read())
+
+    assert "was moved, deleted or replaced while it was in use; nothing was recorded" in str(refused)
+    assert len(events) == len(EVENTS)
 
 
 def test_of_a_log_that_is_taken_away_at_the_moment_of_a_write_nobody_says_what_became_of_it(path: Path) -> None:

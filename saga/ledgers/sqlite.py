@@ -165,6 +165,7 @@ class _Store:
         self._patience = patience
         self._clock = clock
         self._opened: sqlite3.Connection | None = None
+        self._log = _log_of(path)
         self._files: Sequence[tuple[int, int] | None] = ()
         self._beaten: set[str] = set()
 
@@ -200,7 +201,7 @@ class _Store:
             with suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
             raise
-        if _identities(self._path) != self._files:
+        if self._identities() != self._files:
             raise LedgerError(f"{self._replaced()}; whether this was recorded is not known")
         return answers
 
@@ -328,9 +329,12 @@ class _Store:
 
     def _connection(self) -> sqlite3.Connection:
         if self._opened is None:
-            self._opened = _open(self._path, self._patience)
-            self._files = _identities(self._path)
-        elif _identities(self._path) != self._files:
+            # SQLite follows links: the log is beside the file itself.
+            file = Path(os.path.realpath(self._path))
+            self._opened = _open(self._path, file, self._patience)
+            self._log = _log_of(file)
+            self._files = self._identities()
+        elif self._identities() != self._files:
             # SQLite would go on to write to files that nobody can find any more.
             raise LedgerError(f"{self._replaced()}; nothing was recorded")
         return self._opened
@@ -338,14 +342,17 @@ class _Store:
     def _replaced(self) -> str:
         return f"the ledger {self._path}, or its log beside it, was moved, deleted or replaced while it was in use"
 
+    def _identities(self) -> Sequence[tuple[int, int] | None]:
+        """Which file it is, and which its log.
 
-def _identities(path: Path) -> Sequence[tuple[int, int] | None]:
-    """Which file it is, and which its log.
+        Where any code of a process opens and closes the file, POSIX drops the locks that the process has on it: the next process that
+        closes the ledger then takes itself for the last one, and the log away.
+        """
+        return _identity(self._path), _identity(self._log)
 
-    Where any code of a process opens and closes the file, POSIX drops the locks that the process has on it: the next process that closes
-    the ledger then takes itself for the last one, and the log away.
-    """
-    return _identity(path), _identity(path.with_name(f"{path.name}-wal"))
+
+def _log_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}-wal")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -356,21 +363,26 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _open(path: Path, patience: float) -> sqlite3.Connection:
+def _open(path: Path, file: Path, patience: float) -> sqlite3.Connection:
     """Open a ledger, and make it if there is none.
+
+    Args:
+        path: What it is called.
+        file: Where it is, without links on the way.
+        patience: Seconds that it waits for a lock.
 
     Raises:
         LedgerError: The file is no ledger, or not one of a version that is known; it was not changed.
     """
-    wal = path.with_name(f"{path.name}-wal")
+    log = _log_of(file)
     # First the log, then the file: another process that is just making the ledger makes the file first.
-    if wal.exists() and not path.exists():
-        raise LedgerError(f"the ledger {path} is gone, but its log {wal.name} is there; put the file back, or move the log away")
-    if not path.exists():
-        _make(path, patience)
-    if not path.stat().st_size:
+    if log.exists() and not file.exists():
+        raise LedgerError(f"the ledger {path} is gone, but its log {log.name} is there; put the file back, or move the log away")
+    if not file.exists():
+        _make(file, patience)
+    if not file.stat().st_size:
         raise LedgerCorrupt(f"expected a ledger in {path}, got an empty file; delete it to begin a new ledger. {_UNCHANGED}")
-    connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=patience)
+    connection = sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=patience)
     try:
         _prepare(connection, path)
     except BaseException:
