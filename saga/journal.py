@@ -20,7 +20,6 @@ from saga.events import (
     StageSkipped,
     StageStarted,
 )
-from saga.graph import Role
 from saga.ledger import Ledger, StageState
 from saga.recovery import SagaState, Step, undo_step
 from saga.storable import refuse_unstorable, storable
@@ -252,10 +251,10 @@ class Journal:
         unknown, in_effect = [], []
         for name, record in state.stages.items():
             node, within = state.graph[name], self._within.get(name)
-            is_asked_first = undo_step(node, record) is Step.PROBE
-            if record.doubt or is_asked_first or (record.state in under_way and name not in never_began):
+            step = undo_step(node, record)
+            if record.doubt or step is Step.PROBE or (record.state in under_way and name not in never_began):
                 unknown.append(name)
-            elif node.role is not Role.PLAIN and record.state is not StageState.UNDONE and (record.landed or record.effects):
+            elif step is not Step.CLEAR:
                 in_effect.append(name)
             if isinstance(within, SagaUnrecorded):
                 in_effect += [f"{name}/{inner}" for inner in within.in_effect]

@@ -110,6 +110,7 @@ class StageRecord:
         may_repeat: Though it is in doubt: a person said so.
         undo_in_question: A process died while it was being compensated.
         undone_in_part: Its compensation has failed, and a part of it may be undone.
+        stands_in_part: It is not known to have landed as a whole, and something of it stands.
         undone_too_soon: How often its effect came late to what had been undone.
         undo_attempts: Compensation attempts that started.
         undo_order: Its place in the order in which compensations first started; -1 if none did.
@@ -147,6 +148,7 @@ class StageRecord:
     may_repeat: bool = False
     undo_in_question: bool = False
     undone_in_part: bool = False
+    stands_in_part: bool = False
     skip_reason: str | None = None
     undone_too_soon: int = 0
     undo_attempts: int = 0
@@ -300,14 +302,14 @@ class SagaState:
             # What stands in for a stage goes on doing so when the remains of that one have been undone.
             lacks_ground = (record.state is _S.UNDONE and not record.fell_back) or record.is_due_anew or renewed
             # Under another key, what it recorded under this one would be nobody's any more.
-            stands_in_part = (bool(record.effects) or name in in_part) and record.state is not _S.UNDONE
+            stands_in_part = (bool(record.effects) or record.stands_in_part or name in in_part) and record.state is not _S.UNDONE
             record.anew = lacks_ground and not (stands or stands_in_part or record.doubt)
             ended_badly = record.state in {_S.FAILED, _S.CANCELLED, _S.IN_DOUBT, _S.STUCK} or record.with_branch or name in in_part
             record.again = not stands and (record.anew or ended_badly) and record.state is not _S.NOT_RUN
             record.attempts_before = record.attempts
             if name in in_part:
-                # What is left of it, running again or undoing it finds out.
-                record.landed, record.undone_in_part, record.state = False, False, _S.FAILED
+                # What is left of it, running again or undoing it finds out; until it has completed, to run again may come to nothing.
+                record.landed, record.undone_in_part, record.stands_in_part, record.state = False, False, True, _S.FAILED
             if stands or record.doubt:
                 # It could not be undone; now it need not be, and who goes forward may ask for it again.
                 self._unstick(record)
@@ -372,7 +374,7 @@ class SagaState:
         if event.late:
             self._completed_late(record, event)
             return
-        record.state, record.landed, record.doubt = _S.KEPT, True, False
+        record.state, record.landed, record.stands_in_part, record.doubt = _S.KEPT, True, False, False
         record.output, record.ended_at = event.output, event.at
         record.tries = _ended(record.tries, event.at)
 
@@ -574,7 +576,7 @@ def undo_step(node: Node, record: StageRecord) -> Step:
         return Step.HOLD if record.doubt or record.landed else Step.CLEAR
     if record.doubt:
         return Step.COMPENSATE if node.undo_in_doubt else Step.HOLD
-    return Step.COMPENSATE if record.landed or record.effects else Step.CLEAR
+    return Step.COMPENSATE if record.landed or record.effects or record.stands_in_part else Step.CLEAR
 
 
 def _may_be_asked(record: StageRecord) -> bool:

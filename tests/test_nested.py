@@ -29,6 +29,7 @@ from saga import (
     compensable,
     nested,
 )
+from saga.events import SagaResumed, StageStarted
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.report import NestedSagaFailed
 from tests.controlled import elapse, run
@@ -921,7 +922,23 @@ def test_killed_at_any_event_no_saga_of_a_family_is_left_running_by_whoever_reco
     assert left_by_its_parent
 
 
-def half_undone(*, idempotent: bool) -> tuple[World, SagaCoordinator, Pipeline]:
+class Striking(MemoryLedger):
+    """Cancels somebody while it writes an event of a kind."""
+
+    def __init__(self, kind: type[object]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.victim: asyncio.Task[Any] | None = None
+
+    async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
+        if self.victim is not None and isinstance(events[-1], self.kind):
+            self.victim.cancel()
+            self.victim = None
+            await asyncio.sleep(0)
+        await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
+
+
+def half_undone(*, idempotent: bool, ledger: MemoryLedger | None = None) -> tuple[World, SagaCoordinator, Pipeline]:
     """A stage that runs a hotel's room and breakfast as a saga; the breakfast has been undone, the room not."""
     shape = {"room": (), "breakfast": ()}
     world, hotel = scene(shape, {"room": Script(undo_fails=1)})
@@ -936,7 +953,7 @@ def half_undone(*, idempotent: bool) -> tuple[World, SagaCoordinator, Pipeline]:
             assert (await ctx.undo_saga(child.saga_id, hotel)).clean
 
     parent = Pipeline(name="trip").with_stage("book", compensable(book, release, idempotent=idempotent))
-    coordinator = SagaCoordinator(IMPATIENT)
+    coordinator = SagaCoordinator(IMPATIENT, ledger=ledger)
     run(coordinator.run(parent, saga_id="s"))
     stuck = run(coordinator.compensate("s", parent))
     assert list(stuck.stuck) == ["book", "book/room"]
@@ -953,6 +970,44 @@ def test_a_stage_of_ones_own_that_is_stuck_half_undone_runs_again_when_its_saga_
     assert report.stages["book"].children[0].status is SagaStatus.COMPLETED
     assert world.standing == {"room": 1, "breakfast": 1}
     assert world.log == ["+room", "+breakfast", "-breakfast", "+breakfast"]
+
+
+@pytest.mark.parametrize("event", [SagaResumed, StageStarted])
+def test_one_that_is_stopped_before_it_runs_again_still_stands_in_part(event: type[object]) -> None:
+    """Promise 5: what its saga then undoes is undone within it, too."""
+    ledger = Striking(event)
+    world, coordinator, parent = half_undone(idempotent=True, ledger=ledger)
+    run(coordinator.settle("s", "book/room", "retry", "they answer again"))
+
+    async def play() -> SagaReport:
+        ledger.victim = resuming = asyncio.create_task(coordinator.resume("s", parent, forward=True))
+        with pytest.raises(asyncio.CancelledError):
+            await resuming
+        return await coordinator.report("s")
+
+    report = run(play())
+
+    assert ledger.victim is None
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+    assert world.log == ["+room", "+breakfast", "-breakfast", "-room"]
+
+
+def test_one_whose_process_dies_before_it_runs_again_still_stands_in_part() -> None:
+    ledger = Dying(after=100)
+    world, coordinator, parent = half_undone(idempotent=True, ledger=ledger)
+    run(coordinator.settle("s", "book/room", "retry", "they answer again"))
+    ledger.left = 1
+    with pytest.raises(LedgerError):
+        run(coordinator.resume("s", parent, forward=True))
+    assert isinstance(run(ledger.read("s"))[-1], SagaResumed)
+    ledger.left = 100
+    ledger.forget_owners()
+
+    report = run(SagaCoordinator(ledger=ledger).compensate("s", parent))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
 
 
 def test_one_that_may_not_run_again_is_for_a_person_to_make_whole() -> None:
