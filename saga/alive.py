@@ -234,9 +234,8 @@ class LiveSaga(Host):
 
     async def resume_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Go on with a child saga that has not come to its end."""
-        record = self.journal.state.stages[stage]
         # Whoever resumed this saga wants it to go forward; one that got stuck since then goes on to be undone.
-        forward = True if record.attempts == record.attempts_before + 1 else None
+        forward = True if self.journal.state.stages[stage].is_first_since_resumed else None
         return await self._heeding(stage, self._keeper.resume_child(self, saga_id, pipeline, forward=forward))
 
     async def undo_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:

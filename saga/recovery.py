@@ -165,6 +165,12 @@ class StageRecord:
         return self.again and self.anew
 
     @property
+    def is_first_since_resumed(self) -> bool:
+        """Its attempt is the first one since the saga was resumed, beside such as died with their processes; else its very first."""
+        before = self.tries[self.attempts_before : -1]
+        return not before or (self.attempts_before > 0 and all(attempt.failed is FailureKind.CRASHED for attempt in before))
+
+    @property
     def next_execution(self) -> int:
         """The execution of the attempt that starts next; one that was undone, or replaced before it began, is never gone on with."""
         is_over = self.is_due_anew or (self.execution > 0 and not self.attempts)

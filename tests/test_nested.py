@@ -922,6 +922,41 @@ def test_killed_at_any_event_no_saga_of_a_family_is_left_running_by_whoever_reco
     assert left_by_its_parent
 
 
+def test_killed_at_any_event_a_resumed_family_goes_forward_as_if_it_had_not_been() -> None:
+    """Promise 11: what whoever resumed the parent wants of its stuck child holds until the child knows of it."""
+    survived = killed_before_the_child_knew = 0
+    for killed_after in range(60):
+        scripts = {"open": Script(undo_fails=1, undo_bears_repetition=True), "confirm": Script("raise", then=("ok",))}
+        names = ["before", "room", "open", "pay", "confirm", "after", "aside"]
+        world, trip = generations(scripts, dict.fromkeys(names, "probed"), IMPATIENT)
+        ledger = Dying(after=1000)
+        policy = FailFast(on_failure="halt")
+        stuck = run(SagaCoordinator(policy, ledger=ledger).run(trip, saga_id="s"))
+        assert "book_hotel/charge_deposit/open" in stuck.stuck
+        run(SagaCoordinator(ledger=ledger).settle("s", "book_hotel/charge_deposit/open", "retry", "they answer again"))
+
+        ledger.left = killed_after
+        try:
+            run(SagaCoordinator(ledger=ledger).resume("s", trip, forward=True))
+            survived += 1
+        except LedgerError:
+            ledger.left = 1000
+            ledger.forget_owners()
+            known = [any(isinstance(event, SagaResumed) for event in run(ledger.read(of))) for of in ("s", "s/book_hotel")]
+            killed_before_the_child_knew += known == [True, False]
+            recovery = run(SagaCoordinator(ledger=ledger).recover(trip))
+            if not known[0]:
+                assert not recovery.reports
+                run(SagaCoordinator(ledger=ledger).resume("s", trip, forward=True))
+
+        report = run(SagaCoordinator(ledger=ledger).report("s"))
+        assert report.status is SagaStatus.COMPLETED, (killed_after, str(report))
+        assert world.standing == dict.fromkeys(names, 1), killed_after
+        assert world.refusals == [], killed_after
+    assert survived
+    assert killed_before_the_child_knew
+
+
 class Striking(MemoryLedger):
     """Cancels somebody while it writes an event of a kind."""
 
