@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from saga.errors import LedgerCorrupt, MisuseError, SagaNotFound
-from saga.ledger import StageState
-from saga.recovery import SagaState, stage_states
+from saga.recovery import SagaState
 from saga.report import SagaReport
 
 if TYPE_CHECKING:
@@ -70,37 +69,20 @@ async def run_by(ledger: Ledger, state: SagaState) -> list[tuple[str, str]]:
 async def located(ledger: Ledger, state: SagaState, path: str) -> list[tuple[str, str]]:
     """The sagas and stages that a path leads through, from a saga on, the outermost first.
 
-    Of several sagas that a stage has run it leads to the one with something to settle there, else to the last.
-
     Raises:
-        MisuseError: It leads to no stage, or to several that are to be settled.
+        MisuseError: It leads to no stage, or to several.
     """
-    places = await _places(ledger, state, path)
-    if not places:
+    ways = await _ways(ledger, state, path)
+    if not ways:
         raise MisuseError(f"a stage of saga {state.started.saga_id} ({', '.join(state.stages)})", got=repr(path))
-    unsettled = [place for place in places if place.is_unsettled]
-    if len(unsettled) > 1:
-        # Told apart by their sagas' ids, which they have in the report; the first one's may be the path of all.
-        unsettled = [place for place in unsettled if _spelled_out(place.way) == path] or unsettled
-    if len(unsettled) > 1:
+    if len(ways) > 1:
+        # Whichever is in question: said twice, a path that leads to what is left would lead to another one the second time.
         raise MisuseError(
-            "one stage that is stuck or in doubt",
-            got=f"{path!r}, which leads to {len(unsettled)}",
-            hint=f"Name one of them: {', '.join(_spelled_out(place.way) for place in unsettled)}.",
+            "the path of one stage",
+            got=f"{path!r}, which leads to {len(ways)}",
+            hint=f"Name one of them: {', '.join(map(_spelled_out, ways))}.",
         )
-    return (unsettled or places)[0].way
-
-
-class _Place(NamedTuple):
-    """Where a path leads.
-
-    Attributes:
-        way: The sagas and stages that it leads through, the outermost first.
-        is_unsettled: Whether the stage is stuck or in doubt.
-    """
-
-    way: list[tuple[str, str]]
-    is_unsettled: bool
+    return ways[0]
 
 
 def _spelled_out(way: Sequence[tuple[str, str]]) -> str:
@@ -109,18 +91,17 @@ def _spelled_out(way: Sequence[tuple[str, str]]) -> str:
     return f"{innermost}/{stage}".removeprefix(f"{outermost}/")
 
 
-async def _places(ledger: Ledger, state: SagaState, path: str) -> list[_Place]:
-    """Where a path leads from a saga on, to the last of several children first."""
+async def _ways(ledger: Ledger, state: SagaState, path: str) -> list[list[tuple[str, str]]]:
+    """Where a path may lead from a saga on."""
     saga_id = state.started.saga_id
     if path in state.stages:
-        shown = stage_states(state, state.policy)[path]
-        return [_Place([(saga_id, path)], shown in {StageState.STUCK, StageState.IN_DOUBT})]
-    found: list[_Place] = []
-    for child in reversed(await ledger.list(parent=saga_id) if "/" in path else ()):
-        stage = str(child.parent_stage)
-        for name in {stage, child.saga_id.removeprefix(f"{saga_id}/")}:
-            if path.startswith(f"{name}/"):
-                below = SagaState(await events_of(ledger, child.saga_id))
-                places = await _places(ledger, below, path.removeprefix(f"{name}/"))
-                found += [_Place([(saga_id, stage), *place.way], place.is_unsettled) for place in places]
+        return [[(saga_id, path)]]
+    first, _, rest = path.partition("/")
+    children = await ledger.list(parent=saga_id) if rest else ()
+    # Whoever has the very id that a path begins with is meant by it, whatever other sagas the stage has run.
+    named = [child for child in children if child.saga_id == f"{saga_id}/{first}"]
+    found: list[list[tuple[str, str]]] = []
+    for child in named or [child for child in children if child.parent_stage == first]:
+        below = SagaState(await events_of(ledger, child.saga_id))
+        found += [[(saga_id, str(child.parent_stage)), *way] for way in await _ways(ledger, below, rest)]
     return found

@@ -110,6 +110,14 @@ class StageReport:
     tries: tuple[Try, ...] = ()
 
     @property
+    def children_by_path(self) -> dict[str, SagaReport]:
+        """Its children, by what the paths to their stages begin with.
+
+        An only child's begin with the stage's name. Of several each has its own, as its id has, so that no path ever leads to another one.
+        """
+        return _by_path(self.children)
+
+    @property
     def is_kept_by_word(self) -> bool:
         """Whether it stands because a person said that it is to."""
         return self.settled is not None and self.settled.verdict is Verdict.KEPT and self.state in {_S.KEPT, _S.FALLBACK}
@@ -251,10 +259,8 @@ class SagaReport(BaseModel):
             if stage.state is state:
                 found[name] = stage.output
             # What a person keeps is kept with all that is within it.
-            unsettled = [] if stage.is_kept_by_word else [child for child in stage.children if not child.clean]
-            for child in unsettled:
-                # What several have in common has a path for each: the child's id begins with this saga's.
-                path = name if len(unsettled) == 1 else child.saga_id.removeprefix(f"{self.saga_id}/")
+            within = {} if stage.is_kept_by_word else stage.children_by_path
+            for path, child in within.items():
                 found |= {f"{path}/{inner}": output for inner, output in child._with_children(state).items()}  # noqa: SLF001 - of its own kind
         return found
 
@@ -275,8 +281,8 @@ class SagaReport(BaseModel):
     def stuck(self) -> dict[str, StageOutput | None]:
         """The outputs of stages whose compensation failed for good: their effect stands.
 
-        A stage of a nested saga is named by its path, here and below: `book_hotel/charge_deposit`. Where a stage has run several sagas with
-        something to settle, the path begins as the saga's own id does: `book_hotel#1.2/charge_deposit`.
+        A stage of a nested saga is named by its path, here and below: `book_hotel/charge_deposit`. Where a stage has run several sagas, the
+        path begins as the saga's own id does: `book_hotel#1.2/charge_deposit`.
         """
         return self._with_children(_S.STUCK)
 
@@ -445,14 +451,21 @@ def _as_error(failure: Failure) -> Exception:
     return error
 
 
+def _by_path(children: tuple[SagaReport, ...]) -> dict[str, SagaReport]:
+    if len(children) == 1:
+        return {str(children[0].parent_stage): children[0]}
+    # The child's id begins with its parent's.
+    return {child.saga_id.removeprefix(f"{child.parent}/"): child for child in children}
+
+
 def _of_children(children: Mapping[str, tuple[SagaReport, ...]], exceptions: Mapping[Failure, BaseException]) -> list[Failure]:
     """The failures of child sagas, their stages named by their paths."""
     return [
         failure.model_copy(
-            update={"stage": name if failure.stage is None else f"{name}/{failure.stage}", "exception": exceptions.get(failure)}
+            update={"stage": path if failure.stage is None else f"{path}/{failure.stage}", "exception": exceptions.get(failure)}
         )
-        for name, reports in children.items()
-        for report in reports
+        for reports in children.values()
+        for path, report in _by_path(reports).items()
         for failure in report.failures
     ]
 

@@ -669,14 +669,66 @@ def test_what_is_stuck_in_several_children_of_a_stage_is_reported_and_settled_on
     assert [*report.stuck] == ["book/room", "book#1.3/room"]
     worlds[0].undo("room")
     report = run(coordinator.settle("s", "book/room", "undone", "by hand"))
-    assert [*report.stuck] == ["book/room"]
-    worlds[2].undo("room")
-    report = run(coordinator.settle("s", "book/room", "undone", "by hand"))
-    assert not report.stuck
+    assert [*report.stuck] == ["book#1.3/room"]
     with pytest.raises(MisuseError, match="expected a stage that is stuck or in doubt, for stage 'room', got one that is undone"):
         run(coordinator.settle("s", "book/room", "undone", "by hand"))
+    worlds[2].undo("room")
+    report = run(coordinator.settle("s", "book#1.3/room", "undone", "by hand"))
+    assert not report.stuck
+    with pytest.raises(MisuseError, match="expected a stage that is stuck or in doubt, for stage 'room', got one that is undone"):
+        run(coordinator.settle("s", "book#1.3/room", "undone", "by hand"))
     assert run(coordinator.resume("s", parent)).status is SagaStatus.COMPENSATED
     assert [world.standing for world in worlds] == [{}, {}, {}]
+
+
+def test_a_word_said_again_is_taken_for_the_stage_that_it_was_said_of() -> None:
+    """Nobody has looked at the other ones; and where the sagas above lack it, they learn of it then."""
+    worlds, rooms = zip(*[scene({"room": ()}, {"room": Script(undo_fails=fails)}) for fails in (9, 0)], strict=True)
+
+    async def book(ctx: SagaContext) -> None:
+        for room in rooms:
+            await ctx.run_saga(room, policy=IMPATIENT)
+
+    parent = Pipeline().with_stage("book", compensable(book, undo_each(rooms))).with_stage("fail", fail, "work", dependencies=("book",))
+    ledger = Dying(10_000)
+    coordinator = SagaCoordinator(IMPATIENT, ledger=ledger)
+    stuck = run(coordinator.run(parent, saga_id="s"))
+    assert [*stuck.stuck] == ["book", "book/room"]
+    worlds[0].undo("room")
+    ledger.left = 1
+    with pytest.raises(OSError, match="killed"):
+        run(coordinator.settle("s", "book/room", "undone", "by hand"))
+    ledger.left = 10_000
+
+    run(coordinator.settle("s", "book/room", "undone", "by hand"))
+    report = run(coordinator.resume("s", parent))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert [world.standing for world in worlds] == [{}, {}]
+
+
+def test_what_a_later_attempt_ran_has_a_path_of_its_own_though_what_was_before_it_is_undone() -> None:
+    shape = {"room": (), "pay": ("room",)}
+    rooms = [scene(shape, {"room": Script(undo_fails=fails), "pay": Script("raise")})[1] for fails in (0, 9)]
+
+    async def book(ctx: SagaContext) -> None:
+        report = await ctx.run_saga(rooms[ctx.attempt - 1], policy=IMPATIENT)
+        raise NestedSagaFailed(report)
+
+    parent = Pipeline().with_stage("book", compensable(book, undo_each(rooms), compensate_in_doubt=True))
+    coordinator = SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0.0)))
+
+    report = run(coordinator.run(parent, saga_id="s"))
+
+    assert [*report.stuck] == ["book#2/room"]
+    command = "saga settle s 'book#2/room' undone --note '...'"
+    assert command in str(report)
+    assert command in str(run(coordinator.report("s/book#2")))
+    assert [failure.stage for failure in report.failures] == ["book/pay", "book", "book#2/pay", "book#2/room", "book"]
+    assert "undoing room was declined" in report.failures[-1].message
+    with pytest.raises(MisuseError, match="for stage 'room', got one that is undone"):
+        run(coordinator.settle("s", "book/room", "kept", "by hand"))
+    assert not run(coordinator.settle("s", "book#2/room", "kept", "by hand")).stuck
 
 
 def test_a_path_that_leads_to_several_stuck_stages_is_refused() -> None:
@@ -696,8 +748,8 @@ def test_a_path_that_leads_to_several_stuck_stages_is_refused() -> None:
     with pytest.raises(MisuseError) as refused:
         run(coordinator.settle("s", "book/room", "undone", "by hand"))
 
-    several = "expected one stage that is stuck or in doubt, got 'book/room', which leads to 2."
-    assert str(refused.value) == f"{several} Name one of them: book#2.2/room, book#2/room."
+    several = "expected the path of one stage, got 'book/room', which leads to 2."
+    assert str(refused.value) == f"{several} Name one of them: book#2/room, book#2.2/room."
 
 
 def test_what_a_person_keeps_in_a_child_keeps_what_the_child_stands_on() -> None:

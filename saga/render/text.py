@@ -202,29 +202,26 @@ def goes_on(path: str, report: SagaReport) -> bool:
 
 def _located(path: str, report: SagaReport) -> tuple[SagaReport, str]:
     """The saga and the stage of it to which one of the report's paths leads."""
-    for name, stage in report.stages.items():
-        for child in stage.children:
-            for begin in (f"{name}/", f"{child.saga_id.removeprefix(f'{report.saga_id}/')}/"):
-                if path not in report.stages and path.startswith(begin) and not child.clean:
-                    return _located(path.removeprefix(begin), child)
+    for stage in report.stages.values():
+        for begin, child in stage.children_by_path.items():
+            if path.startswith(f"{begin}/"):
+                return _located(path.removeprefix(f"{begin}/"), child)
     return report, path
 
 
 def _outer(report: SagaReport) -> tuple[str, str]:
     """The saga to go on with, and the path to this one's stages from there: what another one runs goes on with that."""
-    return (report.saga_id, "") if report.parent is None else (report.parent, f"{report.parent_stage}/")
+    return (report.saga_id, "") if report.parent is None else (report.parent, f"{report.saga_id.removeprefix(f'{report.parent}/')}/")
 
 
 def _kept_within(report: SagaReport) -> Iterator[str]:
     """The stages that their own saga keeps, though the stage that ran it came to nothing, by their paths."""
-    for name, stage in report.stages.items():
+    for stage in report.stages.values():
         if stage.state not in _CAME_TO_NOTHING:
             continue
-        at_rest = [child for child in stage.children if child.clean and child.ended_at is not None]
-        standing = [child for child in at_rest if child.status is not SagaStatus.COMPENSATED]
-        for child in standing:
-            path = name if len(standing) == 1 else child.saga_id.removeprefix(f"{report.saga_id}/")
-            yield from (f"{path}/{inner}" for inner in (*child.kept, *_kept_within(child)))
+        for path, child in stage.children_by_path.items():
+            if child.clean and child.ended_at is not None and child.status is not SagaStatus.COMPENSATED:
+                yield from (f"{path}/{inner}" for inner in (*child.kept, *_kept_within(child)))
 
 
 def what_to_do(report: SagaReport) -> list[str]:
