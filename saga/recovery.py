@@ -503,7 +503,8 @@ class SagaState:
         record.undone_in_part = record.undone_in_part and event.verdict is Verdict.RETRY
         match event.verdict:
             case Verdict.UNDONE:
-                record.state, record.doubt, record.landed = _S.UNDONE, False, False
+                # Also what was beyond a point of no return of its own: it protects nothing any more.
+                record.state, record.doubt, record.landed, record.past_pivot = _S.UNDONE, False, False, False
                 record.undo_ended_at = event.at
             case Verdict.KEPT:
                 if record.fell_back:

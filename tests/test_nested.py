@@ -827,6 +827,26 @@ def test_what_can_be_undone_beyond_the_pivot_of_a_child_is_undone_when_it_is_set
         assert world.standing == {"pay": 1, "mail": 1, "fail": 1}
 
 
+def test_what_a_person_undid_beyond_the_pivot_of_a_child_protects_nothing_before_it() -> None:
+    """What was held back by it may be undone then, as the docs say."""
+    world, child = scene({"pay": (), "mail": ("pay",)}, {"mail": Script("hang")}, {"pay": "pivot"})
+    before, parent = scene({"before": ()})
+    trip = parent.with_stage("child", nested(child, FailFast(timeout=1)), dependencies=("before",))
+    coordinator = SagaCoordinator(IMPATIENT)
+    stuck = run(coordinator.run(trip, saga_id="s"))
+    assert [*stuck.stuck, *stuck.in_doubt, *stuck.kept] == ["child", "child/mail", "before"]
+
+    run(coordinator.settle("s", "child/mail", "undone", "nobody got one"))
+    world.undo("pay")
+    run(coordinator.settle("s", "child", "undone", "they gave the money back, too"))
+    report = run(coordinator.resume("s", trip))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.clean, str(report)
+    assert not report.past_pivot
+    assert (world.standing, before.standing) == ({}, {})
+
+
 def test_a_child_that_fails_before_its_pivot_is_undone_with_its_parent() -> None:
     world, trip = generations({"pay": Script("raise")}, {"pay": "pivot"})
 
