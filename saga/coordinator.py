@@ -22,6 +22,7 @@ from saga.alive import Late, Latecomer, LiveSaga
 from saga.asking import ask
 from saga.backward import Backward
 from saga.blueprint import Blueprint, refuse_no_policy
+from saga.compensable import is_within
 from saga.errors import (
     GraphChanged,
     LedgerConflict,
@@ -46,7 +47,7 @@ from saga.events import (
     Verdict,
 )
 from saga.failures import Failure
-from saga.family import events_of, located, report_of, report_with_children, reports_of, run_by
+from saga.family import below, events_of, located, report_of, report_with_children, reports_of, run_by
 from saga.forward import Forward
 from saga.heart import Heart
 from saga.inputs import context_of, recorded_input, refuse_both
@@ -211,8 +212,8 @@ class SagaCoordinator:
 
         Raises:
             SagaNotFound: The ledger has no such saga.
-            MisuseError: The stage is neither stuck nor in doubt, a saga that it ran has not come to rest, or a retry could not tell
-                anything new; nothing was recorded.
+            MisuseError: The stage is neither stuck nor in doubt, a saga below it has not come to rest or, for `undone`, has something
+                stuck, blocked or in doubt, or a retry could not tell anything new; nothing was recorded.
             LedgerConflict: Another coordinator holds the saga.
         """
         if verdict not in set(Verdict):
@@ -231,7 +232,7 @@ class SagaCoordinator:
             output=None if output is None else StageOutput.ok(copied(output)),
         )
         if said.verdict is not Verdict.RETRY:
-            await self._refuse_while_within(owner, leaf)
+            await self._refuse_while_within(owner, said, stage)
         refused = await self._settle(owner, said)
         # Whoever was cut off between the saga's ledger and those of the ones above it says it again.
         if refused is not None and not refused.is_repeated:
@@ -642,10 +643,11 @@ class SagaCoordinator:
         if isinstance(name, str) and name != state.started.pipeline:
             raise GraphChanged(saga_id, [f"its pipeline is {state.started.pipeline!r}, this one is {name!r}"])
 
-    async def _refuse_while_within(self, saga_id: str, stage: str) -> None:
-        """Refuse a word on what stands of a stage while a saga that it ran has not come to rest."""
-        for child in await self.ledger.list(parent=saga_id, statuses=ALIVE):
-            if child.parent_stage == stage:
+    async def _refuse_while_within(self, saga_id: str, said: StageSettled, path: str) -> None:
+        """Refuse a word on what stands of a stage while a saga below it has not come to rest, or is in question itself."""
+        stage = said.stage
+        for child in await below(self.ledger, saga_id, stage):
+            if child.status in ALIVE:
                 raise MisuseError(
                     "a stage whose own sagas have come to rest",
                     got=f"saga {child.saga_id}, which is {child.status.value}",
@@ -653,6 +655,18 @@ class SagaCoordinator:
                     hint=f"If its process is gone, have it stopped first: saga recover, or coordinator.recover, with its pipeline "
                     f"{child.pipeline!r}.",
                 )
+        report = await self.report(saga_id)
+        within = [
+            f"{path.removesuffix(stage)}{inner}" for inner in (*report.stuck, *report.in_doubt, *report.blocked) if is_within(inner, stage)
+        ]
+        # What is kept is kept with all that is within it.
+        if within and said.verdict is Verdict.UNDONE:
+            raise MisuseError(
+                "a stage within which nothing is stuck, blocked or in doubt",
+                got=f"undone, while these are: {', '.join(within)}",
+                stage=stage,
+                hint="Settle what is stuck or in doubt there, and go on with the saga: the stage finds out by itself.",
+            )
 
     async def _settle(self, saga_id: str, said: StageSettled) -> _Refused | None:
         """Record a person's word on a stage; or why it can't be taken."""

@@ -12,7 +12,7 @@ from saga.report import SagaReport
 if TYPE_CHECKING:
     from saga.events import AnyEvent
     from saga.failures import Failure
-    from saga.ledger import Ledger
+    from saga.ledger import Entry, Ledger
 
 
 async def events_of(ledger: Ledger, saga_id: str) -> Sequence[AnyEvent]:
@@ -55,6 +55,15 @@ async def reports_of(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> l
     entries = await ledger.list(parent=saga_id)
     ids = [entry.saga_id for entry in entries if entry.parent_stage == stage]
     return [await report_of(ledger, child) for child in ids if child == prefix or child.startswith(f"{prefix}#")]
+
+
+async def below(ledger: Ledger, saga_id: str, stage: str | None = None) -> list[Entry]:
+    """All sagas below a saga, or below one of its stages, the upper ones first."""
+    found: list[Entry] = []
+    for child in await ledger.list(parent=saga_id):
+        if stage is None or child.parent_stage == stage:
+            found += [child, *await below(ledger, child.saga_id)]
+    return found
 
 
 async def run_by(ledger: Ledger, state: SagaState) -> list[tuple[str, str]]:
@@ -102,6 +111,6 @@ async def _ways(ledger: Ledger, state: SagaState, path: str) -> list[list[tuple[
     named = [child for child in children if child.saga_id == f"{saga_id}/{first}"]
     found: list[list[tuple[str, str]]] = []
     for child in named or [child for child in children if child.parent_stage == first]:
-        below = SagaState(await events_of(ledger, child.saga_id))
-        found += [[(saga_id, str(child.parent_stage)), *way] for way in await _ways(ledger, below, rest)]
+        inner = SagaState(await events_of(ledger, child.saga_id))
+        found += [[(saga_id, str(child.parent_stage)), *way] for way in await _ways(ledger, inner, rest)]
     return found

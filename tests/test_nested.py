@@ -611,6 +611,53 @@ def test_a_child_left_behind_by_a_saga_at_rest_is_stopped_and_never_goes_forward
     assert world.log.count("+room") == 1
 
 
+def test_a_stage_is_undone_by_word_only_when_nothing_within_it_is_in_question() -> None:
+    """Promise 5: or the saga would be compensated, while what is stuck within stands by its ledger, and nobody would look there."""
+    world, trip = generations({"pay": Script(undo_fails=9), "after": Script("raise")}, policy=IMPATIENT)
+    coordinator = SagaCoordinator(IMPATIENT)
+    stuck = run(coordinator.run(trip, saga_id="s"))
+
+    for path in ("book_hotel", "book_hotel/charge_deposit"):
+        with pytest.raises(MisuseError) as refused:
+            run(coordinator.settle("s", path, "undone", "they told me"))
+        assert "expected a stage within which nothing is stuck, blocked or in doubt, for stage" in str(refused.value)
+        assert PATH in str(refused.value)
+        assert run(coordinator.report("s")) == stuck
+    world.undo("pay")
+    run(coordinator.settle("s", PATH, "undone", "the bank gave it back"))
+    report = run(coordinator.resume("s", trip))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.clean
+    assert world.standing == {}
+
+
+@pytest.mark.parametrize("verdict", ["undone", "kept"])
+def test_a_word_on_a_stage_waits_for_all_sagas_below_it(verdict: str) -> None:
+    """Also for one that is running under one that has come to rest: what it is going to do is not known yet."""
+    world, inmost = scene({"pay": ()}, {"pay": Script(before=20)})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(inmost)
+
+    hotel = Pipeline(name="hotel").with_stage("book", compensable(book, undo_each([inmost])))
+    trip = Pipeline(name="trip").with_stage("hotel", nested(hotel, FailFast(timeout=1, cancel_grace=1)))
+    coordinator = SagaCoordinator(IMPATIENT)
+
+    async def play() -> tuple[SagaReport, str]:
+        stuck = await coordinator.run(trip, saga_id="s")
+        with pytest.raises(MisuseError) as refused:
+            await coordinator.settle("s", "hotel", verdict, "looked")
+        await elapse(30)
+        return stuck, str(refused.value)
+
+    stuck, refused = run(play())
+
+    assert [*stuck.stuck, *stuck.in_doubt] == ["hotel", "hotel/book"]
+    assert "a stage whose own sagas have come to rest, for stage 'hotel', got saga s/hotel/book, which is running" in refused
+    assert world.log == ["+pay", "-pay"]
+
+
 def test_a_compensation_that_passes_over_what_a_child_left_standing_has_failed() -> None:
     """Promise 5: compensated means that nothing is stuck, however careless the code of a stage is."""
     world, room = scene({"room": ()}, {"room": Script(undo_fails=9)})
