@@ -115,7 +115,10 @@ class StageReport:
 
         An only child's begin with the stage's name. Of several each has its own, as its id has, so that no path ever leads to another one.
         """
-        return _by_path(self.children)
+        if len(self.children) == 1 and not self.unread:
+            return {str(self.children[0].parent_stage): self.children[0]}
+        # The child's id begins with its parent's.
+        return {child.saga_id.removeprefix(f"{child.parent}/"): child for child in self.children}
 
     @property
     def is_kept_by_word(self) -> bool:
@@ -220,21 +223,20 @@ class SagaReport(BaseModel):
         children, unread = children or {}, unread or {}
         undone = sorted([(record.undo_order, name) for name, record in state.stages.items() if record.undo_order >= 0])
         shown = stage_states(state, state.policy)
+        stages = {
+            name: StageReport.of(state.stages[name], shown[name], state.graph[name].dependencies, children.get(name, ()), unread.get(name))
+            for name in state.graph.names
+        }
         return cls(
             saga_id=state.started.saga_id,
             pipeline=state.started.pipeline,
             status=state.status,
             cause=state.cause,
             # The saga's own (deadline, caller) reach the ledger when the stages have been drained.
-            failures=tuple(sorted([*state.failures, *_of_children(children, exceptions or {})], key=lambda failure: failure.at)),
+            failures=tuple(sorted([*state.failures, *_of_children(stages.values(), exceptions or {})], key=lambda failure: failure.at)),
             started_at=state.started.at,
             ended_at=state.ended_at,
-            stages={
-                name: StageReport.of(
-                    state.stages[name], shown[name], state.graph[name].dependencies, children.get(name, ()), unread.get(name)
-                )
-                for name in state.graph.names
-            },
+            stages=stages,
             compensation_order=tuple(name for _, name in undone),
             past_pivot=bool(protected(state)),
             parent=state.started.parent,
@@ -451,21 +453,14 @@ def _as_error(failure: Failure) -> Exception:
     return error
 
 
-def _by_path(children: tuple[SagaReport, ...]) -> dict[str, SagaReport]:
-    if len(children) == 1:
-        return {str(children[0].parent_stage): children[0]}
-    # The child's id begins with its parent's.
-    return {child.saga_id.removeprefix(f"{child.parent}/"): child for child in children}
-
-
-def _of_children(children: Mapping[str, tuple[SagaReport, ...]], exceptions: Mapping[Failure, BaseException]) -> list[Failure]:
+def _of_children(stages: Iterable[StageReport], exceptions: Mapping[Failure, BaseException]) -> list[Failure]:
     """The failures of child sagas, their stages named by their paths."""
     return [
         failure.model_copy(
             update={"stage": path if failure.stage is None else f"{path}/{failure.stage}", "exception": exceptions.get(failure)}
         )
-        for reports in children.values()
-        for path, report in _by_path(reports).items()
+        for stage in stages
+        for path, report in stage.children_by_path.items()
         for failure in report.failures
     ]
 

@@ -244,6 +244,32 @@ def test_a_child_that_cannot_be_read_hides_nothing_of_its_parent_which_is_not_cl
         assert text.splitlines()[-1] == "Not known what stands of saga s/trip/hotel: saga s/trip/hotel is damaged"
 
 
+def test_beside_a_saga_that_cannot_be_read_another_one_of_its_stage_keeps_its_path() -> None:
+    async def refuse(_: CompensationContext) -> None:
+        raise ConnectionError("no line")
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(room)
+        await ctx.run_saga(room)
+
+    async def cancel(ctx: CompensationContext) -> None:
+        for child in await ctx.child_sagas():
+            await ctx.undo_saga(child.saga_id, room)
+
+    room = Pipeline(name="room").with_stage("deposit", compensable(nothing, refuse), "work")
+    pipeline = Pipeline(name="trip").with_stage("hotel", compensable(book, cancel), "work")
+    ledger = Damaged()
+    coordinator = SagaCoordinator(IMPATIENT, ledger=ledger)
+    run(coordinator.run(pipeline, saga_id="s"))
+    run(coordinator.compensate("s", pipeline))
+    ledger.damaged = "s/hotel"
+
+    report = run(coordinator.report("s"))
+
+    assert report.unread.keys() == {"s/hotel"}
+    assert {*report.stuck} == {"hotel", "hotel#1.2/deposit"}
+
+
 @pytest.mark.parametrize("verdict", ["undone", "kept"])
 def test_what_a_person_says_of_a_child_that_cannot_be_read_is_known(verdict: str) -> None:
     _, pipeline = trip({})
