@@ -285,10 +285,18 @@ class SagaCoordinator:
                 except Exception as error:  # noqa: BLE001 - it is one saga's, and the others go on
                     recovery.failed[entry.saga_id] = error if isinstance(error, SagaError) else _unexpected(entry.saga_id, error)
 
-        async with asyncio.TaskGroup() as group:
-            for entry in entries.values():
-                if entry.parent not in entries and entry.parent not in self._alive:
+        waiting = set(entries)
+        while due := [
+            entry
+            for entry in entries.values()
+            if entry.saga_id in waiting and entry.parent not in entries and entry.parent not in self._alive
+        ]:
+            waiting.difference_update(entry.saga_id for entry in due)
+            async with asyncio.TaskGroup() as group:
+                for entry in due:
                     group.create_task(go_on(entry))
+            # Those that have come to rest may have passed by what had been left to them.
+            entries = {entry.saga_id: entry for entry in await self.ledger.list(statuses=ALIVE)} if waiting else {}
         return recovery
 
     async def report(self, saga_id: str) -> SagaReport:

@@ -27,6 +27,7 @@ from saga import (
     SagaNotFound,
     SagaReport,
     SagaStatus,
+    compensable,
     nested,
 )
 from saga import coordinator as coordinator_module
@@ -35,7 +36,7 @@ from saga.events import SagaStarted
 from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk, SlowLedger
-from tests.world import SEQUENCE, Script, scene
+from tests.world import SEQUENCE, Script, nothing, scene
 
 
 class Leased(MemoryLedger):
@@ -184,6 +185,38 @@ def test_a_child_whose_parent_is_being_recovered_is_left_to_it() -> None:
 
     assert (second.reports, second.held, second.failed) == ({}, {}, {})
     assert first.reports["s"].status is SagaStatus.COMPLETED
+
+
+def test_a_child_that_its_parent_passes_by_as_it_goes_on_is_stopped_by_the_same_recovery() -> None:
+    """It begins another one. And so that the grandchild is not left behind in its turn."""
+    world, room = scene({"room": ()}, {}, {"room": "probed"})
+
+    async def book_anew(ctx: SagaContext) -> None:
+        await ctx.run_saga(floor if ctx.stage_name == "floor" else room)
+
+    floor = Pipeline(name="floor").with_stage("room", compensable(book_anew, nothing, compensate_in_doubt=True))
+    hotel = Pipeline(name="hotel").with_stage("floor", compensable(book_anew, nothing, idempotent=True))
+    ledger = Dying(3)
+
+    async def play() -> tuple[Recovery, Recovery]:
+        with contextlib.suppress(LedgerError):
+            await SagaCoordinator(ledger=ledger).run(hotel, saga_id="s")
+        assert [entry.status for entry in await ledger.list()] == [SagaStatus.RUNNING] * 3
+        ledger.left = 1000
+        ledger.forget_owners()
+        coordinator = SagaCoordinator(ledger=ledger)
+        first, second = [await coordinator.recover([hotel, floor, room]) for _ in range(2)]
+        return first, second
+
+    first, second = run(play())
+
+    assert {saga_id: report.status for saga_id, report in first.reports.items()} == {
+        "s": SagaStatus.COMPLETED,
+        "s/floor": SagaStatus.COMPENSATED,
+        "s/floor/room": SagaStatus.COMPENSATED,
+    }
+    assert str(second) == "No saga has lost its process."
+    assert world.log == ["+room", "+room", "-room"]
 
 
 def test_a_saga_that_goes_on_here_meanwhile_is_no_failure_of_a_recovery() -> None:
