@@ -52,7 +52,7 @@ from saga.forward import Forward
 from saga.heart import Heart
 from saga.inputs import context_of, recorded_input, refuse_both
 from saga.journal import Journal, Listener, tell
-from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, StageState
+from saga.ledger import A_NAME, ALIVE, LONGEST_NAME, Entry, Ledger, MemoryLedger, StageState, is_name
 from saga.outputs import copied
 from saga.owners import this_process
 from saga.policies import ContinueWithFallback, FailFast, Policy
@@ -397,10 +397,13 @@ class SagaCoordinator:
         parent: LiveSaga | None = None,
         parent_stage: str | None = None,
     ) -> LiveSaga:
+        if saga_id is not None and (not isinstance(saga_id, str) or not saga_id.strip()):
+            raise MisuseError("a saga id with at least one visible character", got=repr(saga_id))
+        if self.ledger.durable:
+            # The ledger would refuse them, too, but with the error of one that has failed.
+            _refuse_names({"saga id": saga_id or "", "pipeline name": blueprint.name})
         if saga_id is None:
             saga_id = secrets.token_hex(16)
-        elif not isinstance(saga_id, str) or not saga_id.strip():
-            raise MisuseError("a saga id with at least one visible character", got=repr(saga_id))
         elif await self.ledger.read(saga_id) or saga_id in self._alive:
             # Looked for here at last: while the ledger was read, somebody else may have begun it.
             raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Read what became of it with report().")
@@ -798,6 +801,18 @@ def _checked(listeners: Sequence[Listener]) -> tuple[Listener, ...]:
 
 def _token_of(parent: LiveSaga | None) -> int | None:
     return None if parent is None else parent.journal.token
+
+
+def _refuse_names(names: Mapping[str, str]) -> None:
+    """Refuse what no saga can be recorded under.
+
+    Raises:
+        MisuseError: One of them is too long, or contains what not every database can hold.
+    """
+    for what, name in names.items():
+        if not is_name(name):
+            hint = "The id of a saga that a stage runs is made of that stage's name and its own saga's id." if what == "saga id" else ""
+            raise MisuseError(f"a {what} {A_NAME}", got=f"one of {len(name)}: {name[:LONGEST_NAME]!r}", hint=hint)
 
 
 def _refuse_others(started: SagaStarted, parent: LiveSaga) -> None:

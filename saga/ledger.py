@@ -38,6 +38,7 @@ from saga.events import (
     StageStarted,
     at_rest,
 )
+from saga.text import written
 
 
 class StageState(StrEnum):
@@ -144,6 +145,15 @@ def status_said(events: Sequence[AnyEvent]) -> SagaStatus | None:
     return None
 
 
+LONGEST_NAME: Final = 500
+A_NAME: Final = f"of at most {LONGEST_NAME} characters, without NUL and surrogates"
+
+
+def is_name(text: str) -> bool:
+    """Whether every durable ledger can hold it as a saga's id, or as the name of its pipeline or of the stage that runs it."""
+    return len(text) <= LONGEST_NAME and (text.isprintable() or ("\0" not in text and written(text) == text))
+
+
 class Ledger(Protocol):
     """Where sagas are recorded.
 
@@ -153,6 +163,8 @@ class Ledger(Protocol):
     Whoever writes to a saga holds its lease: `create` and `acquire` give a token that goes with every append, and
     a later holder's token is higher. An owner that says nothing for longer than `lease` counts as gone, and what it held may be
     taken over; it then finds that its token is refused.
+
+    Names are such as `is_name` says, or a durable ledger refuses them.
 
     A saga that a stage runs has that stage's as its parent. Whoever creates or acquires it says `under` which token it holds the
     parent, and is refused when that is no longer the current one. Whoever takes over a saga that another owner held takes from that owner

@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,11 +31,15 @@ from saga import (
     SagaCoordinator,
     SagaExists,
     SagaNotFound,
+    SagaReport,
+    SagaStatus,
     compensable,
     nested,
 )
+from saga.ledgers.sqlite import SQLiteLedger
 from saga.policies import load_policy
 from tests.controlled import elapse, run
+from tests.slow import SlowDisk
 from tests.world import SEQUENCE, CardDeclined, Script, nothing, scene
 
 
@@ -341,6 +346,38 @@ def test_a_saga_id_that_is_taken_is_refused_while_it_runs_and_afterwards() -> No
 def test_a_saga_id_that_is_none_is_refused(saga_id: Any) -> None:
     with pytest.raises(MisuseError, match="expected a saga id with at least one visible character"):
         run(SagaCoordinator().run(scene(SEQUENCE)[1], saga_id=saga_id))
+
+
+ODD_NAMES = ["x" * 501, "\0", "\ud800"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("what", ["saga id", "pipeline name"])
+def test_a_name_that_a_durable_ledger_cannot_hold_is_refused_before_anything_runs(what: str, name: str) -> None:
+    coordinator = SagaCoordinator(ledger=SlowDisk())
+    saga_id, named = (name, "p") if what == "saga id" else ("s", name)
+
+    with pytest.raises(MisuseError, match=f"expected a {what} of at most 500 characters, without NUL and surrogates, got one of"):
+        run(coordinator.run(Pipeline(name=named).with_stage("a", Good), saga_id=saga_id))
+
+
+@pytest.mark.parametrize("what", ["saga id", "pipeline name"])
+def test_a_stage_whose_saga_a_durable_ledger_cannot_hold_fails_and_its_own_saga_comes_to_rest(what: str, tmp_path: Path) -> None:
+    world, trip = scene({"flight": ()})
+    hotel = Pipeline(name="h" * (501 if what == "pipeline name" else 10)).with_stage("room", Good)
+    trip = trip.with_stage("book_hotel", nested(hotel), dependencies=("flight",))
+    saga_id = "t" * (490 if what == "saga id" else 10)
+
+    async def play() -> SagaReport:
+        async with SQLiteLedger(tmp_path / "sagas.db") as ledger:
+            return await SagaCoordinator(ledger=ledger).run(trip, saga_id=saga_id)
+
+    report = asyncio.run(play())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+    assert report.cause.message.startswith(f"expected a {what} of at most 500 characters")
+    assert world.log == ["+flight", "-flight"]
 
 
 def test_a_guard_retry_strategy_is_refused_and_the_error_says_why() -> None:

@@ -12,8 +12,7 @@ from pydantic_core import PydanticSerializationError
 
 from saga.errors import LedgerCorrupt, LedgerError
 from saga.events import AnyEvent, SagaStarted, event_from_json, event_to_json
-from saga.ledger import status_said
-from saga.text import written
+from saga.ledger import A_NAME, LONGEST_NAME, is_name, status_said
 
 Redact = Callable[[AnyEvent], AnyEvent]
 """Gives an event without what must not be stored."""
@@ -179,17 +178,14 @@ def _refuse_changed(saga_id: str, event: AnyEvent, line: str) -> None:
             raise LedgerError(f"{_named(saga_id, event)} can't be stored: redact changed its {part} from {was!r} to {now!r}")
 
 
-_LONGEST: Final = 500
-
-
 def check_name(what: str, text: str) -> None:
     """Refuse a name that not every database can hold; others that are written with it must not suffer for it.
 
     Raises:
         LedgerError: It is too long, or contains NUL or what UTF-8 lacks.
     """
-    if len(text) > _LONGEST or (not text.isprintable() and ("\0" in text or written(text) != text)):
-        raise LedgerError(f"expected a {what} of at most {_LONGEST} characters, without NUL and surrogates, got {text[:_LONGEST]!r}")
+    if not is_name(text):
+        raise LedgerError(f"expected a {what} {A_NAME}, got {text[:LONGEST_NAME]!r}")
 
 
 def _named(saga_id: str, event: AnyEvent) -> str:
