@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from stageflow.api import Pipeline
 
 import saga
+from saga import CompensableStage, Compensation, ContinueWithFallback, FailFast, Retry, SagaCoordinator, SagaStatus
 from saga.ledger import TRANSITIONS
+from saga.ledgers.sqlite import SQLiteLedger
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```)?", re.MULTILINE | re.DOTALL)
@@ -46,6 +51,50 @@ def run(code: str, folder: Path) -> str:
     done = subprocess.run([sys.executable, "-W", "error", script], cwd=folder, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+class Unlucky(CompensableStage):
+    """Fails in every way that there is on the way back; `fails` says whether forward, too."""
+
+    compensation = Compensation(retry=Retry(attempts=1))
+
+    def __init__(self, *, fails: bool) -> None:
+        self.fails = fails
+
+    async def execute(self, ctx: Any) -> None:
+        await ctx.record("a part")
+        if self.fails:
+            raise OSError("forward")
+
+    async def compensate(self, ctx: Any) -> None:
+        raise OSError("back")
+
+    async def probe(self, ctx: Any) -> None:
+        raise OSError("asked")
+
+    async def fallback(self, ctx: Any, failure: Any) -> None:
+        raise OSError("in its place")
+
+
+@pytest.mark.parametrize("policy", [ContinueWithFallback(), FailFast(), FailFast(on_failure="halt")], ids=["fallback", "undo", "halt"])
+def test_what_the_docs_redact_leaves_no_traceback_in_the_ledger(policy: Any, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "how-to" / "make-sagas-durable.md").read_text()
+    (code,) = [block["code"] for block in BLOCK.finditer(page) if "redact=" in block["code"]]
+    block: dict[str, Any] = {}
+    exec(code, block)  # noqa: S102 - it is ours
+    pipeline = Pipeline(name="p").with_stage("a", Unlucky(fails=False)).with_stage("b", Unlucky(fails=True), dependencies=("a",))
+
+    async def stored(**how: Any) -> tuple[SagaStatus, bytes]:
+        file = tmp_path / f"{len(how)}.db"
+        async with SQLiteLedger(file, **how) as ledger:
+            report = await SagaCoordinator(policy, ledger=ledger).run(pipeline, saga_id="s")
+        return report.status, file.read_bytes()
+
+    (ended, whole), (also, redacted) = asyncio.run(stored()), asyncio.run(stored(redact=block["without_tracebacks"]))
+
+    assert ended is also
+    assert b"Traceback" in whole
+    assert b"Traceback" not in redacted
 
 
 def test_there_are_blocks_to_run() -> None:
