@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
 import resource
 import shutil
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from stageflow.api import Pipeline, StageOutput
 from saga import LedgerError, MemoryLedger, MisuseError, SagaCoordinator, SagaReport, SagaStatus
 from saga.errors import LedgerCorrupt, SagaUnrecorded
 from saga.events import AnyEvent, EffectRecorded, SagaStarted, StageCompleted, StageStarted, event_to_json
+from saga.ledger import ALIVE
 from saga.ledgers import open_ledger, sqlite, workers
 from saga.ledgers.postgres import PostgresLedger
 from saga.ledgers.rows import Prune, checksum
@@ -245,6 +248,31 @@ def test_a_saga_of_which_no_sense_can_be_made_is_not_listed_as_something_else(wh
 
     assert isinstance(entries, LedgerCorrupt)
     assert events == EVENTS
+
+
+def test_no_flipped_bit_of_a_status_hides_a_saga_that_is_to_be_recovered(whole: bytes, path: Path) -> None:
+    places = [found.start() + place for found in re.finditer(b"running", whole) for place in range(len("running"))]
+    assert len(places) == 2 * len("running")  # in the saga's row, and in an index
+
+    for place, bit in product(places, range(8)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << bit
+        path.write_bytes(damaged)
+
+        (alive,) = on(SQLiteLedger(path), listed(statuses=ALIVE))
+
+        assert alive == ["other"] or isinstance(alive, LedgerError), (place, bit)
+
+
+@pytest.mark.parametrize("status", ["'lost'", "x'00'"])
+def test_a_saga_whose_status_makes_no_sense_is_not_passed_over(whole: bytes, path: Path, status: str) -> None:
+    path.write_bytes(whole)
+    execute(path, f"UPDATE sagas SET status = {status} WHERE id = 'other'")  # noqa: S608 - constants
+
+    alive, done = on(SQLiteLedger(path), listed(statuses=ALIVE), listed(statuses={SagaStatus.COMPLETED}))
+
+    assert isinstance(alive, LedgerCorrupt)
+    assert isinstance(done, LedgerCorrupt)
 
 
 def test_a_row_that_is_in_the_way_harms_only_the_saga_whose_it_is(path: Path) -> None:

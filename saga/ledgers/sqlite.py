@@ -297,7 +297,10 @@ class _Store:
     def list(self, statuses: Collection[SagaStatus] | None, parent: str | None) -> Sequence[Entry]:
         wanted: dict[str, Sequence[str]] = {}
         if statuses is not None:
-            wanted[f"status IN ({', '.join('?' * len(statuses))})"] = [status.value for status in statuses]
+            # By the rows themselves: an index that was damaged would hide a saga, and nobody would go on with it. And without those that
+            # stand otherwise, rather than with those that stand so: what is no status at all is then refused, not passed over.
+            others = sorted({status.value for status in SagaStatus} - {status.value for status in statuses})
+            wanted[f"coalesce(status, '') NOT IN ({', '.join('?' * len(others))})"] = others
         if parent is not None:
             wanted["parent = ?"] = [parent]
         where = f" WHERE {' AND '.join(wanted)}" if wanted else ""
