@@ -9,7 +9,7 @@ import inspect
 import logging
 import re
 import weakref
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -17,11 +17,11 @@ from pydantic import BaseModel, ValidationError
 from stageflow.api import Pipeline, StageOutput
 
 from saga.compensable import PivotStage
-from saga.errors import PipelineInvalid, PolicyInvalid
+from saga.errors import MisuseError, PipelineInvalid, PolicyInvalid
 from saga.graph import Graph, Node, Role
 from saga.outputs import adapter_of
 from saga.policies import Compensation, ContinueWithFallback, FailFast, Retry
-from saga.text import did_you_mean, qualified, said, written
+from saga.text import did_you_mean, qualified, said, shown, written
 
 if TYPE_CHECKING:
     from stageflow.pipeline.pipeline import UnifiedStageSpec
@@ -172,6 +172,30 @@ class Blueprint:
                     got=repr(name),
                     hint=did_you_mean(name, self.stages),
                 )
+
+
+def by_name(pipelines: object) -> dict[str, Pipeline]:
+    """The pipelines under the names by which sagas are to find them.
+
+    Args:
+        pipelines: One, or those that are given, found by their names; as a mapping, by its keys.
+
+    Raises:
+        MisuseError: One is no pipeline, or two that differ have one name: what either is for can't be known.
+    """
+    if isinstance(pipelines, Pipeline):
+        pipelines = (pipelines,)
+    if isinstance(pipelines, str) or not isinstance(pipelines, Iterable):
+        raise MisuseError("the pipelines that the sagas were started with", got=shown(pipelines))
+    named = pipelines.items() if isinstance(pipelines, Mapping) else [(getattr(each, "name", ""), each) for each in pipelines]
+    found: dict[str, Pipeline] = {}
+    for name, pipeline in named:
+        if not isinstance(pipeline, Pipeline):
+            raise PipelineInvalid("a stageflow Pipeline", got=shown(pipeline))
+        if found.setdefault(name, pipeline) is not pipeline:
+            hint = "Give those that differ in calls of their own."
+            raise MisuseError("one pipeline of each name", got=f"several named {name!r}", hint=hint)
+    return found
 
 
 def refuse_no_policy(policy: object) -> None:

@@ -21,7 +21,7 @@ from saga.actions import LocalActions
 from saga.alive import Late, Latecomer, LiveSaga
 from saga.asking import ask
 from saga.backward import Backward
-from saga.blueprint import Blueprint, refuse_no_policy
+from saga.blueprint import Blueprint, by_name, refuse_no_policy
 from saga.compensable import is_within
 from saga.errors import (
     GraphChanged,
@@ -60,6 +60,7 @@ from saga.recovery import SagaState, Step, conclude, final_status, has_doubt, un
 from saga.report import Recovery, SagaReport
 from saga.resumption import Chapter, Decision, Direction, recovering, refusal, resumption, status_at_rest, undoing
 from saga.storable import refuse_unstorable, storable
+from saga.text import shown
 from saga.watch import make_ready, outlast, start
 
 if TYPE_CHECKING:
@@ -260,10 +261,13 @@ class SagaCoordinator:
 
         Returns:
             A report for every saga that went on, and for every other one why it did not.
+
+        Raises:
+            MisuseError: These are no pipelines, several have one name, or `concurrency` is not at least 1.
         """
-        if isinstance(pipelines, Pipeline):
-            pipelines = (pipelines,)
-        known = dict(pipelines) if isinstance(pipelines, Mapping) else {pipeline.name: pipeline for pipeline in pipelines}
+        known = by_name(pipelines)
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+            raise MisuseError("a concurrency of at least 1", got=shown(concurrency))
         entries = {entry.saga_id: entry for entry in await self.ledger.list(statuses=ALIVE)}
         recovery = Recovery()
         limit = asyncio.Semaphore(concurrency)

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 from stageflow.api import StageOutput
 
-from saga.errors import LedgerConflict
+from saga.errors import LedgerConflict, MisuseError
 from saga.events import (
     AnyEvent,
     CompensationCompleted,
@@ -38,7 +38,7 @@ from saga.events import (
     StageStarted,
     at_rest,
 )
-from saga.text import written
+from saga.text import shown, written
 
 
 class StageState(StrEnum):
@@ -154,6 +154,20 @@ def is_name(text: str) -> bool:
     return len(text) <= LONGEST_NAME and (text.isprintable() or ("\0" not in text and written(text) == text))
 
 
+def moment_ago(age: timedelta) -> datetime:
+    """When it was, so long ago, UTC.
+
+    Raises:
+        MisuseError: It is no timedelta, or no date can say when.
+    """
+    if not isinstance(age, timedelta):
+        raise MisuseError("a timedelta", got=shown(age), hint="Write timedelta(days=30).")
+    try:
+        return datetime.now(UTC) - age
+    except OverflowError:
+        raise MisuseError("an age that reaches back to the year 1 at most", got=str(age)) from None
+
+
 class Ledger(Protocol):
     """Where sagas are recorded.
 
@@ -237,6 +251,9 @@ class Ledger(Protocol):
 
         A child goes with the saga that runs it, and both stay while anything is left to do about one of them, one of them is
         younger, or somebody who counts as alive holds one of them.
+
+        Raises:
+            MisuseError: `older_than` is no timedelta, or reaches back beyond the year 1.
         """
         ...
 
@@ -408,7 +425,7 @@ class MemoryLedger(Ledger):
 
     async def prune(self, older_than: timedelta) -> Sequence[str]:
         """Forget old sagas about which nothing is left to do."""
-        before = datetime.now(UTC) - older_than
+        before = moment_ago(older_than)
         old = [done for done in self._done if all(one.events[-1].at < before for one in self._family(self._sagas[done]))]
         return tuple(gone for saga_id in old for gone in self._forget(saga_id))
 

@@ -550,6 +550,19 @@ def test_a_pipeline_that_the_project_does_not_name_is_asked_for(shop: Shop) -> N
     assert other.err == f"saga: expected the pipeline 'order' among [tool.saga] pipelines, got seat. {typed}"
 
 
+def test_two_pipelines_of_one_name_are_refused_and_the_same_one_given_twice_is_not(shop: Shop) -> None:
+    shop.saga("run", "shop:made", "--id", "s")
+    shop.write("other.py", 'from stageflow.api import Pipeline\nseat = Pipeline(name="seat")\n')
+
+    refused = shop.saga("recover", "shop:seat", "other:seat")
+    taken = shop.saga("recover", "shop:seat", "shop:seat", "shop:made")
+
+    assert refused.code == Exit.MISUSE
+    assert refused.err.startswith("saga: expected one pipeline of each name, got several named 'seat'. ")
+    assert taken.out == "No saga has lost its process.\n"
+    sys.modules.pop("other", None)
+
+
 # -- a saga's later life -----------------------------------------------------------------------------------------
 
 

@@ -636,6 +636,25 @@ def test_a_saga_whose_last_event_is_younger_is_not_forgotten(place: Place) -> No
     assert gone == {"s"}
 
 
+@pytest.mark.parametrize(
+    ("age", "message"),
+    [
+        (30, r"expected a timedelta, got 30\. Write timedelta\(days=30\)\."),
+        ("30d", r"expected a timedelta, got '30d'\."),
+        (None, r"expected a timedelta, got None\."),
+        (timedelta.max, "expected an age that reaches back to the year 1 at most, got 999999999 days"),
+    ],
+)
+def test_an_age_that_is_none_is_refused_and_nothing_is_forgotten(place: Place, age: Any, message: str) -> None:
+    async def pruned(ledger: Ledger) -> None:
+        with pytest.raises(MisuseError, match=f"^{message}"):
+            await ledger.prune(age)
+
+    *_, left = on(place.open(), create(), ended("s"), pruned, listed())
+
+    assert left == ["s"]
+
+
 @pytest.mark.parametrize("hours", [-12, 0, 14])
 def test_a_time_is_the_same_in_every_zone(place: Place, hours: int) -> None:
     zone = timezone(timedelta(hours=hours))

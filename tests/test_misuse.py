@@ -22,6 +22,7 @@ from saga import (
     ContinueWithFallback,
     FailFast,
     GraphChanged,
+    MemoryLedger,
     MisuseError,
     PipelineInvalid,
     PivotStage,
@@ -528,6 +529,40 @@ def untyped(value: Any) -> Any:
 def test_what_can_not_work_is_refused_when_it_is_made(made: Any, message: str) -> None:
     with pytest.raises(MisuseError, match=message):
         made()
+
+
+TRIP, SAME = Pipeline(name="trip"), Pipeline(name="trip")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((None,), "expected the pipelines that the sagas were started with, got None"),
+        (("trip",), "expected the pipelines that the sagas were started with, got 'trip'"),
+        (([TRIP, None],), "expected a stageflow Pipeline, got None"),
+        (({"trip": "shop:trip"},), "expected a stageflow Pipeline, got 'shop:trip'"),
+        (([TRIP, SAME],), r"expected one pipeline of each name, got several named 'trip'\. Give those .* in calls of their own\."),
+        ((TRIP, 0), "expected a concurrency of at least 1, got 0"),
+        ((TRIP, -1), "expected a concurrency of at least 1, got -1"),
+        ((TRIP, 2.5), r"expected a concurrency of at least 1, got 2\.5"),
+        ((TRIP, True), "expected a concurrency of at least 1, got True"),
+    ],
+)
+def test_a_recovery_that_cannot_work_is_refused_before_it_looks_into_the_ledger(given: Any, message: str) -> None:
+    pipelines, concurrency = (*given, 10)[:2]
+
+    with pytest.raises(MisuseError, match=f"^{message}$"):
+        run(SagaCoordinator(ledger=Unreadable()).recover(pipelines, concurrency=concurrency))
+
+
+class Unreadable(MemoryLedger):
+    async def list(self, **_: Any) -> Any:
+        raise AssertionError("nobody may look")
+
+
+@pytest.mark.parametrize("pipelines", [TRIP, [TRIP, TRIP], iter([TRIP]), {"trip": TRIP, "journey": TRIP}, []])
+def test_a_pipeline_may_be_given_to_a_recovery_in_any_way(pipelines: Any) -> None:
+    assert str(run(SagaCoordinator().recover(pipelines))) == "No saga has lost its process."
 
 
 def test_an_output_that_a_person_gives_has_to_be_a_dict() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from stageflow.api import Pipeline
 
+from saga.blueprint import by_name
 from saga.errors import MisuseError
 from saga.text import said, shown
 
@@ -40,8 +41,12 @@ def load(target: str) -> Pipeline:
 
 
 def load_all(targets: Iterable[str]) -> dict[str, Pipeline]:
-    """Import pipelines, by their names."""
-    return {pipeline.name: pipeline for pipeline in map(load, targets)}
+    """Import pipelines, by their names.
+
+    Raises:
+        MisuseError: There is none, or two that differ have one name.
+    """
+    return by_name(map(load, dict.fromkeys(targets)))
 
 
 def _module(name: str) -> ModuleType:

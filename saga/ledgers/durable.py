@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Collection, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, Final, Protocol, Self
 
 from saga.errors import LedgerError, MisuseError
 from saga.events import AnyEvent, SagaStatus
-from saga.ledger import Entry, Ledger
+from saga.ledger import Entry, Ledger, moment_ago
 from saga.ledgers.rows import Acquire, Append, Beat, Prune, Pruned, Redact, Release, Request, Writer, check_name, iso
 from saga.ledgers.workers import WORKING, Worker, failed
 from saga.watch import outlasting
@@ -124,7 +124,7 @@ class DurableLedger(Ledger):
 
     async def prune(self, older_than: timedelta) -> Sequence[str]:
         """Forget old sagas; a few hundred at a time, so that other appends get their turn."""
-        before, after = iso(datetime.now(UTC) - older_than), 0
+        before, after = iso(moment_ago(older_than)), 0
         forgotten: tuple[str, ...] = ()
         while True:
             pruned: Pruned = await self._writer.ask(Prune(before, after))
