@@ -20,14 +20,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from saga import SagaCoordinator
 from saga.cli import main
 from saga.cli.exits import Exit, exit_of_status
-from saga.events import SagaStarted, SagaStatus
+from saga.events import SagaEnded, SagaResumed, SagaStarted, SagaStatus
 from saga.graph import Graph, Node, Role
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.policies import FailFast
@@ -1212,6 +1214,32 @@ def test_watch_looks_on_until_the_saga_has_come_to_rest(shop: Shop, monkeypatch:
     assert done.code == Exit.COMPLETED
     assert done.out.startswith("Saga s (order): COMPLETED")
     assert running.to_the_end()[0] == Exit.COMPLETED
+
+
+def test_watch_looks_on_when_somebody_goes_on_with_a_saga_that_had_come_to_rest(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it may happen between any two looks; here it does before the first one."""
+    shop.really("run", "shop:order", "--id", "s")
+    original, looks = SagaCoordinator.report, count()
+
+    async def report(coordinator: SagaCoordinator, saga_id: str) -> SagaReport:
+        ledger, look = coordinator.ledger, next(looks)
+        if look == 0:
+            token = await ledger.acquire(saga_id, "somebody")
+            resumed = SagaResumed(forward=True, by="somebody")
+            await ledger.append(saga_id, [resumed], expected_version=len(await ledger.read(saga_id)), token=token)
+        if look == 1:
+            token = await ledger.acquire(saga_id, "somebody")
+            ended = SagaEnded(status=SagaStatus.COMPLETED)
+            await ledger.append(saga_id, [ended], expected_version=len(await ledger.read(saga_id)), token=token, release=True)
+        return await original(coordinator, saga_id)
+
+    monkeypatch.setattr(SagaCoordinator, "report", report)
+
+    done = shop.saga("watch", "s")
+
+    assert next(looks) == 2
+    assert done.code == Exit.COMPLETED
+    assert done.out.startswith("Saga s (order): COMPLETED")
 
 
 def test_ctrl_c_ends_the_watching_and_not_the_saga(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

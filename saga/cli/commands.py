@@ -326,14 +326,17 @@ def watch(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) ->
     async def looking_on() -> tuple[SagaReport, str | None]:
         async with _opened(_durable(ledger)) as opened:
             await _refuse_unknown(opened, saga_id)
-            family, left = await Family.read(opened, saga_id), None
+            coordinator, family, left = SagaCoordinator(ledger=opened), await Family.read(opened, saga_id), None
             async with view(family, Stderr()) as hear:
-                while family.sagas[saga_id].ended_at is None and left is None:
-                    await asyncio.sleep(_LOOKS)
-                    left = await _left_behind(opened, saga_id)
+                while True:
+                    # What it is told by: somebody may go on right now with a saga that has come to rest.
+                    report = await coordinator.report(saga_id)
                     async for member, event in family.news(opened):
                         hear(member, event)
-            return await SagaCoordinator(ledger=opened).report(saga_id), left
+                    if report.ended_at is not None or left is not None:
+                        return report, left
+                    await asyncio.sleep(_LOOKS)
+                    left = await _left_behind(opened, saga_id)
 
     try:
         report, left = asyncio.run(looking_on())
