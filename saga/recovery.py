@@ -817,4 +817,4 @@ def final_status(state: SagaState, policy: FailFast | ContinueWithFallback) -> S
         return SagaStatus.DEGRADED
     # Nothing came of it; but what the policy keeps all the same stands, and whoever runs this saga has to see to it.
     stands = any(state.stages[name].state is _S.KEPT and state.graph[name].role is not Role.PLAIN for name in useless)
-    return SagaStatus.HALTED if stands else SagaStatus.COMPENSATED
+    return SagaStatus.HALTED if stands or protected(state) else SagaStatus.COMPENSATED

@@ -894,6 +894,22 @@ def test_what_a_person_undid_beyond_the_pivot_of_a_child_protects_nothing_before
     assert (world.standing, before.standing) == ({}, {})
 
 
+def test_where_nothing_came_of_a_saga_but_what_is_beyond_the_pivot_of_a_child_it_halts() -> None:
+    """Promise 5: it was said to be compensated, and the pivot stood."""
+    world, child = scene({"pay": (), "mail": ("pay",)}, {"mail": Script("raise", then=("ok",))}, {"pay": "pivot"})
+    aside, parent = scene({"aside": ()})
+    parent = parent.with_stage("child", nested(child))
+    tail = scene({"after": ()})[1].stages["after"].runner
+    parent = parent.with_stage("after", tail, dependencies=("aside", "child"))
+    coordinator = SagaCoordinator(ContinueWithFallback(without_fallback="skip_branch"))
+
+    halted = run(coordinator.run(parent, saga_id="s"))
+
+    assert halted.status is SagaStatus.HALTED
+    assert (world.standing, aside.standing) == ({"pay": 1}, {})
+    assert run(coordinator.resume("s", parent)).status is SagaStatus.COMPLETED
+
+
 def test_a_child_that_fails_before_its_pivot_is_undone_with_its_parent() -> None:
     world, trip = generations({"pay": Script("raise")}, {"pay": "pivot"})
 
