@@ -299,7 +299,8 @@ class SagaState:
 
     def _reopen(self) -> None:
         """Mark what runs once more: what failed, what was undone, and what was worked out from outputs that are gone."""
-        in_part = {name for name, record in self.stages.items() if record.undone_in_part}
+        # What can't be undone any more of a stage that a fallback stands in for makes it no more needed.
+        in_part = {name for name, record in self.stages.items() if record.undone_in_part and record.state is not _S.FALLBACK}
         for name, record in self.stages.items():
             node = self.graph[name]
             stands = record.landed and name not in in_part and node.role is not Role.PLAIN and record.state is not _S.UNDONE
