@@ -319,6 +319,12 @@ def child_id(forward_key: str, attempt: int, number: int) -> str:
     return forward_key if attempt == 1 else f"{forward_key}#{attempt}"
 
 
+def execution_of(child: str, parent: str, stage: str) -> int:
+    """The execution of the parent's stage that ran a saga of that id."""
+    found = re.match(r"~(\d+)", child.removeprefix(f"{parent}/{stage}"))
+    return int(found[1]) if found is not None else 1
+
+
 def is_within(path: str, stage: str) -> bool:
     """Whether a path leads to a stage of a saga that this one runs: `book/charge` and, of one of several, `book#2/charge`."""
     return re.match(rf"{re.escape(stage)}(~\d+)?(#\d+(\.\d+)?)?/", path) is not None

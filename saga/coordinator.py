@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -42,12 +42,13 @@ from saga.events import (
     SagaStatus,
     SagaTurnedBack,
     StageCompleted,
+    StageProbed,
     StageSettled,
     TurnReason,
     Verdict,
 )
 from saga.failures import Failure
-from saga.family import below, events_of, located, report_of, report_with_children, reports_of, run_by
+from saga.family import below, events_of, heard, is_left_alone, located, report_of, report_with_children, reports_of, run_by
 from saga.forward import Forward
 from saga.heart import Heart
 from saga.inputs import context_of, recorded_input, refuse_both
@@ -114,7 +115,7 @@ class SagaCoordinator:
         """Be an owner of its own, that holds nothing: also in a process that was forked off, which has none of its parent's sagas."""
         self._owner = this_process()
         self._alive: dict[str, LiveSaga | None] = {}
-        self._late: dict[str, list[Late]] = {}
+        self._late: dict[str, list[Late | _Within]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._hearts: dict[asyncio.AbstractEventLoop, Heart] = {}
         self._beating: dict[str, Heart] = {}
@@ -180,7 +181,7 @@ class SagaCoordinator:
             MisuseError: The saga is alive here, has stages in doubt that a person has to settle first, or is run by another one.
             LedgerConflict: Another coordinator holds it.
         """
-        await self._refuse_other(saga_id, pipeline)
+        await self._refuse_other(saga_id, pipeline, undoes=False, forward=forward)
         return await self._go_on(saga_id, pipeline, partial(resumption, policy=policy, forward=forward, by=by or _user()), policy)
 
     async def compensate(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
@@ -194,7 +195,7 @@ class SagaCoordinator:
             MisuseError: The saga is alive here, or is run by another one.
             LedgerConflict: Another coordinator holds it.
         """
-        await self._refuse_other(saga_id, pipeline)
+        await self._refuse_other(saga_id, pipeline, undoes=True)
         return await self._go_on(saga_id, pipeline, partial(undoing, by=_user()))
 
     async def settle(
@@ -639,8 +640,10 @@ class SagaCoordinator:
 
     # -- what people and latecomers say --------------------------------------------------------------------------
 
-    async def _refuse_other(self, saga_id: str, pipeline: Pipeline) -> None:
+    async def _refuse_other(self, saga_id: str, pipeline: Pipeline, *, undoes: bool, forward: bool | None = None) -> None:
         """Refuse to go on with what is another saga's part, or with a pipeline of another name.
+
+        Where the other one has nothing left to do about it, it may be undone by itself, or go on to be.
 
         Raises:
             SagaNotFound: The ledger has no such saga.
@@ -648,7 +651,10 @@ class SagaCoordinator:
             GraphChanged: The pipeline has another name.
         """
         state = SagaState(await events_of(self.ledger, saga_id))
+        goes_back = undoes or (state.status is SagaStatus.STUCK and state.reason is not None and not forward)
         for parent, stage in (await run_by(self.ledger, state))[:1]:
+            if goes_back and await is_left_alone(self.ledger, state, is_undone=undoes):
+                break
             raise MisuseError(
                 "a saga that no other one runs",
                 got=f"{saga_id}, which is run by stage {stage!r} of saga {parent}",
@@ -687,7 +693,7 @@ class SagaCoordinator:
         """Record a person's word on a stage; or why it can't be taken."""
         refused: list[_Refused] = []
 
-        def settled(state: SagaState) -> list[AnyEvent]:
+        async def settled(state: SagaState) -> list[AnyEvent]:
             misuse = refusal(state, said)
             if misuse is not None:
                 before = state.stages[said.stage].settled
@@ -699,7 +705,7 @@ class SagaCoordinator:
         await self._amend(saga_id, settled)
         return refused[0] if refused else None
 
-    async def _amend(self, saga_id: str, decide: Callable[[SagaState], list[AnyEvent]]) -> None:
+    async def _amend(self, saga_id: str, decide: Callable[[SagaState], Awaitable[list[AnyEvent]]]) -> None:
         """Add to the ledger of a saga at rest."""
         if saga_id in self._alive:
             raise MisuseError("a saga that has come to rest", got=f"saga {saga_id}, which is alive")
@@ -708,7 +714,7 @@ class SagaCoordinator:
             token = await self._acquire(saga_id)
             try:
                 events = await self.ledger.read(saga_id)
-                more = decide(SagaState(events))
+                more = await decide(SagaState(events))
                 if more:
                     await self.ledger.append(saga_id, more, expected_version=len(events), token=token)
                     tell(self._listeners, saga_id, more)
@@ -722,10 +728,25 @@ class SagaCoordinator:
     async def _note_late(self, saga: LiveSaga) -> bool:
         """Record what came late for the stages of a saga that is alive; whether anything did."""
         noted = False
-        for event in _news(saga.journal.state, self._late.pop(saga.id, [])):
+        async for event in self._news(saga.journal.state, self._late.pop(saga.id, [])):
             await saga.journal.record(event)
             noted = True
         return noted
+
+    async def _news(self, state: SagaState, late: Sequence[Late | _Within]) -> AsyncIterator[Latecomer | StageProbed | StageSettled]:
+        """What came late and tells a saga something new; record each before you ask for the next one."""
+        for one in late:
+            if not isinstance(one, _Within):
+                for event in _own_news(state, one):
+                    yield event
+                continue
+            child = SagaState(await events_of(self.ledger, one.saga_id))
+            heard_of = heard(state, child, await report_with_children(self.ledger, child, {}))
+            if isinstance(heard_of, StageSettled) and self._alive[state.started.saga_id] is not None:
+                # Nobody says a word on a saga before it has come to rest.
+                self._late.setdefault(state.started.saga_id, []).append(one)
+            elif heard_of is not None:
+                yield heard_of
 
     def _record_late_soon(self, saga_id: str) -> None:
         task = start(self._record_late(saga_id))
@@ -737,19 +758,31 @@ class SagaCoordinator:
             # Somebody goes on with it since: it is recorded when that one comes to rest.
             return
         late = self._late.pop(saga_id, [])
+        above: list[tuple[str, str]] = []
 
-        def added(state: SagaState) -> list[AnyEvent]:
+        async def added(state: SagaState) -> list[AnyEvent]:
             events: list[AnyEvent] = []
-            for event in _news(state, late):
+            async for event in self._news(state, late):
                 kept, _ = storable(self.ledger, event)
                 state.apply(kept)
                 events.append(kept)
-            return [*events, SagaEnded(status=status_at_rest(state, state.policy))] if events else []
+            if not events:
+                return []
+            above.extend(await run_by(self.ledger, state))
+            if state.ended_at is None:
+                # It broke off, and whoever recovers it brings it to its end.
+                return events
+            return [*events, SagaEnded(status=status_at_rest(state, state.policy))]
 
         try:
             await self._amend(saga_id, added)
         except Exception as error:  # noqa: BLE001 - whatever a ledger's driver raises
-            _tell_of_loss(saga_id, [event for event, _ in late], error)
+            _tell_of_loss(saga_id, late, error)
+            return
+        for parent, _ in above[-1:]:
+            # What runs it may have been done with it: it hears of it now, or when it comes to rest.
+            self._late.setdefault(parent, []).append(_Within(saga_id))
+            await self._record_late(parent)
 
 
 class _Refused(NamedTuple):
@@ -764,19 +797,29 @@ class _Refused(NamedTuple):
     is_repeated: bool
 
 
-def _news(state: SagaState, late: Sequence[Late]) -> Iterator[Latecomer]:
-    """What came late and tells something new of the execution that it comes of; record each before you ask for the next one."""
-    for event, execution in late:
-        record = state.stages[event.stage]
-        is_its_own = execution == record.execution
-        if is_its_own and state.may_follow(event):
-            yield event
-        elif not is_its_own or record.state is not _TOLD[type(event)]:
-            _tell_of_loss(state.started.saga_id, [event])
+class _Within(NamedTuple):
+    """Something came late within a saga that a stage ran.
+
+    Attributes:
+        saga_id: That one's id.
+    """
+
+    saga_id: str
 
 
-def _tell_of_loss(saga_id: str, events: Sequence[Latecomer], error: Exception | None = None) -> None:
-    names = ", ".join(type(event).__name__ for event in events)
+def _own_news(state: SagaState, late: Late) -> Iterator[Latecomer]:
+    """What came late of a stage, if it tells something new of the execution that it comes of."""
+    event, execution = late
+    record = state.stages[event.stage]
+    is_its_own = execution == record.execution
+    if is_its_own and state.may_follow(event):
+        yield event
+    elif not is_its_own or record.state is not _TOLD[type(event)]:
+        _tell_of_loss(state.started.saga_id, [late])
+
+
+def _tell_of_loss(saga_id: str, late: Sequence[Late | _Within], error: Exception | None = None) -> None:
+    names = ", ".join(f"something in saga {one.saga_id}" if isinstance(one, _Within) else type(one[0]).__name__ for one in late)
     message = "saga %s: what came late (%s) could not be recorded; look at its stages in the outside world"
     _LOG.error(message, saga_id, names, exc_info=error)
 

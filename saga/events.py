@@ -207,9 +207,9 @@ class StageProbed(StageEvent):
     """A stage was asked whether its effect landed.
 
     Attributes:
-        landed: The answer; None when the probe failed.
+        landed: The answer; None when the probe failed, or when something has come late in a saga that the stage ran.
         output: With `landed=True`, the output.
-        failure: With `landed=None`, how the probe failed.
+        failure: With `landed=None`, how the probe failed, or where that saga stands.
         will_retry: Whether it is asked again.
     """
 

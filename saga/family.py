@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from saga.compensable import execution_of
 from saga.errors import LedgerCorrupt, MisuseError, SagaNotFound
-from saga.recovery import SagaState
-from saga.report import SagaReport
+from saga.events import StageProbed, StageSettled, TurnReason, Verdict
+from saga.failures import Failure, FailureKind
+from saga.graph import Role
+from saga.ledger import StageState
+from saga.recovery import SagaState, Step, undo_step
+from saga.report import NestedSagaFailed, SagaReport
 
 if TYPE_CHECKING:
     from saga.events import AnyEvent
-    from saga.failures import Failure
     from saga.ledger import Entry, Ledger
+
+_DONE: Final = frozenset({StageState.UNDONE, StageState.FAILED, StageState.CANCELLED, StageState.SKIPPED, StageState.FALLBACK})
+"""The states of stages that may have run sagas of which nothing is left to be undone."""
 
 
 async def events_of(ledger: Ledger, saga_id: str) -> Sequence[AnyEvent]:
@@ -73,6 +80,55 @@ async def run_by(ledger: Ledger, state: SagaState) -> list[tuple[str, str]]:
         found.insert(0, (parent, str(state.started.parent_stage)))
         state = SagaState(events)
     return found
+
+
+def heard(state: SagaState, child: SagaState, report: SagaReport) -> StageProbed | StageSettled | None:
+    """What follows for a saga when something has come late in one that its stage ran; None if nothing does.
+
+    Args:
+        state: The saga's.
+        child: Of the one that its stage ran.
+        report: That one's.
+    """
+    stage, child_id = str(child.started.parent_stage), child.started.saga_id
+    node, record = state.graph[stage], state.stages[stage]
+    if execution_of(child_id, state.started.saga_id, stage) != record.execution:
+        return None
+    if record.state is StageState.STUCK:
+        # What was in the way of undoing it may be gone.
+        why = f"something came late in its saga {child_id}, which is {report.status.value}"
+        return StageSettled(stage=stage, verdict=Verdict.RETRY, note=why, by=f"saga {child_id}")
+    if report.clean or node.role is Role.PLAIN:
+        return None
+    is_done_with = record.state in _DONE and undo_step(node, record) is Step.CLEAR
+    # Running it again goes on with a child that has not turned back, or only to be rid of what serves nothing.
+    goes_on = record.state is StageState.KEPT and node.idempotent and child.reason in {None, TurnReason.ORPHANS}
+    is_kept_by_word = record.settled is not None and record.settled.verdict is Verdict.KEPT
+    if is_kept_by_word or not (is_done_with or goes_on):
+        return None
+    failure = Failure.raised(stage, NestedSagaFailed(report), attempt=record.attempts, kind=FailureKind.COMPENSATION)
+    return StageProbed(stage=stage, landed=None, failure=failure)
+
+
+async def is_left_alone(ledger: Ledger, state: SagaState, *, is_undone: bool) -> bool:
+    """Whether the sagas above one have come to rest, and the stage that ran it has nothing left to do about it.
+
+    Args:
+        ledger: The ledger.
+        state: The saga's.
+        is_undone: Whether it would be undone whole, so that the stage must not stand on it; else it goes on with what it has begun itself.
+    """
+    above = [SagaState(await ledger.read(saga_id)) for saga_id, _ in await run_by(ledger, state)]
+    stage, parent = str(state.started.parent_stage), above[-1]
+    node, record = parent.graph[stage], parent.stages[stage]
+    if any(saga.ended_at is None for saga in above):
+        return False
+    if execution_of(state.started.saga_id, parent.started.saga_id, stage) != record.execution:
+        return True
+    if record.state in {StageState.KEPT, StageState.FALLBACK} and not is_undone:
+        return True
+    step = undo_step(node, record)
+    return step is Step.CLEAR or (step is Step.HOLD and record.state is StageState.IN_DOUBT)
 
 
 async def located(ledger: Ledger, state: SagaState, path: str) -> list[tuple[str, str]]:

@@ -303,7 +303,8 @@ class SagaState:
         in_part = {name for name, record in self.stages.items() if record.undone_in_part and record.state is not _S.FALLBACK}
         for name, record in self.stages.items():
             node = self.graph[name]
-            stands = record.landed and name not in in_part and node.role is not Role.PLAIN and record.state is not _S.UNDONE
+            is_whole = record.landed and not record.doubt and name not in in_part
+            stands = is_whole and node.role is not Role.PLAIN and record.state is not _S.UNDONE
             # One that was to run anew and did not get its turn is still to: what it gave came of outputs that are gone.
             renewed = any(self.stages[below].anew or below in in_part for below in node.dependencies)
             # What stands in for a stage goes on doing so when the remains of that one have been undone.
@@ -349,6 +350,9 @@ class SagaState:
             return True
         if kind in _BEGINNINGS:
             return record.again
+        if kind is StageProbed and state in {_S.KEPT, _S.CANCELLED, _S.UNDONE}:
+            # Nobody asks a stage that was done with: something has come late within.
+            return event.landed is None  # type: ignore[attr-defined] # of this kind
         if kind is StageSettled:
             return (record.doubt or state is _S.STUCK) and self.ended_at is not None
         return True
@@ -457,9 +461,7 @@ class SagaState:
                 record.undo_ended_at = event.at
             return
         if event.landed is None:
-            record.unanswered = record.doubt = True
-            if record.state is _S.FAILED:
-                record.state = _S.IN_DOUBT
+            self._comes_into_question(record, event)
             return
         record.answer, record.doubt = event.landed, False
         if record.state in {_S.FALLBACK, _S.SKIPPED}:
@@ -470,6 +472,21 @@ class SagaState:
             record.output, record.ended_at = event.output, event.at
         elif record.state is _S.IN_DOUBT:
             record.state = _S.FAILED
+
+    def _comes_into_question(self, record: StageRecord, event: StageProbed) -> None:
+        """Nobody can tell what stands of it, also where it was done with: something has come late within."""
+        self.is_spotless = False
+        record.failure = record.failure or event.failure
+        if record.state is not _S.UNDONE:
+            record.answer, record.unanswered, record.doubt = None, True, True
+            if record.state in {_S.FAILED, _S.KEPT, _S.CANCELLED}:
+                record.state = _S.IN_DOUBT
+            return
+        # What has undone it once undoes it again: what it was of the saga below it knows, and how much of that stands.
+        record.undone_too_soon += 1
+        record.doubt = not (record.landed or record.effects)
+        record.undone_in_part, record.state = not record.doubt, _S.STUCK
+        self._unstick(record)
 
     def _compensation_started(self, record: StageRecord, event: CompensationStarted) -> None:
         if self.status is not SagaStatus.COMPENSATING:
@@ -752,7 +769,7 @@ def stopping(state: SagaState, policy: FailFast | ContinueWithFallback) -> Itera
         return
     for name, record in state.stages.items():
         failure = record.failure
-        if failure is None or record.again or record.state not in {_S.FAILED, _S.IN_DOUBT}:
+        if failure is None or record.again or not record.gave_up or record.state not in {_S.FAILED, _S.IN_DOUBT}:
             continue
         if failure.kind is not FailureKind.INTERRUPTED:
             yield name, failure
@@ -801,11 +818,10 @@ def final_status(state: SagaState, policy: FailFast | ContinueWithFallback) -> S
     """How a saga ends that ran to its end, or has gone backward as far as it could."""
     if state.reason is None and state.is_spotless:
         return SagaStatus.COMPLETED
-    if state.reason is None:
-        unsettled = has_doubt(state)
-    else:
+    unsettled = state.reason in {None, TurnReason.ORPHANS} and has_doubt(state)
+    if state.reason is not None:
         scope = undo_scope(state, policy, state.reason)
-        unsettled = any(undo_step(state.graph[name], state.stages[name]) is not Step.CLEAR for name in scope)
+        unsettled = unsettled or any(undo_step(state.graph[name], state.stages[name]) is not Step.CLEAR for name in scope)
     # What is stuck may have left the scope: what came late, or a person's word, has given a use to what it was to be undone for.
     if unsettled or any(record.state is _S.STUCK for record in state.stages.values()):
         return SagaStatus.STUCK

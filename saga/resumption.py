@@ -166,7 +166,10 @@ def status_at_rest(state: SagaState, policy: FailFast | ContinueWithFallback) ->
         return final_status(state, policy)
     if state.status is SagaStatus.HALTED and state.cause is not None and state.cause.kind is FailureKind.CANCELLED and not has_doubt(state):
         return SagaStatus.CANCELLED
-    if state.status not in {SagaStatus.COMPLETED, SagaStatus.DEGRADED, SagaStatus.STUCK}:
+    if state.status is SagaStatus.CANCELLED and has_doubt(state):
+        # As when it comes to rest so.
+        return SagaStatus.HALTED
+    if state.status not in {SagaStatus.COMPLETED, SagaStatus.DEGRADED, SagaStatus.COMPENSATED, SagaStatus.STUCK}:
         return state.status
     # What a fallback had stood in for has come late: it serves nothing, and stands.
     return SagaStatus.STUCK if len(Rollback(state, policy, TurnReason.ORPHANS)) else final_status(state, policy)

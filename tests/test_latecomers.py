@@ -19,6 +19,7 @@ from saga import (
     FailFast,
     LedgerError,
     MemoryLedger,
+    MisuseError,
     Policy,
     Retry,
     SagaContext,
@@ -26,6 +27,7 @@ from saga import (
     SagaReport,
     SagaStatus,
     StageState,
+    nested,
 )
 from saga.events import SagaEnded, StageCompleted, StageSettled
 from tests.controlled import elapse, run
@@ -560,3 +562,382 @@ def test_a_saga_stays_stuck_when_what_comes_late_has_a_use_for_what_could_not_be
     assert set(late.stuck) == {"a"}
     assert late.status is SagaStatus.STUCK
     assert set(world.standing) == {"a"}
+
+
+# -- within a saga that a stage has run --------------------------------------------------------------------------------
+
+PROMPT = FailFast(timeout=10, cancel_grace=2)
+
+
+async def settled_down() -> None:
+    """What came late has been recorded, in the ledgers of the sagas above, too."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def nested_in(stage: Deaf, *above: str, policy: Policy = PROMPT) -> Pipeline:
+    """The stage in a pipeline in a pipeline ..., named from the inside."""
+    pipeline = Pipeline(name="inner").with_stage("deaf", stage)
+    for name in above:
+        pipeline = Pipeline(name=f"of_{name}").with_stage(name, nested(pipeline, policy))
+    return pipeline
+
+
+@pytest.mark.parametrize("way", ["resume", "compensate"])
+@pytest.mark.parametrize("above", [("child",), ("grandchild", "child")])
+def test_what_comes_late_within_is_undone_through_the_sagas_above_that_were_done_with_it(way: str, above: tuple[str, ...]) -> None:
+    """Promise 5: they are compensated no more, and who goes on with the outermost needs to know of no other."""
+    world = World({"deaf": ()})
+
+    async def main() -> list[SagaReport]:
+        stage = Doubtful(world)
+        trip = nested_in(stage, *above)
+        coordinator = SagaCoordinator()
+        first = await coordinator.run(trip, saga_id="s")
+        stage.released.set()
+        await settled_down()
+        late = await coordinator.report("s")
+        assert world.standing == {"deaf": 1}
+        return [first, late, await getattr(coordinator, way)("s", trip)]
+
+    first, late, undone = run(main())
+
+    assert first.status is undone.status is SagaStatus.COMPENSATED
+    assert late.status is SagaStatus.STUCK
+    assert late.stages["child"].state is S.IN_DOUBT
+    assert [*late.in_doubt] == ["child", *(["child/grandchild"] if len(above) > 1 else []), "/".join([*reversed(above), "deaf"])]
+    assert "is stuck: stage " in str(late)
+    assert undone.clean
+    assert world.standing == {}
+
+
+def test_what_comes_late_within_while_the_saga_above_goes_backward_is_undone_before_it_comes_to_rest() -> None:
+    world, pipeline = scene({"slow": ()}, {"slow": Script(undo_takes=20)})
+
+    async def main() -> SagaReport:
+        stage = Doubtful(world)
+        coordinator = SagaCoordinator()
+        trip = pipeline.with_stage("child", nested(nested_in(stage), PROMPT))
+        running = asyncio.create_task(coordinator.run(trip, saga_id="s"))
+        while "slow" not in world.undoing:
+            await elapse(1)
+        stage.released.set()
+        return await running
+
+    report = run(main())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.clean
+    assert "+deaf" in world.log
+    assert world.standing == {}
+
+
+@pytest.mark.parametrize("alive", [False, True])
+def test_what_comes_late_within_a_stage_that_is_stuck_because_of_it_is_tried_again_on_resume(alive: bool) -> None:
+    """Nobody knew whether it had landed; now that is known, and it can be undone. A word is for a saga at rest: it waits for that."""
+    world, pipeline = scene({"slow": ()}, {"slow": Script(undo_takes=20)})
+
+    async def main() -> list[SagaReport]:
+        stage = Deaf(world)
+        coordinator = SagaCoordinator()
+        trip = pipeline.with_stage("child", nested(nested_in(stage), PROMPT))
+        running = asyncio.create_task(coordinator.run(trip, saga_id="s"))
+        while alive and "slow" not in world.undoing:
+            await elapse(1)
+        if alive:
+            stage.released.set()
+        first = await running
+        stage.released.set()
+        await settled_down()
+        return [first, await coordinator.report("s"), await coordinator.resume("s", trip)]
+
+    first, late, resumed = run(main())
+
+    assert [*first.stuck] == ["child"]
+    assert late.status is SagaStatus.STUCK
+    assert late.stages["child"].settled is not None
+    assert late.stages["child"].settled.by == "saga s/child"
+    assert str(late).endswith("there is nothing to settle. Mend the cause, then: saga resume s")
+    assert resumed.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+INSTEAD = ContinueWithFallback(timeout=10, cancel_grace=2, fallbacks={"deaf": {"seat": None}})
+
+
+@pytest.mark.parametrize("way", ["resume", "compensate"])
+@pytest.mark.parametrize("retried", [False, True])
+def test_what_comes_late_within_a_stage_that_is_kept_is_undone_when_that_runs_again(way: str, retried: bool) -> None:
+    """Its child went on with a fallback: what came late serves nothing, and what else the child gave is in use."""
+    world, inner = scene({"other": ()}, {"other": Script("raise", then=("ok",)) if retried else Script()})
+    world.dependencies["deaf"] = ()
+
+    async def main() -> list[SagaReport]:
+        stage = DeniedByProbe(world)
+        child = nested(inner.with_stage("deaf", stage, dependencies=("other",)), INSTEAD)
+        trip = Pipeline(name="trip").with_stage("child", child)
+        coordinator = SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0.0)))
+        first = await coordinator.run(trip, saga_id="s")
+        stage.released.set()
+        await settled_down()
+        return [first, await coordinator.report("s"), await getattr(coordinator, way)("s", trip)]
+
+    first, late, gone_on = run(main())
+
+    assert first.status is SagaStatus.COMPLETED
+    assert first.clean
+    assert late.status is SagaStatus.STUCK
+    assert late.stages["child"].state is S.IN_DOUBT
+    assert gone_on.status is (SagaStatus.COMPLETED if way == "resume" else SagaStatus.COMPENSATED)
+    assert gone_on.clean
+    assert world.standing == ({"other": 1} if way == "resume" else {})
+
+
+def test_what_comes_late_within_while_the_saga_above_goes_forward_turns_nothing_back() -> None:
+    """Its stage has completed, be it at the second attempt: what came after that is not to be undone."""
+    world, inner = scene({"other": ()}, {"other": Script("raise", then=("ok",))})
+    world.dependencies["deaf"] = ()
+
+    async def main() -> list[SagaReport]:
+        stage = DeniedByProbe(world)
+
+        async def wait(_: StageContext) -> None:
+            stage.released.set()
+            await settled_down()
+
+        child = nested(inner.with_stage("deaf", stage, dependencies=("other",)), INSTEAD)
+        trip = Pipeline(name="trip").with_stage("child", child).with_stage("wait", wait, "work", dependencies=("child",))
+        coordinator = SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0.0)))
+        return [await coordinator.run(trip, saga_id="s"), await coordinator.resume("s", trip)]
+
+    first, resumed = run(main())
+
+    assert first.status is SagaStatus.STUCK
+    assert first.cause is None
+    assert [*first.kept] == ["wait"]
+    assert resumed.status is SagaStatus.COMPLETED
+    assert resumed.clean
+    assert world.standing == {"other": 1}
+
+
+def test_what_comes_late_within_a_stage_that_a_person_keeps_is_kept_with_it() -> None:
+    world = World({"deaf": ()})
+
+    async def main() -> tuple[SagaReport, SagaReport]:
+        stage = Deaf(world)
+        coordinator = SagaCoordinator()
+        await coordinator.run(nested_in(stage, "child"), saga_id="s")
+        kept = await coordinator.settle("s", "child", "kept", "they sent a ticket")
+        stage.released.set()
+        await settled_down()
+        return kept, await coordinator.report("s")
+
+    kept, late = run(main())
+
+    assert kept.status is late.status is SagaStatus.HALTED
+    assert late.stages["child"].state is S.KEPT
+    assert late.stages["child"].children[0].stages["deaf"].late_output is not None
+    assert late.clean
+
+
+class Tolerant(CompensableStage):
+    """Runs a saga, and does not mind that it fails; `outcome` is what it comes to itself."""
+
+    def __init__(self, inner: Pipeline, outcome: StageOutput | None = None) -> None:
+        self.inner = inner
+        self.outcome = outcome
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        await ctx.run_saga(self.inner, policy=PROMPT)
+        return self.outcome or StageOutput.ok()
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        for child in await ctx.child_sagas():
+            await ctx.undo_saga(child.saga_id, self.inner)
+
+
+class ToleratesAgain(Tolerant):
+    idempotent = True
+
+
+async def late_within(
+    tolerant: type[Tolerant], *, outcome: StageOutput | None = None, fails: bool = False, again: bool = False, policy: Policy | None = None
+) -> tuple[World, SagaCoordinator, Pipeline, Pipeline, SagaReport]:
+    """A saga at rest that was done with a child in which something came late then: with what of it stands, and what it said then."""
+    world = World({"deaf": ()})
+    stage = Doubtful(world)
+    inner = nested_in(stage)
+
+    async def end(_: StageContext) -> StageOutput:
+        return StageOutput.fail("no") if fails else StageOutput.ok()
+
+    trip = Pipeline(name="trip").with_stage("book", tolerant(inner, outcome)).with_stage("end", end, "work", dependencies=("book",))
+    coordinator = SagaCoordinator(policy)
+    await coordinator.run(trip, saga_id="s")
+    if again:
+        fails = False
+        await coordinator.resume("s", trip, forward=True)
+    first = await coordinator.report("s")
+    assert first.clean
+    stage.released.set()
+    await settled_down()
+    return world, coordinator, trip, inner, first
+
+
+@pytest.mark.parametrize("way", ["resume", "compensate", "forward"])
+def test_what_comes_late_within_a_stage_that_was_undone_is_undone_by_what_undid_it(way: str) -> None:
+    """It is not made for doubt, and there is none: it finds what stands in the saga that it ran."""
+
+    async def main() -> tuple[World, SagaReport, SagaReport]:
+        world, coordinator, trip, _, first = await late_within(Tolerant, fails=True)
+        assert first.status is SagaStatus.COMPENSATED
+        late = await coordinator.report("s")
+        if way == "forward":
+            with pytest.raises(MisuseError, match="half undone stages can run again, got book, not idempotent"):
+                await coordinator.resume("s", trip, forward=True)
+            way_back = coordinator.resume
+        else:
+            way_back = getattr(coordinator, way)
+        return world, late, await way_back("s", trip)
+
+    world, late, undone = run(main())
+
+    assert late.status is SagaStatus.STUCK
+    assert late.stages["book"].state is S.BLOCKED
+    assert undone.status is SagaStatus.COMPENSATED
+    assert undone.clean
+    assert world.standing == {}
+
+
+def test_what_comes_late_within_a_stage_that_was_cancelled_is_not_forgotten() -> None:
+    async def main() -> tuple[World, SagaReport, SagaReport, SagaReport]:
+        world, coordinator, _, inner, first = await late_within(Tolerant, outcome=StageOutput.cancel("enough"))
+        late = await coordinator.report("s")
+        await coordinator.compensate("s/book", inner)
+        return world, first, late, await coordinator.settle("s", "book", "undone", "its saga is undone")
+
+    world, first, late, settled = run(main())
+
+    assert first.status is settled.status is SagaStatus.CANCELLED
+    assert late.status is SagaStatus.HALTED
+    assert [*late.in_doubt] == ["book", "book/deaf"]
+    assert world.standing == {}
+
+
+def test_what_comes_late_within_a_saga_of_which_nothing_came_leaves_it_stuck() -> None:
+    """Also where it never turned back: there was nothing to undo."""
+    skipping = ContinueWithFallback(without_fallback="skip_branch")
+
+    async def main() -> tuple[SagaReport, SagaReport]:
+        _, coordinator, _, _, first = await late_within(Tolerant, outcome=StageOutput.fail("no"), policy=skipping)
+        return first, await coordinator.report("s")
+
+    first, late = run(main())
+
+    assert first.status is SagaStatus.COMPENSATED
+    assert late.status is SagaStatus.STUCK
+    assert [*late.in_doubt] == ["book", "book/deaf"]
+
+
+@pytest.mark.parametrize("tolerant", [Tolerant, ToleratesAgain])
+def test_a_child_that_turned_back_is_undone_by_itself_where_its_stage_stands_without_it(tolerant: type[Tolerant]) -> None:
+    async def main() -> tuple[World, SagaReport, SagaReport]:
+        world, coordinator, _, inner, _ = await late_within(tolerant)
+        for refused in (coordinator.compensate("s/book", inner), coordinator.resume("s/book", inner, forward=True)):
+            with pytest.raises(MisuseError, match="a saga that no other one runs"):
+                await refused
+        return world, await coordinator.resume("s/book", inner), await coordinator.report("s")
+
+    world, child, report = run(main())
+
+    assert child.status is SagaStatus.COMPENSATED
+    assert report.status is SagaStatus.COMPLETED
+    assert report.clean
+    assert world.standing == {}
+
+
+@pytest.mark.parametrize("way", ["resume", "compensate"])
+def test_a_child_of_an_execution_before_is_undone_by_itself(way: str) -> None:
+    """Its stage runs under another key now, and finds it no more."""
+
+    class OnlyOnce(Tolerant):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            return await super().execute(ctx) if ctx.idempotency_key == "s/book" else StageOutput.ok()
+
+    async def main() -> tuple[World, SagaReport, SagaReport]:
+        world, coordinator, _, inner, _ = await late_within(OnlyOnce, fails=True, again=True)
+        return world, await getattr(coordinator, way)("s/book", inner), await coordinator.report("s")
+
+    world, child, report = run(main())
+
+    assert child.status is SagaStatus.COMPENSATED
+    assert report.status is SagaStatus.COMPLETED
+    assert report.stages["book"].executions == 2
+    assert report.clean
+    assert world.standing == {}
+
+
+def test_what_comes_late_within_a_plain_stage_is_undone_by_itself_when_its_saga_is_at_rest() -> None:
+    world = World({"deaf": ()})
+    stage = Doubtful(world)
+    inner = nested_in(stage)
+    may_end = asyncio.Event()
+
+    async def book(ctx: Any) -> None:
+        await ctx.run_saga(inner, policy=PROMPT)
+
+    async def wait(_: Any) -> None:
+        stage.released.set()
+        await may_end.wait()
+
+    async def main() -> SagaReport:
+        trip = Pipeline(name="trip").with_stage("book", book, "work").with_stage("wait", wait, "work", dependencies=("book",))
+        coordinator = SagaCoordinator()
+        running = asyncio.create_task(coordinator.run(trip, saga_id="s"))
+        while "deaf" not in world.standing:
+            await elapse(1)
+        await settled_down()
+        with pytest.raises(MisuseError, match="a saga that no other one runs"):
+            await coordinator.compensate("s/book", inner)
+        may_end.set()
+        assert not (await running).clean
+        await coordinator.compensate("s/book", inner)
+        return await coordinator.report("s")
+
+    report = run(main())
+
+    assert report.status is SagaStatus.COMPLETED
+    assert report.clean
+    assert world.standing == {}
+
+
+def test_what_comes_late_in_a_saga_that_broke_off_does_not_bring_it_to_its_end() -> None:
+    """Or it would be at rest and RUNNING, and nobody would recover it."""
+    world = World({"deaf": ()})
+
+    class Breaks(MemoryLedger):
+        breaks = True
+
+        async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
+            if self.breaks and any(isinstance(event, SagaEnded) for event in events):
+                self.breaks = False
+                raise OSError("disk full")
+            await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
+
+    async def main() -> tuple[SagaReport, SagaReport]:
+        stage = Deaf(world)
+        pipeline = nested_in(stage)
+        coordinator = SagaCoordinator(PROMPT, ledger=Breaks())
+        with pytest.raises(LedgerError):
+            await coordinator.run(pipeline, saga_id="s")
+        stage.released.set()
+        await settled_down()
+        late = await coordinator.report("s")
+        return late, (await coordinator.recover(pipeline)).reports["s"]
+
+    late, recovered = run(main())
+
+    assert late.stages["deaf"].late_output is not None
+    assert late.ended_at is None
+    assert recovered.status is SagaStatus.COMPENSATED
+    assert world.standing == {}

@@ -212,6 +212,13 @@ def test_a_stage_that_has_ended_runs_again_only_in_a_saga_that_was_resumed(befor
             SagaState([STARTED, *PATHS[before], again])
 
 
+@pytest.mark.parametrize("landed", [True, False])
+@pytest.mark.parametrize("before", [StageState.KEPT, StageState.CANCELLED, StageState.UNDONE])
+def test_a_stage_that_was_done_with_gives_no_answer(before: StageState, landed: bool) -> None:
+    with pytest.raises(LedgerCorrupt, match=f"StageProbed can't follow on stage 'a' in state {before.value}"):
+        SagaState([STARTED, *PATHS[before], StageProbed(stage="a", landed=landed)])
+
+
 def test_late_is_what_nobody_waited_for_and_nothing_else_is() -> None:
     for path, completed in (
         (PATHS[StageState.RUNNING], StageCompleted(stage="a", output=OUTPUT, late=True)),

@@ -641,7 +641,8 @@ def test_a_word_on_a_stage_waits_for_all_sagas_below_it(verdict: str) -> None:
         await ctx.run_saga(inmost)
 
     hotel = Pipeline(name="hotel").with_stage("book", compensable(book, undo_each([inmost])))
-    trip = Pipeline(name="trip").with_stage("hotel", nested(hotel, FailFast(timeout=1, cancel_grace=1)))
+    trip = Pipeline(name="trip").with_stage("beside", nested(scene(SEQUENCE)[1]))
+    trip = trip.with_stage("hotel", nested(hotel, FailFast(timeout=1, cancel_grace=1)))
     coordinator = SagaCoordinator(IMPATIENT)
 
     async def play() -> tuple[SagaReport, str]:

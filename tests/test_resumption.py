@@ -6,17 +6,22 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from stageflow.api import StageOutput
 
 from saga import ContinueWithFallback, Failure, FailureKind, SagaStatus, StageState
 from saga.events import (
     AnyEvent,
+    CompensationCompleted,
     CompensationFailed,
+    CompensationStarted,
     FallbackFailed,
     SagaEnded,
     SagaResumed,
     SagaStopped,
     SagaTurnedBack,
+    StageCompleted,
     StageFailed,
+    StageProbed,
     StageSettled,
     StageStarted,
     TurnReason,
@@ -24,7 +29,7 @@ from saga.events import (
 )
 from saga.graph import Graph, Node, Role
 from saga.recovery import SagaState
-from saga.resumption import Direction, crashed, resumption, undoing
+from saga.resumption import Direction, crashed, resumption, status_at_rest, undoing
 from tests.test_ledger import FAILURE, HALTED, PATHS, RUNS_ON, STARTED
 
 GONE = "its process is gone; what became of it is not in the ledger"
@@ -148,3 +153,25 @@ def test_a_saga_whose_process_died_on_its_way_back_is_undone_by_whoever_demands_
     assert isinstance(resumed, SagaResumed)
     assert (resumed.forward, resumed.by) == (False, "ann")
     assert isinstance(failed, CompensationFailed)
+
+
+def test_a_saga_rid_of_what_served_nothing_is_stuck_when_something_came_late_within_what_it_keeps() -> None:
+    nodes = [Node(name="a", role=Role.COMPENSABLE), Node(name="b", role=Role.COMPENSABLE), Node(name="c", dependencies=("b",))]
+    began = replace(STARTED, graph=Graph.of(nodes), policy=SKIP_BRANCH)
+    ran: list[AnyEvent] = [StageStarted(stage=stage, attempt=1) for stage in "ab"]
+    ran += [StageCompleted(stage=stage, output=StageOutput.ok()) for stage in "ab"]
+    failed: list[AnyEvent] = [
+        StageStarted(stage="c", attempt=1),
+        StageFailed(stage="c", failure=Failure.of("c", FailureKind.REPORTED, "no")),
+    ]
+    undone: list[AnyEvent] = [
+        SagaTurnedBack(reason=TurnReason.ORPHANS),
+        CompensationStarted(stage="b", attempt=1),
+        CompensationCompleted(stage="b"),
+    ]
+    ended: list[AnyEvent] = [began, *ran, *failed, *undone, SagaEnded(status=SagaStatus.DEGRADED)]
+    before, after = SagaState(ended), SagaState([*ended, StageProbed(stage="a", landed=None, failure=FAILURE)])
+
+    assert status_at_rest(before, SKIP_BRANCH) is SagaStatus.DEGRADED
+    assert status_at_rest(after, SKIP_BRANCH) is SagaStatus.STUCK
+    assert after.stages["a"].state is StageState.IN_DOUBT
