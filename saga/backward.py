@@ -140,7 +140,7 @@ class Backward(Employer):
                 await self._record(CompensationCompleted(stage=stage))
                 return
             wait = settings.retry.wait_before_next(failure, attempt=tries, elapsed=self._loop.time() - began)
-            past_pivot = getattr(failure.exception, "past_pivot", False) is True
+            past_pivot = getattr(failure.exception, "past_pivot", False) is True and not self._is_open_within(stage)
             if self._expired or past_pivot:
                 wait = None
             in_part = stage in self._saga.undone_within
@@ -183,6 +183,10 @@ class Backward(Employer):
         # A cancel that it did not heed was the compensation's, and strikes nothing that comes after it.
         await worker.absorb()
         return _refusal(worker.stage, context.attempt, returned) or self._left_within(worker.stage, context.attempt)
+
+    def _is_open_within(self, stage: str) -> bool:
+        """Whether a person has to act within, so that not only a point of no return is in the way, whatever the compensation says."""
+        return any(not report.clean for report in self._saga.undone_within.get(stage, {}).values())
 
     def _left_within(self, stage: str, attempt: int) -> Failure | None:
         # Whatever the compensation made of that report: a stage is not undone while something within it stands (promise 5).

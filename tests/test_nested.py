@@ -696,6 +696,31 @@ def test_a_compensation_that_passes_over_the_pivot_of_a_child_undoes_nothing_bef
     assert [*report.kept] == ["before", "sell"]
 
 
+def test_a_compensation_that_takes_what_is_stuck_beyond_the_pivot_of_a_child_for_kept_is_stuck() -> None:
+    """Promise 5: or the saga would be done with the stage, and nobody would be asked for what is stuck within."""
+    world, sale = scene({"sell": (), "mail": ("sell",)}, {"mail": Script(undo_fails=1)}, {"sell": "pivot"})
+
+    async def sell(ctx: SagaContext) -> None:
+        await ctx.run_saga(sale, policy=IMPATIENT)
+
+    async def give_back(ctx: CompensationContext) -> None:
+        for child in await ctx.child_sagas():
+            raise NestedSagaFailed(await ctx.undo_saga(child.saga_id, sale))
+
+    trip = Pipeline().with_stage("sell", compensable(sell, give_back)).with_stage("fail", fail, "work", dependencies=("sell",))
+    coordinator = SagaCoordinator(IMPATIENT)
+
+    stuck = run(coordinator.run(trip, saga_id="s"))
+    run(coordinator.settle("s", "sell/mail", "retry", "they answer again"))
+    report = run(coordinator.resume("s", trip))
+
+    assert stuck.status is SagaStatus.STUCK
+    assert [*stuck.stuck] == ["sell", "sell/mail"]
+    assert report.status is SagaStatus.HALTED
+    assert report.clean, str(report)
+    assert world.standing == {"sell": 1}
+
+
 def test_what_is_stuck_in_several_children_of_a_stage_is_reported_and_settled_one_by_one() -> None:
     worlds, rooms = zip(*[scene({"room": (), "bed": ()}, {"room": Script(undo_fails=9)}) for _ in range(3)], strict=True)
 
