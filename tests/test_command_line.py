@@ -575,7 +575,7 @@ def test_a_halted_saga_is_resumed_under_another_policy(shop: Shop) -> None:
 
     resumed = shop.saga("resume", "s", "shop:trip", "--policy", "degrade.toml")
 
-    assert halted.out.endswith("To do: what was done is kept. Mend the cause, then: saga resume s\n")
+    assert halted.out.endswith("To do: what was done is kept. Mend the cause, then: saga resume s shop:trip\n")
     assert resumed.code == Exit.DEGRADED
     assert re.search(r"^s  goes on forward, resumed by .+$", resumed.err, re.MULTILINE)
     assert "charge_card" not in resumed.err
@@ -591,12 +591,51 @@ def test_a_stuck_saga_is_settled_and_then_goes_on(shop: Shop) -> None:
     assert stuck.out.splitlines()[-3:] == [
         "To do: look at the outside world, put it right by hand, and say so (undone, kept or retry); then go on:",
         "  saga settle s charge_card undone --note '...'",
-        "  saga resume s",
+        "  saga resume s shop:trip",
     ]
     assert settled.code == Exit.COMPLETED
     assert "refunded by hand, ticket 4711" in settled.out
-    assert settled.out.endswith("To do: it was not undone to the end; go on with: saga resume s\n")
+    assert settled.out.endswith("To do: it was not undone to the end; go on with: saga resume s MODULE:PIPELINE\n")
     assert resumed.code == Exit.COMPENSATED
+
+
+def test_a_report_names_the_ledger_where_the_next_command_would_not_find_it(shop: Shop) -> None:
+    shop.breaks_the_bank()
+    stuck = shop.saga("run", "shop:trip", "--id", "s", "--ledger", "sqlite:///other.db")
+    settle, resume = (shlex.split(line)[1:] for line in stuck.out.splitlines() if line.startswith("  saga "))
+    shop.mends_the_bank()
+
+    settled, resumed = shop.saga(*settle), shop.saga(*resume)
+
+    assert settle == ["settle", "s", "charge_card", "undone", "--note", "...", "--ledger", "sqlite:///other.db"]
+    assert settled.out.endswith("go on with: saga resume s MODULE:PIPELINE --ledger sqlite:///other.db\n")
+    assert resume == ["resume", "s", "shop:trip", "--ledger", "sqlite:///other.db"]
+    assert resumed.code == Exit.COMPENSATED
+
+
+def test_a_report_names_no_pipeline_where_the_project_does(shop: Shop) -> None:
+    shop.write("pyproject.toml", '[tool.saga]\npipelines = ["shop:trip"]\n')
+    shop.breaks_the_bank()
+    shop.saga("run", "shop:trip", "--id", "s")
+
+    shown = shop.saga("show", "s")
+
+    assert shown.out.endswith("\n  saga resume s\n")
+
+
+@pytest.mark.parametrize("policy", ["compensate", "halt"])
+def test_where_the_ledger_is_in_memory_no_command_is_said_to_go_on(shop: Shop, policy: str) -> None:
+    shop.write("policy.toml", f'policy = "fail_fast"\non_failure = "{policy}"\n')
+    shop.breaks_the_bank()
+
+    done = shop.saga("run", "shop:trip", "--id", "s", "--ledger", "memory:", "--policy", "policy.toml")
+
+    assert done.code == (Exit.HALTED if policy == "halt" else Exit.STUCK)
+    assert "saga settle" not in done.out
+    assert "saga resume" not in done.out
+    assert done.out.endswith(
+        "To do: put right by hand what should not stand. The ledger was in memory, and no command finds the saga any more.\n"
+    )
 
 
 def test_a_stuck_saga_may_be_run_on_forward(shop: Shop) -> None:
@@ -617,7 +656,7 @@ def test_the_commands_for_names_that_begin_with_a_dash_are_taken_as_they_are_pri
     stuck = shop.saga("run", "dashed:dashed", "--id=-s")
     settle, resume = (shlex.split(line) for line in stuck.out.splitlines() if line.startswith("  saga "))
 
-    settled, resumed = shop.saga(*settle[1:]), shop.saga(*resume[1:], "dashed:dashed")
+    settled, resumed = shop.saga(*settle[1:]), shop.saga(*resume[1:])
 
     assert settle == ["saga", "settle", "--note", "...", "--", "-s", "-a", "undone"]
     assert settled.code == Exit.COMPLETED
@@ -1162,7 +1201,12 @@ def test_an_interruption_before_the_saga_has_begun_leaves_no_trace(shop: Shop) -
 
 @pytest.mark.parametrize(
     ("ledger", "option"),
-    [("sqlite:///sagas.db", ""), ("sqlite:///other.db", " --ledger sqlite:///other.db"), ("sqlite:///ann:secret@host.db", " --ledger URL")],
+    [
+        ("sqlite:///sagas.db", ""),
+        ("sqlite:///other.db", " --ledger sqlite:///other.db"),
+        ("sqlite:///ann:secret@host.db", " --ledger URL"),
+        ("sqlite:///a?password=secret", " --ledger URL"),
+    ],
 )
 def test_the_command_that_goes_on_names_the_ledger_where_it_has_to_and_no_password(shop: Shop, ledger: str, option: str) -> None:
     shop.write("rude.py", RUDE)
@@ -1263,9 +1307,10 @@ def test_watch_says_that_nobody_runs_a_saga_any_more_and_what_goes_on_with_it(sh
 
     assert done.code == Exit.LEFT
     assert done.out.startswith("Saga s (crash): RUNNING")
+    assert done.out.endswith("saga list says which, saga recover MODULE:PIPELINE goes on with it.\n")
     assert done.err == (
         "Nobody runs s any more: its process is gone, or has not said for as long as its lease that it is alive.\n"
-        "What goes on with it: saga resume s; with all whose process is gone: saga recover\n"
+        "What goes on with it: saga resume s MODULE:PIPELINE; with all whose process is gone: saga recover MODULE:PIPELINE\n"
     )
 
 
@@ -1277,4 +1322,4 @@ def test_watch_of_a_child_that_nobody_runs_names_the_saga_that_runs_it(shop: Sho
 
     assert done.code == Exit.LEFT
     assert SagaReport.model_validate_json(done.out).saga_id == "s/book"
-    assert "What goes on with it: saga resume s; " in done.err
+    assert "What goes on with it: saga resume s MODULE:PIPELINE; " in done.err

@@ -41,7 +41,7 @@ from saga.lint import explain as consequences
 from saga.owners import is_gone
 from saga.policies import Policy, load_policy
 from saga.recovery import SagaState
-from saga.render.text import next_command
+from saga.render.text import Reach, command_for, recover_command, summary
 from saga.report import Recovery, SagaReport
 from saga.text import printable
 
@@ -51,6 +51,8 @@ _LOOKS: Final = 0.25
 """Seconds between two looks of `saga watch` into the ledger."""
 _NO_FIELDS: Final = frozenset(inspect.signature(SagaCoordinator.run).parameters) - {"context_fields"}
 """What `SagaCoordinator.run` takes beside the fields of a context."""
+_HIDDEN: Final = re.compile("@|password", re.IGNORECASE)
+"""What the URL of a ledger has where it may hold a password."""
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 app: Final = typer.Typer(
@@ -159,7 +161,7 @@ def run(
     async def work(coordinator: SagaCoordinator) -> SagaReport:
         return await coordinator.run(pipeline, saga_id=name, **fields)
 
-    asyncio.run(_conduct(url, name, work, _goes_on(name, target, ledger), policy=chosen, as_json=as_json))
+    asyncio.run(_conduct(url, name, work, _reach(target, ledger), policy=chosen, as_json=as_json))
 
 
 @command("resume")
@@ -176,10 +178,10 @@ def resume(
     url = _durable(ledger)
 
     async def work(coordinator: SagaCoordinator) -> SagaReport:
-        pipeline = await _pipeline_of(coordinator.ledger, saga_id, target, _command("resume", saga_id, _TARGET, ledger))
+        pipeline = await _pipeline_of(coordinator.ledger, saga_id, target, command_for("resume", saga_id, _reach(_TARGET, ledger)))
         return await coordinator.resume(saga_id, pipeline, policy=chosen, forward=forward or None)
 
-    asyncio.run(_conduct(url, saga_id, work, _goes_on(saga_id, target, ledger), as_json=as_json))
+    asyncio.run(_conduct(url, saga_id, work, _reach(target, ledger), as_json=as_json))
 
 
 @command("compensate")
@@ -188,26 +190,27 @@ def compensate(saga_id: SagaId, target: KnownTarget = None, ledger: LedgerUrl = 
     url = _durable(ledger)
 
     async def work(coordinator: SagaCoordinator) -> SagaReport:
-        pipeline = await _pipeline_of(coordinator.ledger, saga_id, target, _command("compensate", saga_id, _TARGET, ledger))
+        pipeline = await _pipeline_of(coordinator.ledger, saga_id, target, command_for("compensate", saga_id, _reach(_TARGET, ledger)))
         return await coordinator.compensate(saga_id, pipeline)
 
-    asyncio.run(_conduct(url, saga_id, work, _goes_on(saga_id, target, ledger), as_json=as_json))
+    asyncio.run(_conduct(url, saga_id, work, _reach(target, ledger), as_json=as_json))
 
 
 async def _conduct(
     url: str,
     saga_id: str,
     work: Callable[[SagaCoordinator], Coroutine[Any, Any, SagaReport]],
-    goes_on: str,
+    reach: Reach,
     *,
     policy: Policy | None = None,
     as_json: bool,
 ) -> NoReturn:
+    goes_on = command_for("resume", saga_id, reach)
     async with _opened(url) as ledger:
         outcome = await conduct(ledger, saga_id, work, console=Stderr(), goes_on=goes_on, policy=policy)
     if outcome.report is None:
         raise typer.Exit(Exit.INTERRUPTED)
-    _print_report(outcome.report, as_json=as_json)
+    _print_report(outcome.report, reach, as_json=as_json)
     raise typer.Exit(exit_of_status(outcome.report.status, interrupted=outcome.interrupted))
 
 
@@ -310,18 +313,20 @@ def _columns(cells: Sequence[tuple[str, ...]]) -> Iterator[str]:
 @command("show")
 def show(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) -> None:
     """Show what became of a saga, and what is to be done about it."""
+    reach = _reach(None, ledger)
 
     async def report() -> SagaReport:
         async with _opened(_durable(ledger)) as opened:
             await _refuse_unknown(opened, saga_id)
             return await SagaCoordinator(ledger=opened).report(saga_id)
 
-    _print_report(asyncio.run(report()), as_json=as_json)
+    _print_report(asyncio.run(report()), reach, as_json=as_json)
 
 
 @command("watch")
 def watch(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) -> None:
     """Look on while another process runs a saga, until it has come to rest or nobody runs it any more."""
+    reach = _reach(None, ledger)
 
     async def looking_on() -> tuple[SagaReport, str | None]:
         async with _opened(_durable(ledger)) as opened:
@@ -343,11 +348,12 @@ def watch(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) ->
     except KeyboardInterrupt:
         typer.echo(f"Watching {saga_id} no longer; it goes on by itself.", err=True)
         raise typer.Exit(Exit.INTERRUPTED) from None
-    _print_report(report, as_json=as_json)
+    _print_report(report, reach, as_json=as_json)
     if left is None:
         raise typer.Exit(exit_of_status(report.status))
     typer.echo(f"Nobody runs {saga_id} any more: its process is gone, or has not said for as long as its lease that it is alive.", err=True)
-    typer.echo(f"What goes on with it: {_goes_on(left, None, ledger)}; with all whose process is gone: saga recover", err=True)
+    resume = command_for("resume", left, reach)
+    typer.echo(f"What goes on with it: {resume}; with all whose process is gone: {recover_command(reach)}", err=True)
     raise typer.Exit(Exit.LEFT)
 
 
@@ -377,13 +383,14 @@ def settle(
 ) -> None:
     """Say what became of a stage that is stuck or in doubt."""
     data = None if output is None else _json_object(output, "--output")
+    reach = _reach(None, ledger)
 
     async def settled() -> SagaReport:
         async with _opened(_durable(ledger)) as opened:
             await _refuse_unknown(opened, saga_id)
             return await SagaCoordinator(ledger=opened).settle(saga_id, stage, verdict, note, output=data)
 
-    _print_report(asyncio.run(settled()), as_json=as_json)
+    _print_report(asyncio.run(settled()), reach, as_json=as_json)
 
 
 # -- before it runs ----------------------------------------------------------------------------------------------
@@ -582,15 +589,14 @@ async def _refuse_unknown(ledger: Ledger, saga_id: str) -> None:
         raise SagaNotFound("the id of a saga in the ledger", got=repr(saga_id), hint=did_you_mean(saga_id, known))
 
 
-def _goes_on(saga_id: str, target: str | None, ledger: str | None) -> str:
-    return _command("resume", saga_id, target, ledger)
-
-
-def _command(name: str, saga_id: str, target: str | None, ledger: str | None) -> str:
+def _reach(target: str | None, ledger: str | None) -> Reach:
+    """How the next command gets at a saga of this command's."""
     # What the environment says it will say again; and a URL may hold a password.
-    option = [] if ledger is None or ledger == os.environ.get("SAGA_LEDGER") else ["--ledger", "URL" if "@" in ledger else ledger]
-    return next_command(name, saga_id, *([target] if target else []), options=shlex.join(option))
+    url = "URL" if ledger is not None and _HIDDEN.search(ledger) else ledger
+    option = [] if url is None or ledger == os.environ.get("SAGA_LEDGER") else ["--ledger", url]
+    pipeline = target or ("" if settings(Path.cwd()).pipelines else _TARGET)
+    return Reach(pipeline, shlex.join(option), is_lost=_url(ledger) == MEMORY)
 
 
-def _print_report(report: SagaReport, *, as_json: bool) -> None:
-    typer.echo(report.model_dump_json() if as_json else str(report))
+def _print_report(report: SagaReport, reach: Reach, *, as_json: bool) -> None:
+    typer.echo(report.model_dump_json() if as_json else summary(report, reach))

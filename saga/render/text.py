@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime
 from itertools import dropwhile
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from saga.compensable import is_within
 from saga.events import SagaStatus, Verdict
@@ -61,7 +61,25 @@ def duration(span: float) -> str:
     return f"{minutes} min {rest} s" if minutes < _MINUTE else f"{minutes // _MINUTE} h {minutes % _MINUTE} min"
 
 
-def summary(report: SagaReport) -> str:
+class Reach(NamedTuple):
+    """How the next command of `saga` gets at a saga.
+
+    Attributes:
+        pipeline: MODULE:PIPELINE, for the commands that run its code; empty where they find it by themselves.
+        options: What every command is given, quoted.
+        is_lost: No command will: its ledger ends with this process.
+    """
+
+    pipeline: str = ""
+    options: str = ""
+    is_lost: bool = False
+
+
+BY_ITSELF: Final = Reach()
+"""By the settings and the environment alone."""
+
+
+def summary(report: SagaReport, reach: Reach = BY_ITSELF) -> str:
     """A readable summary: the cause first, a line per stage in topological order, what to do last."""
     took = seconds(report.started_at, report.ended_at)
     lines = [
@@ -76,7 +94,7 @@ def summary(report: SagaReport) -> str:
     for name, state, tries, time, why in rows:
         cells = (name.ljust(widths[0]), state.ljust(widths[1]), tries.ljust(widths[2]), time.rjust(widths[3]), why)
         lines.append(("  " + "  ".join(cells)).rstrip())
-    lines += ["", *what_to_do(report)]
+    lines += ["", *what_to_do(report, reach)]
     return "\n".join(lines)
 
 
@@ -163,12 +181,22 @@ def next_command(name: str, *words: str, options: str = "") -> str:
     return " ".join(("saga", *filter(None, parts)))
 
 
-def _how_to_settle(report: SagaReport) -> list[str]:
+def command_for(name: str, saga_id: str, reach: Reach) -> str:
+    """A command that runs the code of a saga's pipeline."""
+    return next_command(name, saga_id, *filter(None, [reach.pipeline]), options=reach.options)
+
+
+def recover_command(reach: Reach) -> str:
+    """The command that goes on with all whose process is gone."""
+    return next_command("recover", *filter(None, [reach.pipeline]), options=reach.options)
+
+
+def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
     """The exact next commands, for the innermost stages: what runs them finds out by itself."""
     open_ones = [*report.stuck, *report.in_doubt]
     innermost = [name for name in open_ones if not any(is_within(other, name) for other in open_ones)]
     saga_id, path = _outer(report)
-    resume = next_command("resume", saga_id)
+    resume = _resume(report, reach)
     if not innermost:
         return [f"To do: it was not undone to the end; go on with: {resume}"]
     unclear = [name for name in innermost if not goes_on(name, report)]
@@ -179,9 +207,16 @@ def _how_to_settle(report: SagaReport) -> list[str]:
     said = "say so (undone, kept or retry); then go on:" if waits else "say so (undone or kept):"
     return [
         f"To do: look at the outside world, put it right by hand, and {said}",
-        *("  " + next_command("settle", saga_id, f"{path}{name}", "undone", options="--note '...'") for name in unclear),
+        *(
+            "  " + next_command("settle", saga_id, f"{path}{name}", "undone", options=f"--note '...' {reach.options}".rstrip())
+            for name in unclear
+        ),
         *([f"  {resume}"] if waits else []),
     ]
+
+
+def _resume(report: SagaReport, reach: Reach) -> str:
+    return command_for("resume", _outer(report)[0], reach)
 
 
 def goes_on(path: str, report: SagaReport) -> bool:
@@ -224,7 +259,7 @@ def _kept_within(report: SagaReport) -> Iterator[str]:
                 yield from (f"{path}/{inner}" for inner in (*child.kept, *_kept_within(child)))
 
 
-def what_to_do(report: SagaReport) -> list[str]:
+def what_to_do(report: SagaReport, reach: Reach = BY_ITSELF) -> list[str]:
     """What is still in effect, and what a person has to do, a line each."""
     lines = []
     for label, names in (
@@ -239,15 +274,18 @@ def what_to_do(report: SagaReport) -> list[str]:
     unread = report.unread
     lines += [f"Not known what stands of saga {printable(saga_id)}: {printable(why)}" for saga_id, why in unread.items()]
     match report.status:
-        case SagaStatus.RUNNING | SagaStatus.COMPENSATING:
+        case status if reach.is_lost and (status in {SagaStatus.STUCK, SagaStatus.HALTED} or not report.clean):
             lines.append(
-                "It has not come to rest: it is running, or its process is gone. saga list says which, saga recover goes on with it."
+                "To do: put right by hand what should not stand. The ledger was in memory, and no command finds the saga any more."
             )
+        case SagaStatus.RUNNING | SagaStatus.COMPENSATING:
+            which, recover = next_command("list", options=reach.options), recover_command(reach)
+            lines.append(f"It has not come to rest: it is running, or its process is gone. {which} says which, {recover} goes on with it.")
         case _ if report.status is SagaStatus.STUCK or report.stuck or report.blocked or report.in_doubt:
             # Also one that was cancelled while something was in doubt, or whose stage passed over what its own saga could not undo.
-            lines += _how_to_settle(report)
+            lines += _how_to_settle(report, reach)
         case SagaStatus.HALTED:
-            lines.append(f"To do: what was done is kept. Mend the cause, then: {next_command('resume', _outer(report)[0])}")
+            lines.append(f"To do: what was done is kept. Mend the cause, then: {_resume(report, reach)}")
         case _ if not unread:
             lines.append("Nothing is left to do.")
     return lines
