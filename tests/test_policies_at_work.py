@@ -457,6 +457,23 @@ def test_a_cancelled_saga_is_not_done_with_while_a_stage_is_in_doubt() -> None:
     assert run(coordinator.ledger.prune(timedelta(0))) == ("s",)
 
 
+def test_a_saga_that_halted_behind_its_pivot_is_closed_by_going_on_without_what_fails() -> None:
+    shape: dict[str, tuple[str, ...]] = {"seat": (), "ticket": ("seat",), "notify": ("ticket",)}
+    world, pipeline = scene(shape, {"notify": Script("raise")}, {"ticket": "pivot", "notify": "plain"})
+    coordinator = SagaCoordinator()
+    assert run(coordinator.run(pipeline, saga_id="s")).status is SagaStatus.HALTED
+
+    undone = run(coordinator.compensate("s", pipeline))
+    forgotten = run(coordinator.ledger.prune(timedelta(0)))
+    closed = run(coordinator.resume("s", pipeline, policy=ContinueWithFallback(without_fallback="skip_branch")))
+
+    assert (undone.status, forgotten) == (SagaStatus.HALTED, ())
+    assert (closed.status, closed.failed) == (SagaStatus.DEGRADED, ("notify",))
+    assert set(closed.kept) == {"seat", "ticket"}
+    assert world.undone() == []
+    assert run(coordinator.ledger.prune(timedelta(0))) == ("s",)
+
+
 def test_a_cancelled_saga_asks_for_what_is_in_doubt() -> None:
     world, pipeline = scene(BRANCHES, {"b": Script("cancel", before=1), "c": Script("hang", lands=True)}, {"c": "probed"})
 
