@@ -554,6 +554,16 @@ def test_what_was_undone_by_hand_lets_the_blocked_ones_be_undone() -> None:
     assert "settled as undone by ann: refunded by hand, ticket 4711" in str(report)
 
 
+def test_what_was_undone_by_hand_keeps_its_output_in_the_report() -> None:
+    """Promise 4."""
+    _, _, coordinator, stuck, _ = stuck_saga()
+
+    settled = run(coordinator.settle("s", "b", "undone", "refunded by hand"))
+
+    assert settled.stages["b"].output == stuck.stuck["b"] == StageOutput.ok(stage="b")
+    assert settled.undone["b"] == stuck.stuck["b"]
+
+
 def test_what_stands_in_the_way_is_mended_and_tried_again() -> None:
     world, pipeline, coordinator, _, scripts = stuck_saga()
 
