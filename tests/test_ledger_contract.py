@@ -8,12 +8,14 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, time, timedelta, timezone
+from decimal import Decimal
 from functools import partial
 from itertools import count
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import anyio
 import pytest
@@ -149,6 +151,21 @@ def test_every_event_is_read_back_equal(place: Place, event: AnyEvent) -> None:
     *_, events = on(place.open(), create(), append(event), read())
 
     assert events == (started(), event)
+
+
+def test_what_json_lacks_is_read_back_equal(place: Place) -> None:
+    data = {
+        "price": Decimal("12.30"), "ticket": b"\x00\xff", "leaves": datetime(2026, 7, 1, 12, 30, tzinfo=timezone(timedelta(hours=2))),
+        "booking": UUID(int=7), "seats": {"14A", "14B"}, "route": ("OSL", "JFK"), "days": [{"on": date(2026, 7, 1), "at": time(12, 30)}],
+    }  # fmt: skip
+    given = (StageCompleted(stage="a", output=StageOutput.ok(data)), EffectRecorded(stage="a", effect=data))
+
+    *_, events, completions = on(place.open(), create(), append(FIRST, *given), read(), lambda ledger: ledger.completions("s"))
+
+    back = [events[2].output.data, events[3].effect, completions["a"].data]
+    assert back == [data] * 3
+    for one in back:
+        assert {name: type(value) for name, value in one.items()} == {name: type(value) for name, value in data.items()}
 
 
 def test_a_saga_may_begin_with_several_events(place: Place) -> None:
