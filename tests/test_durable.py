@@ -188,6 +188,22 @@ def test_an_owner_says_that_it_is_alive_as_long_as_a_saga_of_its_is(caplog: pyte
     assert "the ledger could not be told that" in caplog.text
 
 
+def test_a_saga_whose_ledger_failed_is_given_back_so_that_another_goes_on_with_it_at_once() -> None:
+    world, pipeline = scene(SEQUENCE, {}, dict.fromkeys(SEQUENCE, "probed"))
+    ledger = SlowDisk()
+    ledger.breaks_at = StageCompleted
+    with pytest.raises(LedgerError, match="no space left"):
+        run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+    ledger.breaks_at = None
+
+    (entry,) = run(ledger.list())
+    report = run(SagaCoordinator(ledger=ledger).resume("s", pipeline))
+
+    assert (entry.status, entry.owner) == (SagaStatus.RUNNING, None)
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "+b", "+c"]
+
+
 def test_a_stage_that_is_cancelled_while_it_records_an_effect_is_undone_for_it() -> None:
     world, pipeline = scene({"a": (), "b": ()}, {"a": Script("raise", before=0.5), "b": Script(before=0.45)}, {"b": "recording"})
     ledger = SlowDisk(seconds=0.2)
