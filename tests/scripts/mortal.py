@@ -36,6 +36,7 @@ class Books:
         with closing(self._open()) as db, db:
             db.execute("CREATE TABLE IF NOT EXISTS effects (key TEXT PRIMARY KEY, stage TEXT)")
             db.execute("CREATE TABLE IF NOT EXISTS deeds (deed TEXT, stage TEXT)")
+            db.execute("CREATE TABLE IF NOT EXISTS calls (stage TEXT, key TEXT)")
 
     def _open(self) -> sqlite3.Connection:
         return sqlite3.connect(self.path, timeout=30)
@@ -44,6 +45,16 @@ class Books:
         with closing(self._open()) as db, db:
             if db.execute("INSERT OR IGNORE INTO effects VALUES (?, ?)", (key, stage)).rowcount:
                 db.execute("INSERT INTO deeds VALUES ('did', ?)", (stage,))
+
+    def call(self, stage: str, key: str) -> None:
+        """Note that a compensation was called, whether there is anything to undo or not."""
+        with closing(self._open()) as db, db:
+            db.execute("INSERT INTO calls VALUES (?, ?)", (stage, key))
+
+    def calls(self, stage: str) -> list[str]:
+        """The keys with which its compensation was called."""
+        with closing(self._open()) as db, db:
+            return [key for (key,) in db.execute("SELECT key FROM calls WHERE stage = ?", (stage,))]
 
     def undo(self, key: str, stage: str, above: Sequence[str]) -> None:
         with closing(self._open()) as db, db:
@@ -83,6 +94,7 @@ class Entry(CompensableStage):
         return StageOutput.ok(stage=self.name)
 
     async def compensate(self, ctx: CompensationContext) -> None:
+        self.books.call(self.name, ctx.idempotency_key)
         self.books.undo(ctx.forward_key, self.name, self.above)
 
 
