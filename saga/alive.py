@@ -70,6 +70,10 @@ class Keeper(Protocol):
         """The children of a saga's stage, oldest first; those whose ids begin so."""
         ...
 
+    async def has_left(self, saga_id: str, stage: str, prefix: str) -> bool:
+        """Whether anything stands, or may stand, of the children of a saga's stage; of those whose ids begin so."""
+        ...
+
     def comes_late(self, saga_id: str, late: Late) -> None:
         """Record at the next occasion what nobody waited for any more."""
         ...
@@ -251,6 +255,16 @@ class LiveSaga(Host):
     async def child_reports(self, stage: str) -> list[SagaReport]:
         """The children that this execution of the stage has run, oldest first."""
         return await self._heeding(stage, self._keeper.reports_of(self.id, stage, self.forward_key(stage)))
+
+    async def left_within(self, stage: str) -> bool | None:
+        """Whether the children that this execution of the stage has run have left something standing; None: nobody could undo it."""
+        if not self.has_children or self.journal.state.graph[stage].role is not Role.COMPENSABLE:
+            return None
+        try:
+            return await self._heeding(stage, self._keeper.has_left(self.id, stage, self.forward_key(stage)))
+        except LedgerCorrupt:
+            # Nobody knows what stands of a child that can't be read.
+            return True
 
     def child_context(self, stage: str, pipeline: Pipeline, fields: dict[str, Any]) -> PipelineContext:
         """The input of a child saga: this saga's, with some fields replaced."""

@@ -55,8 +55,12 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
             saga.heed_ctrl_c(error)
             failure = Failure.raised(stage, error, attempt=attempt, kind=FailureKind.COMPENSATION)
         if failure is None:
-            output = None if answer is None else copied_output(answer)
-            await saga.journal.record(StageProbed(stage=stage, landed=answer is not None, output=output))
+            if answer is None:
+                # Whatever the stage has asked: the ledger knows of sagas that it ran.
+                left_within = await saga.left_within(stage)
+                await saga.journal.record(StageProbed(stage=stage, landed=False, left_within=left_within))
+                return None
+            await saga.journal.record(StageProbed(stage=stage, landed=True, output=copied_output(answer)))
             return answer
         wait = settings.retry.wait_before_next(failure, attempt=attempt, elapsed=loop.time() - began)
         if stop is not None and stop.is_set():

@@ -48,7 +48,7 @@ from saga.events import (
     Verdict,
 )
 from saga.failures import Failure
-from saga.family import below, events_of, heard, is_left_alone, located, report_of, report_with_children, reports_of, run_by
+from saga.family import below, events_of, has_left, heard, is_left_alone, located, report_of, report_with_children, reports_of, run_by
 from saga.forward import Forward
 from saga.heart import Heart
 from saga.inputs import context_of, recorded_input, refuse_both
@@ -379,6 +379,10 @@ class SagaCoordinator:
     async def reports_of(self, saga_id: str, stage: str, prefix: str) -> list[SagaReport]:
         """The children of a saga's stage, oldest first; those whose ids begin so."""
         return await reports_of(self.ledger, saga_id, stage, prefix)
+
+    async def has_left(self, saga_id: str, stage: str, prefix: str) -> bool:
+        """Whether anything stands, or may stand, of the children of a saga's stage; of those whose ids begin so."""
+        return await has_left(self.ledger, saga_id, stage, prefix)
 
     def comes_late(self, saga_id: str, late: Late) -> None:
         """Record at the next occasion what nobody waited for any more."""

@@ -156,6 +156,7 @@ class StageFailed(StageEvent):
         in_doubt: Whether its effect may have landed all the same.
         will_retry: Whether another attempt follows.
         past_pivot: Whether it failed after a point of no return of its own: nothing that it depends on is undone.
+        left_within: Whether sagas that it ran have left something standing; None: as before, or nobody has looked.
         output: What it returned beside the failure, if anything.
     """
 
@@ -164,6 +165,7 @@ class StageFailed(StageEvent):
     in_doubt: bool = False
     will_retry: bool = False
     past_pivot: bool = False
+    left_within: bool | None = None
     output: Output | None = None
 
 
@@ -208,6 +210,7 @@ class StageProbed(StageEvent):
 
     Attributes:
         landed: The answer; None when the probe failed, or when something has come late in a saga that the stage ran.
+        left_within: With `landed=False`, whether sagas that it ran have left something standing; None: as before, or nobody has looked.
         output: With `landed=True`, the output.
         failure: With `landed=None`, how the probe failed, or where that saga stands.
         will_retry: Whether it is asked again.
@@ -215,6 +218,7 @@ class StageProbed(StageEvent):
 
     event: Literal["stage_probed"] = "stage_probed"
     landed: bool | None
+    left_within: bool | None = None
     output: Output | None = None
     failure: Failure | None = None
     will_retry: bool = False

@@ -59,9 +59,21 @@ async def report_with_children(ledger: Ledger, state: SagaState, exceptions: Map
 
 async def reports_of(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> list[SagaReport]:
     """The children of a saga's stage, oldest first; those whose ids begin so."""
-    entries = await ledger.list(parent=saga_id)
-    ids = [entry.saga_id for entry in entries if entry.parent_stage == stage]
-    return [await report_of(ledger, child) for child in ids if child == prefix or child.startswith(f"{prefix}#")]
+    return [await report_of(ledger, child) for child in await _run_within(ledger, saga_id, stage, prefix)]
+
+
+async def has_left(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> bool:
+    """Whether anything stands, or may stand, of the children of a saga's stage; of those whose ids begin so."""
+    for child in await _run_within(ledger, saga_id, stage, prefix):
+        state = SagaState(await events_of(ledger, child))
+        if state.ended_at is None or any(undo_step(node, state.stages[node.name]) is not Step.CLEAR for node in state.graph.nodes):
+            return True
+    return False
+
+
+async def _run_within(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> list[str]:
+    ids = [entry.saga_id for entry in await ledger.list(parent=saga_id) if entry.parent_stage == stage]
+    return [child for child in ids if child == prefix or child.startswith(f"{prefix}#")]
 
 
 async def below(ledger: Ledger, saga_id: str, stage: str | None = None) -> list[Entry]:

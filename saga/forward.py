@@ -335,6 +335,7 @@ class Forward(Stages, Employer):
                 self._refuse_unstorable(name)
                 return outcome
             failure = outcome.failure
+            left_within = await self._saga.left_within(name)
             # A plain stage has declared no effect, so there is nothing to be in doubt about.
             in_doubt = failure.kind in {FailureKind.TIMEOUT, FailureKind.INTERRUPTED} and node.role is not Role.PLAIN
             wait = retry.wait_before_next(failure, attempt=tries, elapsed=loop.time() - began, asked=outcome.asked_again)
@@ -348,6 +349,7 @@ class Forward(Stages, Employer):
                     in_doubt=in_doubt,
                     will_retry=wait is not None,
                     past_pivot=outcome.past_pivot,
+                    left_within=left_within,
                     output=output,
                 )
             )
@@ -435,12 +437,17 @@ class Forward(Stages, Employer):
             landed = await ask(self._saga, run.name, stop=self._interrupted)
             if landed is not None:
                 return _Outcome(output=landed, failure=outcome.failure)
-        if output.status is StageStatus.SKIP and outcome.failure is None and (record.effects or record.doubt):
+        if output.status is not StageStatus.SKIP or outcome.failure is not None:
+            return outcome
+        left_within = await self._saga.left_within(run.name)
+        if record.effects or record.doubt or left_within:
             # Its dependents would run on, and what stands of it could then not be undone before them.
             message = (
                 f"expected a stage that skips itself to have recorded no effect, got a SKIP after {len(record.effects)} recorded effects"
             )
-            if not record.effects:
+            if left_within:
+                message = "expected a stage that skips itself to have left nothing standing, got a SKIP and sagas that stand"
+            elif not record.effects:
                 message = "expected a stage that skips itself to have had no effect, got a SKIP after an attempt that may have had one"
             return _Outcome(output, Failure.of(run.name, FailureKind.CONTRACT, message, attempt=record.attempts))
         return outcome

@@ -419,6 +419,7 @@ class SagaState:
         is_answer = self.graph[event.stage].idempotent and event.failure.kind in _ANSWERS
         record.doubt = event.in_doubt or (record.doubt and not is_answer)
         record.past_pivot = record.past_pivot or event.past_pivot
+        record.stands_in_part = record.stands_in_part if event.left_within is None else event.left_within
         if event.will_retry:
             return
         record.again = False
@@ -454,9 +455,10 @@ class SagaState:
             record.undo_failure = event.failure
         if event.will_retry:
             return
+        record.stands_in_part = record.stands_in_part if event.left_within is None else event.left_within
         if record.state is _S.COMPENSATING:
             record.undo_in_question = False
-            if event.landed is False:
+            if event.landed is False and not event.left_within:
                 record.state, record.doubt, record.undone_in_part = _S.UNDONE, False, False
                 record.undo_ended_at = event.at
             return

@@ -66,10 +66,27 @@ class Leaf:
 
 @dataclass
 class Kin:
-    """A stage that runs sagas: a nested one, or several of which it takes care itself."""
+    """A stage that runs sagas: a nested one, or several of which it takes care itself.
+
+    Attributes:
+        trees: The sagas.
+        at_once: Of several, whether it runs them at once; None: it is a nested one.
+        asked: Of several, whether it has a probe.
+        records: Of several, whether it records an effect of its own before it runs them.
+        outcome: How it ends itself, having run several, as a `Script`'s.
+        times: How often it ends so before it succeeds.
+    """
 
     trees: list[Tree]
     at_once: bool | None = None
+    asked: bool = True
+    records: bool = False
+    outcome: str = "ok"
+    times: int = 0
+
+    def mend(self) -> None:
+        """From here on nothing goes wrong with it."""
+        self.outcome = "ok"
 
 
 @dataclass
@@ -89,6 +106,10 @@ class Tree:
                 for tree in stage.trees:
                     yield from tree.family()
 
+    def kin(self) -> dict[str, Kin]:
+        """All stages of the family that run sagas."""
+        return {name: stage for tree in self.family() for name, stage in tree.stages.items() if isinstance(stage, Kin)}
+
     def leaves(self) -> dict[str, Leaf]:
         """All stages of the family that run no saga."""
         return {name: stage for tree in self.family() for name, stage in tree.stages.items() if isinstance(stage, Leaf)}
@@ -107,7 +128,7 @@ def _runner(world: FamilyWorld, name: str, stage: Leaf | Kin) -> Any:
         return STAGES[stage.kind](world, name, stage)
     if stage.at_once is None:
         return nested(stage.trees[0].pipeline(world), stage.trees[0].policy)
-    return Several(world, stage)
+    return (AskedSeveral if stage.asked else Several)(world, name, stage)
 
 
 def tokens(path: str) -> tuple[str, ...]:
@@ -359,13 +380,13 @@ class Several(CompensableStage):
     compensate_in_doubt = True
     compensation = Compensation(retry=Retry(attempts=1), timeout=None)
 
-    def __init__(self, world: FamilyWorld, kin: Kin) -> None:
-        self.kin = kin
+    def __init__(self, world: FamilyWorld, name: str, kin: Kin) -> None:
+        self.name, self.kin = name, kin
         self.pipelines = [(tree.pipeline(world), tree.policy) for tree in kin.trees]
 
     async def execute(self, ctx: SagaContext) -> Any:
-        # So that its compensation is asked for also when one of them fails.
-        await ctx.record("sagas")
+        if self.kin.records:
+            await ctx.record("sagas")
         left = {report.pipeline: report for report in await ctx.child_sagas() if report.status is not SagaStatus.COMPENSATED}
 
         async def go_on(pipeline: Pipeline, policy: Policy) -> SagaReport:
@@ -380,8 +401,21 @@ class Several(CompensableStage):
         else:
             for one in self.pipelines:
                 _refuse_failed(await go_on(*one))
+        if self.kin.outcome != "ok" and self.kin.times > 0:
+            self.kin.times -= 1
+            return await conclude(self.name, self.kin.outcome)
         return {"sagas": [report.saga_id for report in await ctx.child_sagas()]}
 
+    async def compensate(self, ctx: CompensationContext) -> None:
+        pipelines = {pipeline.name: pipeline for pipeline, _ in self.pipelines}
+        left = [report for report in await ctx.child_sagas() if report.status is not SagaStatus.COMPENSATED]
+        undone = [await ctx.undo_saga(report.saga_id, pipelines[report.pipeline]) for report in reversed(left)]
+        for report in undone:
+            if report.past_pivot or not report.clean:
+                raise NotAllWell(report)
+
+
+class AskedSeveral(Several):
     async def probe(self, ctx: CompensationContext) -> StageOutput | None:
         pipelines = {pipeline.name: pipeline for pipeline, _ in self.pipelines}
         left = [report for report in await ctx.child_sagas() if report.status is not SagaStatus.COMPENSATED]
@@ -392,14 +426,6 @@ class Several(CompensableStage):
         if left and not (len(left) == len(pipelines) and all(report.ok for report in left)):
             raise NotAllWell(left[-1])
         return StageOutput.ok(sagas=[report.saga_id for report in left]) if left else None
-
-    async def compensate(self, ctx: CompensationContext) -> None:
-        pipelines = {pipeline.name: pipeline for pipeline, _ in self.pipelines}
-        left = [report for report in await ctx.child_sagas() if report.status is not SagaStatus.COMPENSATED]
-        undone = [await ctx.undo_saga(report.saga_id, pipelines[report.pipeline]) for report in reversed(left)]
-        for report in undone:
-            if report.past_pivot or not report.clean:
-                raise NotAllWell(report)
 
 
 def may_fall_back(tree: Tree, policies: list[Policy]) -> set[str]:

@@ -128,8 +128,20 @@ def trees(draw: st.DrawFn, *, hurried: bool, names: Iterator[str] | None = None,
             draw(trees(hurried=hurried, names=names, depth=depth + 1, pivots=pivots and kind == "nested"))
             for _ in range(children)
         ]
-        stages[name] = Kin(below, at_once=None if kind == "nested" else draw(st.booleans()))
+        stages[name] = Kin(below) if kind == "nested" else draw(several(below))
     return Tree(f"p{mine[0]}", shape, stages, draw(policies(mine, hurried=hurried)))
+
+
+@st.composite
+def several(draw: st.DrawFn, below: list[Tree]) -> Kin:
+    return Kin(
+        below,
+        at_once=draw(st.booleans()),
+        asked=draw(st.booleans()),
+        records=draw(st.booleans()),
+        outcome=draw(st.sampled_from(["ok", "ok", "raise", "fail", "cancel", "skip"])),
+        times=draw(st.sampled_from([1, 2, 99])),
+    )
 
 
 @st.composite
@@ -230,6 +242,7 @@ class Life:
         self.case, self.place = case, place
         self.root: Tree = case["root"]
         self.leaves = self.root.leaves()
+        self.kin = self.root.kin()
         self.world = FamilyWorld(self.root)
         given = [deed["policy"] for deed in case["deeds"] if deed.get("policy") is not None]
         self.world.in_no_order = may_fall_back(self.root, given)
@@ -384,7 +397,7 @@ class Life:
                 self.leaf_agrees(report, name, stage, stands, where)
                 yield from stands
             else:
-                self.kin_agrees(report, stage, stands, where)
+                self.kin_agrees(report, name, stage, stands, where)
                 for child in stage.children:
                     yield from self.agrees(child)
 
@@ -399,6 +412,10 @@ class Life:
                 assert len(stands) <= 1, where
             case S.FALLBACK if stage.settled is not None and stage.settled.verdict == "kept":
                 assert len(stands) == 1, where
+            case S.FALLBACK if "pivot" in self.leaves[name].kind and stage.probed:
+                # It had landed, as was learnt when its fallback stood in already; nobody can undo it.
+                assert len(stands) == 1, where
+                assert report.past_pivot, where
             case S.UNDONE | S.NOT_RUN:
                 assert not stands, where
             case _:
@@ -406,7 +423,7 @@ class Life:
                 kept_part = stage.effects and report.status in {SagaStatus.HALTED, SagaStatus.CANCELLED}
                 assert not stands or kept_part, where
 
-    def kin_agrees(self, report: SagaReport, stage: StageReport, stands: list[str], where: Any) -> None:
+    def kin_agrees(self, report: SagaReport, name: str, stage: StageReport, stands: list[str], where: Any) -> None:
         last = stage.children[-1] if stage.children else None
         past_pivot = any(child.past_pivot for child in stage.children)
         if stage.settled is not None and stage.settled.verdict == "kept":
@@ -423,13 +440,14 @@ class Life:
             case S.STUCK | S.IN_DOUBT | S.BLOCKED:
                 pass
             case _:
-                kept_part = stage.effects and report.status in {SagaStatus.HALTED, SagaStatus.CANCELLED}
+                # A saga that keeps what was done keeps what sagas of a failed stage have done, too.
+                kept_part = self.kin[name].at_once is not None and report.status in {SagaStatus.HALTED, SagaStatus.CANCELLED}
                 assert not stands or past_pivot or kept_part, where
 
     async def come_home(self, way: str) -> None:
         """Mended and truthfully settled, every life comes to rest, and stays there: undone, or completed."""
-        for leaf in self.leaves.values():
-            leaf.mend()
+        for stage in (*self.leaves.values(), *self.kin.values()):
+            stage.mend()
         for _ in range(4):
             for asked in unsettled(await self.report()):
                 # What is settled within may have answered for it.

@@ -29,13 +29,13 @@ from saga import (
     compensable,
     nested,
 )
-from saga.events import SagaResumed, StageStarted
+from saga.events import SagaEnded, SagaResumed, StageStarted
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.report import NestedSagaFailed
 from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowLedger
-from tests.world import SEQUENCE, CardDeclined, Script, World, scene
+from tests.world import SEQUENCE, CardDeclined, Script, World, conclude, nothing, scene
 
 IMPATIENT = FailFast(compensation=Compensation(retry=Retry(attempts=1)))
 
@@ -562,6 +562,153 @@ def test_when_a_person_has_said_to_try_again_there_is_only_to_go_on_until_that_h
     assert world.standing == {"a": 1}
 
 
+def booking(outcome: str, *, second: str = "raise", probe: Any = None) -> tuple[World, Pipeline]:
+    """book -> after: the first runs a room (take) and a meal (cook -> serve) as sagas, and then ends as it is told."""
+    shape = {"take": (), "cook": (), "serve": ("cook",), "after": ()}
+    scripts = {name: Script(undo_bears_repetition=True) for name in shape} | {"serve": Script(second)}
+    world, flat = scene(shape, scripts, dict.fromkeys(shape, "probed"))
+    stages: dict[str, Any] = {name: spec.runner for name, spec in flat.stages.items()}
+    room = Pipeline(name="room").with_stage("take", stages["take"])
+    meal = Pipeline(name="meal").with_stage("cook", stages["cook"]).with_stage("serve", stages["serve"], dependencies=("cook",))
+
+    async def book(ctx: SagaContext) -> Any:
+        for pipeline in (room, meal):
+            report = await ctx.run_saga(pipeline)
+        assert report.ok is (second == "ok")
+        return await conclude("book", outcome)
+
+    async def release(ctx: CompensationContext) -> None:
+        for child in reversed(await ctx.child_sagas()):
+            await ctx.undo_saga(child.saga_id, {"room": room, "meal": meal}[child.pipeline])
+
+    trip = Pipeline(name="trip").with_stage("book", compensable(book, release, probe=probe))
+    return world, trip.with_stage("after", stages["after"], dependencies=("book",))
+
+
+async def nothing_landed(_: CompensationContext) -> None:
+    """A probe that asks for what the stage has done itself, and not for its sagas."""
+
+
+@pytest.mark.parametrize("probe", [None, nothing_landed])
+@pytest.mark.parametrize(("outcome", "kind"), [("raise", "exception"), ("fail", "reported"), ("skip", "contract"), ("wrong", "contract")])
+def test_what_the_sagas_of_a_stage_have_done_is_undone_when_the_stage_then_fails(outcome: str, kind: str, probe: Any) -> None:
+    """Promise 5: it was taken at its word that it had had no effect, and a child stood that nobody could reach."""
+    world, trip = booking(outcome, probe=probe)
+
+    report = run(SagaCoordinator().run(trip, saga_id="s"))
+
+    assert world.log == ["+take", "+cook", "-cook", "-take"]
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+    assert report.cause.kind == kind
+    assert report.stages["book"].state is StageState.UNDONE
+    assert [child.status for child in report.stages["book"].children] == [SagaStatus.COMPENSATED] * 2
+
+
+def test_what_the_sagas_of_a_stage_have_done_is_kept_with_the_rest_when_the_stage_cancels() -> None:
+    world, trip = booking("cancel", second="ok")
+    coordinator = SagaCoordinator()
+
+    report = run(coordinator.run(trip, saga_id="s"))
+    assert report.status is SagaStatus.CANCELLED
+    assert world.standing == {"take": 1, "cook": 1, "serve": 1}
+
+    assert run(coordinator.compensate("s", trip)).status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+def test_behind_the_fallback_of_a_stage_what_its_sagas_have_done_is_undone() -> None:
+    world, trip = booking("raise", second="ok")
+
+    report = run(SagaCoordinator(ContinueWithFallback(fallbacks={"book": {}})).run(trip))
+
+    assert report.status is SagaStatus.DEGRADED
+    assert world.standing == {"after": 1}
+
+
+def test_a_stage_whose_sagas_have_all_undone_themselves_has_failed_and_is_not_undone() -> None:
+    world, meal = scene({"cook": (), "serve": ("cook",)}, {"serve": Script("raise")})
+
+    async def book(ctx: SagaContext) -> None:
+        (await ctx.run_saga(meal)).raise_for_status()
+
+    report = run(SagaCoordinator().run(Pipeline().with_stage("book", compensable(book, nothing))))
+
+    assert world.log == ["+cook", "-cook"]
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.stages["book"].state is StageState.FAILED
+    assert report.stages["book"].compensation is None
+
+
+def test_a_stage_that_fails_with_a_saga_that_nobody_can_read_is_not_taken_at_its_word() -> None:
+    world, trip = booking("raise", second="ok")
+
+    class Torn(MemoryLedger):
+        is_torn = True
+
+        async def read(self, saga_id: str) -> Sequence[Any]:
+            events = await super().read(saga_id)
+            return events[1:] if saga_id == "s/book" and self.is_torn else events
+
+    ledger = Torn()
+
+    def mend(saga_id: str, event: object) -> None:
+        if saga_id == "s" and isinstance(event, SagaEnded):
+            ledger.is_torn = False
+
+    coordinator = SagaCoordinator(IMPATIENT, ledger=ledger, listeners=[mend])
+    stuck = run(coordinator.run(trip, saga_id="s"))
+    assert list(stuck.stuck) == ["book"]
+    assert "LedgerCorrupt" in str(stuck)
+    run(coordinator.settle("s", "book", "retry", "it can be read again"))
+
+    assert run(coordinator.resume("s", trip)).status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+@pytest.mark.parametrize("probe", [None, nothing_landed])
+def test_killed_at_any_event_what_the_sagas_of_a_failing_stage_have_done_is_undone_or_in_question(probe: Any) -> None:
+    """Promises 5 and 11."""
+    survived = 0
+    for killed_after in range(40):
+        world, trip = booking("raise", probe=probe)
+        ledger = Dying(killed_after)
+        try:
+            report = run(SagaCoordinator(ledger=ledger).run(trip, saga_id="s"))
+            survived += 1
+        except LedgerError:
+            ledger.left = 1000
+            ledger.forget_owners()
+            run(SagaCoordinator(ledger=ledger).recover(trip))
+            report = run(SagaCoordinator(ledger=ledger).report("s"))
+
+        if probe is None and report.status is SagaStatus.STUCK:
+            # Nothing can tell whether it had an effect of its own.
+            assert "book" in report.in_doubt, (killed_after, str(report))
+        else:
+            assert report.status is SagaStatus.COMPENSATED, (killed_after, str(report))
+            assert world.standing == {}, killed_after
+        assert world.refusals == [], killed_after
+    assert survived
+
+
+def test_a_probe_that_passes_over_the_sagas_of_a_stage_makes_nothing_of_them_undone() -> None:
+    world, room = scene({"room": ()})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(room)
+
+    trip = Pipeline().with_stage("book", compensable(book, fail, probe=nothing_landed))
+    coordinator = SagaCoordinator(IMPATIENT)
+    run(coordinator.run(trip, saga_id="s"))
+
+    report = run(coordinator.compensate("s", trip))
+
+    assert report.stages["book"].compensation is not None
+    assert report.stages["book"].state is StageState.STUCK
+    assert world.standing == {"room": 1}
+
+
 def test_what_a_child_keeps_is_named_where_its_stage_did_not_complete() -> None:
     _, trip = generations({"confirm": Script("raise")}, {"pay": "pivot"})
 
@@ -789,15 +936,15 @@ def test_what_a_later_attempt_ran_has_a_path_of_its_own_though_what_was_before_i
         raise NestedSagaFailed(report)
 
     parent = Pipeline().with_stage("book", compensable(book, undo_each(rooms), compensate_in_doubt=True))
-    coordinator = SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0.0)))
+    coordinator = SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0.0), compensation=IMPATIENT.compensation))
 
     report = run(coordinator.run(parent, saga_id="s"))
 
-    assert [*report.stuck] == ["book#2/room"]
+    assert [*report.stuck] == ["book", "book#2/room"]
     command = "saga settle s 'book#2/room' undone --note '...'"
     assert command in str(report)
     assert command in str(run(coordinator.report("s/book#2")))
-    assert [failure.stage for failure in report.failures] == ["book/pay", "book", "book#2/pay", "book#2/room", "book"]
+    assert [failure.stage for failure in report.failures] == ["book/pay", "book", "book#2/pay", "book#2/room", "book", "book"]
     assert "undoing room was declined" in report.failures[-1].message
     with pytest.raises(MisuseError, match="for stage 'room', got one that is undone"):
         run(coordinator.settle("s", "book/room", "kept", "by hand"))
