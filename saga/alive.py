@@ -18,7 +18,7 @@ from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.outputs import copied, copied_output
-from saga.watch import leave_loop, retrieved, start
+from saga.watch import leave_loop, outlast, retrieved, start
 
 if TYPE_CHECKING:
     from stageflow.api import Pipeline, PipelineContext, StageContext
@@ -88,7 +88,7 @@ class LiveSaga(Host):
         policy: Its policy.
         journal: Its ledger and its state.
         actions: How its stages' code is run.
-        children: The sagas that its stages run now.
+        children: The sagas that its stages run now, and what is done when each has come to rest.
         has_children: Whether its stages have run any.
         exceptions: What those that ended have failed with.
         undone_within: By stage the sagas that its compensation has turned to, and what it has made of each.
@@ -112,7 +112,7 @@ class LiveSaga(Host):
         self.actions: Final = actions
         self._context = context
         self._keeper = keeper
-        self.children: Final[set[LiveSaga]] = set()
+        self.children: Final[dict[LiveSaga, asyncio.Future[None]]] = {}
         self.has_children = False
         self.exceptions: dict[Failure, BaseException] = {}
         self.undone_within: Final[dict[str, dict[str, SagaReport]]] = {}
@@ -255,6 +255,13 @@ class LiveSaga(Host):
     async def child_reports(self, stage: str) -> list[SagaReport]:
         """The children that this execution of the stage has run, oldest first."""
         return await self._heeding(stage, self._keeper.reports_of(self.id, stage, self.forward_key(stage)))
+
+    async def stop_children(self, stage: str) -> None:
+        """Stop the sagas that a stage's code has left running, and wait until they have come to rest."""
+        left = {child: rests for child, rests in self.children.items() if child.journal.state.started.parent_stage == stage}
+        for child in left:
+            child.interrupt("the stage that ran it has failed")
+        await outlast(left.values())
 
     async def left_within(self, stage: str) -> bool | None:
         """Whether the children that this execution of the stage has run have left something standing; None: nobody could undo it."""

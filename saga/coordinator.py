@@ -355,13 +355,14 @@ class SagaCoordinator:
 
     async def _as_child(self, parent: LiveSaga, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
         parent.has_children = True
-        parent.children.add(saga)
+        rests = parent.children[saga] = asyncio.get_running_loop().create_future()
         if parent.is_stopping:
             saga.interrupt("the saga that runs it is stopping")
         try:
             report = await self._unbroken(saga, work)
         finally:
-            parent.children.discard(saga)
+            del parent.children[saga]
+            rests.set_result(None)
         parent.exceptions |= {failure: failure.exception for failure in report.failures if failure.exception is not None}
         return report
 

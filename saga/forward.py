@@ -323,12 +323,9 @@ class Forward(Stages, Employer):
                 await self._record(StageFailed(stage=name, failure=failure))
                 return _Outcome(failure=failure)
             outcome = await self._attempt(run, seconds)
-            if run.given_up:
-                return outcome
-            for recording in self._saga.forgotten(name):
-                outcome = await self._catch_up(run, recording, outcome)
-            outcome = await self._checked(run, outcome)
-            if run.record.state is StageState.KEPT:
+            if not run.given_up:
+                outcome = await self._wound_up(run, outcome)
+            if run.given_up or run.record.state is StageState.KEPT:
                 return outcome
             if outcome.failure is None:
                 await self._record(self._end_of(run, outcome))
@@ -365,6 +362,15 @@ class Forward(Stages, Employer):
         # Called off: the failure that was to be mended stands.
         await self._record(StageFailed(stage=name, failure=failure, in_doubt=run.record.doubt, output=output))
         return outcome
+
+    async def _wound_up(self, run: _StageRun, outcome: _Outcome) -> _Outcome:
+        """The outcome of an attempt of which nothing runs any more, seen against all that is known."""
+        if outcome.failure is not None and self._saga.children:
+            # asyncio.gather raises what the first of several sagas comes to, and leaves the others running.
+            await self._saga.stop_children(run.name)
+        for recording in self._saga.forgotten(run.name):
+            outcome = await self._catch_up(run, recording, outcome)
+        return await self._checked(run, outcome)
 
     async def _catch_up(self, run: _StageRun, recording: Coroutine[Any, Any, None], outcome: _Outcome) -> _Outcome:
         """Record what the stage has recorded without `await`; the attempt's outcome with that."""

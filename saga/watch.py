@@ -54,8 +54,8 @@ def _first_step() -> Generator[None, None, None]:
     yield
 
 
-async def outlast(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Wait until all tasks have ended, however often whoever waits is cancelled."""
+async def outlast(tasks: Collection[asyncio.Future[Any]]) -> None:
+    """Wait until all tasks have ended, or futures are done, however often whoever waits is cancelled."""
     while not all(task.done() for task in tasks):
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait(tasks)

@@ -868,6 +868,56 @@ def test_a_compensation_that_takes_what_is_stuck_beyond_the_pivot_of_a_child_for
     assert world.standing == {"sell": 1}
 
 
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_a_stage_that_fails_with_one_of_its_sagas_waits_until_the_others_have_stopped(attempts: int) -> None:
+    """Promise 3: asyncio.gather leaves them running, and nothing is undone, or attempted anew, beside them."""
+    world, slow = scene({"a": (), "b": ("a",)}, {"b": Script(before=5, then=("ok",))})
+    _, fast = scene({"x": ()}, {"x": Script("raise", then=("ok",))})
+
+    async def book(ctx: SagaContext) -> None:
+        reports = await asyncio.gather(*(failing_with(ctx.run_saga(pipeline)) for pipeline in (slow, fast)))
+        assert all(report.ok for report in reports)
+
+    async def failing_with(report: Awaitable[SagaReport]) -> SagaReport:
+        (ended := await report).raise_for_status()
+        return ended
+
+    trip = Pipeline(name="trip").with_stage("book", compensable(book, undo_each([slow, fast])))
+    coordinator = SagaCoordinator(FailFast(retry=Retry(attempts=attempts, wait=0.0), compensation=IMPATIENT.compensation))
+
+    report = run(coordinator.run(trip, saga_id="s"))
+
+    assert report.status is (SagaStatus.COMPENSATED if attempts == 1 else SagaStatus.COMPLETED)
+    assert report.clean, str(report)
+    assert "fallback" not in str(report)
+    assert world.log[:4] == ["+a", "+b", "-b", "-a"]
+    assert world.standing == ({} if attempts == 1 else {"a": 1, "b": 1})
+
+
+def test_beside_the_pivot_of_one_child_what_is_stuck_in_another_one_is_still_for_a_person() -> None:
+    """Promise 5: the stage can't be undone any more, but that says nothing of its other sagas."""
+    _, sale = scene({"sale": ()}, kinds={"sale": "pivot"})
+    world, room = scene({"room": ()}, {"room": Script(undo_fails=1)})
+
+    async def book(ctx: SagaContext) -> None:
+        for pipeline in (sale, room):
+            await ctx.run_saga(pipeline, policy=IMPATIENT)
+        raise CardDeclined
+
+    parent = Pipeline(name="trip").with_stage("book", compensable(book, undo_each([sale, room])))
+    coordinator = SagaCoordinator(IMPATIENT)
+
+    stuck = run(coordinator.run(parent, saga_id="s"))
+    assert stuck.status is SagaStatus.STUCK
+    assert [*stuck.stuck] == ["book", "book#1.2/room"]
+    run(coordinator.settle("s", "book#1.2/room", "retry", "they answer again"))
+    report = run(coordinator.resume("s", parent))
+
+    assert report.status is SagaStatus.HALTED
+    assert report.clean, str(report)
+    assert world.standing == {}
+
+
 def test_what_is_stuck_in_several_children_of_a_stage_is_reported_and_settled_one_by_one() -> None:
     worlds, rooms = zip(*[scene({"room": (), "bed": ()}, {"room": Script(undo_fails=9)}) for _ in range(3)], strict=True)
 

@@ -170,7 +170,8 @@ def _of_fallback(name: str, stage: StageReport, report: SagaReport) -> list[Fail
     """The failures of its fallback: those of the way forward that came after its last attempt's."""
     ours = (failure for failure in report.failures if failure.stage == name)
     since = dropwhile(lambda failure: failure != stage.failure, ours)
-    return [failure for failure in since if failure.kind not in _BACKWARD and failure != stage.failure]
+    # A saga that the stage ran has failures of its own, of no attempt, that are told under its stage's name.
+    return [failure for failure in since if failure.attempt and failure.kind not in _BACKWARD and failure != stage.failure]
 
 
 def next_command(name: str, *words: str, options: str = "") -> str:
