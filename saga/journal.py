@@ -23,7 +23,7 @@ from saga.events import (
 from saga.ledger import Ledger, StageState
 from saga.recovery import SagaState, Step, undo_step
 from saga.storable import refuse_unstorable, storable
-from saga.watch import outlasting
+from saga.watch import Answer, outlasting
 
 Listener = Callable[[str, AnyEvent], None]
 """Is told of every event, with the saga's id, when it is in the ledger. What it raises is logged and harms no saga.
@@ -87,7 +87,7 @@ class Journal:
         self._timer: asyncio.Handle | None = None
         self._late_write: asyncio.Task[None] | None = None
         self._is_creating = False
-        self._behind: list[tuple[Sequence[AnyEvent], asyncio.Future[None]]] = []
+        self._behind: list[tuple[Sequence[AnyEvent], Answer[None]]] = []
         self._released = False
         self._within: dict[str, LedgerError] = {}
 
@@ -213,16 +213,13 @@ class Journal:
                 await self._ledger.append(self.saga_id, late, expected_version=len(events), token=self.token)
         except BaseException as error:
             for _, waiter in self._behind:
-                # Who was cancelled waits no more.
-                with contextlib.suppress(asyncio.InvalidStateError):
-                    waiter.set_exception(LedgerError(f"the ledger failed to begin saga {self.saga_id}: {error}"))
+                waiter.give(LedgerError(f"the ledger failed to begin saga {self.saga_id}: {error}"))
             raise
         for _, waiter in self._behind:
-            with contextlib.suppress(asyncio.InvalidStateError):
-                waiter.set_result(None)
+            waiter.give(None)
 
     async def _wait_for_creation(self, events: Sequence[AnyEvent]) -> None:
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter: Answer[None] = Answer(loop=asyncio.get_running_loop())
         self._behind.append((events, waiter))
         await outlasting(waiter)
 

@@ -61,17 +61,46 @@ async def outlast(tasks: Collection[asyncio.Future[Any]]) -> None:
             await asyncio.wait(tasks)
 
 
-async def outlasting(answer: asyncio.Future[T]) -> T:
+class Answer(asyncio.Future[T]):
+    """What somebody waits for who gets it even if he is cancelled meanwhile: see `outlasting`.
+
+    A cancel ends the wait, as that for any future, and the answer is then kept aside. asyncio.shield costs another future and another
+    turn of the loop, for each write of a saga.
+    """
+
+    late: asyncio.Future[T] | None = None
+
+    def cancel(self, msg: Any = None) -> bool:
+        """End the wait; the answer is still to come."""
+        is_first = super().cancel(msg)
+        if is_first:
+            self.late = self.get_loop().create_future()
+        return is_first
+
+    def give(self, answer: T | Exception) -> None:
+        """Answer, with an error if it is one; a second answer changes nothing."""
+        future = self if self.late is None else self.late
+        if future.done():
+            return
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+            retrieved(self.late)  # who was cancelled need not ask for it
+        else:
+            future.set_result(answer)
+
+
+async def outlasting(answer: Answer[T]) -> T:
     """Wait for an answer that comes whatever happens, however often whoever waits is cancelled; that is counted in its `cancelling()`."""
     try:
-        return await asyncio.shield(answer)
+        return await answer
     except asyncio.CancelledError:
+        if answer.late is None:
+            # It had come already.
+            return answer.result()
         # anyio repeats the cancel of a scope at every turn of the loop until the scope is left.
         with anyio.CancelScope(shield=True):
-            while not answer.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait((answer,))
-    return answer.result()
+            await outlast([answer.late])
+    return answer.late.result()
 
 
 def this_task() -> asyncio.Task[Any]:
@@ -341,7 +370,7 @@ def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
         task.cancel()
 
 
-def retrieved(task: asyncio.Task[Any]) -> None:
+def retrieved(task: asyncio.Future[Any] | None) -> None:
     """Look at a task's exception: asyncio complains of one that nobody looked at, and one that comes after its time is no news."""
-    if not task.cancelled():
+    if task is not None and not task.cancelled():
         task.exception()

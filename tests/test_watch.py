@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
 from saga import LedgerError
-from saga.watch import Crew, Employer, Watched, outlast, start
+from saga.watch import Answer, Crew, Employer, Watched, outlast, outlasting, start
 from tests.controlled import ControlledLoop, elapse, run
 
 
@@ -141,3 +142,50 @@ def test_whoever_waits_for_a_crew_goes_on_waiting_when_a_ctrl_c_strikes() -> Non
 
     assert "KeyboardInterrupt" in str(notes.broken[0])
     assert len(ended) == 1
+
+
+@pytest.mark.parametrize("moment", ["before the answer", "with the answer", "twice before"])
+@pytest.mark.parametrize("answer", [7, LedgerError("no room")], ids=["a value", "an error"])
+def test_an_answer_comes_also_to_whoever_was_cancelled(moment: str, answer: int | LedgerError) -> None:
+    async def play() -> tuple[list[object], int]:
+        asked: Answer[int] = Answer(loop=asyncio.get_running_loop())
+        got: list[object] = []
+
+        async def wait() -> None:
+            try:
+                value: int = await outlasting(asked)
+                got.append(value)
+            except LedgerError as error:
+                got.append(error)
+
+        task = start(wait())
+        await elapse(1)
+        if moment == "with the answer":
+            asked.give(answer)
+        task.cancel()
+        if moment == "twice before":
+            await elapse(1)
+            task.cancel()
+        await elapse(1)
+        asked.give(answer)
+        asked.give(8)
+        await outlast([task])
+        return got, task.cancelling()
+
+    got, cancels = run(play())
+
+    assert got == [answer]
+    assert cancels == (2 if moment == "twice before" else 1)
+
+
+def test_nobody_complains_of_an_error_that_comes_to_whoever_was_cancelled(caplog: pytest.LogCaptureFixture) -> None:
+    async def play() -> None:
+        asked: Answer[int] = Answer(loop=asyncio.get_running_loop())
+        asked.cancel()
+        asked.give(LedgerError("no room"))
+        del asked
+        gc.collect()
+
+    run(play())
+
+    assert not caplog.records

@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from saga.errors import LedgerError
+from saga.watch import Answer
 
 _MOST: Final = 2**24
 """A batch is closed when it holds so many bytes."""
@@ -56,7 +57,7 @@ class _Job(NamedTuple):
     request: Any
     size: int
     loop: asyncio.AbstractEventLoop | None
-    future: asyncio.Future[Any] | None
+    future: Answer[Any] | None
 
 
 class Worker(Generic[S]):
@@ -83,7 +84,7 @@ class Worker(Generic[S]):
             self._thread.start()
             WORKING.workers.add(self)
 
-    def ask(self, request: Any, size: int = 0) -> asyncio.Future[Any]:
+    def ask(self, request: Any, size: int = 0) -> Answer[Any]:
         """Have a request carried out; the answer is for the event loop that runs.
 
         Args:
@@ -91,7 +92,7 @@ class Worker(Generic[S]):
             size: How many bytes of a batch it takes.
         """
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
+        future: Answer[Any] = Answer(loop=loop)
         job = _Job(request, size, loop, future)
         if loop in self._asked:
             self._asked[loop].append(job)
@@ -203,7 +204,7 @@ def again(error: LedgerError) -> LedgerError:
 
 
 def _answer(jobs: Sequence[_Job], answers: Sequence[Any]) -> None:
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Answer[Any], Any]]] = {}
     for job, answer in zip(jobs, answers, strict=True):
         if job.loop is not None and job.future is not None:
             by_loop.setdefault(job.loop, []).append((job.future, answer))
@@ -214,14 +215,9 @@ def _answer(jobs: Sequence[_Job], answers: Sequence[Any]) -> None:
             continue  # the loop is closed, and whoever asked is gone with it
 
 
-def _settle(answered: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
+def _settle(answered: Sequence[tuple[Answer[Any], Any]]) -> None:
     for future, answer in answered:
-        if future.done():
-            continue  # whoever asked was cancelled
-        if isinstance(answer, Exception):
-            future.set_exception(answer)
-        else:
-            future.set_result(answer)
+        future.give(answer)
 
 
 class _Working:
