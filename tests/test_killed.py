@@ -82,22 +82,26 @@ SHAPES = {"diamond": {name: list(needs) for name, needs in DIAMOND.items()}} | {
 
 
 @pytest.mark.parametrize(
-    ("shape", "failing", "kind"),
+    ("shape", "failing", "kind", "ledger"),
     [
-        ("diamond", None, "probed"),
-        ("diamond", "d", "idempotent"),
-        ("random 0", None, "idempotent"),
-        ("random 1", "d", "probed"),
-        ("random 2", "f", "probed"),
-        ("random 4", "e", "idempotent"),
+        ("diamond", None, "probed", "sqlite"),
+        ("diamond", "d", "idempotent", "sqlite"),
+        ("diamond", "d", "probed", "postgres"),
+        ("random 0", None, "idempotent", "sqlite"),
+        ("random 1", "d", "probed", "sqlite"),
+        ("random 2", "f", "probed", "sqlite"),
+        ("random 4", "e", "idempotent", "sqlite"),
+        ("random 4", "e", "idempotent", "postgres"),
     ],
 )
 def test_a_process_killed_at_any_write_is_recovered_as_if_it_had_not_been(
-    shape: str, failing: str | None, kind: str, nursery: Nursery, tmp_path: Path
+    shape: str, failing: str | None, kind: str, ledger: str, nursery: Nursery, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Promises 2 and 11."""
     graph, fails = SHAPES[shape], failing is not None
     case: dict[str, Any] = {"what": "dag", "shape": graph, "failing": failing, "kind": kind}
+    if ledger == "postgres":
+        case["dsn"] = request.getfixturevalue("postgres").get_uri()
     (tmp_path / "whole").mkdir()
     whole = nursery.do(deed="run", folder=str(tmp_path / "whole"), **case)
     expected = Books(tmp_path / "whole" / "books.sqlite")

@@ -25,6 +25,8 @@ from examples.order_fulfilment.inventory import Inventory
 from examples.order_fulfilment.stages import order_pipeline, order_stages
 from saga import CompensableStage, Compensation, CompensationContext, FailFast, LedgerError, Retry, SagaContext, SagaCoordinator
 from saga.events import AnyEvent, StageEvent
+from saga.ledgers.durable import DurableLedger
+from saga.ledgers.postgres import PostgresLedger
 from saga.ledgers.sqlite import SQLiteLedger
 
 
@@ -128,12 +130,12 @@ def dag(folder: Path, shape: dict[str, list[str]], failing: str | None, kind: st
     return pipeline
 
 
-class Mortal(SQLiteLedger):
+class Mortal(DurableLedger):
     """Kills its process at the n-th write: before it, or when it is on disk and nobody knows yet."""
 
-    def __init__(self, path: Path, kill_at: int | None, moment: str) -> None:
-        super().__init__(path)
-        self.writes, self.kill_at, self.moment = 0, kill_at, moment
+    writes = 0
+    kill_at: int | None = None
+    moment = ""
 
     def _begin(self) -> int:
         self.writes += 1
@@ -154,6 +156,22 @@ class Mortal(SQLiteLedger):
         write = self._begin()
         await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
         self._die(write, "after")
+
+
+class MortalFile(Mortal, SQLiteLedger):
+    """In a file."""
+
+
+class MortalSchema(Mortal, PostgresLedger):
+    """On a server, which outlives the process."""
+
+
+def mortal(deed: dict[str, Any]) -> Mortal:
+    """The ledger of a deed: on the server that it names, else in its folder."""
+    dsn = deed.get("dsn")
+    ledger = MortalFile(Path(deed["folder"]) / "ledger.sqlite") if dsn is None else MortalSchema(dsn, schema=deed["folder"][-60:])
+    ledger.kill_at, ledger.moment = deed.get("kill_at"), deed.get("moment", "")
+    return ledger
 
 
 class Fate:
@@ -269,7 +287,7 @@ async def act(deed: dict[str, Any]) -> dict[str, Any]:
     folder = Path(deed["folder"])
     if deed["what"] == "fate":
         return await meet_fate(folder, deed)
-    ledger = Mortal(folder / "ledger.sqlite", deed.get("kill_at"), deed.get("moment", ""))
+    ledger = mortal(deed)
     coordinator = SagaCoordinator(FailFast(), ledger=ledger)
     async with ledger:
         if deed["what"] == "order":
