@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, redirect_stdout
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from traceback import format_exc
 from typing import Annotated, Any, Final, NoReturn
@@ -49,6 +50,8 @@ MEMORY: Final = "memory:"
 _TARGET: Final = "MODULE:PIPELINE"
 _LOOKS: Final = 0.25
 """Seconds between two looks of `saga watch` into the ledger."""
+_SELDOM: Final = 8
+"""How many of them there are to one for who runs the saga: that one goes through the whole ledger."""
 _NO_FIELDS: Final = frozenset(inspect.signature(SagaCoordinator.run).parameters) - {"context_fields"}
 """What `SagaCoordinator.run` takes beside the fields of a context."""
 _HIDDEN: Final = re.compile("@|password", re.IGNORECASE)
@@ -332,6 +335,7 @@ def watch(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) ->
         async with _opened(_durable(ledger)) as opened:
             await _refuse_unknown(opened, saga_id)
             coordinator, family, left = SagaCoordinator(ledger=opened), await Family.read(opened, saga_id), None
+            looks = count()
             async with view(family, Stderr()) as hear:
                 while True:
                     # What it is told by: somebody may go on right now with a saga that has come to rest.
@@ -341,7 +345,8 @@ def watch(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) ->
                     if report.ended_at is not None or left is not None:
                         return report, left
                     await asyncio.sleep(_LOOKS)
-                    left = await _left_behind(opened, saga_id)
+                    if next(looks) % _SELDOM == 0:
+                        left = await _left_behind(opened, saga_id)
 
     try:
         report, left = asyncio.run(looking_on())
