@@ -447,7 +447,7 @@ class SagaCoordinator:
         if parent is not None:
             _refuse_others(SagaState(events).started, parent)
         if saga_id in self._alive:
-            raise MisuseError("a saga that nobody is running", got=f"saga {saga_id}, which is {SagaState(events).status.value} here")
+            raise self._busy("a saga that nobody is running", saga_id, f"{SagaState(events).status.value} here")
         self._hold(saga_id)
         try:
             token = await self._acquire(saga_id, parent)
@@ -523,6 +523,12 @@ class SagaCoordinator:
                 self._hearts[loop] = Heart(self.ledger, self._owner, self.ledger.lease / 3)
             self._beating[saga_id] = self._hearts[loop]
             self._hearts[loop].hold()
+
+    def _busy(self, expected: str, saga_id: str, state: str) -> MisuseError:
+        """What is wrong with going on with a saga that is held here."""
+        if self._alive[saga_id] is not None:
+            return MisuseError(expected, got=f"saga {saga_id}, which is {state}")
+        return MisuseError(expected, got=f"saga {saga_id}, of which something is just being recorded here", hint="Try again in a moment.")
 
     def _unhold(self, saga_id: str) -> None:
         del self._alive[saga_id]
@@ -713,7 +719,7 @@ class SagaCoordinator:
     async def _amend(self, saga_id: str, decide: Callable[[SagaState], Awaitable[list[AnyEvent]]]) -> None:
         """Add to the ledger of a saga at rest."""
         if saga_id in self._alive:
-            raise MisuseError("a saga that has come to rest", got=f"saga {saga_id}, which is alive")
+            raise self._busy("a saga that has come to rest", saga_id, "alive")
         self._hold(saga_id)
         try:
             token = await self._acquire(saga_id)

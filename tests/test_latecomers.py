@@ -31,6 +31,7 @@ from saga import (
 )
 from saga.events import SagaEnded, StageCompleted, StageSettled
 from tests.controlled import elapse, run
+from tests.slow import SlowLedger
 from tests.world import Script, World, scene
 
 S = StageState
@@ -506,6 +507,31 @@ def test_what_comes_late_while_a_person_settles_the_saga_is_recorded_behind_that
 
     assert report.stages["deaf"].late_output == StageOutput.ok(seat="14A")
     assert report.stages["deaf"].state is S.BLOCKED
+
+
+def test_whoever_goes_on_while_something_is_being_recorded_is_told_to_try_again() -> None:
+    world = World({"deaf": ()})
+
+    async def main() -> tuple[list[str], SagaReport]:
+        stage = Deaf(world)
+        pipeline = Pipeline().with_stage("deaf", stage)
+        coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2), ledger=SlowLedger())
+        await coordinator.run(pipeline, saga_id="s")
+        stage.released.set()
+        await elapse(0.1)
+        refused = []
+        for again in (coordinator.resume("s", pipeline), coordinator.settle("s", "deaf", "kept", "looked")):
+            with pytest.raises(MisuseError) as error:
+                await again
+            refused.append(str(error.value))
+        await elapse(5)
+        return refused, await coordinator.resume("s", pipeline)
+
+    refused, report = run(main())
+
+    assert all("got saga s, of which something is just being recorded here. Try again in a moment." in text for text in refused), refused
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
 
 
 @pytest.mark.parametrize("turns", range(6))
