@@ -36,6 +36,7 @@ from saga.events import (
     CompensationStarted,
     EffectRecorded,
     SagaEnded,
+    SagaResumed,
     SagaStopped,
     SagaTurnedBack,
     StageCompleted,
@@ -868,3 +869,32 @@ def test_a_difference_is_told_for_every_stage_also_behind_one_that_is_gone() -> 
         "stage 'b': role was 'compensable', is 'plain'",
         "stage 'c': dependencies was ['a', 'b'], is ['b']",
     ]
+
+
+@pytest.mark.parametrize(("answer", "stands"), [(None, True), (True, True), (False, False)])
+def test_what_a_look_within_has_found_holds_until_somebody_has_looked_again(answer: bool | None, stands: bool) -> None:
+    state = SagaState(
+        [
+            STARTED,
+            StageStarted(stage="a", attempt=1),
+            StageFailed(stage="a", failure=FAILURE, left_within=True),
+            StageProbed(stage="a", landed=False, left_within=answer),
+        ]
+    )
+
+    assert undo_step(state.graph["a"], state.stages["a"]) is (Step.COMPENSATE if stands else Step.CLEAR)
+
+
+def test_each_time_that_something_comes_late_within_what_was_undone_it_is_undone_under_another_key() -> None:
+    late = StageProbed(stage="a", landed=None, failure=FAILURE)
+    undone: list[AnyEvent] = [CompensationStarted(stage="a", attempt=1), CompensationCompleted(stage="a")]
+    done = SagaEnded(status=SagaStatus.COMPENSATED)
+    stuck = SagaEnded(status=SagaStatus.STUCK)
+    again = SagaResumed(forward=False, by="ann")
+    began: list[AnyEvent] = [STARTED, StageStarted(stage="a", attempt=1), StageCompleted(stage="a", output=OUTPUT), BACK]
+
+    state = SagaState([*began, *undone, done, late, stuck, again, *undone, done, late, stuck])
+
+    record = state.stages["a"]
+    assert record.undone_too_soon == 2
+    assert (record.doubt, undo_step(state.graph["a"], record)) == (False, Step.COMPENSATE)
