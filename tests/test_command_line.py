@@ -1271,7 +1271,7 @@ def test_watch_looks_on_when_somebody_goes_on_with_a_saga_that_had_come_to_rest(
             token = await ledger.acquire(saga_id, "somebody")
             resumed = SagaResumed(forward=True, by="somebody")
             await ledger.append(saga_id, [resumed], expected_version=len(await ledger.read(saga_id)), token=token)
-        if look == 1:
+        if look == 2:
             token = await ledger.acquire(saga_id, "somebody")
             ended = SagaEnded(status=SagaStatus.COMPLETED)
             await ledger.append(saga_id, [ended], expected_version=len(await ledger.read(saga_id)), token=token, release=True)
@@ -1281,7 +1281,7 @@ def test_watch_looks_on_when_somebody_goes_on_with_a_saga_that_had_come_to_rest(
 
     done = shop.saga("watch", "s")
 
-    assert next(looks) == 2
+    assert next(looks) == 3
     assert done.code == Exit.COMPLETED
     assert done.out.startswith("Saga s (order): COMPLETED")
 
