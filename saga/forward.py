@@ -117,11 +117,11 @@ class Forward(Stages, Employer):
             leave_loop(error)
             self.breaks(cut_short_by(error))
         await self._come_to_rest()
-        self._saga.stop = None
         if timer is not None:
             timer.cancel()
         if self._broken is None:
             await self._schedule.tell(self)
+        self._saga.stop = None
         if self._broken is not None:
             raise self._broken
 

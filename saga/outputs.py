@@ -120,8 +120,17 @@ _ENCODERS: Final[dict[type, tuple[str, Callable[[Any], Any]]]] = {
     type(Path()): ("path", str),
     Opaque: ("opaque", lambda opaque: [opaque.type, opaque.text]),
 }
-_DERIVED: Final = {dict: dict, list: list, tuple: tuple, str: str, int: int, float: float, bytes: bytes, bytearray: bytes}
-"""What values of types that somebody derived from these are stored as."""
+_DERIVED: Final[dict[type, Callable[[Any], Any]]] = {
+    dict: lambda value: dict(dict.items(value)),
+    list: lambda value: list(list.__iter__(value)),
+    tuple: lambda value: tuple(tuple.__iter__(value)),
+    str: str.__str__,
+    int: int.__int__,
+    float: float.__float__,
+    bytes: bytes.__bytes__,
+    bytearray: bytes,
+}
+"""What values of types that somebody derived from these are stored as: what they hold, and not what they say that they are."""
 _COLLECTIONS: Final[dict[type, str]] = {tuple: "tuple", set: "set", frozenset: "frozenset"}
 _DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
     "datetime": lambda said: datetime.fromisoformat(said) if type(said) is str else _in_zone(*said),

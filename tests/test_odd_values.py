@@ -428,7 +428,15 @@ class Numbered(NamedTuple):
     seat: str
 
 
+class Shy(str):
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "***"
+
+
 DERIVED: dict[str, tuple[Any, Any]] = {
+    "a text that says something else than it is": (Shy("Ann"), "Ann"),
     "a member of an enum": (Colour.RED, "red"),
     "a text of a type of its own": (SagaStatus.STUCK, "stuck"),
     "a dict in its order": (OrderedDict(b=1, a=2), {"b": 1, "a": 2}),

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import pytest
-from stageflow import BaseInterceptor
+from stageflow import BaseInterceptor, InterceptorResult
 from stageflow.api import Pipeline, PipelineContext, StageCancellationRequested, StageOutput, stage
 from stageflow.stages.inputs import UndeclaredDependencyError
 from stageflow.stages.ports import create_core_ports
@@ -25,6 +25,7 @@ from saga import (
     compensable,
 )
 from tests.controlled import ControlledLoop, elapse, run
+from tests.slow import SlowLedger
 from tests.world import hooked, nothing
 
 BY_US_OR_STAGEFLOW = pytest.mark.parametrize("context", [None, hooked()], ids=["by our schedule", "by stageflow's"])
@@ -342,3 +343,32 @@ def test_a_cancel_that_a_stage_did_not_heed_stops_no_other_one(context: Pipeline
 
     assert report.status is SagaStatus.COMPLETED
     assert list(report.kept) == ["a", "b"]
+
+
+def test_a_cancel_that_comes_while_what_an_interceptor_answered_is_recorded_is_heeded() -> None:
+    class Answering(Watching):
+        async def before(self, stage_name: str, ctx: PipelineContext) -> Any:
+            return InterceptorResult(stage_ran=False, result={"cached": True}) if stage_name == "b" else None
+
+    undone: list[str] = []
+
+    async def undo_it(ctx: Any) -> None:
+        undone.append(ctx.stage_name)
+
+    pipeline = staged(staged(Pipeline(), "a", compensable(nothing, undo_it)), "b", nothing, "a")
+    ledger = SlowLedger(seconds=1.0)
+
+    async def play() -> SagaReport:
+        coordinator = SagaCoordinator(ledger=ledger, interceptors=[Answering()])
+        running = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        # SagaStarted, StageStarted and StageCompleted of a; then StageSkipped of b is being written.
+        await elapse(3.5)
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        return await coordinator.report("s")
+
+    report = run(play())
+
+    assert undone == ["a"]
+    assert report.status is SagaStatus.COMPENSATED
