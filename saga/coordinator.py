@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import getpass
 import inspect
 import logging
 import os
 import secrets
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 from stageflow.api import Pipeline, PipelineContext, StageOutput
 
 from saga.actions import LocalActions
-from saga.alive import Late, Latecomer, LiveSaga
+from saga.alive import LiveSaga
+from saga.amendments import Amendments
 from saga.asking import ask
 from saga.backward import Backward
 from saga.blueprint import Blueprint, by_name, refuse_no_policy
-from saga.compensable import is_within
 from saga.errors import (
     GraphChanged,
     LedgerConflict,
@@ -36,42 +35,37 @@ from saga.errors import (
 )
 from saga.events import (
     AnyEvent,
-    CompensationCompleted,
     SagaEnded,
     SagaStarted,
     SagaStatus,
     SagaTurnedBack,
-    StageCompleted,
-    StageProbed,
     StageSettled,
     TurnReason,
     Verdict,
 )
 from saga.failures import Failure
-from saga.family import below, events_of, has_left, heard, is_left_alone, located, report_of, report_with_children, reports_of, run_by
+from saga.family import events_of, has_left, is_left_alone, report_of, report_with_children, reports_of, run_by
 from saga.forward import Forward
-from saga.heart import Heart
+from saga.held import Held
 from saga.inputs import context_of, recorded_input, refuse_both
-from saga.journal import Journal, Listener, tell
-from saga.ledger import A_NAME, ALIVE, LONGEST_NAME, Entry, Ledger, MemoryLedger, StageState, is_name
+from saga.journal import Journal, Listener
+from saga.ledger import A_NAME, ALIVE, LONGEST_NAME, Entry, Ledger, MemoryLedger, is_name
 from saga.outputs import copied
-from saga.owners import this_process
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery import SagaState, Step, conclude, final_status, has_doubt, undo_step
 from saga.report import Recovery, SagaReport
-from saga.resumption import Chapter, Decision, Direction, recovering, refusal, resumption, status_at_rest, undoing
-from saga.storable import refuse_unstorable, storable
+from saga.resumption import Chapter, Decision, Direction, recovering, resumption, undoing
+from saga.storable import refuse_unstorable
 from saga.text import shown
-from saga.watch import make_ready, outlast, start
+from saga.watch import outlast, start
 
 if TYPE_CHECKING:
     from stageflow import BaseInterceptor
 
     from saga.actions import Actions
+    from saga.alive import Late
 
 _LOG: Final = logging.getLogger("saga")
-_TOLD: Final = {StageCompleted: StageState.KEPT, CompensationCompleted: StageState.UNDONE}
-"""Where a stage stands of which a latecomer tells nothing new: a probe, a person or another attempt has told before."""
 
 
 class SagaCoordinator:
@@ -113,12 +107,8 @@ class SagaCoordinator:
 
     def _name_anew(self) -> None:
         """Be an owner of its own, that holds nothing: also in a process that was forked off, which has none of its parent's sagas."""
-        self._owner = this_process()
-        self._alive: dict[str, LiveSaga | None] = {}
-        self._late: dict[str, list[Late | _Within]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._hearts: dict[asyncio.AbstractEventLoop, Heart] = {}
-        self._beating: dict[str, Heart] = {}
+        self._held = Held(self.ledger)
+        self._amendments = Amendments(self.ledger, self._held, self._listeners)
 
     async def run(
         self,
@@ -224,28 +214,14 @@ class SagaCoordinator:
             raise MisuseError("a note that says why", got=repr(note), stage=stage)
         if output is not None and not isinstance(output, dict):
             raise MisuseError("a dict as the output's data", got=repr(output), stage=stage)
-        state = SagaState(await events_of(self.ledger, saga_id))
-        *above, (owner, leaf) = [*await run_by(self.ledger, state), *await located(self.ledger, state, stage)]
         said = StageSettled(
-            stage=leaf,
+            stage=stage,
             verdict=Verdict(verdict),
             note=note,
             by=by or _user(),
             output=None if output is None else StageOutput.ok(copied(output)),
         )
-        if said.verdict is not Verdict.RETRY:
-            await self._refuse_while_within(owner, said, stage)
-        refused = await self._settle(owner, said)
-        # Whoever was cut off between the saga's ledger and those of the ones above it says it again.
-        if refused is not None and not refused.is_repeated:
-            raise refused.misuse
-        is_news = refused is None
-        for parent, name in reversed(above):
-            # What runs the child is stuck because of it, and finds out by trying again.
-            again = StageSettled(stage=name, verdict=Verdict.RETRY, note=f"{stage} is settled as {said.verdict}: {note}", by=said.by)
-            is_news = await self._settle(parent, again) is None or is_news
-        if refused is not None and not is_news:
-            raise refused.misuse
+        await self._amendments.settle(saga_id, said)
         return await self.report(saga_id)
 
     async def recover(
@@ -275,7 +251,7 @@ class SagaCoordinator:
 
         async def go_on(entry: Entry) -> None:
             async with limit:
-                if entry.saga_id in self._alive:
+                if entry.saga_id in self._held.sagas:
                     return
                 try:
                     pipeline = _among(known, entry.pipeline)
@@ -294,7 +270,7 @@ class SagaCoordinator:
         while due := [
             entry
             for entry in entries.values()
-            if entry.saga_id in waiting and entry.parent not in entries and entry.parent not in self._alive
+            if entry.saga_id in waiting and entry.parent not in entries and entry.parent not in self._held.sagas
         ]:
             waiting.difference_update(entry.saga_id for entry in due)
             async with asyncio.TaskGroup() as group:
@@ -322,7 +298,7 @@ class SagaCoordinator:
         Raises:
             SagaNotFound: No saga of that id is alive in this coordinator.
         """
-        saga = self._alive.get(saga_id)
+        saga = self._held.sagas.get(saga_id)
         if saga is None:
             raise SagaNotFound("a saga that is alive in this coordinator", got=repr(saga_id))
         saga.interrupt(reason)
@@ -387,9 +363,7 @@ class SagaCoordinator:
 
     def comes_late(self, saga_id: str, late: Late) -> None:
         """Record at the next occasion what nobody waited for any more."""
-        self._late.setdefault(saga_id, []).append(late)
-        if saga_id not in self._alive:
-            self._record_late_soon(saga_id)
+        self._amendments.comes_late(saga_id, late)
 
     # -- how a saga runs -----------------------------------------------------------------------------------------
 
@@ -414,10 +388,10 @@ class SagaCoordinator:
             _refuse_names({"saga id": saga_id or "", "pipeline name": blueprint.name})
         if saga_id is None:
             saga_id = secrets.token_hex(16)
-        elif await self.ledger.read(saga_id) or saga_id in self._alive:
+        elif await self.ledger.read(saga_id) or saga_id in self._held.sagas:
             # Looked for here at last: while the ledger was read, somebody else may have begun it.
             raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Read what became of it with report().")
-        self._hold(saga_id)
+        self._held.hold(saga_id)
         try:
             started = SagaStarted(
                 saga_id=saga_id,
@@ -433,9 +407,9 @@ class SagaCoordinator:
             except NotStorable as refused:
                 hint = "The ledger keeps the context, so that the saga can go on without its caller."
                 raise MisuseError(refused.expected, got=refused.got, hint=hint) from None
-            journal = await Journal.begin(self.ledger, started, self._owner, _token_of(parent), self._listeners)
+            journal = await Journal.begin(self.ledger, started, self._held.owner, _token_of(parent), self._listeners)
         except BaseException:
-            self._unhold(saga_id)
+            self._held.let_go(saga_id)
             raise
         return self._lives(blueprint, policy, journal, context)
 
@@ -446,11 +420,11 @@ class SagaCoordinator:
         events = await events_of(self.ledger, saga_id)
         if parent is not None:
             _refuse_others(SagaState(events).started, parent)
-        if saga_id in self._alive:
-            raise self._busy("a saga that nobody is running", saga_id, f"{SagaState(events).status.value} here")
-        self._hold(saga_id)
+        if saga_id in self._held.sagas:
+            raise self._held.busy(saga_id, "a saga that nobody is running", f"{SagaState(events).status.value} here")
+        self._held.hold(saga_id)
         try:
-            token = await self._acquire(saga_id, parent)
+            token = await self._held.acquire(saga_id, _token_of(parent))
             try:
                 # Read again: whoever held it until now may have written.
                 events = await self.ledger.read(saga_id)
@@ -465,24 +439,12 @@ class SagaCoordinator:
                 await self.ledger.release(saga_id, token)
                 raise
         except BaseException:
-            self._unhold(saga_id)
+            self._held.let_go(saga_id)
             raise
-        journal = Journal(self.ledger, saga_id, state, version=len(events), token=token, owner=self._owner, listeners=self._listeners)
+        journal = Journal(self.ledger, saga_id, state, version=len(events), token=token, owner=self._held.owner, listeners=self._listeners)
         saga = self._lives(blueprint, chosen, journal, context)
         saga.has_children = True
         return saga, events
-
-    async def _acquire(self, saga_id: str, parent: LiveSaga | None = None) -> int:
-        """Take the lease of a saga; when the caller is cancelled meanwhile, it is given back first."""
-        under = _token_of(parent)
-        try:
-            return await self.ledger.acquire(saga_id, self._owner, under=under)
-        except asyncio.CancelledError:
-            # The ledger may carry it out all the same, and our heart would hold what nobody runs for as long as it beats for another saga.
-            # Whoever holds it gets it once more, behind the first time, and with a token that is known.
-            with anyio.CancelScope(shield=True), contextlib.suppress(LedgerError):
-                await self.ledger.release(saga_id, await self.ledger.acquire(saga_id, self._owner, under=under))
-            raise
 
     async def _go_on(self, saga_id: str, pipeline: Pipeline, decide: Decision, policy: Policy | None = None) -> SagaReport:
         """Take over a saga that nobody is running, and do what its events come to."""
@@ -503,7 +465,7 @@ class SagaCoordinator:
 
     def _lives(self, blueprint: Blueprint, policy: FailFast | ContinueWithFallback, journal: Journal, context: PipelineContext) -> LiveSaga:
         actions = self._actions(blueprint, journal.saga_id)
-        saga = self._alive[journal.saga_id] = LiveSaga(blueprint, policy, journal, actions, context, self)
+        saga = self._held.sagas[journal.saga_id] = LiveSaga(blueprint, policy, journal, actions, context, self)
         return saga
 
     def _actions(self, blueprint: Blueprint, _saga_id: str) -> Actions:
@@ -511,30 +473,8 @@ class SagaCoordinator:
         return LocalActions(blueprint)
 
     async def _let_go(self, saga: LiveSaga) -> None:
-        self._unhold(saga.id)
+        self._held.let_go(saga.id)
         await saga.journal.close()
-
-    def _hold(self, saga_id: str) -> None:
-        make_ready()
-        self._alive[saga_id] = None
-        if self.ledger.lease is not None:
-            loop = asyncio.get_running_loop()
-            if loop not in self._hearts:
-                self._hearts[loop] = Heart(self.ledger, self._owner, self.ledger.lease / 3)
-            self._beating[saga_id] = self._hearts[loop]
-            self._hearts[loop].hold()
-
-    def _busy(self, expected: str, saga_id: str, state: str) -> MisuseError:
-        """What is wrong with going on with a saga that is held here."""
-        if self._alive[saga_id] is not None:
-            return MisuseError(expected, got=f"saga {saga_id}, which is {state}")
-        return MisuseError(expected, got=f"saga {saga_id}, of which something is just being recorded here", hint="Try again in a moment.")
-
-    def _unhold(self, saga_id: str) -> None:
-        del self._alive[saga_id]
-        heart = self._beating.pop(saga_id, None)
-        if heart is not None and heart.let_go():
-            del self._hearts[heart.loop]
 
     def _forward(self, saga: LiveSaga, before: Sequence[AnyEvent] = ()) -> Coroutine[Any, Any, None]:
         # Made here and not in its task: a cancel that comes before the task runs finds what it is to stop.
@@ -563,8 +503,7 @@ class SagaCoordinator:
             return await self._report(saga)
         finally:
             await self._let_go(saga)
-            if saga.id in self._late:
-                self._record_late_soon(saga.id)
+            self._amendments.record_late(saga.id)
 
     async def _to_rest(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -597,7 +536,7 @@ class SagaCoordinator:
 
     async def _conclude(self, saga: LiveSaga, stop: Failure | None) -> None:
         saga.is_stopping = True
-        await self._note_late(saga)
+        await self._amendments.note_late(saga)
         move = conclude(saga.journal.state, saga.policy, stop)
         if move.turn is not None:
             await saga.journal.record(SagaTurnedBack(reason=move.turn, cause=move.cause))
@@ -627,7 +566,7 @@ class SagaCoordinator:
         saga.is_stopping = True
         while True:
             await Backward(saga, reason).run()
-            if not await self._note_late(saga):
+            if not await self._amendments.note_late(saga):
                 break
         await self._ask_the_rest(saga)
         await saga.journal.record(SagaEnded(status=final_status(saga.journal.state, saga.policy)), release=True)
@@ -648,8 +587,6 @@ class SagaCoordinator:
         else:
             assert chapter.reason is not None  # a saga goes backward for a reason
             await self._back(saga, chapter.reason)
-
-    # -- what people and latecomers say --------------------------------------------------------------------------
 
     async def _refuse_other(self, saga_id: str, pipeline: Pipeline, *, undoes: bool, forward: bool | None = None) -> None:
         """Refuse to go on with what is another saga's part, or with a pipeline of another name.
@@ -674,165 +611,6 @@ class SagaCoordinator:
         name = getattr(pipeline, "name", None)
         if isinstance(name, str) and name != state.started.pipeline:
             raise GraphChanged(saga_id, [f"its pipeline is {state.started.pipeline!r}, this one is {name!r}"])
-
-    async def _refuse_while_within(self, saga_id: str, said: StageSettled, path: str) -> None:
-        """Refuse a word on what stands of a stage while a saga below it has not come to rest, or is in question itself."""
-        stage = said.stage
-        for child in await below(self.ledger, saga_id, stage):
-            if child.status in ALIVE:
-                raise MisuseError(
-                    "a stage whose own sagas have come to rest",
-                    got=f"saga {child.saga_id}, which is {child.status.value}",
-                    stage=stage,
-                    hint=f"If its process is gone, have it stopped first: saga recover, or coordinator.recover, with its pipeline "
-                    f"{child.pipeline!r}.",
-                )
-        report = await self.report(saga_id)
-        within = [
-            f"{path.removesuffix(stage)}{inner}" for inner in (*report.stuck, *report.in_doubt, *report.blocked) if is_within(inner, stage)
-        ]
-        # What is kept is kept with all that is within it.
-        if within and said.verdict is Verdict.UNDONE:
-            raise MisuseError(
-                "a stage within which nothing is stuck, blocked or in doubt",
-                got=f"undone, while these are: {', '.join(within)}",
-                stage=stage,
-                hint="Settle what is stuck or in doubt there, and go on with the saga: the stage finds out by itself.",
-            )
-
-    async def _settle(self, saga_id: str, said: StageSettled) -> _Refused | None:
-        """Record a person's word on a stage; or why it can't be taken."""
-        refused: list[_Refused] = []
-
-        async def settled(state: SagaState) -> list[AnyEvent]:
-            misuse = refusal(state, said)
-            if misuse is not None:
-                before = state.stages[said.stage].settled
-                refused.append(_Refused(misuse, is_repeated=before is not None and before.verdict is said.verdict))
-                return []
-            state.apply(said)
-            return [said, SagaEnded(status=status_at_rest(state, state.policy))]
-
-        await self._amend(saga_id, settled)
-        return refused[0] if refused else None
-
-    async def _amend(self, saga_id: str, decide: Callable[[SagaState], Awaitable[list[AnyEvent]]]) -> None:
-        """Add to the ledger of a saga at rest."""
-        if saga_id in self._alive:
-            raise self._busy("a saga that has come to rest", saga_id, "alive")
-        self._hold(saga_id)
-        try:
-            token = await self._acquire(saga_id)
-            try:
-                events = await self.ledger.read(saga_id)
-                more = await decide(SagaState(events))
-                if more:
-                    await self.ledger.append(saga_id, more, expected_version=len(events), token=token)
-                    tell(self._listeners, saga_id, more)
-            finally:
-                await self.ledger.release(saga_id, token)
-        finally:
-            self._unhold(saga_id)
-            if saga_id in self._late:
-                self._record_late_soon(saga_id)
-
-    async def _note_late(self, saga: LiveSaga) -> bool:
-        """Record what came late for the stages of a saga that is alive; whether anything did."""
-        noted = False
-        async for event in self._news(saga.journal.state, self._late.pop(saga.id, [])):
-            await saga.journal.record(event)
-            noted = True
-        return noted
-
-    async def _news(self, state: SagaState, late: Sequence[Late | _Within]) -> AsyncIterator[Latecomer | StageProbed | StageSettled]:
-        """What came late and tells a saga something new; record each before you ask for the next one."""
-        for one in late:
-            if not isinstance(one, _Within):
-                for event in _own_news(state, one):
-                    yield event
-                continue
-            child = SagaState(await events_of(self.ledger, one.saga_id))
-            heard_of = heard(state, child, await report_with_children(self.ledger, child, {}))
-            if isinstance(heard_of, StageSettled) and self._alive[state.started.saga_id] is not None:
-                # Nobody says a word on a saga before it has come to rest.
-                self._late.setdefault(state.started.saga_id, []).append(one)
-            elif heard_of is not None:
-                yield heard_of
-
-    def _record_late_soon(self, saga_id: str) -> None:
-        task = start(self._record_late(saga_id))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _record_late(self, saga_id: str) -> None:
-        if saga_id in self._alive:
-            # Somebody goes on with it since: it is recorded when that one comes to rest.
-            return
-        late = self._late.pop(saga_id, [])
-        above: list[tuple[str, str]] = []
-
-        async def added(state: SagaState) -> list[AnyEvent]:
-            events: list[AnyEvent] = []
-            async for event in self._news(state, late):
-                kept, _ = storable(self.ledger, event)
-                state.apply(kept)
-                events.append(kept)
-            if not events:
-                return []
-            above.extend(await run_by(self.ledger, state))
-            if state.ended_at is None:
-                # It broke off, and whoever recovers it brings it to its end.
-                return events
-            return [*events, SagaEnded(status=status_at_rest(state, state.policy))]
-
-        try:
-            await self._amend(saga_id, added)
-        except Exception as error:  # noqa: BLE001 - whatever a ledger's driver raises
-            _tell_of_loss(saga_id, late, error)
-            return
-        for parent, _ in above[-1:]:
-            # What runs it may have been done with it: it hears of it now, or when it comes to rest.
-            self._late.setdefault(parent, []).append(_Within(saga_id))
-            await self._record_late(parent)
-
-
-class _Refused(NamedTuple):
-    """A person's word that is not taken.
-
-    Attributes:
-        misuse: Why.
-        is_repeated: Whether it is the one that the stage was settled with last.
-    """
-
-    misuse: MisuseError
-    is_repeated: bool
-
-
-class _Within(NamedTuple):
-    """Something came late within a saga that a stage ran.
-
-    Attributes:
-        saga_id: That one's id.
-    """
-
-    saga_id: str
-
-
-def _own_news(state: SagaState, late: Late) -> Iterator[Latecomer]:
-    """What came late of a stage, if it tells something new of the execution that it comes of."""
-    event, execution = late
-    record = state.stages[event.stage]
-    is_its_own = execution == record.execution
-    if is_its_own and state.may_follow(event):
-        yield event
-    elif not is_its_own or record.state is not _TOLD[type(event)]:
-        _tell_of_loss(state.started.saga_id, [late])
-
-
-def _tell_of_loss(saga_id: str, late: Sequence[Late | _Within], error: Exception | None = None) -> None:
-    names = ", ".join(f"something in saga {one.saga_id}" if isinstance(one, _Within) else type(one[0]).__name__ for one in late)
-    message = "saga %s: what came late (%s) could not be recorded; look at its stages in the outside world"
-    _LOG.error(message, saga_id, names, exc_info=error)
 
 
 _COORDINATORS: Final[weakref.WeakSet[SagaCoordinator]] = weakref.WeakSet()

@@ -1,0 +1,245 @@
+"""What is added to the ledger of a saga from beside its run: a person's word on a stage, and what came late."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from saga.compensable import is_within
+from saga.errors import MisuseError
+from saga.events import CompensationCompleted, SagaEnded, StageCompleted, StageSettled, Verdict
+from saga.family import below, events_of, heard, located, report_of, report_with_children, run_by
+from saga.journal import tell
+from saga.ledger import ALIVE, StageState
+from saga.recovery import SagaState
+from saga.resumption import refusal, status_at_rest
+from saga.storable import storable
+from saga.watch import start
+
+if TYPE_CHECKING:
+    from saga.alive import Late, Latecomer, LiveSaga
+    from saga.events import AnyEvent, StageProbed
+    from saga.held import Held
+    from saga.journal import Listener
+    from saga.ledger import Ledger
+
+_LOG: Final = logging.getLogger("saga")
+_TOLD: Final = {StageCompleted: StageState.KEPT, CompensationCompleted: StageState.UNDONE}
+"""Where a stage stands of which a latecomer tells nothing new: a probe, a person or another attempt has told before."""
+
+
+class Amendments:
+    """Adds to the ledgers of sagas what others than their own runs have to say.
+
+    Args:
+        ledger: The ledger.
+        held: The sagas that are held here.
+        listeners: Who is told.
+    """
+
+    def __init__(self, ledger: Ledger, held: Held, listeners: Sequence[Listener]) -> None:
+        self._ledger: Final = ledger
+        self._held: Final = held
+        self._listeners: Final = listeners
+        self._late: Final[dict[str, list[Late | _Within]]] = {}
+        self._tasks: Final[set[asyncio.Task[None]]] = set()
+
+    async def settle(self, saga_id: str, said: StageSettled) -> None:
+        """Take a person's word on a stage, and have the sagas above it find out by trying again.
+
+        Args:
+            saga_id: The saga's id.
+            said: The word; its stage may be a path.
+
+        Raises:
+            SagaNotFound: The ledger has no such saga.
+            MisuseError: The word can't be taken; nothing was recorded.
+            LedgerConflict: Another coordinator holds the saga.
+        """
+        path = said.stage
+        state = SagaState(await events_of(self._ledger, saga_id))
+        *above, (owner, leaf) = [*await run_by(self._ledger, state), *await located(self._ledger, state, path)]
+        said = dataclasses.replace(said, stage=leaf)
+        if said.verdict is not Verdict.RETRY:
+            await self._refuse_while_within(owner, said, path)
+        refused = await self._settle(owner, said)
+        # Whoever was cut off between the saga's ledger and those of the ones above it says it again.
+        if refused is not None and not refused.is_repeated:
+            raise refused.misuse
+        is_news = refused is None
+        for parent, name in reversed(above):
+            # What runs the child is stuck because of it, and finds out by trying again.
+            again = StageSettled(stage=name, verdict=Verdict.RETRY, note=f"{path} is settled as {said.verdict}: {said.note}", by=said.by)
+            is_news = await self._settle(parent, again) is None or is_news
+        if refused is not None and not is_news:
+            raise refused.misuse
+
+    async def _refuse_while_within(self, saga_id: str, said: StageSettled, path: str) -> None:
+        """Refuse a word on what stands of a stage while a saga below it has not come to rest, or is in question itself."""
+        stage = said.stage
+        for child in await below(self._ledger, saga_id, stage):
+            if child.status in ALIVE:
+                raise MisuseError(
+                    "a stage whose own sagas have come to rest",
+                    got=f"saga {child.saga_id}, which is {child.status.value}",
+                    stage=stage,
+                    hint=f"If its process is gone, have it stopped first: saga recover, or coordinator.recover, with its pipeline "
+                    f"{child.pipeline!r}.",
+                )
+        report = await report_of(self._ledger, saga_id)
+        within = [
+            f"{path.removesuffix(stage)}{inner}" for inner in (*report.stuck, *report.in_doubt, *report.blocked) if is_within(inner, stage)
+        ]
+        # What is kept is kept with all that is within it.
+        if within and said.verdict is Verdict.UNDONE:
+            raise MisuseError(
+                "a stage within which nothing is stuck, blocked or in doubt",
+                got=f"undone, while these are: {', '.join(within)}",
+                stage=stage,
+                hint="Settle what is stuck or in doubt there, and go on with the saga: the stage finds out by itself.",
+            )
+
+    async def _settle(self, saga_id: str, said: StageSettled) -> _Refused | None:
+        """Record a person's word on a stage; or why it can't be taken."""
+        refused: list[_Refused] = []
+
+        async def settled(state: SagaState) -> list[AnyEvent]:
+            misuse = refusal(state, said)
+            if misuse is not None:
+                before = state.stages[said.stage].settled
+                refused.append(_Refused(misuse, is_repeated=before is not None and before.verdict is said.verdict))
+                return []
+            state.apply(said)
+            return [said, SagaEnded(status=status_at_rest(state, state.policy))]
+
+        await self._amend(saga_id, settled)
+        return refused[0] if refused else None
+
+    async def _amend(self, saga_id: str, decide: Callable[[SagaState], Awaitable[list[AnyEvent]]]) -> None:
+        """Add to the ledger of a saga at rest."""
+        if saga_id in self._held.sagas:
+            raise self._held.busy(saga_id, "a saga that has come to rest", "alive")
+        self._held.hold(saga_id)
+        try:
+            token = await self._held.acquire(saga_id)
+            try:
+                events = await self._ledger.read(saga_id)
+                more = await decide(SagaState(events))
+                if more:
+                    await self._ledger.append(saga_id, more, expected_version=len(events), token=token)
+                    tell(self._listeners, saga_id, more)
+            finally:
+                await self._ledger.release(saga_id, token)
+        finally:
+            self._held.let_go(saga_id)
+            self.record_late(saga_id)
+
+    def comes_late(self, saga_id: str, late: Late) -> None:
+        """Record at the next occasion what nobody waited for any more."""
+        self._late.setdefault(saga_id, []).append(late)
+        if saga_id not in self._held.sagas:
+            self.record_late(saga_id)
+
+    async def note_late(self, saga: LiveSaga) -> bool:
+        """Record what came late for the stages of a saga that is alive; whether anything did."""
+        noted = False
+        async for event in self._news(saga.journal.state, self._late.pop(saga.id, [])):
+            await saga.journal.record(event)
+            noted = True
+        return noted
+
+    async def _news(self, state: SagaState, late: Sequence[Late | _Within]) -> AsyncIterator[Latecomer | StageProbed | StageSettled]:
+        """What came late and tells a saga something new; record each before you ask for the next one."""
+        for one in late:
+            if not isinstance(one, _Within):
+                for event in _own_news(state, one):
+                    yield event
+                continue
+            child = SagaState(await events_of(self._ledger, one.saga_id))
+            heard_of = heard(state, child, await report_with_children(self._ledger, child, {}))
+            if isinstance(heard_of, StageSettled) and self._held.sagas[state.started.saga_id] is not None:
+                # Nobody says a word on a saga before it has come to rest.
+                self._late.setdefault(state.started.saga_id, []).append(one)
+            elif heard_of is not None:
+                yield heard_of
+
+    def record_late(self, saga_id: str) -> None:
+        """Record soon what came late for a saga that is held no more, if anything did."""
+        if saga_id not in self._late:
+            return
+        task = start(self._record_late(saga_id))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _record_late(self, saga_id: str) -> None:
+        if saga_id in self._held.sagas:
+            # Somebody goes on with it since: it is recorded when that one comes to rest.
+            return
+        late = self._late.pop(saga_id, [])
+        above: list[tuple[str, str]] = []
+
+        async def added(state: SagaState) -> list[AnyEvent]:
+            events: list[AnyEvent] = []
+            async for event in self._news(state, late):
+                kept, _ = storable(self._ledger, event)
+                state.apply(kept)
+                events.append(kept)
+            if not events:
+                return []
+            above.extend(await run_by(self._ledger, state))
+            if state.ended_at is None:
+                # It broke off, and whoever recovers it brings it to its end.
+                return events
+            return [*events, SagaEnded(status=status_at_rest(state, state.policy))]
+
+        try:
+            await self._amend(saga_id, added)
+        except Exception as error:  # noqa: BLE001 - whatever a ledger's driver raises
+            _tell_of_loss(saga_id, late, error)
+            return
+        for parent, _ in above[-1:]:
+            # What runs it may have been done with it: it hears of it now, or when it comes to rest.
+            self._late.setdefault(parent, []).append(_Within(saga_id))
+            await self._record_late(parent)
+
+
+class _Refused(NamedTuple):
+    """A person's word that is not taken.
+
+    Attributes:
+        misuse: Why.
+        is_repeated: Whether it is the one that the stage was settled with last.
+    """
+
+    misuse: MisuseError
+    is_repeated: bool
+
+
+class _Within(NamedTuple):
+    """Something came late within a saga that a stage ran.
+
+    Attributes:
+        saga_id: That one's id.
+    """
+
+    saga_id: str
+
+
+def _own_news(state: SagaState, late: Late) -> Iterator[Latecomer]:
+    """What came late of a stage, if it tells something new of the execution that it comes of."""
+    event, execution = late
+    record = state.stages[event.stage]
+    is_its_own = execution == record.execution
+    if is_its_own and state.may_follow(event):
+        yield event
+    elif not is_its_own or record.state is not _TOLD[type(event)]:
+        _tell_of_loss(state.started.saga_id, [late])
+
+
+def _tell_of_loss(saga_id: str, late: Sequence[Late | _Within], error: Exception | None = None) -> None:
+    names = ", ".join(f"something in saga {one.saga_id}" if isinstance(one, _Within) else type(one[0]).__name__ for one in late)
+    message = "saga %s: what came late (%s) could not be recorded; look at its stages in the outside world"
+    _LOG.error(message, saga_id, names, exc_info=error)

@@ -1,0 +1,83 @@
+"""The sagas that one owner holds, and the hearts that say so."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Final
+
+import anyio
+
+from saga.errors import LedgerError, MisuseError
+from saga.heart import Heart
+from saga.owners import this_process
+from saga.watch import make_ready
+
+if TYPE_CHECKING:
+    from saga.alive import LiveSaga
+    from saga.ledger import Ledger
+
+
+class Held:
+    """What one owner holds in a ledger.
+
+    Args:
+        ledger: The one in which.
+
+    Attributes:
+        owner: Its name.
+        sagas: By id those that are alive; None of one in whose ledger something is just being recorded.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger: Final = ledger
+        self.owner: Final = this_process()
+        self.sagas: Final[dict[str, LiveSaga | None]] = {}
+        self._hearts: Final[dict[asyncio.AbstractEventLoop, Heart]] = {}
+        self._beating: Final[dict[str, Heart]] = {}
+
+    def hold(self, saga_id: str) -> None:
+        """Let nobody else here go on with a saga; say that its owner is alive until it is let go of."""
+        make_ready()
+        self.sagas[saga_id] = None
+        if self._ledger.lease is not None:
+            loop = asyncio.get_running_loop()
+            if loop not in self._hearts:
+                self._hearts[loop] = Heart(self._ledger, self.owner, self._ledger.lease / 3)
+            self._beating[saga_id] = self._hearts[loop]
+            self._hearts[loop].hold()
+
+    def let_go(self, saga_id: str) -> None:
+        """Hold a saga no more; its lease is given back with its last event, or by its journal."""
+        del self.sagas[saga_id]
+        heart = self._beating.pop(saga_id, None)
+        if heart is not None and heart.let_go():
+            del self._hearts[heart.loop]
+
+    def busy(self, saga_id: str, expected: str, state: str) -> MisuseError:
+        """What is wrong with going on with a saga that is held here.
+
+        Args:
+            saga_id: Its id.
+            expected: What it should be.
+            state: What it is, if it is alive.
+        """
+        if self.sagas[saga_id] is not None:
+            return MisuseError(expected, got=f"saga {saga_id}, which is {state}")
+        return MisuseError(expected, got=f"saga {saga_id}, of which something is just being recorded here", hint="Try again in a moment.")
+
+    async def acquire(self, saga_id: str, under: int | None = None) -> int:
+        """Take the lease of a saga; when the caller is cancelled meanwhile, it is given back first.
+
+        Args:
+            saga_id: Its id.
+            under: The token under which the saga that runs it is held.
+        """
+        try:
+            return await self._ledger.acquire(saga_id, self.owner, under=under)
+        except asyncio.CancelledError:
+            # The ledger may carry it out all the same, and our heart would hold what nobody runs for as long as it beats for another saga.
+            # Whoever holds it gets it once more, behind the first time, and with a token that is known.
+            with anyio.CancelScope(shield=True), contextlib.suppress(LedgerError):
+                await self._ledger.release(saga_id, await self._ledger.acquire(saga_id, self.owner, under=under))
+            raise
