@@ -67,8 +67,15 @@ class Verdict(StrEnum):
     """Whatever stood in the way is mended: undo it, or run it, once more."""
 
 
+class _Written:
+    """Has room for the line that an event is written as: it is checked and stored as the same one, and made once."""
+
+    __slots__ = ("line",)
+    line: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+class Event(_Written):
     """What every event has.
 
     Attributes:
@@ -405,6 +412,20 @@ def event_to_json(event: AnyEvent, *, strict: bool = False) -> str:
     """
     kind: Any = type(event)  # mypy takes a class for unhashable
     return _writer(kind).serializer.to_json(event, context=STRICT if strict else None).decode("utf-8")
+
+
+def line_of(event: AnyEvent) -> str:
+    """The line that a durable ledger keeps of an event: strict JSON, the same one whenever it is asked for.
+
+    Raises:
+        pydantic_core.PydanticSerializationError: As `event_to_json`.
+    """
+    try:
+        return event.line
+    except AttributeError:
+        line = event_to_json(event, strict=True)
+    object.__setattr__(event, "line", line)  # it is frozen, and this no part of what it says
+    return line
 
 
 def event_from_json(text: str | bytes) -> AnyEvent:

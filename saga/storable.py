@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from pydantic_core import PydanticSerializationError
+
 from saga.errors import NotStorable
 from saga.events import (
     AnyEvent,
@@ -17,9 +19,10 @@ from saga.events import (
     StageSkipped,
     event_from_json,
     event_to_json,
+    line_of,
 )
-from saga.outputs import fitting, size_of, sizes_of, stored, stored_output
-from saga.text import brief, shown
+from saga.outputs import fitting, sizes_of, stored, stored_output
+from saga.text import brief, bytes_of, shown
 
 if TYPE_CHECKING:
     from saga.ledger import Ledger
@@ -51,26 +54,28 @@ def refuse_unstorable(ledger: Ledger, event: AnyEvent) -> None:
     if not ledger.durable:
         return
     if isinstance(event, EffectRecorded):
-        value, plain, name = event.effect, stored(event.effect, "effect"), "effect"
+        value, name = event.effect, "effect"
     elif isinstance(event, _WITH_OUTPUT) and event.output is not None:
-        value, plain, name = event.output.data, stored_output(event.output), "data"
+        value, name = event.output.data, "data"
     elif isinstance(event, SagaStarted):
-        value, plain, name = event.input, stored(event.input, "context"), "context"
+        value, name = event.input, "context"
     else:
         return
-    most = ledger.max_event_bytes
-    # To write the whole event takes ten times as long, and is seldom needed to know.
-    if most is None or size_of(plain) <= most // 2:
+    try:
+        size = bytes_of(line_of(event))
+    except PydanticSerializationError:
+        # In words of ours, if it is this value that it is about.
+        _ = stored_output(event.output) if isinstance(event, _WITH_OUTPUT) and event.output is not None else stored(value, name)
         return
-    size = _size(event)
-    if size > most:
+    most = ledger.max_event_bytes
+    if most is not None and size > most:
         largest = f"{name}[{shown([*sizes_of(value)][-1])}]" if type(value) is dict and value else name
         expected = f"at most {most:,} bytes of JSON in one event (max_event_bytes)"
         raise NotStorable(largest, expected, f"{size:,}, most of them in {largest}")
 
 
 def _size(event: AnyEvent) -> int:
-    return len(event_to_json(event).encode())
+    return bytes_of(event_to_json(event))
 
 
 def _fitting(event: AnyEvent, room: int) -> AnyEvent:

@@ -20,6 +20,11 @@ def qualified(kind: type) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
+def bytes_of(text: str) -> int:
+    """How many bytes of UTF-8 a text takes."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Ask whether the nearest of the known names was meant; empty when none is near."""
     close = difflib.get_close_matches(name, known, n=1)

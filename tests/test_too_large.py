@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,64 @@ def test_an_input_that_is_too_large_is_refused_before_anything_runs() -> None:
     assert str(refused.value).startswith(expected)
     assert "most of them in context['metadata']. The ledger keeps the context" in str(refused.value)
     assert book.world.log == []
+
+
+def test_what_redact_takes_out_of_an_event_in_place_is_in_no_file(tmp_path: Path) -> None:
+    def without_cards(event: AnyEvent) -> AnyEvent:
+        if isinstance(event, StageCompleted):
+            event.output.data.pop("card", None)
+        return event
+
+    class Pay(CompensableStage):
+        async def execute(self, _ctx: SagaContext) -> StageOutput:
+            return StageOutput.ok(card="4711-4711", amount=12)
+
+        async def compensate(self, _ctx: CompensationContext) -> None:
+            raise AssertionError
+
+    async def main() -> SagaReport:
+        async with SQLiteLedger(tmp_path / "sagas.db", redact=without_cards) as ledger:
+            await SagaCoordinator(ledger=ledger).run(Pipeline().with_stage("pay", Pay), saga_id="s")
+            return await SagaCoordinator(ledger=ledger).report("s")
+
+    report = asyncio.run(main())
+
+    assert report.kept["pay"].data == {"amount": 12}
+    assert b"4711-4711" not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
+
+
+def test_an_output_is_encoded_once(tmp_path: Path) -> None:
+    asked: list[datetime | None] = []
+
+    class Zone(tzinfo):
+        def utcoffset(self, when: datetime | None, /) -> timedelta:
+            asked.append(when)
+            return timedelta(hours=1)
+
+        def dst(self, _when: datetime | None, /) -> None:
+            return None
+
+        def tzname(self, _when: datetime | None, /) -> None:
+            return None
+
+    departure = datetime(2026, 11, 27, 12, tzinfo=Zone())
+
+    class Book(CompensableStage):
+        async def execute(self, _ctx: SagaContext) -> StageOutput:
+            return StageOutput.ok(departure=departure)
+
+        async def compensate(self, _ctx: CompensationContext) -> None:
+            raise AssertionError
+
+    async def main() -> SagaReport:
+        async with SQLiteLedger(tmp_path / "sagas.db") as ledger:
+            await SagaCoordinator(ledger=ledger).run(Pipeline().with_stage("book", Book), saga_id="s")
+            return await SagaCoordinator(ledger=ledger).report("s")
+
+    report = asyncio.run(main())
+
+    assert len(asked) == 1
+    assert report.kept["book"].data == {"departure": departure}
 
 
 def test_what_redact_makes_too_large_stops_the_saga_and_it_goes_on_with_a_larger_bound(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from saga.errors import LedgerCorrupt, LedgerError
-from saga.events import AnyEvent, SagaStarted, event_from_json, event_to_json
+from saga.events import AnyEvent, SagaStarted, event_from_json, event_to_json, line_of
 from saga.ledger import A_NAME, LONGEST_NAME, is_name, status_said
+from saga.text import bytes_of
 
 Redact = Callable[[AnyEvent], AnyEvent]
 """Gives an event without what must not be stored."""
@@ -131,12 +132,12 @@ class Writer:
         return Row(first, len(events), body, checksum(saga_id, first, body.encode()), status and status.value, iso(events[-1].at))
 
     def _line(self, saga_id: str, event: AnyEvent) -> str:
-        stored = event if self._redact is None else self._redacted(saga_id, event)
         try:
-            line = event_to_json(stored, strict=True)
+            # What was redacted is written anew: it may be the same event, and only what it holds another one.
+            line = line_of(event) if self._redact is None else event_to_json(self._redacted(saga_id, event), strict=True)
         except PydanticSerializationError as error:
             raise LedgerError(f"{_named(saga_id, event)} can't be stored: {str(error).rpartition('NotStorable: ')[2]}") from error
-        size = len(line) if line.isascii() else len(line.encode())
+        size = bytes_of(line)
         if size > self._max:
             too_large = f"has {size:,} bytes of JSON, the ledger takes {self._max:,} (max_event_bytes)"
             raise LedgerError(f"{_named(saga_id, event)} {too_large}; nothing was recorded. A ledger opened with a larger one takes it")
