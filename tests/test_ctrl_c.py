@@ -258,7 +258,7 @@ def test_ctrl_c_that_strikes_the_code_of_a_stage_stops_the_saga_and_leaves_the_l
         interrupted(coordinator.run(pipeline, saga_id="s"))
 
     assert struck == [hook]
-    assert coordinator._held.sagas == {}
+    assert coordinator._keeper.held.sagas == {}
     assert world.refusals == []
     assert world.standing == {}
     assert run(coordinator.report("s")).status is SagaStatus.COMPENSATED
@@ -391,7 +391,7 @@ def test_whatever_append_is_struck_the_saga_does_not_hang_and_can_be_resumed(str
     with pytest.raises(strike):
         interrupted(coordinator.run(pipeline, saga_id="s"))
 
-    assert coordinator._held.sagas == {}
+    assert coordinator._keeper.held.sagas == {}
     has_ended = at == APPENDS and when == "after"
     left = run(coordinator.report("s"))
     assert (left.ended_at is not None) is has_ended
@@ -470,7 +470,7 @@ def test_wherever_in_stageflow_it_strikes_the_saga_does_not_hang_and_can_be_resu
         interrupted(coordinator.run(pipeline, hooked(), saga_id="s"))
 
     assert strikes.reached
-    assert coordinator._held.sagas == {}
+    assert coordinator._keeper.held.sagas == {}
     assert at_peace(world, run(coordinator.resume("s", pipeline)))
 
 

@@ -117,6 +117,14 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert not missing
 
 
+def test_a_coordinator_shows_its_users_nothing_but_what_is_for_them() -> None:
+    methods = {"run", "resume", "compensate", "settle", "recover", "report", "cancel"}
+
+    shown = {name for name in dir(saga.SagaCoordinator()) if not name.startswith("_")}
+
+    assert shown == methods | {"policy", "ledger"}
+
+
 def test_every_test_that_the_docs_name_is_there() -> None:
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
 

@@ -209,7 +209,7 @@ WAYS = [
 
 
 def stop_by_id(coordinator: SagaCoordinator) -> None:
-    saga = coordinator._held.sagas["s"]
+    saga = coordinator._keeper.held.sagas["s"]
     assert saga is not None
     saga.interrupt("the shop closes")
 
@@ -229,7 +229,7 @@ class Interrupted:
             return await self.coordinator.run(self.pipeline, saga_id="s")
         finally:
             self.is_answered = True
-            assert self.coordinator._held.sagas == {}, "the caller went on before the saga had come to rest"
+            assert self.coordinator._keeper.held.sagas == {}, "the caller went on before the saga had come to rest"
             assert not self.world.running
             assert not self.world.undoing
 
@@ -391,7 +391,7 @@ def test_a_cancel_at_any_turn_of_the_loop_lets_the_saga_come_to_rest(
         report = run(coordinator.report("s"))
         assert report.ended_at is not None
         assert report.clean
-        assert coordinator._held.sagas == {}
+        assert coordinator._keeper.held.sagas == {}
         assert set(report.kept) == set(world.standing)
         assert world.undoing == world.running == set()
         begun.add(sum(stage.attempts > 0 for stage in report.stages.values()))

@@ -127,8 +127,8 @@ def play(
             await asyncio.sleep(0)
         second = await coordinator.report("s")
         third = await coordinator.resume("s", whole)
-        assert coordinator._held.sagas == {}
-        assert coordinator._amendments._late == {}
+        assert coordinator._keeper.held.sagas == {}
+        assert coordinator._keeper.amendments._late == {}
         return stage, first, second, third
 
     return world, *run(main())

@@ -393,7 +393,7 @@ def broken(breaks_at: type[Any], error: Exception | None = None, policy: Any = N
     async def play() -> tuple[str, SagaReport]:
         with pytest.raises(LedgerError) as caught:
             await coordinator.run(pipeline, saga_id="s")
-        assert coordinator._held.sagas == {}
+        assert coordinator._keeper.held.sagas == {}
         ledger.breaks_at = None
         return str(caught.value), await coordinator.report("s")
 
@@ -443,7 +443,7 @@ def test_a_saga_whose_start_cannot_be_recorded_never_was() -> None:
         run(coordinator.run(pipeline, saga_id="s"))
 
     assert world.log == []
-    assert coordinator._held.sagas == {}
+    assert coordinator._keeper.held.sagas == {}
 
 
 def test_a_stage_that_is_given_up_when_the_ledger_breaks_ends_the_saga_all_the_same() -> None:

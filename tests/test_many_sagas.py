@@ -96,7 +96,7 @@ def test_ten_thousand_sagas_at_once_do_not_disturb_each_other_and_leave_nothing_
         assert report.saga_id == str(number)
         assert {output.data["number"] for output in report.kept.values()} == (set() if fails else {str(number)})
         assert len(bookings.standing.get(str(number), {})) == (0 if fails else 3)
-    assert coordinator._held.sagas == {}
+    assert coordinator._keeper.held.sagas == {}
     del reports, report
     assert parts_of_sagas() <= before
     assert len(run(coordinator.ledger.list())) == 0

@@ -139,13 +139,13 @@ def test_a_coordinator_that_was_made_before_a_fork_is_another_owner_after_it(tmp
 def test_after_a_fork_a_coordinator_holds_nothing_and_has_another_name() -> None:
     """What runs in the forked process, played here."""
     coordinator = SagaCoordinator()
-    before = coordinator._held.owner
-    coordinator._held.sagas["s"] = None
+    before = coordinator._keeper.held.owner
+    coordinator._keeper.held.sagas["s"] = None
 
     coordinator_module._name_all_anew()
 
-    assert coordinator._held.owner != before
-    assert coordinator._held.sagas == {}
+    assert coordinator._keeper.held.owner != before
+    assert coordinator._keeper.held.sagas == {}
 
 
 class Goes(CompensableStage):
@@ -509,8 +509,8 @@ def test_of_those_who_begin_a_saga_of_one_id_at_once_one_begins_it_and_the_other
     assert first.status is SagaStatus.COMPLETED
     assert [type(other) for other in others] == [SagaExists, SagaExists]
     assert world.log == ["+a", "+b", "+c"]
-    assert coordinator._held.sagas == {}
-    assert coordinator._held._beating == {}
+    assert coordinator._keeper.held.sagas == {}
+    assert coordinator._keeper.held._beating == {}
 
 
 def test_a_saga_that_is_resumed_is_stopped_by_its_id_from_the_moment_in_which_it_is_alive() -> None:

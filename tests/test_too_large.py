@@ -272,7 +272,7 @@ def test_what_comes_late_and_cannot_be_stored_is_recorded_all_the_same(tmp_path:
             first = late = await coordinator.run(pipeline, saga_id="s")
             stage.how["released"].set()
             async with asyncio.timeout(5):
-                while late == first or "s" in coordinator._held.sagas:
+                while late == first or "s" in coordinator._keeper.held.sagas:
                     late = await coordinator.report("s")
             return stage, first, late, await coordinator.resume("s", pipeline, forward=False)
 

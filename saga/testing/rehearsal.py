@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from saga.coordinator import SagaCoordinator
 from saga.errors import LedgerError
 from saga.events import AnyEvent, SagaStarted, StageEvent, event_from_json, event_to_json
+from saga.keeper import SagaKeeper
 from saga.ledger import MemoryLedger
 from saga.policies import Compensation, Policy, Retry
 
@@ -46,21 +47,34 @@ class Rehearsal(SagaCoordinator):
         actions: Callable[[Blueprint, str], Actions],
         impatient_of: Collection[str] = (),
     ) -> None:
-        super().__init__(policy, ledger=ledger)
         self._play = actions
         self._impatient_of = impatient_of
         self.nodes: dict[str, Node] = {}
+        super().__init__(policy, ledger=ledger)
+
+    def _new_keeper(self) -> SagaKeeper:
+        return _Rehearsing(self.ledger, self._play, self._impatient_of, self.nodes)
+
+
+class _Rehearsing(SagaKeeper):
+    def __init__(
+        self, ledger: Ledger, play: Callable[[Blueprint, str], Actions], impatient_of: Collection[str], nodes: dict[str, Node]
+    ) -> None:
+        super().__init__(ledger, (), ())
+        self._play = play
+        self._impatient_of = impatient_of
+        self._nodes = nodes
         self._prefixes: dict[str, str] = {}
 
-    def _lives(self, blueprint: Blueprint, policy: Policy, journal: Journal, context: PipelineContext) -> LiveSaga:
+    def lives(self, blueprint: Blueprint, policy: Policy, journal: Journal, context: PipelineContext) -> LiveSaga:
         started = journal.state.started
         prefix = "" if started.parent is None else f"{self._prefixes[started.parent]}{started.parent_stage}/"
         self._prefixes[journal.saga_id] = prefix
-        self.nodes |= {prefix + node.name: node for node in blueprint.graph.nodes}
+        self._nodes |= {prefix + node.name: node for node in blueprint.graph.nodes}
         # On a busy machine, too, the same events go into the same writes.
         journal.linger = PATIENCE
         stages = {name: self._hurried(plan, prefix + name) for name, plan in blueprint.stages.items()}
-        return super()._lives(replace(blueprint, stages=stages), _without_waits(policy), journal, context)
+        return super().lives(replace(blueprint, stages=stages), _without_waits(policy), journal, context)
 
     def _hurried(self, plan: StagePlan, path: str) -> StagePlan:
         return replace(
@@ -72,7 +86,7 @@ class Rehearsal(SagaCoordinator):
             compensation=None if plan.compensation is None else _undone_at_once(plan.compensation),
         )
 
-    def _actions(self, blueprint: Blueprint, saga_id: str) -> Actions:
+    def actions(self, blueprint: Blueprint, saga_id: str) -> Actions:
         return self._play(blueprint, self._prefixes[saga_id])
 
 

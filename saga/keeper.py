@@ -1,0 +1,427 @@
+"""Keeps the sagas that are alive: the only place where forward, backward and the ledger meet."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import logging
+import secrets
+from collections.abc import Coroutine, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+from stageflow.api import Pipeline, PipelineContext
+
+from saga.actions import LocalActions
+from saga.alive import Keeper, LiveSaga
+from saga.amendments import Amendments
+from saga.asking import ask
+from saga.backward import Backward
+from saga.blueprint import Blueprint
+from saga.errors import GraphChanged, LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, NotStorable, SagaExists
+from saga.events import AnyEvent, SagaEnded, SagaStarted, SagaStatus, SagaTurnedBack, TurnReason
+from saga.failures import Failure
+from saga.family import events_of, has_left, report_of, report_with_children, reports_of
+from saga.forward import Forward
+from saga.held import Held
+from saga.inputs import recorded_input, refuse_both
+from saga.journal import Journal, Listener
+from saga.ledger import A_NAME, LONGEST_NAME, Ledger, is_name
+from saga.policies import ContinueWithFallback, FailFast, Policy
+from saga.recovery import SagaState, Step, conclude, final_status, has_doubt, undo_step
+from saga.report import SagaReport
+from saga.resumption import Chapter, Decision, Direction, recovering, resumption, undoing
+from saga.storable import refuse_unstorable
+from saga.watch import outlast, start
+
+if TYPE_CHECKING:
+    from stageflow import BaseInterceptor
+
+    from saga.actions import Actions
+    from saga.alive import Late
+
+_LOG: Final = logging.getLogger("saga")
+
+
+class SagaKeeper(Keeper):
+    """Begins sagas, takes over those that nobody runs, and brings them to rest, whoever is cancelled meanwhile.
+
+    Args:
+        ledger: Where they are recorded.
+        interceptors: stageflow's, around every stage.
+        listeners: Who is told of every event.
+
+    Attributes:
+        held: The sagas that are held here.
+        amendments: What others than the sagas' own runs have to say.
+    """
+
+    def __init__(self, ledger: Ledger, interceptors: Sequence[BaseInterceptor], listeners: Sequence[Listener]) -> None:
+        self.held: Final = Held(ledger)
+        self.amendments: Final = Amendments(ledger, self.held, listeners)
+        self._ledger: Final = ledger
+        self._interceptors: Final = interceptors
+        self._listeners: Final = listeners
+
+    async def run(
+        self, blueprint: Blueprint, policy: FailFast | ContinueWithFallback, context: PipelineContext, saga_id: str | None
+    ) -> SagaReport:
+        """Run a new saga."""
+        saga = await self._begin(blueprint, policy, context, saga_id)
+        return await self._unbroken(saga, self._forward(saga))
+
+    async def go_on(
+        self, saga_id: str, pipeline: Pipeline, decide: Decision, policy: Policy | None = None, *, interrupted: str | None = None
+    ) -> SagaReport:
+        """Take over a saga that nobody is running, and do what its events come to.
+
+        Args:
+            saga_id: Its id.
+            pipeline: Its pipeline.
+            decide: What its events come to.
+            policy: Its policy from here on; None: as before.
+            interrupted: Why it is stopped as soon as it goes on; None: it is not.
+        """
+        saga, work = await self._taken_over(saga_id, pipeline, decide, policy)
+        if interrupted is not None:
+            saga.interrupt(interrupted)
+        return await self._unbroken(saga, work)
+
+    # -- what a running saga asks for ----------------------------------------------------------------------------
+
+    async def run_child(
+        self,
+        parent: LiveSaga,
+        stage: str,
+        attempt: int,
+        pipeline: Pipeline,
+        context: PipelineContext | None,
+        policy: Policy | None,
+        fields: dict[str, Any],
+    ) -> SagaReport:
+        """Run a child of a saga's stage; `SagaContext.run_saga` gets here."""
+        policy = policy if policy is not None else FailFast()
+        blueprint = read(pipeline, policy)
+        refuse_both(context, fields)
+        if context is None:
+            context = parent.child_context(stage, pipeline, fields)
+        saga = await self._begin(blueprint, policy, context, parent.next_child(stage, attempt), parent, stage)
+        return await self._as_child(parent, saga, self._forward(saga))
+
+    async def resume_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline, *, forward: bool | None) -> SagaReport:
+        """Go on with a child of a saga's stage."""
+        decide = partial(resumption, forward=forward, by=f"saga {parent.id}")
+        return await self._as_child(parent, *await self._taken_over(saga_id, pipeline, decide, parent=parent))
+
+    async def _as_child(self, parent: LiveSaga, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
+        parent.has_children = True
+        rests = parent.children[saga] = asyncio.get_running_loop().create_future()
+        if parent.is_stopping:
+            saga.interrupt("the saga that runs it is stopping")
+        try:
+            report = await self._unbroken(saga, work)
+        finally:
+            del parent.children[saga]
+            rests.set_result(None)
+        parent.exceptions |= {failure: failure.exception for failure in report.failures if failure.exception is not None}
+        return report
+
+    async def undo_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """Undo what is left of a child."""
+        return await self._unbroken(*await self._taken_over(saga_id, pipeline, partial(undoing, by=user()), parent=parent))
+
+    async def rest_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """See to it that a child whose process is gone comes to rest: it is stopped, as those are that run when their parent stops."""
+        if not parent.is_stopping:
+            return await report_of(self._ledger, saga_id)
+        decide = partial(recovering, by=f"saga {parent.id}")
+        return await self._as_child(parent, *await self._taken_over(saga_id, pipeline, decide, parent=parent))
+
+    async def reports_of(self, saga_id: str, stage: str, prefix: str) -> list[SagaReport]:
+        """The children of a saga's stage, oldest first; those whose ids begin so."""
+        return await reports_of(self._ledger, saga_id, stage, prefix)
+
+    async def has_left(self, saga_id: str, stage: str, prefix: str) -> bool:
+        """Whether anything stands, or may stand, of the children of a saga's stage; of those whose ids begin so."""
+        return await has_left(self._ledger, saga_id, stage, prefix)
+
+    def comes_late(self, saga_id: str, late: Late) -> None:
+        """Record at the next occasion what nobody waited for any more."""
+        self.amendments.comes_late(saga_id, late)
+
+    # -- how a saga runs -----------------------------------------------------------------------------------------
+
+    async def _begin(
+        self,
+        blueprint: Blueprint,
+        policy: FailFast | ContinueWithFallback,
+        context: PipelineContext,
+        saga_id: str | None,
+        parent: LiveSaga | None = None,
+        parent_stage: str | None = None,
+    ) -> LiveSaga:
+        if saga_id is not None and (not isinstance(saga_id, str) or not saga_id.strip()):
+            raise MisuseError("a saga id with at least one visible character", got=repr(saga_id))
+        if self._ledger.durable:
+            # The ledger would refuse them, too, but with the error of one that has failed.
+            _refuse_names({"saga id": saga_id or "", "pipeline name": blueprint.name})
+        if saga_id is None:
+            saga_id = secrets.token_hex(16)
+        elif await self._ledger.read(saga_id) or saga_id in self.held.sagas:
+            # Looked for here at last: while the ledger was read, somebody else may have begun it.
+            raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Read what became of it with report().")
+        self.held.hold(saga_id)
+        try:
+            started = SagaStarted(
+                saga_id=saga_id,
+                pipeline=blueprint.name,
+                graph=blueprint.graph,
+                policy=policy,
+                input=recorded_input(context),
+                parent=None if parent is None else parent.id,
+                parent_stage=parent_stage,
+            )
+            try:
+                refuse_unstorable(self._ledger, started)
+            except NotStorable as refused:
+                hint = "The ledger keeps the context, so that the saga can go on without its caller."
+                raise MisuseError(refused.expected, got=refused.got, hint=hint) from None
+            journal = await Journal.begin(self._ledger, started, self.held.owner, _token_of(parent), self._listeners)
+        except BaseException:
+            self.held.let_go(saga_id)
+            raise
+        return self.lives(blueprint, policy, journal, context)
+
+    async def _take(
+        self, saga_id: str, pipeline: Pipeline, policy: Policy | None, parent: LiveSaga | None
+    ) -> tuple[LiveSaga, Sequence[AnyEvent]]:
+        """Take over a saga that nobody is running; with its events."""
+        events = await events_of(self._ledger, saga_id)
+        if parent is not None:
+            _refuse_others(SagaState(events).started, parent)
+        if saga_id in self.held.sagas:
+            raise self.held.busy(saga_id, "a saga that nobody is running", f"{SagaState(events).status.value} here")
+        self.held.hold(saga_id)
+        try:
+            token = await self.held.acquire(saga_id, _token_of(parent))
+            try:
+                # Read again: whoever held it until now may have written.
+                events = await self._ledger.read(saga_id)
+                state = SagaState(events)
+                chosen = policy if policy is not None else state.policy
+                blueprint = read(pipeline, chosen)
+                _refuse_changed(state, blueprint)
+                context = PipelineContext.create(**state.started.input)
+                if self._ledger.durable:
+                    blueprint.restore_outputs(state.stages)
+            except BaseException:
+                await self._ledger.release(saga_id, token)
+                raise
+        except BaseException:
+            self.held.let_go(saga_id)
+            raise
+        journal = Journal(self._ledger, saga_id, state, version=len(events), token=token, owner=self.held.owner, listeners=self._listeners)
+        saga = self.lives(blueprint, chosen, journal, context)
+        saga.has_children = True
+        return saga, events
+
+    async def _taken_over(
+        self, saga_id: str, pipeline: Pipeline, decide: Decision, policy: Policy | None = None, parent: LiveSaga | None = None
+    ) -> tuple[LiveSaga, Coroutine[Any, Any, None]]:
+        """A saga that nobody was running, held from here on, and the work that its events come to."""
+        saga, events = await self._take(saga_id, pipeline, policy, parent)
+        try:
+            # Nothing is awaited before there is something to stop: a cancel by its id finds it.
+            known, graph = saga.journal.state.graph, saga.journal.state.graph.offering(saga.blueprint.graph)
+            return saga, self._turn_to(saga, decide(events, graph if graph != known else None))
+        except BaseException:
+            await self._let_go(saga)
+            raise
+
+    def lives(self, blueprint: Blueprint, policy: FailFast | ContinueWithFallback, journal: Journal, context: PipelineContext) -> LiveSaga:
+        """A saga, held and in its ledger, from here on."""
+        actions = self.actions(blueprint, journal.saga_id)
+        saga = self.held.sagas[journal.saga_id] = LiveSaga(blueprint, policy, journal, actions, context, self)
+        return saga
+
+    def actions(self, blueprint: Blueprint, _saga_id: str) -> Actions:
+        """What carries out the code of a saga's stages."""
+        return LocalActions(blueprint)
+
+    async def _let_go(self, saga: LiveSaga) -> None:
+        self.held.let_go(saga.id)
+        await saga.journal.close()
+
+    def _forward(self, saga: LiveSaga, before: Sequence[AnyEvent] = ()) -> Coroutine[Any, Any, None]:
+        # Made here and not in its task: a cancel that comes before the task runs finds what it is to stop.
+        return self._drive(saga, Forward(saga, self._interceptors), before)
+
+    async def _unbroken(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
+        """Wait for the saga to come to rest, also when the caller is cancelled meanwhile."""
+        driver = start(self._closing(saga, work))
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        driver.add_done_callback(partial(_wake, done))
+        try:
+            await done
+        except asyncio.CancelledError as cancelled:
+            saga.interrupt("the caller was cancelled")
+            # anyio repeats the cancel of a scope at every turn of the loop until the scope is left: the shield keeps
+            # that off; further plain cancels are absorbed one by one.
+            with anyio.CancelScope(shield=True):
+                await outlast({driver})
+            cancelled.add_note(str(driver.result()))
+            raise
+        return driver.result()
+
+    async def _closing(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
+        try:
+            await self._to_rest(saga, work)
+            return await self._report(saga)
+        finally:
+            await self._let_go(saga)
+            self.amendments.record_late(saga.id)
+
+    async def _to_rest(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except LedgerConflict:
+            # Somebody else goes on with it; what is in effect is theirs to know.
+            raise
+        except LedgerError as error:
+            raise saga.journal.left_unrecorded(error) from error
+
+    async def _report(self, saga: LiveSaga) -> SagaReport:
+        """The report of a saga that has come to rest, which is recorded whatever becomes of the report."""
+        state = saga.journal.state
+        if not saga.has_children:
+            return SagaReport.of(state)
+        try:
+            return await report_with_children(self._ledger, state, saga.exceptions)
+        except LedgerError as error:
+            kind = LedgerCorrupt if isinstance(error, LedgerCorrupt) else LedgerError
+            raise kind(
+                f"saga {saga.id} is {state.status.value}, which is recorded; but the sagas that its stages ran can't be read: "
+                f"{error}. When the ledger is back, ask for the report: await coordinator.report({saga.id!r})"
+            ) from error
+
+    async def _drive(self, saga: LiveSaga, forward: Forward, before: Sequence[AnyEvent]) -> None:
+        if before:
+            await saga.journal.record(*before)
+        await forward.run()
+        await self._conclude(saga, forward.cause)
+
+    async def _conclude(self, saga: LiveSaga, stop: Failure | None) -> None:
+        saga.is_stopping = True
+        await self.amendments.note_late(saga)
+        move = conclude(saga.journal.state, saga.policy, stop)
+        if move.turn is not None:
+            await saga.journal.record(SagaTurnedBack(reason=move.turn, cause=move.cause))
+            await self._back(saga, move.turn)
+            return
+        await self._ask_the_rest(saga)
+        status = move.status if move.status is not None else final_status(saga.journal.state, saga.policy)
+        if status is SagaStatus.CANCELLED and has_doubt(saga.journal.state):
+            # Nothing is left to do about one that was cancelled, and whoever prunes may forget it.
+            status = SagaStatus.HALTED
+        await saga.journal.record(SagaEnded(status=status, cause=move.cause), release=True)
+
+    async def _ask_the_rest(self, saga: LiveSaga) -> None:
+        """Ask for all that no compensation has asked for: to know is free, whatever the policy leaves standing."""
+        state = saga.journal.state
+        if state.is_spotless:
+            return
+        askable = [node.name for node in state.graph.nodes if undo_step(node, state.stages[node.name]) is Step.PROBE]
+        asking = [start(ask(saga, name)) for name in askable]
+        await outlast(asking)
+        # All of them are looked at: asyncio complains of an exception that nobody looked at.
+        for error in [asked.exception() for asked in asking]:
+            if error is not None:
+                raise error
+
+    async def _back(self, saga: LiveSaga, reason: TurnReason) -> None:
+        saga.is_stopping = True
+        while True:
+            await Backward(saga, reason).run()
+            if not await self.amendments.note_late(saga):
+                break
+        await self._ask_the_rest(saga)
+        await saga.journal.record(SagaEnded(status=final_status(saga.journal.state, saga.policy)), release=True)
+
+    def _turn_to(self, saga: LiveSaga, chapter: Chapter) -> Coroutine[Any, Any, None]:
+        """The work of a new chapter of the saga, which begins with its being recorded."""
+        if chapter.direction is Direction.FORWARD:
+            return self._forward(saga, chapter.events)
+        return self._finish(saga, chapter)
+
+    async def _finish(self, saga: LiveSaga, chapter: Chapter) -> None:
+        if chapter.direction is Direction.NOWHERE:
+            _LOG.info("saga %s: %s", saga.id, chapter.why_not)
+            return
+        await saga.journal.record(*chapter.events)
+        if chapter.direction is Direction.CONCLUDE:
+            await self._conclude(saga, chapter.stop)
+        else:
+            assert chapter.reason is not None  # a saga goes backward for a reason
+            await self._back(saga, chapter.reason)
+
+
+def read(pipeline: Pipeline, policy: FailFast | ContinueWithFallback) -> Blueprint:
+    """Read a pipeline, for a policy.
+
+    Raises:
+        MisuseError: It can't work, or the policy is not for it.
+    """
+    blueprint = Blueprint.of(pipeline)
+    blueprint.check_policy(policy)
+    return blueprint
+
+
+def user() -> str:
+    """Who runs this process, for the ledger."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
+
+
+def _token_of(parent: LiveSaga | None) -> int | None:
+    return None if parent is None else parent.journal.token
+
+
+def _refuse_names(names: Mapping[str, str]) -> None:
+    """Refuse what no saga can be recorded under.
+
+    Raises:
+        MisuseError: One of them is too long, or contains what not every database can hold.
+    """
+    for what, name in names.items():
+        if not is_name(name):
+            hint = "The id of a saga that a stage runs is made of that stage's name and its own saga's id." if what == "saga id" else ""
+            raise MisuseError(f"a {what} {A_NAME}", got=f"one of {len(name)}: {name[:LONGEST_NAME]!r}", hint=hint)
+
+
+def _refuse_others(started: SagaStarted, parent: LiveSaga) -> None:
+    """Refuse a stage to go on with a saga that is not its own saga's: the ledger fences that one with another lease, or with none.
+
+    Raises:
+        MisuseError: It is not.
+    """
+    if started.parent != parent.id:
+        runner = "no saga runs" if started.parent is None else f"saga {started.parent} runs"
+        raise MisuseError(
+            f"a saga that saga {parent.id} runs",
+            got=f"{started.saga_id}, which {runner}",
+            hint="A stage goes on with what it began with ctx.run_saga; other sagas are for the coordinator's own methods.",
+        )
+
+
+def _refuse_changed(state: SagaState, blueprint: Blueprint) -> None:
+    differences = state.graph.differences(blueprint.graph)
+    if differences:
+        raise GraphChanged(state.started.saga_id, differences)
+
+
+def _wake(waiter: asyncio.Future[None], _: asyncio.Task[SagaReport]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
