@@ -332,9 +332,13 @@ def _encoded_object(value: Any, otherwise: Otherwise, levels: int) -> Any:
         return otherwise(value, error)
     if plain is _NOTHING:
         return otherwise(value)
-    if type(plain) is dict and _has_fields(value):
+    if not _has_fields(value):
+        return _encoded(plain, otherwise, levels)
+    if _has_plain_keys(plain):
         return {name: _encoded_field(value, name, item, otherwise, levels - 1) for name, item in plain.items()}
-    return _encoded(plain, otherwise, levels)
+    # What a model holds beyond its fields may have any name, our tag's, too.
+    fields = [(name, _encoded_field(value, name, item, otherwise, levels - 3)) for name, item in plain.items()]
+    return {TAG: "dict", "value": [[_encoded_key(name, otherwise, levels - 3), item] for name, item in fields]}
 
 
 def _encoded_field(owner: Any, name: str, item: Any, otherwise: Otherwise, levels: int) -> Any:
@@ -384,7 +388,7 @@ def _plain_of(value: Any) -> Any:
 
 
 def _has_fields(value: Any) -> bool:
-    return isinstance(value, BaseModel) or dataclasses.is_dataclass(value)
+    return dataclasses.is_dataclass(value) if not isinstance(value, BaseModel) else not isinstance(value, RootModel)
 
 
 def _tagged(kind: type, value: Any) -> dict[str, Any]:

@@ -455,6 +455,25 @@ def test_a_value_of_a_type_that_was_derived_from_a_plain_one_comes_back_plain(ca
     assert typed(event_from_json(event_to_json(event, strict=True)).effect) == typed(back)  # type: ignore[union-attr] # it is that event
 
 
+class Pairs(RootModel[dict[Any, Any]]): ...
+
+
+NAMED_LIKE_OUR_TAG: dict[str, tuple[Any, Any]] = {
+    "the name of our tag": (Fare(**{TAG: "x"}), {"amount": 1, TAG: "x"}),
+    "what looks as if we had written it": (Fare(**{TAG: "int", "value": "0x10"}), {"amount": 1, TAG: "int", "value": "0x10"}),
+    "of a model that is a dict, too": (Pairs({TAG: "int", "value": "0x10"}), {TAG: "int", "value": "0x10"}),
+    "of a model that is a dict, keys that JSON lacks": (Pairs({1: "a", ("b", 2): Decimal(1)}), {1: "a", ("b", 2): Decimal(1)}),
+}
+
+
+@pytest.mark.parametrize("case", NAMED_LIKE_OUR_TAG)
+def test_what_a_model_holds_beyond_its_fields_comes_back_whatever_it_is_named(case: str) -> None:
+    value, back = NAMED_LIKE_OUR_TAG[case]
+    event = EffectRecorded(stage="a", effect=value)
+
+    assert typed(event_from_json(event_to_json(event, strict=True)).effect) == typed(back)  # type: ignore[union-attr] # it is that event
+
+
 @pytest.mark.parametrize(
     "when",
     [
