@@ -10,7 +10,7 @@ import base64
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -297,16 +297,16 @@ def _encoded(value: Any, otherwise: Otherwise, levels: int) -> Any:
     if kind is dict:
         if _has_plain_keys(value):
             return {key: _encoded(item, otherwise, levels - 1) for key, item in value.items()}
-        pairs = [[_encoded_key(key, otherwise, levels - 3), _encoded(item, otherwise, levels - 3)] for key, item in value.items()]
-        return {TAG: "dict", "value": pairs}
+        keys, items = _encoded_keys(value, otherwise, levels - 3), [_encoded(item, otherwise, levels - 3) for item in value.values()]
+        return {TAG: "dict", "value": list(map(list, zip(keys, items, strict=True)))}
     if kind in _ENCODERS:
         try:
             return _tagged(kind, value)
         except Exception as error:  # noqa: BLE001 - whatever the user's tzinfo raises
             return otherwise(value, error)
     if kind in _COLLECTIONS:
-        encode = _encoded if kind is tuple else _encoded_key
-        return {TAG: _COLLECTIONS[kind], "value": [encode(item, otherwise, levels - 2) for item in value]}
+        items = [_encoded(item, otherwise, levels - 2) for item in value] if kind is tuple else _encoded_keys(value, otherwise, levels - 2)
+        return {TAG: _COLLECTIONS[kind], "value": items}
     return _encoded_object(value, otherwise, levels)
 
 
@@ -314,6 +314,20 @@ def _encoded_key(value: Any, otherwise: Otherwise, levels: int) -> Any:
     """Encode a dict's key or an item of a set, which has to have a hash when it comes back, too."""
     plain = _encoded(value, otherwise, levels)
     return plain if _is_hashable(plain) else otherwise(value)
+
+
+def _encoded_keys(values: Iterable[Any], otherwise: Otherwise, levels: int) -> list[Any]:
+    """Encode all keys of a dict, or all items of a set; one that would come back as another one's equal would replace it."""
+    keys = [_encoded_key(value, otherwise, levels) for value in values]
+    if _ATOMS.issuperset(map(type, values)):
+        return keys
+    seen = set()
+    for place, value in enumerate(values):
+        back = decoded(keys[place])
+        if back in seen:
+            keys[place] = otherwise(value, ValueError(f"it would come back as the equal of another one, as {shown(back)}"))
+        seen.add(back)
+    return keys
 
 
 def _is_hashable(plain: Any) -> bool:

@@ -455,6 +455,27 @@ def test_a_value_of_a_type_that_was_derived_from_a_plain_one_comes_back_plain(ca
     assert typed(event_from_json(event_to_json(event, strict=True)).effect) == typed(back)  # type: ignore[union-attr] # it is that event
 
 
+class Way(Enum):
+    RED = "red"
+
+
+ALIKE: dict[str, Any] = {
+    "a key and what another one stands for": {Colour.RED: 1, "red": 2},
+    "two keys that stand for the same": {Colour.RED: 1, Way.RED: 2},
+    "keys within keys": {("a", Colour.RED): 1, ("a", "red"): 2},
+    "items": {Colour.RED, Way.RED},
+    "items that can't be changed": frozenset({Colour.RED, "red"}),
+}
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_of_two_that_would_come_back_as_one_neither_is_lost(case: str) -> None:
+    with pytest.raises(NotStorable, match=r"data\['legs'\].*come back as the equal of another one"):
+        stored_output(StageOutput.ok(legs=ALIKE[case]))
+
+    assert len(decoded(encoded(ALIKE[case]))) == 2
+
+
 class Pairs(RootModel[dict[Any, Any]]): ...
 
 
