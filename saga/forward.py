@@ -300,7 +300,9 @@ class Forward(Stages, Employer):
         elif not may_repeat:
             retry = run.plan.retry or self._policy.retry
             tries = record.attempts - record.attempts_before
-            may_repeat = retry.wait_before_next(failure, attempt=tries, elapsed=0.0) is not None
+            # Where it waited for its next attempt, that it gets one is in the ledger; what it failed with can't be asked once more.
+            was_waiting = record.state is StageState.RUNNING and failure.kind is not FailureKind.CRASHED
+            may_repeat = was_waiting or retry.wait_before_next(failure, attempt=tries, elapsed=0.0) is not None
         if may_repeat:
             return None
         if record.state is StageState.RUNNING:

@@ -47,7 +47,7 @@ from saga.events import (
     StageStarted,
 )
 from saga.recovery import SagaState
-from tests.controlled import run
+from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk
 from tests.test_hard_cases import Recorder
@@ -1025,6 +1025,45 @@ def test_killed_while_it_waited_for_its_next_attempt_it_is_attempted_again() -> 
     assert script.attempts == ["raise", "raise", "ok"]
     assert [failure.kind for failure in report.failures] == [FailureKind.EXCEPTION] * 2
     assert world.log == ["+a"]
+
+
+class Line(ConnectionError):
+    """A policy that lists its base can't tell, of its name alone, that it is one."""
+
+
+@pytest.mark.parametrize("second", ["retry", "raise"])
+def test_killed_while_it_waited_in_doubt_for_its_next_attempt_it_is_attempted_again(second: str) -> None:
+    attempts: list[int] = []
+
+    class Charge(CompensableStage):
+        timeout = 1.0
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            attempts.append(ctx.attempt)
+            if ctx.attempt == 1:
+                await elapse(10.0)
+            if ctx.attempt == 2 and second == "raise":
+                raise Line("gone")
+            return StageOutput.retry("not yet") if ctx.attempt == 2 else StageOutput.ok()
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    class KillsTheThird(Dying):
+        async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
+            if any(isinstance(event, StageStarted) and event.attempt == 3 for event in events):
+                self.left = 0
+            await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
+
+    pipeline = Pipeline(name="scene").with_stage("a", Charge)
+    ledger = KillsTheThird(1000)
+    policy = FailFast(retry=Retry(attempts=3, retry_on=("timeout", ConnectionError)))
+    with pytest.raises(LedgerError):
+        run(SagaCoordinator(policy, ledger=ledger).run(pipeline, saga_id="s"))
+
+    report = run(SagaCoordinator(ledger=_reread(ledger)).resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert attempts == [1, 2, 3]
 
 
 class Unanswering(Scripted):
