@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, HttpUrl, computed_field, field_serializer, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, HttpUrl, RootModel, computed_field, field_serializer, field_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from stageflow.api import Pipeline, StageOutput
 
@@ -521,6 +521,112 @@ def test_an_output_that_does_not_fit_its_model_is_told_of_at_once(caplog: pytest
     assert report.status is SagaStatus.COMPLETED
     (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert said.startswith("stage 'book': its output does not fit its output_model tests.test_durable.Booking (seat: Field required")
+
+
+class Cents(BaseModel):
+    cents: int
+
+    @field_validator("cents", mode="before")
+    @classmethod
+    def of_crowns(cls, crowns: Any) -> int:
+        return int(float(crowns) * 100)
+
+
+class Refundable(BaseModel):
+    paid: Cents
+
+
+def undone_after_a_crash(model: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """What the compensation of a stage is given that gave this, in another process."""
+    undone: list[dict[str, Any]] = []
+
+    class Charge(CompensableStage):
+        output_model = model
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            return StageOutput.ok(data)
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            assert ctx.output is not None
+            undone.append(ctx.output.data)
+
+    pipeline = Pipeline().with_stage("charge", Charge)
+    ledger = Stored()
+    run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+    run(SagaCoordinator(ledger=ledger).compensate("s", pipeline))
+    return undone[0]
+
+
+def test_a_validator_that_changes_an_amount_does_not_change_what_was_recorded_once_more(caplog: pytest.LogCaptureFixture) -> None:
+    paid = Cents(cents="9.50")
+
+    undone = undone_after_a_crash(Refundable, {"paid": paid})
+
+    assert paid.cents == 950
+    assert undone == {"paid": {"cents": 950}}
+    assert "its validators change what they have made once more" in caplog.text
+
+
+def test_an_output_with_a_key_that_its_model_never_writes_comes_back_as_what_it_was() -> None:
+    class Unlocked(BaseModel):
+        pin: str = Field(exclude=True)
+        to: Booking
+
+    undone = undone_after_a_crash(Unlocked, {"pin": "1234", "to": Booking(seat="14A", price=9.5)})
+
+    assert undone == {"pin": "1234", "to": Booking(seat="14A", price=9.5)}
+
+
+class ByCard(BaseModel):
+    reference: str
+
+
+class ByBank(BaseModel):
+    reference: str
+
+
+class Signed(ByBank):
+    signature: str
+
+
+class Paid(BaseModel):
+    by: ByCard | ByBank
+    to: ByBank = ByBank(reference="us")
+    parts: tuple[ByBank, ...] = ()
+    named: dict[str, ByBank] = Field(default_factory=dict)
+    root: RootModel[list[ByBank]] | None = None
+    record: Receipt | None = None
+
+
+CHANGED: dict[str, dict[str, Any]] = {
+    "by": {"by": ByBank(reference="1")},
+    "to": {"by": ByCard(reference="1"), "to": Signed(reference="2", signature="Ann")},
+    "parts": {"by": ByCard(reference="1"), "parts": (Signed(reference="2", signature="Ann"),)},
+    "named": {"by": ByCard(reference="1"), "named": {"a": Signed(reference="2", signature="Ann")}},
+}
+
+
+@pytest.mark.parametrize("part", CHANGED)
+def test_an_output_that_would_come_back_as_another_one_is_told_of_at_once(part: str, caplog: pytest.LogCaptureFixture) -> None:
+    undone_after_a_crash(Paid, CHANGED[part])
+
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert said.startswith(f"stage 'charge': of its output, {part} would come back from a durable ledger as another value than was given")
+
+
+UNCHANGED: dict[str, dict[str, Any]] = {
+    "models": {"by": ByCard(reference="1"), "parts": (ByBank(reference="2"),), "root": RootModel[list[ByBank]]([ByBank(reference="3")])},
+    "a dataclass": {"by": ByCard(reference="1"), "record": Receipt(Booking(seat="14A", price=float("nan")))},
+    "plain data": {"by": {"reference": "1"}, "parts": [{"reference": "2"}]},
+}
+
+
+@pytest.mark.parametrize("case", UNCHANGED)
+def test_of_an_output_that_comes_back_as_it_was_nothing_is_told(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    undone = undone_after_a_crash(Paid, UNCHANGED[case])
+
+    assert undone["by"] == ByCard(reference="1")
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
 
 class Moody(BaseModel):
