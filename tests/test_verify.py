@@ -34,7 +34,7 @@ from saga import (
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.testing import Fault, Trial, Verification, VerificationFailed, verify
 from saga.testing.rehearsal import MortalLedger
-from tests.controlled import elapse, run
+from tests.controlled import ControlledLoop, elapse, run
 from tests.town import Boasting, Booking, Eager, Forgetful, Literal, Lying, Recording, Sale, Silent, Town, Unasked, WithFallback
 
 STUCK, COMPENSATED, COMPLETED, HALTED = SagaStatus.STUCK, SagaStatus.COMPENSATED, SagaStatus.COMPLETED, SagaStatus.HALTED
@@ -382,6 +382,22 @@ def test_an_effect_lands_after_the_time_is_up_however_long_it_takes() -> None:
     town, pipeline = trip(seat=SlowLiar)
 
     assert set(refuted(town, pipeline, faults=Fault.TIMES_OUT_AFTER)) == {("seat", Fault.TIMES_OUT_AFTER)}
+
+
+class Blocking(Booking):
+    """Never awaits while it works, as code does that asks a database without a thread."""
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, ControlledLoop)
+        loop.compute(1)
+        return await super().execute(ctx)
+
+
+def test_a_stage_that_lets_nobody_else_run_while_it_works_is_struck_all_the_same() -> None:
+    verification = verified(*trip(seat=Blocking, room=Blocking), faults=Fault.TIMES_OUT_AFTER)
+
+    assert {trial.stage for trial in verification.trials if trial.reached} == {"seat", "room", "card"}
 
 
 class Tour(CompensableStage):

@@ -170,10 +170,10 @@ class FaultyActions(LocalActions):
             self._strike(ctx.stage_name)
             await asyncio.Event().wait()
         except asyncio.CancelledError:
-            if not request.done():
-                # It takes longer than we had patience for. Its effect is to land all the same before anybody asks for it.
-                await request
-                self._strike(ctx.stage_name)
+            # It takes longer than we had patience for; or it has ended in this very turn of the loop, in which nobody else ran.
+            # Its effect is to land all the same before anybody asks for it.
+            await request
+            self._strike(ctx.stage_name)
             raise
 
     async def _interrupt(self, ctx: SagaContext) -> None:
