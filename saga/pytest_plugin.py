@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import pytest
 
-from saga.testing import verify
+from saga.errors import MisuseError
+from saga.testing import VerificationFailed, verify
 
 if TYPE_CHECKING:
     from stageflow.api import Pipeline
@@ -39,7 +40,12 @@ def verify_saga(request: pytest.FixtureRequest) -> VerifySaga:
     """
 
     def verify_saga(pipeline: Pipeline, policy: Policy | None, world: World, **options: Any) -> Verification:
-        return _kept(request, asyncio.run(verify(pipeline, policy, world, **options)))
+        __tracebackhide__ = True
+        try:
+            return _kept(request, asyncio.run(verify(pipeline, policy, world, **options)))
+        except (VerificationFailed, MisuseError) as told:
+            # All that is to be said is in its words: where in the kit they were found tells nobody anything.
+            raise told.with_traceback(None) from told.__cause__
 
     return verify_saga
 

@@ -46,6 +46,15 @@ def test_the_matrix_of_a_saga_that_was_verified_is_printed_at_the_end(pytester: 
     result.stdout.fnmatch_lines(["*= saga: *::test_it =*", "one: wherever it failed, the world was where the report said", "tick *<*"])
 
 
+def test_a_saga_that_is_refuted_fails_its_test_in_the_words_of_the_matrix_and_no_others(pytester: pytest.Pytester) -> None:
+    result = run_pytest(pytester, looks=False)
+
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["E*VerificationFailed: one: 4 trials went wrong", "E*raises after: tick"])
+    result.stdout.no_fnmatch_line("*verification.py*")
+    result.stdout.no_fnmatch_line("*asyncio*")
+
+
 AS_XDIST_DOES = """
     import json
     from pathlib import Path

@@ -925,7 +925,7 @@ def test_the_matrix_of_a_saga_that_is_wrong_says_what_and_what_helps() -> None:
     with pytest.raises(VerificationFailed) as failed:
         verified(*trip(card=Silent), faults=[Fault.RAISES_BEFORE, Fault.RAISES_AFTER])
 
-    assert str(failed.value) == WRONG.rstrip("\n")
+    assert str(failed.value) == WRONG.strip("\n")
 
 
 WRONG = """

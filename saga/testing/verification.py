@@ -109,7 +109,7 @@ class VerificationFailed(AssertionError):
 
     def __init__(self, verification: Verification) -> None:
         self.verification = verification
-        super().__init__(f"\n{verification}")
+        super().__init__(str(verification))
 
 
 async def verify(
