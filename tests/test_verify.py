@@ -481,6 +481,25 @@ def test_a_compensation_that_undoes_nothing_is_found() -> None:
     assert {("card", Fault.RAISES_BEFORE), ("seat", Fault.UNDO_REPEATED), ("card", Fault.KILLED_AFTER)} <= found.keys()
 
 
+def test_a_compensation_that_undoes_nothing_is_named_and_nothing_else_is_advised() -> None:
+    with pytest.raises(VerificationFailed) as failed:
+        verified(*trip(room=Forgetful))
+
+    said = str(failed.value)
+    assert (
+        "\ncompensate() of room or seat leaves something behind. Have it undo that, too; a mere trace is to be left out of look()." in said
+    )
+    assert "bear repetition" not in said
+    assert "probe()" not in said
+
+
+def test_the_compensation_of_an_only_stage_that_undoes_nothing_is_named() -> None:
+    town = Town()
+
+    with pytest.raises(VerificationFailed, match=r"compensate\(\) of seat leaves something behind\."):
+        verified(town, Pipeline(name="short").with_stage("seat", Forgetful(town, "seat")))
+
+
 def test_a_compensation_that_does_not_bear_repetition_is_found() -> None:
     found = refuted(*trip(room=Literal), IN_ONE_ATTEMPT)
 

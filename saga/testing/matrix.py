@@ -37,8 +37,8 @@ _OF_A_KILL: Final = (
     "What a died process has left is found by a probe(); a stage that runs again needs ctx.idempotency_key; nothing that a stage "
     "keeps in itself outlives its process."
 )
+_LEFT_BEHIND: Final = "leaves something behind. Have it undo that, too; a mere trace is to be left out of look()."
 _ADVICE: Final = {
-    Fault.RAISES_BEFORE: "compensate() leaves something behind. Have it undo that, too; a mere trace is to be left out of look().",
     Fault.RAISES_AFTER: (
         "A lost answer looks like a failure: give the stage a probe(), or ctx.record its effects. A plain stage can have neither."
     ),
@@ -104,18 +104,38 @@ def _legend(signs: Iterable[str]) -> Iterator[str]:
 
 def _problems(trials: Iterable[Trial]) -> Iterator[str]:
     """What was wrong: each thing once, behind all that led to it, and before what helps."""
-    found: dict[str, dict[Fault, dict[str, None]]] = {}
+    found: dict[str, list[Trial]] = {}
     for trial in trials:
-        wrong = trial.wrong or _NOTHING_KNOWN
-        write = f" ({', '.join(trial.events)})" if trial.events else ""
-        found.setdefault(wrong, {}).setdefault(trial.fault, {})[(trial.stage or _WHOLE) + write] = None
-    for wrong, led_to_it in found.items():
+        found.setdefault(trial.wrong or _NOTHING_KNOWN, []).append(trial)
+    for wrong, alike in found.items():
+        led_to_it: dict[Fault, dict[str, None]] = {}
+        for trial in alike:
+            write = f" ({', '.join(trial.events)})" if trial.events else ""
+            led_to_it.setdefault(trial.fault, {})[(trial.stage or _WHOLE) + write] = None
         yield ""
         yield from (f"{fault}: {', '.join(stages)}" for fault, stages in led_to_it.items())
         yield wrong
-        # What failed by itself says why; only of a process that died there is more to say.
-        advised = [fault for fault in led_to_it if fault in KILLS or wrong.startswith(BY_THE_REPORT)]
-        yield from dict.fromkeys(_ADVICE[fault] for fault in advised if fault in _ADVICE)
+        yield from _advice(wrong, alike)
+
+
+def _advice(wrong: str, alike: Iterable[Trial]) -> Iterable[str]:
+    """What helps, if something does."""
+    is_of_world = wrong.startswith(BY_THE_REPORT)
+    undone = [set(trial.report.undone) for trial in alike if trial.report is not None and _is_plain(trial)] if is_of_world else []
+    if undone:
+        # The harder faults go wrong for the same reason, and say nothing of their own until this is mended.
+        names = " or ".join(sorted(set.intersection(*undone)))
+        return (f"compensate(){names and f' of {names}'} {_LEFT_BEHIND}",)
+    # What failed by itself says why; only of a process that died there is more to say.
+    return dict.fromkeys(_ADVICE[trial.fault] for trial in alike if trial.fault in _ADVICE and (trial.fault in KILLS or is_of_world))
+
+
+def _is_plain(trial: Trial) -> bool:
+    """Whether nothing was asked of the compensations but to undo what had completed."""
+    if trial.fault is not Fault.INTERRUPTED_AFTER:
+        return trial.fault is Fault.RAISES_BEFORE
+    stage = None if trial.report is None else trial.report.stages.get(trial.stage)
+    return stage is not None and stage.failure is None
 
 
 def difference(expected: object, found: object) -> str:
