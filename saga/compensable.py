@@ -13,6 +13,7 @@ from stageflow.api import StageContext, StageKind, StageOutput
 from saga.errors import MisuseError, PipelineInvalid
 from saga.failures import Failure
 from saga.policies import Compensation, Policy, Retry
+from saga.text import shown
 
 if TYPE_CHECKING:
     from stageflow.api import Pipeline, PipelineContext
@@ -283,7 +284,7 @@ def compensable(
         kind: stageflow's category; None: the runner's, else WORK.
 
     Raises:
-        PipelineInvalid: The runner is none of these, or a pivot, which nothing undoes.
+        PipelineInvalid: The runner is none of these, or a pivot, which nothing undoes; or nothing is given that undoes it.
     """
     given = {
         "compensate": compensate,
@@ -296,6 +297,9 @@ def compensable(
         "idempotent": idempotent or None,
         "kind": kind,
     }
+    if not callable(given["compensate"]):
+        hint = "What has none stays as it is: give the pipeline the runner itself."
+        raise PipelineInvalid("an async callable that undoes it", got=shown(compensate), hint=hint)
     if isinstance(runner, PivotStage) or (isinstance(runner, type) and issubclass(runner, PivotStage)):
         raise PipelineInvalid("a runner that can be undone", got=f"the pivot {runner!r}", hint="A pivot is the point of no return.")
     if isinstance(runner, type):

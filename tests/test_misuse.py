@@ -183,6 +183,13 @@ def test_what_cannot_be_made_compensable_is_refused() -> None:
         compensable(42, undo)
 
 
+def test_a_runner_without_anything_that_undoes_it_is_refused() -> None:
+    with pytest.raises(PipelineInvalid, match=r"^expected an async callable that undoes it, got None\. What has none ") as caught:
+        compensable(good, None)  # type: ignore[arg-type] # what the test is about
+
+    assert str(caught.value).endswith("What has none stays as it is: give the pipeline the runner itself.")
+
+
 POLICIES: dict[str, tuple[Callable[[], Any], str]] = {
     "unknown key": (lambda: FailFast(retrys=1), "got 'retrys'. Did you mean 'retry'?"),  # type: ignore[call-arg] # what the test is about
     "unknown key in a part": (lambda: Compensation(nothing_like_it=1), "in Compensation, got 'nothing_like_it'"),  # type: ignore[call-arg] # as above
