@@ -219,6 +219,8 @@ def _refuse_undecided(state: SagaState) -> None:
 def refusal(state: SagaState, said: StageSettled) -> MisuseError | None:
     """Why a person's word on a stage can't be taken; None if it can."""
     record, node = state.stages[said.stage], state.graph[said.stage]
+    if said.output is not None and said.verdict is not Verdict.KEPT:
+        return MisuseError("an output only of what is kept", got=f"one with {said.verdict}", stage=said.stage)
     if state.ended_at is None:
         return MisuseError(
             "a saga that has come to rest",

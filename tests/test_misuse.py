@@ -583,6 +583,21 @@ def test_an_output_that_a_person_gives_has_to_be_a_dict() -> None:
         run(coordinator.settle("s", "a", "kept", "seen", output=3))  # type: ignore[arg-type] # what the test is about
 
 
+@pytest.mark.parametrize("verdict", ["undone", "retry"])
+def test_an_output_of_what_is_not_to_stay_is_refused(verdict: str) -> None:
+    async def hangs(_: Any) -> None:
+        await elapse(60.0)
+
+    coordinator = SagaCoordinator(FailFast(timeout=1.0))
+    run(coordinator.run(Pipeline(name="p").with_stage("a", compensable(hangs, nothing)), saga_id="s"))
+    before = run(coordinator.ledger.read("s"))
+
+    with pytest.raises(MisuseError, match=f"expected an output only of what is kept, for stage 'a', got one with {verdict}"):
+        run(coordinator.settle("s", "a", verdict, "seen", output={"receipt": 9}))
+
+    assert run(coordinator.ledger.read("s")) == before
+
+
 class Careless:
     kind = "work"
 
