@@ -6,6 +6,7 @@ saga makes it, because between two attempts a probe may be asked and a ledger wr
 
 from __future__ import annotations
 
+import builtins
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -61,7 +62,13 @@ def _names(value: Any, info: ValidationInfo) -> tuple[str, ...] | None:
 
 def _refuse_no_kind(name: str, info: ValidationInfo) -> None:
     # No exception has such a name: it would match nothing, and nobody would notice.
-    if not name.islower() or "." in name or name in set(FailureKind):
+    if "." in name or name in set(FailureKind):
+        return
+    if not name.islower():
+        # Of a policy out of a ledger, another Python may have written the name of an exception that this one lacks.
+        if info.context is not None and not hasattr(builtins, name):
+            wanted = f"an exception of Python's own, or one with its module, for Retry.retry_on{_place(info)}"
+            raise PolicyInvalid(wanted, got=repr(name), hint=f"As in payments.{name}.")
         return
     wanted = f"one of {', '.join(_RETRIED)}, or the name of an exception"
     raise PolicyInvalid(f"{wanted} for Retry.retry_on{_place(info)}", got=repr(name), hint=did_you_mean(name, _RETRIED))

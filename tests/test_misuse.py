@@ -313,6 +313,11 @@ def test_a_file_may_hold_what_a_policy_was_written_as(tmp_path: Any) -> None:
         ("i.toml", 'policy = "fail_fast"\nretry = 3', "max_elapsed, retry_on), in i.toml, got 3"),
         ("j.json", '{"policy": "fail_fast", "compensation": {"timeout": true}}', "for Compensation.timeout, in j.json, got True"),
         ("k.toml", 'policy = "fail_fast"\nretry.retry_on = ["exeption"]', "for Retry.retry_on, in k.toml, got 'exeption'. Did you mean"),
+        (
+            "m.toml",
+            'policy = "fail_fast"\nretry.retry_on = ["ConnectionError", "CardDeclined"]',
+            "expected an exception of Python's own, or one with its module, for Retry.retry_on, in m.toml, got 'CardDeclined'",
+        ),
         ("l.toml", 'policy = "fail_fast"\nretry.retry_on = [3]', "qualified names for Retry.retry_on, in l.toml, got [3]"),
         ("m.toml", b'policy = "\xff"', "expected UTF-8 in m.toml, got 0xff at byte 10"),
         ("n.json", b'{"policy": "\xe9t\xe9"}', "expected UTF-8 in n.json, got 0xe9 at byte 12"),
