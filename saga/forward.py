@@ -6,6 +6,7 @@ import asyncio
 import warnings
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from stageflow.api import StageCancellationRequested, StageOutput, StageStatus
@@ -20,7 +21,7 @@ from saga.ledger import StageState
 from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
 from saga.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
-from saga.text import brief, said, shown
+from saga.text import brief, glimpse, said
 from saga.watch import Crew, Employer, Watched, bounded, closes, cut_short_by, instead_of_cancel, leave_loop, this_task
 
 if TYPE_CHECKING:
@@ -583,13 +584,14 @@ def normalised(stage: str, attempt: int, returned: object) -> _Outcome:
         case StageOutput(data=dict(), status=StageStatus()):
             return _by_status(stage, attempt, returned)
         case StageOutput(data=data, status=StageStatus()):
-            return _Outcome(failure=_broken_contract(stage, attempt, f"StageOutput(data={shown(data)})", type(data)))
+            return _Outcome(failure=_broken_contract(stage, attempt, f"StageOutput(data={glimpse(data)})", type(data)))
         case _:
-            return _Outcome(failure=_broken_contract(stage, attempt, shown(returned), type(returned)))
+            return _Outcome(failure=_broken_contract(stage, attempt, glimpse(returned), type(returned)))
 
 
 def _broken_contract(stage: str, attempt: int, got: str, kind: type) -> Failure:
-    message = f"expected a StageOutput with a dict as data, a dict or None, got {got}"
+    hint = ". Write await before its call" if issubclass(kind, CoroutineType) else ""
+    message = f"expected a StageOutput with a dict as data, a dict or None, got {got}{hint}"
     return Failure.of(stage, FailureKind.CONTRACT, message, type=kind.__qualname__, attempt=attempt)
 
 

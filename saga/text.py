@@ -13,6 +13,7 @@ _BREAK: Final = re.compile(r"[\t-\r\x85\u2028\u2029]\s*")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 _HALF: Final = 50_000
+_GLIMPSE: Final = 200
 
 
 def qualified(kind: type) -> str:
@@ -45,6 +46,12 @@ def shown(value: object) -> str:
         return written(repr(value))
     except Exception as error:  # noqa: BLE001 - whatever the user's __repr__ raises
         return f"<{qualified(type(value))}, which can't be shown: {type(error).__name__}>"
+
+
+def glimpse(value: object) -> str:
+    """What `repr` gives, cut to 200 characters: enough to see what it is in a line that says something else."""
+    text = shown(value)
+    return text if len(text) <= _GLIMPSE else f"{text[:_GLIMPSE]}..."
 
 
 def written(text: str) -> str:

@@ -282,6 +282,35 @@ def test_a_stage_that_waits_for_its_retry_does_not_try_again_once_the_saga_stops
     assert [failure.stage for failure in report.failures] == ["b", "c"]
 
 
+async def within(_: Any) -> StageOutput:
+    return StageOutput.ok()
+
+
+async def gives_what_is_large(_: Any) -> Any:
+    return list(range(10_000))
+
+
+async def forgets_to_await(_: Any) -> Any:
+    return within(_)
+
+
+def test_what_is_wrongly_returned_is_shown_in_a_line() -> None:
+    report = run(SagaCoordinator().run(Pipeline(name="p").with_stage("a", gives_what_is_large, "work")))
+
+    assert report.cause is not None
+    assert report.cause.message.startswith("expected a StageOutput with a dict as data, a dict or None, got [0, 1, 2, ")
+    assert report.cause.message.endswith("...")
+    assert len(report.cause.message) < 300
+
+
+@pytest.mark.filterwarnings("ignore:coroutine 'within' was never awaited")
+def test_a_stage_that_returns_what_it_should_have_awaited_is_told_so() -> None:
+    report = run(SagaCoordinator().run(Pipeline(name="p").with_stage("a", forgets_to_await, "work")))
+
+    assert report.cause is not None
+    assert report.cause.message.endswith(". Write await before its call")
+
+
 def test_retry_on_names_what_is_worth_it() -> None:
     worth = Script("raise", then=("ok",))
     not_worth = Script("fail", then=("ok",))
