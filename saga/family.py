@@ -10,9 +10,10 @@ from saga.errors import LedgerCorrupt, MisuseError, SagaNotFound
 from saga.events import StageProbed, StageSettled, TurnReason, Verdict
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
-from saga.ledger import StageState
+from saga.ledger import MemoryLedger, StageState
 from saga.recovery import SagaState, Step, undo_step
 from saga.report import NestedSagaFailed, SagaReport
+from saga.text import shown
 
 if TYPE_CHECKING:
     from saga.events import AnyEvent
@@ -26,12 +27,20 @@ async def events_of(ledger: Ledger, saga_id: str) -> Sequence[AnyEvent]:
     """All events of a saga, oldest first.
 
     Raises:
+        MisuseError: It is no id.
         SagaNotFound: The ledger has no such saga.
     """
+    _refuse_no_id(saga_id)
     events = await ledger.read(saga_id)
     if not events:
-        raise SagaNotFound("the id of a saga in the ledger", got=repr(saga_id))
+        hint = "This ledger is in memory: without ledger= every SagaCoordinator has its own." if isinstance(ledger, MemoryLedger) else ""
+        raise SagaNotFound("the id of a saga in the ledger", got=repr(saga_id), hint=hint)
     return events
+
+
+def _refuse_no_id(saga_id: object) -> None:
+    if not isinstance(saga_id, str):
+        raise MisuseError("the id of a saga", got=shown(saga_id))
 
 
 async def report_of(ledger: Ledger, saga_id: str) -> SagaReport:

@@ -603,6 +603,20 @@ def test_an_output_of_what_is_not_to_stay_is_refused(verdict: str) -> None:
     assert run(coordinator.ledger.read("s")) == before
 
 
+def test_whoever_looks_for_a_saga_in_the_memory_of_another_coordinator_is_told_so() -> None:
+    _, trip = scene(SEQUENCE)
+    run(SagaCoordinator().run(trip, saga_id="trip-1"))
+
+    with pytest.raises(SagaNotFound, match=r"got 'trip-1'\. This ledger is in memory: without ledger= every SagaCoordinator has its own"):
+        run(SagaCoordinator().resume("trip-1", trip))
+
+
+@pytest.mark.parametrize("swapped", ["resume", "compensate"])
+def test_a_pipeline_in_the_place_of_an_id_is_refused(swapped: str) -> None:
+    with pytest.raises(MisuseError, match=r"^expected the id of a saga, got Pipeline"):
+        run(getattr(SagaCoordinator(), swapped)(TRIP, "trip-1"))
+
+
 class Careless:
     kind = "work"
 
