@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Final
 
 from stageflow.api import PipelineContext
 
 from saga.errors import MisuseError
 from saga.outputs import copied
+from saga.text import did_you_mean, shown
 
 _RECORDED: Final = (
     "pipeline_run_id",
@@ -47,11 +49,19 @@ def context_of(name: str, context: PipelineContext | None, fields: dict[str, Any
         try:
             return PipelineContext.create(**{"topology": name} | fields)
         except TypeError as error:
-            raise MisuseError("fields of stageflow's PipelineContext", got=str(error).rpartition(") got ")[2]) from None
+            got, hint = str(error).rpartition(") got ")[2], _where_to(fields)
+            raise MisuseError("fields of stageflow's PipelineContext", got=got, hint=hint) from None
     refuse_both(context, fields)
     if not isinstance(context, PipelineContext):
-        raise MisuseError("a PipelineContext", got=repr(context))
+        raise MisuseError("a PipelineContext", got=shown(context), hint="A text is given as input_text=, anything else in metadata={...}.")
     return context
+
+
+def _where_to(fields: dict[str, Any]) -> str:
+    """What to do with a field that stageflow's context lacks."""
+    known = inspect.signature(PipelineContext.create).parameters
+    near = filter(None, (did_you_mean(name, known) for name in fields if name not in known))
+    return next(near, "What it has no field for is given in metadata={...}.")
 
 
 def refuse_both(context: PipelineContext | None, fields: dict[str, Any]) -> None:

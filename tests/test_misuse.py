@@ -603,6 +603,24 @@ def test_an_output_of_what_is_not_to_stay_is_refused(verdict: str) -> None:
     assert run(coordinator.ledger.read("s")) == before
 
 
+@pytest.mark.parametrize(
+    ("given", "fields", "hint"),
+    [
+        ((), {"inputtext": "x"}, "got an unexpected keyword argument 'inputtext'. Did you mean 'input_text'?"),
+        ((), {"people": 5}, "got an unexpected keyword argument 'people'. What it has no field for is given in metadata={...}."),
+        (("OSL-JFK",), {}, "got 'OSL-JFK'. A text is given as input_text=, anything else in metadata={...}."),
+        (({"people": 5},), {}, "got {'people': 5}. A text is given as input_text=, anything else in metadata={...}."),
+    ],
+)
+def test_whoever_gives_an_input_in_a_wrong_way_is_told_the_right_one(given: tuple[Any, ...], fields: dict[str, Any], hint: str) -> None:
+    _, trip = scene(SEQUENCE)
+
+    with pytest.raises(MisuseError) as caught:
+        run(SagaCoordinator().run(trip, *given, **fields))
+
+    assert str(caught.value).endswith(hint)
+
+
 def test_whoever_looks_for_a_saga_in_the_memory_of_another_coordinator_is_told_so() -> None:
     _, trip = scene(SEQUENCE)
     run(SagaCoordinator().run(trip, saga_id="trip-1"))
