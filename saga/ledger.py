@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 from stageflow.api import StageOutput
 
@@ -432,3 +432,11 @@ class MemoryLedger(Ledger):
 
     async def close(self) -> None:
         """There is nothing to let go of."""
+
+    async def __aenter__(self) -> Self:
+        """Use it for the length of a block, as any other one; it may be used after it, too."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close it."""
+        await self.close()

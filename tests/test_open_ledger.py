@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from stageflow.api import Pipeline
 
-from saga import MemoryLedger, MisuseError
+from saga import MemoryLedger, MisuseError, SagaCoordinator, compensable
 from saga.ledgers import open_ledger
 from saga.ledgers.postgres import PostgresLedger
 from saga.ledgers.sqlite import SQLiteLedger
+from tests.world import nothing
 
 
 def test_a_url_says_which_ledger_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -24,6 +27,18 @@ def test_a_url_says_which_ledger_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert here.path == tmp_path / "sagas.db"
     assert isinstance(anywhere, SQLiteLedger)
     assert anywhere.path == Path("/var/lib/sagas.db")
+
+
+@pytest.mark.parametrize("url", ["memory:", "sqlite:///sagas.db"])
+def test_a_ledger_may_be_opened_for_the_length_of_a_block(url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    async def used() -> list[str]:
+        async with open_ledger(url) as ledger:
+            await SagaCoordinator(ledger=ledger).run(Pipeline(name="trip").with_stage("book", compensable(nothing, nothing)))
+            return [entry.pipeline for entry in await ledger.list()]
+
+    assert asyncio.run(used()) == ["trip"]
 
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres"])

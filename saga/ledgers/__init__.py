@@ -5,12 +5,20 @@ Each is imported from its own file, because each needs something that not everyb
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from saga.errors import MisuseError
-from saga.ledger import Ledger, MemoryLedger
+from saga.ledger import MemoryLedger
+
+if TYPE_CHECKING:
+    from saga.ledgers.postgres import PostgresLedger
+    from saga.ledgers.sqlite import SQLiteLedger
 
 
-def open_ledger(url: str) -> Ledger:
+def open_ledger(url: str) -> MemoryLedger | SQLiteLedger | PostgresLedger:
     """The ledger at a URL: `memory:`, `sqlite:///path/to/file` (with four slashes from the root) or `postgresql://...`.
+
+    `async with open_ledger(url) as ledger:` closes it at the end.
 
     Raises:
         MisuseError: It is no such URL.
