@@ -206,8 +206,11 @@ class CompensableStage(SagaStage):
     compensate_in_doubt: ClassVar[bool] = False
 
     @abstractmethod
-    async def compensate(self, ctx: CompensationContext) -> None:
-        """Undo the effect. It may be called again with the same key, so it must bear repetition."""
+    async def compensate(self, ctx: CompensationContext) -> StageOutput | None:
+        """Undo the effect. It may be called again with the same key, so it must bear repetition.
+
+        It fails by raising, or by returning `StageOutput.fail(...)`.
+        """
 
 
 class PivotStage(SagaStage):
@@ -217,7 +220,14 @@ class PivotStage(SagaStage):
     """
 
 
-Compensate = Callable[[CompensationContext], Awaitable[None]]
+class _Executes(Protocol):
+    @property
+    def execute(self) -> Callable[..., Awaitable[Returned]]: ...
+
+
+Runner = Callable[[SagaContext], Awaitable[Returned]] | _Executes
+"""What carries out a stage: an async callable, or an object with an `execute`."""
+Compensate = Callable[[CompensationContext], Awaitable[StageOutput | None]]
 Probe = Callable[[CompensationContext], Awaitable[StageOutput | None]]
 Fallback = Callable[[SagaContext, Failure], Awaitable[Returned]]
 
@@ -256,7 +266,7 @@ def _kind(runner: Any, given: Mapping[str, Any]) -> Any:
 
 
 def compensable(
-    runner: Any,
+    runner: Runner | type[Any],
     compensate: Compensate,
     *,
     probe: Probe | None = None,
@@ -303,10 +313,11 @@ def compensable(
     if isinstance(runner, PivotStage) or (isinstance(runner, type) and issubclass(runner, PivotStage)):
         raise PipelineInvalid("a runner that can be undone", got=f"the pivot {runner!r}", hint="A pivot is the point of no return.")
     if isinstance(runner, type):
+        made: Any = runner
 
         class Compensable(_Composed):
             def __init__(self, **config: Any) -> None:
-                super().__init__(runner(**config), given)
+                super().__init__(made(**config), given)
 
         Compensable.__name__ = Compensable.__qualname__ = f"compensable({runner.__name__})"
         Compensable.kind = _kind(runner, given)  # stageflow reads it off the class

@@ -12,7 +12,9 @@ from stageflow.api import Pipeline, StageOutput, stage
 
 from saga import (
     CompensableStage,
+    Compensation,
     CompensationContext,
+    FailFast,
     PipelineInvalid,
     PivotStage,
     Retry,
@@ -123,3 +125,31 @@ def test_a_nested_saga_with_a_pivot_holds_what_it_depends_on_under_another_compe
 
     assert report.status is SagaStatus.HALTED
     assert undone == []
+
+
+class Refunds(CompensableStage):
+    async def execute(self, ctx: SagaContext) -> dict[str, Any]:
+        return {"receipt": 7}
+
+    async def compensate(self, ctx: CompensationContext) -> StageOutput:
+        return StageOutput.fail("the bank is closed")
+
+
+async def charge(ctx: SagaContext) -> dict[str, Any]:
+    return {"receipt": 7}
+
+
+async def refund(ctx: CompensationContext) -> StageOutput:
+    return StageOutput.fail("the bank is closed")
+
+
+@pytest.mark.parametrize("stage", [Refunds, compensable(charge, refund)])
+def test_what_undoes_a_stage_may_say_that_it_failed_and_a_type_checker_knows(stage: Any) -> None:
+    pipeline = Pipeline(name="p").with_stage("charge", stage)
+    coordinator = SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1))))
+    run(coordinator.run(pipeline, saga_id="s"))
+
+    report = run(coordinator.compensate("s", pipeline))
+
+    assert list(report.stuck) == ["charge"]
+    assert [failure.message for failure in report.failures] == ["it returned FAIL: the bank is closed"]
