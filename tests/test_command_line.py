@@ -343,6 +343,7 @@ A_PIPELINE = "expected a Pipeline, or a function without arguments that returns 
         ("shop", "saga: expected MODULE:PIPELINE, as in shop:book_trip, got 'shop'\n"),
         ("shopp:trip", "saga: expected a module that can be imported from here, got 'shopp'. Did you mean shop?\n"),
         ("zzz:trip", "saga: expected a module that can be imported from here, got 'zzz'\n"),
+        ("shop.py:trip", "saga: expected a module that can be imported from here, got 'shop.py'. Did you mean shop?\n"),
         ("shop:tripp", "saga: expected a pipeline in shop, got 'tripp'. Did you mean trip?\n"),
         (
             "shop:zzz",
@@ -392,7 +393,7 @@ def test_a_taken_id_a_missing_policy_and_an_unknown_option_are_misuse(shop: Shop
     unknown = shop.saga("run", "shop:seat", "--bogus")
 
     assert (taken.code, missing.code, unknown.code) == (Exit.MISUSE,) * 3
-    assert taken.err == "saga: expected a saga id that is not in the ledger yet, got 's'. Read what became of it with report().\n"
+    assert taken.err == "saga: expected a saga id that is not in the ledger yet, got 's'. What became of that one: saga show s\n"
     assert "none.toml" in missing.err
     assert "No such option: --bogus" in unknown.err
 

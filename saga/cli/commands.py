@@ -42,7 +42,7 @@ from saga.lint import explain as consequences
 from saga.owners import is_gone
 from saga.policies import Policy, load_policy
 from saga.recovery import SagaState
-from saga.render.text import Reach, command_for, recover_command, summary
+from saga.render.text import Reach, command_for, next_command, recover_command, summary
 from saga.report import Recovery, SagaReport
 from saga.text import printable
 
@@ -161,10 +161,16 @@ def run(
     name = saga_id if saga_id is not None else secrets.token_hex(6)
     url = _url(ledger)
 
-    async def work(coordinator: SagaCoordinator) -> SagaReport:
-        return await coordinator.run(pipeline, saga_id=name, **fields)
+    reach = _reach(target, ledger)
 
-    asyncio.run(_conduct(url, name, work, _reach(target, ledger), policy=chosen, as_json=as_json))
+    async def work(coordinator: SagaCoordinator) -> SagaReport:
+        try:
+            return await coordinator.run(pipeline, saga_id=name, **fields)
+        except SagaExists as taken:
+            hint = f"What became of that one: {next_command('show', name, options=reach.options)}"
+            raise SagaExists(taken.expected, got=taken.got, hint=hint) from None
+
+    asyncio.run(_conduct(url, name, work, reach, policy=chosen, as_json=as_json))
 
 
 @command("resume")

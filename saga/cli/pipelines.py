@@ -59,9 +59,9 @@ def _module(name: str) -> ModuleType:
         if missing.name is None or not f"{name}.".startswith(f"{missing.name}."):
             raise _broken(name, missing) from missing
         near = sorted(path.stem for path in Path(here).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists())
-        raise MisuseError(
-            "a module that can be imported from here", got=repr(name), hint=did_you_mean(missing.name.rpartition(".")[2], near)
-        ) from None
+        # The name of its file is what a shell completes.
+        last = name.removesuffix(".py").replace("/", ".") if name.endswith(".py") else missing.name.rpartition(".")[2]
+        raise MisuseError("a module that can be imported from here", got=repr(name), hint=did_you_mean(last, near)) from None
     except Exception as error:
         raise _broken(name, error) from error
 
