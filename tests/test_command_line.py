@@ -781,6 +781,7 @@ def test_an_import_is_refused_as_a_whole(shop: Shop) -> None:
         "twice.jsonl": [*lines, lines[0]],
         "garbled.jsonl": [lines[0], "{}\n"],
         "contradictory.jsonl": [line for line in lines if '"stage_started"' not in line],
+        "blank.jsonl": [],
     }
     for name, content in files.items():
         shop.write(name, "".join(content))
@@ -795,8 +796,10 @@ def test_an_import_is_refused_as_a_whole(shop: Shop) -> None:
         "twice.jsonl": (Exit.FAILED, f"saga: line {len(lines) + 1} begins saga s a second time; nothing was imported\n"),
         "garbled.jsonl": (Exit.FAILED, "saga: expected an event of a saga in line 2"),
         "contradictory.jsonl": (Exit.FAILED, done["contradictory.jsonl"].err),
+        "blank.jsonl": (Exit.MISUSE, "saga: expected at least one saga, got a file without any. Nothing was imported.\n"),
     }
     assert "StageCompleted" in done["contradictory.jsonl"].err
+    assert done["contradictory.jsonl"].err.endswith(". Nothing was imported.\n")
     assert not (shop.folder / "new.db").exists()
 
 

@@ -384,7 +384,9 @@ async def _left_behind(ledger: Ledger, saga_id: str) -> str | None:
 def settle(
     saga_id: SagaId,
     stage: Stage,
-    verdict: Annotated[Verdict, typer.Argument(help="undone: nothing of it stands. kept: it stands, and is to. retry: try once more.")],
+    verdict: Annotated[
+        Verdict, typer.Argument(metavar="VERDICT", help="undone: nothing of it stands. kept: it stands, and is to. retry: try once more.")
+    ],
     note: Annotated[str, typer.Option("--note", help="Why; for whoever reads the ledger later.")],
     output: Annotated[
         str | None, typer.Option("--output", metavar="JSON|@FILE", help="With kept: the output data of a stage that gave none.")
@@ -475,7 +477,8 @@ def export(saga_id: SagaId, ledger: LedgerUrl = None) -> None:
 
 @command("import")
 def import_(
-    file: Annotated[typer.FileText, typer.Argument(encoding="utf-8", help="What export wrote; - for stdin.")], ledger: LedgerUrl = None
+    file: Annotated[typer.FileText, typer.Argument(metavar="FILE", encoding="utf-8", help="What export wrote; - for stdin.")],
+    ledger: LedgerUrl = None,
 ) -> None:
     """Take over sagas that `saga export` has written, be it from another ledger."""
     try:
@@ -513,8 +516,13 @@ def _sagas_in(lines: Iterator[str]) -> dict[str, list[AnyEvent]]:
         if current is None:
             raise LedgerCorrupt(f"expected SagaStarted in line {number}, got {type(event).__name__}; nothing was imported")
         current.append(event)
+    if not sagas:
+        raise MisuseError("at least one saga", got="a file without any", hint="Nothing was imported.")
     for events in sagas.values():
-        SagaState(events)
+        try:
+            SagaState(events)
+        except LedgerCorrupt as error:
+            raise LedgerCorrupt(f"{error} Nothing was imported.") from None
     return sagas
 
 
