@@ -168,7 +168,7 @@ class SagaUnrecorded(LedgerError):
         self.in_effect = tuple(in_effect)
         self.unknown = tuple(unknown)
         super().__init__(
-            f"saga {saga_id} stopped, because its ledger failed: {why}. Nothing more was started. "
+            f"saga {saga_id} stopped, because its ledger failed: {str(why).rstrip('.')}. Nothing more was started. "
             f"In effect: {', '.join(in_effect) or 'nothing'}; not known: {', '.join(unknown) or 'nothing'}. "
             f"When the ledger is back, go on: await coordinator.resume({saga_id!r}, pipeline)"
         )

@@ -238,8 +238,9 @@ class Journal:
         """What to say of the saga that its ledger failed: what is in effect, and what nobody knows."""
         state = self.state
         if any(isinstance(event, SagaStarted) for event in self.unwritten):
+            why = str(error).rstrip(".")
             return LedgerError(
-                f"saga {self.saga_id} could not begin: {error}. None of its stages ran. When the ledger is back, run it again; "
+                f"saga {self.saga_id} could not begin: {why}. None of its stages ran. When the ledger is back, run it again; "
                 "should it hold this one all the same, go on with that instead."
             )
         # Its code has not run: it waited for this event to be in the ledger.

@@ -321,6 +321,14 @@ def test_another_programs_database_is_not_written_into(path: Path, version: int)
     assert path.read_bytes() == theirs
 
 
+def test_a_saga_that_cannot_begin_there_says_so_in_whole_sentences(path: Path) -> None:
+    execute(path, "CREATE TABLE customers (name TEXT)")
+    pipeline = Pipeline(name="trip").with_stage("book", nothing, "work")
+
+    with pytest.raises(LedgerError, match=r"Nothing was changed\. None of its stages ran\. "):
+        asyncio.run(SagaCoordinator(ledger=SQLiteLedger(path)).run(pipeline))
+
+
 @pytest.mark.parametrize("content", [b"", b"x", b"Dear diary, " * 1000])
 def test_a_file_that_is_no_database_is_refused_and_stays_as_it_is(path: Path, content: bytes) -> None:
     path.write_bytes(content)
