@@ -384,9 +384,12 @@ def _refuse_abstract(name: str, runner: type) -> None:
 def _refuse_sync(name: str, hook: str, function: object) -> None:
     if function is None or not callable(function) or _is_async(function):
         return
+    name_of_it = getattr(function, "__qualname__", repr(function))
+    if inspect.isasyncgenfunction(function):
+        raise PipelineInvalid(f"an async {hook}", got=f"the async generator {name_of_it}", stage=name, hint="Return, and don't yield.")
     raise PipelineInvalid(
         f"an async {hook}",
-        got=f"the plain def {getattr(function, '__qualname__', repr(function))}",
+        got=f"the plain def {name_of_it}",
         stage=name,
         hint="Write async def, and take blocking work to a thread (asyncio.to_thread).",
     )

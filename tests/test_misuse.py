@@ -55,6 +55,10 @@ async def good(_: Any) -> None:
     raise AssertionError("nothing may run")
 
 
+async def yields(_: Any) -> Any:
+    yield 1
+
+
 class SyncExecute:
     kind = StageKind.WORK
 
@@ -144,6 +148,10 @@ PIPELINES: dict[str, tuple[Pipeline, str]] = {
         "expected an async execute, for stage 'pay', got the plain def SyncExecute.execute",
     ),
     "sync execute of a class": (pipeline(spec("pay", SyncExecute)), "expected an async execute, for stage 'pay'"),
+    "async generator": (
+        pipeline(spec("pay", yields)),
+        "expected an async execute, for stage 'pay', got the async generator yields. Return, and don't yield.",
+    ),
     "sync callable": (pipeline(spec("pay", print)), "expected an async execute, for stage 'pay', got the plain def print"),
     "sync compensate": (pipeline(spec("pay", SyncCompensate)), "expected an async compensate, for stage 'pay', got the plain def"),
     "sync probe": (pipeline(spec("pay", SyncProbe)), "expected an async probe, for stage 'pay'"),
