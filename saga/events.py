@@ -161,7 +161,7 @@ class StageFailed(StageEvent):
     Attributes:
         failure: How.
         in_doubt: Whether its effect may have landed all the same.
-        will_retry: Whether another attempt follows.
+        will_retry: Whether another attempt follows; of one that a crash cut off, unless it then turns out that none may.
         past_pivot: Whether it failed after a point of no return of its own: nothing that it depends on is undone.
         left_within: Whether sagas that it ran have left something standing; None: as before, or nobody has looked.
         output: What it returned beside the failure, if anything.

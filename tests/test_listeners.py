@@ -197,6 +197,17 @@ def test_levels_that_only_rare_events_reach(caplog: pytest.LogCaptureFixture) ->
     ]
 
 
+def test_of_a_stage_that_a_crash_cut_off_no_attempt_is_promised(caplog: pytest.LogCaptureFixture) -> None:
+    crashed = Failure.of("pay", FailureKind.CRASHED, "its process is gone")
+
+    with caplog.at_level(logging.WARNING, "saga"):
+        log_events("s", StageFailed(stage="pay", failure=crashed, in_doubt=True, will_retry=True))
+
+    assert lines(caplog) == [
+        "WARNING saga s: stage 'pay' lost its process: its process is gone; whether its effect landed is in doubt",
+    ]
+
+
 def test_nothing_is_made_for_a_level_that_is_off(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR, "saga"):
         log_events("s", SagaEnded(status=SagaStatus.COMPLETED))

@@ -288,6 +288,10 @@ def test_before_anything_has_happened_there_is_nothing_to_show() -> None:
         (StageFailed(stage="a", failure=failure("a")), "a: reported a failure: declined"),
         (StageFailed(stage="a", failure=failure("a"), in_doubt=True), "a: reported a failure: declined; in doubt"),
         (StageFailed(stage="a", failure=failure("a"), will_retry=True), "a: reported a failure: declined; it is tried again"),
+        (
+            StageFailed(stage="a", failure=failure("a", FailureKind.CRASHED, "its process is gone"), in_doubt=True, will_retry=True),
+            "a: lost its process: its process is gone; in doubt",
+        ),
         (StageSkipped(stage="a", reason="no need", output=StageOutput.ok()), "a: skipped, no need"),
         (FallbackUsed(stage="a", output=StageOutput.ok(), source="policy"), "a: its fallback stands in"),
         (FallbackFailed(stage="a", failure=failure("a")), "a: its fallback failed: reported a failure: declined"),

@@ -22,7 +22,7 @@ from saga.events import (
     StageSkipped,
     StageStarted,
 )
-from saga.failures import Failure
+from saga.failures import Failure, FailureKind
 from saga.text import printable
 
 
@@ -87,7 +87,9 @@ def _attempt(number: int) -> str:
 
 
 def _again(event: StageFailed | CompensationFailed | StageProbed) -> str:
-    return "; it is tried again" if event.will_retry else ""
+    # Whether a stage that a crash cut off may run again is found out after it has been told of.
+    is_open = isinstance(event, StageFailed) and event.failure.kind is FailureKind.CRASHED
+    return "; it is tried again" if event.will_retry and not is_open else ""
 
 
 def _answer(event: StageProbed) -> str:

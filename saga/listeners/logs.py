@@ -28,6 +28,7 @@ from saga.events import (
     StageSkipped,
     StageStarted,
 )
+from saga.failures import FailureKind
 from saga.text import printable
 
 _LOG: Final = logging.getLogger("saga")
@@ -95,7 +96,8 @@ def _stage_completed(event: StageCompleted) -> _Words:
 
 def _stage_failed(event: StageFailed) -> _Words:
     doubt = "; whether its effect landed is in doubt" if event.in_doubt else ""
-    again = "; another attempt follows" if event.will_retry else ""
+    # Whether one that a crash cut off may run again is found out later.
+    again = "; another attempt follows" if event.will_retry and event.failure.kind is not FailureKind.CRASHED else ""
     return logging.WARNING, f"{event.failure}{doubt}{again}"
 
 
