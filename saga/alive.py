@@ -17,6 +17,7 @@ from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError
 from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
+from saga.inputs import no_such_field
 from saga.outputs import copied, copied_output
 from saga.watch import leave_loop, outlast, retrieved, start
 
@@ -274,16 +275,20 @@ class LiveSaga(Host):
             return True
 
     def child_context(self, stage: str, pipeline: Pipeline, fields: dict[str, Any]) -> PipelineContext:
-        """The input of a child saga: this saga's, with some fields replaced."""
-        return dataclasses.replace(
-            self._context,
-            **{
-                "topology": pipeline.name,
-                "parent_run_id": self._context.pipeline_run_id,
-                "parent_stage_id": stage,
-                "artifacts": [],
-                "data": {},
-                "canceled": False,
-            }
-            | fields,
-        )
+        """The input of a child saga: this saga's, with some fields replaced.
+
+        Raises:
+            MisuseError: There is no such field.
+        """
+        own: dict[str, Any] = {
+            "topology": pipeline.name,
+            "parent_run_id": self._context.pipeline_run_id,
+            "parent_stage_id": stage,
+            "artifacts": [],
+            "data": {},
+            "canceled": False,
+        }
+        try:
+            return dataclasses.replace(self._context, **own | fields)
+        except TypeError as error:
+            raise no_such_field(error, fields) from None

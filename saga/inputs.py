@@ -49,19 +49,19 @@ def context_of(name: str, context: PipelineContext | None, fields: dict[str, Any
         try:
             return PipelineContext.create(**{"topology": name} | fields)
         except TypeError as error:
-            got, hint = str(error).rpartition(") got ")[2], _where_to(fields)
-            raise MisuseError("fields of stageflow's PipelineContext", got=got, hint=hint) from None
+            raise no_such_field(error, fields) from None
     refuse_both(context, fields)
     if not isinstance(context, PipelineContext):
         raise MisuseError("a PipelineContext", got=shown(context), hint="A text is given as input_text=, anything else in metadata={...}.")
     return context
 
 
-def _where_to(fields: dict[str, Any]) -> str:
-    """What to do with a field that stageflow's context lacks."""
+def no_such_field(error: TypeError, fields: dict[str, Any]) -> MisuseError:
+    """What to say of fields of which stageflow's context lacks one."""
     known = inspect.signature(PipelineContext.create).parameters
     near = filter(None, (did_you_mean(name, known) for name in fields if name not in known))
-    return next(near, "What it has no field for is given in metadata={...}.")
+    hint = next(near, "What it has no field for is given in metadata={...}.")
+    return MisuseError("fields of stageflow's PipelineContext", got=str(error).rpartition(") got ")[2], hint=hint)
 
 
 def refuse_both(context: PipelineContext | None, fields: dict[str, Any]) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 from stageflow.api import Pipeline, StageOutput
 
-from saga.blueprint import Blueprint
+from saga.blueprint import Blueprint, refuse_no_policy
 from saga.compensable import CompensableStage, CompensationContext, SagaContext
+from saga.errors import MisuseError
 from saga.events import SagaStatus
 from saga.policies import Compensation, Policy, Retry
 from saga.report import NestedSagaFailed, SagaReport
+from saga.text import shown
 
 
 class NestedSaga(CompensableStage):
@@ -39,6 +41,9 @@ class NestedSaga(CompensableStage):
         policy: Policy | None = None,
         fields: Callable[[SagaContext], Mapping[str, Any]] | None = None,
     ) -> None:
+        refuse_no_policy(policy)
+        if fields is not None and not callable(fields):
+            raise MisuseError("a function that gives the child's fields", got=shown(fields), hint="As in fields=lambda ctx: {...}.")
         self.holds_pivot = any(node.is_point_of_no_return for node in Blueprint.of(pipeline).graph.nodes)
         self.name = pipeline.name
         self._pipeline = pipeline
@@ -95,5 +100,9 @@ def nested(
     policy: Policy | None = None,
     fields: Callable[[SagaContext], Mapping[str, Any]] | None = None,
 ) -> NestedSaga:
-    """Make a stage of a whole pipeline: it runs as a child saga, and is undone as one."""
+    """Make a stage of a whole pipeline: it runs as a child saga, and is undone as one.
+
+    Raises:
+        MisuseError: It is no pipeline or can't be run as a saga, the policy is none, or the fields are given by no function.
+    """
     return NestedSaga(pipeline, policy, fields)

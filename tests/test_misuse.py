@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -641,6 +642,30 @@ def test_whoever_looks_for_a_saga_in_the_memory_of_another_coordinator_is_told_s
 def test_a_pipeline_in_the_place_of_an_id_is_refused(swapped: str) -> None:
     with pytest.raises(MisuseError, match=r"^expected the id of a saga, got Pipeline"):
         run(getattr(SagaCoordinator(), swapped)(TRIP, "trip-1"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "fast"}, "expected a FailFast or a ContinueWithFallback policy, got 'fast'"),
+        ({"fields": {"input_text": "x"}}, "expected a function that gives the child's fields, got {'input_text': 'x'}. As in "),
+    ],
+)
+def test_a_nested_saga_that_cannot_work_is_refused_when_it_is_built(options: dict[str, Any], message: str) -> None:
+    _, trip = scene(SEQUENCE)
+
+    with pytest.raises(MisuseError, match=re.escape(message)):
+        nested(trip, **options)
+
+
+def test_a_field_that_the_context_of_a_nested_saga_lacks_is_told_of_as_one_of_any_saga() -> None:
+    _, trip = scene(SEQUENCE)
+    within = Pipeline(name="p").with_stage("book", nested(trip, fields=lambda _: {"inputtext": "x"}))
+
+    report = run(SagaCoordinator().run(within))
+
+    assert report.cause is not None
+    assert report.cause.message.endswith("got an unexpected keyword argument 'inputtext'. Did you mean 'input_text'?")
 
 
 class Careless:
