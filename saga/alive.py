@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from stageflow.events import NoOpEventSink
 
-from saga.compensable import CompensationContext, Host, child_id, refuse_record
+from saga.compensable import CompensationContext, Host, Inputs, child_id, refuse_record
 from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError
 from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
@@ -195,7 +195,7 @@ class LiveSaga(Host):
             attempt=attempt,
             idempotency_key=f"{forward_key}/undo{again}",
             forward_key=forward_key,
-            inputs={name: copied_output(output) for name, output in outputs if output is not None},
+            inputs=Inputs({name: copied_output(output) for name, output in outputs if output is not None}),
             snapshot=self.root.snapshot,
             _host=self,
         )

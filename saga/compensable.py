@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Protocol
 
 from stageflow.api import StageContext, StageKind, StageOutput
 
@@ -98,6 +98,22 @@ class SagaContext(StageContext):
         return await self._host.child_reports(self.stage_name)
 
 
+class Inputs(dict[str, StageOutput]):
+    """The outputs of a stage's direct dependencies, by stage."""
+
+    def get_from(self, stage: str, key: str, default: Any = None) -> Any:
+        """One value of what a direct dependency gave, as `execute` gets it.
+
+        Raises:
+            KeyError: The stage is none.
+        """
+        return self[stage].data.get(key, default)
+
+    def __missing__(self, stage: str) -> NoReturn:
+        """Say what there is instead."""
+        raise KeyError(f"expected a stage that this one depends on ({', '.join(self) or 'none'}), got {stage!r}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompensationContext:
     """What a compensation or a probe gets to know.
@@ -112,7 +128,7 @@ class CompensationContext:
         attempt: Of this compensation; 1 for the first.
         idempotency_key: This compensation's own, the same for all its attempts; another one when the effect came late, after its undoing.
         forward_key: The `idempotency_key` that the execution had: the outside world knows the effect by it.
-        inputs: Outputs of the direct dependencies, by stage.
+        inputs: Outputs of the direct dependencies, by stage; `ctx.inputs.get_from(stage, key)` as in `execute`.
         snapshot: stageflow's immutable view of the run's input.
     """
 
@@ -125,7 +141,7 @@ class CompensationContext:
     attempt: int
     idempotency_key: str
     forward_key: str
-    inputs: Mapping[str, StageOutput]
+    inputs: Inputs
     snapshot: ContextSnapshot[Any]
     _host: Host
 

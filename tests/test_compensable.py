@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from stageflow.api import Pipeline, StageOutput, stage
+from stageflow.api import Pipeline, StageContext, StageOutput, stage
 
 from saga import (
     CompensableStage,
@@ -153,3 +154,39 @@ def test_what_undoes_a_stage_may_say_that_it_failed_and_a_type_checker_knows(sta
 
     assert list(report.stuck) == ["charge"]
     assert [failure.message for failure in report.failures] == ["it returned FAIL: the bank is closed"]
+
+
+def undone_with(read: Callable[[CompensationContext], Any]) -> SagaReport:
+    """A room beside a seat and a meal for it; the meal is undone by code that reads what others gave."""
+
+    async def cancel(ctx: CompensationContext) -> None:
+        read(ctx)
+
+    async def hold(ctx: StageContext) -> dict[str, Any]:
+        return {"number": f"14A of {ctx.stage_name}"}
+
+    pipeline = (
+        Pipeline(name="p")
+        .with_stage("seat", hold, "work")
+        .with_stage("room", hold, "work")
+        .with_stage("meal", compensable(hold, cancel), dependencies=("seat",))
+    )
+    coordinator = SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1))))
+    run(coordinator.run(pipeline, saga_id="s"))
+    return run(coordinator.compensate("s", pipeline))
+
+
+def test_a_compensation_reads_what_others_gave_as_the_stage_did() -> None:
+    seen: list[Any] = []
+
+    undone_with(lambda ctx: seen.extend([ctx.inputs.get_from("seat", "number"), ctx.inputs.get_from("seat", "row", 14), dict(ctx.inputs)]))
+
+    assert seen == ["14A of seat", 14, {"seat": StageOutput.ok(number="14A of seat")}]
+
+
+@pytest.mark.parametrize("read", [lambda ctx: ctx.inputs["room"], lambda ctx: ctx.inputs.get_from("room", "number")])
+def test_a_compensation_that_reads_what_its_stage_does_not_depend_on_is_told_so(read: Callable[[CompensationContext], Any]) -> None:
+    report = undone_with(read)
+
+    assert list(report.stuck) == ["meal"]
+    assert "expected a stage that this one depends on (seat), got 'room'" in report.failures[0].message
