@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from saga.errors import MisuseError
+from saga.text import did_you_mean, shown
 
 
 class Settings(BaseModel):
@@ -41,8 +42,16 @@ def settings(folder: Path) -> Settings:
     except tomllib.TOMLDecodeError as error:
         raise MisuseError("TOML in pyproject.toml", got=str(error)) from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise MisuseError(
-            f"{', '.join(Settings.model_fields)} in [tool.saga] of pyproject.toml", got=f"{where}: {first['msg'].lower()}"
-        ) from None
+        raise _refused(error) from None
+
+
+def _refused(error: ValidationError) -> MisuseError:
+    first = error.errors()[0]
+    key, place = str(next(iter(first["loc"]), "")), "in [tool.saga] of pyproject.toml"
+    if first["type"] == "extra_forbidden":
+        known = Settings.model_fields
+        return MisuseError(f"one of {', '.join(known)} {place}", got=repr(key), hint=did_you_mean(key, known))
+    if not key:
+        return MisuseError(f"a table {place}", got=shown(first["input"]))
+    wanted = {"ledger": "a URL", "pipelines": 'a list, as in ["shop:book_trip"],', "policy": "the path of a file"}
+    return MisuseError(f"{wanted[key]} for {key} {place}", got=shown(first["input"]))
