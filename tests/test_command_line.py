@@ -906,6 +906,13 @@ def test_the_shell_completes_ids_and_stages(shop: Shop, monkeypatch: pytest.Monk
     assert (done.code, done.out.split(), done.err) == (0, words, "")
 
 
+def test_the_list_of_commands_says_all_of_what_each_is_for(shop: Shop) -> None:
+    commands = shop.saga("--help").out.partition("Commands:")[2]
+
+    assert "import      Take over sagas" in commands
+    assert "..." not in commands
+
+
 def test_the_shell_is_offered_completion(shop: Shop) -> None:
     helped = shop.saga("--help").out
 

@@ -85,7 +85,8 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         option = inspect.Parameter("traceback", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Traceback)
         guarded.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined] # typer reads it
         guarded.__annotations__ = function.__annotations__ | {"traceback": Traceback}
-        app.command(name)(guarded)
+        # The whole line: of a longer help the list of commands would show a part.
+        app.command(name, short_help=inspect.getdoc(function))(guarded)
         return function
 
     return register
