@@ -30,7 +30,7 @@ from saga.family import events_of, is_left_alone, report_of, run_by
 from saga.inputs import context_of
 from saga.journal import Listener
 from saga.keeper import SagaKeeper, read, user
-from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger
+from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, refuse_no_ledger
 from saga.outputs import copied
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery import SagaState
@@ -71,9 +71,7 @@ class SagaCoordinator:
         interceptors: Sequence[BaseInterceptor] = (),
         listeners: Sequence[Listener] = (),
     ) -> None:
-        if isinstance(ledger, str):
-            # Not the text itself: a URL may hold a password.
-            raise MisuseError("a ledger", got="a str", hint="saga.ledgers.open_ledger(url) opens the one at a URL.")
+        refuse_no_ledger(ledger)
         refuse_no_policy(policy)
         self.policy: Final = policy if policy is not None else FailFast()
         self.ledger: Final = ledger if ledger is not None else MemoryLedger()

@@ -296,6 +296,20 @@ class _Kept:
     status: SagaStatus
 
 
+def refuse_no_ledger(ledger: object) -> None:
+    """Refuse what is no ledger; None stands for one elsewhere.
+
+    Raises:
+        MisuseError: It is none.
+    """
+    if isinstance(ledger, type):
+        raise MisuseError("a ledger", got=f"the class {ledger.__qualname__}", hint=f"Write {ledger.__qualname__}(...).")
+    if ledger is not None and not callable(getattr(ledger, "acquire", None)):
+        # Not the text itself: a URL may hold a password.
+        hint = "saga.ledgers.open_ledger(url) opens the one at a URL." if isinstance(ledger, str) else ""
+        raise MisuseError("a ledger", got=f"a {type(ledger).__name__}", hint=hint)
+
+
 class MemoryLedger(Ledger):
     """Keeps the events in this process; they are gone when it ends.
 

@@ -267,6 +267,14 @@ def test_what_is_no_policy_is_refused() -> None:
         run(SagaCoordinator("fast").run(three))  # type: ignore[arg-type] # what the test is about
 
 
+@pytest.mark.parametrize(
+    ("given", "got"), [(MemoryLedger, r"the class MemoryLedger\. Write MemoryLedger\(\.\.\.\)\."), ({}, "a dict"), ([], "a list")]
+)
+def test_what_is_no_ledger_is_refused_before_anything_is_run(given: Any, got: str) -> None:
+    with pytest.raises(MisuseError, match=f"^expected a ledger, got {got}$"):
+        SagaCoordinator(ledger=given)
+
+
 def test_a_url_in_place_of_a_ledger_is_refused_without_its_password() -> None:
     with pytest.raises(MisuseError, match=r"expected a ledger, got a str\. saga\.ledgers\.open_ledger") as caught:
         SagaCoordinator(ledger="postgresql://ada:secret@db/sagas")  # type: ignore[arg-type] # the mistake
