@@ -9,6 +9,7 @@ from stageflow.api import PipelineContext
 
 from saga.errors import MisuseError
 from saga.outputs import copied
+from saga.policies import FailFast
 from saga.text import did_you_mean, shown
 
 _RECORDED: Final = (
@@ -59,8 +60,11 @@ def context_of(name: str, context: PipelineContext | None, fields: dict[str, Any
 def no_such_field(error: TypeError, fields: dict[str, Any]) -> MisuseError:
     """What to say of fields of which stageflow's context lacks one."""
     known = inspect.signature(PipelineContext.create).parameters
-    near = filter(None, (did_you_mean(name, known) for name in fields if name not in known))
-    hint = next(near, "What it has no field for is given in metadata={...}.")
+    if fields.keys().isdisjoint({"policy", *FailFast.model_fields}):
+        near = filter(None, (did_you_mean(name, known) for name in fields if name not in known))
+        hint = next(near, "What it has no field for is given in metadata={...}.")
+    else:
+        hint = "A policy is given to SagaCoordinator(...)."
     return MisuseError("fields of stageflow's PipelineContext", got=str(error).rpartition(") got ")[2], hint=hint)
 
 

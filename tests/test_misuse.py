@@ -624,6 +624,7 @@ def test_an_output_of_what_is_not_to_stay_is_refused(verdict: str) -> None:
     ("given", "fields", "hint"),
     [
         ((), {"inputtext": "x"}, "got an unexpected keyword argument 'inputtext'. Did you mean 'input_text'?"),
+        ((), {"timeout": 5}, "got an unexpected keyword argument 'timeout'. A policy is given to SagaCoordinator(...)."),
         ((), {"people": 5}, "got an unexpected keyword argument 'people'. What it has no field for is given in metadata={...}."),
         (("OSL-JFK",), {}, "got 'OSL-JFK'. A text is given as input_text=, anything else in metadata={...}."),
         (({"people": 5},), {}, "got {'people': 5}. A text is given as input_text=, anything else in metadata={...}."),
