@@ -603,6 +603,18 @@ def test_a_compensation_that_fails_though_nothing_made_it_fail_is_found() -> Non
     assert trial.wrong.endswith("AttributeError: 'Town' object has no attribute 'boookings'")
 
 
+def test_a_compensation_that_fails_by_itself_is_not_to_be_left_out_for_it() -> None:
+    class Mistyped(Booking):
+        async def compensate(self, ctx: CompensationContext) -> None:
+            raise TypeError("a typo")
+
+    with pytest.raises(VerificationFailed) as failed:
+        verified(*trip(seat=Mistyped), faults=Fault.UNDO_REPEATED)
+
+    assert "though nothing made this fail: stage 'seat' could not be compensated" in str(failed.value)
+    assert "leave it out" not in str(failed.value)
+
+
 def test_what_failed_by_itself_comes_without_advice_on_the_world() -> None:
     class Mistyped(Booking):
         async def compensate(self, ctx: CompensationContext) -> None:

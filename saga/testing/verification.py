@@ -265,7 +265,8 @@ class _Verifier:
                     return await self._concluded(replace(trial, reached=True, report=report), coordinator, injection)
             except SagaError as error:
                 return replace(trial, reached=True, report=report, wrong=_stopped_by(error))
-        return trial
+        # A compensation that fails by itself is never done when the fault would strike.
+        return replace(trial, wrong=_own_fault(trial, report, injection.far))
 
     async def _kills(self, fault: Fault, turning: str | None, *, on_demand: bool = False) -> AsyncIterator[Trial]:
         """Have the process die at the first event or write, at the second, and so on to the last; each time another one goes on."""
