@@ -10,18 +10,18 @@ import logging
 import re
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from pydantic import BaseModel, RootModel, ValidationError
+from pydantic import BaseModel
 from stageflow.api import Pipeline, StageOutput
 
 from saga.compensable import PivotStage
 from saga.errors import MisuseError, PipelineInvalid, PolicyInvalid
 from saga.graph import Graph, Node, Role
-from saga.outputs import adapter_of, decoded, encoded
+from saga.models import restored, warn_of_misfit
 from saga.policies import Compensation, ContinueWithFallback, FailFast, Retry
-from saga.text import did_you_mean, qualified, said, shown, written
+from saga.text import did_you_mean, shown, written
 
 if TYPE_CHECKING:
     from stageflow.pipeline.pipeline import UnifiedStageSpec
@@ -78,27 +78,8 @@ class StagePlan:
 
     def warn_of_misfit(self, output: StageOutput) -> None:
         """Say in the log that an output does not fit the stage's `output_model`: nothing else shows it before a saga is resumed."""
-        if self.output_model is None:
-            return
-        try:
-            made = _made(self.output_model, output.data)
-            back = _made(self.output_model, decoded(encoded(output.data)))
-            changed = [name for name in _names_of(self.output_model) if not _is_as_it_was(getattr(made, name), getattr(back, name))]
-            if changed:
-                _LOG.warning(
-                    "stage %r: of its output, %s would come back from a durable ledger as another value than was given: "
-                    "its output_model %s does not make the same of it again",
-                    self.spec.name,
-                    ", ".join(changed),
-                    qualified(self.output_model),
-                )
-        except Exception as error:  # noqa: BLE001 - whatever the user's validators raise
-            _LOG.warning(
-                "stage %r: its output does not fit its output_model %s (%s); a durable ledger will give it back as plain data",
-                self.spec.name,
-                qualified(self.output_model),
-                _misfit(error),
-            )
+        if self.output_model is not None:
+            warn_of_misfit(self.spec.name, self.output_model, output.data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +147,7 @@ class Blueprint:
             for part in ("output", "late_output"):
                 output: StageOutput | None = getattr(record, part)
                 if output is not None and record.landed:
-                    setattr(record, part, replace(output, data=_restored(name, plan.output_model, output.data)))
+                    setattr(record, part, replace(output, data=restored(name, plan.output_model, output.data)))
 
     def check_policy(self, policy: FailFast | ContinueWithFallback) -> None:
         """Refuse a policy that speaks of stages that aren't there.
@@ -284,84 +265,6 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         has_effect=_declared(name, sample, "has_effect", bool),
     )
     return node, plan
-
-
-def _restored(name: str, model: Any, data: dict[str, Any]) -> dict[str, Any]:
-    try:
-        value, names = _made(model, data), _fields(model, data)
-        _refuse_unstable(model, value)
-        return {key: getattr(value, names[key], plain) if key in names else plain for key, plain in data.items()}
-    except Exception as error:  # noqa: BLE001 - whatever the user's validators raise
-        _LOG.warning(
-            "stage %r: its recorded output does not fit its output_model %s (%s); it stays plain data",
-            name,
-            qualified(model),
-            _misfit(error),
-        )
-        return data
-
-
-def _made(model: Any, data: dict[str, Any]) -> Any:
-    # By name, as models are stored; and by alias, as somebody may have written them.
-    return adapter_of(model).validate_python(data, by_alias=True, by_name=True)
-
-
-def _refuse_unstable(model: Any, value: Any) -> None:
-    """Refuse what changes each time that it is made: what was recorded was made once already.
-
-    Raises:
-        ValueError: It does, as an amount does that a validator multiplies.
-    """
-    plain = encoded(value)
-    try:
-        again = encoded(_made(model, decoded(plain)))
-    except Exception:  # noqa: BLE001 - whatever the user's validators raise; what the model does not write is missing, for example
-        return
-    if again != plain:
-        raise ValueError("its validators change what they have made once more")
-
-
-def _is_as_it_was(given: Any, back: Any) -> bool:
-    """Whether models and dataclasses within a value have come back as the same; plain data may have become what a model makes of it."""
-    match given:
-        case RootModel():
-            return type(back) is type(given) and _is_as_it_was(given.root, back.root)
-        case BaseModel():
-            shown = [name for name, field in type(given).model_fields.items() if not field.exclude]
-            return type(back) is type(given) and all(_is_as_it_was(getattr(given, name), getattr(back, name)) for name in shown)
-        case _ if is_dataclass(given) and not isinstance(given, type):
-            shown = [field.name for field in fields(given)]
-            return type(back) is type(given) and all(_is_as_it_was(getattr(given, name), getattr(back, name)) for name in shown)
-        case dict() if isinstance(back, dict):
-            return all(map(_is_as_it_was, given.values(), back.values()))
-        case list() | tuple() if isinstance(back, list | tuple):
-            return all(map(_is_as_it_was, given, back))
-    return bool(given == back) or encoded(given) == encoded(back) or isinstance(given, dict | list | tuple)
-
-
-def _names_of(model: Any) -> Sequence[str]:
-    known = getattr(model, "__pydantic_fields__", None)
-    return [field.name for field in fields(model)] if known is None else list(known)
-
-
-def _fields(model: Any, data: dict[str, Any]) -> dict[str, str]:
-    """The fields of a model by the keys that the data has for them: an alias, or else the name."""
-    known = getattr(model, "__pydantic_fields__", None)
-    if known is None:
-        return {field.name: field.name for field in fields(model)}
-    found: dict[str, str] = {}
-    for name, field in known.items():
-        aliases = [key for key in getattr(field.validation_alias, "choices", (field.validation_alias,)) if key in data]
-        found |= dict.fromkeys(aliases or (name,), name)
-    return found
-
-
-def _misfit(error: Exception) -> str:
-    """Why data does not fit a model; without the data, which may be secret."""
-    if not isinstance(error, ValidationError):
-        return f"{type(error).__name__}: {said(error)}"
-    found = error.errors(include_url=False, include_input=False)
-    return "; ".join(": ".join(filter(None, (".".join(map(str, one["loc"])), one["msg"]))) for one in found)
 
 
 def _instance(name: str, make: Callable[[], Any]) -> Any:
