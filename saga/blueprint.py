@@ -6,7 +6,6 @@ Everything that can be known to be wrong is refused here, before anything runs.
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from saga.recovery import StageRecord
 
 T = TypeVar("T")
-_LOG: Final = logging.getLogger("saga")
 _HOOKS: Final = {"execute": ("ctx",), "compensate": ("ctx",), "probe": ("ctx",), "fallback": ("ctx", "failure")}
 """What stages are called for, and with what."""
 
