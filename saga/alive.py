@@ -7,13 +7,13 @@ import dataclasses
 import inspect
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from stageflow.events import NoOpEventSink
 
-from saga.compensable import CompensationContext, Host, Inputs, child_id, refuse_record
-from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError
+from saga.compensable import CompensationContext, Host, Inputs, UndoHost, child_id, refuse_record
+from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
 from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 Latecomer = StageCompleted | CompensationCompleted
 """What code that was given up may come to after all."""
+STAGE_FAILED: Final = "the stage that ran it has failed"
+"""Why a saga is stopped that a stage has left running."""
 Late = tuple[Latecomer, int]
 """With it, the number of the stage's execution that it comes of: by the time that it is recorded, the stage may have run in another one."""
 
@@ -80,7 +82,7 @@ class Keeper(Protocol):
         ...
 
 
-class LiveSaga(Host):
+class LiveSaga(Host, UndoHost):
     """One saga while it is alive.
 
     Attributes:
@@ -89,7 +91,8 @@ class LiveSaga(Host):
         policy: Its policy.
         journal: Its ledger and its state.
         actions: How its stages' code is run.
-        children: The sagas that its stages run now, and what is done when each has come to rest.
+        children: The sagas that its stages run now.
+        failed: The stages whose last attempt, or fallback, has failed, and whose sagas are being stopped.
         has_children: Whether its stages have run any.
         exceptions: What those that ended have failed with.
         undone_within: By stage the sagas that its compensation has turned to, and what it has made of each.
@@ -113,7 +116,8 @@ class LiveSaga(Host):
         self.actions: Final = actions
         self._context = context
         self._keeper = keeper
-        self.children: Final[dict[LiveSaga, asyncio.Future[None]]] = {}
+        self.children: Final[set[LiveSaga]] = set()
+        self.failed: Final[set[str]] = set()
         self.has_children = False
         self.exceptions: dict[Failure, BaseException] = {}
         self.undone_within: Final[dict[str, dict[str, SagaReport]]] = {}
@@ -257,13 +261,6 @@ class LiveSaga(Host):
         """The children that this execution of the stage has run, oldest first."""
         return await self._heeding(stage, self._keeper.reports_of(self.id, stage, self.forward_key(stage)))
 
-    async def stop_children(self, stage: str) -> None:
-        """Stop the sagas that a stage's code has left running, and wait until they have come to rest."""
-        left = {child: rests for child, rests in self.children.items() if child.journal.state.started.parent_stage == stage}
-        for child in left:
-            child.interrupt("the stage that ran it has failed")
-        await outlast(left.values())
-
     async def left_within(self, stage: str) -> bool | None:
         """Whether the children that this execution of the stage has run have left something standing; None: nobody could undo it."""
         if not self.has_children or self.journal.state.graph[stage].role is not Role.COMPENSABLE:
@@ -292,3 +289,66 @@ class LiveSaga(Host):
             return dataclasses.replace(self._context, **own | fields)
         except TypeError as error:
             raise no_such_field(error, fields) from None
+
+
+class Attempt(Host):
+    """The saga as the code of one attempt of a stage has it, or of its fallback: it may run others until it has failed, or was given up."""
+
+    __slots__ = ("_asked", "_is_over", "_saga", "_stage")
+
+    def __init__(self, saga: LiveSaga, stage: str) -> None:
+        self._saga = saga
+        self._stage = stage
+        self._asked: set[asyncio.Future[None]] = set()
+        self._is_over = False
+
+    def record_effect(self, stage: str, effect: Any) -> Coroutine[Any, Any, None]:
+        """Write one partial effect of a running stage to the ledger, when it is awaited."""
+        return self._saga.record_effect(stage, effect)
+
+    async def run_child(
+        self, stage: str, attempt: int, pipeline: Pipeline, context: PipelineContext | None, policy: Policy | None, fields: dict[str, Any]
+    ) -> SagaReport:
+        """Run a pipeline as a saga of its own, in the same ledger."""
+        return await self._asks(partial(self._saga.run_child, stage, attempt, pipeline, context, policy, fields))
+
+    async def resume_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
+        """Go on with a child saga that has not come to its end."""
+        return await self._asks(partial(self._saga.resume_child, stage, saga_id, pipeline))
+
+    async def child_reports(self, stage: str) -> list[SagaReport]:
+        """The children that this execution of the stage has run, oldest first."""
+        return await self._saga.child_reports(stage)
+
+    async def _asks(self, call: Callable[[], Awaitable[T]]) -> T:
+        if self._is_over:
+            # asyncio.gather raises what the first of several comes to, and leaves the others running.
+            raise MisuseError(
+                "a stage that is still running to run a saga",
+                got="one of which this attempt has failed, or was given up",
+                stage=self._stage,
+                hint="Whatever it has begun beside, let it end before the stage does: asyncio.TaskGroup sees to that.",
+            )
+        answered = asyncio.get_running_loop().create_future()
+        self._asked.add(answered)
+        try:
+            return await call()
+        finally:
+            self._asked.discard(answered)
+            answered.set_result(None)
+
+    def give_up(self) -> None:
+        """Let the code run no more sagas."""
+        self._is_over = True
+
+    async def wind_up(self) -> None:
+        """Stop the sagas that the code has left running, or is just about to begin, and wait until they have come to rest."""
+        self._is_over = True
+        if not self._asked:
+            return
+        self._saga.failed.add(self._stage)
+        for child in self._saga.children:
+            if child.journal.state.started.parent_stage == self._stage:
+                child.interrupt(STAGE_FAILED)
+        await outlast(tuple(self._asked))
+        self._saga.failed.discard(self._stage)

@@ -26,7 +26,7 @@ Returned = StageOutput | dict[str, Any] | None
 
 
 class Host(Protocol):
-    """What a running saga offers to the code of its stages."""
+    """What a running saga offers to the code of its stages on the way forward."""
 
     def record_effect(self, stage: str, effect: Any) -> Coroutine[Any, Any, None]:
         """Write one partial effect of a running stage to the ledger, when it is awaited."""
@@ -41,6 +41,14 @@ class Host(Protocol):
     async def resume_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Go on with a child saga that has not come to its end."""
         ...
+
+    async def child_reports(self, stage: str) -> list[SagaReport]:
+        """The children that this execution of the stage has run, oldest first."""
+        ...
+
+
+class UndoHost(Protocol):
+    """What it offers to their compensations and probes."""
 
     async def undo_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child saga."""
@@ -143,7 +151,7 @@ class CompensationContext:
     forward_key: str
     inputs: Inputs
     snapshot: ContextSnapshot[Any]
-    _host: Host
+    _host: UndoHost
 
     async def undo_saga(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what a child saga left standing; does nothing when nothing is.

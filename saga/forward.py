@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from stageflow.api import StageCancellationRequested, StageOutput, StageStatus
 
+from saga.alive import Attempt
 from saga.asking import ask
 from saga.compensable import SagaContext
 from saga.errors import LedgerError, MisuseError, NotStorable
@@ -59,7 +60,7 @@ class _Outcome:
 class _StageRun(Watched):
     """One stage on its way through the forward run."""
 
-    __slots__ = ("inputs", "name", "plan", "record")
+    __slots__ = ("host", "inputs", "name", "plan", "record")
 
     def __init__(self, name: str, plan: StagePlan, record: StageRecord, inputs: StageInputs, employer: Employer) -> None:
         super().__init__(employer)
@@ -67,6 +68,7 @@ class _StageRun(Watched):
         self.plan = plan
         self.record = record
         self.inputs = inputs
+        self.host: Attempt
 
 
 class Forward(Stages, Employer):
@@ -368,9 +370,8 @@ class Forward(Stages, Employer):
 
     async def _wound_up(self, run: _StageRun, outcome: _Outcome) -> _Outcome:
         """The outcome of an attempt of which nothing runs any more, seen against all that is known."""
-        if outcome.failure is not None and self._saga.children:
-            # asyncio.gather raises what the first of several sagas comes to, and leaves the others running.
-            await self._saga.stop_children(run.name)
+        if outcome.failure is not None or (outcome.output is not None and outcome.output.status is not StageStatus.OK):
+            await run.host.wind_up()
         for recording in self._saga.forgotten(run.name):
             outcome = await self._catch_up(run, recording, outcome)
         return await self._checked(run, outcome)
@@ -464,6 +465,7 @@ class Forward(Stages, Employer):
     def _context(self, run: _StageRun) -> SagaContext:
         saga = self._saga
         root = saga.root
+        run.host = Attempt(saga, run.name)
         return SagaContext(
             snapshot=root.snapshot,
             inputs=run.inputs,
@@ -475,7 +477,7 @@ class Forward(Stages, Employer):
             saga_id=saga.id,
             attempt=run.record.attempts,
             idempotency_key=saga.forward_key(run.name),
-            _host=saga,
+            _host=run.host,
         )
 
     def _is_cancelled(self) -> bool:
@@ -512,6 +514,7 @@ class Forward(Stages, Employer):
     async def _given_up(self, run: _StageRun) -> None:
         """Go on without a stage that ignored its cancel: it is in doubt, and may still be running."""
         assert run.reason is not None  # it was cancelled before it was given up
+        run.host.give_up()
         message = f"it ignored its cancel for {self._policy.cancel_grace:g} s and was given up; it may still be running"
         failure = Failure.of(run.name, run.reason, message, attempt=run.record.attempts)
         in_doubt = self._state.graph[run.name].role is not Role.PLAIN
@@ -569,6 +572,7 @@ class Forward(Stages, Employer):
             self._saga.heed_ctrl_c(error)
             outcome = _Outcome(failure=Failure.raised(run.name, error, attempt=attempt))
         if outcome.failure is not None:
+            await run.host.wind_up()
             await self._record(FallbackFailed(stage=run.name, failure=outcome.failure))
             return None
         return outcome.output

@@ -14,7 +14,7 @@ import anyio
 from stageflow.api import Pipeline, PipelineContext
 
 from saga.actions import LocalActions
-from saga.alive import Keeper, LiveSaga
+from saga.alive import STAGE_FAILED, Keeper, LiveSaga
 from saga.amendments import Amendments
 from saga.asking import ask
 from saga.backward import Backward
@@ -116,14 +116,15 @@ class SagaKeeper(Keeper):
 
     async def _as_child(self, parent: LiveSaga, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
         parent.has_children = True
-        rests = parent.children[saga] = asyncio.get_running_loop().create_future()
+        parent.children.add(saga)
         if parent.is_stopping:
             saga.interrupt("the saga that runs it is stopping")
+        elif saga.journal.state.started.parent_stage in parent.failed:
+            saga.interrupt(STAGE_FAILED)
         try:
             report = await self._unbroken(saga, work)
         finally:
-            del parent.children[saga]
-            rests.set_result(None)
+            parent.children.discard(saga)
         parent.exceptions |= {failure: failure.exception for failure in report.failures if failure.exception is not None}
         return report
 

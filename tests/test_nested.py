@@ -19,6 +19,7 @@ from saga import (
     LedgerError,
     MemoryLedger,
     MisuseError,
+    Policy,
     Retry,
     SagaContext,
     SagaCoordinator,
@@ -892,6 +893,62 @@ def test_a_stage_that_fails_with_one_of_its_sagas_waits_until_the_others_have_st
     assert "fallback" not in str(report)
     assert world.log[:4] == ["+a", "+b", "-b", "-a"]
     assert world.standing == ({} if attempts == 1 else {"a": 1, "b": 1})
+
+
+class SlowToRead(MemoryLedger):
+    """Looks long for a saga that is about to begin."""
+
+    async def read(self, saga_id: str) -> Any:
+        found = await super().read(saga_id)
+        if not found:
+            await elapse(1)
+        return found
+
+
+@pytest.mark.parametrize("hesitates", [False, True])
+@pytest.mark.parametrize("instead", ["another attempt", "a fallback"])
+def test_a_saga_that_a_failed_stage_was_about_to_run_runs_nothing(instead: str, hesitates: bool) -> None:
+    """Promises 2 and 5: it ran beside the next attempt, which ran one of its own; or behind a fallback, where nobody could undo it."""
+    world, room = scene({"room": ()})
+    answers = iter([CardDeclined(), None])
+
+    async def declined_at_first() -> None:
+        if instead == "a fallback" or next(answers) is not None:
+            raise CardDeclined
+
+    async def begins(ctx: SagaContext) -> SagaReport:
+        if hesitates:
+            await elapse(1)
+        return await ctx.run_saga(room)
+
+    async def book(ctx: SagaContext) -> None:
+        await asyncio.gather(declined_at_first(), begins(ctx))
+
+    async def release(ctx: CompensationContext) -> None:
+        for child in await ctx.child_sagas():
+            await ctx.undo_saga(child.saga_id, room)
+
+    async def rest(_: SagaContext) -> None:
+        await elapse(5)
+
+    trip = (
+        Pipeline(name="trip")
+        .with_stage("book", compensable(book, release))
+        .with_stage("rest", compensable(rest, nothing), dependencies=("book",))
+    )
+    policy: Policy = FailFast(retry=Retry(attempts=2, wait=0.0))
+    if instead == "a fallback":
+        policy = ContinueWithFallback(fallbacks={"book": {}})
+    coordinator = SagaCoordinator(policy, ledger=SlowToRead())
+
+    first = run(coordinator.run(trip, saga_id="s"))
+    assert first.ok
+    assert world.log == ["+room"] * (instead == "another attempt")
+    undone = run(coordinator.compensate("s", trip))
+
+    assert undone.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+    assert world.refusals == []
 
 
 def test_beside_the_pivot_of_one_child_what_is_stuck_in_another_one_is_still_for_a_person() -> None:
