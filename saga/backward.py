@@ -182,17 +182,20 @@ class Backward(Employer):
         worker.end()
         # A cancel that it did not heed was the compensation's, and strikes nothing that comes after it.
         await worker.absorb()
-        return _refusal(worker.stage, context.attempt, returned) or self._left_within(worker.stage, context.attempt)
+        return _refusal(worker.stage, context.attempt, returned) or await self._left_within(worker.stage, context.attempt)
 
     def _is_open_within(self, stage: str) -> bool:
         """Whether a person has to act within, so that not only a point of no return is in the way, whatever the compensation says."""
         return any(not report.clean for report in self._saga.undone_within.get(stage, {}).values())
 
-    def _left_within(self, stage: str, attempt: int) -> Failure | None:
+    async def _left_within(self, stage: str, attempt: int) -> Failure | None:
         # Whatever the compensation made of that report: a stage is not undone while something within it stands (promise 5).
         for report in self._saga.undone_within.get(stage, {}).values():
             if (failed := NestedSagaFailed.unless_undone(report)) is not None:
                 return Failure.raised(stage, failed, attempt=attempt, kind=FailureKind.COMPENSATION)
+        if await self._saga.left_within(stage):
+            message = "it returned, and something stands of a saga that the stage ran and that it has not asked to be undone"
+            return Failure.of(stage, FailureKind.COMPENSATION, message, attempt=attempt)
         return None
 
     async def _sleep(self, seconds: float) -> None:

@@ -827,6 +827,34 @@ def test_a_compensation_that_passes_over_what_a_child_left_standing_has_failed()
     assert run(coordinator.resume("s", parent)).status is SagaStatus.COMPENSATED
 
 
+def test_a_compensation_that_passes_over_a_child_has_failed() -> None:
+    """Promise 5: it undid the first of two, and the saga counted as compensated while the other one stood."""
+    world, room = scene({"room": ()})
+    mended = False
+
+    async def book(ctx: SagaContext) -> None:
+        for _ in range(2):
+            await ctx.run_saga(room)
+
+    async def release(ctx: CompensationContext) -> None:
+        for child in (await ctx.child_sagas())[: 2 if mended else 1]:
+            await ctx.undo_saga(child.saga_id, room)
+
+    parent = Pipeline().with_stage("book", compensable(book, release)).with_stage("fail", fail, "work", dependencies=("book",))
+    coordinator = SagaCoordinator(IMPATIENT)
+
+    stuck = run(coordinator.run(parent, saga_id="s"))
+    assert stuck.status is SagaStatus.STUCK
+    assert [*stuck.stuck] == ["book"]
+    assert world.standing == {"room": 1}
+    mended = True
+    run(coordinator.settle("s", "book", "retry", "it looks for both now"))
+    report = run(coordinator.resume("s", parent))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
 def test_a_compensation_that_passes_over_the_pivot_of_a_child_undoes_nothing_before_it() -> None:
     """Promise 10: the same as when the child is `nested`, which raises what it was told."""
     _, before = scene({"before": ()})
