@@ -75,9 +75,13 @@ async def has_left(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> boo
     """Whether anything stands, or may stand, of the children of a saga's stage; of those whose ids begin so."""
     for child in await _run_within(ledger, saga_id, stage, prefix):
         state = SagaState(await events_of(ledger, child))
-        if state.ended_at is None or any(undo_step(node, state.stages[node.name]) is not Step.CLEAR for node in state.graph.nodes):
+        if state.ended_at is None or _stands(state):
             return True
     return False
+
+
+def _stands(state: SagaState) -> bool:
+    return any(undo_step(node, state.stages[node.name]) is not Step.CLEAR for node in state.graph.nodes)
 
 
 async def _run_within(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> list[str]:
@@ -119,9 +123,11 @@ def heard(state: SagaState, child: SagaState, report: SagaReport) -> StageProbed
         # What was in the way of undoing it may be gone.
         why = f"something came late in its saga {child_id}, which is {report.status.value}"
         return StageSettled(stage=stage, verdict=Verdict.RETRY, note=why, by=f"saga {child_id}")
-    if report.clean or node.role is Role.PLAIN:
-        return None
     is_done_with = record.state in _DONE and undo_step(node, record) is Step.CLEAR
+    # What came late in one that had halted is kept there, and in nobody's question; yet it stands.
+    is_news = not report.clean or (is_done_with and _stands(child))
+    if not is_news or node.role is Role.PLAIN:
+        return None
     # Running it again goes on with a child that has not turned back, or only to be rid of what serves nothing.
     goes_on = record.state is StageState.KEPT and node.idempotent and child.reason in {None, TurnReason.ORPHANS}
     is_kept_by_word = record.settled is not None and record.settled.verdict is Verdict.KEPT

@@ -658,6 +658,32 @@ def test_what_comes_late_within_while_the_saga_above_goes_backward_is_undone_bef
     assert world.standing == {}
 
 
+def test_what_comes_late_within_a_saga_that_had_halted_is_undone_with_its_parent() -> None:
+    """Promise 5: there it is kept, which is in nobody's question; but the saga above was compensated, and stayed so."""
+    world = World({"deaf": ()})
+
+    async def main() -> list[SagaReport]:
+        stage = DeniedByProbe(world)
+        halting = PROMPT.model_copy(update={"on_interrupt": "halt"})
+        trip = Pipeline(name="trip").with_stage("child", nested(nested_in(stage), halting))
+        coordinator = SagaCoordinator(PROMPT)
+        first = await coordinator.run(trip, saga_id="s")
+        stage.released.set()
+        await settled_down()
+        late = await coordinator.report("s")
+        assert world.standing == {"deaf": 1}
+        return [first, late, await coordinator.resume("s", trip)]
+
+    first, late, undone = run(main())
+
+    assert first.status is SagaStatus.COMPENSATED
+    assert first.stages["child"].children[0].status is SagaStatus.HALTED
+    assert late.status is SagaStatus.STUCK
+    assert undone.status is SagaStatus.COMPENSATED
+    assert undone.clean
+    assert world.standing == {}
+
+
 @pytest.mark.parametrize("alive", [False, True])
 def test_what_comes_late_within_a_stage_that_is_stuck_because_of_it_is_tried_again_on_resume(alive: bool) -> None:
     """Nobody knew whether it had landed; now that is known, and it can be undone. A word is for a saga at rest: it waits for that."""
