@@ -112,6 +112,7 @@ class StageRecord:
         undone_in_part: Its compensation has failed, and a part of it may be undone.
         stands_in_part: It is not known to have landed as a whole, and something of it stands.
         undone_too_soon: How often its effect came late to what had been undone.
+        late_to_undoing: It came so, and has not run since.
         undo_attempts: Compensation attempts that started.
         undo_order: Its place in the order in which compensations first started; -1 if none did.
         undo_failure: The last failure of its compensation or probe.
@@ -151,6 +152,7 @@ class StageRecord:
     stands_in_part: bool = False
     skip_reason: str | None = None
     undone_too_soon: int = 0
+    late_to_undoing: bool = False
     undo_attempts: int = 0
     undo_order: int = -1
     undo_started_at: datetime | None = None
@@ -374,6 +376,7 @@ class SagaState:
         # What a probe answered holds for the attempts before it.
         record.state, record.answer, record.unanswered, record.again, record.failed = _S.RUNNING, None, False, False, False
         record.with_branch, record.skip_reason, record.may_repeat, record.gave_up = False, None, False, False
+        record.late_to_undoing = False
         record.is_acting, record.attempts, record.execution = True, event.attempt, event.execution
         record.tries = (*record.tries, Try(event.at))
 
@@ -394,7 +397,7 @@ class SagaState:
         match record.state:
             case _S.UNDONE:
                 # Which came last, the effect or its compensation, nobody knows.
-                record.state, record.doubt = _S.IN_DOUBT, True
+                record.state, record.doubt, record.late_to_undoing = _S.IN_DOUBT, True, True
                 record.undone_too_soon += 1
             case _S.FALLBACK:
                 record.landed, record.doubt = True, False
@@ -473,7 +476,9 @@ class SagaState:
             record.state, record.landed, record.failed, record.again = _S.KEPT, True, False, False
             record.output, record.ended_at = event.output, event.at
         elif record.state is _S.IN_DOUBT:
-            record.state = _S.FAILED
+            # What was thought to have come after its undoing had come before it: nothing is left to undo, and its key is used up.
+            is_undone = record.late_to_undoing and not event.left_within
+            record.state, record.landed, record.anew = (_S.UNDONE if is_undone else _S.FAILED), False, is_undone or record.anew
 
     def _comes_into_question(self, record: StageRecord, event: StageProbed) -> None:
         """Nobody can tell what stands of it, also where it was done with: something has come late within."""

@@ -204,6 +204,46 @@ def test_what_comes_late_after_it_was_compensated_in_doubt_is_undone_under_anoth
     assert world.standing == {}
 
 
+class FoundUntilUndone(Doubtful):
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        return StageOutput.ok(found=True) if "deaf" in self.world.standing else None
+
+
+@pytest.mark.parametrize("forward", [None, True])
+def test_what_its_probe_finds_undone_when_it_has_come_late_is_not_undone_again(forward: bool | None) -> None:
+    """Promise 2: it was found and undone before its code came to say that it had completed. To run again it takes another key."""
+    world = World({"deaf": ()})
+
+    class SaysSoLater(FoundUntilUndone):
+        compensate_in_doubt = False
+        keys: ClassVar[list[str]] = []
+
+        async def execute(self, ctx: SagaContext) -> Any:
+            self.keys.append(ctx.idempotency_key)
+            self.world.land("deaf")
+            await self._wait()
+            return self.outcome()
+
+    async def main() -> tuple[Deaf, list[SagaReport]]:
+        stage = SaysSoLater(world)
+        trip = Pipeline(name="trip").with_stage("deaf", stage)
+        coordinator = SagaCoordinator(PROMPT)
+        first = await coordinator.run(trip, saga_id="s")
+        stage.released.set()
+        await settled_down()
+        return stage, [first, await coordinator.report("s"), await coordinator.resume("s", trip, forward=forward)]
+
+    stage, (first, late, resumed) = run(main())
+
+    assert first.status is SagaStatus.COMPENSATED
+    assert late.stages["deaf"].state is S.IN_DOUBT
+    assert len(stage.undone_with) == 1
+    assert resumed.status is (SagaStatus.COMPLETED if forward else SagaStatus.COMPENSATED)
+    assert resumed.stages["deaf"].state is (S.KEPT if forward else S.UNDONE)
+    assert SaysSoLater.keys == (["s/deaf", "s/deaf~2"] if forward else ["s/deaf"])
+    assert world.standing == ({"deaf": 1} if forward else {})
+
+
 def test_what_comes_late_against_the_word_of_its_probe_stands() -> None:
     world, _, first, late, resumed = play(DeniedByProbe)
 
