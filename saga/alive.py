@@ -81,6 +81,10 @@ class Keeper(Protocol):
         """Record at the next occasion what nobody waited for any more."""
         ...
 
+    async def note_late(self, saga: LiveSaga, stage: str) -> bool:
+        """Record what came late for a stage, if anything did."""
+        ...
+
 
 class LiveSaga(Host, UndoHost):
     """One saga while it is alive.
@@ -168,6 +172,10 @@ class LiveSaga(Host, UndoHost):
     def comes_late(self, event: Latecomer) -> None:
         """Hand over what something given up has come to after all."""
         self._keeper.comes_late(self.id, (event, self.journal.state.stages[event.stage].execution))
+
+    async def note_late(self, stage: str) -> None:
+        """Record what came late for a stage, before that is asked for or undone: else it would seem to have come after its undoing."""
+        await self._keeper.note_late(self, stage)
 
     def forward_key(self, stage: str) -> str:
         """The idempotency key of a stage's execution."""

@@ -143,10 +143,15 @@ class Amendments:
         if saga_id not in self._held.sagas:
             self.record_late(saga_id)
 
-    async def note_late(self, saga: LiveSaga) -> bool:
-        """Record what came late for the stages of a saga that is alive; whether anything did."""
-        noted = False
-        async for event in self._news(saga.journal.state, self._late.pop(saga.id, [])):
+    async def note_late(self, saga: LiveSaga, stage: str | None = None) -> bool:
+        """Record what came late for the stages of a saga that is alive, or for one of them alone; whether anything did."""
+        noted, late = False, self._late.pop(saga.id, [])
+        if stage is not None and late:
+            others = [one for one in late if _stage_of(one) != stage]
+            late = [one for one in late if _stage_of(one) == stage]
+            if others:
+                self._late[saga.id] = others
+        async for event in self._news(saga.journal.state, late):
             await saga.journal.record(event)
             noted = True
         return noted
@@ -226,6 +231,10 @@ class _Within(NamedTuple):
     """
 
     saga_id: str
+
+
+def _stage_of(late: Late | _Within) -> str | None:
+    return None if isinstance(late, _Within) else late[0].stage
 
 
 def _own_news(state: SagaState, late: Late) -> Iterator[Latecomer]:

@@ -108,6 +108,7 @@ class Backward(Employer):
         node, record = self._state.graph[stage], self._state.stages[stage]
         settings = self._saga.blueprint.stages[stage].compensation or self._settings
         while True:
+            await self._saga.note_late(stage)
             match undo_step(node, record):
                 case Step.CLEAR:
                     self._rollback.clear(stage)

@@ -209,6 +209,29 @@ class FoundUntilUndone(Doubtful):
         return StageOutput.ok(found=True) if "deaf" in self.world.standing else None
 
 
+@pytest.mark.parametrize("kind", [Doubtful, FoundUntilUndone])
+def test_what_comes_late_before_its_turn_to_be_undone_is_undone_once(kind: type[Deaf]) -> None:
+    """Promise 2: it was taken for something that had come after its undoing, and was undone again under another key."""
+    world, pipeline = scene({"slow": ()}, {"slow": Script(undo_takes=20)})
+
+    async def main() -> tuple[Deaf, SagaReport]:
+        stage = kind(world)
+        one_by_one = Compensation(max_concurrency=1)
+        coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2, compensation=one_by_one))
+        whole = Pipeline(name="trip").with_stage("deaf", stage).with_stage("slow", pipeline.stages["slow"].runner)
+        running = asyncio.create_task(coordinator.run(whole, saga_id="s"))
+        while "slow" not in world.undoing:
+            await elapse(1)
+        stage.released.set()
+        return stage, await running
+
+    stage, report = run(main())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert stage.undone_with == [StageOutput.ok(seat="14A")]
+    assert world.log == ["+slow", "+deaf", "-slow", "-deaf"]
+
+
 @pytest.mark.parametrize("forward", [None, True])
 def test_what_its_probe_finds_undone_when_it_has_come_late_is_not_undone_again(forward: bool | None) -> None:
     """Promise 2: it was found and undone before its code came to say that it had completed. To run again it takes another key."""
