@@ -11,7 +11,7 @@ import anyio
 from saga.errors import LedgerError, MisuseError
 from saga.heart import Heart
 from saga.owners import this_process
-from saga.watch import make_ready
+from saga.watch import make_ready, outlast, start
 
 if TYPE_CHECKING:
     from saga.alive import LiveSaga
@@ -77,7 +77,12 @@ class Held:
             return await self._ledger.acquire(saga_id, self.owner, under=under)
         except asyncio.CancelledError:
             # The ledger may carry it out all the same, and our heart would hold what nobody runs for as long as it beats for another saga.
-            # Whoever holds it gets it once more, behind the first time, and with a token that is known.
-            with anyio.CancelScope(shield=True), contextlib.suppress(LedgerError):
-                await self._ledger.release(saga_id, await self._ledger.acquire(saga_id, self.owner, under=under))
+            # In a task of its own: the caller may be cancelled more than once.
+            with anyio.CancelScope(shield=True):
+                await outlast({start(self._give_back(saga_id, under))})
             raise
+
+    async def _give_back(self, saga_id: str, under: int | None) -> None:
+        # Whoever holds it gets it once more, behind the first time, and with a token that is known.
+        with contextlib.suppress(LedgerError):
+            await self._ledger.release(saga_id, await self._ledger.acquire(saga_id, self.owner, under=under))

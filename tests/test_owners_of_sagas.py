@@ -322,7 +322,7 @@ def calls(pipeline: Pipeline) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("call", ["resume", "compensate", "settle"])
-@pytest.mark.parametrize("how", ["cancel", "scope"])
+@pytest.mark.parametrize("how", ["cancel", "twice", "scope"])
 def test_a_caller_that_is_cancelled_while_it_takes_a_saga_does_not_keep_it(call: str, how: str) -> None:
     _, pipeline = scene(SEQUENCE, {"c": Script("raise")})
     ledger = SlowToAnswer()
@@ -330,10 +330,14 @@ def test_a_caller_that_is_cancelled_while_it_takes_a_saga_does_not_keep_it(call:
 
     async def play() -> str | None:
         await coordinator.run(pipeline, saga_id="s")
-        if how == "cancel":
+        if how != "scope":
             caller = asyncio.create_task(calls(pipeline)[call](coordinator))
             await elapse(0.5)
             caller.cancel()
+            if how == "twice":
+                # Whoever waits long for the first one to take effect says it again.
+                await elapse(0.1)
+                caller.cancel()
             await asyncio.wait({caller})
             assert caller.cancelled()
         else:
