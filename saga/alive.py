@@ -152,11 +152,12 @@ class LiveSaga(Host, UndoHost):
         """What all stages share: stageflow's immutable view of the input, its ports, its timer."""
         return self._context.derive_root_stage_context()
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run something in a task that is kept until it ends."""
         task = start(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def interrupt(self, why: str) -> None:
         """Stop it as if its caller had been cancelled; on its way back it goes on."""

@@ -90,7 +90,10 @@ class Backward(Employer):
         if self._until is not None and self._loop.time() >= self._until:
             # The timer strikes two turns of the loop after code that never awaited.
             self._expire()
-        if worker.given_up or not len(self._rollback):
+        if worker.given_up:
+            # What follows from that goes on, and it is not dismissed before.
+            return True
+        if not len(self._rollback):
             return False
         worker.stage = self._rollback.take()
         self._employ(worker)
@@ -206,7 +209,7 @@ class Backward(Employer):
 
     def gives_up(self, worker: _Worker, /) -> None:
         """Go on without a compensation that ignored its cancel."""
-        self._saga.spawn(self._workers.see_through(worker, self._given_up(worker)))
+        worker.successor = self._saga.spawn(self._workers.see_through(worker, self._given_up(worker)))
 
     async def _given_up(self, worker: _Worker) -> None:
         """Go on without a compensation that ignored its cancel: its stage is stuck."""

@@ -222,10 +222,12 @@ class Forward(Stages, Employer):
         run = _StageRun(name, self._saga.blueprint.stages[name], self._state.stages[name], inputs, self)
         self._running.employ(run, self._see_to(run))
 
-    async def _see_to(self, run: _StageRun) -> None:
+    async def _see_to(self, run: _StageRun) -> bool:
         answer = await self._stage(run)
         if not run.given_up:
             self._schedule.ended(self, run.name, answer)
+        # What follows from that goes on, and it is not dismissed before.
+        return run.given_up
 
     def breaks(self, error: Exception, /) -> None:
         """Start no further stage; the run then raises this."""
@@ -509,7 +511,7 @@ class Forward(Stages, Employer):
 
     def gives_up(self, run: _StageRun, /) -> None:
         """Go on without a stage that ignored its cancel."""
-        self._saga.spawn(self._running.see_through(run, self._given_up(run)))
+        run.successor = self._saga.spawn(self._running.see_through(run, self._given_up(run)))
 
     async def _given_up(self, run: _StageRun) -> None:
         """Go on without a stage that ignored its cancel: it is in doubt, and may still be running."""

@@ -191,9 +191,10 @@ class Watched:
         is_acting: The code is running now.
         reason: Why it was cancelled, TIMEOUT or INTERRUPTED; None if it was not.
         given_up: It ignored its cancel for longer than the grace.
+        successor: The task that then sees to what follows from that.
     """
 
-    __slots__ = ("_grace", "_timer", "crew", "employer", "given_up", "is_acting", "reason", "task", "until")
+    __slots__ = ("_grace", "_timer", "crew", "employer", "given_up", "is_acting", "reason", "successor", "task", "until")
 
     def __init__(self, employer: Employer) -> None:
         self.employer = employer
@@ -203,6 +204,7 @@ class Watched:
         self.is_acting = False
         self.reason: FailureKind | None = None
         self.given_up = False
+        self.successor: asyncio.Task[None] | None = None
         self._grace: float | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -309,7 +311,7 @@ class Crew(Generic[W]):
     async def disband(self, employer: Employer) -> None:
         """Wait until nobody works any more, whatever strikes their employer, who waits."""
         # Asked of the tasks themselves: a Ctrl-C may have killed one before it was dismissed.
-        while any(not member.task.done() for member in self.members):
+        while any(not (member.successor or member.task).done() for member in self.members):
             self._turn.clear()
             try:
                 await self._turn.wait()
@@ -318,7 +320,7 @@ class Crew(Generic[W]):
             except (KeyboardInterrupt, SystemExit) as error:
                 leave_loop(error)
                 employer.breaks(cut_short_by(error))
-        for killed_by in [member.task.exception() for member in self.members]:
+        for killed_by in [(member.successor or member.task).exception() for member in self.members]:
             assert killed_by is not None  # or it would have been dismissed
             employer.breaks(cut_short_by(killed_by))
 

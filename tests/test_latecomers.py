@@ -29,7 +29,8 @@ from saga import (
     StageState,
     nested,
 )
-from saga.events import SagaEnded, StageCompleted, StageSettled
+from saga.events import CompensationFailed, SagaEnded, StageCompleted, StageSettled
+from saga.failures import Failure
 from tests.controlled import elapse, run
 from tests.slow import SlowLedger
 from tests.world import Script, World, scene
@@ -380,6 +381,54 @@ def test_a_blocked_thread_does_not_hold_up_the_report_and_its_completion_is_reco
     assert first.status is SagaStatus.STUCK
     assert set(first.in_doubt) == {"blocking"}
     assert late.stages["blocking"].output == StageOutput.ok(written=True)
+
+
+def test_a_compensation_that_ends_while_its_giving_up_is_recorded_has_nothing_undone_twice() -> None:
+    """Promise 2: the way back went on without waiting for that, and what was left was then undone by both."""
+    world, pipeline = scene({"a": (), "b": ()}, {"a": Script(undo_takes=5), "b": Script("raise", before=5)})
+
+    async def main() -> tuple[SagaReport, SagaReport]:
+        stage = Deaf(world, deaf_undo=True)
+        one_by_one = Compensation(timeout=10, max_concurrency=1, retry=Retry(attempts=1))
+        coordinator = SagaCoordinator(FailFast(cancel_grace=2, compensation=one_by_one), ledger=ReleasesAt(CompensationFailed, stage))
+        first = await coordinator.run(pipeline.with_stage("deaf", stage), saga_id="s")
+        return first, await coordinator.report("s")
+
+    first, late = run(main())
+
+    assert first.status is late.status is SagaStatus.COMPENSATED
+    assert first.stages["a"].compensation is not None
+    assert first.stages["a"].compensation.attempts == 1
+    assert world.refusals == []
+    assert world.standing == {}
+
+
+def test_nothing_is_undone_while_the_fallback_of_a_stage_that_was_given_up_is_running() -> None:
+    """Promise 3: also when the stage has come to its end meanwhile, as nobody waited for what followed from its giving up."""
+    world, pipeline = scene({"a": (), "b": ()}, {"b": Script("raise", before=15)})
+    running: list[bool] = []
+
+    class StoodInFor(Deaf):
+        timeout = 10
+
+        async def fallback(self, ctx: SagaContext, failure: Failure) -> None:
+            self.released.set()
+            world.enter("fallback")
+            await elapse(9)
+            world.leave("fallback")
+            running.append(bool(world.undoing))
+
+    async def main() -> SagaReport:
+        stage = StoodInFor(world)
+        coordinator = SagaCoordinator(ContinueWithFallback(cancel_grace=2))
+        return await coordinator.run(pipeline.with_stage("deaf", stage), saga_id="s")
+
+    report = run(main())
+
+    assert running == [False]
+    assert world.refusals == []
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
 
 
 def test_a_compensation_that_fails_late_leaves_its_stage_stuck() -> None:
