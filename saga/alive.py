@@ -129,6 +129,7 @@ class LiveSaga(Host, UndoHost):
         self.is_stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._begun: Counter[tuple[str, int]] = Counter()
+        self._being_undone: Final[dict[str, set[asyncio.Future[None]]]] = {}
         self._recordings: dict[str, list[Coroutine[Any, Any, None]]] = {}
 
     def private_context(self) -> PipelineContext:
@@ -259,8 +260,18 @@ class LiveSaga(Host, UndoHost):
     async def undo_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child saga."""
         within = self.undone_within.setdefault(stage, {})
-        within[saga_id] = report = await self._heeding(stage, self._keeper.undo_child(self, saga_id, pipeline))
+        rests = asyncio.get_running_loop().create_future()
+        self._being_undone.setdefault(stage, set()).add(rests)
+        try:
+            within[saga_id] = report = await self._heeding(stage, self._keeper.undo_child(self, saga_id, pipeline))
+        finally:
+            self._being_undone[stage].discard(rests)
+            rests.set_result(None)
         return report
+
+    async def children_undone(self, stage: str) -> None:
+        """Wait for the sagas that a stage's compensation has left on their way back: asyncio.gather raises what the first comes to."""
+        await outlast(tuple(self._being_undone.get(stage, ())))
 
     async def rest_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """See to it that a child saga whose process is gone comes to rest, unless this saga runs on and sees to it itself."""

@@ -176,6 +176,7 @@ class Backward(Employer):
             self._saga.heed_ctrl_c(raised)
             error = raised
             was_cancelled = await worker.absorb()
+            await self._saga.children_undone(worker.stage)
             if worker.reason is not None:
                 instead = instead_of_cancel(raised)
                 error = TimeoutError(f"no answer within {settings.timeout:g} s{raised_instead(instead)}")
@@ -186,6 +187,7 @@ class Backward(Employer):
         worker.end()
         # A cancel that it did not heed was the compensation's, and strikes nothing that comes after it.
         await worker.absorb()
+        await self._saga.children_undone(worker.stage)
         return _refusal(worker.stage, context.attempt, returned) or await self._left_within(worker.stage, context.attempt)
 
     def _is_open_within(self, stage: str) -> bool:

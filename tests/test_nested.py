@@ -855,6 +855,37 @@ def test_a_compensation_that_passes_over_a_child_has_failed() -> None:
     assert world.standing == {}
 
 
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_a_compensation_that_fails_with_one_of_its_sagas_waits_until_the_others_are_undone(attempts: int) -> None:
+    """Promise 1: asyncio.gather leaves them running, and what they stood on was undone beside them, or another attempt met them."""
+    world, room = scene({"before": (), "room": ("before",)}, {"room": Script(undo_takes=5)})
+    stages = {name: spec.runner for name, spec in room.stages.items()}
+    room = Pipeline(name="room").with_stage("room", stages["room"])
+    answers = iter([CardDeclined(), None])
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(room)
+
+    async def declined_at_first() -> None:
+        if next(answers) is not None:
+            raise CardDeclined
+
+    async def release(ctx: CompensationContext) -> None:
+        await asyncio.gather(declined_at_first(), *(ctx.undo_saga(child.saga_id, room) for child in await ctx.child_sagas()))
+
+    trip = Pipeline(name="trip").with_stage("before", stages["before"])
+    trip = trip.with_stage("book", compensable(book, release), dependencies=("before",))
+    trip = trip.with_stage("fail", fail, "work", dependencies=("book",))
+    policy = FailFast(compensation=Compensation(retry=Retry(attempts=attempts, wait=0.0), on_failure="continue"))
+
+    report = run(SagaCoordinator(policy).run(trip, saga_id="s"))
+
+    assert report.status is (SagaStatus.STUCK if attempts == 1 else SagaStatus.COMPENSATED)
+    assert report.stages["book"].children[0].status is SagaStatus.COMPENSATED
+    assert world.log == ["+before", "+room", "-room", "-before"]
+    assert world.refusals == []
+
+
 def test_a_compensation_that_passes_over_the_pivot_of_a_child_undoes_nothing_before_it() -> None:
     """Promise 10: the same as when the child is `nested`, which raises what it was told."""
     _, before = scene({"before": ()})
