@@ -205,10 +205,16 @@ class FallbackUsed(StageEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FallbackFailed(StageEvent):
-    """A failed stage's own fallback failed, too."""
+    """A failed stage's own fallback failed, too.
+
+    Attributes:
+        failure: How.
+        left_within: Whether sagas that the stage or its fallback ran have left something standing; None: as before, or nobody has looked.
+    """
 
     event: Literal["fallback_failed"] = "fallback_failed"
     failure: Failure
+    left_within: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -575,7 +575,8 @@ class Forward(Stages, Employer):
             outcome = _Outcome(failure=Failure.raised(run.name, error, attempt=attempt))
         if outcome.failure is not None:
             await run.host.wind_up()
-            await self._record(FallbackFailed(stage=run.name, failure=outcome.failure))
+            left_within = await self._saga.left_within(run.name)
+            await self._record(FallbackFailed(stage=run.name, failure=outcome.failure, left_within=left_within))
             return None
         return outcome.output
 

@@ -450,6 +450,7 @@ class SagaState:
 
     def _fallback_failed(self, record: StageRecord, event: FallbackFailed) -> None:
         record.fallback_failed = True
+        record.stands_in_part = record.stands_in_part if event.left_within is None else event.left_within
         self.failures.append(event.failure)
 
     def _stage_probed(self, record: StageRecord, event: StageProbed) -> None:

@@ -627,6 +627,25 @@ def test_behind_the_fallback_of_a_stage_what_its_sagas_have_done_is_undone() -> 
     assert world.standing == {"after": 1}
 
 
+@pytest.mark.parametrize("instead", [{}, {"book": {}}])
+def test_what_the_sagas_of_a_fallback_have_done_is_undone_when_that_then_fails(instead: dict[str, Any]) -> None:
+    """Promise 5: a fallback that stands in keeps what it did, but of one that failed nobody has any use."""
+    world, hostel = scene({"bed": ()})
+
+    async def try_elsewhere(ctx: SagaContext, _: Any) -> None:
+        await ctx.run_saga(hostel)
+        raise CardDeclined
+
+    book = compensable(fail, undo_each([hostel]), fallback=try_elsewhere)
+    coordinator = SagaCoordinator(ContinueWithFallback(fallbacks=instead))
+
+    report = run(coordinator.run(Pipeline(name="trip").with_stage("book", book), saga_id="s"))
+
+    assert report.status is (SagaStatus.DEGRADED if instead else SagaStatus.COMPENSATED)
+    assert world.log == ["+bed", "-bed"]
+    assert report.stages["book"].children[0].status is SagaStatus.COMPENSATED
+
+
 def test_a_stage_whose_sagas_have_all_undone_themselves_has_failed_and_is_not_undone() -> None:
     world, meal = scene({"cook": (), "serve": ("cook",)}, {"serve": Script("raise")})
 
