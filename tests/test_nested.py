@@ -973,6 +973,32 @@ def test_a_stage_that_fails_with_one_of_its_sagas_waits_until_the_others_have_st
     assert world.standing == ({} if attempts == 1 else {"a": 1, "b": 1})
 
 
+def test_a_stage_that_fails_stops_none_of_the_sagas_that_others_run() -> None:
+    """What they have begun comes to its end: the failed stage's fallback stands in, and the saga goes on."""
+    world, room = scene({"room": ()}, {"room": Script(before=5)})
+    stages = {name: spec.runner for name, spec in room.stages.items()}
+    suite = Pipeline(name="suite").with_stage("suite", stages["room"])
+
+    async def declined() -> None:
+        await elapse(1)
+        raise CardDeclined
+
+    async def book(ctx: SagaContext) -> None:
+        await asyncio.gather(declined(), ctx.run_saga(suite))
+
+    async def release(ctx: CompensationContext) -> None:
+        for child in await ctx.child_sagas():
+            await ctx.undo_saga(child.saga_id, suite)
+
+    trip = Pipeline(name="trip").with_stage("book", compensable(book, release)).with_stage("other", nested(room))
+
+    report = run(SagaCoordinator(ContinueWithFallback(fallbacks={"book": {}})).run(trip, saga_id="s"))
+
+    assert report.status is SagaStatus.DEGRADED
+    assert [report.stages[name].children[0].status for name in ("book", "other")] == [SagaStatus.COMPENSATED, SagaStatus.COMPLETED]
+    assert world.log == ["+room", "+room", "-room"]
+
+
 class SlowToRead(MemoryLedger):
     """Looks long for a saga that is about to begin."""
 

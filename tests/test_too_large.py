@@ -321,21 +321,32 @@ def test_what_redact_takes_out_of_an_event_in_place_is_in_no_file(tmp_path: Path
     assert b"4711-4711" not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
 
 
+class Clock(tzinfo):
+    """Counts how often it is asked, and does not answer the first few times."""
+
+    def __init__(self, silent: int = 0) -> None:
+        self.asked = 0
+        self._silent = silent
+
+    def __deepcopy__(self, _: object) -> Clock:
+        return self
+
+    def utcoffset(self, _when: datetime | None, /) -> timedelta:
+        self.asked += 1
+        if self.asked <= self._silent:
+            raise OSError("no clock")
+        return timedelta(hours=1)
+
+    def dst(self, _when: datetime | None, /) -> None:
+        return None
+
+    def tzname(self, _when: datetime | None, /) -> None:
+        return None
+
+
 def test_an_output_is_encoded_once(tmp_path: Path) -> None:
-    asked: list[datetime | None] = []
-
-    class Zone(tzinfo):
-        def utcoffset(self, when: datetime | None, /) -> timedelta:
-            asked.append(when)
-            return timedelta(hours=1)
-
-        def dst(self, _when: datetime | None, /) -> None:
-            return None
-
-        def tzname(self, _when: datetime | None, /) -> None:
-            return None
-
-    departure = datetime(2026, 11, 27, 12, tzinfo=Zone())
+    clock = Clock()
+    departure = datetime(2026, 11, 27, 12, tzinfo=clock)
 
     class Book(CompensableStage):
         async def execute(self, _ctx: SagaContext) -> StageOutput:
@@ -351,8 +362,30 @@ def test_an_output_is_encoded_once(tmp_path: Path) -> None:
 
     report = asyncio.run(main())
 
-    assert len(asked) == 1
+    assert clock.asked == 1
     assert report.kept["book"].data == {"departure": departure}
+
+
+@pytest.mark.parametrize("silent", [1, 3])
+def test_an_output_whose_own_code_fails_while_it_is_encoded_is_asked_once_more(silent: int, tmp_path: Path) -> None:
+    departure = datetime(2026, 11, 27, 12, tzinfo=Clock(silent))
+    undone = []
+
+    class Book(CompensableStage):
+        async def execute(self, _ctx: SagaContext) -> StageOutput:
+            return StageOutput.ok(departure=departure)
+
+        async def compensate(self, _ctx: CompensationContext) -> None:
+            undone.append("book")
+
+    async def main() -> SagaReport:
+        async with SQLiteLedger(tmp_path / "sagas.db") as ledger:
+            return await SagaCoordinator(ledger=ledger).run(Pipeline().with_stage("book", Book), saga_id="s")
+
+    report = asyncio.run(main())
+
+    assert report.status is (SagaStatus.COMPLETED if silent == 1 else SagaStatus.COMPENSATED)
+    assert undone == ([] if silent == 1 else ["book"])
 
 
 def test_what_redact_makes_too_large_stops_the_saga_and_it_goes_on_with_a_larger_bound(tmp_path: Path) -> None:
