@@ -145,8 +145,10 @@ class Amendments:
 
     async def note_late(self, saga: LiveSaga, stage: str | None = None) -> bool:
         """Record what came late for the stages of a saga that is alive, or for one of them alone; whether anything did."""
-        noted, late = False, self._late.pop(saga.id, [])
-        if stage is not None and late:
+        if saga.id not in self._late:
+            return False
+        noted, late = False, self._late.pop(saga.id)
+        if stage is not None:
             others = [one for one in late if _stage_of(one) != stage]
             late = [one for one in late if _stage_of(one) == stage]
             if others:
