@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from stageflow.api import Pipeline, PipelineContext, StageOutput
 
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from stageflow import BaseInterceptor
 
 
-_LOG: Final = logging.getLogger("saga")
+T = TypeVar("T")
 
 
 class SagaCoordinator:
@@ -59,7 +58,7 @@ class SagaCoordinator:
             own time, so they have to be quick; what they raise is logged and harms no saga.
 
     Raises:
-        MisuseError: The ledger is none, or a listener.
+        MisuseError: The ledger is none, or a listener, or these and the interceptors come in no list.
         PolicyInvalid: The policy is none.
     """
 
@@ -75,8 +74,10 @@ class SagaCoordinator:
         refuse_no_policy(policy)
         self.policy: Final = policy if policy is not None else FailFast()
         self.ledger: Final = ledger if ledger is not None else MemoryLedger()
-        self._interceptors = tuple(interceptors)
-        self._listeners = _checked(listeners)
+        self._interceptors = _checked(interceptors, "interceptor")
+        self._listeners = _checked(listeners, "listener")
+        for listener in self._listeners:
+            _refuse_no_listener(listener)
         self._name_anew()
         _COORDINATORS.add(self)
 
@@ -186,7 +187,7 @@ class SagaCoordinator:
         """
         if verdict not in set(Verdict):
             raise MisuseError("undone, kept or retry as the verdict", got=repr(verdict), stage=stage)
-        if not note.strip():
+        if not isinstance(note, str) or not note.strip():
             raise MisuseError("a note that says why", got=repr(note), stage=stage)
         if output is not None and not isinstance(output, dict):
             raise MisuseError("a dict as the output's data", got=repr(output), stage=stage)
@@ -316,13 +317,15 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch - where processes don't
     os.register_at_fork(after_in_child=_name_all_anew)
 
 
-def _checked(listeners: Sequence[Listener]) -> tuple[Listener, ...]:
-    if callable(listeners):
-        raise MisuseError("a list of listeners", got=repr(listeners), hint="Write listeners=[it].")
-    for listener in listeners:
-        if not callable(listener) or isinstance(listener, type) or inspect.iscoroutinefunction(listener):
-            raise MisuseError("a listener to be a plain function, or an object that can be called as one", got=repr(listener))
-    return tuple(listeners)
+def _checked(given: Sequence[T], what: str) -> tuple[T, ...]:
+    if not isinstance(given, Iterable):
+        raise MisuseError(f"a list of {what}s", got=shown(given), hint=f"Write {what}s=[it].")
+    return tuple(given)
+
+
+def _refuse_no_listener(listener: object) -> None:
+    if not callable(listener) or isinstance(listener, type) or inspect.iscoroutinefunction(listener):
+        raise MisuseError("a listener to be a plain function, or an object that can be called as one", got=shown(listener))
 
 
 def _among(known: Mapping[str, Pipeline], name: str) -> Pipeline:

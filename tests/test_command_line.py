@@ -326,6 +326,13 @@ def test_a_file_of_other_bytes_than_utf_8_is_refused(shop: Shop) -> None:
     assert imported.err.endswith(". Nothing was imported.\n")
 
 
+def test_an_input_from_a_file_that_is_not_there_is_refused(shop: Shop) -> None:
+    ran = shop.saga("run", "shop:seat", "--input", "@gone.json")
+
+    assert ran.code == Exit.MISUSE
+    assert ran.err == "saga: expected a file of JSON behind the @ of --input, got 'gone.json': No such file or directory\n"
+
+
 def test_a_run_in_memory_needs_no_file(shop: Shop) -> None:
     assert shop.saga("run", "shop:order", "--ledger", "memory:").code == Exit.COMPLETED
     assert not (shop.folder / "sagas.db").exists()

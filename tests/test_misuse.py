@@ -550,6 +550,7 @@ def untyped(value: Any) -> Any:
         (lambda: SagaCoordinator(untyped(FailFast)), r"expected a FailFast or a ContinueWithFallback policy, got .* Write FailFast\(\)."),
         (lambda: SagaCoordinator(untyped("fail_fast")), "expected a FailFast or a ContinueWithFallback policy, got 'fail_fast'"),
         (lambda: SagaCoordinator(listeners=untyped(print)), r"expected a list of listeners, got .* Write listeners=\[it\]."),
+        (lambda: SagaCoordinator(interceptors=untyped(print)), r"expected a list of interceptors, got .* Write interceptors=\[it\]."),
         (lambda: SagaCoordinator(listeners=untyped([nothing])), "expected a listener to be a plain function"),
         (lambda: SagaCoordinator(listeners=untyped([dict])), "expected a listener to be a plain function"),
         (lambda: nested(untyped(nothing)), "expected a stageflow Pipeline"),

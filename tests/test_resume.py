@@ -614,13 +614,14 @@ def test_before_anything_is_settled_a_stuck_saga_stays_as_it_is(caplog: pytest.L
     [
         ("b", "gone", "why", "expected undone, kept or retry as the verdict, for stage 'b', got 'gone'"),
         ("b", "undone", " ", "expected a note that says why, for stage 'b', got ' '"),
+        ("b", "undone", None, "expected a note that says why, for stage 'b', got None"),
         ("c", "undone", "why", "expected a stage that is stuck or in doubt, for stage 'c', got one that is undone"),
         ("a", "undone", "why", "expected a stage that is stuck or in doubt, for stage 'a', got one that is blocked"),
         ("z", "undone", "why", r"expected a stage of saga s \(a, b, c, d\), got 'z'"),
         ("b/x", "undone", "why", r"expected a stage of saga s \(a, b, c, d\), got 'b/x'"),
     ],
 )
-def test_a_word_that_makes_no_sense_is_refused_and_nothing_is_recorded(stage: str, verdict: str, note: str, message: str) -> None:
+def test_a_word_that_makes_no_sense_is_refused_and_nothing_is_recorded(stage: str, verdict: str, note: Any, message: str) -> None:
     _, _, coordinator, _, _ = stuck_saga()
     before = run(coordinator.ledger.read("s"))
 

@@ -1110,6 +1110,13 @@ def test_an_option_that_makes_no_sense_is_refused(path: Path, option: str, numbe
         make(**{option: number})
 
 
+def test_a_redact_that_is_no_function_is_refused(path: Path) -> None:
+    redact: Any = 3
+
+    with pytest.raises(MisuseError, match="expected a function for redact, got 3"):
+        SQLiteLedger(path, redact=redact)
+
+
 def test_a_ledger_says_where_it_is(path: Path) -> None:
     assert repr(SQLiteFile(path).open()) == f"SQLiteLedger({str(path)!r})"
 

@@ -577,6 +577,8 @@ def _json_object(given: str, option: str) -> dict[str, Any]:
     try:
         text = Path(given[1:]).read_text(encoding="utf-8") if given.startswith("@") else given
         found = json.loads(text)
+    except OSError as error:
+        raise MisuseError(f"a file of JSON behind the @ of {option}", got=f"{given[1:]!r}: {error.strerror}") from None
     except ValueError as error:
         raise MisuseError(f"JSON for {option}", got=str(error)) from None
     if not isinstance(found, dict):

@@ -13,6 +13,7 @@ from saga.events import AnyEvent, SagaStatus
 from saga.ledger import Entry, Ledger, moment_ago
 from saga.ledgers.rows import Acquire, Append, Beat, Prune, Pruned, Redact, Release, Request, Writer, check_name, iso
 from saga.ledgers.workers import WORKING, Worker, failed
+from saga.text import shown
 from saga.watch import outlasting
 
 MAX_EVENT_BYTES: Final = 16 * 2**20
@@ -66,6 +67,8 @@ class DurableLedger(Ledger):
                 raise MisuseError(f"a number above 0 for {what}", got=repr(number))
         if lease > _LONGEST_LEASE:
             raise MisuseError(f"a lease of at most {_LONGEST_LEASE:,} seconds", got=repr(lease))
+        if redact is not None and not callable(redact):
+            raise MisuseError("a function for redact", got=shown(redact))
         self.lease = lease
         self.max_event_bytes = max_event_bytes
         self._name = name
