@@ -63,6 +63,9 @@ class Amendments:
         state = SagaState(await events_of(self._ledger, saga_id))
         *above, (owner, leaf) = [*await run_by(self._ledger, state), *await located(self._ledger, state, path)]
         said = dataclasses.replace(said, stage=leaf)
+        for parent, _ in above:
+            # The word is for those above, too: one that is taken below and not there would have to be said again.
+            self._refuse_held(parent)
         if said.verdict is not Verdict.RETRY:
             await self._refuse_while_within(owner, said, path)
         refused = await self._settle(owner, said)
@@ -120,8 +123,7 @@ class Amendments:
 
     async def _amend(self, saga_id: str, decide: Callable[[SagaState], Awaitable[list[AnyEvent]]]) -> None:
         """Add to the ledger of a saga at rest."""
-        if saga_id in self._held.sagas:
-            raise self._held.busy(saga_id, "a saga that has come to rest", "alive")
+        self._refuse_held(saga_id)
         self._held.hold(saga_id)
         try:
             token = await self._held.acquire(saga_id)
@@ -136,6 +138,10 @@ class Amendments:
         finally:
             self._held.let_go(saga_id)
             self.record_late(saga_id)
+
+    def _refuse_held(self, saga_id: str) -> None:
+        if saga_id in self._held.sagas:
+            raise self._held.busy(saga_id, "a saga that has come to rest", "alive")
 
     def comes_late(self, saga_id: str, late: Late) -> None:
         """Record at the next occasion what nobody waited for any more."""

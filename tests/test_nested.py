@@ -467,6 +467,28 @@ def test_a_child_that_cannot_go_on_fails_its_parents_stage_until_it_is_settled()
     assert all(count == 1 for count in world.standing.values())
 
 
+def test_a_word_on_a_stage_within_is_refused_whole_while_the_saga_above_is_alive() -> None:
+    _, room = scene({"room": ()}, {"room": Script(undo_fails=9)})
+    world, beside = scene({"beside": ()}, {"beside": Script(undo_takes=10)})
+    trip = Pipeline(name="trip").with_stage("book", nested(room, IMPATIENT)).with_stage("beside", nested(beside))
+    trip = trip.with_stage("fail", fail, "work", dependencies=("book", "beside"))
+    coordinator = SagaCoordinator(IMPATIENT)
+
+    async def play() -> SagaReport:
+        running = asyncio.create_task(coordinator.run(trip, saga_id="s"))
+        await elapse(5)
+        before = await coordinator.ledger.read("s/book")
+        with pytest.raises(MisuseError, match="expected a saga that has come to rest, got saga s, which is alive"):
+            await coordinator.settle("s", "book/room", "undone", "by hand")
+        assert await coordinator.ledger.read("s/book") == before
+        return await running
+
+    report = run(play())
+
+    assert [*report.stuck] == ["book", "book/room"]
+    assert world.standing == {}
+
+
 def test_of_two_stuck_stages_of_a_child_each_is_settled_by_its_path() -> None:
     shape = {"a": (), "b": ()}
     world, child = scene(shape, {name: Script(undo_fails=9) for name in shape})
