@@ -252,6 +252,8 @@ def test_an_interceptor_that_answers_with_what_cannot_be_stored_stops_the_saga()
 
 def test_what_comes_late_and_cannot_be_stored_is_recorded_all_the_same(tmp_path: Path) -> None:
     class Deaf(Book):
+        timeout = 0.01  # by the real clock
+
         async def execute(self, ctx: SagaContext) -> StageOutput:
             while not self.how["released"].is_set():
                 try:
@@ -265,15 +267,21 @@ def test_what_comes_late_and_cannot_be_stored_is_recorded_all_the_same(tmp_path:
             return None
 
     async def main() -> tuple[Deaf, SagaReport, SagaReport, SagaReport]:
-        stage = Deaf(released=asyncio.Event())
+        stage, recorded = Deaf(released=asyncio.Event()), asyncio.Event()
         pipeline = Pipeline().with_stage("book", stage)
+
+        def listen(_: str, event: AnyEvent) -> None:
+            if isinstance(event, StageCompleted):
+                recorded.set()
+
         async with SQLiteLedger(tmp_path / "sagas.db", max_event_bytes=MOST) as ledger:
-            coordinator = SagaCoordinator(FailFast(timeout=0.01, cancel_grace=0.01), ledger=ledger)
-            first = late = await coordinator.run(pipeline, saga_id="s")
+            coordinator = SagaCoordinator(FailFast(cancel_grace=0.01), ledger=ledger, listeners=[listen])
+            first = await coordinator.run(pipeline, saga_id="s")
             stage.how["released"].set()
-            async with asyncio.timeout(5):
-                while late == first or "s" in coordinator._keeper.held.sagas:
-                    late = await coordinator.report("s")
+            await recorded.wait()
+            late = await coordinator.report("s")
+            while "s" in coordinator._keeper.held.sagas:
+                await coordinator.report("s")
             return stage, first, late, await coordinator.resume("s", pipeline, forward=False)
 
     stage, first, late, resumed = asyncio.run(main())
