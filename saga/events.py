@@ -388,8 +388,10 @@ _FAILURES: Final[Mapping[type[Event], str]] = {
 
 def at_rest(event: AnyEvent) -> AnyEvent:
     """The event without its exception object, as every ledger keeps it: a traceback holds on to all that the code had in its hands."""
-    field_name = _FAILURES.get(type(event), "")
-    failure: Failure | None = getattr(event, field_name, None)
+    field_name = _FAILURES.get(type(event))
+    if field_name is None:
+        return event  # as most do
+    failure: Failure | None = getattr(event, field_name)
     if failure is None or failure.exception is None:
         return event
     changes: dict[str, Any] = {field_name: failure.model_copy(update={"exception": None})}
