@@ -8,11 +8,11 @@ import inspect
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
 from stageflow.events import NoOpEventSink
 
-from saga.compensable import CompensationContext, Host, Inputs, UndoHost, child_id, refuse_record
+from saga.compensable import CompensationContext, Host, Inputs, UndoHost, child_id, execution_key, refuse_record
 from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
 from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
@@ -37,8 +37,20 @@ Latecomer = StageCompleted | CompensationCompleted
 """What code that was given up may come to after all."""
 STAGE_FAILED: Final = "the stage that ran it has failed"
 """Why a saga is stopped that a stage has left running."""
-Late = tuple[Latecomer, int]
-"""With it, the number of the stage's execution that it comes of: by the time that it is recorded, the stage may have run in another one."""
+
+
+class Late(NamedTuple):
+    """What code that was given up has come to after all, and of which run of its stage: that may have run again since.
+
+    Attributes:
+        event: What it has come to.
+        execution: The stage's execution that it comes of.
+        attempts: How many attempts of that had started by then.
+    """
+
+    event: Latecomer
+    execution: int
+    attempts: int
 
 
 class Keeper(Protocol):
@@ -173,7 +185,8 @@ class LiveSaga(Host, UndoHost):
 
     def comes_late(self, event: Latecomer) -> None:
         """Hand over what something given up has come to after all."""
-        self._keeper.comes_late(self.id, (event, self.journal.state.stages[event.stage].execution))
+        record = self.journal.state.stages[event.stage]
+        self._keeper.comes_late(self.id, Late(event, record.execution, record.attempts))
 
     async def note_late(self, stage: str) -> None:
         """Record what came late for a stage, before that is asked for or undone: else it would seem to have come after its undoing."""
@@ -181,8 +194,7 @@ class LiveSaga(Host, UndoHost):
 
     def forward_key(self, stage: str) -> str:
         """The idempotency key of a stage's execution."""
-        execution = self.journal.state.stages[stage].execution
-        return f"{self.id}/{stage}" if execution <= 1 else f"{self.id}/{stage}~{execution}"
+        return execution_key(self.id, stage, self.journal.state.stages[stage].execution)
 
     def next_child(self, stage: str, attempt: int) -> str:
         """The id of the next saga that an attempt of a stage runs."""
@@ -195,7 +207,7 @@ class LiveSaga(Host, UndoHost):
         state = self.journal.state
         record = state.stages[stage]
         outputs = [(name, state.stages[name].output) for name in state.graph[stage].dependencies]
-        forward_key = self.forward_key(stage)
+        key = self.forward_key(stage)
         # Whoever recognises a repeated request to undo would answer that it was carried out, which was before there was anything to undo.
         again = f"~{record.undone_too_soon + 1}" if record.undone_too_soon else ""
         given = record.late_output or (None if record.fell_back else record.output)
@@ -207,8 +219,8 @@ class LiveSaga(Host, UndoHost):
             in_doubt=record.doubt,
             cause=state.cause,
             attempt=attempt,
-            idempotency_key=f"{forward_key}/undo{again}",
-            forward_key=forward_key,
+            idempotency_key=f"{key}/undo{again}",
+            forward_key=key,
             inputs=Inputs({name: copied_output(output) for name, output in outputs if output is not None}),
             snapshot=self.root.snapshot,
             _host=self,

@@ -8,27 +8,28 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from saga.compensable import is_within
+from saga.compensable import execution_key, is_within
 from saga.errors import MisuseError
-from saga.events import CompensationCompleted, SagaEnded, StageCompleted, StageSettled, Verdict
+from saga.events import SagaEnded, StageCompleted, StageProbed, StageSettled, Verdict
+from saga.failures import Failure, FailureKind
 from saga.family import below, events_of, heard, located, report_of, report_with_children, run_by
+from saga.graph import Role
 from saga.journal import tell
 from saga.ledger import ALIVE, StageState
-from saga.recovery import SagaState
+from saga.recovery import SagaState, StageRecord
 from saga.resumption import refusal, status_at_rest
 from saga.storable import storable
 from saga.watch import start
 
 if TYPE_CHECKING:
     from saga.alive import Late, Latecomer, LiveSaga
-    from saga.events import AnyEvent, StageProbed
+    from saga.events import AnyEvent
     from saga.held import Held
     from saga.journal import Listener
     from saga.ledger import Ledger
 
 _LOG: Final = logging.getLogger("saga")
-_TOLD: Final = {StageCompleted: StageState.KEPT, CompensationCompleted: StageState.UNDONE}
-"""Where a stage stands of which a latecomer tells nothing new: a probe, a person or another attempt has told before."""
+_UNDER_WAY: Final = frozenset({StageState.RUNNING, StageState.COMPENSATING})
 
 
 class Amendments:
@@ -167,15 +168,22 @@ class Amendments:
     async def _news(self, state: SagaState, late: Sequence[Late | _Within]) -> AsyncIterator[Latecomer | StageProbed | StageSettled]:
         """What came late and tells a saga something new; record each before you ask for the next one."""
         for one in late:
+            saga_id = state.started.saga_id
             if not isinstance(one, _Within):
-                for event in _own_news(state, one):
-                    yield event
+                if state.stages[one.event.stage].state not in _UNDER_WAY:
+                    for event in _own_news(state, one):
+                        yield event
+                elif self._held.sagas[saga_id] is not None:
+                    # What it comes to first is not known yet.
+                    self._late.setdefault(saga_id, []).append(one)
+                else:
+                    _tell_of_loss(saga_id, [one])
                 continue
             child = SagaState(await events_of(self._ledger, one.saga_id))
             heard_of = heard(state, child, await report_with_children(self._ledger, child, {}))
-            if isinstance(heard_of, StageSettled) and self._held.sagas[state.started.saga_id] is not None:
+            if isinstance(heard_of, StageSettled) and self._held.sagas[saga_id] is not None:
                 # Nobody says a word on a saga before it has come to rest.
-                self._late.setdefault(state.started.saga_id, []).append(one)
+                self._late.setdefault(saga_id, []).append(one)
             elif heard_of is not None:
                 yield heard_of
 
@@ -242,21 +250,42 @@ class _Within(NamedTuple):
 
 
 def _stage_of(late: Late | _Within) -> str | None:
-    return None if isinstance(late, _Within) else late[0].stage
+    return None if isinstance(late, _Within) else late.event.stage
 
 
-def _own_news(state: SagaState, late: Late) -> Iterator[Latecomer]:
-    """What came late of a stage, if it tells something new of the execution that it comes of."""
-    event, execution = late
-    record = state.stages[event.stage]
-    is_its_own = execution == record.execution
+def _own_news(state: SagaState, late: Late) -> Iterator[Latecomer | StageProbed]:
+    """What came late of a stage, if it tells something new; what nobody but a person can make sense of, as a question."""
+    event = late.event
+    node, record = state.graph[event.stage], state.stages[event.stage]
+    # One that was to run anew and did not get its turn is done with that execution, too.
+    is_its_own = late.execution == record.execution and record.attempts > 0
+    # A probe, a person or another attempt has told before.
+    known = StageState.KEPT if isinstance(event, StageCompleted) else StageState.UNDONE
+    if is_its_own and record.state is known:
+        return
     if is_its_own and state.may_follow(event):
         yield event
-    elif not is_its_own or record.state is not _TOLD[type(event)]:
+    elif node.role is Role.PLAIN or not isinstance(event, StageCompleted):
         _tell_of_loss(state.started.saga_id, [late])
+    else:
+        yield StageProbed(stage=event.stage, landed=None, output=event.output, failure=_question(state, late, record), held=True)
+
+
+def _question(state: SagaState, late: Late, record: StageRecord) -> Failure:
+    """What came late, and what a person has to do about it."""
+    event, saga_id = late.event, state.started.saga_id
+    stage = event.stage
+    which = f"execution {late.execution} (key {execution_key(saga_id, stage, late.execution)!r})"
+    now = f"execution {record.execution} (key {execution_key(saga_id, stage, record.execution)!r})"
+    since = f"the saga had gone on with {now}" if late.execution != record.execution else "the saga had gone on without it"
+    what = f"{which} had been given up and completed late, when {since}: what it did may stand, and nothing undoes it"
+    todo = (
+        "Look in the outside world and put it right by hand, then settle it: kept if what the saga counts on stands, undone if nothing does"
+    )
+    return Failure.of(stage, FailureKind.LATE, f"{what}. {todo}", attempt=late.attempts)
 
 
 def _tell_of_loss(saga_id: str, late: Sequence[Late | _Within], error: Exception | None = None) -> None:
-    names = ", ".join(f"something in saga {one.saga_id}" if isinstance(one, _Within) else type(one[0]).__name__ for one in late)
+    names = ", ".join(f"something in saga {one.saga_id}" if isinstance(one, _Within) else type(one.event).__name__ for one in late)
     message = "saga %s: what came late (%s) could not be recorded; look at its stages in the outside world"
     _LOG.error(message, saga_id, names, exc_info=error)

@@ -351,6 +351,11 @@ def compensable(
     return _Composed(runner, given)
 
 
+def execution_key(saga_id: str, stage: str, execution: int) -> str:
+    """The idempotency key of a stage's execution."""
+    return f"{saga_id}/{stage}" if execution <= 1 else f"{saga_id}/{stage}~{execution}"
+
+
 def child_id(forward_key: str, attempt: int, number: int) -> str:
     """The id of the first, second, ... saga that an attempt of a stage runs, from the idempotency key of its execution."""
     if number > 1:

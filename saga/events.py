@@ -222,11 +222,13 @@ class StageProbed(StageEvent):
     """A stage was asked whether its effect landed.
 
     Attributes:
-        landed: The answer; None when the probe failed, or when something has come late in a saga that the stage ran.
+        landed: The answer; None when the probe failed, or when something has come late, of the stage or in a saga that it ran.
         left_within: With `landed=False`, whether sagas that it ran have left something standing; None: as before, or nobody has looked.
-        output: With `landed=True`, the output.
-        failure: With `landed=None`, how the probe failed, or where that saga stands.
+        output: With `landed=True`, the output; with `held`, what that has given which came late.
+        failure: With `landed=None`, how the probe failed, what came late, or where that saga stands.
         will_retry: Whether it is asked again.
+        held: With `landed=None`, whether nobody runs the stage again before a person has said what stands of it, or within. Where it is
+            its own code that came late (`FailureKind.LATE`), nobody asks or undoes it before that, either.
     """
 
     event: Literal["stage_probed"] = "stage_probed"
@@ -235,6 +237,7 @@ class StageProbed(StageEvent):
     output: Output | None = None
     failure: Failure | None = None
     will_retry: bool = False
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

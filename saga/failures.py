@@ -31,6 +31,8 @@ class FailureKind(StrEnum):
     """Its compensation or its probe failed."""
     CANCELLED = "cancelled"
     """It returned `StageOutput.cancel(...)` or raised `StageCancellationRequested`."""
+    LATE = "late"
+    """Code of it that had been given up came to its end when others had gone on without it: only a person can see what stands."""
 
 
 class Failure(BaseModel):
@@ -136,4 +138,5 @@ _SAID: Final = {
     FailureKind.CONTRACT: "broke its contract",
     FailureKind.COMPENSATION: "could not be compensated",
     FailureKind.CANCELLED: "cancelled",
+    FailureKind.LATE: "is in question",
 }

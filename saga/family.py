@@ -134,7 +134,8 @@ def heard(state: SagaState, child: SagaState, report: SagaReport) -> StageProbed
     if is_kept_by_word or not (is_done_with or goes_on):
         return None
     failure = Failure.raised(stage, NestedSagaFailed(report), attempt=record.attempts, kind=FailureKind.COMPENSATION)
-    return StageProbed(stage=stage, landed=None, failure=failure)
+    held = any(inner.held is not None for inner in child.stages.values())
+    return StageProbed(stage=stage, landed=None, failure=failure, held=held)
 
 
 async def is_left_alone(ledger: Ledger, state: SagaState, *, is_undone: bool) -> bool:
@@ -155,7 +156,7 @@ async def is_left_alone(ledger: Ledger, state: SagaState, *, is_undone: bool) ->
     if record.state in {StageState.KEPT, StageState.FALLBACK} and not is_undone:
         return True
     step = undo_step(node, record)
-    return step is Step.CLEAR or (step is Step.HOLD and record.state is StageState.IN_DOUBT)
+    return step is Step.CLEAR or (step is Step.HOLD and (record.is_held or record.state is StageState.IN_DOUBT))
 
 
 async def located(ledger: Ledger, state: SagaState, path: str) -> list[tuple[str, str]]:

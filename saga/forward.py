@@ -150,6 +150,9 @@ class Forward(Stages, Employer):
             if record.not_kept is not None and not record.again and any(map(self._is_due, self._state.graph.dependents[name])):
                 # They would get a text where a value was.
                 self._stop_without(name, record.not_kept)
+            if record.held is not None and record.held.failure is not None and record.is_held and self.given(name) is None:
+                # It came late while nobody ran the saga: to ask, run or replace the stage is for a person to allow.
+                self.stop(record.held.failure)
 
     def _stop_for_cancel(self) -> None:
         # Somebody cancels every task of the process; none of ours may die of it, or the saga would wait for it for ever.

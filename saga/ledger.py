@@ -74,20 +74,20 @@ _AGAIN: Final = frozenset({StageStarted, StageSkipped, StageFailed})
 TRANSITIONS: Final[Mapping[StageState, frozenset[type[Event]]]] = {
     _S.NOT_RUN: _AGAIN,
     _S.RUNNING: frozenset({StageStarted, EffectRecorded, StageCompleted, StageFailed, StageSkipped, StageProbed}),
-    _S.KEPT: _AGAIN | {StageProbed, CompensationStarted},
-    _S.FAILED: _AGAIN | {FallbackUsed, FallbackFailed, StageProbed, CompensationStarted, StageCompleted},
+    _S.KEPT: _AGAIN | {StageProbed, CompensationStarted, StageSettled},
+    _S.FAILED: _AGAIN | {FallbackUsed, FallbackFailed, StageProbed, CompensationStarted, StageCompleted, StageSettled},
     _S.FALLBACK: _AGAIN | {StageProbed, CompensationStarted, StageCompleted, StageSettled},
-    _S.CANCELLED: _AGAIN | {StageProbed, CompensationStarted},
+    _S.CANCELLED: _AGAIN | {StageProbed, CompensationStarted, StageSettled},
     _S.SKIPPED: _AGAIN | {StageProbed, CompensationStarted, StageSettled},
     _S.IN_DOUBT: _AGAIN | {FallbackUsed, FallbackFailed, StageProbed, CompensationStarted, StageCompleted, StageSettled},
     _S.COMPENSATING: frozenset({CompensationStarted, CompensationCompleted, CompensationFailed, StageProbed}),
-    _S.UNDONE: _AGAIN | {StageProbed, StageCompleted},
-    _S.STUCK: _AGAIN | {CompensationCompleted, StageCompleted, StageSettled},
+    _S.UNDONE: _AGAIN | {StageProbed, StageCompleted, StageSettled},
+    _S.STUCK: _AGAIN | {StageProbed, CompensationCompleted, StageCompleted, StageSettled},
 }
 """Which events may follow in which state of a stage. BLOCKED is missing: it is read off the other stages.
 
 A stage that has ended runs again only in a saga that was resumed, completes then only late, and is settled only in doubt or stuck. One
-that was done with and is asked for once more can't answer: something has come late in a saga that it ran.
+that was done with and is asked for once more can't answer: something of it has come late, or in a saga that it ran.
 """
 
 

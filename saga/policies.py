@@ -40,7 +40,7 @@ Count = Annotated[int, Field(strict=True, ge=1)]
 
 _NEVER_RETRIED: Final = frozenset({FailureKind.CANCELLED, FailureKind.INTERRUPTED, FailureKind.CONTRACT})
 # In which ways one attempt fails; what ran in a process that is gone is `resume`'s to repeat.
-_RETRIED: Final = tuple(kind.value for kind in FailureKind if kind not in {*_NEVER_RETRIED, FailureKind.CRASHED})
+_RETRIED: Final = tuple(kind.value for kind in FailureKind if kind not in {*_NEVER_RETRIED, FailureKind.CRASHED, FailureKind.LATE})
 
 
 def _names(value: Any, info: ValidationInfo) -> tuple[str, ...] | None:

@@ -107,6 +107,7 @@ class StageRecord:
         not_kept: What of its output the ledger could not keep, and why: nothing can go on from that.
         late_output: What it gave when nobody waited for it any more.
         settled: What a person said of it last.
+        held: What came late and waits for a person's word on the stage, or within; None if nothing does.
         may_repeat: Though it is in doubt: a person said so.
         undo_in_question: A process died while it was being compensated.
         undone_in_part: Its compensation has failed, and a part of it may be undone.
@@ -146,6 +147,7 @@ class StageRecord:
     not_kept: str | None = None
     late_output: StageOutput | None = None
     settled: StageSettled | None = None
+    held: StageProbed | None = None
     may_repeat: bool = False
     undo_in_question: bool = False
     undone_in_part: bool = False
@@ -160,6 +162,11 @@ class StageRecord:
     undo_failure: Failure | None = None
     tries: tuple[Try, ...] = ()
     undo_tries: tuple[Try, ...] = ()
+
+    @property
+    def is_held(self) -> bool:
+        """Something of it came late, and whatever it can be asked or undone with would be about another execution than that of it."""
+        return self.held is not None and self.held.failure is not None and self.held.failure.kind is FailureKind.LATE
 
     @property
     def is_due_anew(self) -> bool:
@@ -180,9 +187,9 @@ class StageRecord:
 
     def forget(self) -> None:
         """Nothing of the execution that is over stands, also where another one does not begin; its number is not given again."""
-        execution = self.execution
+        execution, held = self.execution, self.held if self.is_held else None
         vars(self).clear()
-        self.execution = execution
+        self.execution, self.held = execution, held
 
 
 class SagaState:
@@ -336,6 +343,9 @@ class SagaState:
         if not self.may_follow(event):
             raise self._contradiction(f"stage {event.stage!r} in state {record.state.value}", event)
         self._FOLD[type(event)](self, record, event)
+        if record.held is not None and record.is_held:
+            # Whatever becomes known of another execution.
+            record.doubt = True
 
     def may_follow(self, event: StageEvent) -> bool:
         """Whether the state of its stage lets the event follow."""
@@ -352,8 +362,8 @@ class SagaState:
             return True
         if kind in _BEGINNINGS:
             return record.again
-        if kind is StageProbed and state in {_S.KEPT, _S.CANCELLED, _S.UNDONE}:
-            # Nobody asks a stage that was done with: something has come late within.
+        if kind is StageProbed and state in {_S.KEPT, _S.CANCELLED, _S.UNDONE, _S.STUCK}:
+            # Nobody asks a stage that was done with, or is stuck: something has come late, of it or within.
             return event.landed is None  # type: ignore[attr-defined] # of this kind
         if kind is StageSettled:
             return (record.doubt or state is _S.STUCK) and self.ended_at is not None
@@ -378,6 +388,7 @@ class SagaState:
         record.with_branch, record.skip_reason, record.may_repeat, record.gave_up = False, None, False, False
         record.late_to_undoing = False
         record.is_acting, record.attempts, record.execution = True, event.attempt, event.execution
+        self._let_go(record)
         record.tries = (*record.tries, Try(event.at))
 
     def _effect_recorded(self, record: StageRecord, event: EffectRecorded) -> None:
@@ -402,6 +413,9 @@ class SagaState:
             case _S.FALLBACK:
                 record.landed, record.doubt = True, False
                 return
+            case _S.IN_DOUBT if record.late_to_undoing:
+                # Another attempt of it has come so before.
+                pass
             case _S.STUCK:
                 record.landed, record.doubt = True, False
             case _:
@@ -456,7 +470,8 @@ class SagaState:
     def _stage_probed(self, record: StageRecord, event: StageProbed) -> None:
         if event.failure is not None:
             self.failures.append(event.failure)
-            record.undo_failure = event.failure
+            if event.failure.kind is not FailureKind.LATE:
+                record.undo_failure = event.failure
         if event.will_retry:
             return
         record.stands_in_part = record.stands_in_part if event.left_within is None else event.left_within
@@ -470,6 +485,7 @@ class SagaState:
             self._comes_into_question(record, event)
             return
         record.answer, record.doubt = event.landed, False
+        self._let_go(record)
         if record.state in {_S.FALLBACK, _S.SKIPPED}:
             # What stands in for it was used already: what it gave comes too late.
             record.landed, record.late_output = event.landed, event.output
@@ -482,8 +498,13 @@ class SagaState:
             record.state, record.landed, record.anew = (_S.UNDONE if is_undone else _S.FAILED), False, is_undone or record.anew
 
     def _comes_into_question(self, record: StageRecord, event: StageProbed) -> None:
-        """Nobody can tell what stands of it, also where it was done with: something has come late within."""
+        """Nobody can tell what stands of it, also where it was done with: something has come late, of it or within."""
         self.is_spotless = False
+        if event.held and not record.is_held:
+            record.held = event
+        if event.failure is not None and event.failure.kind is FailureKind.LATE:
+            # What is known of the execution that stands stays so, and the saga goes the way that follows from it.
+            return
         record.failure = record.failure or event.failure
         if record.state is not _S.UNDONE:
             record.answer, record.unanswered, record.doubt = None, True, True
@@ -495,6 +516,11 @@ class SagaState:
         record.doubt = not (record.landed or record.effects)
         record.undone_in_part, record.state = not record.doubt, _S.STUCK
         self._unstick(record)
+
+    def _let_go(self, record: StageRecord) -> None:
+        """What came late within waits no more for a person: the stage has found out itself."""
+        if not record.is_held:
+            record.held = None
 
     def _compensation_started(self, record: StageRecord, event: CompensationStarted) -> None:
         if self.status is not SagaStatus.COMPENSATING:
@@ -508,6 +534,7 @@ class SagaState:
 
     def _compensation_completed(self, record: StageRecord, event: CompensationCompleted) -> None:
         record.state, record.doubt, record.undone_in_part = _S.UNDONE, False, False
+        self._let_go(record)
         record.undo_ended_at = event.at
         record.undo_tries = _ended(record.undo_tries, event.at)
 
@@ -526,6 +553,10 @@ class SagaState:
     def _stage_settled(self, record: StageRecord, event: StageSettled) -> None:
         self.is_spotless = False
         record.settled = event
+        if event.verdict is Verdict.RETRY:
+            self._let_go(record)
+        else:
+            record.held = None
         record.undone_in_part = record.undone_in_part and event.verdict is Verdict.RETRY
         match event.verdict:
             case Verdict.UNDONE:
@@ -593,7 +624,11 @@ class Step(Enum):
 
 def undo_step(node: Node, record: StageRecord) -> Step:
     """What undoing this stage comes to next."""
-    if node.role is Role.PLAIN or record.state is _S.UNDONE:
+    if node.role is Role.PLAIN:
+        return Step.CLEAR
+    if record.is_held and record.state is not _S.COMPENSATING:
+        return Step.HOLD
+    if record.state is _S.UNDONE:
         return Step.CLEAR
     if record.state is _S.STUCK:
         return Step.HOLD
@@ -831,12 +866,14 @@ def final_status(state: SagaState, policy: FailFast | ContinueWithFallback) -> S
         scope = undo_scope(state, policy, state.reason)
         unsettled = unsettled or any(undo_step(state.graph[name], state.stages[name]) is not Step.CLEAR for name in scope)
     # What is stuck may have left the scope: what came late, or a person's word, has given a use to what it was to be undone for.
-    if unsettled or any(record.state is _S.STUCK for record in state.stages.values()):
+    if unsettled or any(record.state is _S.STUCK or record.is_held for record in state.stages.values()):
         return SagaStatus.STUCK
     if state.reason not in {None, TurnReason.ORPHANS}:
         return SagaStatus.HALTED if protected(state) else SagaStatus.COMPENSATED
     if not any(record.with_branch or record.failed for record in state.stages.values()):
-        return SagaStatus.COMPLETED
+        # What was undone, be it by hand, did not do its part, unless it skipped itself or something stands in: it can be run once more.
+        lacks = any(record.state is _S.UNDONE and record.skip_reason is None and not record.fell_back for record in state.stages.values())
+        return SagaStatus.HALTED if lacks else SagaStatus.COMPLETED
     useless = orphans(state)
     if any(record.state is _S.KEPT or record.fell_back for name, record in state.stages.items() if name not in useless):
         return SagaStatus.DEGRADED

@@ -152,6 +152,7 @@ class StageReport:
                 failure=record.undo_failure,
                 tries=record.undo_tries,
             )
+        late_output = record.late_output or (None if record.held is None else record.held.output)
         return cls(
             state=state,
             output=None if record.output is None else copied_output(record.output),
@@ -163,7 +164,7 @@ class StageReport:
             effects=tuple([copied(effect) for effect in record.effects]),
             fallback=record.fell_back,
             skip_reason=record.skip_reason,
-            late_output=None if record.late_output is None else copied_output(record.late_output),
+            late_output=None if late_output is None else copied_output(late_output),
             executions=record.execution,
             settled=None if record.settled is None else Settlement.of(record.settled),
             children=children,
@@ -490,7 +491,8 @@ class NestedSagaFailed(SagaError):
 
 
 def _why(report: SagaReport) -> str:
-    """What is in the way of a child: what could not be undone, else what stopped it."""
+    """What is in the way of a child: what could not be undone, else what came late, else what stopped it."""
     stuck = [failure for failure in report.failures if failure.kind is FailureKind.COMPENSATION and failure.stage in report.stuck]
+    stuck = stuck or [failure for failure in report.failures if failure.kind is FailureKind.LATE and failure.stage in report.in_doubt]
     said = stuck[-1] if stuck else report.cause
     return f": {said}" if said is not None else ""

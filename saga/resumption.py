@@ -200,6 +200,14 @@ def crashed(state: SagaState, *, goes_on: bool) -> list[StageFailed | Compensati
 
 
 def _refuse_undecided(state: SagaState) -> None:
+    held = [name for name, record in state.stages.items() if record.held is not None]
+    if held:
+        raise MisuseError(
+            "a saga in which nothing that came late waits for a person",
+            got=f"{', '.join(held)} in doubt, of which something came late",
+            hint="Look what stands, put it right by hand, then say so, of the innermost stage: "
+            "settle(saga_id, stage, 'kept' or 'undone', note).",
+        )
     names = undecided(state)
     if names:
         raise MisuseError(
@@ -231,6 +239,10 @@ def refusal(state: SagaState, said: StageSettled) -> MisuseError | None:
     shown = stage_states(state, state.policy)[said.stage]
     if shown not in {StageState.STUCK, StageState.IN_DOUBT}:
         return MisuseError("a stage that is stuck or in doubt", got=f"one that is {shown.value}", stage=said.stage)
+    if said.verdict is Verdict.RETRY and record.is_held:
+        return MisuseError(
+            "undone or kept", got="retry", stage=said.stage, hint="Something of it came late: to ask, undo or run it tells nothing of that."
+        )
     # Going forward, a retry runs it once more; going backward, something has to be there to be tried.
     if (
         said.verdict is Verdict.RETRY

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
-from stageflow.api import Pipeline, StageContext, StageOutput
+from stageflow.api import Pipeline, StageContext, StageOutput, StageStatus
 
 from saga import (
     CompensableStage,
@@ -29,8 +31,8 @@ from saga import (
     StageState,
     nested,
 )
-from saga.events import CompensationFailed, SagaEnded, StageCompleted, StageSettled
-from saga.failures import Failure
+from saga.events import CompensationFailed, FallbackUsed, SagaEnded, StageCompleted, StageSettled
+from saga.failures import Failure, FailureKind
 from tests.controlled import elapse, run
 from tests.slow import SlowLedger
 from tests.world import Script, World, scene
@@ -575,34 +577,6 @@ def test_a_compensation_that_comes_late_when_another_attempt_has_undone_its_stag
     assert world.undone() == ["deaf", "a"]
 
 
-def test_what_comes_late_of_an_execution_before_is_not_taken_for_the_one_that_stands(caplog: pytest.LogCaptureFixture) -> None:
-    """Its effect stands under another key: nobody but a person can see to it."""
-
-    class Doubted(Doubtful):
-        async def execute(self, ctx: SagaContext) -> Any:
-            if ctx.idempotency_key == "s/deaf":
-                await self._wait()
-            return StageOutput.ok(key=ctx.idempotency_key)
-
-    world = World({"deaf": ()})
-
-    async def main() -> SagaReport:
-        stage = Doubted(world)
-        pipeline = Pipeline().with_stage("deaf", stage)
-        coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2))
-        await coordinator.run(pipeline, saga_id="s")
-        await coordinator.resume("s", pipeline, forward=True)
-        stage.released.set()
-        await elapse(1)
-        return await coordinator.report("s")
-
-    report = run(main())
-
-    assert report.kept["deaf"].data == {"key": "s/deaf~2"}
-    assert report.stages["deaf"].late_output is None
-    assert "what came late (StageCompleted) could not be recorded; look at its stages in the outside world" in caplog.text
-
-
 def test_what_comes_late_while_a_person_settles_the_saga_is_recorded_behind_that() -> None:
     world = World({"deaf": (), "other": ()})
 
@@ -1105,3 +1079,371 @@ def test_what_comes_late_in_a_saga_that_broke_off_does_not_bring_it_to_its_end()
     assert late.ended_at is None
     assert recovered.status is SagaStatus.COMPENSATED
     assert world.standing == {}
+
+
+# -- when its stage has run in another execution since ------------------------------------------------------------------
+
+
+class Again(Doubtful):
+    """Its first execution is deaf, each other one comes to `then` at once. Each has its effect under its own key."""
+
+    def __init__(self, world: World, then: str = "ok") -> None:
+        super().__init__(world)
+        self.then = then
+        self.refunds_fail = False
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        if ctx.idempotency_key == "s/deaf":
+            await self._wait()
+        elif self.then == "raise":
+            raise ValueError
+        elif self.then != "ok":
+            return StageOutput(status=StageStatus(self.then))
+        self.world.land(ctx.idempotency_key)
+        return StageOutput.ok(charged=ctx.idempotency_key)
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        if self.refunds_fail:
+            raise OSError
+        self.undone_with.append(ctx.forward_key)
+        if ctx.forward_key in self.world.standing:
+            self.world.undo(ctx.forward_key)
+
+
+class AgainAskable(Again):
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        if ctx.forward_key == "s/deaf" and not self.released.is_set():
+            raise OSError
+        self.undone_with.append(f"asked {ctx.forward_key}")
+        return StageOutput.ok(found=True) if ctx.forward_key in self.world.standing else None
+
+
+INSTEAD_OF_IT = ContinueWithFallback(timeout=10, cancel_grace=2, fallbacks={"deaf": {"charged": None}})
+
+
+@dataclass
+class Held:
+    """What a saga that something came late in says, and what became of it.
+
+    Attributes:
+        before: Before that.
+        late: After it.
+        resumed: When somebody has then gone on all the same; None: it was refused.
+        compensated: When somebody has asked to undo it.
+        undone_with: What the code of its stage was called with until then.
+        settled: When a person has said what stands.
+    """
+
+    before: SagaReport
+    late: SagaReport
+    resumed: SagaReport | None
+    compensated: SagaReport
+    undone_with: list[Any]
+    settled: SagaReport
+
+
+async def held(
+    coordinator: SagaCoordinator, stage: Deaf, pipeline: Pipeline, verdict: str, put_right: Callable[[], None] = lambda: None
+) -> Held:
+    """Let the stage of a saga come late, go on with that, and settle it."""
+    before = await coordinator.report("s")
+    stage.released.set()
+    await settled_down()
+    late = await coordinator.report("s")
+    stage.undone_with.clear()
+    resumed = None
+    with contextlib.suppress(MisuseError):
+        resumed = await coordinator.resume("s", pipeline)
+    with pytest.raises(MisuseError, match="nothing that came late waits for a person, got deaf in doubt, of which something came late"):
+        await coordinator.resume("s", pipeline, forward=True)
+    compensated = await coordinator.compensate("s", pipeline)
+    with pytest.raises(MisuseError, match=r"undone or kept, for stage 'deaf', got retry\. Something of it came late"):
+        await coordinator.settle("s", "deaf", "retry", "try")
+    undone_with = [*stage.undone_with]
+    put_right()
+    return Held(before, late, resumed, compensated, undone_with, await coordinator.settle("s", "deaf", verdict, "looked"))
+
+
+@pytest.mark.parametrize("kind", [Again, AgainAskable])
+@pytest.mark.parametrize(
+    ("then", "policy", "before", "late", "undone", "kept"),
+    [
+        ("ok", PROMPT, "completed", "stuck", "halted", "completed"),
+        ("skip", PROMPT, "completed", "stuck", "completed", "completed"),
+        ("cancel", PROMPT, "cancelled", "halted", "cancelled", "cancelled"),
+        ("cancel", PROMPT.model_copy(update={"on_cancel": "compensate"}), "compensated", "stuck", "compensated", "halted"),
+        ("raise", PROMPT, "compensated", "stuck", "compensated", "halted"),
+        ("raise", PROMPT.model_copy(update={"on_failure": "halt"}), "halted", "halted", "halted", "halted"),
+        ("raise", INSTEAD_OF_IT, "degraded", "stuck", "degraded", "degraded"),
+    ],
+)
+@pytest.mark.parametrize("verdict", ["undone", "kept"])
+def test_what_comes_late_of_an_execution_before_waits_for_a_person(
+    kind: type[Again], then: str, policy: Policy, before: str, late: str, undone: str, kept: str, verdict: str
+) -> None:
+    """Promise 5: it stands under a key that nothing would be undone with, or asked for, and the saga was compensated, or completed."""
+    world = World({"deaf": ()})
+
+    def put_right() -> None:
+        for key in [*world.standing]:
+            if verdict == "undone" or key == "s/deaf":
+                world.undo(key)
+
+    async def main() -> Held:
+        stage = kind(world, then)
+        pipeline = Pipeline(name="trip").with_stage("deaf", stage)
+        coordinator = SagaCoordinator(PROMPT)
+        await coordinator.run(pipeline, saga_id="s")
+        await coordinator.resume("s", pipeline, forward=True, policy=policy)
+        return await held(coordinator, stage, pipeline, verdict, put_right)
+
+    went = run(main())
+
+    assert went.before.status.value == before
+    assert went.late.status.value == late
+    assert [*went.late.in_doubt] == ["deaf"]
+    assert not went.late.clean
+    assert went.late.stages["deaf"].late_output == StageOutput.ok(charged="s/deaf")
+    assert went.late.stages["deaf"].output == went.before.stages["deaf"].output
+    question = went.late.failures[-1]
+    assert (question.stage, question.kind) == ("deaf", FailureKind.LATE)
+    assert question.message.startswith(
+        "execution 1 (key 's/deaf') had been given up and completed late, when the saga had gone on with execution 2 (key 's/deaf~2'): "
+        "what it did may stand, and nothing undoes it. Look in the outside world"
+    )
+    assert question.message in str(went.late)
+    assert "saga settle s deaf undone" in str(went.late)
+    assert went.undone_with == []
+    assert went.compensated.in_doubt.keys() == {"deaf"}
+    assert went.settled.clean
+    assert went.settled.status.value == (undone if verdict == "undone" else kept)
+    assert world.standing == ({"s/deaf~2": 1} if then == "ok" and verdict == "kept" else {})
+
+
+@pytest.mark.parametrize("verdict", ["undone", "kept"])
+@pytest.mark.parametrize("refunds_fail", [False, True])
+def test_what_comes_late_of_an_execution_before_waits_for_a_person_also_when_the_one_after_was_to_be_undone(
+    refunds_fail: bool, verdict: str
+) -> None:
+    world = World({"a": (), "deaf": ("a",)})
+
+    async def main() -> Held:
+        stage = Again(world)
+        a = scene({"a": ()})[1].stages["a"].runner
+        pipeline = Pipeline(name="trip").with_stage("a", a).with_stage("deaf", stage, dependencies=("a",))
+        coordinator = SagaCoordinator(PROMPT.model_copy(update={"compensation": Compensation(retry=Retry(attempts=1))}))
+        await coordinator.run(pipeline, saga_id="s")
+        await coordinator.resume("s", pipeline, forward=True)
+        stage.refunds_fail = refunds_fail
+        await coordinator.compensate("s", pipeline)
+        return await held(coordinator, stage, pipeline, verdict)
+
+    went = run(main())
+
+    assert went.before.status is (SagaStatus.STUCK if refunds_fail else SagaStatus.COMPENSATED)
+    assert went.late.stages["deaf"].state is (S.STUCK if refunds_fail else S.IN_DOUBT)
+    assert went.late.status is SagaStatus.STUCK
+    assert went.late.failures[-1].kind is FailureKind.LATE
+    assert went.late.failures[-1].message in str(went.late)
+    assert went.undone_with == []
+    assert went.settled.stages["deaf"].state is (S.UNDONE if verdict == "undone" else S.KEPT)
+    assert went.settled.status is (SagaStatus.HALTED if verdict == "kept" else SagaStatus.STUCK if refunds_fail else SagaStatus.COMPENSATED)
+
+
+@pytest.mark.parametrize("end", ["ok", "raise"])
+def test_what_comes_late_of_an_execution_before_while_the_saga_is_alive_turns_it_nowhere_and_holds_back_what_it_depends_on(
+    end: str,
+) -> None:
+    world, others = scene({"a": (), "slow": ("a",)}, {"slow": Script("ok", before=20, then=(end,))})
+    world.dependencies["deaf"] = ("a",)
+
+    async def main() -> SagaReport:
+        stage = Again(world)
+        pipeline = others.with_stage("deaf", stage, dependencies=("a",))
+        coordinator = SagaCoordinator(FailFast(cancel_grace=2))
+        stage.timeout = 10  # type: ignore[misc] # of this one alone
+        await coordinator.run(pipeline, saga_id="s")
+        running = asyncio.create_task(coordinator.resume("s", pipeline, forward=True))
+        await elapse(5)
+        stage.released.set()
+        return await running
+
+    report = run(main())
+
+    assert report.status is SagaStatus.STUCK
+    assert [*report.in_doubt] == ["deaf"]
+    assert report.failures[-1].kind is FailureKind.LATE
+    assert report.stages["slow"].state is (S.KEPT if end == "ok" else S.FAILED)
+    assert report.stages["a"].state is (S.KEPT if end == "ok" else S.BLOCKED)
+    assert report.cause is None or report.cause.kind is FailureKind.EXCEPTION
+    assert world.standing.keys() == {"a", "s/deaf", "s/deaf~2", *(["slow"] if end == "ok" else [])}
+    assert world.refusals == []
+
+
+def test_what_comes_late_of_an_attempt_that_another_one_has_cancelled_waits_for_a_person() -> None:
+    """It is the same execution, and a word of that one's own says that it has had no effect."""
+    world = World({"deaf": ()})
+
+    class Cancels(Deaf):
+        idempotent = True
+
+        async def execute(self, ctx: SagaContext) -> Any:
+            return await super().execute(ctx) if ctx.attempt == 1 else StageOutput.cancel("enough")
+
+    async def main() -> Held:
+        stage = Cancels(world)
+        pipeline = Pipeline(name="trip").with_stage("deaf", stage)
+        coordinator = SagaCoordinator(PROMPT)
+        await coordinator.run(pipeline, saga_id="s")
+        await coordinator.resume("s", pipeline, forward=True)
+        return await held(coordinator, stage, pipeline, "undone", lambda: world.undo("deaf"))
+
+    went = run(main())
+
+    assert went.before.status is SagaStatus.CANCELLED
+    assert went.late.status is SagaStatus.HALTED
+    assert [*went.late.in_doubt] == ["deaf"]
+    assert "execution 1 (key 's/deaf') had been given up and completed late, when the saga had gone on without it" in str(went.late)
+    assert went.settled.status is SagaStatus.CANCELLED
+    assert went.settled.clean
+
+
+def test_a_second_attempt_that_comes_late_to_what_was_undone_answers_no_more_than_the_first() -> None:
+    """Promise 5: it was kept, though a person had said that it was undone, and had undone it."""
+    world = World({"deaf": ()})
+
+    class Repeated(Deaf):
+        idempotent = True
+
+        async def execute(self, ctx: SagaContext) -> Any:
+            self.world.standing["deaf"] = 1
+            await self._wait()
+            return self.outcome()
+
+    async def main() -> SagaReport:
+        stage = Repeated(world)
+        pipeline = Pipeline(name="trip").with_stage("deaf", stage)
+        coordinator = SagaCoordinator(PROMPT)
+        await coordinator.run(pipeline, saga_id="s")
+        await coordinator.resume("s", pipeline, forward=True)
+        await coordinator.settle("s", "deaf", "undone", "put right")
+        world.undo("deaf")
+        stage.released.set()
+        await settled_down()
+        return await coordinator.report("s")
+
+    report = run(main())
+
+    assert [*report.in_doubt] == ["deaf"]
+    assert report.status is SagaStatus.STUCK
+
+
+class BreaksAt(MemoryLedger):
+    """Can't record such an event, once."""
+
+    def __init__(self, breaks_at: Callable[[Any], bool]) -> None:
+        super().__init__()
+        self.breaks_at: Callable[[Any], bool] | None = breaks_at
+
+    async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
+        if self.breaks_at is not None and any(map(self.breaks_at, events)):
+            self.breaks_at = None
+            raise OSError("disk full")
+        await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
+
+
+def test_what_came_late_in_a_saga_that_broke_off_is_neither_replaced_nor_run_when_that_is_recovered() -> None:
+    world = World({"deaf": ()})
+
+    async def main() -> SagaReport:
+        stage = Again(world, "raise")
+        pipeline = Pipeline(name="trip").with_stage("deaf", stage)
+        coordinator = SagaCoordinator(PROMPT, ledger=BreaksAt(lambda event: isinstance(event, FallbackUsed)))
+        await coordinator.run(pipeline, saga_id="s")
+        with pytest.raises(LedgerError):
+            await coordinator.resume("s", pipeline, forward=True, policy=INSTEAD_OF_IT)
+        stage.released.set()
+        await settled_down()
+        return (await coordinator.recover(pipeline)).reports["s"]
+
+    report = run(main())
+
+    assert report.status is SagaStatus.STUCK
+    assert [*report.in_doubt] == ["deaf"]
+    assert report.fallbacks == ()
+    assert report.cause is not None
+    assert report.cause.kind is FailureKind.LATE
+
+
+def test_what_comes_late_in_a_saga_that_broke_off_while_its_stage_ran_again_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    world = World({"deaf": ()})
+
+    async def main() -> SagaReport:
+        stage = Again(world)
+        pipeline = Pipeline(name="trip").with_stage("deaf", stage)
+        ledger = BreaksAt(lambda event: isinstance(event, StageCompleted) and not event.late)
+        coordinator = SagaCoordinator(PROMPT, ledger=ledger)
+        await coordinator.run(pipeline, saga_id="s")
+        with pytest.raises(LedgerError):
+            await coordinator.resume("s", pipeline, forward=True)
+        stage.released.set()
+        await settled_down()
+        return await coordinator.report("s")
+
+    report = run(main())
+
+    assert report.stages["deaf"].state is S.RUNNING
+    assert "what came late (StageCompleted) could not be recorded; look at its stages in the outside world" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["kept", "undone", "compensate"])
+def test_the_sagas_above_wait_for_a_person_with_one_in_which_an_execution_before_came_late(way: str) -> None:
+    """Resumed meanwhile, they would turn back because it can't go on; undone, they are, but for what it holds back."""
+    world, others = scene({"other": ()})
+
+    class Renewed(Again):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            if ctx.idempotency_key != "s/child/deaf":
+                return await super().execute(ctx)
+            await self._wait()
+            self.world.land("first")
+            return StageOutput.ok()
+
+    async def main() -> list[SagaReport]:
+        stage = Renewed(world)
+        halting = PROMPT.model_copy(update={"on_failure": "halt"})
+        trip = others.with_stage("child", nested(nested_in(stage), halting), dependencies=("other",))
+        coordinator = SagaCoordinator(FailFast(on_failure="halt"))
+        await coordinator.run(trip, saga_id="s")
+        await coordinator.settle("s", "child/deaf", "undone", "not in their books")
+        first = await coordinator.resume("s", trip)
+        stage.released.set()
+        await settled_down()
+        late = await coordinator.report("s")
+        with pytest.raises(MisuseError, match="got child in doubt, of which something came late"):
+            await coordinator.resume("s", trip)
+        if way == "compensate":
+            stuck = await coordinator.compensate("s", trip)
+            for key in ("first", "s/child/deaf~2"):
+                world.standing.pop(key)
+            await coordinator.settle("s", "child/deaf", "undone", "looked")
+            return [first, late, stuck, await coordinator.resume("s", trip)]
+        world.standing.pop("first")
+        if way == "undone":
+            world.standing.pop("s/child/deaf~2")
+        settled = await coordinator.settle("s", "child/deaf", way, "looked")
+        return [first, late, settled, await coordinator.resume("s", trip)]
+
+    first, late, then, last = run(main())
+
+    assert first.status is SagaStatus.COMPLETED
+    assert late.status is SagaStatus.STUCK
+    assert [*late.in_doubt] == ["child", "child/deaf"]
+    assert "stage 'deaf' is in question: execution 1" in late.failures[-1].message
+    if way == "compensate":
+        assert [*then.stuck] == ["child"]
+        assert [*then.blocked] == ["other"]
+    assert last.status is (SagaStatus.COMPENSATED if way == "compensate" else SagaStatus.COMPLETED)
+    assert last.clean
+    number = {"kept": 2, "undone": 3, "compensate": 0}[way]
+    assert world.standing.keys() == ({"other", f"s/child/deaf~{number}"} if number else set())

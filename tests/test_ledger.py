@@ -60,6 +60,7 @@ GRAPH = Graph.of([Node(name="b", dependencies=("a",), role=Role.COMPENSABLE), No
 STARTED = SagaStarted(saga_id="s", pipeline="p", graph=GRAPH, policy=FailFast(), input={"input_text": "x"})
 OUTPUT = StageOutput.ok(amount=1)
 FAILURE = Failure.of("a", FailureKind.REPORTED, "no")
+LATE = StageProbed(stage="a", landed=None, output=OUTPUT, failure=Failure.of("a", FailureKind.LATE, "too late"), held=True)
 ALL: list[AnyEvent] = [
     STARTED,
     StageStarted(stage="a", attempt=1),
@@ -70,6 +71,7 @@ ALL: list[AnyEvent] = [
     FallbackUsed(stage="a", output=OUTPUT, source="policy"),
     FallbackFailed(stage="a", failure=FAILURE),
     StageProbed(stage="a", landed=None, failure=FAILURE, will_retry=True),
+    LATE,
     SagaStopped(cause=FAILURE),
     SagaTurnedBack(reason=TurnReason.FAILURE, cause=FAILURE),
     CompensationStarted(stage="a", attempt=1),
@@ -167,6 +169,8 @@ def histories(before: StageState) -> list[tuple[str, list[AnyEvent]]]:
     if before in PLAIN_PATHS:
         backward = [*path[:0], *PATHS[StageState.KEPT], *PLAIN_PATHS[before], *PATHS[StageState.UNDONE][2:]]
         found.append(("p", [*backward, HALTED, RUNS_ON]))
+    if before in {StageState.KEPT, StageState.FAILED, StageState.CANCELLED, StageState.UNDONE}:
+        found.append(("a", [*path, LATE, HALTED]))
     if before is StageState.SKIPPED:
         found.append(("a", [*UNSURE, *path, HALTED]))
     if before is StageState.FALLBACK:

@@ -63,7 +63,7 @@ def _of_stage(event: StageEvent) -> str:
         case FallbackFailed():
             return f"its fallback failed: {said(event.failure)}"
         case StageProbed():
-            return f"asked, {_answer(event)}"
+            return _answer(event)
         case StageSettled():
             return f"settled as {event.verdict.value} by {event.by}: {event.note}"
         case _:
@@ -93,9 +93,11 @@ def _again(event: StageFailed | CompensationFailed | StageProbed) -> str:
 
 
 def _answer(event: StageProbed) -> str:
+    if event.failure is not None and event.failure.kind is FailureKind.LATE:
+        return said(event.failure)
     if event.failure is not None:
-        return f"no answer: {said(event.failure)}{_again(event)}"
-    return "it has landed" if event.landed else "it has not landed"
+        return f"asked, no answer: {said(event.failure)}{_again(event)}"
+    return f"asked, it has {'' if event.landed else 'not '}landed"
 
 
 def said(failure: Failure) -> str:

@@ -119,6 +119,8 @@ def _stage_probed(event: StageProbed) -> _Words:
         return logging.DEBUG, f"stage {event.stage!r} was probed: its effect {'landed' if event.landed else 'did not land'}"
     if event.will_retry:
         return logging.WARNING, f"the probe of stage {event.stage!r} failed; another attempt follows: {event.failure}"
+    if event.failure is not None and event.failure.kind is FailureKind.LATE:
+        return logging.ERROR, str(event.failure)
     return logging.ERROR, f"the probe of stage {event.stage!r} failed, so it is in doubt: {event.failure}"
 
 

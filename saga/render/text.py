@@ -34,8 +34,8 @@ SIGNS: Final = {
 
 
 _MINUTE: Final = 60
-_BACKWARD: Final = frozenset({FailureKind.COMPENSATION, FailureKind.CRASHED})
-"""How compensations and probes fail, and no fallback does."""
+_BACKWARD: Final = frozenset({FailureKind.COMPENSATION, FailureKind.CRASHED, FailureKind.LATE})
+"""How compensations and probes fail, and no fallback does; and what is no failure of its code's."""
 _OPEN: Final = frozenset({StageState.RUNNING, StageState.COMPENSATING, StageState.STUCK, StageState.BLOCKED, StageState.IN_DOUBT})
 """The states of stages with which nobody thinks to be done."""
 _CAME_TO_NOTHING: Final = frozenset(
@@ -107,8 +107,9 @@ def _row(name: str, stage: StageReport, report: SagaReport) -> tuple[str, str, s
 def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
     """What there is to explain about a stage; empty if nothing is."""
     undo = stage.compensation
+    held = [failure.message for failure in _held(name, stage, report)]
     if stage.state is StageState.STUCK and undo is not None and undo.failure is not None:
-        return f"its compensation failed {_times(undo.attempts)}, the last: {_said(undo.failure)}"
+        return "; ".join([f"its compensation failed {_times(undo.attempts)}, the last: {_said(undo.failure)}", *held])
     parts = [f"something of its saga {child.saga_id} is stuck, blocked or in doubt" for child in troubled(stage)]
     parts += [f"its saga {saga_id} can't be read" for saga_id in stage.unread]
     if stage.state is StageState.SKIPPED:
@@ -116,7 +117,8 @@ def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
     parts += ["held back by what is stuck, in doubt or not undone"] if stage.state is StageState.BLOCKED else []
     if stage.settled is not None:
         parts.append(f"settled as {stage.settled.verdict.value} by {stage.settled.by}: {stage.settled.note}")
-    if stage.late_output is not None:
+    parts += held
+    if stage.late_output is not None and not held:
         parts.append("it completed late, when it had been given up")
     if stage.failure is not None:
         # What it gave beside a failure, and what its fallback gave, mended nothing.
@@ -152,6 +154,16 @@ def _times(number: int) -> str:
 
 def _said(failure: Failure) -> str:
     return f"{failure.type.rpartition('.')[2]}: {failure.message}" if failure.type else failure.message
+
+
+def _held(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
+    """What of it came late and waits for a person's word."""
+    if stage.state not in {StageState.IN_DOUBT, StageState.STUCK}:
+        return []
+    said = stage.settled
+    # A retry tells nothing of it.
+    since = said.at if said is not None and said.verdict is not Verdict.RETRY else report.started_at
+    return [failure for failure in report.failures if (failure.stage, failure.kind) == (name, FailureKind.LATE) and failure.at >= since]
 
 
 def _of_probe(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
@@ -227,6 +239,8 @@ def goes_on(path: str, report: SagaReport) -> bool:
     """
     saga, name = _located(path, report)
     stage = saga.stages[name]
+    if _held(name, stage, saga):
+        return False
     if stage.settled is not None and stage.settled.verdict is Verdict.RETRY:
         said_at = stage.settled.at
         if all(failure.at <= said_at for failure in saga.failures if failure.stage == name):
