@@ -46,11 +46,13 @@ class Late(NamedTuple):
         event: What it has come to.
         execution: The stage's execution that it comes of.
         attempts: How many attempts of that had started by then.
+        undo_attempts: How many of its compensation had.
     """
 
     event: Latecomer
     execution: int
     attempts: int
+    undo_attempts: int
 
 
 class Keeper(Protocol):
@@ -186,7 +188,7 @@ class LiveSaga(Host, UndoHost):
     def comes_late(self, event: Latecomer) -> None:
         """Hand over what something given up has come to after all."""
         record = self.journal.state.stages[event.stage]
-        self._keeper.comes_late(self.id, Late(event, record.execution, record.attempts))
+        self._keeper.comes_late(self.id, Late(event, record.execution, record.attempts, record.undo_attempts))
 
     async def note_late(self, stage: str) -> None:
         """Record what came late for a stage, before that is asked for or undone: else it would seem to have come after its undoing."""

@@ -16,7 +16,7 @@ from saga.family import below, events_of, heard, located, report_of, report_with
 from saga.graph import Role
 from saga.journal import tell
 from saga.ledger import ALIVE, StageState
-from saga.recovery import SagaState, StageRecord
+from saga.recovery import SagaState, StageRecord, Step, undo_step
 from saga.resumption import refusal, status_at_rest
 from saga.storable import storable
 from saga.watch import start
@@ -259,16 +259,23 @@ def _own_news(state: SagaState, late: Late) -> Iterator[Latecomer | StageProbed]
     node, record = state.graph[event.stage], state.stages[event.stage]
     # One that was to run anew and did not get its turn is done with that execution, too.
     is_its_own = late.execution == record.execution and record.attempts > 0
-    # A probe, a person or another attempt has told before.
-    known = StageState.KEPT if isinstance(event, StageCompleted) else StageState.UNDONE
-    if is_its_own and record.state is known:
+    if isinstance(event, StageCompleted):
+        # A probe, a person or another attempt has told before.
+        is_known = is_its_own and record.state is StageState.KEPT
+        may_follow = is_its_own
+    else:
+        is_known = record.state is StageState.UNDONE or undo_step(node, record) is Step.CLEAR
+        # What has run since, or completed late meanwhile, it may have undone as well, or not.
+        may_follow = is_its_own and late.attempts == record.attempts and late.undo_attempts > record.late_beside
+    if is_known:
         return
-    if is_its_own and state.may_follow(event):
+    if may_follow and state.may_follow(event):
         yield event
-    elif node.role is Role.PLAIN or not isinstance(event, StageCompleted):
+    elif node.role is Role.PLAIN:
         _tell_of_loss(state.started.saga_id, [late])
     else:
-        yield StageProbed(stage=event.stage, landed=None, output=event.output, failure=_question(state, late, record), held=True)
+        output = event.output if isinstance(event, StageCompleted) else None
+        yield StageProbed(stage=event.stage, landed=None, output=output, failure=_question(state, late, record), held=True)
 
 
 def _question(state: SagaState, late: Late, record: StageRecord) -> Failure:
@@ -277,8 +284,12 @@ def _question(state: SagaState, late: Late, record: StageRecord) -> Failure:
     stage = event.stage
     which = f"execution {late.execution} (key {execution_key(saga_id, stage, late.execution)!r})"
     now = f"execution {record.execution} (key {execution_key(saga_id, stage, record.execution)!r})"
-    since = f"the saga had gone on with {now}" if late.execution != record.execution else "the saga had gone on without it"
-    what = f"{which} had been given up and completed late, when {since}: what it did may stand, and nothing undoes it"
+    if isinstance(event, StageCompleted):
+        since = f"the saga had gone on with {now}" if late.execution != record.execution else "the saga had gone on without it"
+        what = f"{which} had been given up and completed late, when {since}: what it did may stand, and nothing undoes it"
+    else:
+        since = f"with {now}" if late.execution != record.execution else "with what it undoes"
+        what = f"the compensation of {which} had been given up and completed late, when the saga had gone on {since}: that may be gone"
     todo = (
         "Look in the outside world and put it right by hand, then settle it: kept if what the saga counts on stands, undone if nothing does"
     )

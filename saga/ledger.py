@@ -74,12 +74,14 @@ _AGAIN: Final = frozenset({StageStarted, StageSkipped, StageFailed})
 TRANSITIONS: Final[Mapping[StageState, frozenset[type[Event]]]] = {
     _S.NOT_RUN: _AGAIN,
     _S.RUNNING: frozenset({StageStarted, EffectRecorded, StageCompleted, StageFailed, StageSkipped, StageProbed}),
-    _S.KEPT: _AGAIN | {StageProbed, CompensationStarted, StageSettled},
-    _S.FAILED: _AGAIN | {FallbackUsed, FallbackFailed, StageProbed, CompensationStarted, StageCompleted, StageSettled},
-    _S.FALLBACK: _AGAIN | {StageProbed, CompensationStarted, StageCompleted, StageSettled},
+    _S.KEPT: _AGAIN | {StageProbed, CompensationStarted, CompensationCompleted, StageSettled},
+    _S.FAILED: _AGAIN
+    | {FallbackUsed, FallbackFailed, StageProbed, CompensationStarted, CompensationCompleted, StageCompleted, StageSettled},
+    _S.FALLBACK: _AGAIN | {StageProbed, CompensationStarted, CompensationCompleted, StageCompleted, StageSettled},
     _S.CANCELLED: _AGAIN | {StageProbed, CompensationStarted, StageSettled},
     _S.SKIPPED: _AGAIN | {StageProbed, CompensationStarted, StageSettled},
-    _S.IN_DOUBT: _AGAIN | {FallbackUsed, FallbackFailed, StageProbed, CompensationStarted, StageCompleted, StageSettled},
+    _S.IN_DOUBT: _AGAIN
+    | {FallbackUsed, FallbackFailed, StageProbed, CompensationStarted, CompensationCompleted, StageCompleted, StageSettled},
     _S.COMPENSATING: frozenset({CompensationStarted, CompensationCompleted, CompensationFailed, StageProbed}),
     _S.UNDONE: _AGAIN | {StageProbed, StageCompleted, StageSettled},
     _S.STUCK: _AGAIN | {StageProbed, CompensationCompleted, StageCompleted, StageSettled},
@@ -87,7 +89,8 @@ TRANSITIONS: Final[Mapping[StageState, frozenset[type[Event]]]] = {
 """Which events may follow in which state of a stage. BLOCKED is missing: it is read off the other stages.
 
 A stage that has ended runs again only in a saga that was resumed, completes then only late, and is settled only in doubt or stuck. One
-that was done with and is asked for once more can't answer: something of it has come late, or in a saga that it ran.
+that was done with and is asked for once more can't answer: something of it has come late, or in a saga that it ran. One that is not stuck
+is undone late only where it is to be undone.
 """
 
 

@@ -114,6 +114,7 @@ class StageRecord:
         stands_in_part: It is not known to have landed as a whole, and something of it stands.
         undone_too_soon: How often its effect came late to what had been undone.
         late_to_undoing: It came so, and has not run since.
+        late_beside: How many attempts of its compensation had started when it last completed late: which came last, nobody knows.
         undo_attempts: Compensation attempts that started.
         undo_order: Its place in the order in which compensations first started; -1 if none did.
         undo_failure: The last failure of its compensation or probe.
@@ -155,6 +156,7 @@ class StageRecord:
     skip_reason: str | None = None
     undone_too_soon: int = 0
     late_to_undoing: bool = False
+    late_beside: int = 0
     undo_attempts: int = 0
     undo_order: int = -1
     undo_started_at: datetime | None = None
@@ -357,7 +359,8 @@ class SagaState:
         state, kind = record.state, type(event)
         if kind is StageCompleted or kind is CompensationCompleted:
             waited_for = state is _S.RUNNING or state is _S.COMPENSATING
-            return event.late is not waited_for  # type: ignore[attr-defined] # of these two kinds
+            is_due = waited_for or state is _S.STUCK or kind is StageCompleted or self._is_to_be_undone(event.stage)
+            return is_due and event.late is not waited_for  # type: ignore[attr-defined] # of these two kinds
         if state is _S.NOT_RUN or state is _S.RUNNING:
             return True
         if kind in _BEGINNINGS:
@@ -368,6 +371,9 @@ class SagaState:
         if kind is StageSettled:
             return (record.doubt or state is _S.STUCK) and self.ended_at is not None
         return True
+
+    def _is_to_be_undone(self, stage: str) -> bool:
+        return self.reason is not None and stage in undo_scope(self, self.policy, self.reason)
 
     def _begin(self, record: StageRecord) -> None:
         """What stood in for it, or was to and failed, does so no more: it runs once more, or was kept from it."""
@@ -404,7 +410,7 @@ class SagaState:
         record.tries = _ended(record.tries, event.at)
 
     def _completed_late(self, record: StageRecord, event: StageCompleted) -> None:
-        record.late_output = event.output
+        record.late_output, record.late_beside = event.output, record.undo_attempts
         match record.state:
             case _S.UNDONE:
                 # Which came last, the effect or its compensation, nobody knows.
