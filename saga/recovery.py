@@ -592,7 +592,8 @@ class SagaState:
         if record.fell_back and not record.again:
             record.state = _S.FALLBACK
         else:
-            record.state = _S.KEPT if record.landed else _S.IN_DOUBT if record.doubt else _S.FAILED
+            # One that had landed may have come into question since: it is asked again.
+            record.state = _S.IN_DOUBT if record.doubt else _S.KEPT if record.landed else _S.FAILED
 
     _FOLD: ClassVar[dict[type[StageEvent], Callable[[SagaState, StageRecord, Any], None]]] = {
         StageStarted: _stage_started,

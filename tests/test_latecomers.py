@@ -1710,3 +1710,38 @@ def test_a_compensation_that_comes_late_after_what_it_undoes_has_come_late_may_h
     assert late.failures[-1].kind is FailureKind.LATE
     assert settled.status is SagaStatus.COMPENSATED
     assert settled.clean
+
+
+def test_a_stage_that_was_stuck_in_doubt_is_asked_again_when_what_is_within_it_is_settled() -> None:
+    """It had landed before it came into question, and was taken for known: its probe's answer was refused as LedgerCorrupt."""
+    world = World({"deaf": ()})
+
+    async def main() -> list[SagaReport]:
+        stage = Refunds(world)
+
+        async def end(_: StageContext) -> StageOutput:
+            await elapse(20)
+            return StageOutput.fail("no")
+
+        child = nested(Pipeline(name="inner").with_stage("deaf", stage), IN_TIME)
+        trip = Pipeline(name="trip").with_stage("child", child).with_stage("end", end, "work", dependencies=("child",))
+        coordinator = SagaCoordinator()
+        reports = [await coordinator.run(trip, saga_id="s")]
+        running = asyncio.create_task(coordinator.resume("s", trip, forward=True))
+        await elapse(5)
+        stage.released.set()
+        reports.append(await running)
+        world.land("deaf")
+        reports.append(await coordinator.settle("s", "child/deaf", "kept", "charged again by hand"))
+        return [*reports, await coordinator.resume("s", trip)]
+
+    first, late, settled, resumed = run(main())
+
+    assert [*first.stuck] == ["child", "child/deaf"]
+    assert [*late.stuck] == ["child"]
+    assert [*late.in_doubt] == ["child/deaf"]
+    assert [*settled.in_doubt] == ["child"]
+    assert resumed.status is SagaStatus.HALTED
+    assert resumed.clean
+    assert resumed.stages["child"].state is S.KEPT
+    assert world.standing == {"deaf": 1}
