@@ -58,7 +58,7 @@ from tests.test_hard_cases import by_cancelling_every_task, deaf
 from tests.test_ill_behaved import compute_for_a_second
 from tests.test_ledger import BACK, CONTRADICTIONS, PATHS, STARTED, STUCK_WITH_REMAINS
 from tests.test_nested import half_undone
-from tests.world import SEQUENCE, CardDeclined, Probed, Script, nothing, scene
+from tests.world import SEQUENCE, CardDeclined, Probed, Script, nothing, scene, staged
 
 ONCE = Compensation(retry=Retry(attempts=1))
 SKIP_BRANCH = ContinueWithFallback(without_fallback="skip_branch", compensation=ONCE)
@@ -1179,3 +1179,134 @@ def test_no_compensation_starts_at_the_very_moment_of_the_deadline_though_none_e
 
     assert report.status is SagaStatus.STUCK
     assert undone == ["s4", "s3"]
+
+
+# -- what a person says, and going on ----------------------------------------------------------------------------
+
+
+def test_a_saga_that_halted_stays_halted_when_a_person_settles_what_was_in_doubt() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("hang")})
+    coordinator = SagaCoordinator(FailFast(timeout=1, on_failure="halt"))
+    halted = run(coordinator.run(pipeline, saga_id="s"))
+    assert (halted.status, [*halted.in_doubt]) == (SagaStatus.HALTED, ["b"])
+
+    settled = run(coordinator.settle("s", "b", "undone", "it never arrived"))
+
+    assert settled.status is SagaStatus.HALTED
+    assert world.standing == {"a": 1}
+
+
+def test_a_saga_is_stuck_until_what_served_nothing_is_undone_though_what_was_stuck_of_it_is_settled() -> None:
+    shape = {"root": (), "middle": ("root",), "leaf": ("middle",), "other": ()}
+    world, pipeline = scene(shape, {"leaf": Script("raise"), "middle": Script(undo_fails=9)})
+    coordinator = SagaCoordinator(SKIP_BRANCH)
+    assert [*run(coordinator.run(pipeline, saga_id="s")).blocked] == ["root"]
+    world.undo("middle")
+
+    settled = run(coordinator.settle("s", "middle", "undone", "by hand"))
+    report = run(coordinator.resume("s", pipeline))
+
+    assert settled.status is SagaStatus.STUCK
+    assert report.status is SagaStatus.DEGRADED
+    assert world.standing == {"other": 1}
+
+
+def test_what_stands_in_for_a_stage_still_does_when_a_person_has_what_is_left_of_that_undone_again() -> None:
+    """Going forward, too: its dependents have used the fallback, and what would land now would serve nothing."""
+    script = Script("raise", lands=True, then=("ok",), undo_fails=1)
+    world, pipeline = scene({"b": ()}, {"b": script}, {"b": "recording"})
+    coordinator = SagaCoordinator(ContinueWithFallback(fallbacks={"b": {"receipt": None}}, compensation=ONCE))
+    assert [*run(coordinator.run(pipeline, saga_id="s")).stuck] == ["b"]
+    run(coordinator.settle("s", "b", "retry", "they answer again"))
+
+    report = run(coordinator.resume("s", pipeline, forward=True))
+
+    assert script.attempts == ["raise"]
+    assert report.status is SagaStatus.DEGRADED
+    assert report.kept["b"].data == {"receipt": None}
+    assert world.log == ["+b", "-b"]
+
+
+def test_what_a_probe_has_found_undone_is_undone_as_a_whole_and_since_then() -> None:
+    """Running it again needs nobody's word, and nothing that is idempotent: nothing of it is left."""
+
+    class Unanswered(Probed):
+        async def compensate(self, ctx: CompensationContext) -> None:
+            await super().compensate(ctx)
+            raise CardDeclined("no answer")
+
+    world, tail = scene({"a": (), "b": ("a",)}, {"b": Script("raise", then=("ok",))})
+    pipeline = Pipeline(name="scene").with_stage("a", Unanswered(world, "a", Script()))
+    pipeline = pipeline.with_stage("b", tail.stages["b"].runner, dependencies=("a",))
+    coordinator = SagaCoordinator(IMPATIENT)
+    undone = run(coordinator.run(pipeline, saga_id="s"))
+    assert undone.status is SagaStatus.COMPENSATED
+    assert undone.stages["a"].compensation is not None
+    assert undone.stages["a"].compensation.ended_at is not None
+
+    report = run(coordinator.resume("s", pipeline, forward=True))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "-a", "+a", "+b"]
+
+
+def test_each_attempt_that_comes_late_to_what_was_undone_is_undone_under_another_key() -> None:
+    """Whoever recognises a repeated request would answer that the second one was carried out."""
+    released = [asyncio.Event(), asyncio.Event()]
+    keys: list[str] = []
+
+    class Deaf(CompensableStage):
+        compensate_in_doubt = True
+        idempotent = True
+
+        async def execute(self, ctx: SagaContext) -> None:
+            await deaf(released[ctx.attempt - 1])
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            keys.append(ctx.idempotency_key)
+
+    pipeline = Pipeline().with_stage("deaf", Deaf)
+    coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2, on_failure="halt"))
+
+    async def play() -> list[SagaStatus]:
+        await coordinator.run(pipeline, saga_id="s")
+        seen = [(await coordinator.resume("s", pipeline, policy=FailFast(timeout=10, cancel_grace=2))).status]
+        for late in released:
+            late.set()
+            await elapse(1)
+            seen.append((await coordinator.report("s")).status)
+            seen.append((await coordinator.compensate("s", pipeline)).status)
+        return seen
+
+    seen = run(play())
+
+    assert seen == [SagaStatus.COMPENSATED, *[SagaStatus.STUCK, SagaStatus.COMPENSATED] * 2]
+    assert keys == ["s/deaf/undo", "s/deaf/undo~2", "s/deaf/undo~3"]
+
+
+def test_what_a_stage_was_given_since_is_heeded_by_whoever_goes_on_with_an_undoing_whose_process_died() -> None:
+    scripts = {"b": Script("hang", lands=True)}
+    world, pipeline = scene(SEQUENCE, scripts)
+    ledger = SlowLedger(SagaEnded, seconds=0.0)
+    with pytest.raises(LedgerError, match="disk full"):
+        run(SagaCoordinator(FailFast(timeout=1), ledger=ledger).run(pipeline, saga_id="s"))
+    assert run(SagaCoordinator(ledger=ledger).report("s")).status is SagaStatus.COMPENSATING
+    ledger.breaks_at = None
+    probed = staged(world, SEQUENCE, scripts, {"b": "probed"})
+
+    report = run(SagaCoordinator(ledger=ledger).compensate("s", probed))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.undone() == ["b", "a"]
+
+
+def test_who_recovers_a_saga_is_in_the_ledger() -> None:
+    _, pipeline = scene(SEQUENCE)
+    ledger = SlowLedger(SagaEnded, seconds=0.0)
+    with pytest.raises(LedgerError, match="disk full"):
+        run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+    ledger.breaks_at = None
+
+    run(SagaCoordinator(ledger=ledger).recover(pipeline, by="ann"))
+
+    assert [event.by for event in run(ledger.read("s")) if isinstance(event, SagaResumed)] == ["ann"]
