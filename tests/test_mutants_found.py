@@ -21,6 +21,7 @@ from saga import (
     LedgerCorrupt,
     LedgerError,
     MemoryLedger,
+    MisuseError,
     Retry,
     SagaContext,
     SagaCoordinator,
@@ -52,11 +53,12 @@ from saga.events import (
 from saga.graph import Graph, Node, Role
 from saga.recovery import Move, SagaState, Step, Try, conclude, protected, undo_step
 from saga.report import NestedSagaFailed
+from saga.resumption import Direction, recovering, refusal, resumption, undoing
 from tests.controlled import elapse, run
 from tests.slow import SlowLedger
 from tests.test_hard_cases import by_cancelling_every_task, deaf
 from tests.test_ill_behaved import compute_for_a_second
-from tests.test_ledger import BACK, CONTRADICTIONS, PATHS, STARTED, STUCK_WITH_REMAINS
+from tests.test_ledger import BACK, CONTRADICTIONS, HALTED, PATHS, STARTED, STUCK_WITH_REMAINS
 from tests.test_nested import half_undone
 from tests.world import SEQUENCE, CardDeclined, Probed, Script, nothing, scene, staged
 
@@ -1310,3 +1312,56 @@ def test_who_recovers_a_saga_is_in_the_ledger() -> None:
     run(SagaCoordinator(ledger=ledger).recover(pipeline, by="ann"))
 
     assert [event.by for event in run(ledger.read("s")) if isinstance(event, SagaResumed)] == ["ann"]
+
+
+STUCK = SagaEnded(status=SagaStatus.STUCK)
+COMPENSATED = SagaEnded(status=SagaStatus.COMPENSATED)
+COMPLETED = SagaEnded(status=SagaStatus.COMPLETED)
+
+
+@pytest.mark.parametrize(
+    ("decide", "path", "why"),
+    [
+        (resumption, [*PATHS[StageState.STUCK], STUCK], "nothing can be undone before what is stuck or in doubt is settled"),
+        (resumption, [*PATHS[StageState.UNDONE], COMPENSATED], "it is undone; forward=True runs it once more"),
+        (resumption, [*PATHS[StageState.KEPT], COMPLETED], "it is completed, nothing is left to run"),
+        (recovering, [*PATHS[StageState.FAILED], HALTED], "it has come to rest meanwhile"),
+        (undoing, [*PATHS[StageState.UNDONE], COMPENSATED], "nothing is left to undo"),
+    ],
+)
+def test_of_a_saga_that_is_left_as_it_is_the_log_says_why(decide: Any, path: list[AnyEvent], why: str) -> None:
+    how = {"forward": None} if decide is resumption else {}
+
+    chapter = decide([STARTED, *path], by="ann", **how)
+
+    assert (chapter.direction, chapter.why_not) == (Direction.NOWHERE, why)
+
+
+def test_all_that_is_half_undone_and_may_not_run_again_is_named_with_what_to_do() -> None:
+    completed = [event for stage in "ab" for event in (StageStarted(stage=stage, attempt=1), StageCompleted(stage=stage, output=OUTPUT))]
+    in_part = [
+        event
+        for stage in "ab"
+        for event in (CompensationStarted(stage=stage, attempt=1), CompensationFailed(stage=stage, failure=FAILURE, in_part=True))
+    ]
+
+    with pytest.raises(MisuseError) as caught:
+        resumption([STARTED, *completed, BACK, *in_part, STUCK], forward=True, by="ann")
+
+    assert str(caught.value) == (
+        "expected a saga whose half undone stages can run again, got a, b, not idempotent. "
+        "Put it right by hand, then say what stands: settle(saga_id, stage, 'kept' or 'undone', note); or go on backward."
+    )
+
+
+def test_a_word_on_a_saga_that_has_not_come_to_rest_is_refused_with_what_to_do() -> None:
+    word = StageSettled(stage="a", verdict=Verdict.UNDONE, note="looked", by="ann")
+
+    misuse = refusal(SagaState([STARTED, *PATHS[StageState.IN_DOUBT]]), word)
+
+    assert misuse is not None
+    assert misuse.stage == "a"
+    assert str(misuse) == (
+        "expected a saga that has come to rest, for stage 'a', got one that is running. "
+        "If its process is gone, go on with it first: saga recover, or coordinator.recover(pipelines)."
+    )
