@@ -29,13 +29,14 @@ from saga import (
     SagaReport,
     SagaStatus,
     StageState,
+    compensable,
     nested,
 )
-from saga.events import CompensationFailed, FallbackUsed, SagaEnded, StageCompleted, StageSettled
+from saga.events import CompensationCompleted, CompensationFailed, FallbackUsed, SagaEnded, StageCompleted, StageSettled
 from saga.failures import Failure, FailureKind
 from tests.controlled import elapse, run
 from tests.slow import SlowLedger
-from tests.world import Script, World, scene
+from tests.world import Script, World, nothing, scene
 
 S = StageState
 
@@ -1394,6 +1395,66 @@ def test_what_comes_late_in_a_saga_that_broke_off_while_its_stage_ran_again_is_t
 
     assert report.stages["deaf"].state is S.RUNNING
     assert "what came late (StageCompleted) could not be recorded; look at its stages in the outside world" in caplog.text
+
+
+def test_what_comes_late_of_a_plain_stage_that_has_cancelled_since_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """It has nothing that anybody could undo, or settle."""
+    released = asyncio.Event()
+
+    async def look(ctx: Any) -> StageOutput:
+        if ctx.attempt > 1:
+            return StageOutput.cancel("enough")
+        while not released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await released.wait()
+        return StageOutput.ok()
+
+    async def main() -> SagaReport:
+        pipeline = Pipeline(name="trip").with_stage("look", look, "work")
+        coordinator = SagaCoordinator(PROMPT.model_copy(update={"on_failure": "halt"}))
+        await coordinator.run(pipeline, saga_id="s")
+        await coordinator.resume("s", pipeline)
+        released.set()
+        await settled_down()
+        return await coordinator.report("s")
+
+    report = run(main())
+
+    assert report.stages["look"].state is S.CANCELLED
+    assert "what came late (StageCompleted) could not be recorded; look at its stages in the outside world" in caplog.text
+
+
+def test_what_comes_late_while_its_undoing_is_gone_on_with_waits_for_what_comes_of_that() -> None:
+    """The ledger broke off while both were undone; one after the other now, the first of them takes its time."""
+    world = World({"deaf": ()})
+    stage = Doubtful(world)
+
+    async def let_go(_: CompensationContext) -> None:
+        await elapse(10)
+
+    async def fail(_: SagaContext) -> StageOutput:
+        return StageOutput.fail("no")
+
+    pipeline = Pipeline(name="trip").with_stage("deaf", stage).with_stage("other", compensable(nothing, let_go))
+    pipeline = pipeline.with_stage("fail", compensable(fail, nothing), dependencies=("other",))
+    one_by_one = PROMPT.model_copy(update={"compensation": Compensation(max_concurrency=1)})
+
+    async def main() -> tuple[SagaReport, SagaReport]:
+        ledger = BreaksAt(lambda event: isinstance(event, CompensationCompleted))
+        coordinator = SagaCoordinator(PROMPT, ledger=ledger)
+        with pytest.raises(LedgerError):
+            await coordinator.run(pipeline, saga_id="s")
+        going_on = asyncio.create_task(coordinator.resume("s", pipeline, policy=one_by_one))
+        await elapse(5)
+        stage.released.set()
+        first = await going_on
+        return first, await coordinator.report("s")
+
+    first, report = run(main())
+
+    assert first == report
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
 
 
 @pytest.mark.parametrize("way", ["kept", "undone", "compensate"])

@@ -175,6 +175,7 @@ def test_levels_that_only_rare_events_reach(caplog: pytest.LogCaptureFixture) ->
         log_events("s", StageProbed(stage="pay", landed=True))
         log_events("s", StageProbed(stage="pay", landed=None, failure=failure, will_retry=True))
         log_events("s", StageProbed(stage="pay", landed=None, failure=failure))
+        log_events("s", StageProbed(stage="pay", landed=None, failure=Failure.of("pay", FailureKind.LATE, "look"), held=True))
         log_events("s", CompensationFailed(stage="pay", failure=failure, past_pivot=True))
         log_events("s", SagaResumed(forward=False, by="anna"))
         log_events("s", SagaStopped(cause=Failure.of(None, FailureKind.INTERRUPTED, "the caller was cancelled")))
@@ -187,6 +188,7 @@ def test_levels_that_only_rare_events_reach(caplog: pytest.LogCaptureFixture) ->
         "DEBUG saga s: stage 'pay' was probed: its effect landed",
         "WARNING saga s: the probe of stage 'pay' failed; another attempt follows: stage 'pay' could not be compensated: no answer",
         "ERROR saga s: the probe of stage 'pay' failed, so it is in doubt: stage 'pay' could not be compensated: no answer",
+        "ERROR saga s: stage 'pay' is in question: look",
         "WARNING saga s: stage 'pay' is past a pivot of its own and can't be undone: stage 'pay' could not be compensated: no answer",
         "INFO saga s: resumed by anna, going backward",
         "WARNING saga s: starts no further stage: the saga was interrupted: the caller was cancelled",

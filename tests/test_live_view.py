@@ -301,6 +301,7 @@ def test_before_anything_has_happened_there_is_nothing_to_show() -> None:
             StageProbed(stage="a", landed=None, failure=failure("a"), will_retry=True),
             "a: asked, no answer: reported a failure: declined; it is tried again",
         ),
+        (StageProbed(stage="a", landed=None, failure=failure("a", FailureKind.LATE, "look"), held=True), "a: is in question: look"),
         (StageSettled(stage="a", verdict=Verdict.KEPT, note="in the books", by="ann"), "a: settled as kept by ann: in the books"),
         (CompensationStarted(stage="a", attempt=3), "a: being undone, attempt 3"),
         (CompensationCompleted(stage="a"), "a: undone"),

@@ -51,14 +51,14 @@ from saga.events import (
     Verdict,
 )
 from saga.graph import Graph, Node, Role
-from saga.recovery import Move, SagaState, Step, Try, conclude, protected, undo_step
+from saga.recovery import Move, SagaState, Step, Try, conclude, protected, stage_states, undo_step
 from saga.report import NestedSagaFailed
 from saga.resumption import Direction, recovering, refusal, resumption, undoing
 from tests.controlled import elapse, run
 from tests.slow import SlowLedger
 from tests.test_hard_cases import by_cancelling_every_task, deaf
 from tests.test_ill_behaved import compute_for_a_second
-from tests.test_ledger import BACK, CONTRADICTIONS, HALTED, PATHS, STARTED, STUCK_WITH_REMAINS
+from tests.test_ledger import BACK, CONTRADICTIONS, HALTED, LATE, PATHS, STARTED, STUCK_WITH_REMAINS
 from tests.test_nested import half_undone
 from tests.world import SEQUENCE, CardDeclined, Probed, Script, nothing, scene, staged
 
@@ -273,6 +273,14 @@ def test_a_stuck_stage_that_completes_late_stays_stuck_and_is_known_to_have_land
 
     assert (record.state, record.landed, record.doubt) == (StageState.STUCK, True, False)
     assert (record.output, record.late_output, record.ended_at) == (OUTPUT, OUTPUT, at(9))
+
+
+def test_what_came_late_of_another_execution_waits_for_a_person_also_when_this_one_is_undone_late() -> None:
+    state = SagaState([STARTED, *PATHS[StageState.STUCK], LATE, CompensationCompleted(stage="a", late=True)])
+
+    assert state.stages["a"].state is StageState.UNDONE
+    assert undo_step(state.graph["a"], state.stages["a"]) is Step.HOLD
+    assert stage_states(state, state.policy)["a"] is StageState.IN_DOUBT
 
 
 def said(verdict: Verdict) -> list[AnyEvent]:
