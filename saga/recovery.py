@@ -699,8 +699,8 @@ def undo_scope(state: SagaState, policy: FailFast | ContinueWithFallback, reason
     if reason is not TurnReason.ORPHANS:
         # What a fallback stands in for is no foundation of what followed, so a pivot does not protect its remains.
         replaced = {name for name, record in state.stages.items() if record.fell_back}
-        # Nor does its own one protect what is within it and can be undone all the same.
-        within = {name for name, step in beyond.items() if step is not Step.HOLD}
+        # Nor does its own one protect what is within it, where that can be undone all the same, or a person has to say what stands.
+        within = beyond.keys() - said
         return ((frozenset(state.graph.names) - protected(state)) | replaced | within) - said
     # Read off what happened forward, which stays: a stage that is undone or stuck meanwhile is still in the scope.
     left_over = {name for name, record in state.stages.items() if record.failed or record.skip_reason is not None}

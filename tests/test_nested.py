@@ -12,6 +12,7 @@ import pytest
 from stageflow.api import Pipeline, PipelineContext, StageOutput
 
 from saga import (
+    CompensableStage,
     Compensation,
     CompensationContext,
     ContinueWithFallback,
@@ -925,6 +926,32 @@ def test_a_compensation_that_fails_with_one_of_its_sagas_waits_until_the_others_
     assert report.stages["book"].children[0].status is SagaStatus.COMPENSATED
     assert world.log == ["+before", "+room", "-room", "-before"]
     assert world.refusals == []
+
+
+@pytest.mark.parametrize(("verdict", "status"), [("kept", SagaStatus.HALTED), ("undone", SagaStatus.COMPENSATED)])
+def test_a_stage_in_doubt_beyond_a_pivot_of_its_own_is_for_a_person(verdict: str, status: SagaStatus) -> None:
+    """Promise 5: the saga was called halted, as if it could be redriven."""
+    _, sale = scene({"sell": (), "mail": ("sell",)}, {"mail": Script("raise")}, {"sell": "pivot"})
+
+    class Sell(CompensableStage):
+        holds_pivot = True
+
+        async def execute(self, ctx: SagaContext) -> None:
+            if ctx.attempt == 1:
+                await asyncio.Event().wait()
+            raise NestedSagaFailed(await ctx.run_saga(sale))
+
+        async def compensate(self, _ctx: CompensationContext) -> None:
+            raise AssertionError
+
+    coordinator = SagaCoordinator(FailFast(timeout=1, retry=Retry(attempts=2, wait=0.0)))
+
+    report = run(coordinator.run(Pipeline().with_stage("sell", Sell), saga_id="s"))
+    settled = run(coordinator.settle("s", "sell", verdict, "looked"))
+
+    assert report.status is SagaStatus.STUCK
+    assert [*report.in_doubt] == ["sell"]
+    assert settled.status is status
 
 
 def test_a_compensation_that_passes_over_the_pivot_of_a_child_undoes_nothing_before_it() -> None:
