@@ -1082,6 +1082,36 @@ def test_any_other_name_will_do(durable: Place, name: str) -> None:
     assert entries[0].saga_id == name
 
 
+def test_what_is_asked_for_is_done_though_the_loop_never_rests(durable: Place) -> None:
+    """Python's lock goes to a thread only if the loop lets go of it for longer than it takes the thread to wake up."""
+    given_up = 20.0
+
+    async def play() -> tuple[float, Any]:
+        loop = asyncio.get_running_loop()
+        began, over = loop.time(), asyncio.Event()
+
+        async def compute() -> None:
+            while not over.is_set() and loop.time() < began + given_up:
+                sum(range(10_000))
+                await asyncio.sleep(0)
+
+        computing = asyncio.create_task(compute())
+        ledger = durable.open()
+        for act in (create(), append(FIRST), append(SECOND, version=2)):
+            await act(ledger)
+        events = await ledger.read("s")
+        took = loop.time() - began
+        over.set()
+        await computing
+        await ledger.close()
+        return took, events
+
+    took, events = asyncio.run(play())
+
+    assert events == (started(), FIRST, SECOND)
+    assert took < given_up
+
+
 def test_what_redact_takes_out_is_never_stored(durable: Place) -> None:
     def without_cards(event: AnyEvent) -> AnyEvent:
         return replace(event, output=StageOutput.ok(card="***")) if isinstance(event, StageCompleted) else event

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import itertools
 import os
 import threading
 import weakref
@@ -17,6 +18,10 @@ from saga.watch import Answer
 
 _MOST: Final = 2**24
 """A batch is closed when it holds so many bytes."""
+_LATE: Final = 0.005
+"""Seconds after which an answer is late."""
+_TURN: Final = 0.001
+"""Seconds for which an event loop then stands back for the thread, at most."""
 _ALONE: Final = 10
 """After so many batches of one request, the next isn't held up until the end of the loop's turn: nobody is there to join it."""
 
@@ -55,9 +60,10 @@ class _Rest(_Order):
 
 class _Job(NamedTuple):
     request: Any
-    size: int
-    loop: asyncio.AbstractEventLoop | None
-    future: Answer[Any] | None
+    size: int = 0
+    loop: asyncio.AbstractEventLoop | None = None
+    future: Answer[Any] | None = None
+    number: int = 0
 
 
 class Worker(Generic[S]):
@@ -77,6 +83,10 @@ class Worker(Generic[S]):
         self._asked: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._alone = 0
+        self._numbers = itertools.count(1)
+        self._newest = self._answered = 0
+        self._watching: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+        self._has_answered = threading.Event()
         self._has_ended = False
         self._store = store()
         self._thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
@@ -93,7 +103,11 @@ class Worker(Generic[S]):
         """
         loop = asyncio.get_running_loop()
         future: Answer[Any] = Answer(loop=loop)
-        job = _Job(request, size, loop, future)
+        self._newest = number = next(self._numbers)
+        job = _Job(request, size, loop, future, number)
+        if loop not in self._watching:
+            self._watching.add(loop)
+            loop.call_later(_LATE, self._stand_back, loop, number)
         if loop in self._asked:
             self._asked[loop].append(job)
         elif self._alone < _ALONE:
@@ -102,6 +116,20 @@ class Worker(Generic[S]):
         else:
             self._hand_over([job])
         return future
+
+    def _stand_back(self, loop: asyncio.AbstractEventLoop, number: int) -> None:
+        """Let the thread have Python's lock, if an answer is late.
+
+        A loop that never rests takes the lock back from each of its short waits before a thread has woken, and a thread that is woken for
+        nothing asks for it anew: on a quiet machine it never gets it, and nothing would be recorded as long as the loop has work to do.
+        """
+        if self._answered < number:
+            self._has_answered.clear()
+            self._has_answered.wait(_TURN)
+        if self._answered < self._newest:
+            loop.call_later(_LATE, self._stand_back, loop, self._newest if self._answered >= number else number)
+        else:
+            self._watching.discard(loop)
 
     def _end_turn(self, loop: asyncio.AbstractEventLoop) -> None:
         """Have all that one turn of a loop asked for in one batch; handed over one by one, a thousand requests become dozens."""
@@ -120,7 +148,7 @@ class Worker(Generic[S]):
                 job = self._jobs.get_nowait()
                 if isinstance(job.request, _Rest):
                     job.request.reached.set()
-                _answer([job], [LedgerError("the ledger is closed")])
+                self._give([job], [LedgerError("the ledger is closed")])
 
     async def end(self) -> None:
         """Do what was asked for before, and end."""
@@ -129,7 +157,7 @@ class Worker(Generic[S]):
 
     def stop(self) -> None:
         """Have it end, too, but wait for nothing; for who has no event loop."""
-        self._jobs.put(_Job(_END, 0, None, None))
+        self._jobs.put(_Job(_END))
 
     def join(self, seconds: float) -> None:
         """Wait so long until it has ended."""
@@ -143,7 +171,7 @@ class Worker(Generic[S]):
             self._store.close()
             rest.reached.set()
         else:
-            self._hand_over([_Job(rest, 0, None, None)])
+            self._hand_over([_Job(rest)])
         return rest
 
     def _run(self, work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> None:
@@ -153,7 +181,7 @@ class Worker(Generic[S]):
         self._store.close()
         self._has_ended = True
         self._refuse_late()
-        _answer([end], [None])
+        self._give([end], [None])
 
     def _turn(self, work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> _Job | None:
         """Carry out one batch; the order to end, if it has come."""
@@ -161,13 +189,18 @@ class Worker(Generic[S]):
         jobs = self._take()
         last = jobs.pop() if isinstance(jobs[-1].request, _Order) else None
         if jobs:
-            _answer(jobs, _answers(self._store, work, [job.request for job in jobs]))
+            self._give(jobs, _answers(self._store, work, [job.request for job in jobs]))
         if last is None or not isinstance(last.request, _Rest):
             return last
         self._store.close()
         last.request.reached.set()
         last.request.over.wait()
         return None
+
+    def _give(self, jobs: Sequence[_Job], answers: Sequence[Any]) -> None:
+        _answer(jobs, answers)
+        self._answered = max(self._answered, jobs[-1].number)
+        self._has_answered.set()
 
     def _take(self) -> list[_Job]:
         jobs = [self._jobs.get()]
