@@ -95,6 +95,10 @@ class Keeper(Protocol):
         """Record at the next occasion what nobody waited for any more."""
         ...
 
+    def has_late(self, saga_id: str) -> bool:
+        """Whether anything came late that is not recorded yet."""
+        ...
+
     async def note_late(self, saga: LiveSaga, stage: str) -> bool:
         """Record what came late for a stage, if anything did."""
         ...
@@ -189,6 +193,10 @@ class LiveSaga(Host, UndoHost):
         """Hand over what something given up has come to after all."""
         record = self.journal.state.stages[event.stage]
         self._keeper.comes_late(self.id, Late(event, record.execution, record.attempts, record.undo_attempts))
+
+    def has_late(self) -> bool:
+        """Whether anything came late for it that is not recorded yet."""
+        return self._keeper.has_late(self.id)
 
     async def note_late(self, stage: str) -> None:
         """Record what came late for a stage, before that is asked for or undone: else it would seem to have come after its undoing."""

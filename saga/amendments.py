@@ -150,9 +150,13 @@ class Amendments:
         if saga_id not in self._held.sagas:
             self.record_late(saga_id)
 
+    def has_late(self, saga_id: str) -> bool:
+        """Whether anything came late for a saga that is not recorded yet."""
+        return saga_id in self._late
+
     async def note_late(self, saga: LiveSaga, stage: str | None = None) -> bool:
         """Record what came late for the stages of a saga that is alive, or for one of them alone; whether anything did."""
-        if saga.id not in self._late:
+        if not self.has_late(saga.id):
             return False
         noted, late = False, self._late.pop(saga.id)
         if stage is not None:

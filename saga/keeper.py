@@ -151,6 +151,10 @@ class SagaKeeper(Keeper):
         """Record at the next occasion what nobody waited for any more."""
         self.amendments.comes_late(saga_id, late)
 
+    def has_late(self, saga_id: str) -> bool:
+        """Whether anything came late that is not recorded yet."""
+        return self.amendments.has_late(saga_id)
+
     async def note_late(self, saga: LiveSaga, stage: str) -> bool:
         """Record what came late for a stage, if anything did."""
         return await self.amendments.note_late(saga, stage)
