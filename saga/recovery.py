@@ -345,7 +345,7 @@ class SagaState:
         if not self.may_follow(event):
             raise self._contradiction(f"stage {event.stage!r} in state {record.state.value}", event)
         self._FOLD[type(event)](self, record, event)
-        if record.held is not None and record.is_held:
+        if record.is_held:
             # Whatever becomes known of another execution.
             record.doubt = True
 
