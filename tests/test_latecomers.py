@@ -688,6 +688,14 @@ async def settled_down() -> None:
         await asyncio.sleep(0)
 
 
+async def resumed_while_it_comes_late(coordinator: SagaCoordinator, stage: Deaf, pipeline: Pipeline) -> SagaReport:
+    """What comes of a saga that goes on forward, and of which something comes late after five seconds."""
+    running = asyncio.create_task(coordinator.resume("s", pipeline, forward=True))
+    await elapse(5)
+    stage.released.set()
+    return await running
+
+
 def nested_in(stage: Deaf, *above: str, policy: Policy = PROMPT) -> Pipeline:
     """The stage in a pipeline in a pipeline ..., named from the inside."""
     pipeline = Pipeline(name="inner").with_stage("deaf", stage)
@@ -1264,10 +1272,7 @@ def test_what_comes_late_of_an_execution_before_while_the_saga_is_alive_turns_it
         coordinator = SagaCoordinator(FailFast(cancel_grace=2))
         stage.timeout = 10  # type: ignore[misc] # of this one alone
         await coordinator.run(pipeline, saga_id="s")
-        running = asyncio.create_task(coordinator.resume("s", pipeline, forward=True))
-        await elapse(5)
-        stage.released.set()
-        return await running
+        return await resumed_while_it_comes_late(coordinator, stage, pipeline)
 
     report = run(main())
 
@@ -1615,10 +1620,7 @@ def test_a_compensation_that_comes_late_while_the_saga_goes_forward_turns_nothin
         pipeline = shipped(world, stage, "raise", "ok", before=20)
         coordinator = SagaCoordinator(IN_TIME)
         await coordinator.run(pipeline, saga_id="s")
-        running = asyncio.create_task(coordinator.resume("s", pipeline, forward=True))
-        await elapse(5)
-        stage.released.set()
-        return await running
+        return await resumed_while_it_comes_late(coordinator, stage, pipeline)
 
     report = run(main())
 
