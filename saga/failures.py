@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from enum import StrEnum
 from traceback import TracebackException
+from types import TracebackType
 from typing import Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -118,7 +119,7 @@ def raised_instead(error: BaseException | None) -> str:
 
 def _traced(error: BaseException) -> str:
     # Without the marks under the lines: for each of them Python parses the source, all in all longer than a saga takes to be undone.
-    whole = TracebackException.from_exception(error, compact=True)
+    whole = TracebackException(type(error), error, _by_user(error.__traceback__), compact=True)
     parts = [whole]
     while parts:
         part = parts.pop()
@@ -126,6 +127,13 @@ def _traced(error: BaseException) -> str:
             frame.colno = None
         parts += [inner for inner in (part.__cause__, part.__context__, *(part.exceptions or ())) if inner is not None]
     return brief(written("".join(whole.format())))
+
+
+def _by_user(trace: TracebackType | None) -> TracebackType | None:
+    """Where it begins with the user's code; how that was called is the same for every failure."""
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_globals.get("__package__") == __package__:
+        trace = trace.tb_next
+    return trace
 
 
 _NAMED_BY_TYPE: Final = frozenset({FailureKind.EXCEPTION, FailureKind.COMPENSATION})

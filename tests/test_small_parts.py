@@ -130,6 +130,15 @@ def test_a_traceback_tells_of_every_cause_and_member_all_but_the_marks_under_the
     assert failure.traceback.splitlines() == [line for line in whole if line not in marks]
 
 
+def test_the_tracebacks_in_a_report_begin_with_the_users_code() -> None:
+    _, pipeline = scene(SEQUENCE, {"b": Script("raise"), "a": Script(undo_fails=9)})
+
+    report = run(SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1)))).run(pipeline))
+
+    begins = [str(failure.traceback).splitlines()[1].rpartition(", in ")[2] for failure in report.failures]
+    assert begins == ["execute", "compensate"]
+
+
 def test_raise_for_status_raises_the_stages_own_exceptions_the_cause_first() -> None:
     world, pipeline = scene(SEQUENCE, {"c": Script("raise"), "b": Script(undo_fails=9)})
     report = run(SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1)))).run(pipeline))
