@@ -65,7 +65,9 @@ def no_such_field(error: TypeError, fields: dict[str, Any]) -> MisuseError:
         hint = next(near, "What it has no field for is given in metadata={...}.")
     else:
         hint = "A policy is given to SagaCoordinator(...)."
-    return MisuseError("fields of stageflow's PipelineContext", got=str(error).rpartition(") got ")[2], hint=hint)
+    # Python guesses, too, from 3.14 on.
+    got = str(error).rpartition(") got ")[2].partition(". Did you mean")[0]
+    return MisuseError("fields of stageflow's PipelineContext", got=got, hint=hint)
 
 
 def refuse_both(context: PipelineContext | None, fields: dict[str, Any]) -> None:
