@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from stageflow import BaseInterceptor, InterceptorResult
-from stageflow.api import Pipeline, PipelineContext, StageOutput
+from stageflow.api import Pipeline, PipelineContext, StageContext, StageOutput
 from stageflow.core import StageArtifact
 from stageflow.stages.result import StageResult
 
@@ -33,7 +33,7 @@ from saga import (
     StageState,
     compensable,
 )
-from saga.events import AnyEvent, StageCompleted, StageFailed, StageProbed, StageSkipped
+from saga.events import AnyEvent, EffectRecorded, StageCompleted, StageFailed, StageProbed, StageSkipped
 from saga.failures import Failure, FailureKind
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.outputs import Opaque
@@ -330,6 +330,39 @@ def test_what_redact_takes_out_of_an_event_in_place_is_in_no_file(tmp_path: Path
 
     assert report.kept["pay"].data == {"amount": 12}
     assert b"4711-4711" not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
+
+
+def test_what_redact_takes_out_in_place_is_known_to_the_saga_that_is_running(tmp_path: Path) -> None:
+    refunded = []
+
+    def without_cards(event: AnyEvent) -> AnyEvent:
+        if isinstance(event, StageCompleted):
+            event.output.data["buyer"].pop("card", None)
+        if isinstance(event, EffectRecorded):
+            event.effect.pop("card")
+        return event
+
+    class Pay(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            await ctx.record({"card": "4711", "cents": 1200})
+            return StageOutput.ok(buyer={"card": "4711"})
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            assert ctx.output is not None
+            refunded.append((ctx.output.data, ctx.effects))
+
+    async def ship(_: StageContext) -> None:
+        raise OSError
+
+    async def main() -> SagaReport:
+        pipeline = Pipeline().with_stage("pay", Pay).with_stage("ship", ship, "work", dependencies=("pay",))
+        async with SQLiteLedger(tmp_path / "sagas.db", redact=without_cards) as ledger:
+            return await SagaCoordinator(ledger=ledger).run(pipeline)
+
+    report = asyncio.run(main())
+
+    assert report.status == "compensated"
+    assert refunded == [({"buyer": {"card": "4711"}}, ({"card": "4711", "cents": 1200},))]
 
 
 class Clock(tzinfo):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
@@ -13,6 +14,7 @@ from pydantic_core import PydanticSerializationError
 from saga.errors import LedgerCorrupt, LedgerError
 from saga.events import AnyEvent, SagaStarted, event_from_json, event_to_json, line_of
 from saga.ledger import A_NAME, LONGEST_NAME, is_name, status_said
+from saga.outputs import copied, copied_output
 from saga.text import bytes_of
 
 Redact = Callable[[AnyEvent], AnyEvent]
@@ -149,12 +151,18 @@ class Writer:
         """What is left of an event; when that can't be known, what should be hidden must not be stored."""
         assert self._redact is not None  # else nobody asks
         try:
-            redacted = self._redact(event)
+            redacted = self._redact(_own(event))
         except Exception as error:  # whatever the user's code raises
             raise LedgerError(f"{_named(saga_id, event)} can't be stored: redact raised {type(error).__name__}: {error}") from error
         if type(redacted) is not type(event):
             raise LedgerError(f"{_named(saga_id, event)} can't be stored: expected one from redact, got {type(redacted).__name__}")
         return redacted
+
+
+def _own(event: AnyEvent) -> AnyEvent:
+    """The event with copies of what a user may change in place: the saga that is running keeps what it knows."""
+    copies = {"output": copied_output, "effect": copied, "input": copied}
+    return replace(event, **{name: copy(value) for name, copy in copies.items() if (value := getattr(event, name, None)) is not None})
 
 
 _FIXED: Final = ("event", "saga_id", "stage", "status")
