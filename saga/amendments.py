@@ -135,7 +135,7 @@ class Amendments:
                     await self._ledger.append(saga_id, more, expected_version=len(events), token=token)
                     tell(self._listeners, saga_id, more)
             finally:
-                await self._ledger.release(saga_id, token)
+                await self._held.give_back(saga_id, token)
         finally:
             self._held.let_go(saga_id)
             self.record_late(saga_id)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Final
+from collections.abc import Awaitable, Callable
+from typing import Final
 
 from saga.watch import start
-
-if TYPE_CHECKING:
-    from saga.ledger import Ledger
 
 _LOG: Final = logging.getLogger("saga")
 
@@ -19,7 +17,7 @@ class Heart:
     """Beats for an owner in the event loop in which it was made, while that loop's sagas are held.
 
     Args:
-        ledger: The one that is told.
+        beat: Tells the ledger.
         owner: Who is alive.
         seconds: Between two beats.
 
@@ -27,13 +25,13 @@ class Heart:
         loop: That event loop.
     """
 
-    def __init__(self, ledger: Ledger, owner: str, seconds: float) -> None:
+    def __init__(self, beat: Callable[[], Awaitable[None]], owner: str, seconds: float) -> None:
         self.loop: Final = asyncio.get_running_loop()
-        self._ledger = ledger
+        self._beat = beat
         self._owner = owner
         self._seconds = seconds
         self._held = 0
-        self._task = start(self._beat())
+        self._task = start(self._live())
 
     def hold(self) -> None:
         """Beat for one saga more."""
@@ -46,7 +44,7 @@ class Heart:
             self._task.cancel()
         return not self._held
 
-    async def _beat(self) -> None:
+    async def _live(self) -> None:
         while self._held:
             # asyncio.run cancels every task before it ends, and waits for what is still to be undone: that must not lose its lease.
             with contextlib.suppress(asyncio.CancelledError):
@@ -56,7 +54,7 @@ class Heart:
 
     async def _say(self) -> None:
         try:
-            await self._ledger.beat(self._owner)
+            await self._beat()
         except (Exception, asyncio.CancelledError):  # noqa: BLE001 - whatever a ledger's driver raises
             # A lease that is lost is noticed by the next append, which is refused. Of one that is given back meanwhile nobody need be told.
             if self._held:

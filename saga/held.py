@@ -35,6 +35,7 @@ class Held:
         self.sagas: Final[dict[str, LiveSaga | None]] = {}
         self._hearts: Final[dict[asyncio.AbstractEventLoop, Heart]] = {}
         self._beating: Final[dict[str, Heart]] = {}
+        self._owed: Final[dict[str, int]] = {}
 
     def hold(self, saga_id: str) -> None:
         """Let nobody else here go on with a saga; say that its owner is alive until it is let go of."""
@@ -43,16 +44,33 @@ class Held:
         if self._ledger.lease is not None:
             loop = asyncio.get_running_loop()
             if loop not in self._hearts:
-                self._hearts[loop] = Heart(self._ledger, self.owner, self._ledger.lease / 3)
+                self._hearts[loop] = Heart(self._beat, self.owner, self._ledger.lease / 3)
             self._beating[saga_id] = self._hearts[loop]
             self._hearts[loop].hold()
 
     def let_go(self, saga_id: str) -> None:
-        """Hold a saga no more; its lease is given back with its last event, or by its journal."""
+        """Hold a saga no more; its lease is given back with its last event, or behind that."""
         del self.sagas[saga_id]
         heart = self._beating.pop(saga_id, None)
         if heart is not None and heart.let_go():
             del self._hearts[heart.loop]
+
+    async def give_back(self, saga_id: str, token: int) -> None:
+        """Give the lease of a saga back; where the ledger fails, with a later sign of life, which else would hold that saga, too."""
+        self._owed[saga_id] = token
+        with contextlib.suppress(LedgerError):
+            # What went wrong before counts for more.
+            await self._release(saga_id, token)
+
+    async def _release(self, saga_id: str, token: int) -> None:
+        await self._ledger.release(saga_id, token)
+        if self._owed.get(saga_id) == token:
+            del self._owed[saga_id]
+
+    async def _beat(self) -> None:
+        await self._ledger.beat(self.owner)
+        for saga_id, token in tuple(self._owed.items()):
+            await self._release(saga_id, token)
 
     def busy(self, saga_id: str, expected: str, state: str) -> MisuseError:
         """What is wrong with going on with a saga that is held here.

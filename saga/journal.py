@@ -223,16 +223,13 @@ class Journal:
         self._behind.append((events, waiter))
         await outlasting(waiter)
 
-    async def close(self) -> None:
-        """Give the lease back, if it is still held."""
+    async def close(self) -> int | None:
+        """Write what is left; the token of the lease that is still to be given back, if any is."""
         if self._within and not self.unwritten:
             # What other stages have come to is known, and this ledger may still take it.
             await self._write_late()
         self._forget_pending()
-        if self.token is not None and not self._released:
-            with contextlib.suppress(LedgerError):
-                # It ends by itself, and what went wrong before counts for more.
-                await self._ledger.release(self.saga_id, self.token)
+        return None if self._released else self.token
 
     def left_unrecorded(self, error: LedgerError) -> LedgerError:
         """What to say of the saga that its ledger failed: what is in effect, and what nobody knows."""

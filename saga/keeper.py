@@ -225,7 +225,7 @@ class SagaKeeper(Keeper):
                 if self._ledger.durable:
                     blueprint.restore_outputs(state.stages)
             except BaseException:
-                await self._ledger.release(saga_id, token)
+                await self.held.give_back(saga_id, token)
                 raise
         except BaseException:
             self.held.let_go(saga_id)
@@ -260,7 +260,9 @@ class SagaKeeper(Keeper):
 
     async def _let_go(self, saga: LiveSaga) -> None:
         self.held.let_go(saga.id)
-        await saga.journal.close()
+        token = await saga.journal.close()
+        if token is not None:
+            await self.held.give_back(saga.id, token)
 
     def _forward(self, saga: LiveSaga, before: Sequence[AnyEvent] = ()) -> Coroutine[Any, Any, None]:
         # Made here and not in its task: a cancel that comes before the task runs finds what it is to stop.

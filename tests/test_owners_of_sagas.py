@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from saga import (
     CompensableStage,
     CompensationContext,
     FailFast,
+    LedgerConflict,
     LedgerError,
     MemoryLedger,
     MisuseError,
@@ -32,7 +34,7 @@ from saga import (
 )
 from saga import coordinator as coordinator_module
 from saga.blueprint import Blueprint
-from saga.events import SagaStarted
+from saga.events import AnyEvent, SagaStarted
 from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk, SlowLedger
@@ -84,6 +86,56 @@ class SlowToHear(Leased):
     async def beat(self, owner: str) -> None:
         await super().beat(owner)
         await elapse(5.0)
+
+
+class Unreachable(MemoryLedger):
+    """Fails whoever writes while it is out of reach."""
+
+    lease = 30.0
+    is_reached = True
+
+    async def append(self, saga_id: str, events: Sequence[AnyEvent], **how: Any) -> None:
+        self._fail()
+        await super().append(saga_id, events, **how)
+
+    async def release(self, saga_id: str, token: int) -> None:
+        self._fail()
+        await super().release(saga_id, token)
+
+    async def beat(self, owner: str) -> None:
+        self._fail()
+
+    def _fail(self) -> None:
+        if not self.is_reached:
+            raise LedgerError("no line")
+
+
+def test_a_saga_that_could_not_be_given_back_is_not_held_by_its_owners_life_for_others() -> None:
+    world, pipeline = scene(SEQUENCE, {"a": Script(before=1.0)}, dict.fromkeys(SEQUENCE, "probed"))
+    _, other = scene({"a": ()}, {"a": Script(before=100.0)})
+    ledger = Unreachable()
+
+    async def play() -> SagaReport:
+        owner = SagaCoordinator(ledger=ledger)
+        lasting, failing = asyncio.create_task(owner.run(other)), asyncio.create_task(owner.run(pipeline, saga_id="s"))
+        await elapse(0.5)
+        ledger.is_reached = False
+        with pytest.raises(LedgerError, match="no line"):
+            await failing
+        await elapse(20.0)
+        with pytest.raises(LedgerConflict, match="is held"):
+            await SagaCoordinator(ledger=ledger).resume("s", pipeline)
+        ledger.is_reached = True
+        await elapse(10.0)
+        report = await SagaCoordinator(ledger=ledger).resume("s", pipeline)
+        assert not lasting.done()
+        await lasting
+        return report
+
+    report = run(play())
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "+b", "+c"]
 
 
 def test_a_saga_that_ends_while_its_owner_says_that_it_is_alive_alarms_nobody(caplog: pytest.LogCaptureFixture) -> None:
