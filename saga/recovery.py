@@ -649,6 +649,9 @@ def undo_step(node: Node, record: StageRecord) -> Step:
         return Step.COMPENSATE if record.doubt and node.undo_in_doubt else Step.HOLD
     if node.role is Role.PIVOT:
         return Step.HOLD if record.doubt or record.landed else Step.CLEAR
+    if node.holds_pivot and record.landed and not record.fell_back:
+        # It completed, though it was not known when the saga turned back (promise 10).
+        return Step.HOLD
     if record.doubt:
         return Step.COMPENSATE if node.undo_in_doubt else Step.HOLD
     return Step.COMPENSATE if record.landed or record.effects or record.stands_in_part else Step.CLEAR

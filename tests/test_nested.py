@@ -31,7 +31,7 @@ from saga import (
     compensable,
     nested,
 )
-from saga.events import SagaEnded, SagaResumed, StageStarted
+from saga.events import SagaEnded, SagaResumed, StageCompleted, StageStarted
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.report import NestedSagaFailed
 from tests.controlled import elapse, run
@@ -1464,6 +1464,30 @@ def test_killed_at_any_event_a_family_comes_back_as_if_it_had_not_been(failing: 
         assert world.standing.keys() == (set() if failing else names), (killed_after, str(report))
         assert report.status is (SagaStatus.COMPENSATED if failing else SagaStatus.COMPLETED), (killed_after, str(report))
     assert survived
+
+
+def test_killed_before_it_is_known_that_a_child_is_done_whose_pivot_is_behind_it_the_child_is_not_undone() -> None:
+    """Promises 10 and 11: the probe finds that it has completed, and from then on it stands, with all that it depends on."""
+    world, trip = generations({}, {"pay": "pivot"})
+
+    class Killed(Dying):
+        async def append(self, saga_id: str, events: Any, **how: Any) -> None:
+            if any(isinstance(event, StageCompleted) and event.stage == "book_hotel" for event in events):
+                self.left = 0
+            await super().append(saga_id, events, **how)
+
+    ledger = Killed(1000)
+    with pytest.raises(LedgerError, match="killed"):
+        run(SagaCoordinator(ledger=ledger).run(trip, saga_id="s"))
+    ledger.left = 1000
+    ledger.forget_owners()
+    report = run(SagaCoordinator(ledger=ledger).compensate("s", trip))
+
+    assert report.status is SagaStatus.HALTED
+    assert report.clean, str(report)
+    assert report.stages["book_hotel"].state is StageState.KEPT
+    assert report.compensation_order == ("aside",)
+    assert world.standing.keys() == {"before", "room", "open", "pay", "confirm"}
 
 
 @pytest.mark.parametrize("failing", [None, "aside", "confirm"])
