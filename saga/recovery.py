@@ -699,16 +699,18 @@ def undo_scope(state: SagaState, policy: FailFast | ContinueWithFallback, reason
     said |= {name for name, record in state.stages.items() if record.landed and state.graph[name].role is Role.PIVOT}
     beyond = {name: undo_step(state.graph[name], record) for name, record in state.stages.items() if record.past_pivot}
     said |= {name for name, step in beyond.items() if step is Step.HOLD and not _may_be_asked(state.stages[name])}
+    # Whatever is known since of what protects it: a saga comes to no end while a stage of it is being undone.
+    begun = {name for name, record in state.stages.items() if record.state is _S.COMPENSATING}
     if reason is not TurnReason.ORPHANS:
         # What a fallback stands in for is no foundation of what followed, so a pivot does not protect its remains.
         replaced = {name for name, record in state.stages.items() if record.fell_back}
         # Nor does its own one protect what is within it, where that can be undone all the same, or a person has to say what stands.
         within = beyond.keys() - said
-        return ((frozenset(state.graph.names) - protected(state)) | replaced | within) - said
+        return (((frozenset(state.graph.names) - protected(state)) | replaced | within) - said) | begun
     # Read off what happened forward, which stays: a stage that is undone or stuck meanwhile is still in the scope.
     left_over = {name for name, record in state.stages.items() if record.failed or record.skip_reason is not None}
     serves_nothing = orphans(state) if isinstance(policy, ContinueWithFallback) and policy.orphans == "compensate" else frozenset()
-    return (serves_nothing | left_over) - said
+    return ((serves_nothing | left_over) - said) | begun
 
 
 class Rollback:

@@ -22,6 +22,7 @@ from saga import (
     LedgerError,
     MemoryLedger,
     MisuseError,
+    PivotStage,
     Policy,
     Retry,
     SagaContext,
@@ -1379,6 +1380,47 @@ def test_what_came_late_in_a_saga_that_broke_off_is_neither_replaced_nor_run_whe
     assert report.fallbacks == ()
     assert report.cause is not None
     assert report.cause.kind is FailureKind.LATE
+
+
+class DeafPivot(PivotStage):
+    """Completes once it is released, against the word of its probe."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.released = asyncio.Event()
+
+    async def execute(self, _: SagaContext) -> None:
+        while not self.released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await self.released.wait()
+        self.world.land("deaf")
+
+    async def probe(self, _: CompensationContext) -> None:
+        return None
+
+
+def test_a_pivot_that_comes_late_in_a_saga_that_broke_off_lets_an_undoing_under_way_come_to_its_end() -> None:
+    """Else nobody could ever go on with the saga: it may not end while a stage of it is being undone."""
+    world, pipeline = scene({"a": ()}, {"a": Script(undo_bears_repetition=True)})
+
+    async def main() -> tuple[StageState, SagaReport]:
+        stage = DeafPivot(world)
+        whole = pipeline.with_stage("deaf", stage, dependencies=("a",))
+        ledger = BreaksAt(lambda event: isinstance(event, CompensationCompleted))
+        coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2), ledger=ledger)
+        with pytest.raises(LedgerError, match="disk full"):
+            await coordinator.run(whole, saga_id="s")
+        stage.released.set()
+        await settled_down()
+        left = (await coordinator.report("s")).stages["deaf"].state
+        return left, (await coordinator.recover(whole)).reports["s"]
+
+    left, report = run(main())
+
+    assert left is S.KEPT
+    assert report.status is SagaStatus.HALTED
+    assert report.stages["a"].state is S.UNDONE
+    assert world.standing == {"deaf": 1}
 
 
 def test_what_comes_late_in_a_saga_that_broke_off_while_its_stage_ran_again_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
