@@ -846,8 +846,8 @@ def conclude(state: SagaState, policy: FailFast | ContinueWithFallback, stop: Fa
     if stop is None and state.is_spotless:
         return Move()
     failed = unabsorbed(state, policy)
-    if stop is None or (stop.kind is FailureKind.CANCELLED and failed is not None):
-        # A CANCEL asks to keep what was done; a stage that fails while the others drain outweighs it.
+    if stop is None or (stop.kind is FailureKind.CANCELLED and failed is not None and failed.kind is not FailureKind.CRASHED):
+        # A CANCEL asks to keep what was done; a stage that fails while the others drain outweighs it, and a process that dies does not.
         stop = failed
     if stop is None:
         return Move(turn=TurnReason.ORPHANS) if len(Rollback(state, policy, TurnReason.ORPHANS)) else Move()

@@ -993,6 +993,20 @@ def test_killed_between_a_cancel_and_its_end_a_saga_stays_cancelled() -> None:
     assert world.log == ["+a"]
 
 
+@pytest.mark.parametrize("on_cancel", ["keep", "compensate"])
+def test_killed_while_another_stage_ran_on_a_cancelled_saga_ends_as_its_policy_says(on_cancel: Any) -> None:
+    """Promise 11: that its process is gone is no failure of the stage, which would outweigh the CANCEL."""
+    world, pipeline = scene({"a": (), "b": ()}, {"a": Script(before=5.0), "b": Script("cancel")}, {"a": "probed"})
+    coordinator, _ = killed_while(pipeline, FailFast(on_cancel=on_cancel), StageCompleted)
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.cause is not None
+    assert report.cause.kind is FailureKind.CANCELLED
+    assert report.status is (SagaStatus.CANCELLED if on_cancel == "keep" else SagaStatus.COMPENSATED)
+    assert world.standing == ({"a": 1} if on_cancel == "keep" else {})
+
+
 @pytest.mark.parametrize("kind", ["fallback", "compensable"])
 def test_killed_before_its_fallback_stood_in_it_stands_in_then(kind: str) -> None:
     world, pipeline = scene(SEQUENCE, {"b": Script("raise")}, {"b": kind})
