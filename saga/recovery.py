@@ -423,7 +423,7 @@ class SagaState:
                 # Another attempt of it has come so before.
                 pass
             case _S.STUCK:
-                record.landed, record.doubt = True, False
+                record.landed, record.doubt, record.failed = True, False, record.fell_back
             case _:
                 record.state, record.landed, record.doubt, record.failed = _S.KEPT, True, False, False
         record.output, record.ended_at = event.output, event.at

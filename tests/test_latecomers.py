@@ -1704,6 +1704,57 @@ def test_a_compensation_that_comes_late_to_what_is_to_be_undone_has_undone_it(wa
     assert world.standing == {}
 
 
+class RefundFails(Doubtful):
+    """Its first refund, of which nobody knows whether it is needed, is refused."""
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        if ctx.attempt == 1:
+            raise OSError
+        await super().compensate(ctx)
+
+
+def test_what_completes_late_when_it_could_not_be_undone_is_kept_with_what_runs_on_it_then() -> None:
+    """Promise 1: it still counted as failed, and when all had completed it was undone under what had run on it."""
+    world = World({"deaf": ()})
+
+    async def main() -> list[SagaReport]:
+        stage = RefundFails(world)
+        pipeline = shipped(world, stage, "ok")
+        coordinator = SagaCoordinator(IN_TIME.model_copy(update={"timeout": 10}))
+        reports = [await coordinator.run(pipeline, saga_id="s")]
+        stage.released.set()
+        await settled_down()
+        reports.append(await coordinator.report("s"))
+        return [*reports, await coordinator.resume("s", pipeline, forward=True)]
+
+    first, late, resumed = run(main())
+
+    assert [*first.stuck] == [*late.stuck] == ["deaf"]
+    assert resumed.status is SagaStatus.COMPLETED
+    assert [*resumed.kept] == ["deaf", "ship"]
+    assert world.standing == {"deaf": 1, "ship": 1}
+
+
+def test_what_completes_late_when_it_could_not_be_undone_behind_its_fallback_is_undone_then() -> None:
+    world = World({"deaf": ()})
+
+    async def main() -> list[SagaReport]:
+        stage = RefundFails(world)
+        pipeline = shipped(world, stage, "ok")
+        coordinator = SagaCoordinator(INSTEAD.model_copy(update={"compensation": Compensation(retry=Retry(attempts=1))}))
+        first = await coordinator.run(pipeline, saga_id="s")
+        stage.released.set()
+        await settled_down()
+        return [first, await coordinator.resume("s", pipeline, forward=True)]
+
+    first, resumed = run(main())
+
+    assert [*first.stuck] == ["deaf"]
+    assert resumed.status is SagaStatus.DEGRADED
+    assert resumed.fallbacks == ("deaf",)
+    assert world.standing == {"ship": 1}
+
+
 class InParts(Refunds):
     """Its first attempt charges a part and fails."""
 
