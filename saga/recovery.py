@@ -694,7 +694,10 @@ def orphans(state: SagaState) -> frozenset[str]:
 
 def undo_scope(state: SagaState, policy: FailFast | ContinueWithFallback, reason: TurnReason) -> frozenset[str]:
     """The stages that going backward for this reason is about; the others stand and hold nothing up."""
-    said = state.graph.with_ancestors(name for name, record in state.stages.items() if _is_kept_by_word(record))
+    replaced = {name for name, record in state.stages.items() if record.fell_back}
+    kept = {name for name, record in state.stages.items() if _is_kept_by_word(record)}
+    # What a fallback stands in for is no foundation of what followed, so neither a word nor a pivot protects its remains.
+    said = kept | (state.graph.with_ancestors(kept) - replaced)
     # A pivot that has landed behind its fallback serves nothing; but nobody can undo it, and a person can say nothing new of it.
     said |= {name for name, record in state.stages.items() if record.landed and state.graph[name].role is Role.PIVOT}
     beyond = {name: undo_step(state.graph[name], record) for name, record in state.stages.items() if record.past_pivot}
@@ -702,8 +705,6 @@ def undo_scope(state: SagaState, policy: FailFast | ContinueWithFallback, reason
     # Whatever is known since of what protects it: a saga comes to no end while a stage of it is being undone.
     begun = {name for name, record in state.stages.items() if record.state is _S.COMPENSATING}
     if reason is not TurnReason.ORPHANS:
-        # What a fallback stands in for is no foundation of what followed, so a pivot does not protect its remains.
-        replaced = {name for name, record in state.stages.items() if record.fell_back}
         # Nor does its own one protect what is within it, where that can be undone all the same, or a person has to say what stands.
         within = beyond.keys() - said
         return (((frozenset(state.graph.names) - protected(state)) | replaced | within) - said) | begun

@@ -295,6 +295,31 @@ def test_what_comes_late_although_a_fallback_stands_in_is_undone_on_resume() -> 
     assert set(world.standing) == {"a"}
 
 
+def test_what_comes_late_behind_a_fallback_is_undone_also_when_a_person_keeps_what_followed_on_that() -> None:
+    """Promise 5: that is kept with all that it depends on, but it never depended on this; no command could undo it."""
+    world, pipeline = scene({"ship": ()}, {"ship": Script("hang", lands=True)})
+
+    async def main() -> list[SagaReport]:
+        stage = Deaf(world)
+        ship = pipeline.stages["ship"].runner
+        whole = Pipeline(name="trip").with_stage("deaf", stage).with_stage("ship", ship, dependencies=("deaf",))
+        coordinator = SagaCoordinator(INSTEAD)
+        await coordinator.run(whole, saga_id="s")
+        await coordinator.settle("s", "ship", "kept", "it is on its way")
+        stage.released.set()
+        await settled_down()
+        return [await coordinator.report("s"), await coordinator.resume("s", whole)]
+
+    late, resumed = run(main())
+
+    assert late.status is SagaStatus.STUCK
+    assert [*late.blocked] == ["deaf"]
+    assert resumed.clean
+    assert [*resumed.kept] == ["deaf", "ship"]
+    assert world.undone() == ["deaf"]
+    assert world.standing == {"ship": 1}
+
+
 @pytest.mark.parametrize("outcome", [lambda: StageOutput.fail("too late"), lambda: 42, lambda: StageOutput.skip("never mind")])
 def test_what_fails_late_changes_nothing(outcome: Callable[[], Any]) -> None:
     _, _, first, late, _ = play(outcome=outcome)
