@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Latecomer = StageCompleted | CompensationCompleted
+Latecomer = StageCompleted | EffectRecorded | CompensationCompleted
 """What code that was given up may come to after all."""
 STAGE_FAILED: Final = "the stage that ran it has failed"
 """Why a saga is stopped that a stage has left running."""
@@ -249,7 +249,16 @@ class LiveSaga(Host, UndoHost):
     async def _record_effect(self, stage: str, effect: Any) -> None:
         if self.journal.state.graph[stage].role is not Role.COMPENSABLE:
             raise refuse_record(stage)
-        write = start(self.journal.record(EffectRecorded(stage=stage, effect=copied(effect))))
+        event = EffectRecorded(stage=stage, effect=copied(effect))
+        if not self.journal.state.may_follow(event):
+            self.comes_late(event)
+            raise MisuseError(
+                "ctx.record by an attempt that is running",
+                got="one that was given up, or has ended",
+                stage=stage,
+                hint="Let it do nothing more; a person is asked what stands.",
+            )
+        write = start(self.journal.record(event))
         write.add_done_callback(retrieved)
         # A cancel of the stage is no cancel of the ledger: what it did is recorded.
         await asyncio.shield(write)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from saga.compensable import execution_key, is_within
 from saga.errors import MisuseError
-from saga.events import SagaEnded, StageCompleted, StageProbed, StageSettled, Verdict
+from saga.events import CompensationCompleted, EffectRecorded, SagaEnded, StageCompleted, StageProbed, StageSettled, Verdict
 from saga.failures import Failure, FailureKind
 from saga.family import below, events_of, heard, located, report_of, report_with_children, run_by
 from saga.graph import Role
@@ -19,6 +19,7 @@ from saga.ledger import ALIVE, StageState
 from saga.recovery import SagaState, StageRecord, Step, undo_step
 from saga.resumption import refusal, status_at_rest
 from saga.storable import storable
+from saga.text import glimpse
 from saga.watch import start
 
 if TYPE_CHECKING:
@@ -263,14 +264,18 @@ def _own_news(state: SagaState, late: Late) -> Iterator[Latecomer | StageProbed]
     node, record = state.graph[event.stage], state.stages[event.stage]
     # One that was to run anew and did not get its turn is done with that execution, too.
     is_its_own = late.execution == record.execution and record.attempts > 0
-    if isinstance(event, StageCompleted):
-        # A probe, a person or another attempt has told before.
-        is_known = is_its_own and record.state is StageState.KEPT
-        may_follow = is_its_own
-    else:
-        is_known = record.state is StageState.UNDONE or undo_step(node, record) is Step.CLEAR
-        # What has run since, or completed late meanwhile, it may have undone as well, or not.
-        may_follow = is_its_own and late.attempts == record.attempts and late.undo_attempts > record.late_beside
+    match event:
+        case StageCompleted():
+            # A probe, a person or another attempt has told before.
+            is_known = is_its_own and record.state is StageState.KEPT
+            may_follow = is_its_own
+        case EffectRecorded():
+            # Whoever has told of the stage before did not know of it.
+            is_known = may_follow = False
+        case CompensationCompleted():
+            is_known = record.state is StageState.UNDONE or undo_step(node, record) is Step.CLEAR
+            # What has run since, or completed late meanwhile, it may have undone as well, or not.
+            may_follow = is_its_own and late.attempts == record.attempts and late.undo_attempts > record.late_beside
     if is_known:
         return
     if may_follow and state.may_follow(event):
@@ -288,12 +293,13 @@ def _question(state: SagaState, late: Late, record: StageRecord) -> Failure:
     stage = event.stage
     which = f"execution {late.execution} (key {execution_key(saga_id, stage, late.execution)!r})"
     now = f"execution {record.execution} (key {execution_key(saga_id, stage, record.execution)!r})"
-    if isinstance(event, StageCompleted):
-        since = f"the saga had gone on with {now}" if late.execution != record.execution else "the saga had gone on without it"
-        what = f"{which} had been given up and completed late, when {since}: what it did may stand, and nothing undoes it"
-    else:
+    if isinstance(event, CompensationCompleted):
         since = f"with {now}" if late.execution != record.execution else "with what it undoes"
         what = f"the compensation of {which} had been given up and completed late, when the saga had gone on {since}: that may be gone"
+    else:
+        since = f"the saga had gone on with {now}" if late.execution != record.execution else "the saga had gone on without it"
+        came = "had been given up and completed late" if isinstance(event, StageCompleted) else f"recorded {glimpse(event.effect)} late"
+        what = f"{which} {came}, when {since}: what it did may stand, and nothing undoes it"
     todo = (
         "Look in the outside world and put it right by hand, then settle it: kept if what the saga counts on stands, undone if nothing does"
     )

@@ -33,7 +33,7 @@ class FailureKind(StrEnum):
     CANCELLED = "cancelled"
     """It returned `StageOutput.cancel(...)` or raised `StageCancellationRequested`."""
     LATE = "late"
-    """Code of it that had been given up came to its end when others had gone on without it: only a person can see what stands."""
+    """Code of it that had been given up did something when others had gone on without it: only a person can see what stands."""
 
 
 class Failure(BaseModel):

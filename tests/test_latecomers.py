@@ -1582,6 +1582,69 @@ def test_the_sagas_above_wait_for_a_person_with_one_in_which_an_execution_before
     assert world.standing.keys() == ({"other", f"s/child/deaf~{number}"} if number else set())
 
 
+class NotesItsSeat(Doubtful):
+    """Notes what it did before it goes on, and may do more."""
+
+    refused: ClassVar[list[str]] = []
+
+    async def execute(self, ctx: SagaContext) -> Any:
+        await self._wait()
+        self.world.land("deaf")
+        try:
+            await ctx.record({"seat": "14A"})
+        except MisuseError as error:
+            self.refused.append(str(error))
+            raise
+        self.world.land("another seat")
+
+
+class DeniedByProbeBefore(NotesItsSeat):
+    async def probe(self, ctx: CompensationContext) -> None:
+        return None
+
+
+@pytest.mark.parametrize("kind", [NotesItsSeat, DeniedByProbeBefore])
+@pytest.mark.parametrize("way", ["at rest", "alive", "resumed"])
+def test_an_effect_that_is_recorded_late_stops_the_stage_and_waits_for_a_person(
+    way: str, kind: type[NotesItsSeat], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Promise 5: to the stage the ledger seemed corrupt, it raised, and the saga stayed compensated, with a seat that stood."""
+    world, others = scene({"slow": ()}, {"slow": Script(undo_takes=20)})
+    kind.refused.clear()
+
+    async def main() -> list[SagaReport]:
+        stage = kind(world)
+        pipeline = others.with_stage("deaf", stage)
+        coordinator = SagaCoordinator(PROMPT)
+        running = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        while way == "alive" and "slow" not in world.undoing:
+            await elapse(1)
+        if way == "alive":
+            stage.released.set()
+        reports = [await running]
+        stage.released.set()
+        if way == "resumed":
+            reports = [await coordinator.resume("s", pipeline)]
+        await settled_down()
+        reports.append(await coordinator.report("s"))
+        assert "deaf" in world.standing
+        world.undo("deaf")
+        return [*reports, await coordinator.settle("s", "deaf", "undone", "they gave it back")]
+
+    first, late, settled = run(main())
+
+    assert first.status is (SagaStatus.STUCK if way == "alive" else SagaStatus.COMPENSATED)
+    assert late.status is SagaStatus.STUCK
+    assert [*late.in_doubt] == ["deaf"]
+    assert late.failures[-1].kind is FailureKind.LATE
+    assert "execution 1 (key 's/deaf') recorded {'seat': '14A'} late, when the saga had gone on without it" in str(late)
+    (refused,) = kind.refused
+    assert "expected ctx.record by an attempt that is running, for stage 'deaf', got one that was given up, or has ended." in refused
+    assert settled.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+    assert "could not be recorded" not in caplog.text
+
+
 # -- when what it undoes was gone on with since -------------------------------------------------------------------------
 
 
