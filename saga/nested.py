@@ -64,8 +64,8 @@ class NestedSaga(CompensableStage):
 
     async def compensate(self, ctx: CompensationContext) -> None:
         """Undo what is left of the child, whichever attempt ran it."""
-        for standing in reversed(_standing(await ctx.child_sagas())):
-            report = await ctx.undo_saga(standing.saga_id, self._pipeline)
+        # What one attempt's child leaves standing holds back no other's.
+        for report in [await ctx.undo_saga(standing.saga_id, self._pipeline) for standing in reversed(_standing(await ctx.child_sagas()))]:
             if (failed := NestedSagaFailed.unless_undone(report)) is not None:
                 raise failed
 

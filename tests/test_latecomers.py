@@ -913,6 +913,47 @@ def test_what_comes_late_within_a_stage_that_a_person_keeps_is_kept_with_it() ->
     assert late.clean
 
 
+class FirstIsDeaf(Deaf):
+    """It is deaf in the first of the sagas that run it; what it does in the second one can't be undone."""
+
+    async def execute(self, ctx: SagaContext) -> Any:
+        if ctx.saga_id == "s/child":
+            await self._wait()
+        self.world.land(ctx.idempotency_key)
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        if ctx.saga_id == "s/child#2":
+            raise OSError
+        self.world.undo(ctx.forward_key)
+
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        return StageOutput.ok() if ctx.forward_key in self.world.standing else None
+
+
+TWICE = FailFast(retry=Retry(attempts=2, wait=0.0))
+
+
+def test_what_comes_late_within_the_child_of_an_earlier_attempt_is_undone_beside_a_later_one_that_is_stuck() -> None:
+    """Promise 8: neither depends on the other. Were the later one then kept, no command would undo the earlier."""
+    world = World({"deaf": ()})
+
+    async def main() -> list[SagaReport]:
+        stage = FirstIsDeaf(world)
+        trip = nested_in(stage, "child")
+        coordinator = SagaCoordinator(TWICE)
+        first = await coordinator.run(trip, saga_id="s")
+        stage.released.set()
+        await settled_down()
+        assert world.standing == {"s/child/deaf": 1, "s/child#2/deaf": 1}
+        return [first, await coordinator.compensate("s", trip)]
+
+    first, undone = run(main())
+
+    assert first.status is SagaStatus.COMPLETED
+    assert [*undone.stuck] == ["child", "child#2/deaf"]
+    assert world.standing == {"s/child#2/deaf": 1}
+
+
 class Tolerant(CompensableStage):
     """Runs a saga, and does not mind that it fails; `outcome` is what it comes to itself."""
 
