@@ -954,6 +954,57 @@ def test_what_comes_late_within_the_child_of_an_earlier_attempt_is_undone_beside
     assert world.standing == {"s/child#2/deaf": 1}
 
 
+def test_what_comes_late_within_the_child_of_an_earlier_attempt_is_undone_by_the_command_that_is_told() -> None:
+    """It said to resume the saga above, which is complete."""
+    world = World({"deaf": ()})
+
+    async def main() -> list[SagaReport]:
+        stage = FirstIsDeaf(world)
+        trip = nested_in(stage, "child")
+        coordinator = SagaCoordinator(TWICE)
+        await coordinator.run(trip, saga_id="s")
+        stage.released.set()
+        await settled_down()
+        late = await coordinator.report("s")
+        child = await coordinator.resume("s/child", Pipeline(name="inner").with_stage("deaf", stage))
+        return [late, child, await coordinator.report("s")]
+
+    late, child, report = run(main())
+
+    assert late.status is SagaStatus.COMPLETED
+    assert str(late).endswith("To do: it was not undone to the end; go on with: saga resume s/child")
+    assert child.status is SagaStatus.COMPENSATED
+    assert report.clean
+    assert world.standing == {"s/child#2/deaf": 1}
+
+
+def test_of_a_stage_within_which_something_is_to_be_undone_nobody_is_asked_to_say_that_it_is() -> None:
+    """That is refused: what came late within stands."""
+    world = World({"deaf": ()})
+
+    async def main() -> list[SagaReport]:
+        stage = DeniedByProbe(world)
+        trip = nested_in(stage, "child")
+        coordinator = SagaCoordinator()
+        reports = [await coordinator.run(trip, saga_id="s")]
+        stage.released.set()
+        await settled_down()
+        reports.append(await coordinator.report("s"))
+        with pytest.raises(MisuseError, match="undone, while these are: child/deaf"):
+            await coordinator.settle("s", "child", "undone", "looked")
+        await coordinator.settle("s", "child", "retry", "looked")
+        return [*reports, await coordinator.resume("s", trip)]
+
+    first, late, resumed = run(main())
+
+    assert first.status is SagaStatus.COMPENSATED
+    assert [*late.in_doubt] == ["child"]
+    assert [*late.blocked] == ["child/deaf"]
+    assert "saga settle s child retry --note '...'" in str(late)
+    assert resumed.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
 class Tolerant(CompensableStage):
     """Runs a saga, and does not mind that it fails; `outcome` is what it comes to itself."""
 

@@ -211,7 +211,7 @@ def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
     saga_id, path = _outer(report)
     resume = _resume(report, reach)
     if not innermost:
-        return [f"To do: it was not undone to the end; go on with: {resume}"]
+        return [f"To do: it was not undone to the end; go on with: {command}" for command in _unfinished(report, reach)]
     unclear = [name for name in innermost if not goes_on(name, report)]
     if not unclear:
         return [f"To do: there is nothing to settle. Mend the cause, then: {resume}"]
@@ -221,11 +221,28 @@ def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
     return [
         f"To do: look at the outside world, put it right by hand, and {said}",
         *(
-            "  " + next_command("settle", saga_id, f"{path}{name}", "undone", options=f"--note '...' {reach.options}".rstrip())
+            "  " + next_command("settle", saga_id, f"{path}{name}", _word(name, report), options=f"--note '...' {reach.options}".rstrip())
             for name in unclear
         ),
         *([f"  {resume}"] if waits else []),
     ]
+
+
+def _unfinished(report: SagaReport, reach: Reach) -> Iterator[str]:
+    """The commands that go on with what was not undone to the end: with those within, where the saga itself has nothing left to do."""
+    if report.status in {SagaStatus.STUCK, SagaStatus.HALTED}:
+        yield _resume(report, reach)
+        return
+    for child in [child for stage in report.stages.values() for child in stage.children if not child.clean]:
+        if child.status is SagaStatus.STUCK:
+            yield command_for("resume", child.saga_id, reach._replace(pipeline=""))
+        else:
+            yield from _unfinished(child, reach)
+
+
+def _word(name: str, report: SagaReport) -> str:
+    """What to say of a stage: that nothing of it stands is refused while something within it is still to be undone."""
+    return "retry" if any(is_within(inner, name) for inner in report.blocked) else "undone"
 
 
 def _resume(report: SagaReport, reach: Reach) -> str:
