@@ -123,7 +123,8 @@ def heard(state: SagaState, child: SagaState, report: SagaReport) -> StageProbed
         # What was in the way of undoing it may be gone.
         why = f"something came late in its saga {child_id}, which is {report.status.value}"
         return StageSettled(stage=stage, verdict=Verdict.RETRY, note=why, by=f"saga {child_id}")
-    is_done_with = record.state in _DONE and undo_step(node, record) is Step.CLEAR
+    # Beyond a point of no return of its own a stage is done with, too: what came late may be on this side of that.
+    is_done_with = record.state in _DONE and (record.past_pivot or undo_step(node, record) is Step.CLEAR)
     # What came late in one that had halted is kept there, and in nobody's question; yet it stands.
     is_news = not report.clean or (is_done_with and _stands(child))
     if not is_news or node.role is Role.PLAIN:

@@ -893,6 +893,30 @@ def test_what_comes_late_within_while_the_saga_above_goes_forward_turns_nothing_
     assert world.standing == {"other": 1}
 
 
+def test_what_comes_late_within_a_stage_beyond_a_pivot_of_its_own_is_undone_on_resume() -> None:
+    """Promise 5: the saga above went on without that branch, and no command could undo what stood there."""
+    world, others = scene({"pay": (), "other": ()}, kinds={"pay": "pivot"})
+
+    async def main() -> list[SagaReport]:
+        stage = DeniedByProbe(world)
+        inner = Pipeline(name="inner").with_stage("pay", others.stages["pay"].runner).with_stage("deaf", stage)
+        trip = Pipeline(name="trip").with_stage("child", nested(inner, PROMPT)).with_stage("other", others.stages["other"].runner)
+        coordinator = SagaCoordinator(ContinueWithFallback(without_fallback="skip_branch"))
+        first = await coordinator.run(trip, saga_id="s")
+        stage.released.set()
+        await settled_down()
+        return [first, await coordinator.report("s"), await coordinator.resume("s", trip)]
+
+    first, late, resumed = run(main())
+
+    assert first.status is resumed.status is SagaStatus.DEGRADED
+    assert late.status is SagaStatus.STUCK
+    assert [*late.in_doubt] == ["child"]
+    assert [*late.blocked] == ["child/deaf"]
+    assert resumed.clean
+    assert world.standing == {"pay": 1, "other": 1}
+
+
 def test_what_comes_late_within_a_stage_that_a_person_keeps_is_kept_with_it() -> None:
     world = World({"deaf": ()})
 
