@@ -243,11 +243,11 @@ def refusal(state: SagaState, said: StageSettled) -> MisuseError | None:
         return MisuseError(
             "undone or kept", got="retry", stage=said.stage, hint="Something of it came late: to ask, undo or run it tells nothing of that."
         )
-    # Going forward, a retry runs it once more; going backward, something has to be there to be tried.
+    # Going forward, a retry runs it once more, unless a fallback stands in; going backward, something has to be there to be tried.
     if (
         said.verdict is Verdict.RETRY
         and shown is StageState.IN_DOUBT
-        and state.reason is not None
+        and (state.reason is not None or record.fell_back)
         and undo_step(node, _asked_anew(record)) is Step.HOLD
     ):
         return MisuseError(

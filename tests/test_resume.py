@@ -1434,3 +1434,17 @@ def test_what_stands_below_a_fallback_and_cannot_be_undone_may_be_kept(retried: 
     assert report.clean
     assert report.status is SagaStatus.DEGRADED
     assert report.stages["b"].state is S.FALLBACK
+
+
+def test_a_stage_in_doubt_behind_its_fallback_is_not_tried_again_where_nothing_can_be_tried() -> None:
+    """It was said that there is nothing to settle, and to resume the saga, which ran nothing as the fallback stands in."""
+    world, pipeline = scene({"a": (), "b": ("a",)}, {"a": Script("hang", lands=True)})
+    coordinator, stuck = first_run(pipeline, ContinueWithFallback(timeout=10, fallbacks={"a": {}}))
+    assert stuck.status is SagaStatus.STUCK
+    assert [*stuck.in_doubt] == ["a"]
+
+    with pytest.raises(MisuseError, match=r"undone or kept, for stage 'a', got retry\. It has neither a probe nor a compensation"):
+        run(coordinator.settle("s", "a", "retry", "looked"))
+
+    world.undo("a")
+    assert run(coordinator.settle("s", "a", "undone", "put right")).status is SagaStatus.DEGRADED
