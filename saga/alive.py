@@ -99,8 +99,8 @@ class Keeper(Protocol):
         """Whether anything came late that is not recorded yet."""
         ...
 
-    async def note_late(self, saga: LiveSaga, stage: str) -> bool:
-        """Record what came late for a stage, if anything did."""
+    async def note_late(self, saga: LiveSaga, is_in_hand: Callable[[str], bool]) -> bool:
+        """Record what came late for a saga, but for what somebody is busy with; whether anything did."""
         ...
 
 
@@ -198,9 +198,16 @@ class LiveSaga(Host, UndoHost):
         """Whether anything came late for it that is not recorded yet."""
         return self._keeper.has_late(self.id)
 
-    async def note_late(self, stage: str) -> None:
-        """Record what came late for a stage, before that is asked for or undone: else it would seem to have come after its undoing."""
-        await self._keeper.note_late(self, stage)
+    async def note_late(self, is_in_hand: Callable[[str], bool]) -> bool:
+        """Record what came late before anything else is asked for or undone: else it would seem to have come after that.
+
+        Args:
+            is_in_hand: Whether a stage is just being asked for, or undone: what came late of it waits for what comes of that.
+
+        Returns:
+            Whether anything did.
+        """
+        return await self._keeper.note_late(self, is_in_hand)
 
     def forward_key(self, stage: str) -> str:
         """The idempotency key of a stage's execution."""

@@ -33,6 +33,10 @@ _LOG: Final = logging.getLogger("saga")
 _UNDER_WAY: Final = frozenset({StageState.RUNNING, StageState.COMPENSATING})
 
 
+def _by_nobody(_: str) -> bool:
+    return False
+
+
 class Amendments:
     """Adds to the ledgers of sagas what others than their own runs have to say.
 
@@ -155,27 +159,26 @@ class Amendments:
         """Whether anything came late for a saga that is not recorded yet."""
         return saga_id in self._late
 
-    async def note_late(self, saga: LiveSaga, stage: str | None = None) -> bool:
-        """Record what came late for the stages of a saga that is alive, or for one of them alone; whether anything did."""
-        if not self.has_late(saga.id):
-            return False
-        noted, late = False, self._late.pop(saga.id)
-        if stage is not None:
-            others = [one for one in late if _stage_of(one) != stage]
-            late = [one for one in late if _stage_of(one) == stage]
-            if others:
-                self._late[saga.id] = others
-        async for event in self._news(saga.journal.state, late):
+    async def note_late(self, saga: LiveSaga, is_in_hand: Callable[[str], bool] = _by_nobody) -> bool:
+        """Record what came late for a saga that is alive, but for what somebody is busy with; whether anything did."""
+        noted = False
+        async for event in self._news(saga.journal.state, self._late.pop(saga.id, ()), is_in_hand):
             await saga.journal.record(event)
             noted = True
         return noted
 
-    async def _news(self, state: SagaState, late: Sequence[Late | _Within]) -> AsyncIterator[Latecomer | StageProbed | StageSettled]:
+    async def _news(
+        self, state: SagaState, late: Sequence[Late | _Within], is_in_hand: Callable[[str], bool] = _by_nobody
+    ) -> AsyncIterator[Latecomer | StageProbed | StageSettled]:
         """What came late and tells a saga something new; record each before you ask for the next one."""
+        saga_id = state.started.saga_id
+
+        def is_busy(stage: str) -> bool:
+            return is_in_hand(stage) or state.stages[stage].state in _UNDER_WAY
+
         for one in late:
-            saga_id = state.started.saga_id
             if not isinstance(one, _Within):
-                if state.stages[one.event.stage].state not in _UNDER_WAY:
+                if not is_busy(one.event.stage):
                     for event in _own_news(state, one):
                         yield event
                 elif self._held.sagas[saga_id] is not None:
@@ -186,8 +189,9 @@ class Amendments:
                 continue
             child = SagaState(await events_of(self._ledger, one.saga_id))
             heard_of = heard(state, child, await report_with_children(self._ledger, child, {}))
-            if isinstance(heard_of, StageSettled) and self._held.sagas[saga_id] is not None:
-                # Nobody says a word on a saga before it has come to rest.
+            is_early = is_busy(str(child.started.parent_stage)) or isinstance(heard_of, StageSettled)
+            if is_early and self._held.sagas[saga_id] is not None:
+                # What the stage comes to is not known yet, or a word is to be said, which nobody does before the saga has come to rest.
                 self._late.setdefault(saga_id, []).append(one)
             elif heard_of is not None:
                 yield heard_of
@@ -252,10 +256,6 @@ class _Within(NamedTuple):
     """
 
     saga_id: str
-
-
-def _stage_of(late: Late | _Within) -> str | None:
-    return None if isinstance(late, _Within) else late.event.stage
 
 
 def _own_news(state: SagaState, late: Late) -> Iterator[Latecomer | StageProbed]:

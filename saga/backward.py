@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING
 
 from stageflow.api import StageOutput, StageStatus
@@ -35,7 +36,11 @@ class _Worker(Watched):
 
 
 class Backward(Employer):
-    """Carries out the rollback of one saga that has turned back."""
+    """Carries out the rollback of one saga that has turned back.
+
+    Attributes:
+        is_overtaken: Something came late, and what is left to be undone is to be planned anew.
+    """
 
     def __init__(self, saga: LiveSaga, reason: TurnReason) -> None:
         self._saga = saga
@@ -49,6 +54,7 @@ class Backward(Employer):
         self._until: float | None = None
         self._expired = False
         self._broken: Exception | None = None
+        self.is_overtaken = False
 
     async def run(self) -> None:
         """Undo all that can be undone.
@@ -111,8 +117,12 @@ class Backward(Employer):
         node, record = self._state.graph[stage], self._state.stages[stage]
         settings = self._saga.blueprint.stages[stage].compensation or self._settings
         while True:
-            if self._saga.has_late():
-                await self._saga.note_late(stage)
+            if self._saga.has_late() and await self._saga.note_late(partial(self._is_in_hand, worker)):
+                # It may depend on what is open now, and its own turn may be over.
+                self._rollback.stop()
+                self.is_overtaken = True
+            if self.is_overtaken:
+                return
             match undo_step(node, record):
                 case Step.CLEAR:
                     self._rollback.clear(stage)
@@ -126,6 +136,9 @@ class Backward(Employer):
                     await self._compensate(worker, settings)
                     if worker.given_up:
                         return
+
+    def _is_in_hand(self, worker: _Worker, stage: str) -> bool:
+        return any(other.stage == stage for other in self._workers.members if other is not worker)
 
     async def _compensate(self, worker: _Worker, settings: Compensation) -> None:
         """Attempt the compensation as often as its retry allows; then it is undone or stuck."""

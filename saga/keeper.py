@@ -6,7 +6,7 @@ import asyncio
 import getpass
 import logging
 import secrets
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -155,9 +155,9 @@ class SagaKeeper(Keeper):
         """Whether anything came late that is not recorded yet."""
         return self.amendments.has_late(saga_id)
 
-    async def note_late(self, saga: LiveSaga, stage: str) -> bool:
-        """Record what came late for a stage, if anything did."""
-        return await self.amendments.note_late(saga, stage)
+    async def note_late(self, saga: LiveSaga, is_in_hand: Callable[[str], bool]) -> bool:
+        """Record what came late for a saga, but for what somebody is busy with; whether anything did."""
+        return await self.amendments.note_late(saga, is_in_hand)
 
     # -- how a saga runs -----------------------------------------------------------------------------------------
 
@@ -352,10 +352,11 @@ class SagaKeeper(Keeper):
 
     async def _back(self, saga: LiveSaga, reason: TurnReason) -> None:
         saga.is_stopping = True
-        while True:
-            await Backward(saga, reason).run()
-            if not await self.amendments.note_late(saga):
-                break
+        is_overtaken = True
+        while is_overtaken:
+            backward = Backward(saga, reason)
+            await backward.run()
+            is_overtaken = await self.amendments.note_late(saga) or backward.is_overtaken
         await self._ask_the_rest(saga)
         await saga.journal.record(SagaEnded(status=final_status(saga.journal.state, saga.policy)), release=True)
 

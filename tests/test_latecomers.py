@@ -180,6 +180,71 @@ def test_what_comes_late_while_the_saga_goes_backward_is_undone_at_once() -> Non
     assert world.standing == {}
 
 
+@pytest.mark.parametrize("kind", [DeniedByProbe, Doubtful])
+@pytest.mark.parametrize("within", [False, True])
+def test_nothing_is_undone_under_what_has_come_late_before(within: bool, kind: type[Deaf]) -> None:
+    """Promise 1: its turn was over, and what it depends on was undone before it when the others that do had been undone."""
+    world, pipeline = scene({"a": (), "slow": ("a",)}, {"slow": Script(undo_takes=20)})
+    world.dependencies["deaf"] = ("a",)
+
+    async def main() -> SagaReport:
+        stage = kind(world)
+        last = nested(Pipeline(name="inner").with_stage("deaf", stage), PROMPT) if within else stage
+        coordinator = SagaCoordinator(PROMPT)
+        running = asyncio.create_task(coordinator.run(pipeline.with_stage("last", last, dependencies=("a",)), saga_id="s"))
+        while "slow" not in world.undoing:
+            await elapse(1)
+        await elapse(5)
+        stage.released.set()
+        return await running
+
+    report = run(main())
+
+    assert world.refusals == []
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.undone() == ["slow", "deaf", "a"]
+    assert world.standing == {}
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_what_comes_late_of_a_stage_that_is_just_asked_for_waits_for_the_answer(within: bool) -> None:
+    """Beside it another one is done; whoever is then undone next looks what has come late."""
+    world, pipeline = scene({"first": (), "next": ("first",)}, {"next": Script(undo_takes=8)})
+
+    class AnswersSlowly(DeniedByProbe):
+        async def probe(self, ctx: CompensationContext) -> None:
+            await elapse(5)
+            self.released.set()
+            await elapse(15)
+
+    class AsksSlowly(Tolerant):
+        compensate_in_doubt = True
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            await super().execute(ctx)
+            await elapse(100)
+            return StageOutput.ok()
+
+        async def probe(self, ctx: CompensationContext) -> None:
+            stage.released.set()
+            await elapse(15)
+
+    stage = DeniedByProbe(world) if within else AnswersSlowly(world)
+
+    async def main() -> SagaReport:
+        last = AsksSlowly(Pipeline(name="inner").with_stage("deaf", stage)) if within else stage
+        coordinator = SagaCoordinator(PROMPT.model_copy(update={"timeout": 20 if within else 10}))
+        return await coordinator.run(pipeline.with_stage("last", last), saga_id="s")
+
+    report = run(main())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.clean
+    assert world.refusals == []
+    assert sorted(world.undone()) == ["deaf", "first", "next"]
+    assert world.standing == {}
+
+
 def test_what_comes_late_after_it_was_compensated_in_doubt_is_in_doubt_again() -> None:
     world, stage, first, late, resumed = play(Doubtful)
 
