@@ -396,17 +396,17 @@ class Attempt(Host):
             answered.set_result(None)
 
     def give_up(self) -> None:
-        """Let the code run no more sagas."""
+        """Let the code run no more sagas, and stop those that it has left running."""
         self._is_over = True
-
-    async def wind_up(self) -> None:
-        """Stop the sagas that the code has left running, or is just about to begin, and wait until they have come to rest."""
-        self._is_over = True
-        if not self._asked:
-            return
-        self._saga.failed.add(self._stage)
         for child in self._saga.children:
             if child.journal.state.started.parent_stage == self._stage:
                 child.interrupt(STAGE_FAILED)
+
+    async def wind_up(self) -> None:
+        """Stop the sagas that the code has left running, or is just about to begin, and wait until they have come to rest."""
+        self.give_up()
+        if not self._asked:
+            return
+        self._saga.failed.add(self._stage)
         await outlast(tuple(self._asked))
         self._saga.failed.discard(self._stage)

@@ -1138,6 +1138,37 @@ async def late_within(
     return world, coordinator, trip, inner, first
 
 
+def test_the_sagas_of_a_stage_that_is_given_up_are_stopped() -> None:
+    """They went on to charge, though a fallback stood in for the stage."""
+    world, inner = scene({"hold": (), "charge": ("hold",)}, {"hold": Script(before=20)}, {"hold": "probed"})
+    at_once = FailFast(in_flight="cancel")
+
+    class LeavesItRunning(Tolerant):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            child = asyncio.ensure_future(ctx.run_saga(self.inner, policy=at_once))
+            while not child.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({child})
+            return StageOutput.ok() if child.result().ok else StageOutput.fail("no")
+
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            return StageOutput.ok() if "charge" in world.standing else None
+
+    async def main() -> tuple[SagaReport, SagaReport]:
+        coordinator = SagaCoordinator(ContinueWithFallback(timeout=10, cancel_grace=2, fallbacks={"book": {}}))
+        first = await coordinator.run(Pipeline(name="trip").with_stage("book", LeavesItRunning(inner)), saga_id="s")
+        await elapse(50)
+        return first, await coordinator.report("s")
+
+    first, report = run(main())
+
+    assert first.fallbacks == ("book",)
+    assert world.log == []
+    assert report.stages["book"].children[0].status is SagaStatus.COMPENSATED
+    assert report.status is SagaStatus.DEGRADED
+    assert report.clean
+
+
 @pytest.mark.parametrize("way", ["resume", "compensate", "forward"])
 def test_what_comes_late_within_a_stage_that_was_undone_is_undone_by_what_undid_it(way: str) -> None:
     """It is not made for doubt, and there is none: it finds what stands in the saga that it ran."""
