@@ -329,6 +329,8 @@ class SagaState:
             if name in in_part:
                 # What is left of it, running again or undoing it finds out; until it has completed, to run again may come to nothing.
                 record.landed, record.undone_in_part, record.stands_in_part, record.state = False, False, True, _S.FAILED
+            # Whoever goes forward goes on with it, be it that it came late.
+            record.failed = record.failed and (record.fell_back or not stands)
             if stands or record.doubt:
                 # It could not be undone; now it need not be, and who goes forward may ask for it again.
                 self._unstick(record)
@@ -425,8 +427,13 @@ class SagaState:
             case _S.STUCK:
                 record.landed, record.doubt, record.failed = True, False, record.fell_back
             case _:
-                record.state, record.landed, record.doubt, record.failed = _S.KEPT, True, False, False
+                # Where what it was worked out from is undone already, it serves nothing.
+                record.state, record.landed, record.doubt, record.failed = _S.KEPT, True, False, self._has_lost_ground(event.stage)
         record.output, record.ended_at = event.output, event.at
+
+    def _has_lost_ground(self, stage: str) -> bool:
+        below = [self.stages[name] for name in self.graph.with_ancestors([stage]) if name != stage]
+        return any(record.state in {_S.UNDONE, _S.COMPENSATING} and not record.fell_back for record in below)
 
     def _stage_failed(self, record: StageRecord, event: StageFailed) -> None:
         self.is_spotless = False

@@ -180,6 +180,38 @@ def test_what_comes_late_while_the_saga_goes_backward_is_undone_at_once() -> Non
     assert world.standing == {}
 
 
+def test_what_comes_late_when_what_it_depends_on_is_undone_as_serving_nothing_is_undone_too() -> None:
+    """It was kept in a saga that had been compensated, and resumed, that ran again what it had been worked out from."""
+    world, _, first, late, resumed = play(DeniedByProbe, ContinueWithFallback(timeout=10, cancel_grace=2, without_fallback="skip_branch"))
+
+    assert first.status is SagaStatus.COMPENSATED
+    assert late.status is SagaStatus.STUCK
+    assert [*late.blocked] == ["deaf"]
+    assert resumed.status is SagaStatus.COMPENSATED
+    assert world.log == ["+a", "-a", "+deaf", "-deaf"]
+
+
+def test_what_came_late_when_what_it_depends_on_had_been_undone_is_gone_on_with_on_demand() -> None:
+    world, pipeline = scene({"a": ()})
+    world.dependencies["deaf"] = ("a",)
+
+    async def main() -> SagaReport:
+        stage = DeniedByProbe(world)
+        trip = pipeline.with_stage("deaf", stage, dependencies=("a",))
+        trip = trip.with_stage("after", nothing, "work", dependencies=("deaf",))
+        coordinator = SagaCoordinator(ContinueWithFallback(timeout=10, cancel_grace=2, without_fallback="skip_branch"))
+        await coordinator.run(trip, saga_id="s")
+        stage.released.set()
+        await settled_down()
+        return await coordinator.resume("s", trip, forward=True)
+
+    report = run(main())
+
+    assert report.status is SagaStatus.COMPLETED
+    assert [*report.kept] == ["a", "deaf", "after"]
+    assert world.standing == {"a": 1, "deaf": 1}
+
+
 @pytest.mark.parametrize("kind", [DeniedByProbe, Doubtful])
 @pytest.mark.parametrize("within", [False, True])
 def test_nothing_is_undone_under_what_has_come_late_before(within: bool, kind: type[Deaf]) -> None:
