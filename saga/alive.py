@@ -194,6 +194,12 @@ class LiveSaga(Host, UndoHost):
         record = self.journal.state.stages[event.stage]
         self._keeper.comes_late(self.id, Late(event, record.execution, record.attempts, record.undo_attempts))
 
+    def say_again(self) -> None:
+        """Hand over once more what came late and was not recorded, as the ledger failed."""
+        for event in self.journal.unwritten:
+            if isinstance(event, StageCompleted | CompensationCompleted) and event.late:
+                self.comes_late(event)
+
     def has_late(self) -> bool:
         """Whether anything came late for it that is not recorded yet."""
         return self._keeper.has_late(self.id)

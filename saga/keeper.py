@@ -291,6 +291,7 @@ class SagaKeeper(Keeper):
             return await self._report(saga)
         finally:
             await self._let_go(saga)
+            saga.say_again()
             self.amendments.record_late(saga.id)
 
     async def _to_rest(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> None:

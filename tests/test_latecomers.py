@@ -1692,6 +1692,37 @@ def test_a_pivot_that_comes_late_in_a_saga_that_broke_off_lets_an_undoing_under_
     assert world.standing == {"deaf": 1}
 
 
+class BreaksAtOnDisk(BreaksAt):
+    """Takes what guards nothing together with what follows."""
+
+    durable = True
+
+
+@pytest.mark.parametrize("kind", [BreaksAt, BreaksAtOnDisk])
+def test_what_comes_late_and_breaks_its_saga_off_is_recorded_when_the_ledger_is_back(kind: type[BreaksAt]) -> None:
+    """Promise 5: the caller was told that it is in effect, and to resume; the saga was then compensated."""
+    world, pipeline = scene({"slow": ()}, {"slow": Script(undo_takes=20, undo_bears_repetition=True)})
+
+    async def main() -> SagaReport:
+        stage = DeniedByProbe(world)
+        trip = pipeline.with_stage("deaf", stage)
+        coordinator = SagaCoordinator(PROMPT, ledger=kind(lambda event: isinstance(event, StageCompleted) and event.late))
+        running = asyncio.create_task(coordinator.run(trip, saga_id="s"))
+        while "slow" not in world.undoing:
+            await elapse(1)
+        stage.released.set()
+        with pytest.raises(LedgerError, match="In effect: deaf"):
+            await running
+        await settled_down()
+        return await coordinator.resume("s", trip)
+
+    report = run(main())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.undone() == ["slow", "deaf"]
+    assert world.standing == {}
+
+
 def test_what_comes_late_in_a_saga_that_broke_off_while_its_stage_ran_again_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
     world = World({"deaf": ()})
 
