@@ -161,8 +161,10 @@ class Amendments:
 
     async def note_late(self, saga: LiveSaga, is_in_hand: Callable[[str], bool] = _by_nobody) -> bool:
         """Record what came late for a saga that is alive, but for what somebody is busy with; whether anything did."""
+        if not self.has_late(saga.id):
+            return False
         noted = False
-        async for event in self._news(saga.journal.state, self._late.pop(saga.id, ()), is_in_hand):
+        async for event in self._news(saga.journal.state, self._late.pop(saga.id), is_in_hand):
             await saga.journal.record(event)
             noted = True
         return noted

@@ -36,14 +36,11 @@ class _Worker(Watched):
 
 
 class Backward(Employer):
-    """Carries out the rollback of one saga that has turned back.
-
-    Attributes:
-        is_overtaken: Something came late, and what is left to be undone is to be planned anew.
-    """
+    """Carries out the rollback of one saga that has turned back."""
 
     def __init__(self, saga: LiveSaga, reason: TurnReason) -> None:
         self._saga = saga
+        self._reason = reason
         self._state = saga.journal.state
         self._record = saga.journal.record
         self._settings = saga.policy.compensation
@@ -54,10 +51,10 @@ class Backward(Employer):
         self._until: float | None = None
         self._expired = False
         self._broken: Exception | None = None
-        self.is_overtaken = False
+        self._is_overtaken = False
 
     async def run(self) -> None:
-        """Undo all that can be undone.
+        """Undo all that can be undone; what comes late meanwhile, too.
 
         Raises:
             LedgerError: The ledger could not record; no further compensation was started after that.
@@ -66,13 +63,23 @@ class Backward(Employer):
         if self._settings.deadline is not None:
             self._until = self._loop.time() + self._settings.deadline
             timer = self._loop.call_at(self._until, self._expire)
+        try:
+            while await self._is_left_with_news():
+                self._is_overtaken = False
+                if not self._rollback.is_stopped:
+                    self._rollback = Rollback(self._state, self._saga.policy, self._reason)
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    async def _is_left_with_news(self) -> bool:
+        """Undo all that the plan has open; whether something has come late meanwhile, so that there may be more."""
         self._put_to_work()
         # Promise 7: a cancel can start a compensation, never interrupt one.
         await self._workers.disband(self)
-        if timer is not None:
-            timer.cancel()
         if self._broken is not None:
             raise self._broken
+        return await self._saga.note_late(self._is_in_hand) or self._is_overtaken
 
     def _expire(self) -> None:
         self._expired = True
@@ -81,10 +88,14 @@ class Backward(Employer):
     def _put_to_work(self) -> None:
         """Have as many workers as there are open stages, within the limit; a worker that ends its stage takes the next."""
         limit = self._settings.max_concurrency
-        for _ in range(len(self._rollback)):
+        for _ in range(self._open()):
             if limit is not None and len(self._workers.members) >= limit:
                 return
             self._employ(_Worker(self._rollback.take(), self))
+
+    def _open(self) -> int:
+        """How many stages may be taken now; none of a plan that what came late has overtaken."""
+        return 0 if self._is_overtaken else len(self._rollback)
 
     def _employ(self, worker: _Worker) -> None:
         # It is employed where another one has ended: in its context, what that one bound would be bound for this one.
@@ -99,7 +110,7 @@ class Backward(Employer):
         if worker.given_up:
             # What follows from that goes on, and it is not dismissed before.
             return True
-        if not len(self._rollback):
+        if not self._open():
             return False
         worker.stage = self._rollback.take()
         self._employ(worker)
@@ -117,18 +128,17 @@ class Backward(Employer):
         node, record = self._state.graph[stage], self._state.stages[stage]
         settings = self._saga.blueprint.stages[stage].compensation or self._settings
         while True:
-            if self._saga.has_late() and await self._saga.note_late(partial(self._is_in_hand, worker)):
+            if self._saga.has_late() and await self._saga.note_late(partial(self._is_in_hand, besides=worker)):
                 # It may depend on what is open now, and its own turn may be over.
-                self._rollback.stop()
-                self.is_overtaken = True
-            if self.is_overtaken:
-                return
+                self._is_overtaken = True
             match undo_step(node, record):
                 case Step.CLEAR:
                     self._rollback.clear(stage)
                     return
                 case Step.HOLD:
                     self._rollback.hold(stage)
+                    return
+                case _ if self._is_overtaken:
                     return
                 case Step.PROBE:
                     await ask(self._saga, stage)
@@ -137,8 +147,8 @@ class Backward(Employer):
                     if worker.given_up:
                         return
 
-    def _is_in_hand(self, worker: _Worker, stage: str) -> bool:
-        return any(other.stage == stage for other in self._workers.members if other is not worker)
+    def _is_in_hand(self, stage: str, besides: _Worker | None = None) -> bool:
+        return any(other.stage == stage for other in self._workers.members if other is not besides)
 
     async def _compensate(self, worker: _Worker, settings: Compensation) -> None:
         """Attempt the compensation as often as its retry allows; then it is undone or stuck."""

@@ -353,11 +353,7 @@ class SagaKeeper(Keeper):
 
     async def _back(self, saga: LiveSaga, reason: TurnReason) -> None:
         saga.is_stopping = True
-        is_overtaken = True
-        while is_overtaken:
-            backward = Backward(saga, reason)
-            await backward.run()
-            is_overtaken = await self.amendments.note_late(saga) or backward.is_overtaken
+        await Backward(saga, reason).run()
         await self._ask_the_rest(saga)
         await saga.journal.record(SagaEnded(status=final_status(saga.journal.state, saga.policy)), release=True)
 

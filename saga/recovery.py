@@ -729,6 +729,9 @@ class Rollback:
     held stage depends on never opens (promise 8).
 
     Each stage and each dependency is looked at once, so the whole is linear in the size of the graph.
+
+    Attributes:
+        is_stopped: No further stage is to be taken.
     """
 
     def __init__(self, state: SagaState, policy: FailFast | ContinueWithFallback, reason: TurnReason) -> None:
@@ -737,12 +740,12 @@ class Rollback:
         self._scope = undo_scope(state, policy, reason)
         self._waits = {name: sum(1 for dependent in state.graph.dependents[name] if dependent in self._scope) for name in self._scope}
         self._open: list[tuple[int, str]] = []
-        self._stopped = False
+        self.is_stopped = False
         self._settle([name for name in state.graph.names if self._waits.get(name) == 0])
 
     def __len__(self) -> int:
         """How many stages could be taken now."""
-        return 0 if self._stopped else len(self._open)
+        return 0 if self.is_stopped else len(self._open)
 
     def take(self) -> str:
         """Take the open stage that started last; only while there is one."""
@@ -765,7 +768,7 @@ class Rollback:
 
     def stop(self) -> None:
         """Let no further stage be taken."""
-        self._stopped = True
+        self.is_stopped = True
 
     def _release(self, name: str) -> list[str]:
         freed = []

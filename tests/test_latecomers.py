@@ -238,6 +238,34 @@ def test_nothing_is_undone_under_what_has_come_late_before(within: bool, kind: t
     assert world.standing == {}
 
 
+@pytest.mark.parametrize("halts", [True, False])
+def test_a_way_back_that_is_planned_anew_goes_no_further_than_the_one_before(halts: bool) -> None:
+    """What has failed under `on_failure="halt"`, or the compensations' deadline, holds for all of it."""
+    shape = {"first": (), "slow": ("first",), "fails": ()}
+    world, pipeline = scene(shape, {"slow": Script(undo_takes=20), "fails": Script(undo_fails=9)})
+    once = Retry(attempts=1)
+    settings = Compensation(retry=once, on_failure="halt") if halts else Compensation(retry=once, deadline=15, timeout=100)
+    policy = PROMPT.model_copy(update={"compensation": settings})
+
+    async def main() -> SagaReport:
+        stage = DeniedByProbe(world)
+        coordinator = SagaCoordinator(policy)
+        running = asyncio.create_task(coordinator.run(pipeline.with_stage("deaf", stage), saga_id="s"))
+        while "slow" not in world.undoing:
+            await elapse(1)
+        await elapse(5)
+        stage.released.set()
+        return await running
+
+    report = run(main())
+
+    assert report.status is SagaStatus.STUCK
+    assert report.stages["deaf"].late_output is not None
+    assert report.stages["deaf"].compensation is None
+    assert "deaf" in world.standing
+    assert "first" in world.standing
+
+
 @pytest.mark.parametrize("within", [False, True])
 def test_what_comes_late_of_a_stage_that_is_just_asked_for_waits_for_the_answer(within: bool) -> None:
     """Beside it another one is done; whoever is then undone next looks what has come late."""
