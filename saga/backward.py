@@ -128,9 +128,7 @@ class Backward(Employer):
         node, record = self._state.graph[stage], self._state.stages[stage]
         settings = self._saga.blueprint.stages[stage].compensation or self._settings
         while True:
-            if self._saga.has_late() and await self._saga.note_late(partial(self._is_in_hand, besides=worker)):
-                # It may depend on what is open now, and its own turn may be over.
-                self._is_overtaken = True
+            await self._heed_late(worker)
             match undo_step(node, record):
                 case Step.CLEAR:
                     self._rollback.clear(stage)
@@ -146,6 +144,11 @@ class Backward(Employer):
                     await self._compensate(worker, settings)
                     if worker.given_up:
                         return
+
+    async def _heed_late(self, worker: _Worker) -> None:
+        if self._saga.has_late() and await self._saga.note_late(partial(self._is_in_hand, besides=worker)):
+            # It may depend on what is open now, and its own turn may be over.
+            self._is_overtaken = True
 
     def _is_in_hand(self, stage: str, besides: _Worker | None = None) -> bool:
         return any(other.stage == stage for other in self._workers.members if other is not besides)
@@ -186,6 +189,9 @@ class Backward(Employer):
             await self._sleep(wait)
             if self._expired:
                 await self._record(CompensationFailed(stage=stage, failure=failure))
+                return
+            await self._heed_late(worker)
+            if self._is_overtaken:
                 return
 
     async def _attempt(self, worker: _Worker, context: CompensationContext, settings: Compensation) -> Failure | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import warnings
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from saga.blueprint import StagePlan
     from saga.recovery import StageRecord
 
+_LOG: Final = logging.getLogger("saga")
 _ENDED_WELL: Final = frozenset({StageState.KEPT, StageState.FALLBACK, StageState.SKIPPED})
 _SAID_NOTHING: Final = frozenset({FailureKind.EXCEPTION, FailureKind.REPORTED, FailureKind.CONTRACT})
 """Of an attempt that failed so it is taken that it had no effect, and nobody has asked."""
@@ -261,13 +263,23 @@ class Forward(Stages, Employer):
         if outcome is None:
             outcome = await self._attempts(run)
         if run.given_up:
-            if outcome.failure is None and outcome.output is not None and outcome.output.status is StageStatus.OK:
-                self._saga.comes_late(StageCompleted(stage=run.name, output=copied_output(outcome.output), late=True))
+            self._came_late(run, outcome)
             return STOPPING
         if outcome.failure is None:
             assert outcome.output is not None  # without a failure there is one
             return outcome.output
         return await self._absorb(run, outcome.failure)
+
+    def _came_late(self, run: _StageRun, outcome: _Outcome) -> None:
+        """Hand over what code came to that nobody waited for any more."""
+        if outcome.failure is None and outcome.output is not None and outcome.output.status is StageStatus.OK:
+            self._saga.comes_late(StageCompleted(stage=run.name, output=copied_output(outcome.output), late=True))
+        elif run.record.answer is False:
+            # Where nothing has answered it is in doubt, and a person looks anyway.
+            message = (
+                "saga %s: %s, after it had been given up and its probe had answered that nothing had landed; look whether that is still so"
+            )
+            _LOG.warning(message, self._saga.id, outcome.failure or f"stage {run.name!r} has ended")
 
     def _is_due(self, name: str) -> bool:
         """Whether the stage has yet to run."""

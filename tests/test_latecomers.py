@@ -238,6 +238,53 @@ def test_nothing_is_undone_under_what_has_come_late_before(within: bool, kind: t
     assert world.standing == {}
 
 
+@pytest.mark.parametrize("kind", [DeniedByProbe, Doubtful])
+def test_a_compensation_is_not_tried_again_under_what_has_come_late_meanwhile(kind: type[Deaf]) -> None:
+    """Promise 1."""
+    world, pipeline = scene({"a": ()}, {"a": Script(undo_fails=1)})
+    world.dependencies["deaf"] = ("a",)
+    patient = Compensation(retry=Retry(attempts=2, wait=10, jitter=False))
+
+    async def main() -> SagaReport:
+        stage = kind(world)
+        coordinator = SagaCoordinator(PROMPT.model_copy(update={"compensation": patient}), listeners=[lambda _, event: told.append(event)])
+        told: list[Any] = []
+        running = asyncio.create_task(coordinator.run(pipeline.with_stage("deaf", stage, dependencies=("a",)), saga_id="s"))
+        while not any(isinstance(event, CompensationFailed) for event in told):
+            await elapse(1)
+        stage.released.set()
+        return await running
+
+    report = run(main())
+
+    assert world.refusals == []
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.undone() == ["deaf", "a"]
+    assert world.standing == {}
+
+
+@pytest.mark.parametrize("kind", [DeniedByProbe, Deaf])
+def test_a_late_failure_behind_the_probes_answer_is_told_to_the_log(kind: type[Deaf], caplog: pytest.LogCaptureFixture) -> None:
+    """It may have landed since; where nobody has answered, the stage is in doubt anyway."""
+    world, _ = scene({})
+    stage = kind(world)
+    stage.outcome = lambda: StageOutput.fail("the line broke")
+
+    async def main() -> SagaReport:
+        report = await SagaCoordinator(PROMPT).run(Pipeline().with_stage("deaf", stage), saga_id="s")
+        stage.released.set()
+        await settled_down()
+        return report
+
+    report = run(main())
+
+    assert report.status is (SagaStatus.COMPENSATED if kind is DeniedByProbe else SagaStatus.STUCK)
+    told = [record.getMessage() for record in caplog.records if "its probe had answered that nothing had landed" in record.getMessage()]
+    assert [message.partition(", after")[0] for message in told] == (
+        ["saga s: stage 'deaf' reported a failure: the line broke"] if kind is DeniedByProbe else []
+    )
+
+
 @pytest.mark.parametrize("halts", [True, False])
 def test_a_way_back_that_is_planned_anew_goes_no_further_than_the_one_before(halts: bool) -> None:
     """What has failed under `on_failure="halt"`, or the compensations' deadline, holds for all of it."""
