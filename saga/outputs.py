@@ -449,11 +449,26 @@ def _output_to_json(output: StageOutput, encode: Callable[[Any, str], Any]) -> d
         plain["version"] = said(output.version)
     for name, fields in (("artifacts", _ARTIFACT), ("events", _EVENT)):
         items = getattr(output, name)
+        if isinstance(items, list | tuple):
+            items = [_part_to_json(item, f"{name}[{index}]", fields, encode) for index, item in enumerate(items)]
+        elif items is not None:
+            items = encode(items, name)
         if items:
-            plain[name] = [
-                [encode(getattr(item, field), f"{name}[{index}].{field}") for field in fields] for index, item in enumerate(items)
-            ]
+            plain[name] = items
     return plain
+
+
+def _part_to_json(part: Any, name: str, fields: tuple[str, ...], encode: Callable[[Any, str], Any]) -> list[Any]:
+    """An artifact or an event of an output by its fields; what is none, and stageflow looks at no type, as the one item that it is."""
+    if all(hasattr(part, field) for field in fields):
+        return [encode(getattr(part, field), f"{name}.{field}") for field in fields]
+    return [encode(part, name)]
+
+
+def _parts_from(value: Any, kind: Callable[..., Any]) -> Any:
+    if not isinstance(value, list):
+        return decoded(value)
+    return [kind(*decoded(part)) if len(part) > 1 else decoded(part[0]) for part in value]
 
 
 def _output_from(value: Any) -> StageOutput:
@@ -464,8 +479,8 @@ def _output_from(value: Any) -> StageOutput:
         fields["status"] = StageStatus(fields["status"])
         fields["data"] = decoded(fields["data"])
         fields["duration_ms"] = decoded(fields.get("duration_ms"))
-        fields["artifacts"] = [StageArtifact(*decoded(item)) for item in fields.get("artifacts", ())]
-        fields["events"] = [StageEvent(*decoded(item)) for item in fields.get("events", ())]
+        fields["artifacts"] = _parts_from(fields.get("artifacts", []), StageArtifact)
+        fields["events"] = _parts_from(fields.get("events", []), StageEvent)
         return StageOutput(**fields)
     except (TypeError, LookupError, ArithmeticError) as error:
         raise _no_value(error) from error

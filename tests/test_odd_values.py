@@ -577,6 +577,8 @@ OUTPUTS: dict[str, tuple[Callable[[], StageOutput], str]] = {
         lambda: StageOutput(status=StageStatus.OK, events=[StageEvent("e", {"x": threading.Lock()}, datetime(2026, 1, 1, tzinfo=UTC))]),
         "events[0].data['x']",
     ),
+    "no artifact": (lambda: StageOutput(status=StageStatus.OK, artifacts=["a", {"x": threading.Lock()}]), "artifacts[1]['x']"),  # type: ignore[list-item] # what the test is about
+    "no artifacts": (lambda: StageOutput(status=StageStatus.OK, artifacts=threading.Lock()), "artifacts"),  # type: ignore[arg-type] # as above
     "duration": (lambda: StageOutput(status=StageStatus.OK, duration_ms=threading.Lock()), "duration_ms"),  # type: ignore[arg-type] # what the test is about
 }
 
@@ -707,6 +709,40 @@ def test_a_live_effect_that_looks_like_a_tag_is_left_as_it_is() -> None:
     assert report.stages["book"].state is StageState.KEPT
     assert report.stages["book"].effects == ({TAG: "bytes", "value": "!"},)
     assert SagaReport.model_validate_json(report.model_dump_json()) == report
+
+
+@pytest.mark.parametrize("part", ["artifacts", "events"])
+@pytest.mark.parametrize(
+    "value",
+    [[{"type": "invoice", "payload": {"no": Decimal("7.10")}}], ["invoice.pdf", ("a", 1), [1, 2, 3]], {"invoice": 7}, "invoice.pdf"],
+    ids=["dicts", "others", "a dict", "a text"],
+)
+def test_what_stands_in_the_place_of_artifacts_or_events_is_kept_as_it_is_and_harms_no_saga(part: str, value: Any, tmp_path: Path) -> None:
+    """stageflow looks at none of them."""
+    seen: list[Any] = []
+
+    async def book(_: Any) -> StageOutput:
+        return StageOutput(status=StageStatus.OK, data={"seat": "14A"}, **{part: value})
+
+    async def cancel(ctx: CompensationContext) -> None:
+        assert ctx.output is not None
+        seen.append(getattr(ctx.output, part))
+
+    async def fail(_: Any) -> None:
+        raise ValueError("no")
+
+    pipeline = Pipeline().with_stage("book", compensable(book, cancel)).with_stage("fail", fail, "work", dependencies=("book",))
+
+    async def play() -> tuple[SagaReport, SagaReport]:
+        async with SQLiteLedger(tmp_path / "sagas.db") as ledger:
+            coordinator = SagaCoordinator(ledger=ledger)
+            return await coordinator.run(pipeline, saga_id="s"), await coordinator.report("s")
+
+    ran, read = asyncio.run(play())
+
+    assert ran.status is SagaStatus.COMPENSATED
+    assert seen == [value]
+    assert read == ran
 
 
 @pytest.mark.parametrize("field", ["duration_ms", "error", "version"])
