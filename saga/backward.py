@@ -171,7 +171,8 @@ class Backward(Employer):
                 await self._record(CompensationCompleted(stage=stage))
                 return
             wait = settings.retry.wait_before_next(failure, attempt=tries, elapsed=self._loop.time() - began)
-            past_pivot = getattr(failure.exception, "past_pivot", False) is True and not self._is_open_within(stage)
+            error = failure.exception
+            past_pivot = isinstance(error, NestedSagaFailed) and error.past_pivot and not self._is_open_within(stage)
             if self._expired or past_pivot:
                 wait = None
             in_part = stage in self._saga.undone_within

@@ -118,6 +118,13 @@ def raised_instead(error: BaseException | None) -> str:
 
 
 def _traced(error: BaseException) -> str:
+    try:
+        return brief(written(_formatted(error)))
+    except Exception as failed:  # noqa: BLE001 - whatever the user's attributes raise; Python looks for notes, for example
+        return f"<no traceback: {qualified(type(failed))} while it was formatted>"
+
+
+def _formatted(error: BaseException) -> str:
     # Without the marks under the lines: for each of them Python parses the source, all in all longer than a saga takes to be undone.
     whole = TracebackException(type(error), error, _by_user(error.__traceback__), compact=True)
     parts = [whole]
@@ -126,7 +133,7 @@ def _traced(error: BaseException) -> str:
         for frame in part.stack:
             frame.colno = None
         parts += [inner for inner in (part.__cause__, part.__context__, *(part.exceptions or ())) if inner is not None]
-    return brief(written("".join(whole.format())))
+    return "".join(whole.format())
 
 
 def _by_user(trace: TracebackType | None) -> TracebackType | None:

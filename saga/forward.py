@@ -22,6 +22,7 @@ from saga.graph import Role
 from saga.ledger import StageState
 from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
+from saga.report import NestedSagaFailed
 from saga.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
 from saga.text import brief, glimpse, said
 from saga.watch import Crew, Employer, Watched, bounded, closes, cut_short_by, instead_of_cancel, leave_loop, this_task
@@ -521,7 +522,7 @@ class Forward(Stages, Employer):
         if isinstance(error, KeyboardInterrupt):
             # It struck by chance, so the stage says nothing of its effect with it.
             return _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, "a KeyboardInterrupt struck while it ran", attempt=attempt))
-        past_pivot = self._state.graph[name].is_point_of_no_return and getattr(error, "past_pivot", False) is True
+        past_pivot = self._state.graph[name].is_point_of_no_return and isinstance(error, NestedSagaFailed) and error.past_pivot
         return _Outcome(failure=Failure.raised(name, error, attempt=attempt), past_pivot=past_pivot)
 
     def gives_up(self, run: _StageRun, /) -> None:
