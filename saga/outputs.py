@@ -81,7 +81,11 @@ def copied_output(output: StageOutput) -> StageOutput:
     """Copy an output deeply enough that no later stage can change what was recorded."""
     if not output.data and not output.artifacts and not output.events:
         return output
-    return dataclasses.replace(output, data=copied(output.data), artifacts=copied(output.artifacts), events=copied(output.events))
+    parts = {"data": copied(output.data), "artifacts": copied(output.artifacts), "events": copied(output.events)}
+    try:
+        return dataclasses.replace(output, **parts)
+    except Exception:  # noqa: BLE001 - a type that somebody derived may have a constructor of its own
+        return StageOutput(output.status, **parts, error=output.error, duration_ms=output.duration_ms, version=output.version)
 
 
 def _is_text(value: str) -> bool:

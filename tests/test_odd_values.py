@@ -65,6 +65,13 @@ class Delegating(Exception):
         return getattr(self.response, name)
 
 
+class Receipt(StageOutput):
+    """An output with a constructor of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(StageStatus.OK, {"number": number})
+
+
 def cyclic() -> dict[str, Any]:
     value: dict[str, Any] = {}
     value["self"] = value
@@ -98,6 +105,7 @@ ODD: dict[str, Callable[[], Any]] = {
     "what can't be shown": Unwilling,
     "an exception that can't be told": Mute,
     "an exception that can't be asked": Delegating,
+    "an output with a constructor of its own": lambda: Receipt(7),
 }
 
 
@@ -717,6 +725,26 @@ def test_a_live_effect_that_looks_like_a_tag_is_left_as_it_is() -> None:
     assert report.stages["book"].state is StageState.KEPT
     assert report.stages["book"].effects == ({TAG: "bytes", "value": "!"},)
     assert SagaReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_an_output_with_a_constructor_of_its_own_is_what_its_compensation_gets() -> None:
+    seen: list[StageOutput | None] = []
+
+    async def pay(_: Any) -> StageOutput:
+        return Receipt(7)
+
+    async def refund(ctx: CompensationContext) -> None:
+        seen.append(ctx.output)
+
+    async def fail(_: Any) -> None:
+        raise ValueError("no")
+
+    pipeline = Pipeline().with_stage("pay", compensable(pay, refund)).with_stage("fail", fail, "work", dependencies=("pay",))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert [given and given.data for given in seen] == [{"number": 7}]
 
 
 @pytest.mark.parametrize("part", ["artifacts", "events"])
