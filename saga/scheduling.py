@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Container, Sequence
 from contextvars import copy_context
 from functools import partial
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from stageflow import BaseInterceptor, UnifiedStageExecutionError, UnifiedStageGraph
 from stageflow.api import StageContext, StageOutput
@@ -14,6 +14,7 @@ from stageflow.pipeline.dag import UnifiedPipelineCancelled, UnifiedStageSpec
 from stageflow.stages.inputs import StageInputs
 
 from saga.failures import Failure, FailureKind
+from saga.watch import this_task
 
 if TYPE_CHECKING:
     from stageflow.api import PipelineContext
@@ -162,7 +163,8 @@ class StageflowSchedule:
 
     stageflow cancels the siblings of a failed stage with `Task.cancel()`, which an anyio shield does not stop, and leaves the siblings
     of a stage that returned FAIL running unawaited. So a stage runs in a task that stageflow does not know; and a saga that stops tells
-    stageflow so with a CANCEL, which makes it cancel and await its other wrappers.
+    stageflow so with a CANCEL, which makes it cancel and await its other wrappers. What a hook or an interceptor
+    keeps waiting says nothing to anybody: it gets its grace, and is cancelled then.
     """
 
     def __init__(self, saga: LiveSaga, interceptors: Sequence[BaseInterceptor]) -> None:
@@ -173,12 +175,14 @@ class StageflowSchedule:
         self._answers: dict[str, StageOutput | Exception] = {}
         self._waiters: dict[str, asyncio.Future[StageOutput | Exception]] = {}
         self._results: dict[str, StageOutput] = {}
+        self._wrappers: set[asyncio.Task[Any]] = set()
+        self._timer: asyncio.TimerHandle | None = None
 
     async def run(self, stages: Stages) -> None:
         """Start the stages, until all have ended or the saga stops."""
         graph = self._graph(stages)
         try:
-            self._results = await graph.run(self._saga.private_context())
+            self._results = await graph.run(self._saga.private_context(self._note))
         except UnifiedPipelineCancelled as cancelled:
             if not stages.is_stopping():
                 # No wrapper of ours asked for it: the context was cancelled, or a hook.
@@ -188,6 +192,9 @@ class StageflowSchedule:
             await stages.refused(failed.stage, failed.original)
         except Exception as error:  # noqa: BLE001 - a hook's or an interceptor's of the user
             stages.stop(Failure.raised(None, error, attempt=0))
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
 
     def _graph(self, stages: Stages) -> UnifiedStageGraph:
         """What Pipeline.build() makes of a pipeline that has been checked; to make it at once takes half the time."""
@@ -209,6 +216,8 @@ class StageflowSchedule:
         self._called.add(name)
         # An interceptor that asks for a retry gets here again: retries are the policy's, so the answer stays.
         answer = self._answers.get(name)
+        if answer is None and stages.is_stopping():
+            return STOPPING
         if answer is None:
             assert name not in self._waiters  # stageflow runs a wrapper again only when it has answered
             stages.begin(name, ctx.inputs)
@@ -237,6 +246,15 @@ class StageflowSchedule:
             # One CANCEL is enough for stageflow to cancel and await its other wrappers and to end.
             if name != told:
                 self._release(name, STOPPING)
+        # Those that have not come so far tell nobody anything.
+        self._timer = asyncio.get_running_loop().call_later(self._saga.policy.cancel_grace, self._cut_off)
+
+    def _note(self, *_: object) -> None:
+        self._wrappers.add(this_task())
+
+    def _cut_off(self) -> None:
+        for wrapper in self._wrappers:
+            wrapper.cancel()
 
     def _release(self, name: str, answer: StageOutput | Exception) -> None:
         waiter = self._waiters.get(name)

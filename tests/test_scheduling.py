@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import pytest
-from stageflow import BaseInterceptor, InterceptorResult
+from stageflow import BaseInterceptor, ErrorAction, InterceptorResult
 from stageflow.api import Pipeline, PipelineContext, StageCancellationRequested, StageOutput, stage
 from stageflow.stages.inputs import UndeclaredDependencyError
 from stageflow.stages.ports import create_core_ports
@@ -26,7 +26,7 @@ from saga import (
 )
 from tests.controlled import ControlledLoop, elapse, run
 from tests.slow import SlowLedger
-from tests.world import hooked, nothing
+from tests.world import Script, Scripted, hooked, nothing, scene
 
 BY_US_OR_STAGEFLOW = pytest.mark.parametrize("context", [None, hooked()], ids=["by our schedule", "by stageflow's"])
 
@@ -226,6 +226,88 @@ def test_a_stage_that_stageflow_gets_to_when_the_saga_is_stopping_has_not_run() 
 
     assert report.failed == ("book",)
     assert report.not_run == ("late",)
+
+
+class Stalling(Watching):
+    """Waits for ever at one of its turns, for a service that does not answer, say."""
+
+    def __init__(self, turn: str) -> None:
+        self.turn = turn
+
+    async def before(self, stage_name: str, ctx: PipelineContext) -> None:
+        await self.stall("before", stage_name)
+
+    async def after(self, stage_name: str, _result: Any, _ctx: PipelineContext) -> None:
+        await self.stall("after", stage_name)
+
+    async def on_error(self, stage_name: str, _error: Exception, _ctx: PipelineContext) -> ErrorAction:
+        await self.stall("on_error", stage_name)
+        return ErrorAction.FAIL
+
+    async def stall(self, turn: str, stage_name: str) -> None:
+        if f"{turn} {stage_name}" == self.turn:
+            await asyncio.Event().wait()
+
+
+def stalling(turn: str) -> tuple[PipelineContext | None, tuple[BaseInterceptor, ...]]:
+    if not turn.startswith("hook"):
+        return None, (Stalling(turn),)
+    context = PipelineContext.create()
+
+    async def hook(stage_name: str, *_: Any) -> None:
+        if turn == f"hook {stage_name}":
+            await asyncio.Event().wait()
+
+    context.add_before_stage_start_hook(hook)
+    return context, ()
+
+
+@pytest.mark.parametrize("stop", ["deadline", "cancel"])
+@pytest.mark.parametrize(
+    ("turn", "ran"),
+    [
+        ("before second", {"first", "slow"}),
+        ("after first", {"first", "slow"}),
+        ("after slow", {"first", "slow", "second"}),
+        ("hook second", {"first", "slow"}),
+        ("hook first", {"slow"}),
+    ],
+)
+def test_an_interceptor_or_a_hook_that_never_ends_keeps_no_saga_from_stopping(turn: str, ran: set[str], stop: str) -> None:
+    world, _ = scene({"first": (), "slow": (), "second": ("first",)})
+    context, interceptors = stalling(turn)
+    pipeline = staged(Pipeline(name="p"), "first", Scripted(world, "first", Script()))
+    pipeline = staged(pipeline, "slow", Scripted(world, "slow", Script(before=7.0)))
+    pipeline = staged(pipeline, "second", Scripted(world, "second", Script()), "first")
+    policy = FailFast(deadline=8.0 if stop == "deadline" else None, cancel_grace=3.0)
+    coordinator = SagaCoordinator(policy, interceptors=interceptors)
+
+    async def play() -> tuple[SagaReport, float]:
+        running = asyncio.create_task(coordinator.run(pipeline, context, saga_id="s"))
+        if stop == "cancel":
+            await elapse(8.0)
+            running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        return await coordinator.report("s"), asyncio.get_running_loop().time()
+
+    report, ended_at = run(play())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert set(world.undone()) == set(report.undone) == ran
+    assert world.standing == {}
+    assert ended_at == 11.0
+
+
+def test_an_interceptor_that_never_ends_when_it_is_told_of_an_error_keeps_nothing_from_being_undone() -> None:
+    world, pipeline = scene({"first": (), "second": ("first",)}, {"second": Script(outcome="raise")})
+
+    report = run(SagaCoordinator(interceptors=[Stalling("on_error second")]).run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+    assert report.cause.stage == "second"
+    assert world.undone() == ["first"]
 
 
 class Cancelling(Watching):
