@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import tomllib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -86,6 +87,17 @@ class _Frozen(BaseModel):
             return handler(data)
         except ValidationError as error:
             raise _invalid(cls, error, _place(info)) from None
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy, in which what is updated is checked as in a new one: pydantic would take whatever it is given.
+
+        Raises:
+            PolicyInvalid: It can't be so, or there is no such key.
+        """
+        copied = super().model_copy(deep=deep)
+        if not update:
+            return copied
+        return type(self).model_validate({name: getattr(copied, name) for name in copied.model_fields_set} | dict(update))
 
 
 def _invalid(model: type[BaseModel], error: ValidationError, place: str) -> PolicyInvalid:

@@ -8,6 +8,7 @@ import re
 import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,36 @@ def test_a_policy_that_makes_no_sense_is_refused(case: str) -> None:
 
     assert message in str(caught.value)
     assert "expected" in str(caught.value)
+
+
+COPIES: dict[str, tuple[Callable[[], Any], str]] = {
+    "a typo": (lambda: FailFast().model_copy(update={"dedline": 5}), "Did you mean 'deadline'?"),
+    "seconds as text": (lambda: FailFast().model_copy(update={"timeout": "5"}), "for FailFast.timeout, got '5'"),
+    "odd choice": (lambda: FailFast().model_copy(update={"on_failure": "stop"}), "expected 'compensate' or 'halt' for FailFast.on_failure"),
+    "nobody undoes": (lambda: Compensation().model_copy(update={"max_concurrency": 0}), "for Compensation.max_concurrency, got 0"),
+    "no attempt": (lambda: Retry(attempts=3).model_copy(update={"attempts": "3"}), "for Retry.attempts, got '3'"),
+}
+
+
+@pytest.mark.parametrize("case", COPIES)
+def test_a_copy_of_a_policy_that_makes_no_sense_is_refused(case: str) -> None:
+    """pydantic would take it, and the saga would end in the middle of it, with what was done in effect."""
+    build, message = COPIES[case]
+
+    with pytest.raises(PolicyInvalid, match="expected") as caught:
+        build()
+
+    assert message in str(caught.value)
+
+
+def test_a_copy_of_a_policy_has_what_was_updated_as_if_it_had_been_written_so() -> None:
+    policy = ContinueWithFallback(timeout=5.0, fallbacks={"price": {"amount": Decimal("1.10")}})
+
+    copy = policy.model_copy(update={"retry": {"attempts": 3, "retry_on": ValueError}, "deadline": 9.0})
+
+    expected = Retry(attempts=3, retry_on=ValueError)
+    assert copy == ContinueWithFallback(timeout=5.0, fallbacks=policy.fallbacks, retry=expected, deadline=9.0)
+    assert policy.model_copy() == policy.model_copy(deep=True) == policy
 
 
 def test_a_policy_is_frozen() -> None:
