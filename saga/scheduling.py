@@ -195,6 +195,8 @@ class StageflowSchedule:
         finally:
             if self._timer is not None:
                 self._timer.cancel()
+            # Those that stageflow has left behind.
+            self._cut_off()
 
     def _graph(self, stages: Stages) -> UnifiedStageGraph:
         """What Pipeline.build() makes of a pipeline that has been checked; to make it at once takes half the time."""

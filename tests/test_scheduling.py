@@ -310,6 +310,25 @@ def test_an_interceptor_that_never_ends_when_it_is_told_of_an_error_keeps_nothin
     assert world.undone() == ["first"]
 
 
+class Hasty(Stalling):
+    """Has stageflow wait for a stage for a millisecond, as a timeout of stageflow's own does."""
+
+    async def before(self, stage_name: str, ctx: PipelineContext) -> None:
+        ctx.data["_timeout.book"] = 1
+        await super().before(stage_name, ctx)
+
+
+def test_an_interceptor_that_stageflow_leaves_running_ends_with_the_saga() -> None:
+    """Of a stage that fails so, stageflow does not await the siblings."""
+    world, pipeline = scene({"book": (), "late": ()}, {"book": Script(before=1.0)})
+
+    report = run(SagaCoordinator(interceptors=[Hasty("before late")]).run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.not_run == ("late",)
+    assert world.undone() == ["book"]
+
+
 class Cancelling(Watching):
     """Cancels stageflow's own context when a stage has run."""
 
