@@ -24,7 +24,7 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
     Args:
         saga: The saga.
         stage: The stage to ask for.
-        stop: When it is set, nobody waits for the answer any more.
+        stop: When it is set, nobody waits for the answer any more; it is asked again when the saga has come so far.
 
     Returns:
         The output if the effect landed; None if it did not, or if the probe failed for good, be it with an output that a durable
@@ -53,7 +53,11 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
                 raise
             # A probe's failure is data.
             saga.heed_ctrl_c(error)
-            failure = Failure.raised(stage, error, attempt=attempt, kind=FailureKind.COMPENSATION)
+            if stop is not None and stop.is_set() and isinstance(error, asyncio.CancelledError):
+                message = "the saga stopped before its probe had answered"
+                failure = Failure.of(stage, FailureKind.INTERRUPTED, message, attempt=attempt)
+            else:
+                failure = Failure.raised(stage, error, attempt=attempt, kind=FailureKind.COMPENSATION)
         if failure is None:
             if answer is None:
                 # Whatever the stage has asked: the ledger knows of sagas that it ran.

@@ -483,7 +483,7 @@ class SagaState:
     def _stage_probed(self, record: StageRecord, event: StageProbed) -> None:
         if event.failure is not None:
             self.failures.append(event.failure)
-            if event.failure.kind is not FailureKind.LATE:
+            if event.failure.kind is FailureKind.COMPENSATION:
                 record.undo_failure = event.failure
         if event.will_retry:
             return
@@ -520,7 +520,9 @@ class SagaState:
             return
         record.failure = record.failure or event.failure
         if record.state is not _S.UNDONE:
-            record.answer, record.unanswered, record.doubt = None, True, True
+            # One that was cut off because the saga stopped has not failed: it is asked again.
+            failed = event.failure is None or event.failure.kind is not FailureKind.INTERRUPTED
+            record.answer, record.unanswered, record.doubt = None, failed, True
             if record.state in {_S.FAILED, _S.KEPT, _S.CANCELLED}:
                 record.state = _S.IN_DOUBT
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -348,6 +349,39 @@ def test_a_fallback_that_hangs_is_cut_off_when_the_saga_is_interrupted() -> None
     assert report.status is SagaStatus.COMPENSATED
     assert report.cause is not None
     assert report.cause.kind is FailureKind.TIMEOUT
+
+
+AGAIN = Retry(attempts=2, jitter=False)
+FALLBACKS: dict[str, dict[str, Any]] = {"asked": {"instead": True}, "beside": {}}
+
+
+@pytest.mark.parametrize("lands", [True, False])
+@pytest.mark.parametrize(
+    ("policy", "script"),
+    [
+        (FailFast(retry=AGAIN, timeout=1.0, deadline=2.0), Script("hang")),
+        (FailFast(retry=AGAIN, timeout=1.0, in_flight="cancel"), Script("hang")),
+        (FailFast(retry=AGAIN, timeout=1.0, drain_timeout=1.0), Script("hang")),
+        (FailFast(retry=AGAIN, deadline=2.0), Script("raise", then=("cancel",))),
+        (FailFast(retry=AGAIN, deadline=2.0), Script("raise", then=("skip",))),
+        (ContinueWithFallback(timeout=1.0, deadline=2.0, fallbacks=FALLBACKS), Script("hang")),
+        (ContinueWithFallback(deadline=2.0, fallbacks=FALLBACKS), Script("raise", before=1.0)),
+    ],
+    ids=["deadline", "in_flight", "drain_timeout", "then a cancel", "then a skip", "then a fallback", "then a fallback of one that raised"],
+)
+def test_a_probe_that_is_cut_off_because_the_saga_stops_is_asked_again_on_its_way_back(policy: Any, script: Script, lands: bool) -> None:
+    """Nobody has to look into what the outside world can tell."""
+    script = replace(script, lands=lands, probe_takes=9.0, attempts=[])
+    scripts = {"asked": script, "beside": Script("raise", before=0.9)}
+    world, pipeline = scene({"first": (), "asked": ("first",), "beside": ()}, scripts, {"asked": "probed"})
+
+    report = run(SagaCoordinator(policy).run(pipeline))
+
+    cut_off = [failure.message for failure in report.failures if failure.stage == "asked" and failure.kind is FailureKind.INTERRUPTED]
+    assert cut_off == ["the saga stopped before its probe had answered"]
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+    assert world.undone() == (["asked", "first"] if lands else ["first"])
 
 
 # -- cancels of every kind ---------------------------------------------------------------------------------------

@@ -531,7 +531,8 @@ def test_a_probe_before_a_retry_gives_way_when_the_saga_is_interrupted() -> None
     report, took = run(timed())
 
     assert took == 10
-    assert report.stages["slow"].state is StageState.IN_DOUBT
+    assert report.stages["slow"].state is StageState.FAILED
+    assert report.stages["slow"].probed is False
 
 
 def test_a_cancel_by_id_does_not_reach_a_saga_that_is_being_undone() -> None:
