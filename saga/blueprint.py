@@ -114,7 +114,7 @@ class Blueprint:
         blueprint = cls._read(pipeline, specs)
         if len(_KNOWN) >= _MOST_KNOWN:
             # A pipeline that a stage of its own refers to is kept alive by what was read of it.
-            del _KNOWN[next(iter(_KNOWN))]
+            _KNOWN.pop(next(iter(_KNOWN)), None)  # its pipeline may be gone just now
         _KNOWN[key] = (weakref.ref(pipeline, lambda _: _KNOWN.pop(key, None)), blueprint)
         return blueprint
 

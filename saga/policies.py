@@ -174,6 +174,9 @@ class Retry(_Frozen):
         return wait
 
     def _wait_after(self, attempt: int) -> float:
+        if not self.wait:
+            # After a thousand attempts or so tenacity's power overflows, and would be taken for the longest wait.
+            return 0.0
         kind = wait_random_exponential if self.jitter else wait_exponential
         call = RetryCallState(retry_object=None, fn=None, args=(), kwargs={})  # type: ignore[arg-type] # waits read only the number
         call.attempt_number = attempt

@@ -188,10 +188,12 @@ class StageflowSchedule:
                 # No wrapper of ours asked for it: the context was cancelled, or a hook.
                 stages.stop(Failure.of(None, FailureKind.CANCELLED, cancelled.reason))
             self._results = cancelled.results
-        except UnifiedStageExecutionError as failed:
-            await stages.refused(failed.stage, failed.original)
         except Exception as error:  # noqa: BLE001 - a hook's or an interceptor's of the user
-            stages.stop(Failure.raised(None, error, attempt=0))
+            if isinstance(error, UnifiedStageExecutionError) and error.stage in self._saga.blueprint.stages:
+                await stages.refused(error.stage, error.original)
+            else:
+                # Also what a hook's own pipeline has failed with.
+                stages.stop(Failure.raised(None, error, attempt=0))
         finally:
             if self._timer is not None:
                 self._timer.cancel()
@@ -266,4 +268,6 @@ class StageflowSchedule:
     async def tell(self, stages: Stages) -> None:
         """Tell of the stages that stageflow skipped, or that an interceptor answered for."""
         for name, output in {**self._listener.answered, **self._results}.items():
-            await stages.learn(name, output)
+            # Those of a pipeline that a hook has run, and that was cancelled, have other names.
+            if name in self._saga.blueprint.stages:
+                await stages.learn(name, output)

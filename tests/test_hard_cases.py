@@ -30,7 +30,7 @@ from saga import (
     compensable,
 )
 from tests.controlled import elapse, run
-from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, World, scene
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, World, nothing, scene
 
 # -- pivots ------------------------------------------------------------------------------------------------------
 
@@ -648,6 +648,35 @@ def test_a_hook_that_raises_stops_the_saga() -> None:
     assert report.cause is not None
     assert (report.cause.stage, report.cause.type) == (None, "OSError")
     assert world.standing == {}
+
+
+@pytest.mark.parametrize("ending", [StageOutput.fail("nobody answers"), StageOutput.cancel("nobody answers")], ids=["fails", "cancels"])
+def test_a_hook_whose_own_pipeline_fails_stops_the_saga(ending: StageOutput) -> None:
+    """What stageflow raises then names stages of that one."""
+    world, pipeline = scene(SEQUENCE)
+    context = PipelineContext.create()
+
+    async def within(_: StageContext) -> StageOutput:
+        return ending
+
+    async def hook(stage_name: str, *_: Any) -> None:
+        if stage_name == "b":
+            await (
+                Pipeline(name="of the hook")
+                .with_stage("first", nothing, "work")
+                .with_stage("within", within, "work", dependencies=("first",))
+                .run()
+            )
+
+    context.add_before_stage_start_hook(hook)
+
+    report = run(SagaCoordinator().run(pipeline, context))
+
+    assert world.log in (["+a", "-a"], ["+a"])
+    assert report.cause is not None
+    assert "nobody answers" in report.cause.message
+    assert list(report.stages) == ["a", "b", "c"]
+    assert report.clean
 
 
 def test_a_hook_that_raises_interrupts_no_stage_that_runs() -> None:

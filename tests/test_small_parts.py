@@ -413,6 +413,14 @@ def test_waits_grow_by_the_multiplier_up_to_the_maximum() -> None:
     assert [retry.wait_before_next(failure, attempt=n, elapsed=0) for n in range(1, 7)] == [1, 3, 9, 20, 20, None]
 
 
+def test_a_retry_that_does_not_wait_never_does() -> None:
+    """tenacity's power of two overflows after a thousand attempts, and stands for the longest wait then."""
+    tireless = Retry(attempts=5000, wait=0.0, jitter=False)
+    failure = Failure.of("a", FailureKind.REPORTED, "no")
+
+    assert {tireless.wait_before_next(failure, attempt=attempt, elapsed=0.0) for attempt in (1, 1024, 1026, 4000)} == {0.0}
+
+
 def test_jitter_stays_between_nothing_and_the_full_wait() -> None:
     retry = Retry(attempts=9, wait=4, multiplier=2, wait_max=30)
     failure = Failure.of("a", FailureKind.REPORTED, "no")
