@@ -33,7 +33,7 @@ from saga import (
     compensable,
     nested,
 )
-from saga.events import CompensationCompleted, CompensationFailed, FallbackUsed, SagaEnded, StageCompleted, StageSettled
+from saga.events import CompensationCompleted, CompensationFailed, FallbackUsed, SagaEnded, SagaTurnedBack, StageCompleted, StageSettled
 from saga.failures import Failure, FailureKind
 from tests.controlled import elapse, run
 from tests.slow import SlowLedger
@@ -235,6 +235,40 @@ def test_nothing_is_undone_under_what_has_come_late_before(within: bool, kind: t
     assert world.refusals == []
     assert report.status is SagaStatus.COMPENSATED
     assert world.undone() == ["slow", "deaf", "a"]
+    assert world.standing == {}
+
+
+def test_what_comes_late_while_what_serves_nothing_is_undone_leaves_the_rest_as_it_is() -> None:
+    shape = {"kept": (), "also": ("kept",), "base": (), "slow": ("base",), "fails": ("slow",)}
+    world, pipeline = scene(shape, {"slow": Script(undo_takes=20), "fails": Script("raise")})
+    world.dependencies["deaf"] = ("kept",)
+
+    async def main() -> SagaReport:
+        stage = DeniedByProbe(world)
+        trip = pipeline.with_stage("deaf", stage, dependencies=("kept",))
+        coordinator = SagaCoordinator(ContinueWithFallback(timeout=10, cancel_grace=2, without_fallback="skip_branch"))
+        running = asyncio.create_task(coordinator.run(trip, saga_id="s"))
+        while "slow" not in world.undoing:
+            await elapse(1)
+        stage.released.set()
+        return await running
+
+    report = run(main())
+
+    assert report.status is SagaStatus.DEGRADED
+    assert [*report.kept] == ["kept", "also", "deaf"]
+    assert world.undone() == ["slow", "base"]
+    assert world.standing == {"kept": 1, "also": 1, "deaf": 1}
+
+
+def test_what_came_late_before_its_own_turn_is_undone_as_what_it_gave() -> None:
+    world, _ = scene({})
+    stage = Doubtful(world)
+
+    report = run(SagaCoordinator(PROMPT, ledger=ReleasesAt(SagaTurnedBack, stage)).run(Pipeline().with_stage("deaf", stage)))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert stage.undone_with == [StageOutput.ok(seat="14A")]
     assert world.standing == {}
 
 
