@@ -272,6 +272,49 @@ def test_what_came_late_before_its_own_turn_is_undone_as_what_it_gave() -> None:
     assert world.standing == {}
 
 
+def test_two_that_come_late_at_once_are_both_heard() -> None:
+    world, pipeline = scene({"a": (), "slow": ("a",)}, {"slow": Script(undo_takes=20)})
+    deaf = [Doubtful(world), Doubtful(world)]
+
+    async def main() -> SagaReport:
+        running = asyncio.create_task(
+            SagaCoordinator(PROMPT).run(pipeline.with_stage("left", deaf[0]).with_stage("right", deaf[1]), saga_id="s")
+        )
+        while "slow" not in world.undoing:
+            await elapse(1)
+        for stage in deaf:
+            stage.released.set()
+        return await running
+
+    report = run(main())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.stages["left"].late_output == report.stages["right"].late_output == StageOutput.ok(seat="14A")
+    assert world.standing == {}
+
+
+def test_a_word_on_a_stage_waits_for_no_saga_below_another_ones_stage_of_that_name() -> None:
+    world, pipeline = scene({"a": (), "b": ("a",)}, {"a": Script(undo_fails=9), "b": Script("raise")})
+
+    async def main() -> SagaReport:
+        coordinator = SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1))))
+        await coordinator.run(pipeline, saga_id="s")
+        within = nested(Pipeline(name="within").with_stage("waits", forever, "work"))
+        other = asyncio.create_task(coordinator.run(Pipeline().with_stage("a", within), saga_id="other"))
+        await elapse(1)
+        world.undo("a")
+        await coordinator.settle("s", "a", "undone", "by hand")
+        other.cancel()
+        await asyncio.wait({other})
+        return await coordinator.report("s")
+
+    assert run(main()).status is SagaStatus.COMPENSATED
+
+
+async def forever(_: StageContext) -> None:
+    await asyncio.Event().wait()
+
+
 @pytest.mark.parametrize("kind", [DeniedByProbe, Doubtful])
 def test_a_compensation_is_not_tried_again_under_what_has_come_late_meanwhile(kind: type[Deaf]) -> None:
     """Promise 1."""
@@ -1850,7 +1893,7 @@ def test_what_comes_late_in_a_saga_that_broke_off_while_its_stage_ran_again_is_t
     report = run(main())
 
     assert report.stages["deaf"].state is S.RUNNING
-    assert "what came late (StageCompleted) could not be recorded; look at its stages in the outside world" in caplog.text
+    assert "saga s: what came late (StageCompleted) could not be recorded; look at its stages in the outside world" in caplog.text
 
 
 def test_what_comes_late_of_a_plain_stage_that_has_cancelled_since_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -1877,7 +1920,7 @@ def test_what_comes_late_of_a_plain_stage_that_has_cancelled_since_is_told_to_th
     report = run(main())
 
     assert report.stages["look"].state is S.CANCELLED
-    assert "what came late (StageCompleted) could not be recorded; look at its stages in the outside world" in caplog.text
+    assert "saga s: what came late (StageCompleted) could not be recorded; look at its stages in the outside world" in caplog.text
 
 
 def test_what_comes_late_while_its_undoing_is_gone_on_with_waits_for_what_comes_of_that() -> None:
