@@ -71,6 +71,18 @@ class Backward(Employer):
         finally:
             if timer is not None:
                 timer.cancel()
+        await self._leave_what_is_held_back()
+
+    async def _leave_what_is_held_back(self) -> None:
+        """Call stuck what came late in the midst of its undoing has put off for good."""
+        for stage, record in self._state.stages.items():
+            if record.state is not StageState.COMPENSATING:
+                continue
+            if undo_step(self._state.graph[stage], record) is Step.PROBE:
+                await ask(self._saga, stage)
+            if record.state is StageState.COMPENSATING:
+                assert record.undo_failure is not None  # it waits for another attempt
+                await self._record(CompensationFailed(stage=stage, failure=record.undo_failure))
 
     async def _is_left_with_news(self) -> bool:
         """Undo all that the plan has open; whether something has come late meanwhile, so that there may be more."""

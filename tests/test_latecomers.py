@@ -88,6 +88,14 @@ class DeniedByProbe(Deaf):
         return None
 
 
+class Stays(Deaf):
+    async def compensate(self, ctx: CompensationContext) -> None:
+        raise RuntimeError("no")
+
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        return StageOutput.ok() if "deaf" in self.world.standing else None
+
+
 class ReleasesAt(MemoryLedger):
     """Lets a stage come late in the moment in which such an event is recorded."""
 
@@ -337,6 +345,36 @@ def test_a_compensation_is_not_tried_again_under_what_has_come_late_meanwhile(ki
     assert world.refusals == []
     assert report.status is SagaStatus.COMPENSATED
     assert world.undone() == ["deaf", "a"]
+    assert world.standing == {}
+
+
+def test_a_compensation_that_is_held_back_by_what_came_late_and_cant_be_undone_leaves_its_stage_stuck() -> None:
+    """Between two attempts of it; a person can then say of both what stands."""
+    world, pipeline = scene({"a": ()}, {"a": Script(undo_fails=1)})
+    world.dependencies["deaf"] = ("a",)
+    patient = Compensation(retry=Retry(attempts=2, wait=10, jitter=False))
+
+    async def main() -> tuple[SagaReport, SagaReport]:
+        stage = Stays(world)
+        trip = pipeline.with_stage("deaf", stage, dependencies=("a",))
+        told: list[Any] = []
+        coordinator = SagaCoordinator(PROMPT.model_copy(update={"compensation": patient}), listeners=[lambda _, event: told.append(event)])
+        running = asyncio.create_task(coordinator.run(trip, saga_id="s"))
+        while not any(isinstance(event, CompensationFailed) for event in told):
+            await elapse(1)
+        stage.released.set()
+        report = await running
+        world.undo("deaf")
+        await coordinator.settle("s", "deaf", "undone", note="by hand")
+        await coordinator.settle("s", "a", "retry", note="mended")
+        return report, await coordinator.resume("s", trip)
+
+    report, resumed = run(main())
+
+    assert report.status is SagaStatus.STUCK
+    assert [*report.stuck] == ["a", "deaf"]
+    assert world.refusals == []
+    assert resumed.status is SagaStatus.COMPENSATED
     assert world.standing == {}
 
 
@@ -1841,6 +1879,28 @@ def test_a_pivot_that_comes_late_in_a_saga_that_broke_off_lets_an_undoing_under_
     assert left is S.KEPT
     assert report.status is SagaStatus.HALTED
     assert report.stages["a"].state is S.UNDONE
+    assert world.standing == {"deaf": 1}
+
+
+@pytest.mark.parametrize("kind", ["compensable", "probed"])
+def test_an_undoing_under_way_in_a_saga_that_broke_off_is_stuck_under_what_came_late_unless_its_probe_finds_it_done(kind: str) -> None:
+    world, pipeline = scene({"a": ()}, kinds={"a": kind})
+
+    async def main() -> SagaReport:
+        stage = Stays(world)
+        whole = pipeline.with_stage("deaf", stage, dependencies=("a",))
+        ledger = BreaksAt(lambda event: isinstance(event, CompensationCompleted))
+        coordinator = SagaCoordinator(PROMPT, ledger=ledger)
+        with pytest.raises(LedgerError, match="disk full"):
+            await coordinator.run(whole, saga_id="s")
+        stage.released.set()
+        await settled_down()
+        return (await coordinator.recover(whole)).reports["s"]
+
+    report = run(main())
+
+    assert report.status is SagaStatus.STUCK
+    assert {name: stage.state for name, stage in report.stages.items()} == {"a": S.UNDONE if kind == "probed" else S.STUCK, "deaf": S.STUCK}
     assert world.standing == {"deaf": 1}
 
 
