@@ -17,7 +17,7 @@ from saga.ledger import StageState
 from saga.recovery import Rollback, Step, undo_step
 from saga.report import NestedSagaFailed
 from saga.text import said
-from saga.watch import Crew, Employer, Watched, closes, instead_of_cancel
+from saga.watch import Crew, Employer, Watched, closes, instead_of_cancel, outlast, start
 
 if TYPE_CHECKING:
     from saga.alive import LiveSaga
@@ -52,6 +52,7 @@ class Backward(Employer):
         self._expired = False
         self._broken: Exception | None = None
         self._is_overtaken = False
+        self._noting: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Undo all that can be undone; what comes late meanwhile, too.
@@ -158,9 +159,21 @@ class Backward(Employer):
                         return
 
     async def _heed_late(self, worker: _Worker) -> None:
-        if self._saga.has_late() and await self._saga.note_late(partial(self._is_in_hand, besides=worker)):
-            # It may depend on what is open now, and its own turn may be over.
-            self._is_overtaken = True
+        while self._noting is not None:
+            # What is being recorded may depend on what this one would go on to.
+            await outlast({self._noting})
+        if self._saga.has_late():
+            noting = self._noting = start(self._note_late(worker))
+            await outlast({noting})
+            noting.result()
+
+    async def _note_late(self, worker: _Worker) -> None:
+        try:
+            if await self._saga.note_late(partial(self._is_in_hand, besides=worker)):
+                # It may depend on what is open now, and its own turn may be over.
+                self._is_overtaken = True
+        finally:
+            self._noting = None
 
     def _is_in_hand(self, stage: str, besides: _Worker | None = None) -> bool:
         return any(other.stage == stage for other in self._workers.members if other is not besides)

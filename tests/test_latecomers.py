@@ -348,6 +348,29 @@ def test_a_compensation_is_not_tried_again_under_what_has_come_late_meanwhile(ki
     assert world.standing == {}
 
 
+def test_nothing_is_undone_under_what_is_just_being_recorded_as_having_come_late() -> None:
+    """Promise 1: who is done with another stage meanwhile waits for that."""
+    shape = {"a": (), "other": ("a",), "apart": ()}
+    world, pipeline = scene(shape, {"other": Script(undo_takes=20), "apart": Script(undo_takes=16)})
+    world.dependencies["deaf"] = ("a",)
+
+    async def main() -> SagaReport:
+        stage = DeniedByProbe(world)
+        coordinator = SagaCoordinator(PROMPT, ledger=SlowLedger(seconds=3))
+        running = asyncio.create_task(coordinator.run(pipeline.with_stage("deaf", stage, dependencies=("a",)), saga_id="s"))
+        while not {"other", "apart"} <= world.undoing:
+            await elapse(1)
+        await elapse(5)
+        stage.released.set()
+        return await running
+
+    report = run(main())
+
+    assert world.refusals == []
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.undone() == ["apart", "other", "deaf", "a"]
+
+
 def test_a_compensation_that_is_held_back_by_what_came_late_and_cant_be_undone_leaves_its_stage_stuck() -> None:
     """Between two attempts of it; a person can then say of both what stands."""
     world, pipeline = scene({"a": ()}, {"a": Script(undo_fails=1)})
