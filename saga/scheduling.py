@@ -170,6 +170,7 @@ class StageflowSchedule:
     def __init__(self, saga: LiveSaga, interceptors: Sequence[BaseInterceptor]) -> None:
         self._saga = saga
         self._interceptors = interceptors
+        self._context = saga.private_context(self._note)
         self._called: set[str] = set()
         self._listener = _Listener(self._called)
         self._answers: dict[str, StageOutput | Exception] = {}
@@ -182,7 +183,7 @@ class StageflowSchedule:
         """Start the stages, until all have ended or the saga stops."""
         graph = self._graph(stages)
         try:
-            self._results = await graph.run(self._saga.private_context(self._note))
+            self._results = await graph.run(self._context)
         except UnifiedPipelineCancelled as cancelled:
             if not stages.is_stopping():
                 # No wrapper of ours asked for it: the context was cancelled, or a hook.
@@ -253,8 +254,10 @@ class StageflowSchedule:
         # Those that have not come so far tell nobody anything.
         self._timer = asyncio.get_running_loop().call_later(self._saga.policy.cancel_grace, self._cut_off)
 
-    def _note(self, *_: object) -> None:
-        self._wrappers.add(this_task())
+    def _note(self, _name: str, _kind: object, _ctx: StageContext, context: PipelineContext) -> None:
+        # A fork of the context inherits the hook; what a stage runs in one is the stage's.
+        if context is self._context:
+            self._wrappers.add(this_task())
 
     def _cut_off(self) -> None:
         for wrapper in self._wrappers:

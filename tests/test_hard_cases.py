@@ -6,6 +6,7 @@ import asyncio
 import threading
 from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 import anyio
 import pytest
@@ -693,6 +694,32 @@ def test_a_hook_that_raises_interrupts_no_stage_that_runs() -> None:
 
     assert set(world.log) == {"+a", "-a", "+b", "-b"}
     assert report.clean
+
+
+def test_a_pipeline_that_a_stage_runs_in_a_fork_of_the_context_is_drained_with_it() -> None:
+    """Else the stage is taken to have failed, and what its pipeline did is forgotten."""
+    world, pipeline = scene({"fails": ()}, {"fails": Script("raise", before=5)})
+    contexts: list[PipelineContext] = []
+    context = PipelineContext.create()
+    context.add_before_stage_start_hook(lambda *told: contexts.append(told[3]))
+
+    async def within(_: StageContext) -> None:
+        await elapse(2)
+        world.land("within")
+        await elapse(20)
+
+    class Runs(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> None:
+            fork = contexts[0].fork(child_run_id=uuid4(), parent_stage_id="runs", correlation_id=uuid4())
+            await Pipeline(name="inner").with_stage("within", within, "work").run(fork)
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            world.undo("within")
+
+    report = run(SagaCoordinator(FailFast(cancel_grace=2)).run(pipeline.with_stage("runs", Runs()), context))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.log == ["+within", "-within"]
 
 
 class Clogged(NoOpEventSink):
