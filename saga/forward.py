@@ -565,6 +565,9 @@ class Forward(Stages, Employer):
             landed = await ask(self._saga, run.name, stop=self._interrupted)
             if landed is not None:
                 return landed
+            if self.is_stopping():
+                # Nothing goes on with it any more, and where the probe was cut off nobody knows that it is needed.
+                return None
         output: StageOutput | None = None
         if node.has_fallback:
             output = await self._fallback(run, failure)

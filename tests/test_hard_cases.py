@@ -21,6 +21,7 @@ from saga import (
     CompensationContext,
     ContinueWithFallback,
     FailFast,
+    Failure,
     FailureKind,
     Retry,
     SagaContext,
@@ -383,6 +384,41 @@ def test_a_probe_that_is_cut_off_because_the_saga_stops_is_asked_again_on_its_wa
     assert report.status is SagaStatus.COMPENSATED
     assert world.standing == {}
     assert world.undone() == (["asked", "first"] if lands else ["first"])
+
+
+@pytest.mark.parametrize("in_flight", ["drain", "cancel"])
+@pytest.mark.parametrize("without_fallback", ["fail", "skip_branch"])
+def test_no_fallback_begins_when_the_saga_has_stopped_while_its_probe_was_asked(in_flight: Any, without_fallback: Any) -> None:
+    world, pipeline = scene({"beside": ()}, {"beside": Script("cancel", before=2)})
+    began: list[str] = []
+
+    class Asked(CompensableStage):
+        timeout = 1.0
+
+        async def execute(self, ctx: SagaContext) -> None:
+            world.land("asked")
+            await elapse(100)
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            world.undo("asked")
+
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            if not began:
+                began.append("probe")
+                await elapse(9)
+                raise CardDeclined("who asks?")
+            return StageOutput.ok() if "asked" in world.standing else None
+
+        async def fallback(self, ctx: SagaContext, failure: Failure) -> None:
+            began.append("fallback")
+
+    once = Compensation(retry=Retry(attempts=1))
+    policy = ContinueWithFallback(in_flight=in_flight, without_fallback=without_fallback, on_cancel="compensate", compensation=once)
+
+    report = run(SagaCoordinator(policy).run(pipeline.with_stage("asked", Asked())))
+
+    assert began == ["probe"]
+    assert report.fallbacks == ()
 
 
 # -- cancels of every kind ---------------------------------------------------------------------------------------
