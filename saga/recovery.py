@@ -711,8 +711,8 @@ def undo_scope(state: SagaState, policy: FailFast | ContinueWithFallback, reason
     said |= {name for name, record in state.stages.items() if record.landed and state.graph[name].role is Role.PIVOT}
     beyond = {name: undo_step(state.graph[name], record) for name, record in state.stages.items() if record.past_pivot}
     said |= {name for name, step in beyond.items() if step is Step.HOLD and not _may_be_asked(state.stages[name])}
-    # Whatever is known since of what protects it: a saga comes to no end while a stage of it is being undone.
-    begun = {name for name, record in state.stages.items() if record.state is _S.COMPENSATING}
+    # Whatever is known since of what protects it: its undoing may have got through when its process died, so to repeat it is to know.
+    begun = {name for name, record in state.stages.items() if record.state is _S.COMPENSATING and record.undo_in_question}
     if reason is not TurnReason.ORPHANS:
         # Nor does its own one protect what is within it, where that can be undone all the same, or a person has to say what stands.
         within = beyond.keys() - said

@@ -348,6 +348,34 @@ def test_a_compensation_is_not_tried_again_under_what_has_come_late_meanwhile(ki
     assert world.standing == {}
 
 
+def test_a_compensation_that_failed_is_not_tried_again_under_a_pivot_that_has_come_late_meanwhile() -> None:
+    """Promise 10; whether anything is left of what it undoes, a person says."""
+    world, pipeline = scene({"a": ()}, {"a": Script(undo_fails=1)})
+    world.dependencies["deaf"] = ("a",)
+    patient = Compensation(retry=Retry(attempts=2, wait=10, jitter=False))
+
+    async def main() -> tuple[SagaReport, SagaReport]:
+        stage = DeafPivot(world)
+        trip = pipeline.with_stage("deaf", stage, dependencies=("a",))
+        told: list[Any] = []
+        coordinator = SagaCoordinator(PROMPT.model_copy(update={"compensation": patient}), listeners=[lambda _, event: told.append(event)])
+        running = asyncio.create_task(coordinator.run(trip, saga_id="s"))
+        while not any(isinstance(event, CompensationFailed) for event in told):
+            await elapse(1)
+        stage.released.set()
+        report = await running
+        await coordinator.settle("s", "a", "kept", note="it stands")
+        return report, await coordinator.resume("s", trip)
+
+    report, resumed = run(main())
+
+    assert report.status is SagaStatus.STUCK
+    assert [*report.stuck] == ["a"]
+    assert world.refusals == []
+    assert resumed.status is SagaStatus.COMPLETED
+    assert world.standing == {"a": 1, "deaf": 1}
+
+
 def test_nothing_is_undone_under_what_is_just_being_recorded_as_having_come_late() -> None:
     """Promise 1: who is done with another stage meanwhile waits for that."""
     shape = {"a": (), "other": ("a",), "apart": ()}
