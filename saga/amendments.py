@@ -274,7 +274,7 @@ def _own_news(state: SagaState, late: Late) -> Iterator[Latecomer | StageProbed]
         case EffectRecorded():
             # Whoever has told of the stage before did not know of it.
             is_known = may_follow = False
-        case CompensationCompleted():
+        case _:
             is_known = record.state is StageState.UNDONE or undo_step(node, record) is Step.CLEAR
             # What has run since, or completed late meanwhile, it may have undone as well, or not.
             may_follow = is_its_own and late.attempts == record.attempts and late.undo_attempts > record.late_beside

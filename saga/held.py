@@ -35,7 +35,7 @@ class Held:
         self.sagas: Final[dict[str, LiveSaga | None]] = {}
         self._hearts: Final[dict[asyncio.AbstractEventLoop, Heart]] = {}
         self._beating: Final[dict[str, Heart]] = {}
-        self._owed: Final[dict[str, int]] = {}
+        self._owed: Final[set[tuple[str, int]]] = set()
 
     def hold(self, saga_id: str) -> None:
         """Let nobody else here go on with a saga; say that its owner is alive until it is let go of."""
@@ -57,19 +57,18 @@ class Held:
 
     async def give_back(self, saga_id: str, token: int) -> None:
         """Give the lease of a saga back; where the ledger fails, with a later sign of life, which else would hold that saga, too."""
-        self._owed[saga_id] = token
+        self._owed.add((saga_id, token))
         with contextlib.suppress(LedgerError):
             # What went wrong before counts for more.
             await self._release(saga_id, token)
 
     async def _release(self, saga_id: str, token: int) -> None:
         await self._ledger.release(saga_id, token)
-        if self._owed.get(saga_id) == token:
-            del self._owed[saga_id]
+        self._owed.discard((saga_id, token))
 
     async def _beat(self) -> None:
         await self._ledger.beat(self.owner)
-        for saga_id, token in tuple(self._owed.items()):
+        for saga_id, token in tuple(self._owed):
             await self._release(saga_id, token)
 
     def busy(self, saga_id: str, expected: str, state: str) -> MisuseError:

@@ -455,7 +455,7 @@ def _output_to_json(output: StageOutput, encode: Callable[[Any, str], Any]) -> d
         items = getattr(output, name)
         if isinstance(items, list | tuple):
             items = [_part_to_json(item, f"{name}[{index}]", fields, encode) for index, item in enumerate(items)]
-        elif items is not None:
+        else:
             items = encode(items, name)
         if items:
             plain[name] = items
