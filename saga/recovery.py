@@ -560,6 +560,7 @@ class SagaState:
         record.undo_in_question = event.failure.kind is FailureKind.CRASHED
         record.undone_in_part = record.undone_in_part or event.in_part
         if event.past_pivot:
+            self._let_go(record)
             record.past_pivot, record.doubt = True, False
             record.state = _S.FALLBACK if record.fell_back else _S.KEPT if record.landed else _S.FAILED
         elif not event.will_retry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -1373,3 +1374,28 @@ def test_a_word_on_a_saga_that_has_not_come_to_rest_is_refused_with_what_to_do()
         "expected a saga that has come to rest, for stage 'a', got one that is running. "
         "If its process is gone, go on with it first: saga recover, or coordinator.recover(pipelines)."
     )
+
+
+def test_a_saga_can_go_forward_once_its_undoing_has_found_out_what_came_late_within() -> None:
+    """What stands within is beyond a point of no return: nobody had a word to say on it, and none was taken."""
+    nested_stage = Node(name="a", role=Role.COMPENSABLE, can_probe=True, idempotent=True, holds_pivot=True)
+    events: list[AnyEvent] = [
+        replace(STARTED, graph=Graph.of([nested_stage])),
+        StageStarted(stage="a", attempt=1),
+        StageFailed(stage="a", failure=FAILURE),
+        BACK,
+        StageProbed(stage="a", landed=False),
+        SagaEnded(status=SagaStatus.COMPENSATED),
+        StageProbed(stage="a", landed=None, failure=FAILURE, held=True),
+        SagaEnded(status=SagaStatus.STUCK),
+    ]
+    found: list[AnyEvent] = [
+        SagaResumed(forward=False, by="ann"),
+        CompensationStarted(stage="a", attempt=1),
+        CompensationFailed(stage="a", failure=FAILURE, past_pivot=True, in_part=True),
+        SagaEnded(status=SagaStatus.HALTED),
+    ]
+
+    with pytest.raises(MisuseError, match="got a in doubt, of which something came late"):
+        resumption(events, forward=True, by="ann")
+    assert resumption([*events, *found], forward=True, by="ann").direction is Direction.FORWARD
