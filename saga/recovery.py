@@ -702,6 +702,16 @@ def orphans(state: SagaState) -> frozenset[str]:
     return frozenset(lost) - protected(state)
 
 
+def groundless(state: SagaState) -> set[str]:
+    """What depends on a stage that failed, and that nothing stands in for: it stands on it only if that ran anew beneath it."""
+    found: set[str] = set()
+    for node in state.graph.nodes:
+        below = (state.stages[name] for name in node.dependencies)
+        if not found.isdisjoint(node.dependencies) or any(record.failed and not record.fell_back for record in below):
+            found.add(node.name)
+    return found
+
+
 def undo_scope(state: SagaState, policy: FailFast | ContinueWithFallback, reason: TurnReason) -> frozenset[str]:
     """The stages that going backward for this reason is about; the others stand and hold nothing up."""
     replaced = {name for name, record in state.stages.items() if record.fell_back}
@@ -720,6 +730,7 @@ def undo_scope(state: SagaState, policy: FailFast | ContinueWithFallback, reason
         return (((frozenset(state.graph.names) - protected(state)) | replaced | within) - said) | begun
     # Read off what happened forward, which stays: a stage that is undone or stuck meanwhile is still in the scope.
     left_over = {name for name, record in state.stages.items() if record.failed or record.skip_reason is not None}
+    left_over |= groundless(state) - protected(state)
     serves_nothing = orphans(state) if isinstance(policy, ContinueWithFallback) and policy.orphans == "compensate" else frozenset()
     return ((serves_nothing | left_over) - said) | begun
 

@@ -52,7 +52,7 @@ from saga.events import (
     Verdict,
 )
 from saga.graph import Graph, Node, Role
-from saga.recovery import Move, SagaState, Step, Try, conclude, protected, stage_states, undo_step
+from saga.recovery import Move, Rollback, SagaState, Step, Try, conclude, protected, stage_states, undo_step
 from saga.report import NestedSagaFailed
 from saga.resumption import Direction, recovering, refusal, resumption, undoing
 from tests.controlled import elapse, run
@@ -1399,3 +1399,29 @@ def test_a_saga_can_go_forward_once_its_undoing_has_found_out_what_came_late_wit
     with pytest.raises(MisuseError, match="got a in doubt, of which something came late"):
         resumption(events, forward=True, by="ann")
     assert resumption([*events, *found], forward=True, by="ann").direction is Direction.FORWARD
+
+
+def test_what_stands_on_a_stage_that_has_failed_anew_is_undone_before_that() -> None:
+    """Promise 1: it came late, was kept when the saga went forward, and what it depends on then failed with something done."""
+    events: list[AnyEvent] = [
+        replace(STARTED, policy=SKIP_BRANCH, graph=Graph.of([Node(name="a", role=Role.COMPENSABLE), ON_A])),
+        *(StageStarted(stage="a", attempt=1), StageCompleted(stage="a", output=OUTPUT)),
+        *(StageStarted(stage="b", attempt=1), StageFailed(stage="b", failure=FAILURE)),
+        SagaTurnedBack(reason=TurnReason.ORPHANS),
+        *(CompensationStarted(stage="a", attempt=1), CompensationCompleted(stage="a"), SagaEnded(status=SagaStatus.COMPENSATED)),
+        *(StageCompleted(stage="b", output=OUTPUT, late=True), SagaEnded(status=SagaStatus.STUCK)),
+        SagaResumed(forward=True, by="ann"),
+        *(
+            StageStarted(stage="a", attempt=1, execution=2),
+            EffectRecorded(stage="a", effect="a seat"),
+            StageFailed(stage="a", failure=FAILURE),
+        ),
+    ]
+
+    rollback = Rollback(SagaState(events), SKIP_BRANCH, TurnReason.ORPHANS)
+
+    assert len(rollback) == 1
+    assert rollback.take() == "b"
+
+
+ON_A = Node(name="b", role=Role.COMPENSABLE, dependencies=("a",))
