@@ -81,11 +81,16 @@ def copied_output(output: StageOutput) -> StageOutput:
     """Copy an output deeply enough that no later stage can change what was recorded."""
     if not output.data and not output.artifacts and not output.events:
         return output
-    parts = {"data": copied(output.data), "artifacts": copied(output.artifacts), "events": copied(output.events)}
-    try:
-        return dataclasses.replace(output, **parts)
-    except Exception:  # noqa: BLE001 - a type that somebody derived may have a constructor of its own
-        return StageOutput(output.status, **parts, error=output.error, duration_ms=output.duration_ms, version=output.version)
+    # Without a constructor: a type that somebody derived may have one of its own.
+    made = object.__new__(type(output))
+    for field in dataclasses.fields(output):
+        value = getattr(output, field.name)
+        object.__setattr__(made, field.name, copied(value) if field.name in _MUTABLE else value)
+    return made
+
+
+_MUTABLE: Final = frozenset({"data", "artifacts", "events"})
+"""What of an output can be changed in place."""
 
 
 def _is_text(value: str) -> bool:

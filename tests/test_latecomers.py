@@ -323,22 +323,27 @@ async def forever(_: StageContext) -> None:
     await asyncio.Event().wait()
 
 
+async def late_between_two_attempts(trip: Pipeline, stage: Deaf | DeafPivot) -> tuple[SagaCoordinator, SagaReport]:
+    """Run a saga of which a stage comes late while a compensation that has failed waits for its next attempt."""
+    told: list[Any] = []
+    patient = PROMPT.model_copy(update={"compensation": Compensation(retry=Retry(attempts=2, wait=10, jitter=False))})
+    coordinator = SagaCoordinator(patient, listeners=[lambda _, event: told.append(event)])
+    running = asyncio.create_task(coordinator.run(trip, saga_id="s"))
+    while not any(isinstance(event, CompensationFailed) for event in told):
+        await elapse(1)
+    stage.released.set()
+    return coordinator, await running
+
+
 @pytest.mark.parametrize("kind", [DeniedByProbe, Doubtful])
 def test_a_compensation_is_not_tried_again_under_what_has_come_late_meanwhile(kind: type[Deaf]) -> None:
     """Promise 1."""
     world, pipeline = scene({"a": ()}, {"a": Script(undo_fails=1)})
     world.dependencies["deaf"] = ("a",)
-    patient = Compensation(retry=Retry(attempts=2, wait=10, jitter=False))
 
     async def main() -> SagaReport:
         stage = kind(world)
-        coordinator = SagaCoordinator(PROMPT.model_copy(update={"compensation": patient}), listeners=[lambda _, event: told.append(event)])
-        told: list[Any] = []
-        running = asyncio.create_task(coordinator.run(pipeline.with_stage("deaf", stage, dependencies=("a",)), saga_id="s"))
-        while not any(isinstance(event, CompensationFailed) for event in told):
-            await elapse(1)
-        stage.released.set()
-        return await running
+        return (await late_between_two_attempts(pipeline.with_stage("deaf", stage, dependencies=("a",)), stage))[1]
 
     report = run(main())
 
@@ -352,18 +357,11 @@ def test_a_compensation_that_failed_is_not_tried_again_under_a_pivot_that_has_co
     """Promise 10; whether anything is left of what it undoes, a person says."""
     world, pipeline = scene({"a": ()}, {"a": Script(undo_fails=1)})
     world.dependencies["deaf"] = ("a",)
-    patient = Compensation(retry=Retry(attempts=2, wait=10, jitter=False))
 
     async def main() -> tuple[SagaReport, SagaReport]:
         stage = DeafPivot(world)
         trip = pipeline.with_stage("deaf", stage, dependencies=("a",))
-        told: list[Any] = []
-        coordinator = SagaCoordinator(PROMPT.model_copy(update={"compensation": patient}), listeners=[lambda _, event: told.append(event)])
-        running = asyncio.create_task(coordinator.run(trip, saga_id="s"))
-        while not any(isinstance(event, CompensationFailed) for event in told):
-            await elapse(1)
-        stage.released.set()
-        report = await running
+        coordinator, report = await late_between_two_attempts(trip, stage)
         await coordinator.settle("s", "a", "kept", note="it stands")
         return report, await coordinator.resume("s", trip)
 
@@ -403,18 +401,11 @@ def test_a_compensation_that_is_held_back_by_what_came_late_and_cant_be_undone_l
     """Between two attempts of it; a person can then say of both what stands."""
     world, pipeline = scene({"a": ()}, {"a": Script(undo_fails=1)})
     world.dependencies["deaf"] = ("a",)
-    patient = Compensation(retry=Retry(attempts=2, wait=10, jitter=False))
 
     async def main() -> tuple[SagaReport, SagaReport]:
         stage = Stays(world)
         trip = pipeline.with_stage("deaf", stage, dependencies=("a",))
-        told: list[Any] = []
-        coordinator = SagaCoordinator(PROMPT.model_copy(update={"compensation": patient}), listeners=[lambda _, event: told.append(event)])
-        running = asyncio.create_task(coordinator.run(trip, saga_id="s"))
-        while not any(isinstance(event, CompensationFailed) for event in told):
-            await elapse(1)
-        stage.released.set()
-        report = await running
+        coordinator, report = await late_between_two_attempts(trip, stage)
         world.undo("deaf")
         await coordinator.settle("s", "deaf", "undone", note="by hand")
         await coordinator.settle("s", "a", "retry", note="mended")
