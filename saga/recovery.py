@@ -714,25 +714,37 @@ def groundless(state: SagaState) -> set[str]:
 
 def undo_scope(state: SagaState, policy: FailFast | ContinueWithFallback, reason: TurnReason) -> frozenset[str]:
     """The stages that going backward for this reason is about; the others stand and hold nothing up."""
-    replaced = {name for name, record in state.stages.items() if record.fell_back}
-    kept = {name for name, record in state.stages.items() if _is_kept_by_word(record)}
-    # What a fallback stands in for is no foundation of what followed, so neither a word nor a pivot protects its remains.
-    said = kept | (state.graph.with_ancestors(kept) - replaced)
-    # A pivot that has landed behind its fallback serves nothing; but nobody can undo it, and a person can say nothing new of it.
-    said |= {name for name, record in state.stages.items() if record.landed and state.graph[name].role is Role.PIVOT}
-    beyond = {name: undo_step(state.graph[name], record) for name, record in state.stages.items() if record.past_pivot}
-    said |= {name for name, step in beyond.items() if step is Step.HOLD and not _may_be_asked(state.stages[name])}
+    records = state.stages.items()
+    if reason is TurnReason.ORPHANS:
+        # Read off what happened forward, which stays: a stage that is undone or stuck meanwhile is still in the scope.
+        useless = orphans(state) if isinstance(policy, ContinueWithFallback) and policy.orphans == "compensate" else frozenset()
+        asked = {name for name, record in records if record.failed or record.skip_reason is not None}
+        asked |= useless | (groundless(state) - protected(state))
+    else:
+        # What a fallback stands in for is no foundation of what followed, so nothing protects its remains; nor does a stage's own point
+        # of no return protect what is within it, where that can be undone all the same, or a person has to say what stands.
+        asked = set(state.graph.names) - protected(state)
+        asked |= {name for name, record in records if record.fell_back or record.past_pivot}
     # Whatever is known since of what protects it: its undoing may have got through when its process died, so to repeat it is to know.
-    begun = {name for name, record in state.stages.items() if record.state is _S.COMPENSATING and record.undo_in_question}
-    if reason is not TurnReason.ORPHANS:
-        # Nor does its own one protect what is within it, where that can be undone all the same, or a person has to say what stands.
-        within = beyond.keys() - said
-        return (((frozenset(state.graph.names) - protected(state)) | replaced | within) - said) | begun
-    # Read off what happened forward, which stays: a stage that is undone or stuck meanwhile is still in the scope.
-    left_over = {name for name, record in state.stages.items() if record.failed or record.skip_reason is not None}
-    left_over |= groundless(state) - protected(state)
-    serves_nothing = orphans(state) if isinstance(policy, ContinueWithFallback) and policy.orphans == "compensate" else frozenset()
-    return ((serves_nothing | left_over) - said) | begun
+    begun = {name for name, record in records if record.state is _S.COMPENSATING and record.undo_in_question}
+    return frozenset((asked - _standing(state)) | begun)
+
+
+def _standing(state: SagaState) -> set[str]:
+    """What stands for good: by a person's word, or because nobody can undo it and a person can say nothing new of it."""
+    standing, kept = set(), set()
+    for name, record in state.stages.items():
+        node = state.graph[name]
+        if _is_kept_by_word(record):
+            kept.add(name)
+        elif node.role is Role.PIVOT and record.landed:
+            # Behind its fallback it serves nothing, but it has landed.
+            standing.add(name)
+        elif record.past_pivot and undo_step(node, record) is Step.HOLD and not _may_be_asked(record):
+            standing.add(name)
+    # A word keeps what it is about and all that this stands on, which the remains of a replaced stage are not.
+    below = {name for name in state.graph.with_ancestors(kept) if not state.stages[name].fell_back}
+    return standing | kept | below
 
 
 class Rollback:
