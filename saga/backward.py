@@ -16,7 +16,7 @@ from saga.failures import Failure, FailureKind, raised_instead
 from saga.ledger import StageState
 from saga.recovery import Rollback, Step, undo_step
 from saga.report import NestedSagaFailed
-from saga.text import said
+from saga.text import reason_in, shown
 from saga.watch import Crew, Employer, Watched, closes, instead_of_cancel, outlast, start
 
 if TYPE_CHECKING:
@@ -290,8 +290,9 @@ class Backward(Employer):
 
 def _refusal(stage: str, attempt: int, returned: object) -> Failure | None:
     """What a compensation returned that says it has not undone its stage; other things that it may return say nothing."""
-    if not isinstance(returned, StageOutput) or returned.status in {StageStatus.OK, StageStatus.SKIP}:
+    if not isinstance(returned, StageOutput) or any(returned.status == fine for fine in (StageStatus.OK, StageStatus.SKIP)):
         return None
-    status = returned.status.value
-    why = said(returned.error or returned.data.get("cancel_reason") or "no reason given")
+    status = returned.status.value if isinstance(returned.status, StageStatus) else shown(returned.status)
+    given = returned.data.get("cancel_reason") if returned.error is None and isinstance(returned.data, dict) else returned.error
+    why = reason_in(given, "no reason given")
     return Failure.of(stage, FailureKind.COMPENSATION, f"it returned {status.upper()}: {why}", type=status, attempt=attempt)

@@ -24,7 +24,7 @@ from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
 from saga.report import NestedSagaFailed
 from saga.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
-from saga.text import brief, glimpse, said
+from saga.text import brief, glimpse, reason_in, said
 from saga.watch import Crew, Employer, Watched, bounded, closes, cut_short_by, instead_of_cancel, leave_loop, this_task
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ class Forward(Stages, Employer):
         if not self._is_due(name) or output.status in {StageStatus.CANCEL, StageStatus.FAIL}:
             return
         skipped = output.status is StageStatus.SKIP
-        reason = brief(said(output.data.get("reason") or "stageflow skipped it")) if skipped else "an interceptor answered for it"
+        reason = brief(reason_in(output.data.get("reason"), "stageflow skipped it")) if skipped else "an interceptor answered for it"
         await self._record(StageSkipped(stage=name, reason=reason, output=copied_output(output)))
         self._refuse_unstorable(name)
 
@@ -413,7 +413,7 @@ class Forward(Stages, Employer):
         assert output is not None  # without a failure there is one
         copy = copied_output(output)
         if output.status is StageStatus.SKIP:
-            return StageSkipped(stage=run.name, reason=brief(said(output.data.get("reason") or "it said so")), output=copy)
+            return StageSkipped(stage=run.name, reason=brief(reason_in(output.data.get("reason"), "it said so")), output=copy)
         run.plan.warn_of_misfit(output)
         return StageCompleted(stage=run.name, output=copy)
 
@@ -627,10 +627,10 @@ def _by_status(stage: str, attempt: int, output: StageOutput) -> _Outcome:
         case StageStatus.OK | StageStatus.SKIP:
             return _Outcome(output=output)
         case StageStatus.CANCEL:
-            reason = said(output.data.get("cancel_reason") or "no reason given")
+            reason = reason_in(output.data.get("cancel_reason"), "no reason given")
             return _Outcome(output, Failure.of(stage, FailureKind.CANCELLED, reason, type=status, attempt=attempt))
         case StageStatus.FAIL:
-            message = output.error or "no error given"
+            message = reason_in(output.error, "no error given")
             return _Outcome(output, Failure.of(stage, FailureKind.REPORTED, message, type=status, attempt=attempt))
         case _:
             message = f"it asked for a retry and no attempt is left: {said(output.error)}"

@@ -40,6 +40,12 @@ def said(value: object) -> str:
         return f"<{qualified(type(value))}, which can't be put into words: {type(error).__name__}>"
 
 
+def reason_in(value: object, otherwise: str) -> str:
+    """What somebody gave as a reason, in words; `otherwise` where that says nothing."""
+    # Nobody asks whether it is true: of an array of several numbers nobody knows.
+    return otherwise if value is None else said(value) or otherwise
+
+
 def shown(value: object) -> str:
     """What `repr` gives, or a stand-in when it fails."""
     try:

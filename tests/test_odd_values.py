@@ -58,6 +58,16 @@ class Unwilling:
         raise RuntimeError("no words")
 
 
+class Undecided:
+    """As an array of several numbers."""
+
+    def __bool__(self) -> bool:
+        raise ValueError("neither true nor false")
+
+    def __repr__(self) -> str:
+        return "undecided"
+
+
 class Delegating(Exception):
     """As one that was unpickled before it had its response."""
 
@@ -99,9 +109,14 @@ ODD: dict[str, Callable[[], Any]] = {
     "an error that is no text": lambda: StageOutput.fail(error=12),  # type: ignore[arg-type] # what the test is about
     "an error that can't be told": lambda: StageOutput.fail(error=Mute()),  # type: ignore[arg-type] # as above
     "a status that is none": lambda: StageOutput(status="ok"),  # type: ignore[arg-type] # as above
+    "a status that is no word": lambda: StageOutput(status=["fail"]),  # type: ignore[arg-type] # as above
     "a skip without words": lambda: StageOutput.skip(reason=Mute()),  # type: ignore[arg-type] # as above
     "a cancel without words": lambda: StageOutput.cancel(reason=Mute()),  # type: ignore[arg-type] # as above
     "a retry without words": lambda: StageOutput.retry(error=Mute()),  # type: ignore[arg-type] # as above
+    "a failure neither true nor false": lambda: StageOutput.fail(error=Undecided()),  # type: ignore[arg-type] # as above
+    "a skip neither true nor false": lambda: StageOutput.skip(reason=Undecided()),  # type: ignore[arg-type] # as above
+    "a cancel neither true nor false": lambda: StageOutput.cancel(reason=Undecided()),  # type: ignore[arg-type] # as above
+    "a failure without data": lambda: StageOutput(status=StageStatus.FAIL, data=None),  # type: ignore[arg-type] # as above
     "what can't be shown": Unwilling,
     "an exception that can't be told": Mute,
     "an exception that can't be asked": Delegating,
