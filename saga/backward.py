@@ -53,6 +53,8 @@ class Backward(Employer):
         self._broken: Exception | None = None
         self._is_overtaken = False
         self._noting: asyncio.Task[None] | None = None
+        # When the attempts began of a compensation that what came late has put off, and how many there were.
+        self._put_off: dict[str, tuple[float, int]] = {}
 
     async def run(self) -> None:
         """Undo all that can be undone; what comes late meanwhile, too.
@@ -181,7 +183,7 @@ class Backward(Employer):
     async def _compensate(self, worker: _Worker, settings: Compensation) -> None:
         """Attempt the compensation as often as its retry allows; then it is undone or stuck."""
         stage, record = worker.stage, self._state.stages[worker.stage]
-        began, tries = self._loop.time(), 0
+        began, tries = self._put_off.pop(stage, (self._loop.time(), 0))
         while True:
             tries += 1
             attempt = record.undo_attempts + 1
@@ -218,6 +220,7 @@ class Backward(Employer):
                 return
             await self._heed_late(worker)
             if self._is_overtaken:
+                self._put_off[stage] = began, tries
                 return
 
     async def _attempt(self, worker: _Worker, context: CompensationContext, settings: Compensation) -> Failure | None:

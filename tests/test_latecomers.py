@@ -353,6 +353,21 @@ def test_a_compensation_is_not_tried_again_under_what_has_come_late_meanwhile(ki
     assert world.standing == {}
 
 
+def test_a_compensation_that_what_came_late_has_put_off_has_no_more_attempts_than_any_other() -> None:
+    world, pipeline = scene({"a": ()}, {"a": Script(undo_fails=9)})
+    world.dependencies["deaf"] = ("a",)
+
+    async def main() -> SagaReport:
+        stage = Doubtful(world)
+        return (await late_between_two_attempts(pipeline.with_stage("deaf", stage, dependencies=("a",)), stage))[1]
+
+    report = run(main())
+
+    assert world.undone() == ["deaf"]
+    assert report.stages["a"].compensation is not None
+    assert report.stages["a"].compensation.attempts == 2
+
+
 def test_a_compensation_that_failed_is_not_tried_again_under_a_pivot_that_has_come_late_meanwhile() -> None:
     """Promise 10; whether anything is left of what it undoes, a person says."""
     world, pipeline = scene({"a": ()}, {"a": Script(undo_fails=1)})
