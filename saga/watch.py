@@ -363,7 +363,7 @@ async def bounded(call: Awaitable[Any], *, seconds: float | None, grace: float, 
             raise error
         return returned
     if stop is not None and stop.is_set():
-        raise asyncio.CancelledError
+        raise asyncio.CancelledError("the saga stopped before it had answered")
     raise TimeoutError(f"no answer within {seconds:g} s")
 
 

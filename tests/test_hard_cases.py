@@ -351,6 +351,7 @@ def test_a_fallback_that_hangs_is_cut_off_when_the_saga_is_interrupted() -> None
     assert report.status is SagaStatus.COMPENSATED
     assert report.cause is not None
     assert report.cause.kind is FailureKind.TIMEOUT
+    assert "its fallback failed: CancelledError: the saga stopped before it had answered" in str(report)
 
 
 AGAIN = Retry(attempts=2, jitter=False)
@@ -381,6 +382,7 @@ def test_a_probe_that_is_cut_off_because_the_saga_stops_is_asked_again_on_its_wa
 
     cut_off = [failure.message for failure in report.failures if failure.stage == "asked" and failure.kind is FailureKind.INTERRUPTED]
     assert cut_off == ["the saga stopped before its probe had answered"]
+    assert "fallback failed" not in str(report)
     assert report.status is SagaStatus.COMPENSATED
     assert world.standing == {}
     assert world.undone() == (["asked", "first"] if lands else ["first"])

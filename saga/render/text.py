@@ -34,7 +34,7 @@ SIGNS: Final = {
 
 
 _MINUTE: Final = 60
-_BACKWARD: Final = frozenset({FailureKind.COMPENSATION, FailureKind.CRASHED, FailureKind.LATE})
+_NO_FALLBACKS: Final = frozenset({FailureKind.COMPENSATION, FailureKind.INTERRUPTED, FailureKind.CRASHED, FailureKind.LATE})
 """How compensations and probes fail, and no fallback does; and what is no failure of its code's."""
 _OPEN: Final = frozenset({StageState.RUNNING, StageState.COMPENSATING, StageState.STUCK, StageState.BLOCKED, StageState.IN_DOUBT})
 """The states of stages with which nobody thinks to be done."""
@@ -179,11 +179,11 @@ def _of_probe(name: str, stage: StageReport, report: SagaReport) -> list[Failure
 
 
 def _of_fallback(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
-    """The failures of its fallback: those of the way forward that came after its last attempt's."""
+    """The failures of its fallback: those of the way forward that came after its last attempt's, but for a probe's that was cut off."""
     ours = (failure for failure in report.failures if failure.stage == name)
     since = dropwhile(lambda failure: failure != stage.failure, ours)
     # A saga that the stage ran has failures of its own, of no attempt, that are told under its stage's name.
-    return [failure for failure in since if failure.attempt and failure.kind not in _BACKWARD and failure != stage.failure]
+    return [failure for failure in since if failure.attempt and failure.kind not in _NO_FALLBACKS and failure != stage.failure]
 
 
 def next_command(name: str, *words: str, options: str = "") -> str:
