@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Coroutine, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from hypothesis import HealthCheck, event, given, settings
@@ -31,6 +33,7 @@ from saga import (
 from saga.events import (
     AnyEvent,
     CompensationStarted,
+    FallbackFailed,
     FallbackUsed,
     SagaTurnedBack,
     StageCompleted,
@@ -43,6 +46,7 @@ from saga.events import (
 from saga.failures import FailureKind
 from saga.graph import Role
 from saga.recovery import Rollback, SagaState
+from saga.render.text import explanation
 from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk
@@ -200,6 +204,7 @@ class Oracle:
         self.every_failure_is_there()
         self.pivots_are_respected()
         self.the_plan_follows_from_the_events()
+        its_words_are_true(self.report, self.events)
 
     def the_report_agrees_with_the_world(self) -> None:
         for name, state in self.states.items():
@@ -325,6 +330,40 @@ class Oracle:
                 assert state.graph[entry.stage].role is Role.COMPENSABLE
 
 
+def its_words_are_true(report: SagaReport, events: Sequence[AnyEvent]) -> None:
+    """What the summary tells of each stage has happened in the execution that it tells of."""
+    last: dict[str, list[AnyEvent]] = {name: [] for name in report.stages}
+    undone: list[str] = []
+    for entry in events:
+        if not isinstance(entry, StageEvent):
+            continue
+        if isinstance(entry, StageStarted) and entry.attempt == 1:
+            last[entry.stage] = []
+            undone = [name for name in undone if name != entry.stage]
+        if isinstance(entry, CompensationStarted) and entry.stage not in undone:
+            undone.append(entry.stage)
+        last[entry.stage].append(entry)
+    for name, stage in report.stages.items():
+        words = explanation(name, stage, report)
+        kinds = Counter(type(entry) for entry in last[name])
+        probed = [entry for entry in last[name] if isinstance(entry, StageProbed)]
+        unanswered = sum(entry.failure is not None and entry.failure.kind is FailureKind.COMPENSATION for entry in probed)
+        assert stage.attempts == kinds[StageStarted], words
+        assert "its fallback failed" not in words or kinds[FallbackFailed], words
+        assert told(words, r"its probe failed (?:(\d+) times|once)") in {None, unanswered}, words
+        assert told(words, r"its compensation failed (?:(\d+) times|once)") in {None, kinds[CompensationStarted]}, words
+        assert told(words, r"undone (\d+)(?:st|nd|rd|th) in") in {None, undone.index(name) + 1 if name in undone else 0}, words
+        assert told(words, r"undone .* at attempt (\d+), after") in {None, kinds[CompensationStarted]}, words
+        assert "asked, it had landed" not in words or any(entry.landed for entry in probed), words
+        assert "asked, it had not landed" not in words or probed[-1].landed is False, words
+
+
+def told(words: str, pattern: str) -> int | None:
+    """The number that is told there; None if nothing is."""
+    found = re.search(pattern, words)
+    return None if found is None else int(found[1] or 1)
+
+
 # -- sagas that are killed, resumed, settled, mended, undone on demand -----------------------------------------------
 
 DEEDS = ("resume", "forward", "compensate", "undone", "kept", "retry", "mend", "other means")
@@ -417,6 +456,7 @@ class Biography:
         assert self.world.refusals == []
         report = self.report()
         assert SagaReport.model_validate_json(report.model_dump_json()) == report
+        its_words_are_true(report, self.ledger._sagas["s"].events)
         unsettled = {*report.stuck, *report.blocked, *report.in_doubt}
         assert report.status is not SagaStatus.COMPENSATED or not unsettled
         assert report.status not in {SagaStatus.RUNNING, SagaStatus.COMPENSATING}

@@ -285,6 +285,22 @@ def test_the_summary_tells_why_a_compensation_had_to_be_repeated() -> None:
     assert lines[3].endswith("at attempt 2, after CardDeclined: undoing a was declined")
 
 
+def test_the_summary_of_a_stage_that_ran_again_tells_nothing_of_the_undoing_before() -> None:
+    a, b = Script(undo_fails=1), Script("raise")
+    _, pipeline = scene({"a": (), "b": ("a",)}, {"a": a, "b": b})
+    coordinator = SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=2, wait=0))))
+
+    async def main() -> SagaReport:
+        await coordinator.run(pipeline, saga_id="s")
+        a.outcome = "raise"
+        return await coordinator.resume("s", pipeline, forward=True)
+
+    report = run(main())
+
+    assert report.stages["a"].state is StageState.FAILED
+    assert str(report).splitlines()[3].endswith("raised: CardDeclined: a was declined")
+
+
 def test_the_summary_of_a_stuck_saga_names_what_is_stuck_and_what_is_held_back_with_it() -> None:
     lines = told(FailFast(compensation=Compensation(retry=Retry(attempts=1))), b=Script(undo_fails=9), c=Script("raise"))
 

@@ -167,13 +167,14 @@ def _held(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
 
 
 def _of_probe(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
-    """The failures of its probe: those of the way back that no attempt of its compensation ended with."""
+    """The failures of its probe: those of the way back, of this execution, that no attempt of its compensation ended with."""
     tries = stage.compensation.tries if stage.compensation is not None else ()
     undoing = [(each.started_at, each.ended_at) for each in tries if each.ended_at is not None]
     return [
         failure
         for failure in report.failures
         if (failure.stage, failure.kind) == (name, FailureKind.COMPENSATION)
+        and (not stage.tries or failure.at >= stage.tries[0].started_at)
         and not any(start <= failure.at <= end for start, end in undoing)
     ]
 
