@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from bench.comparison import Result
+from bench.floor import Floor
 from bench.peers.sagaz import Sagaz, SagazSaga
 from bench.rounds import interleaved, settled, timed
 from bench.spread import Spread, ratios
@@ -33,7 +34,8 @@ def _failing_saga(shape: Shape, stamps: Stamps) -> Saga:
 async def five_steps(effort: Effort) -> Result:
     """Measure a chain of five, its success and its rollback, side by side with sagaz."""
     shape, stamps = chain(5), Stamps()
-    success: dict[str, Side] = {"saga": Saga(pipeline(shape)), "plain stageflow": Plain(shape), "bare stageflow": Bare(shape)}
+    success: dict[str, Side] = {"saga": Saga(pipeline(shape)), "floor": Floor(shape)}
+    success |= {"plain stageflow": Plain(shape), "bare stageflow": Bare(shape)}
     rollback: dict[str, Side] = {"saga": _failing_saga(shape, stamps)}
     sagaz = Sagaz.find()
     if sagaz is not None:
@@ -47,10 +49,14 @@ async def five_steps(effort: Effort) -> Result:
         result.raw[label] = values
     table.notes = [
         "saga is: saga's time divided by that row's. bare stageflow: no interceptors and no timeout.",
+        "floor: the same contexts, events, fold, tasks and report, without a policy, a ledger, a cancel or a failure that anybody heeds.",
         "rollback: the fifth step raises, four are compensated; the whole run is timed.",
     ]
     if sagaz is None:
         table.notes.append(_ABSENT)
+    else:
+        least = ratios(result.raw["success"]["floor"], result.raw["success"]["sagaz"])
+        table.notes.append(f"The floor itself takes {show(least.median, 'x')} of sagaz's time, {spread_cells(least)[0]}.")
     return result
 
 
@@ -62,7 +68,7 @@ def _side_by_side(label: str, values: Mapping[str, Sequence[float]]) -> list[tup
             rows.append((*own, "-", "-", "-", "-", "-"))
             continue
         ratio = ratios(values["saga"], seconds)
-        mark = None if side == "bare stageflow" else _AHEAD
+        mark = None if side in {"floor", "bare stageflow"} else _AHEAD
         rows.append((*own, show(ratio.median, "x"), *spread_cells(ratio), *mark_cells(mark, ratio)))
     return rows
 
