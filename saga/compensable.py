@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Protocol
 
 from stageflow.api import StageContext, StageKind, StageOutput
 
 from saga.errors import MisuseError, PipelineInvalid
 from saga.failures import Failure
+from saga.frozen import frozen
 from saga.policies import Compensation, Policy, Retry
 from saga.text import shown
 
@@ -63,7 +63,7 @@ class UndoHost(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class SagaContext(StageContext):
     """stageflow's `StageContext`, and what a stage of a saga needs beside it.
 
@@ -122,7 +122,7 @@ class Inputs(dict[str, StageOutput]):
         raise KeyError(f"expected a stage that this one depends on ({', '.join(self) or 'none'}), got {stage!r}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class CompensationContext:
     """What a compensation or a probe gets to know.
 

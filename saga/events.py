@@ -8,7 +8,7 @@ containers to the garbage collector, and cost a third of a saga's time. pydantic
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cache, partial
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Discriminator, TypeAdapter
 
 from saga.failures import Failure
+from saga.frozen import frozen
 from saga.graph import Graph
 from saga.outputs import STRICT, Output, Plain
 from saga.policies import Policy
@@ -74,7 +75,7 @@ class _Written:
     line: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class Event(_Written):
     """What every event has.
 
@@ -85,7 +86,7 @@ class Event(_Written):
     at: datetime = field(default_factory=partial(datetime.now, UTC))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class SagaStarted(Event):
     """The saga exists: its graph and its input are fixed, its policy until it is resumed with another one.
 
@@ -109,14 +110,14 @@ class SagaStarted(Event):
     parent_stage: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class StageEvent(Event):
     """An event of one stage."""
 
     stage: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class StageStarted(StageEvent):
     """An attempt of a stage is about to run.
 
@@ -130,7 +131,7 @@ class StageStarted(StageEvent):
     execution: int = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class EffectRecorded(StageEvent):
     """A running stage noted a partial effect."""
 
@@ -138,7 +139,7 @@ class EffectRecorded(StageEvent):
     effect: Plain
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class StageCompleted(StageEvent):
     """A stage gave its output: its effect has landed.
 
@@ -154,7 +155,7 @@ class StageCompleted(StageEvent):
     not_kept: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class StageFailed(StageEvent):
     """An attempt of a stage failed.
 
@@ -176,7 +177,7 @@ class StageFailed(StageEvent):
     output: Output | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class StageSkipped(StageEvent):
     """A stage was skipped: by its own word, by stageflow, by an interceptor's answer, or with its branch.
 
@@ -194,7 +195,7 @@ class StageSkipped(StageEvent):
     not_kept: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class FallbackUsed(StageEvent):
     """A failed stage's fallback became its output."""
 
@@ -203,7 +204,7 @@ class FallbackUsed(StageEvent):
     source: Literal["stage", "policy"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class FallbackFailed(StageEvent):
     """A failed stage's own fallback failed, too.
 
@@ -217,7 +218,7 @@ class FallbackFailed(StageEvent):
     left_within: bool | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class StageProbed(StageEvent):
     """A stage was asked whether its effect landed.
 
@@ -240,7 +241,7 @@ class StageProbed(StageEvent):
     held: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class SagaStopped(Event):
     """Something other than a stage's failure has stopped the saga: no further stage starts.
 
@@ -252,7 +253,7 @@ class SagaStopped(Event):
     cause: Failure
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class SagaTurnedBack(Event):
     """The fence: no stage runs any more; from here the saga goes backward.
 
@@ -268,7 +269,7 @@ class SagaTurnedBack(Event):
     graph: Graph | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class CompensationStarted(StageEvent):
     """An attempt to undo a stage is about to run."""
 
@@ -276,7 +277,7 @@ class CompensationStarted(StageEvent):
     attempt: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class CompensationCompleted(StageEvent):
     """A stage's effect is undone.
 
@@ -288,7 +289,7 @@ class CompensationCompleted(StageEvent):
     late: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class CompensationFailed(StageEvent):
     """An attempt to undo a stage failed; without another one to come the stage is stuck.
 
@@ -306,7 +307,7 @@ class CompensationFailed(StageEvent):
     in_part: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class StageSettled(StageEvent):
     """A person has said what became of a stage that is stuck or in doubt.
 
@@ -324,7 +325,7 @@ class StageSettled(StageEvent):
     output: Output | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class SagaResumed(Event):
     """Somebody goes on with a saga that had come to rest, or whose process is gone.
 
@@ -342,7 +343,7 @@ class SagaResumed(Event):
     by: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class SagaEnded(Event):
     """The saga has come to rest.
 

@@ -13,6 +13,7 @@ from stageflow.api import PipelineResults, StageOutput
 from saga.errors import LedgerConflict, MisuseError, SagaError, SagaFailed
 from saga.events import AnyEvent, SagaStatus, StageSettled, Verdict
 from saga.failures import Failure, FailureKind
+from saga.frozen import frozen
 from saga.ledger import StageState
 from saga.outputs import Output, Plain, copied, copied_output
 from saga.recovery import SagaState, StageRecord, Try, protected, stage_states
@@ -22,7 +23,7 @@ from saga.text import printable
 _S = StageState
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class CompensationReport:
     """What became of one stage's compensation.
 
@@ -41,7 +42,7 @@ class CompensationReport:
     tries: tuple[Try, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class Settlement:
     """What a person said of a stage that was stuck or in doubt.
 
@@ -63,7 +64,7 @@ class Settlement:
         return cls(verdict=event.verdict, note=event.note, by=event.by, at=event.at)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class StageReport:
     """What became of one stage.
 

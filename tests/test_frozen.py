@@ -1,0 +1,110 @@
+"""What is made quickly is what dataclasses would have made: frozen, equal, copied, derived from."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
+from typing import Any
+
+import pytest
+
+from saga.events import SagaStarted, StageCompleted, StageStarted
+from saga.frozen import frozen
+from saga.report import StageReport
+
+
+@frozen
+class Parcel:
+    weight: float
+    marks: list[str] = field(default_factory=list)
+    insured: bool = False
+
+
+@frozen
+class Tracked(Parcel):
+    number: str
+
+
+def test_an_instance_is_of_its_class_and_has_its_fields() -> None:
+    parcel = Tracked(weight=2.5, number="N1")
+
+    assert type(parcel) is Tracked
+    assert (parcel.weight, parcel.marks, parcel.insured, parcel.number) == (2.5, [], False, "N1")
+    assert repr(parcel) == "Tracked(weight=2.5, marks=[], insured=False, number='N1')"
+    assert parcel == Tracked(weight=2.5, number="N1")
+
+
+def test_a_default_that_is_made_is_made_for_each() -> None:
+    given: list[str] = []
+
+    assert Parcel(weight=1).marks is not Parcel(weight=1).marks
+    assert Parcel(weight=1, marks=given).marks is given
+
+
+def test_it_is_frozen_once_it_has_been_made() -> None:
+    parcel = Parcel(weight=1)
+
+    with pytest.raises(FrozenInstanceError):
+        parcel.weight = 2  # type: ignore[misc] # what the test is about
+    with pytest.raises(FrozenInstanceError):
+        del parcel.weight
+
+
+def test_what_is_missing_or_unknown_is_refused_as_by_any_constructor() -> None:
+    with pytest.raises(TypeError, match="weight"):
+        Parcel()  # type: ignore[call-arg] # what the test is about
+    with pytest.raises(TypeError, match="colour"):
+        Parcel(weight=1, colour="red")  # type: ignore[call-arg] # as above
+    with pytest.raises(TypeError, match="positional"):
+        Parcel(1)  # type: ignore[call-arg] # as above
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda parcel: pickle.loads(pickle.dumps(parcel)), replace])  # noqa: S301 - our own
+def test_a_copy_is_its_equal_and_frozen(again: Any) -> None:
+    parcel = Tracked(weight=1, marks=["fragile"], number="N1")
+
+    twin: Tracked = again(parcel)
+
+    assert twin == parcel
+    assert type(twin) is Tracked
+    with pytest.raises(FrozenInstanceError):
+        twin.number = "N2"  # type: ignore[misc] # what the test is about
+
+
+def test_a_class_that_somebody_derives_stays_that_class() -> None:
+    class Plain(Parcel):
+        """Has room for more."""
+
+    @dataclass(frozen=True)
+    class Own(Parcel):
+        colour: str = "red"
+
+    assert type(Plain(weight=1)) is Plain
+    assert Plain(weight=1, marks=["a"]).marks == ["a"]
+    assert Plain(weight=1).marks == []
+    assert Own(weight=1) == Own(weight=1, colour="red")
+
+
+def test_one_that_sees_to_more_when_it_is_made_is_left_to_dataclasses() -> None:
+    seen: list[float] = []
+
+    @frozen
+    class Weighed:
+        weight: float
+
+        def __post_init__(self) -> None:
+            seen.append(self.weight)
+
+    Weighed(weight=3)
+
+    assert seen == [3]
+
+
+@pytest.mark.parametrize("kind", [SagaStarted, StageStarted, StageCompleted, StageReport])
+def test_its_signature_tells_the_types_of_its_fields(kind: Any) -> None:
+    signature = inspect.signature(kind)
+
+    assert [*signature.parameters] == [one.name for one in fields(kind)]
+    assert all(parameter.annotation is not inspect.Parameter.empty for parameter in signature.parameters.values())
