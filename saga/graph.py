@@ -6,15 +6,18 @@ It is plain data and goes into the ledger: what happens is decided from it, with
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
-from typing import Final, Self
+from typing import ClassVar, Final, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
 from saga.errors import PipelineInvalid
 from saga.text import did_you_mean
+
+_CLOSED: Final = ConfigDict(extra="forbid")
 
 
 class Role(StrEnum):
@@ -28,7 +31,8 @@ class Role(StrEnum):
     """The point of no return: once it has completed, it and all it depends on stay."""
 
 
-class Node(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
     """One stage of the graph.
 
     Attributes:
@@ -45,7 +49,7 @@ class Node(BaseModel):
         has_fallback: Whether it offers a `fallback()` of its own.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __pydantic_config__: ClassVar = _CLOSED
 
     name: str
     dependencies: tuple[str, ...] = ()
@@ -68,13 +72,14 @@ _OFFERS: Final = frozenset({"can_probe", "undo_in_doubt", "idempotent", "has_fal
 """What may change while a saga is at rest, by its being mended: nothing that has been done counts for anything else because of it."""
 
 
-class Graph(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class Graph:
     """The stages of a pipeline in topological order.
 
     Build it with `Graph.of`, which validates and sorts; equal pipelines give equal graphs.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __pydantic_config__: ClassVar = _CLOSED
 
     nodes: tuple[Node, ...]
 
@@ -147,9 +152,7 @@ class Graph(BaseModel):
 
     def offering(self, other: Graph) -> Graph:
         """This graph, with what the stages of `other` offer; both have the same stages."""
-        return Graph(
-            nodes=tuple(node.model_copy(update={name: getattr(other[node.name], name) for name in _OFFERS}) for node in self.nodes)
-        )
+        return Graph(nodes=tuple(replace(node, **{name: getattr(other[node.name], name) for name in _OFFERS}) for node in self.nodes))
 
     def differences(self, other: Graph) -> list[str]:
         """Say in a sentence for each stage how `other` differs, beside in what it offers; empty when both ask for the same saga."""
@@ -159,7 +162,7 @@ class Graph(BaseModel):
             theirs = other.by_name.get(mine.name)
             if theirs is None:
                 continue
-            for field in [field for field in Node.model_fields if field not in _OFFERS]:
+            for field in [field.name for field in fields(Node) if field.name not in _OFFERS]:
                 before, after = getattr(mine, field), getattr(theirs, field)
                 if field == "dependencies":
                     before, after = sorted(before), sorted(after)

@@ -77,10 +77,9 @@ def _ended(tries: tuple[Try, ...], at: datetime, failed: FailureKind | None = No
     return (*tries[:-1], Try(tries[-1].started_at, None if failed is FailureKind.CRASHED else at, failed))
 
 
+@dataclass(slots=True, eq=False)
 class StageRecord:
     """What the events say of one stage.
-
-    No dataclass: what a stage never comes to stays on the class, and one record for each stage of each saga costs next to nothing.
 
     Attributes:
         state: Where it stands; never BLOCKED, which is read off the other stages.
@@ -189,9 +188,7 @@ class StageRecord:
 
     def forget(self) -> None:
         """Nothing of the execution that is over stands, also where another one does not begin; its number is not given again."""
-        execution, held = self.execution, self.held if self.is_held else None
-        vars(self).clear()
-        self.execution, self.held = execution, held
+        StageRecord.__init__(self, execution=self.execution, held=self.held if self.is_held else None)
 
 
 class SagaState:
