@@ -18,7 +18,7 @@ from saga.compensable import SagaContext
 from saga.errors import LedgerError, MisuseError, NotStorable
 from saga.events import FallbackFailed, FallbackUsed, SagaStopped, StageCompleted, StageFailed, StageSkipped, StageStarted
 from saga.failures import Failure, FailureKind
-from saga.graph import Role
+from saga.graph import Node, Role
 from saga.ledger import StageState
 from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
@@ -63,11 +63,12 @@ class _Outcome:
 class _StageRun(Watched):
     """One stage on its way through the forward run."""
 
-    __slots__ = ("host", "inputs", "name", "plan", "record")
+    __slots__ = ("host", "inputs", "name", "node", "plan", "record")
 
-    def __init__(self, name: str, plan: StagePlan, record: StageRecord, inputs: StageInputs, employer: Employer) -> None:
+    def __init__(self, node: Node, plan: StagePlan, record: StageRecord, inputs: StageInputs, employer: Employer) -> None:
         super().__init__(employer)
-        self.name = name
+        self.name = node.name
+        self.node = node
         self.plan = plan
         self.record = record
         self.inputs = inputs
@@ -113,7 +114,7 @@ class Forward(Stages, Employer):
         if self._policy.deadline is not None:
             self._until = self._loop.time() + self._policy.deadline
             timer = self._loop.call_at(self._until, self._out_of_time)
-        self._heed_early_cancel()
+        self._heed_early_cancel(this_task())
         self._heed_what_is_missing()
         try:
             await self._schedule.run(self)
@@ -143,8 +144,8 @@ class Forward(Stages, Employer):
             # A child is no single stage: it starts nothing more, either.
             child.interrupt("the saga that runs it is stopping")
 
-    def _heed_early_cancel(self) -> None:
-        if this_task().cancelling():
+    def _heed_early_cancel(self, task: asyncio.Task[Any]) -> None:
+        if task.cancelling():
             # It came before the task began, or while a ledger wrote that outlasts it, and has struck nothing.
             self._stop_for_cancel()
 
@@ -210,7 +211,7 @@ class Forward(Stages, Employer):
     def _interrupt(self, spared: Role | None = None) -> None:
         self._interrupted.set()
         for run in self._running.members:
-            if self._state.graph[run.name].role is not spared:
+            if run.node.role is not spared:
                 run.cancel(FailureKind.INTERRUPTED)
 
     # -- one stage -----------------------------------------------------------------------------------------------
@@ -225,7 +226,7 @@ class Forward(Stages, Employer):
 
     def begin(self, name: str, inputs: StageInputs) -> None:
         """Start a stage in a task of ours; its schedule is told when it has ended."""
-        run = _StageRun(name, self._saga.blueprint.stages[name], self._state.stages[name], inputs, self)
+        run = _StageRun(self._state.graph[name], self._saga.blueprint.stages[name], self._state.stages[name], inputs, self)
         self._running.employ(run, self._see_to(run))
 
     async def _see_to(self, run: _StageRun) -> bool:
@@ -241,7 +242,7 @@ class Forward(Stages, Employer):
         self.stop(Failure.raised(None, error, attempt=0))
 
     async def _stage(self, run: _StageRun) -> StageOutput | Failure:
-        node = self._state.graph[run.name]
+        node = run.node
         if node.conditional and (reason := run.inputs.get("skip_reason")):
             output = StageOutput.skip(reason)
             await self.learn(run.name, output)
@@ -254,7 +255,7 @@ class Forward(Stages, Employer):
         cancelled = self._saga.cancellation()
         if cancelled is not None:
             self.stop(Failure.of(None, FailureKind.CANCELLED, cancelled))
-        self._heed_early_cancel()
+        self._heed_early_cancel(run.task)
         if self._until is not None and self._loop.time() >= self._until:
             # The timer strikes a turn of the loop after code that never awaited.
             self._out_of_time()
@@ -304,7 +305,7 @@ class Forward(Stages, Employer):
 
     async def _left_open(self, run: _StageRun) -> _Outcome | None:
         """What an earlier process left to be decided; None if the stage is to run."""
-        record, node = run.record, self._state.graph[run.name]
+        record, node = run.record, run.node
         if record.state in {StageState.FAILED, StageState.IN_DOUBT} and not record.again:
             # It died before what follows from this failure was recorded.
             return _Outcome(failure=record.failure)
@@ -334,13 +335,13 @@ class Forward(Stages, Employer):
         """Attempt the stage as often as its retry allows; the outcome is in the ledger when this returns."""
         retry = run.plan.retry or self._policy.retry
         seconds = run.plan.timeout or self._policy.timeout
-        loop, node, name = self._loop, self._state.graph[run.name], run.name
+        loop, node, name = self._loop, run.node, run.name
         began, goes_on = loop.time(), True
         tries = run.record.attempts - run.record.attempts_before
         while goes_on:
             tries += 1
             await self._record(self._start_of(run))
-            self._heed_early_cancel()
+            self._heed_early_cancel(run.task)
             if self.is_stopping():
                 failure = Failure.of(name, FailureKind.INTERRUPTED, "the saga stopped before it ran")
                 await self._record(StageFailed(stage=name, failure=failure))
@@ -460,7 +461,7 @@ class Forward(Stages, Employer):
         record, output = run.record, outcome.output
         if output is None or output.status not in {StageStatus.SKIP, StageStatus.CANCEL}:
             return outcome
-        if self._state.graph[run.name].can_probe and any(earlier.failed in _SAID_NOTHING for earlier in record.tries[:-1]):
+        if run.node.can_probe and any(earlier.failed in _SAID_NOTHING for earlier in record.tries[:-1]):
             # They are taken at their word where nothing else is known; where it can be asked, it is asked before the word counts.
             landed = await ask(self._saga, run.name, stop=self._interrupted)
             if landed is not None:
@@ -522,7 +523,7 @@ class Forward(Stages, Employer):
         if isinstance(error, KeyboardInterrupt):
             # It struck by chance, so the stage says nothing of its effect with it.
             return _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, "a KeyboardInterrupt struck while it ran", attempt=attempt))
-        past_pivot = self._state.graph[name].is_point_of_no_return and isinstance(error, NestedSagaFailed) and error.past_pivot
+        past_pivot = run.node.is_point_of_no_return and isinstance(error, NestedSagaFailed) and error.past_pivot
         return _Outcome(failure=Failure.raised(name, error, attempt=attempt), past_pivot=past_pivot)
 
     def gives_up(self, run: _StageRun, /) -> None:
@@ -535,7 +536,7 @@ class Forward(Stages, Employer):
         run.host.give_up()
         message = f"it ignored its cancel for {self._policy.cancel_grace:g} s and was given up; it may still be running"
         failure = Failure.of(run.name, run.reason, message, attempt=run.record.attempts)
-        in_doubt = self._state.graph[run.name].role is not Role.PLAIN
+        in_doubt = run.node.role is not Role.PLAIN
         await self._record(StageFailed(stage=run.name, failure=failure, in_doubt=in_doubt))
         self._schedule.ended(self, run.name, await self._absorb(run, failure))
 
@@ -559,7 +560,7 @@ class Forward(Stages, Employer):
 
     async def _stands_in(self, run: _StageRun, failure: Failure, policy: ContinueWithFallback) -> StageOutput | None:
         """The output that stands in for a failed stage's, recorded; None if there is none."""
-        node = self._state.graph[run.name]
+        node = run.node
         if node.can_probe and not run.record.unanswered:
             # With a landed effect there is nothing to stand in for; and nothing is left that could not be undone in order.
             landed = await ask(self._saga, run.name, stop=self._interrupted)

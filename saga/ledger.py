@@ -127,11 +127,6 @@ FORGETTABLE: Final = frozenset({SagaStatus.COMPLETED, SagaStatus.DEGRADED, SagaS
 """Nothing is left to do about a saga in one of these; a stuck one waits for a person, a halted one to be resumed."""
 
 
-def status_after(before: SagaStatus, events: Sequence[AnyEvent]) -> SagaStatus:
-    """Where a saga stands after these events, if it stood at `before`."""
-    return status_said(events) or before
-
-
 def status_said(events: Sequence[AnyEvent]) -> SagaStatus | None:
     """Where a saga stands after these events; None: where it stood before them."""
     for event in reversed(events):
@@ -339,7 +334,7 @@ class MemoryLedger(Ledger):
         self._refuse_overtaken(started, under)
         if saga_id in self._sagas:
             raise LedgerConflict.exists(saga_id)
-        saga = self._sagas[saga_id] = _Kept(list(map(at_rest, events)), started, owner, 1, status_after(SagaStatus.RUNNING, events))
+        saga = self._sagas[saga_id] = _Kept(list(map(at_rest, events)), started, owner, 1, status_said(events) or SagaStatus.RUNNING)
         if started.parent is not None:
             self._children.setdefault(started.parent, {})[saga_id] = None
         for one in self._family(saga):
@@ -411,7 +406,7 @@ class MemoryLedger(Ledger):
         if len(saga.events) != expected_version:
             raise LedgerConflict.outdated(saga_id, expected_version, len(saga.events))
         saga.events.extend(map(at_rest, events))
-        saga.status = status_after(saga.status, events)
+        saga.status = status_said(events) or saga.status
         if release:
             saga.owner = None
         if saga.owner is None:
