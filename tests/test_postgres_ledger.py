@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -333,6 +335,43 @@ def test_a_database_that_is_gone_is_told_after_the_patience_and_found_again_when
         return await ledger.read("s")
 
     assert len(using(place.open(patience=0.1), play)) == 2
+
+
+@contextlib.contextmanager
+def stopped(place: PostgresSchema, postgres: Any) -> Iterator[None]:
+    """A server of which no process does anything any more, while its machine still takes what is sent to it."""
+    pids = [postgres.get_pid(), *(pid for (pid,) in place.execute("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()"))]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_a_server_that_hangs_is_given_up_and_what_it_was_told_is_recorded_once_at_most(place: PostgresSchema, postgres: Any) -> None:
+    async def play(ledger: Ledger) -> Any:
+        token = await ledger.create("s", "me", (started(),))
+        await ledger.read("s")
+        with stopped(place, postgres):
+            deeds = [ledger.append("s", (attempt(1),), expected_version=1, token=token), ledger.read("s"), ledger.acquire("s", "me")]
+            errors = [await asyncio.wait_for(asyncio.gather(deed, return_exceptions=True), 30) for deed in deeds]
+        token = await ledger.acquire("s", "me")
+        known = await ledger.read("s")
+        await ledger.append("s", (attempt(len(known)),), expected_version=len(known), token=token)
+        return [str(error) for (error,) in errors], known, await ledger.read("s")
+
+    errors, known, events = using(place.open(patience=0.1), play)
+
+    appended, read, acquired = errors
+    silent = f"the ledger in schema {place.schema!r} failed: the server has said nothing for 2 s; "
+    assert appended == silent + "whether it was recorded is not known"
+    assert read.startswith(silent)
+    assert "timeout" in acquired
+    assert acquired.endswith("; nothing was recorded")
+    assert events[: len(known)] == known
+    assert [getattr(event, "attempt", 0) for event in events] == list(range(len(known) + 1))
 
 
 # -- a database that refuses -----------------------------------------------------------------------------------------

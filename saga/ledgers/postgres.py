@@ -18,6 +18,7 @@ from typing import Any, Final, LiteralString, TypeVar
 try:
     import psycopg
     from psycopg import sql
+    from psycopg.abc import PQGen
     from psycopg.conninfo import conninfo_to_dict
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError("PostgresLedger needs psycopg: pip install 'stageflow-saga[postgres]'", name="psycopg") from missing
@@ -178,7 +179,7 @@ class PostgresLedger(DurableLedger):
         schema: The schema; it is made when it is first used.
         lease: Seconds after which an owner that did not `beat` counts as gone, by the server's clock.
         patience: Seconds that a batch of appends waits for a server that is gone, or for locks of others, before it fails; an append that
-            comes meanwhile waits for that, too.
+            comes meanwhile waits for that, too. A server that hangs is given up when it has said nothing for twice as long.
         max_event_bytes: How many bytes of JSON one event may have.
         redact: What every event goes through before it is stored. What it takes out is missing when a saga is resumed, too.
 
@@ -212,6 +213,39 @@ class PostgresLedger(DurableLedger):
             max_event_bytes=max_event_bytes,
             redact=redact,
         )
+
+
+class _Connection(psycopg.Connection[Any]):
+    """Breaks when the server owes an answer and says nothing, as one that hangs does while its machine still takes what is sent to it.
+
+    Neither libpq nor the machine notices that: all is acknowledged.
+
+    Attributes:
+        silence: Seconds for which it may say nothing.
+    """
+
+    silence: float = math.inf
+
+    def wait(self, gen: PQGen[T], *args: Any, **options: Any) -> T:
+        """Wait for what comes of a step of psycopg's."""
+        return super().wait(self._listening(gen), *args, **options)
+
+    def _listening(self, gen: PQGen[T]) -> PQGen[T]:
+        heard = time.monotonic()
+        try:
+            wanted = next(gen)
+            while True:
+                # psycopg looks up ten times a second, also when nothing is ready.
+                ready = yield wanted
+                if ready:
+                    heard = time.monotonic()
+                elif time.monotonic() > heard + self.silence:
+                    self.close()
+                    raise psycopg.OperationalError(f"the server has said nothing for {self.silence:g} s")
+                wanted = gen.send(ready)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 class _Store:
@@ -387,7 +421,9 @@ class _Store:
 
     def _connection(self) -> Connection:
         if self._opened is None:
-            connection = psycopg.connect(**self._parameters(), autocommit=True)
+            connection = _Connection.connect(**self._parameters(), autocommit=True)
+            # A lock that is not to be had is told by the server itself, before that.
+            connection.silence = 2 * math.ceil(self._patience)
             try:
                 self._prepare(connection)
             except BaseException:
