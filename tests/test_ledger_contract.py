@@ -897,17 +897,15 @@ def test_a_ledger_that_was_never_used_can_be_closed(place: Place) -> None:
 def test_a_process_that_was_forked_off_and_its_parent_go_on_side_by_side(durable: Place) -> None:
     ledger = durable.open()
     asyncio.run(create("before")(ledger))
-    parent, child = FORK.Event(), FORK.Event()
+    both = FORK.Barrier(2)
 
-    def take_turns(name: str, mine: Any, other: Any) -> None:
+    def take_turns(name: str) -> None:
         for number in range(3):
             asyncio.run(create(f"{name} {number}")(ledger))
-            mine.set()
-            assert other.wait(30)
-            other.clear()
+            both.wait(30)
 
-    other = fork(lambda: take_turns("child", child, parent))
-    take_turns("parent", parent, child)
+    other = fork(lambda: take_turns("child"))
+    take_turns("parent")
     other.join()
 
     assert other.exitcode == 0
