@@ -19,6 +19,7 @@ from saga.errors import (
     SagaExists,
     SagaFailed,
     SagaNotFound,
+    SagasDamaged,
     SagaUnrecorded,
 )
 from saga.events import SagaStatus, Verdict
@@ -59,6 +60,7 @@ __all__ = [
     "SagaReport",
     "SagaStatus",
     "SagaUnrecorded",
+    "SagasDamaged",
     "StageReport",
     "StageState",
     "Verdict",

@@ -29,7 +29,7 @@ from saga.family import events_of, is_left_alone, report_of, run_by
 from saga.inputs import context_of
 from saga.journal import Listener
 from saga.keeper import SagaKeeper, read, user
-from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, refuse_no_ledger
+from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, listed, refuse_no_ledger
 from saga.outputs import copied
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery import SagaState
@@ -207,6 +207,7 @@ class SagaCoordinator:
         """Go on with every saga in the ledger whose process is gone, as `resume` does; nested ones go on with those that run them.
 
         Where a saga has come to rest and left one behind that a stage of it had run, that one is stopped, as if it had run on until then.
+        One of which the ledger can't tell where it stands has failed, too; those that it runs are left to it.
 
         Args:
             pipelines: The one, or those, that the sagas were started with, found by their names; as a mapping, by its keys.
@@ -222,7 +223,7 @@ class SagaCoordinator:
         known = by_name(pipelines)
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
             raise MisuseError("a concurrency of at least 1", got=shown(concurrency))
-        entries = {entry.saga_id: entry for entry in await self.ledger.list(statuses=ALIVE)}
+        entries, damaged = await listed(self.ledger, ALIVE)
         recovery = Recovery()
         limit = asyncio.Semaphore(concurrency)
         decide = partial(recovering, by=by or user())
@@ -242,18 +243,18 @@ class SagaCoordinator:
                 except Exception as error:  # noqa: BLE001 - it is one saga's, and the others go on
                     recovery.failed[entry.saga_id] = error if isinstance(error, SagaError) else _unexpected(entry.saga_id, error)
 
+        def is_due(entry: Entry) -> bool:
+            return entry.saga_id in waiting and not any(entry.parent in above for above in (entries, damaged, self._keeper.held.sagas))
+
         waiting = set(entries)
-        while due := [
-            entry
-            for entry in entries.values()
-            if entry.saga_id in waiting and entry.parent not in entries and entry.parent not in self._keeper.held.sagas
-        ]:
+        while due := list(filter(is_due, entries.values())):
             waiting.difference_update(entry.saga_id for entry in due)
             async with asyncio.TaskGroup() as group:
                 for entry in due:
                     group.create_task(go_on(entry))
             # Those that have come to rest may have passed by what had been left to them.
-            entries = {entry.saga_id: entry for entry in await self.ledger.list(statuses=ALIVE)} if waiting else {}
+            entries, damaged = await listed(self.ledger, ALIVE) if waiting else ({}, damaged)
+        recovery.failed.update(damaged)
         return recovery
 
     async def report(self, saga_id: str) -> SagaReport:

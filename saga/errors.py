@@ -11,6 +11,7 @@
      │    └── GraphChanged     the pipeline is not the one that the saga was started with
      ├── LedgerError           the ledger could not record or read
      │    ├── LedgerCorrupt    the events contradict the transition table
+     │    │    └── SagasDamaged the ledger can't tell where some sagas stand
      │    ├── LedgerConflict   somebody else wrote to the saga, or holds its lease
      │    └── SagaUnrecorded   a saga could not record how it went on, and stopped
      ├── NotStorable           a value can't be written as JSON and read back, or is too large
@@ -21,9 +22,12 @@ A failing stage raises none of these: `SagaCoordinator.run` answers with a repor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from saga.ledger import Entry
 
 
 class SagaError(Exception):
@@ -93,6 +97,20 @@ class LedgerError(SagaError):
 
 class LedgerCorrupt(LedgerError):
     """What the ledger holds is not what was written, or an event follows one that it may not follow; all is left as it is."""
+
+
+class SagasDamaged(LedgerCorrupt):
+    """Where some sagas stand the ledger can't tell; it tells of all others.
+
+    Attributes:
+        damaged: By id, of each of them why not, and what to do.
+        entries: The others, of those that were asked for.
+    """
+
+    def __init__(self, damaged: Mapping[str, LedgerCorrupt], entries: Sequence[Entry]) -> None:
+        self.damaged = dict(damaged)
+        self.entries = tuple(entries)
+        super().__init__(" ".join(map(str, damaged.values())))
 
 
 class LedgerConflict(LedgerError):

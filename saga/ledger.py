@@ -14,7 +14,7 @@ from typing import Final, Protocol, Self
 
 from stageflow.api import StageOutput
 
-from saga.errors import LedgerConflict, MisuseError
+from saga.errors import LedgerConflict, LedgerCorrupt, MisuseError, SagasDamaged
 from saga.events import (
     AnyEvent,
     CompensationCompleted,
@@ -242,7 +242,13 @@ class Ledger(Protocol):
         ...
 
     async def list(self, *, statuses: Collection[SagaStatus] | None = None, parent: str | None = None) -> Sequence[Entry]:
-        """The sagas in the order in which they were created: all, those in some statuses, the children of one."""
+        """The sagas in the order in which they were created: all, those in some statuses, the children of one.
+
+        Raises:
+            SagasDamaged: Of some of them it can't tell where they stand, so they may be among those that were asked for, or not; the error
+                has the others.
+            LedgerCorrupt: It can't tell of any.
+        """
         ...
 
     async def prune(self, older_than: timedelta) -> Sequence[str]:
@@ -306,6 +312,16 @@ def refuse_no_ledger(ledger: object) -> None:
         # Not the text itself: a URL may hold a password.
         hint = "saga.ledgers.open_ledger(url) opens the one at a URL." if isinstance(ledger, str) else ""
         raise MisuseError("a ledger", got=f"a {type(ledger).__name__}", hint=hint)
+
+
+async def listed(ledger: Ledger, statuses: Collection[SagaStatus] | None = None) -> tuple[Mapping[str, Entry], Mapping[str, LedgerCorrupt]]:
+    """What a ledger tells of its sagas, by id, and of which it can't tell where they stand, and why."""
+    damaged: Mapping[str, LedgerCorrupt] = {}
+    try:
+        entries = await ledger.list(statuses=statuses)
+    except SagasDamaged as some:
+        entries, damaged = some.entries, some.damaged
+    return {entry.saga_id: entry for entry in entries}, damaged
 
 
 class MemoryLedger(Ledger):

@@ -1,4 +1,4 @@
-"""What tests share: a PostgreSQL server that is started once, and no limit to the time of one drawn case."""
+"""What tests share: a PostgreSQL server that is started once, places for durable ledgers, and no limit to the time of one drawn case."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import itertools
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from tests.places import Place, PostgresSchema, SQLiteFile
 
 pytest_plugins = ("pytester", "saga.pytest_plugin")
 
@@ -36,3 +39,10 @@ def new_schema() -> Callable[[], str]:
     """Gives the name of a schema that nobody has used."""
     numbers = itertools.count()
     return lambda: f"saga {next(numbers)}"
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def durable(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "sqlite":
+        return SQLiteFile(tmp_path / "sagas.db")
+    return PostgresSchema(request.getfixturevalue("postgres").get_uri(), request.getfixturevalue("new_schema")())

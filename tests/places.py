@@ -54,12 +54,16 @@ class SQLiteFile(Place):
     def open(self, **options: Any) -> SQLiteLedger:
         return SQLiteLedger(self.path, **({"clock": lambda: time.time() + self.ahead} | options))
 
+    def execute(self, statement: str) -> list[tuple[Any, ...]]:
+        """Run a statement in the file, past the ledger."""
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as other:
+            return other.execute(statement).fetchall()
+
     def pass_time(self, seconds: float) -> None:
         self.ahead += seconds
 
     def owners(self) -> list[str]:
-        with contextlib.closing(sqlite3.connect(self.path)) as other:
-            return [owner for (owner,) in other.execute("SELECT id FROM owners")]
+        return [owner for (owner,) in self.execute("SELECT id FROM owners")]
 
 
 class PostgresSchema(Place):

@@ -11,13 +11,14 @@ import re
 import runpy
 import shlex
 import signal
+import sqlite3
 import struct
 import subprocess
 import sys
 import termios
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError
 from itertools import count
@@ -1131,6 +1132,36 @@ def test_recover_exits_with_what_is_left_to_do(shop: Shop) -> None:
     assert unknown.code == Exit.FAILED
     assert unknown.out.startswith("s: not recovered, expected a pipeline named 'crash', got those named seat")
     assert stuck.code == Exit.STUCK
+
+
+def test_a_saga_whose_row_is_damaged_is_told_of_behind_all_others_and_goes_on_by_its_id(shop: Shop) -> None:
+    shop.saga("run", "shop:seat", "--id", "done")
+    for saga_id in ("s", "gone"):
+        shop.begin_elsewhere(saga_id, lease=1e-9)
+    with closing(sqlite3.connect("sagas.db")) as ledger, ledger:
+        ledger.execute("UPDATE sagas SET status = 'lost' WHERE id = 'gone'")
+
+    listed, in_json = shop.saga("list"), shop.saga("list", "--json")
+    watched, left = shop.saga("watch", "gone"), shop.saga("watch", "s")
+    unknown = shop.saga("show", "dome")
+    recovered = shop.saga("recover", "shop:seat")
+    shown, resumed = shop.saga("show", "gone"), shop.saga("resume", "gone", "shop:seat")
+
+    damaged = "the ledger is damaged: where saga gone stands can't be read: 'lost' is not a valid SagaStatus. Nothing was changed. "
+    assert [line.split()[0] for line in listed.out.splitlines()] == ["ID", "done", "s"]
+    assert [entry["saga_id"] for entry in json.loads(in_json.out)] == ["done", "s"]
+    for done in (listed, in_json, watched):
+        assert (done.code, done.err.splitlines()[-1].startswith(f"saga: {damaged}")) == (Exit.FAILED, True)
+    assert left.code == Exit.LEFT
+    assert "Did you mean done?" in unknown.err
+    assert [line.partition(".")[0] for line in recovered.out.splitlines()] == [
+        "s: COMPLETED",
+        f"gone: not recovered, {damaged.partition('.')[0]}",
+    ]
+    assert recovered.code == Exit.FAILED
+    assert "RUNNING" in shown.out
+    assert resumed.code == Exit.COMPLETED
+    assert shop.saga("recover", "shop:seat").out == "No saga has lost its process.\n"
 
 
 def test_a_recovery_is_told_in_json(shop: Shop) -> None:

@@ -22,6 +22,7 @@ from saga.errors import (
     PolicyInvalid,
     SagaExists,
     SagaNotFound,
+    SagasDamaged,
     SagaUnrecorded,
 )
 from saga.report import NestedSagaFailed
@@ -44,6 +45,7 @@ ERRORS = [
     GraphChanged("s", ["stage 'pay' is gone"]),
     LedgerError("no such table"),
     LedgerCorrupt("event 3 is no JSON"),
+    SagasDamaged({}, []),
     LedgerConflict.held("s", holder="a", until=datetime(2026, 3, 14, tzinfo=UTC)),
     SagaUnrecorded("s", OSError("disk full"), in_effect=["a"], unknown=["b"]),
     ProcessDied("the process is gone"),

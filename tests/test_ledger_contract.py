@@ -62,13 +62,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
             return PostgresSchema(request.getfixturevalue("postgres").get_uri(), request.getfixturevalue("new_schema")())
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def durable(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    if request.param == "sqlite":
-        return SQLiteFile(tmp_path / "sagas.db")
-    return PostgresSchema(request.getfixturevalue("postgres").get_uri(), request.getfixturevalue("new_schema")())
-
-
 def on(ledger: Ledger, *acts: Callable[[Ledger], Any]) -> list[Any]:
     """Do one thing after another with a ledger, and close it; what is raised is an answer."""
 

@@ -57,6 +57,7 @@ from saga.failures import Failure, FailureKind
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.listeners.otel import OpenTelemetryListener
 from tests.controlled import elapse, run
+from tests.places import SQLiteFile
 from tests.stories import Story
 from tests.test_latecomers import Doubtful
 from tests.test_properties import cases
@@ -482,6 +483,21 @@ def test_a_process_that_starts_counts_what_waits_in_its_ledger() -> None:
         return [*seen, backend.now("saga.stage.stuck")]
 
     assert run(main()) == [1, 0]
+
+
+def test_what_waits_in_a_saga_whose_row_is_damaged_is_counted_by_its_events(tmp_path: Path) -> None:
+    _, pipeline = scene({"b": (), "c": ("b",)}, {"c": Script("raise"), "b": Script(undo_fails=1)})
+    place = SQLiteFile(tmp_path / "sagas.db")
+    backend = Backend()
+
+    async def main() -> int:
+        async with place.open() as ledger:
+            await SagaCoordinator(ONCE, ledger=ledger).run(pipeline, saga_id="s")
+            place.execute("UPDATE sagas SET status = 'struck'")
+            await backend.listener.survey(ledger)
+            return backend.now("saga.stage.stuck")
+
+    assert asyncio.run(main()) == 1
 
 
 def test_a_survey_leaves_a_saga_that_is_alive_alone() -> None:

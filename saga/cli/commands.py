@@ -10,7 +10,7 @@ import re
 import secrets
 import shlex
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, redirect_stdout
 from datetime import UTC, datetime, timedelta
 from functools import wraps
@@ -32,9 +32,9 @@ from saga.cli.pipelines import did_you_mean, load, load_all
 from saga.cli.settings import settings
 from saga.cli.view import Stderr, tell_on, view
 from saga.coordinator import SagaCoordinator
-from saga.errors import LedgerCorrupt, MisuseError, SagaExists, SagaNotFound
+from saga.errors import LedgerCorrupt, MisuseError, SagaExists, SagaNotFound, SagasDamaged
 from saga.events import AnyEvent, SagaStarted, SagaStatus, Verdict, event_from_json, event_to_json
-from saga.ledger import ALIVE, Entry, Ledger
+from saga.ledger import ALIVE, Entry, Ledger, listed
 from saga.ledgers import open_ledger
 from saga.lint import Explanation, Finding, Severity
 from saga.lint import check as find
@@ -110,7 +110,7 @@ def _main(
 def _known_ids(ctx: typer.Context) -> list[str]:
     async def ids() -> list[str]:
         async with _opened(_url(ctx.params.get("ledger"))) as ledger:
-            return [entry.saga_id for entry in await ledger.list()]
+            return [*(await listed(ledger))[0]]
 
     return _completed(ids())
 
@@ -282,19 +282,23 @@ def list_(
 ) -> None:
     """List the sagas, oldest first."""
 
-    async def entries() -> list[Entry]:
+    async def entries() -> tuple[list[Entry], Mapping[str, LedgerCorrupt]]:
         async with _opened(_durable(ledger)) as opened:
-            return [entry for entry in await opened.list(statuses=statuses or None) if nested or entry.parent is None]
+            known, damaged = await listed(opened, statuses or None)
+            return [entry for entry in known.values() if nested or entry.parent is None], damaged
 
-    found = asyncio.run(entries())
+    found, damaged = asyncio.run(entries())
     if as_json:
         typer.echo(TypeAdapter(list[Entry]).dump_json(found).decode())
-        return
-    rows = [
-        (printable(entry.saga_id), printable(entry.pipeline), entry.status.value, _when(entry.started_at), _runs(entry)) for entry in found
-    ]
-    for line in _columns([("ID", "PIPELINE", "STATUS", "STARTED", ""), *rows]):
-        typer.echo(line)
+    else:
+        cells = [
+            (printable(entry.saga_id), printable(entry.pipeline), entry.status.value, _when(entry.started_at), _runs(entry))
+            for entry in found
+        ]
+        for line in _columns([("ID", "PIPELINE", "STATUS", "STARTED", ""), *cells]):
+            typer.echo(line)
+    if damaged:
+        raise SagasDamaged(damaged, found)
 
 
 def _when(moment: datetime) -> str:
@@ -371,10 +375,12 @@ def watch(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) ->
 
 async def _left_behind(ledger: Ledger, saga_id: str) -> str | None:
     """The saga to go on with, if nobody runs this one any more: itself, or the outermost one that runs it."""
-    alive = {entry.saga_id: entry for entry in await ledger.list(statuses=ALIVE)}
+    alive, damaged = await listed(ledger, ALIVE)
+    if saga_id in damaged:
+        raise damaged[saga_id]
     entry = alive.get(saga_id)
-    while entry is not None and entry.parent in alive:
-        entry = alive[entry.parent]
+    while entry is not None and (above := alive.get(str(entry.parent))) is not None:
+        entry = above
     return None if entry is None or _is_held(entry) else entry.saga_id
 
 
@@ -607,8 +613,8 @@ async def _pipeline_of(ledger: Ledger, saga_id: str, target: str | None, with_ta
 
 async def _refuse_unknown(ledger: Ledger, saga_id: str) -> None:
     if not await ledger.read(saga_id):
-        known = [entry.saga_id for entry in await ledger.list()]
-        raise SagaNotFound("the id of a saga in the ledger", got=repr(saga_id), hint=did_you_mean(saga_id, known))
+        known, _ = await listed(ledger)
+        raise SagaNotFound("the id of a saga in the ledger", got=repr(saga_id), hint=did_you_mean(saga_id, [*known]))
 
 
 def _reach(target: str | None, ledger: str | None) -> Reach:

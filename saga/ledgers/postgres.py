@@ -27,7 +27,7 @@ from saga.errors import LedgerConflict, LedgerError, MisuseError
 from saga.events import AnyEvent, SagaStatus
 from saga.ledger import FORGETTABLE, Entry
 from saga.ledgers.durable import MAX_EVENT_BYTES, DurableLedger
-from saga.ledgers.rows import Acquire, Append, Beat, Create, Prune, Pruned, Redact, Release, Request, events_in
+from saga.ledgers.rows import Acquire, Append, Beat, Create, Prune, Pruned, Redact, Release, Request, entries_in, events_in, others
 from saga.ledgers.workers import again
 from saga.owners import is_gone
 
@@ -131,10 +131,11 @@ _READ: Final = """
     SELECT version, first, checksum, body
     FROM (SELECT %s::text AS id) AS asked LEFT JOIN sagas USING (id) LEFT JOIN events ON saga = asked.id ORDER BY first
 """
+# Times as texts: for one that Python can't hold, psycopg would fail all rows.
 _ENTRIES: Final = """
-    SELECT sagas.id, pipeline, status, started_at, updated_at, parent, parent_stage, owner, until
+    SELECT sagas.id, pipeline, status, started_at::text, updated_at::text, parent, parent_stage, owner, until::text
     FROM sagas LEFT JOIN owners ON owners.id = owner
-    WHERE (%(statuses)s::text[] IS NULL OR status = ANY(%(statuses)s)) AND (%(parent)s::text IS NULL OR parent = %(parent)s)
+    WHERE (%(others)s::text[] IS NULL OR status <> ALL(%(others)s)) AND (%(parent)s::text IS NULL OR parent = %(parent)s)
     ORDER BY number
 """
 _OLD: Final = """
@@ -391,9 +392,9 @@ class _Store:
         return events_in(saga_id, found[0][0], rows)
 
     def list(self, statuses: Collection[SagaStatus] | None, parent: str | None) -> Sequence[Entry]:
-        values = {"statuses": None if statuses is None else [status.value for status in statuses], "parent": parent}
+        values = {"others": None if statuses is None else others(statuses), "parent": parent}
         rows = self._patiently(lambda connection, _: connection.execute(_ENTRIES, values).fetchall())
-        return tuple(_entry(*row) for row in rows)
+        return entries_in(rows, _when)
 
     # -- the connection ------------------------------------------------------------------------------------------
 
@@ -534,15 +535,5 @@ def _row(n: int, request: Create | Append) -> dict[str, Any]:
     }
 
 
-def _entry(
-    saga_id: str,
-    pipeline: str,
-    status: str,
-    started_at: datetime,
-    updated_at: datetime,
-    parent: str | None,
-    parent_stage: str | None,
-    owner: str | None,
-    until: datetime | None,
-) -> Entry:
-    return Entry(saga_id, pipeline, SagaStatus(status), started_at, updated_at, parent, parent_stage, owner, until)
+def _when(moment: str | None) -> datetime | None:
+    return None if moment is None else datetime.fromisoformat(moment)

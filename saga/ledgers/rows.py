@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
-from saga.errors import LedgerCorrupt, LedgerError
-from saga.events import AnyEvent, SagaStarted, event_from_json, event_to_json, line_of
-from saga.ledger import A_NAME, LONGEST_NAME, is_name, status_said
+from saga.errors import LedgerCorrupt, LedgerError, SagasDamaged
+from saga.events import AnyEvent, SagaStarted, SagaStatus, event_from_json, event_to_json, line_of
+from saga.ledger import A_NAME, LONGEST_NAME, Entry, is_name, status_said
 from saga.outputs import copied, copied_output
 from saga.text import bytes_of
 
@@ -245,6 +245,47 @@ _UNREADABLE: Final = (ValueError, TypeError, LookupError)
 def _why(error: Exception) -> str:
     found: str = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
     return found
+
+
+def entries_in(rows: Iterable[Sequence[Any]], when: Callable[[Any], datetime | None]) -> tuple[Entry, ...]:
+    """Read what is known of sagas out of their rows.
+
+    Args:
+        rows: Of each what an `Entry` holds, in its order; the first two times in ISO 8601.
+        when: Reads the last one.
+
+    Raises:
+        SagasDamaged: Of some rows no sense can be made.
+    """
+    entries: list[Entry] = []
+    damaged: dict[str, LedgerCorrupt] = {}
+    for saga_id, pipeline, status, started_at, updated_at, parent, parent_stage, owner, until in rows:
+        try:
+            _refuse_no_texts(saga_id, pipeline, *(name for name in (parent, parent_stage, owner) if name is not None))
+            began, changed = datetime.fromisoformat(started_at), datetime.fromisoformat(updated_at)
+            entries.append(Entry(saga_id, pipeline, SagaStatus(status), began, changed, parent, parent_stage, owner, when(until)))
+        except (TypeError, ValueError, OverflowError) as error:
+            damaged[str(saga_id)] = LedgerCorrupt(
+                f"the ledger is damaged: where saga {saga_id} stands can't be read: {error}. Nothing was changed. Look what its events say "
+                f"(saga show {saga_id}) and go on with it by its id (saga resume {saga_id}), or restore the ledger from a backup."
+            )
+    if damaged:
+        raise SagasDamaged(damaged, entries)
+    return tuple(entries)
+
+
+def _refuse_no_texts(*found: object) -> None:
+    for one in found:
+        if not isinstance(one, str):
+            raise TypeError(f"expected a text, got {one!r}")
+
+
+def others(statuses: Collection[SagaStatus]) -> list[str]:
+    """All statuses but these, as they are written.
+
+    Who is asked for sagas that do not stand otherwise, rather than for those that stand so, also finds those whose status is none.
+    """
+    return sorted({status.value for status in SagaStatus} - {status.value for status in statuses})
 
 
 def _corrupt(saga_id: str, position: int, why: str) -> LedgerCorrupt:

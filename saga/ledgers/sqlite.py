@@ -28,7 +28,9 @@ from saga.ledgers.rows import (
     Redact,
     Release,
     Request,
+    entries_in,
     events_in,
+    others,
 )
 from saga.owners import is_gone
 
@@ -103,7 +105,7 @@ _OLD: Final = f"""
     FROM families JOIN sagas ON sagas.id = families.id LEFT JOIN owners ON owners.id = owner ORDER BY root
 """  # noqa: S608 - made of constants
 _READ: Final = """
-    SELECT version, first, checksum, CAST(body AS BLOB)
+    SELECT version, first, checksum, CAST(coalesce(body, '') AS BLOB)
     FROM (SELECT ? AS id) AS asked LEFT JOIN sagas USING (id) LEFT JOIN events ON saga = asked.id ORDER BY first
 """
 _ENTRIES: Final = """
@@ -297,16 +299,15 @@ class _Store:
     def list(self, statuses: Collection[SagaStatus] | None, parent: str | None) -> Sequence[Entry]:
         wanted: dict[str, Sequence[str]] = {}
         if statuses is not None:
-            # By the rows themselves: an index that was damaged would hide a saga, and nobody would go on with it. And without those that
-            # stand otherwise, rather than with those that stand so: what is no status at all is then refused, not passed over.
-            others = sorted({status.value for status in SagaStatus} - {status.value for status in statuses})
-            wanted[f"coalesce(status, '') NOT IN ({', '.join('?' * len(others))})"] = others
+            # By the rows themselves: an index that was damaged would hide a saga, and nobody would go on with it.
+            unwanted = others(statuses)
+            wanted[f"coalesce(status, '') NOT IN ({', '.join('?' * len(unwanted))})"] = unwanted
         if parent is not None:
             wanted["parent = ?"] = [parent]
         where = f" WHERE {' AND '.join(wanted)}" if wanted else ""
         with self._reading() as connection:
             rows = connection.execute(f"{_ENTRIES}{where} ORDER BY sagas.number", list(chain(*wanted.values()))).fetchall()
-            return tuple(_entry(*row) for row in rows)
+            return entries_in(rows, _when)
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -318,9 +319,6 @@ class _Store:
         except sqlite3.Error as error:
             self.close()
             raise _told(error, self._path, self._patience) from error
-        except (TypeError, ValueError, OverflowError) as error:
-            # A damaged row may hold values of any type.
-            raise LedgerCorrupt(f"the ledger {self._path} is damaged: {error}. {_UNCHANGED}") from error
 
     def close(self) -> None:
         if self._opened is not None:
@@ -386,6 +384,8 @@ def _open(path: Path, file: Path, patience: float) -> sqlite3.Connection:
     if not file.stat().st_size:
         raise LedgerCorrupt(f"expected a ledger in {path}, got an empty file; delete it to begin a new ledger. {_UNCHANGED}")
     connection = sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=patience)
+    # A text that was damaged is one saga's, and no reason to fail all that are read with it.
+    connection.text_factory = partial(str, encoding="utf-8", errors="backslashreplace")
     try:
         _prepare(connection, path)
     except BaseException:
@@ -468,30 +468,6 @@ def _version(connection: sqlite3.Connection, path: Path) -> int:
             f"it was written by a newer one. {_UNCHANGED}"
         )
     return found
-
-
-def _entry(
-    saga_id: str,
-    pipeline: str,
-    status: str,
-    started_at: str,
-    updated_at: str,
-    parent: str | None,
-    parent_stage: str | None,
-    owner: str | None,
-    until: float | None,
-) -> Entry:
-    return Entry(
-        saga_id,
-        pipeline,
-        SagaStatus(status),
-        datetime.fromisoformat(started_at),
-        datetime.fromisoformat(updated_at),
-        parent,
-        parent_stage,
-        owner,
-        _when(until) if owner is not None else None,
-    )
 
 
 def _when(seconds: float | None) -> datetime | None:

@@ -38,7 +38,7 @@ from saga.events import (
     at_rest,
 )
 from saga.failures import Failure, FailureKind
-from saga.ledger import Ledger, StageState
+from saga.ledger import Ledger, StageState, listed
 from saga.recovery import SagaState, stage_states
 
 SCOPE: Final = "saga"
@@ -152,8 +152,8 @@ class OpenTelemetryListener:
         A process that has just started knows nothing of the sagas that are stuck from before, and none learns what others settle. Have one
         process call this, when it starts and as often as it pleases.
         """
-        stuck = {entry.saga_id for entry in await ledger.list(statuses={SagaStatus.STUCK})}
-        for saga_id in stuck | self._unsettled.keys():
+        stuck, damaged = await listed(ledger, {SagaStatus.STUCK})
+        for saga_id in {*stuck, *damaged, *self._unsettled}:
             events = await ledger.read(saga_id)
             if events and saga_id not in self._alive:
                 saga = self._resting(saga_id)

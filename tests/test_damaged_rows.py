@@ -1,0 +1,144 @@
+"""A saga whose row in the ledger is damaged, on disk or by hand: what is told of it, and what becomes of the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stageflow.api import Pipeline
+
+from saga import FailFast, Recovery, SagaCoordinator, SagasDamaged, SagaStatus, nested
+from saga.blueprint import Blueprint
+from saga.events import SagaStarted, StageStarted
+from saga.ledger import ALIVE, Ledger
+from tests.places import Place, SQLiteFile
+from tests.test_ledger_contract import create, on
+from tests.world import scene
+
+
+def damage(place: Any, what: str, saga_id: str) -> None:
+    """Change the saga's row past the ledger."""
+    place.execute(f"UPDATE sagas SET {what} WHERE id = '{saga_id}'")  # noqa: S608 - constants
+
+
+def left_behind(place: Place, pipeline: Pipeline, *saga_ids: str, parent: str | None = None) -> None:
+    """Sagas whose process is gone."""
+    stage = None if parent is None else "child"
+
+    async def leave(ledger: Ledger) -> None:
+        for saga_id in saga_ids:
+            begun = SagaStarted(
+                saga_id=saga_id,
+                pipeline=pipeline.name,
+                graph=Blueprint.of(pipeline).graph,
+                policy=FailFast(),
+                parent=parent,
+                parent_stage=stage,
+            )
+            await ledger.release(saga_id, await ledger.create(saga_id, "gone", [begun]))
+
+    on(place.open(), leave)
+
+
+def recover(place: Place, *pipelines: Pipeline) -> Recovery:
+    found: Recovery = on(place.open(), lambda ledger: SagaCoordinator(ledger=ledger).recover(pipelines))[0]
+    return found
+
+
+STATUS = "status = 'lost'"
+NO_SENSE = {
+    "sqlite": [STATUS, "status = x'00'", "status = CAST(x'72ff' AS TEXT)", "started_at = 'long ago'", "updated_at = 3", "pipeline = x'70'"],
+    "postgres": [STATUS, "started_at = 'infinity'", "updated_at = '20000-01-01'"],
+}
+
+
+def test_rows_of_which_no_sense_can_be_made_hide_no_other(durable: Place) -> None:
+    changes = NO_SENSE["sqlite" if isinstance(durable, SQLiteFile) else "postgres"]
+    damaged = [f"t{number}" for number in range(len(changes))]
+    on(durable.open(), *map(create, ("s", *damaged, "u")))
+    for saga_id, change in zip(damaged, changes, strict=True):
+        damage(durable, change, saga_id)
+
+    answers = on(durable.open(), lambda ledger: ledger.list(), lambda ledger: ledger.list(statuses=ALIVE))
+
+    for told in answers:
+        assert isinstance(told, SagasDamaged)
+        assert [entry.saga_id for entry in told.entries] == ["s", "u"]
+        assert [*told.damaged] == damaged
+        for saga_id, why in told.damaged.items():
+            assert str(why).startswith(f"the ledger is damaged: where saga {saga_id} stands can't be read: ")
+            assert f"Nothing was changed. Look what its events say (saga show {saga_id})" in str(why)
+            assert str(why) in str(told)
+
+
+def test_a_saga_whose_status_makes_no_sense_is_passed_over_by_nobody_who_asks_for_some(durable: Place) -> None:
+    on(durable.open(), create("s"), create("t"))
+    damage(durable, STATUS, "t")
+
+    stuck, running = on(
+        durable.open(), *(lambda ledger, one=one: ledger.list(statuses={one}) for one in (SagaStatus.STUCK, SagaStatus.RUNNING))
+    )
+
+    for told, others in ((stuck, []), (running, ["s"])):
+        assert isinstance(told, SagasDamaged)
+        assert [entry.saga_id for entry in told.entries] == others
+
+
+def test_a_text_that_is_no_text_any_more_is_shown_as_it_is(tmp_path: Any) -> None:
+    place = SQLiteFile(tmp_path / "sagas.db")
+    on(place.open(), create())
+    damage(place, "owner = CAST(x'6dff' AS TEXT)", "s")
+
+    ((entry,),) = on(place.open(), lambda ledger: ledger.list())
+
+    assert entry.owner == r"m\xff"
+
+
+def test_recover_goes_on_with_all_sagas_but_the_one_that_is_damaged_and_says_which(durable: Place) -> None:
+    world, pipeline = scene({"a": ()})
+    left_behind(durable, pipeline, "s", "t", "u")
+    damage(durable, STATUS, "t")
+
+    first = recover(durable, pipeline)
+    (resumed,) = on(durable.open(), lambda ledger: SagaCoordinator(ledger=ledger).resume("t", pipeline))
+    second = recover(durable, pipeline)
+
+    assert {saga_id: report.status for saga_id, report in first.reports.items()} == dict.fromkeys("su", SagaStatus.COMPLETED)
+    assert [*first.failed] == ["t"]
+    assert (
+        str(first).splitlines()[-1].startswith("t: not recovered, the ledger is damaged: where saga t stands can't be read: 'lost' is not")
+    )
+    assert resumed.status is SagaStatus.COMPLETED
+    assert str(second) == "No saga has lost its process."
+    assert world.log == ["+a"] * 3
+
+
+def test_recover_leaves_what_a_damaged_saga_runs_to_it(durable: Place) -> None:
+    world, child = scene({"a": ()})
+    parent = Pipeline(name="parent").with_stage("child", nested(child), "work")
+    left_behind(durable, parent, "s")
+    left_behind(durable, child, "s/child", parent="s")
+    left_behind(durable, child, "other")
+    damage(durable, STATUS, "s")
+
+    recovery = recover(durable, parent, child)
+
+    assert [*recovery.reports] == ["other"]
+    assert [*recovery.failed] == ["s"]
+    assert world.log == ["+a"]
+
+
+def test_recover_that_finds_a_row_damaged_on_its_second_look_says_so(durable: Place) -> None:
+    """It looks once more when sagas have come to rest that run others."""
+    _, child = scene({"a": ()})
+    left_behind(durable, child, "s", "t")
+    left_behind(durable, child, "t/child", parent="t")
+
+    def strike(saga_id: str, event: Any) -> None:
+        if saga_id == "s" and isinstance(event, StageStarted):
+            damage(durable, STATUS, "t/child")
+
+    (recovery,) = on(durable.open(), lambda ledger: SagaCoordinator(ledger=ledger, listeners=[strike]).recover(child))
+
+    assert [*recovery.reports] == ["s"]
+    assert "saga t is completed, which is recorded; but the sagas that its stages ran can't be read" in str(recovery.failed["t"])
+    assert str(recovery.failed["t/child"]).startswith("the ledger is damaged: where saga t/child stands can't be read")
