@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from saga.compensable import execution_of
 from saga.errors import LedgerCorrupt, MisuseError, SagaNotFound
-from saga.events import StageProbed, StageSettled, TurnReason, Verdict
+from saga.events import SagaStarted, StageProbed, StageSettled, TurnReason, Verdict
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.ledger import MemoryLedger, StageState
@@ -86,7 +86,10 @@ def _stands(state: SagaState) -> bool:
 
 async def _run_within(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> list[str]:
     ids = [entry.saga_id for entry in await ledger.list(parent=saga_id) if entry.parent_stage == stage]
-    return [child for child in ids if child == prefix or child.startswith(f"{prefix}#")]
+    found = [child for child in ids if child == prefix or child.startswith(f"{prefix}#")]
+    # One that a damaged ledger does not list would be forgotten, or run a second time: the first is also asked for by its name.
+    lost = [] if prefix in found else await ledger.read(prefix)
+    return [prefix, *found] if any(isinstance(event, SagaStarted) and event.parent == saga_id for event in lost[:1]) else found
 
 
 async def below(ledger: Ledger, saga_id: str, stage: str | None = None) -> list[Entry]:

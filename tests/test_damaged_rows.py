@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import pytest
 from stageflow.api import Pipeline
 
-from saga import FailFast, Recovery, SagaCoordinator, SagasDamaged, SagaStatus, nested
+from saga import FailFast, LedgerCorrupt, Recovery, SagaCoordinator, SagaError, SagasDamaged, SagaStatus, nested
 from saga.blueprint import Blueprint
 from saga.events import SagaStarted, StageStarted
 from saga.ledger import ALIVE, Ledger
 from tests.places import Place, SQLiteFile
-from tests.test_ledger_contract import create, on
-from tests.world import scene
+from tests.test_ledger_contract import append, create, on, read, started
+from tests.world import World, scene
 
 
 def damage(place: Any, what: str, saga_id: str) -> None:
@@ -142,3 +146,88 @@ def test_recover_that_finds_a_row_damaged_on_its_second_look_says_so(durable: Pl
     assert [*recovery.reports] == ["s"]
     assert "saga t is completed, which is recorded; but the sagas that its stages ran can't be read" in str(recovery.failed["t"])
     assert str(recovery.failed["t/child"]).startswith("the ledger is damaged: where saga t/child stands can't be read")
+
+
+# -- a row that disagrees with the saga's events ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["pipeline = 'q'", "parent = NULL", "parent = 't'", "parent_stage = 'b'", "parent_stage = NULL"])
+def test_a_row_that_disagrees_with_how_the_saga_began_is_noticed_by_whoever_reads_it(durable: Place, change: str) -> None:
+    on(durable.open(), create("s"), create("s/a", parent="s"))
+    damage(durable, change, "s/a")
+
+    events, other = on(durable.open(), read("s/a"), read())
+
+    assert isinstance(events, LedgerCorrupt)
+    assert "saga s/a can't be read at event 0: it began with " in str(events)
+    assert "Nothing was changed" in str(events)
+    assert other == (started(),)
+
+
+def family() -> tuple[World, Pipeline, Pipeline]:
+    """A pipeline whose one stage runs another one, of one stage in the world."""
+    world, child = scene({"a": ()})
+    return world, Pipeline(name="parent").with_stage("child", nested(child)), child
+
+
+PARENT = ["parent = NULL", "parent = 'x'", "parent_stage = 'x'"]
+
+
+@pytest.mark.parametrize("change", PARENT)
+def test_a_child_whose_row_has_lost_its_parent_is_not_run_beside_another_one(durable: Place, change: str) -> None:
+    world, parent, child = family()
+    left_behind(durable, parent, "s")
+    on(durable.open(), append(StageStarted(stage="child", attempt=1)))
+    left_behind(durable, child, "s/child", parent="s")
+    damage(durable, change, "s/child")
+
+    recovery = recover(durable, parent, child)
+
+    assert world.log == []
+    assert recovery.reports["s"].status is SagaStatus.STUCK
+    assert [*recovery.reports["s"].stuck] == ["child"]
+    assert [*recovery.failed] == ["s/child"]
+
+
+@pytest.mark.parametrize("change", PARENT)
+def test_a_saga_is_not_called_undone_while_a_child_stands_whose_row_has_lost_it(durable: Place, change: str) -> None:
+    """Promise 5."""
+    world, parent, _ = family()
+    on(durable.open(), lambda ledger: SagaCoordinator(ledger=ledger).run(parent, saga_id="s"))
+    damage(durable, change, "s/child")
+
+    (report,) = on(durable.open(), lambda ledger: SagaCoordinator(ledger=ledger).compensate("s", parent))
+
+    assert world.log == ["+a"]
+    assert report.status is SagaStatus.STUCK
+    assert [*report.stuck] == ["child"]
+    assert "saga s/child" in str(report)
+
+
+def test_no_flipped_bit_of_a_parents_name_has_its_child_forgotten(tmp_path: Path) -> None:
+    """It is in rows and in indexes, and SQLite looks for children in an index."""
+    place = SQLiteFile(tmp_path / "sagas.db")
+    world, parent, _ = family()
+    on(place.open(), lambda ledger: SagaCoordinator(ledger=ledger).run(parent, saga_id="the-parent"))
+    whole = place.path.read_bytes()
+    counted: Counter[str] = Counter()
+
+    async def undo(ledger: Ledger) -> str:
+        try:
+            return (await SagaCoordinator(ledger=ledger).compensate("the-parent", parent)).status.value
+        except SagaError as error:
+            return type(error).__name__
+
+    for found in re.finditer(b"the-parent", whole):
+        damaged = bytearray(whole)
+        damaged[found.start()] ^= 1
+        place.path.write_bytes(damaged)
+        world.log.clear()
+        world.standing["a"] = 1
+
+        (outcome,) = on(place.open(), undo)
+
+        assert outcome != "compensated" or world.log == ["-a"], found
+        counted[outcome] += 1
+    assert counted["compensated"] > 1
+    assert counted["stuck"] > 1

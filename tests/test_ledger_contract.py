@@ -1144,6 +1144,9 @@ CHANGED: dict[str, tuple[AnyEvent, dict[str, Any], str]] = {
     "another event": (FIRST, {"event": "compensation_started"}, "redact changed its event from 'stage_started' to 'compensation_started'"),
     "another stage": (FIRST, {"stage": "b"}, "redact changed its stage from 'a' to 'b'"),
     "another saga": (started(), {"saga_id": "t"}, "redact changed its saga_id from 's' to 't'"),
+    "another pipeline": (started(), {"pipeline": "q"}, "redact changed its pipeline from 'p' to 'q'"),
+    "another parent": (started(), {"parent": "t"}, "redact changed its parent from None to 't'"),
+    "another parent's stage": (started(), {"parent_stage": "a"}, "redact changed its parent_stage from None to 'a'"),
     "another status": (DONE, {"status": SagaStatus.STUCK}, "redact changed its status from <SagaStatus.COMPLETED: 'completed'> to"),
 }
 

@@ -128,7 +128,7 @@ _TAKE_BELOW: Final = """
     UPDATE sagas SET owner = NULL, token = token + 1 WHERE id IN (SELECT id FROM below) AND owner = %s
 """
 _READ: Final = """
-    SELECT version, first, checksum, body
+    SELECT version, pipeline, parent, parent_stage, first, checksum, body
     FROM (SELECT %s::text AS id) AS asked LEFT JOIN sagas USING (id) LEFT JOIN events ON saga = asked.id ORDER BY first
 """
 # Times as texts: for one that Python can't hold, psycopg would fail all rows.
@@ -388,8 +388,9 @@ class _Store:
 
     def read(self, saga_id: str) -> Sequence[AnyEvent]:
         found = self._patiently(lambda connection, _: connection.execute(_READ, (saga_id,)).fetchall())
-        rows = [(first, checksum, body.encode()) for _, first, checksum, body in found if first is not None]
-        return events_in(saga_id, found[0][0], rows)
+        version, *began = found[0][:4]
+        rows = [(first, checksum, body.encode()) for *_, first, checksum, body in found if first is not None]
+        return events_in(saga_id, version, began, rows)
 
     def list(self, statuses: Collection[SagaStatus] | None, parent: str | None) -> Sequence[Entry]:
         values = {"others": None if statuses is None else others(statuses), "parent": parent}

@@ -165,7 +165,7 @@ def _own(event: AnyEvent) -> AnyEvent:
     return replace(event, **{name: copy(value) for name, copy in copies.items() if (value := getattr(event, name, None)) is not None})
 
 
-_FIXED: Final = ("event", "saga_id", "stage", "status")
+_FIXED: Final = ("event", "saga_id", "pipeline", "parent", "parent_stage", "stage", "status")
 """What redact must leave as it is: without it a saga can't be read any more, or reads as another one."""
 
 
@@ -212,12 +212,13 @@ def checksum(saga_id: str, first: int, body: bytes) -> int:
     return zlib.crc32(body, zlib.crc32(f"{saga_id}/{first}/".encode()))
 
 
-def events_in(saga_id: str, version: int | None, rows: Iterable[tuple[int, int, bytes]]) -> tuple[AnyEvent, ...]:
+def events_in(saga_id: str, version: int | None, began: Sequence[Any], rows: Iterable[tuple[int, int, bytes]]) -> tuple[AnyEvent, ...]:
     """Read a saga's events out of its rows, in order.
 
     Args:
         saga_id: The saga.
         version: How many events it has, by its own row; None: there is no such row.
+        began: Its pipeline, its parent and the stage of that which runs it, by its own row.
         rows: For each append: how many events are before it, its checksum, its body.
 
     Raises:
@@ -235,6 +236,11 @@ def events_in(saga_id: str, version: int | None, rows: Iterable[tuple[int, int, 
             raise _corrupt(saga_id, len(events), f"no event of this version of saga: {_why(error)}") from error
     if version != len(events) and (events or version is not None):
         raise _corrupt(saga_id, len(events), f"there are {len(events)} events, and the saga's row says {version}")
+    for started in events[:1]:
+        # Its row has no checksum; who goes by it would take a child for a saga of its own, or pass it by.
+        said = [getattr(started, name, None) for name in ("pipeline", "parent", "parent_stage")]
+        if said != [*began]:
+            raise _corrupt(saga_id, 0, f"it began with pipeline, parent and stage {said}, and the saga's row says {[*began]}")
     return tuple(events)
 
 

@@ -105,7 +105,7 @@ _OLD: Final = f"""
     FROM families JOIN sagas ON sagas.id = families.id LEFT JOIN owners ON owners.id = owner ORDER BY root
 """  # noqa: S608 - made of constants
 _READ: Final = """
-    SELECT version, first, checksum, CAST(coalesce(body, '') AS BLOB)
+    SELECT version, pipeline, parent, parent_stage, first, checksum, CAST(coalesce(body, '') AS BLOB)
     FROM (SELECT ? AS id) AS asked LEFT JOIN sagas USING (id) LEFT JOIN events ON saga = asked.id ORDER BY first
 """
 _ENTRIES: Final = """
@@ -294,7 +294,8 @@ class _Store:
     def read(self, saga_id: str) -> Sequence[AnyEvent]:
         with self._reading() as connection:
             found = connection.execute(_READ, (saga_id,)).fetchall()
-            return events_in(saga_id, found[0][0], [(first, expected, body) for _, first, expected, body in found if first is not None])
+            version, *began = found[0][:4]
+            return events_in(saga_id, version, began, [(first, expected, body) for *_, first, expected, body in found if first is not None])
 
     def list(self, statuses: Collection[SagaStatus] | None, parent: str | None) -> Sequence[Entry]:
         wanted: dict[str, Sequence[str]] = {}
