@@ -804,6 +804,54 @@ def test_who_has_been_alone_for_a_while_is_not_held_up_for_others() -> None:
     asyncio.run(play())
 
 
+class Pause(threading.Event):
+    """Sets another event when a thread of a name waits for it."""
+
+    def __init__(self, name: str, seen: threading.Event) -> None:
+        super().__init__()
+        self.name, self.seen = name, seen
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if threading.current_thread().name == self.name:
+            self.seen.set()
+        return super().wait(timeout)
+
+
+def test_a_loop_that_never_rests_stands_back_for_what_another_one_waits_for() -> None:
+    """It has its own answers; but as long as it has work to do, it keeps Python's lock from the worker, and from the other loop."""
+    worker = workers.Worker("w", Door, wait_for)
+    is_busy, is_over, has_stood_back = threading.Event(), threading.Event(), threading.Event()
+
+    async def ask_once() -> None:
+        assert await worker.ask(opened())
+
+    async def be_busy() -> None:
+        await ask_once()
+        while asyncio.get_running_loop() in worker._watching:  # until it has seen that it has its answer
+            await asyncio.sleep(0)
+        is_busy.set()
+        while not is_over.is_set():
+            await asyncio.sleep(0)
+
+    async def wait() -> bool:
+        answer: bool = await worker.ask(has_stood_back)
+        is_over.set()
+        await worker.end()
+        return answer
+
+    gone = asyncio.new_event_loop()
+    gone.run_until_complete(ask_once())
+    gone.close()
+    busy = threading.Thread(target=lambda: asyncio.run(be_busy()), name="busy")
+    busy.start()
+    assert is_busy.wait(30)
+    worker._has_answered = Pause("busy", has_stood_back)
+    answer = asyncio.run(wait())
+    busy.join()
+
+    assert answer
+
+
 def test_what_is_handed_over_behind_the_end_is_refused() -> None:
     async def play() -> None:
         worker = workers.Worker("w", Door, wait_for)

@@ -86,6 +86,8 @@ class Worker(Generic[S]):
         self._numbers = itertools.count(1)
         self._newest = self._answered = 0
         self._watching: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+        self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+        self._lock = threading.Lock()
         self._has_answered = threading.Event()
         self._has_ended = False
         self._store = store()
@@ -107,6 +109,8 @@ class Worker(Generic[S]):
         job = _Job(request, size, loop, future, number)
         if loop not in self._watching:
             self._watching.add(loop)
+            with self._lock:
+                self._loops.add(loop)
             loop.call_later(_LATE, self._stand_back, loop, number)
         if loop in self._asked:
             self._asked[loop].append(job)
@@ -118,18 +122,27 @@ class Worker(Generic[S]):
         return future
 
     def _stand_back(self, loop: asyncio.AbstractEventLoop, number: int) -> None:
-        """Let the thread have Python's lock, if an answer is late.
+        """Let the thread have Python's lock, if an answer is late; and have the loops of other threads do so, too.
 
         A loop that never rests takes the lock back from each of its short waits before a thread has woken, and a thread that is woken for
         nothing asks for it anew: on a quiet machine it never gets it, and nothing would be recorded as long as the loop has work to do.
         """
         if self._answered < number:
+            self._call_in_the_others(number)
             self._has_answered.clear()
             self._has_answered.wait(_TURN)
         if self._answered < self._newest:
             loop.call_later(_LATE, self._stand_back, loop, self._newest if self._answered >= number else number)
         else:
             self._watching.discard(loop)
+
+    def _call_in_the_others(self, number: int) -> None:
+        with self._lock:
+            others = [loop for loop in self._loops if loop not in self._watching]
+        for loop in others:
+            self._watching.add(loop)
+            with suppress(RuntimeError):  # it is closed
+                loop.call_soon_threadsafe(self._stand_back, loop, number)
 
     def _end_turn(self, loop: asyncio.AbstractEventLoop) -> None:
         """Have all that one turn of a loop asked for in one batch; handed over one by one, a thousand requests become dozens."""
