@@ -10,7 +10,7 @@ from saga.errors import LedgerCorrupt, MisuseError, SagaNotFound
 from saga.events import SagaStarted, StageProbed, StageSettled, TurnReason, Verdict
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
-from saga.ledger import MemoryLedger, StageState
+from saga.ledger import MemoryLedger, StageState, listed
 from saga.recovery import SagaState, Step, undo_step
 from saga.report import NestedSagaFailed, SagaReport
 from saga.text import shown
@@ -56,13 +56,12 @@ async def report_with_children(ledger: Ledger, state: SagaState, exceptions: Map
     """The report of a saga of which somebody has the state, with those that its stages run; it also tells which of them can't be read."""
     children: dict[str, tuple[SagaReport, ...]] = {}
     unread: dict[str, dict[str, str]] = {}
-    for entry in await ledger.list(parent=state.started.saga_id):
-        stage = str(entry.parent_stage)
+    for child, stage in await _children(ledger, state.started.saga_id):
         try:
-            children[stage] = (*children.get(stage, ()), await report_of(ledger, entry.saga_id))
+            children[stage] = (*children.get(stage, ()), await report_of(ledger, child))
         except LedgerCorrupt as damage:
             # To read it again changes nothing, and what its parent did is known all the same.
-            unread.setdefault(stage, {})[entry.saga_id] = str(damage)
+            unread.setdefault(stage, {})[child] = str(damage)
     return SagaReport.of(state, children, exceptions, unread)
 
 
@@ -85,11 +84,18 @@ def _stands(state: SagaState) -> bool:
 
 
 async def _run_within(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> list[str]:
-    ids = [entry.saga_id for entry in await ledger.list(parent=saga_id) if entry.parent_stage == stage]
+    ids = [child for child, run_by in await _children(ledger, saga_id) if run_by == stage]
     found = [child for child in ids if child == prefix or child.startswith(f"{prefix}#")]
     # One that a damaged ledger does not list would be forgotten, or run a second time: the first is also asked for by its name.
     lost = [] if prefix in found else await ledger.read(prefix)
     return [prefix, *found] if any(isinstance(event, SagaStarted) and event.parent == saga_id for event in lost[:1]) else found
+
+
+async def _children(ledger: Ledger, saga_id: str) -> list[tuple[str, str]]:
+    """The sagas that a saga's stages run, oldest first, with the stages; behind them those whose rows make no sense, by their events."""
+    entries, damaged = await listed(ledger, parent=saga_id)
+    found = [(child, str(entry.parent_stage)) for child, entry in entries.items()]
+    return found + [(child, str(SagaState(await events_of(ledger, child)).started.parent_stage)) for child in damaged]
 
 
 async def below(ledger: Ledger, saga_id: str, stage: str | None = None) -> list[Entry]:
@@ -194,11 +200,11 @@ async def _ways(ledger: Ledger, state: SagaState, path: str) -> list[list[tuple[
     if path in state.stages:
         return [[(saga_id, path)]]
     first, _, rest = path.partition("/")
-    children = await ledger.list(parent=saga_id) if rest else ()
+    children = await _children(ledger, saga_id) if rest else []
     # Whoever has the very id that a path begins with is meant by it, whatever other sagas the stage has run.
-    named = [child for child in children if child.saga_id == f"{saga_id}/{first}"]
+    named = [(child, stage) for child, stage in children if child == f"{saga_id}/{first}"]
     found: list[list[tuple[str, str]]] = []
-    for child in named or [child for child in children if child.parent_stage == first]:
-        inner = SagaState(await events_of(ledger, child.saga_id))
-        found += [[(saga_id, str(child.parent_stage)), *way] for way in await _ways(ledger, inner, rest)]
+    for child, stage in named or [(child, stage) for child, stage in children if stage == first]:
+        inner = SagaState(await events_of(ledger, child))
+        found += [[(saga_id, stage), *way] for way in await _ways(ledger, inner, rest)]
     return found

@@ -314,11 +314,13 @@ def refuse_no_ledger(ledger: object) -> None:
         raise MisuseError("a ledger", got=f"a {type(ledger).__name__}", hint=hint)
 
 
-async def listed(ledger: Ledger, statuses: Collection[SagaStatus] | None = None) -> tuple[Mapping[str, Entry], Mapping[str, LedgerCorrupt]]:
+async def listed(
+    ledger: Ledger, statuses: Collection[SagaStatus] | None = None, parent: str | None = None
+) -> tuple[Mapping[str, Entry], Mapping[str, LedgerCorrupt]]:
     """What a ledger tells of its sagas, by id, and of which it can't tell where they stand, and why."""
     damaged: Mapping[str, LedgerCorrupt] = {}
     try:
-        entries = await ledger.list(statuses=statuses)
+        entries = await ledger.list(statuses=statuses, parent=parent)
     except SagasDamaged as some:
         entries, damaged = some.entries, some.damaged
     return {entry.saga_id: entry for entry in entries}, damaged
