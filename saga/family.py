@@ -10,7 +10,7 @@ from saga.errors import LedgerCorrupt, MisuseError, SagaNotFound
 from saga.events import SagaStarted, StageProbed, StageSettled, TurnReason, Verdict
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
-from saga.ledger import MemoryLedger, StageState, listed
+from saga.ledger import MemoryLedger, StageState, is_name, listed
 from saga.recovery import SagaState, Step, undo_step
 from saga.report import NestedSagaFailed, SagaReport
 from saga.text import shown
@@ -84,10 +84,10 @@ def _stands(state: SagaState) -> bool:
 
 
 async def _run_within(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> list[str]:
-    ids = [child for child, run_by in await _children(ledger, saga_id) if run_by == stage]
+    ids = [child for child, runner in await _children(ledger, saga_id) if runner == stage]
     found = [child for child in ids if child == prefix or child.startswith(f"{prefix}#")]
     # One that a damaged ledger does not list would be forgotten, or run a second time: the first is also asked for by its name.
-    lost = [] if prefix in found else await ledger.read(prefix)
+    lost = await ledger.read(prefix) if prefix not in found and is_name(prefix) else ()
     return [prefix, *found] if any(isinstance(event, SagaStarted) and event.parent == saga_id for event in lost[:1]) else found
 
 
