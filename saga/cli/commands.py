@@ -357,7 +357,7 @@ def watch(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) ->
                         return report, left
                     await asyncio.sleep(_LOOKS)
                     if next(looks) % _SELDOM == 0:
-                        left = await _left_behind(opened, saga_id)
+                        left = _left_behind(saga_id, *await listed(opened, ALIVE))
 
     try:
         report, left = asyncio.run(looking_on())
@@ -373,9 +373,8 @@ def watch(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) ->
     raise typer.Exit(Exit.LEFT)
 
 
-async def _left_behind(ledger: Ledger, saga_id: str) -> str | None:
+def _left_behind(saga_id: str, alive: Mapping[str, Entry], damaged: Mapping[str, LedgerCorrupt]) -> str | None:
     """The saga to go on with, if nobody runs this one any more: itself, or the outermost one that runs it."""
-    alive, damaged = await listed(ledger, ALIVE)
     if saga_id in damaged:
         raise damaged[saga_id]
     entry = alive.get(saga_id)
