@@ -361,7 +361,11 @@ class Life:
             if verdict == "retry":
                 leaf.mend()
         assert path in {*report.stuck, *report.in_doubt}
+        before = await self.history()
         refused = await self.act(lambda saga: saga.settle("s", path, verdict, "looked"), kills=kills)
+        if not refused and await self.history() == before:
+            # The process died with the word; whoever has put things right by hand says it once more.
+            refused = await self.act(lambda saga: saga.settle("s", path, verdict, "looked"))
         if refused and leaf is not None:
             assert verdict == "retry"
             await self.settle(path, "undone")
