@@ -469,7 +469,7 @@ class SagaState:
         record.tries = _ended(record.tries, event.at)
 
     def _fallback_used(self, record: StageRecord, event: FallbackUsed) -> None:
-        record.state, record.fell_back = _S.FALLBACK, True
+        record.state, record.fell_back, record.again = _S.FALLBACK, True, False
         record.output, record.ended_at = event.output, event.at
 
     def _fallback_failed(self, record: StageRecord, event: FallbackFailed) -> None:

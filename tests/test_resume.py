@@ -1104,6 +1104,27 @@ def test_a_probe_that_still_does_not_answer_lets_nothing_run_again() -> None:
     assert set(report.in_doubt) == {"b"}
 
 
+def test_a_fallback_goes_on_standing_in_for_a_stage_in_doubt_when_the_process_dies_after_it() -> None:
+    world = World({"b": (), "c": ("b",)})
+    pipeline = Pipeline().with_stage("b", Unanswering(world, "b", Script("hang", lands=True)))
+    pipeline = pipeline.with_stage("c", Scripted(world, "c", Script()), dependencies=("b",))
+    ledger = Dying(1000)
+    halting = FailFast(timeout=1, on_failure="halt", compensation=IMPATIENT)
+    run(SagaCoordinator(halting, ledger=ledger).run(pipeline, saga_id="s"))
+    ledger.left = 3  # resumed, asked in vain, fallback used
+    with pytest.raises(LedgerError, match="killed"):
+        run(SagaCoordinator(ledger=ledger).resume("s", pipeline, policy=ContinueWithFallback(fallbacks={"b": {}}, compensation=IMPATIENT)))
+    assert isinstance(run(ledger.read("s"))[-1], FallbackUsed)
+    ledger.left = 1000
+    ledger.forget_owners()
+
+    report = run(SagaCoordinator(ledger=ledger).resume("s", pipeline))
+
+    assert report.fallbacks == ("b",)
+    assert set(report.in_doubt) == {"b"}
+    assert world.log == ["+b", "+c"]
+
+
 def test_a_retry_is_accepted_for_a_fallback_whose_stage_can_be_asked() -> None:
     script = Script("hang", lands=True)
     world = World({"b": ()})
