@@ -166,7 +166,8 @@ async def is_left_alone(ledger: Ledger, state: SagaState, *, is_undone: bool) ->
     if record.state in {StageState.KEPT, StageState.FALLBACK} and not is_undone:
         return True
     step = undo_step(node, record)
-    return step is Step.CLEAR or (step is Step.HOLD and (record.is_held or record.state is StageState.IN_DOUBT))
+    is_for_a_person = record.is_held or record.state in {StageState.IN_DOUBT, StageState.FALLBACK}
+    return step is Step.CLEAR or (step is Step.HOLD and is_for_a_person)
 
 
 async def located(ledger: Ledger, state: SagaState, path: str) -> list[tuple[str, str]]:

@@ -586,6 +586,25 @@ def test_when_a_person_has_said_to_try_again_there_is_only_to_go_on_until_that_h
     assert world.standing == {"a": 1}
 
 
+def test_a_saga_is_undone_by_itself_behind_the_fallback_of_a_stage_in_doubt_that_nothing_can_tell_of() -> None:
+    world, hotel = scene({"room": (), "tour": ("room",)}, {"tour": Script(before=3)})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(hotel, policy=FailFast(on_interrupt="halt"))
+
+    trip = Pipeline().with_stage("book", compensable(book, undo_each([hotel]), timeout=1))
+    coordinator = SagaCoordinator(ContinueWithFallback(fallbacks={"book": {}}))
+    stuck = run(coordinator.run(trip, saga_id="s"))
+    assert (stuck.fallbacks, {*stuck.in_doubt}) == (("book",), {"book"})
+    assert world.standing == {"room": 1, "tour": 1}
+
+    report = run(coordinator.compensate("s/book", hotel))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+    assert run(coordinator.settle("s", "book", "undone", "nothing of it stands")).status is SagaStatus.DEGRADED
+
+
 def booking(outcome: str, *, second: str = "raise", probe: Any = None) -> tuple[World, Pipeline]:
     """book -> after: the first runs a room (take) and a meal (cook -> serve) as sagas, and then ends as it is told."""
     shape = {"take": (), "cook": (), "serve": ("cook",), "after": ()}
