@@ -586,6 +586,53 @@ def test_when_a_person_has_said_to_try_again_there_is_only_to_go_on_until_that_h
     assert world.standing == {"a": 1}
 
 
+def test_a_stage_that_was_to_be_tried_again_is_for_a_person_once_its_saga_goes_back_and_cannot_try_it() -> None:
+    """To resume was all that there was to do, and it did nothing."""
+    world, hotel = scene({"room": (), "breakfast": ("room",)}, {"breakfast": Script("hang", lands=True)})
+    trip = Pipeline().with_stage("hotel", nested(hotel, FailFast(timeout=1, on_failure="halt", compensation=IMPATIENT.compensation)))
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"))
+    run(coordinator.run(trip, saga_id="s"))
+    run(coordinator.settle("s", "hotel/breakfast", "retry", "when it goes forward"))
+
+    stuck = run(coordinator.compensate("s", trip))
+
+    assert str(stuck).splitlines()[-2:] == ["  saga settle s hotel/breakfast undone --note '...'", "  saga resume s"]
+    world.undo("breakfast")
+    run(coordinator.settle("s", "hotel/breakfast", "undone", "by hand"))
+    assert run(coordinator.resume("s", trip)).status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+def test_what_is_held_back_within_a_stage_in_doubt_that_nothing_can_tell_of_is_undone_through_its_own_saga() -> None:
+    """To try the stage again was all that there was to say, and it was refused."""
+    shape = {"room": (), "breakfast": ("room",), "tour": ("breakfast",)}
+    world, hotel = scene(shape, {"breakfast": Script(undo_fails=9), "tour": Script(before=3)})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(hotel, policy=IMPATIENT)
+
+    trip = Pipeline().with_stage("book", compensable(book, undo_each([hotel]), timeout=1))
+    coordinator = SagaCoordinator(IMPATIENT)
+    run(coordinator.run(trip, saga_id="s"))
+    world.undo("breakfast")
+    run(coordinator.settle("s", "book/breakfast", "undone", "by hand"))
+
+    told = [
+        str(run(coordinator.resume("s", trip))).splitlines()[-1],
+        str(run(coordinator.compensate("s/book", hotel))).splitlines()[-1],
+        str(run(coordinator.report("s"))).splitlines()[-2],
+        str(run(coordinator.settle("s", "book", "undone", "nothing of it stands"))).splitlines()[-1],
+    ]
+
+    assert told == [
+        "To do: it was not undone to the end; go on with: saga compensate s/book",
+        "Nothing is left to do.",
+        "  saga settle s book undone --note '...'",
+        "Nothing is left to do.",
+    ]
+    assert world.standing == {}
+
+
 def test_a_saga_is_undone_by_itself_behind_the_fallback_of_a_stage_in_doubt_that_nothing_can_tell_of() -> None:
     world, hotel = scene({"room": (), "tour": ("room",)}, {"tour": Script(before=3)})
 

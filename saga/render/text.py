@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from itertools import dropwhile
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -38,6 +38,8 @@ _NO_FALLBACKS: Final = frozenset({FailureKind.COMPENSATION, FailureKind.INTERRUP
 """How compensations and probes fail, and no fallback does; and what is no failure of its code's."""
 _OPEN: Final = frozenset({StageState.RUNNING, StageState.COMPENSATING, StageState.STUCK, StageState.BLOCKED, StageState.IN_DOUBT})
 """The states of stages with which nobody thinks to be done."""
+_UNSETTLED: Final = frozenset({StageState.STUCK, StageState.IN_DOUBT})
+"""The states of stages of which a person may have something to say."""
 _CAME_TO_NOTHING: Final = frozenset(
     {StageState.FAILED, StageState.FALLBACK, StageState.CANCELLED, StageState.SKIPPED, StageState.IN_DOUBT, StageState.STUCK}
 )
@@ -213,9 +215,13 @@ def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
     resume = _resume(report, reach)
     if not innermost:
         return [f"To do: it was not undone to the end; go on with: {command}" for command in _unfinished(report, reach)]
-    unclear = [name for name in innermost if not goes_on(name, report)]
-    if not unclear:
+    unclear = {name: _left_within(name, report, reach) for name in innermost if not goes_on(name, report)}
+    to_say = [name for name, left in unclear.items() if not left]
+    if len(unclear) < len(innermost) and not to_say:
         return [f"To do: there is nothing to settle. Mend the cause, then: {resume}"]
+    if not to_say:
+        commands = dict.fromkeys(command for left in unclear.values() for command in left)
+        return [f"To do: it was not undone to the end; go on with: {command}" for command in commands]
     # What has come to rest otherwise goes on with nothing: resumed, it would run once more.
     waits = report.status in {SagaStatus.STUCK, SagaStatus.HALTED}
     said = "say so (undone, kept or retry); then go on:" if waits else "say so (undone or kept):"
@@ -223,7 +229,7 @@ def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
         f"To do: look at the outside world, put it right by hand, and {said}",
         *(
             "  " + next_command("settle", saga_id, f"{path}{name}", _word(name, report), options=f"--note '...' {reach.options}".rstrip())
-            for name in unclear
+            for name in to_say
         ),
         *([f"  {resume}"] if waits else []),
     ]
@@ -246,6 +252,24 @@ def _word(name: str, report: SagaReport) -> str:
     return "retry" if any(is_within(inner, name) for inner in report.blocked) else "undone"
 
 
+def _left_within(name: str, report: SagaReport, reach: Reach) -> list[str]:
+    """The commands that undo what is held back within a stage, where the saga that goes backward can't try the stage that runs it."""
+    way = _way(name, report) if any(is_within(inner, name) for inner in report.blocked) else []
+    while way and not _was_passed(way):
+        way.pop()
+    left = [child for saga, runner in way[-1:] for child in saga.stages[runner].children if not child.clean]
+    return [command_for("compensate", child.saga_id, reach._replace(pipeline="")) for child in left]
+
+
+def _was_passed(way: Sequence[tuple[SagaReport, str]]) -> bool:
+    """Whether the last stage of a way is in doubt, and what went backward has come by and could not try it, or tried it again in vain."""
+    saga, name = way[-1]
+    stage = saga.stages[name]
+    goes_back = any(outer.status is SagaStatus.STUCK for outer, _ in way)
+    was_tried = stage.compensation is None or stage.settled is not None
+    return stage.state is StageState.IN_DOUBT and goes_back and was_tried and not _is_to_be_tried(name, saga)
+
+
 def _resume(report: SagaReport, reach: Reach) -> str:
     return command_for("resume", _outer(report)[0], reach)
 
@@ -253,28 +277,38 @@ def _resume(report: SagaReport, reach: Reach) -> str:
 def goes_on(path: str, report: SagaReport) -> bool:
     """Whether nobody has to say what became of a stage in doubt.
 
-    Its own saga has halted, and goes on when this one does; or somebody has said to try it again, and it has not been tried since.
+    Its own saga has halted, and goes on when this one does; or somebody has said to try it again, and it has not been tried since. Neither
+    holds where a saga around it goes backward, and the stage that runs it there can't be tried, or has been in vain.
     """
-    saga, name = _located(path, report)
+    *above, (saga, name) = _way(path, report)
     stage = saga.stages[name]
     if _held(name, stage, saga):
         return False
-    if stage.settled is not None and stage.settled.verdict is Verdict.RETRY:
-        said_at = stage.settled.at
-        if all(failure.at <= said_at for failure in saga.failures if failure.stage == name):
-            return True
+    around = [(outer, runner) for outer, runner in above if outer.status is SagaStatus.STUCK and outer.stages[runner].state in _UNSETTLED]
+    if not all(_is_to_be_tried(runner, outer) for outer, runner in around):
+        return False
+    if _is_to_be_tried(name, saga):
+        return True
     if saga.status is not SagaStatus.HALTED or not stage.children:
         return False
     return stage.children[-1].status is SagaStatus.HALTED and stage.children[-1].clean
 
 
-def _located(path: str, report: SagaReport) -> tuple[SagaReport, str]:
-    """The saga and the stage of it to which one of the report's paths leads."""
-    for stage in report.stages.values():
+def _is_to_be_tried(name: str, saga: SagaReport) -> bool:
+    """Whether somebody has said to try a stage again, and it has not failed since."""
+    said = saga.stages[name].settled
+    if said is None or said.verdict is not Verdict.RETRY:
+        return False
+    return all(failure.at <= said.at for failure in saga.failures if failure.stage == name)
+
+
+def _way(path: str, report: SagaReport) -> list[tuple[SagaReport, str]]:
+    """The sagas and stages through which one of the report's paths leads, the outermost first."""
+    for name, stage in report.stages.items():
         for begin, child in stage.children_by_path.items():
             if path.startswith(f"{begin}/"):
-                return _located(path.removeprefix(f"{begin}/"), child)
-    return report, path
+                return [(report, name), *_way(path.removeprefix(f"{begin}/"), child)]
+    return [(report, path)]
 
 
 def _outer(report: SagaReport) -> tuple[str, str]:
