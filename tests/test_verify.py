@@ -34,6 +34,7 @@ from saga import (
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.testing import Fault, Trial, Verification, VerificationFailed, verify
 from saga.testing.rehearsal import MortalLedger
+from saga.testing.verification import _went_on_badly
 from tests.controlled import ControlledLoop, elapse, run
 from tests.town import Boasting, Booking, Eager, Forgetful, Literal, Lying, Recording, Sale, Silent, Town, Unasked, WithFallback
 
@@ -950,6 +951,17 @@ sell        <       =+      <          =+         =+           =+           /   
 + completed   < compensated   = halted   / cancelled   ! stuck   . never began
 The second of two signs: when the fault was mended and the saga resumed.
 """
+
+
+def test_a_saga_that_ran_out_of_its_own_time_once_it_was_mended_is_held_against_nobody() -> None:
+    async def slow(_: SagaContext) -> None:
+        await elapse(9)
+
+    report = run(SagaCoordinator(FailFast(deadline=1, on_failure="halt")).run(Pipeline().with_stage("slow", slow, "work")))
+
+    assert report.cause is not None
+    assert report.cause.stage is None
+    assert _went_on_badly(report) == ""
 
 
 def test_the_matrix_of_a_saga_that_is_wrong_says_what_and_what_helps() -> None:
