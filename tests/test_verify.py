@@ -954,7 +954,7 @@ The second of two signs: when the fault was mended and the saga resumed.
 
 
 def test_a_saga_that_ran_out_of_its_own_time_once_it_was_mended_is_held_against_nobody() -> None:
-    async def slow(_: SagaContext) -> None:
+    async def slow(_: object) -> None:
         await elapse(9)
 
     report = run(SagaCoordinator(FailFast(deadline=1, on_failure="halt")).run(Pipeline().with_stage("slow", slow, "work")))
