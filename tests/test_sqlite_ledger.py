@@ -750,19 +750,19 @@ def test_several_processes_append_to_one_file(path: Path) -> None:
 # -- threads ---------------------------------------------------------------------------------------------------------
 
 
-def threads_of_ledgers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("SQLiteLedger")]
+def threads_of(path: Path) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(f"SQLiteLedger({str(path)!r})")]
 
 
 def test_a_ledger_that_was_closed_has_no_threads(path: Path) -> None:
     ledger = SQLiteLedger(path)
 
     asyncio.run(create()(ledger))
-    during = sorted(thread.name for thread in threads_of_ledgers())
+    during = sorted(thread.name for thread in threads_of(path))
     asyncio.run(ledger.close())
 
     assert during == [f"SQLiteLedger({str(path)!r}) ({work})" for work in ("reads", "writes")]
-    assert threads_of_ledgers() == []
+    assert threads_of(path) == []
 
 
 class Door:
@@ -887,14 +887,14 @@ def test_what_is_handed_over_after_another_event_loop_has_closed_the_ledger_is_r
 def test_a_ledger_that_nobody_holds_any_more_ends_its_threads_and_closes_its_connections(path: Path) -> None:
     ledger = SQLiteLedger(path)
     asyncio.run(create()(ledger))
-    threads = threads_of_ledgers()
+    threads = threads_of(path)
 
     del ledger
     gc.collect()
     for thread in threads:
         thread.join(5)
 
-    assert threads_of_ledgers() == []
+    assert threads_of(path) == []
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -923,7 +923,7 @@ def test_a_process_that_is_forked_off_inherits_no_connection_and_no_worker(path:
     def look() -> None:
         assert in_use(path) == []
         assert list(workers.WORKING.workers) == []
-        assert threads_of_ledgers() == []
+        assert threads_of(path) == []
 
     child = fork(look)
     child.join()
