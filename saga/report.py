@@ -462,6 +462,7 @@ def _of_children(stages: Iterable[StageReport], exceptions: Mapping[Failure, Bas
             update={"stage": path if failure.stage is None else f"{path}/{failure.stage}", "exception": exceptions.get(failure)}
         )
         for stage in stages
+        if stage.children
         for path, report in stage.children_by_path.items()
         for failure in report.failures
     ]
