@@ -171,6 +171,23 @@ def test_a_saga_ends_whatever_its_other_code_returns_or_raises(role: str, case: 
     assert report.model_dump_json()
 
 
+def test_a_compensation_that_answers_with_a_status_that_is_none_has_undone_nothing() -> None:
+    async def fine(_: Any) -> None: ...
+
+    async def fail(_: Any) -> None:
+        raise ValueError("no")
+
+    async def odd(_: CompensationContext) -> Any:
+        return StageOutput(status=["failed"])  # type: ignore[arg-type] # what the test is about
+
+    pipeline = Pipeline().with_stage("a", compensable(fine, odd)).with_stage("b", fail, "work", dependencies=("a",))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert [*report.stuck] == ["a"]
+    assert report.failures[-1].message == "it returned ['FAILED']: no reason given"
+
+
 def test_a_defect_of_ours_ends_the_saga_with_an_error_instead_of_hanging_it(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fine(_: Any) -> None: ...
 
