@@ -203,12 +203,10 @@ class Backward(Employer):
             if self._expired or past_pivot:
                 wait = None
             in_part = stage in self._saga.undone_within
-            may_be_undone = not (record.unanswered or past_pivot or in_part or self._expired)
-            if wait is None and may_be_undone and self._state.graph[stage].can_probe:
-                # The request may have got through though its answer did not; what is undone is not to be called stuck, or kept after that.
+            can_be_asked = self._state.graph[stage].can_probe and not (record.unanswered or past_pivot or in_part)
+            if wait is None and can_be_asked:
                 await self._record(CompensationFailed(stage=stage, failure=failure, will_retry=True))
-                await ask(self._saga, stage)
-                if record.state is StageState.UNDONE:
+                if await self._got_through(stage):
                     return
             failed = CompensationFailed(stage=stage, failure=failure, will_retry=wait is not None, past_pivot=past_pivot, in_part=in_part)
             await self._record(failed)
@@ -216,12 +214,18 @@ class Backward(Employer):
                 return
             await self._sleep(wait)
             if self._expired:
-                await self._record(CompensationFailed(stage=stage, failure=failure))
+                if not (can_be_asked and await self._got_through(stage)):
+                    await self._record(CompensationFailed(stage=stage, failure=failure))
                 return
             await self._heed_late(worker)
             if self._is_overtaken:
                 self._put_off[stage] = began, tries
                 return
+
+    async def _got_through(self, stage: str) -> bool:
+        """Ask whether a compensation that failed has undone its stage all the same: that is not to be called stuck, or kept after it."""
+        await ask(self._saga, stage)
+        return self._state.stages[stage].state is StageState.UNDONE
 
     async def _attempt(self, worker: _Worker, context: CompensationContext, settings: Compensation) -> Failure | None:
         worker.begin(settings.timeout, self._saga.policy.cancel_grace)

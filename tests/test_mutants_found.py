@@ -1157,22 +1157,36 @@ def test_a_stage_is_not_asked_whether_it_is_undone_when_its_own_sagas_have_told_
     assert asked == []
 
 
-def test_after_the_backward_deadline_nobody_is_asked_whether_a_compensation_that_failed_went_through_all_the_same() -> None:
+@pytest.mark.parametrize("takes", [10, 1], ids=["fails after it", "waits for its next attempt then"])
+@pytest.mark.parametrize("went_through", [True, False])
+def test_a_compensation_for_which_the_backward_deadline_leaves_no_other_attempt_is_asked_for(went_through: bool, takes: int) -> None:
+    """To ask starts no compensation, and whoever went forward from there would take for kept what is undone."""
     asked: list[float] = []
 
     class Asked(Probed):
+        async def compensate(self, ctx: CompensationContext) -> None:
+            await elapse(takes)
+            if went_through:
+                self.world.undo("a")
+            raise TimeoutError("the answer was lost")
+
         async def probe(self, ctx: CompensationContext) -> StageOutput | None:
             asked.append(asyncio.get_running_loop().time())
             return await super().probe(ctx)
 
     world, tail = scene({"a": (), "b": ("a",)}, {"b": Script("raise")})
-    pipeline = Pipeline(name="scene").with_stage("a", Asked(world, "a", Script(undo_takes=10, undo_fails=9)))
+    pipeline = Pipeline(name="scene").with_stage("a", Asked(world, "a", Script()))
     pipeline = pipeline.with_stage("b", tail.stages["b"].runner, dependencies=("a",))
 
-    report = run(SagaCoordinator(FailFast(compensation=Compensation(deadline=5))).run(pipeline))
+    settings = Compensation(deadline=5, retry=Retry(attempts=2, wait=9, jitter=False))
 
-    assert report.stages["a"].state is StageState.STUCK
-    assert asked == []
+    report = run(SagaCoordinator(FailFast(compensation=settings)).run(pipeline))
+
+    assert report.stages["a"].state is (StageState.UNDONE if went_through else StageState.STUCK)
+    assert world.standing == ({} if went_through else {"a": 1})
+    assert asked == [10]
+    assert report.stages["a"].compensation is not None
+    assert report.stages["a"].compensation.attempts == 1
 
 
 def test_no_compensation_starts_at_the_very_moment_of_the_deadline_though_none_ever_awaits() -> None:
