@@ -1369,6 +1369,16 @@ def test_watch_says_that_nobody_runs_a_saga_any_more_and_what_goes_on_with_it(sh
     )
 
 
+def test_watch_of_a_saga_that_no_other_one_runs_takes_its_id_for_no_word(shop: Shop) -> None:
+    for saga_id in ("s", "None"):
+        shop.begin_elsewhere(saga_id, lease=1e-9)
+
+    watched = [shop.saga("watch", saga_id) for saga_id in ("s", "None")]
+
+    assert [done.code for done in watched] == [Exit.LEFT, Exit.LEFT]
+    assert [f"saga resume {saga_id}" in done.err for saga_id, done in zip(("s", "None"), watched, strict=True)] == [True, True]
+
+
 def test_watch_of_a_child_that_nobody_runs_names_the_saga_that_runs_it(shop: Shop) -> None:
     shop.write("shop.py", SHOP.replace("nested(trip)", "nested(crash)"))
     shop.really("run", "shop:family", "--id", "s")

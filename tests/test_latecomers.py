@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -147,6 +147,18 @@ def play(
     return world, *run(main())
 
 
+async def while_slow_is_undone(work: Coroutine[Any, Any, SagaReport], world: World, *late: Deaf, after: float = 0.0) -> SagaReport:
+    """Run a saga of which some stages come late so long after `slow` has begun to be undone."""
+    running = asyncio.create_task(work)
+    while "slow" not in world.undoing:
+        await elapse(1)
+    if after:
+        await elapse(after)
+    for stage in late:
+        stage.released.set()
+    return await running
+
+
 def test_the_caller_gets_its_report_in_time_and_the_late_completion_is_recorded_and_undone_on_resume() -> None:
     world, stage, first, late, resumed = play()
 
@@ -174,11 +186,7 @@ def test_what_comes_late_while_the_saga_goes_backward_is_undone_at_once() -> Non
         stage = Deaf(world)
         whole = pipeline.with_stage("deaf", stage, dependencies=("a",))
         coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2))
-        running = asyncio.create_task(coordinator.run(whole, saga_id="s"))
-        while "slow" not in world.undoing:
-            await elapse(1)
-        stage.released.set()
-        return await running
+        return await while_slow_is_undone(coordinator.run(whole, saga_id="s"), world, stage)
 
     report = run(main())
 
@@ -231,12 +239,9 @@ def test_nothing_is_undone_under_what_has_come_late_before(within: bool, kind: t
         stage = kind(world)
         last = nested(Pipeline(name="inner").with_stage("deaf", stage), PROMPT) if within else stage
         coordinator = SagaCoordinator(PROMPT)
-        running = asyncio.create_task(coordinator.run(pipeline.with_stage("last", last, dependencies=("a",)), saga_id="s"))
-        while "slow" not in world.undoing:
-            await elapse(1)
-        await elapse(5)
-        stage.released.set()
-        return await running
+        return await while_slow_is_undone(
+            coordinator.run(pipeline.with_stage("last", last, dependencies=("a",)), saga_id="s"), world, stage, after=5
+        )
 
     report = run(main())
 
@@ -255,11 +260,7 @@ def test_what_comes_late_while_what_serves_nothing_is_undone_leaves_the_rest_as_
         stage = DeniedByProbe(world)
         trip = pipeline.with_stage("deaf", stage, dependencies=("kept",))
         coordinator = SagaCoordinator(ContinueWithFallback(timeout=10, cancel_grace=2, without_fallback="skip_branch"))
-        running = asyncio.create_task(coordinator.run(trip, saga_id="s"))
-        while "slow" not in world.undoing:
-            await elapse(1)
-        stage.released.set()
-        return await running
+        return await while_slow_is_undone(coordinator.run(trip, saga_id="s"), world, stage)
 
     report = run(main())
 
@@ -285,14 +286,9 @@ def test_two_that_come_late_at_once_are_both_heard() -> None:
     deaf = [Doubtful(world), Doubtful(world)]
 
     async def main() -> SagaReport:
-        running = asyncio.create_task(
-            SagaCoordinator(PROMPT).run(pipeline.with_stage("left", deaf[0]).with_stage("right", deaf[1]), saga_id="s")
+        return await while_slow_is_undone(
+            SagaCoordinator(PROMPT).run(pipeline.with_stage("left", deaf[0]).with_stage("right", deaf[1]), saga_id="s"), world, *deaf
         )
-        while "slow" not in world.undoing:
-            await elapse(1)
-        for stage in deaf:
-            stage.released.set()
-        return await running
 
     report = run(main())
 
@@ -469,12 +465,7 @@ def test_a_way_back_that_is_planned_anew_goes_no_further_than_the_one_before(hal
     async def main() -> SagaReport:
         stage = DeniedByProbe(world)
         coordinator = SagaCoordinator(policy)
-        running = asyncio.create_task(coordinator.run(pipeline.with_stage("deaf", stage), saga_id="s"))
-        while "slow" not in world.undoing:
-            await elapse(1)
-        await elapse(5)
-        stage.released.set()
-        return await running
+        return await while_slow_is_undone(coordinator.run(pipeline.with_stage("deaf", stage), saga_id="s"), world, stage, after=5)
 
     report = run(main())
 
@@ -568,11 +559,7 @@ def test_what_comes_late_before_its_turn_to_be_undone_is_undone_once(kind: type[
         one_by_one = Compensation(max_concurrency=1)
         coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2, compensation=one_by_one))
         whole = Pipeline(name="trip").with_stage("deaf", stage).with_stage("slow", pipeline.stages["slow"].runner)
-        running = asyncio.create_task(coordinator.run(whole, saga_id="s"))
-        while "slow" not in world.undoing:
-            await elapse(1)
-        stage.released.set()
-        return stage, await running
+        return stage, await while_slow_is_undone(coordinator.run(whole, saga_id="s"), world, stage)
 
     stage, report = run(main())
 
@@ -1109,11 +1096,7 @@ def test_what_comes_late_within_while_the_saga_above_goes_backward_is_undone_bef
         stage = Doubtful(world)
         coordinator = SagaCoordinator()
         trip = pipeline.with_stage("child", nested(nested_in(stage), PROMPT))
-        running = asyncio.create_task(coordinator.run(trip, saga_id="s"))
-        while "slow" not in world.undoing:
-            await elapse(1)
-        stage.released.set()
-        return await running
+        return await while_slow_is_undone(coordinator.run(trip, saga_id="s"), world, stage)
 
     report = run(main())
 

@@ -378,8 +378,8 @@ def _left_behind(saga_id: str, alive: Mapping[str, Entry], damaged: Mapping[str,
     if saga_id in damaged:
         raise damaged[saga_id]
     entry = alive.get(saga_id)
-    while entry is not None and (above := alive.get(str(entry.parent))) is not None:
-        entry = above
+    while entry is not None and entry.parent is not None and entry.parent in alive:
+        entry = alive[entry.parent]
     return None if entry is None or _is_held(entry) else entry.saga_id
 
 
