@@ -120,6 +120,7 @@ class LiveSaga(Host, UndoHost):
         undone_within: By stage the sagas that its compensation has turned to, and what it has made of each.
         stop: Stops its forward run; None when it has none.
         is_stopping: Whether its forward run starts nothing more.
+        stopped_by: What has stopped that, in words; None if nothing has.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class LiveSaga(Host, UndoHost):
         self.undone_within: Final[dict[str, dict[str, SagaReport]]] = {}
         self.stop: Callable[[Failure], None] | None = None
         self.is_stopping = False
+        self.stopped_by: str | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._begun: Counter[tuple[str, int]] = Counter()
         self._being_undone: Final[dict[str, set[asyncio.Future[None]]]] = {}
@@ -167,6 +169,14 @@ class LiveSaga(Host, UndoHost):
         if not self._context.is_canceled:
             return None
         return self._context.cancellation_reason or "the context was cancelled"
+
+    def is_cancelled(self) -> bool:
+        """Whether the code of a stage is to come to its end, because the saga stops."""
+        return self.stopped_by is not None or self.cancellation() is not None
+
+    def why_cancelled(self) -> str | None:
+        """Why it is to; None if it is not."""
+        return self.stopped_by or self.cancellation()
 
     @cached_property
     def root(self) -> StageContext:
@@ -201,6 +211,12 @@ class LiveSaga(Host, UndoHost):
         for event in self.journal.unwritten:
             if isinstance(event, StageCompleted | CompensationCompleted) and event.late:
                 self.comes_late(event)
+
+    def forget_failures(self) -> None:
+        """Let go of what was raised, once the report has it: the frames of a stage's code hold its context, and that holds the saga."""
+        self.journal.state.forget_failures()
+        self.exceptions.clear()
+        self.undone_within.clear()
 
     def has_late(self) -> bool:
         """Whether anything came late for it that is not recorded yet."""

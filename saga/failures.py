@@ -80,7 +80,9 @@ class Failure(BaseModel):
 
     @classmethod
     def raised(cls, stage: str | None, error: BaseException, *, attempt: int, kind: FailureKind = FailureKind.EXCEPTION) -> Self:
-        """Note a failure that an exception tells of, with its traceback."""
+        """Note a failure that an exception tells of, with its traceback, which begins with the user's code from here on."""
+        # Our own frames hold the saga, which holds the failure: what refers to each other waits for Python's garbage collector.
+        error.__traceback__ = _by_user(error.__traceback__)
         return cls(
             stage=stage,
             kind=kind,

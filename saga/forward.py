@@ -137,7 +137,7 @@ class Forward(Stages, Employer):
         if self.cause is not None:
             return
         self.cause = cause
-        self._saga.is_stopping = True
+        self._saga.is_stopping, self._saga.stopped_by = True, str(cause)
         self._stopped.set()
         self._schedule.stop(told)
         for child in self._saga.children:
@@ -491,19 +491,13 @@ class Forward(Stages, Employer):
             stage_name=run.name,
             timer=root.timer,
             event_sink=root.event_sink,
-            _cancellation_probe=self._is_cancelled,
-            _cancellation_reason_provider=self._why_cancelled,
+            _cancellation_probe=saga.is_cancelled,
+            _cancellation_reason_provider=saga.why_cancelled,
             saga_id=saga.id,
             attempt=run.record.attempts,
             idempotency_key=saga.forward_key(run.name),
             _host=run.host,
         )
-
-    def _is_cancelled(self) -> bool:
-        return self.cause is not None or self._saga.cancellation() is not None
-
-    def _why_cancelled(self) -> str | None:
-        return str(self.cause) if self.cause is not None else self._saga.cancellation()
 
     async def _raised(self, run: _StageRun, error: BaseException, seconds: float | None) -> _Outcome:
         name, attempt = run.name, run.record.attempts

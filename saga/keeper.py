@@ -292,6 +292,7 @@ class SagaKeeper(Keeper):
         finally:
             await self._let_go(saga)
             saga.say_again()
+            saga.forget_failures()
             self.amendments.record_late(saga.id)
 
     async def _to_rest(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> None:

@@ -337,6 +337,13 @@ class SagaState:
         if failure is not None and failure not in self.failures:
             self.failures.append(failure)
 
+    def forget_failures(self) -> None:
+        """Let go of the exceptions of a saga that has come to rest; what may still follow on its events is known without them."""
+        self.failures.clear()
+        self.stop = self.cause = None
+        for record in self.stages.values():
+            record.failure = record.undo_failure = None
+
     def _apply_to_stage(self, event: StageEvent) -> None:
         record = self.stages.get(event.stage)
         if record is None:

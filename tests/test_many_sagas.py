@@ -125,27 +125,66 @@ def test_the_memory_of_sagas_that_have_ended_is_given_back() -> None:
     assert last - first < 40 * 1000
 
 
-def test_of_a_saga_that_has_completed_nothing_waits_for_the_garbage_collector() -> None:
-    """What refers to each other does; a thousand sagas would have it run for a third of their time."""
-    coordinator = SagaCoordinator()
-    pipeline = Bookings().pipeline()
+def left_to_the_garbage_collector(coordinator: SagaCoordinator, pipeline: Pipeline, status: SagaStatus, numbers: range) -> list[object]:
+    """What waits for it when some sagas have come to that status and nobody has their reports any more."""
 
-    async def completed(number: int) -> None:
+    async def ended(number: int) -> None:
         report = await coordinator.run(pipeline, saga_id=str(number), input_text=str(number))
-        assert report.status is SagaStatus.COMPLETED
+        assert report.status is status
 
-    async def scene() -> int:
-        await completed(9)
+    async def scene() -> list[object]:
+        first, *others = numbers
+        await ended(first)
         gc.collect()
         gc.disable()
+        gc.set_debug(gc.DEBUG_SAVEALL)
         try:
-            for number in range(19, 100, 10):
-                await completed(number)
-            return gc.collect()
+            for number in others:
+                await ended(number)
+            gc.collect()
+            return list(gc.garbage)
         finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
             gc.enable()
 
-    assert run(scene()) == 0
+    return run(scene())
+
+
+def test_of_a_saga_that_has_completed_nothing_waits_for_the_garbage_collector() -> None:
+    """What refers to each other does; a thousand sagas would have it run for a third of their time."""
+    left = left_to_the_garbage_collector(SagaCoordinator(), Bookings().pipeline(), SagaStatus.COMPLETED, range(9, 100, 10))
+
+    assert left == []
+
+
+def test_of_a_saga_that_was_undone_nothing_waits_for_the_garbage_collector() -> None:
+    """An exception holds the frames of the code that raised it, these its context, and that the saga, with its failures."""
+    left = left_to_the_garbage_collector(SagaCoordinator(), Bookings().pipeline(), SagaStatus.COMPENSATED, range(1, 100, 10))
+
+    assert left == []
+
+
+@pytest.mark.parametrize("where", ["fallback", "compensation", "probe"])
+def test_of_a_saga_that_failed_in_another_way_nothing_waits_for_the_garbage_collector(where: str) -> None:
+    async def fails(*_: Any) -> None:
+        raise ConnectionError("no line")
+
+    async def works(*_: Any) -> None: ...
+
+    async def hangs(_: SagaContext) -> None:
+        await elapse(60.0)
+
+    undo = fails if where == "compensation" else works
+    forward = {"fallback": fails, "probe": hangs}.get(where, works)
+    stage = compensable(forward, undo, fallback=fails if where == "fallback" else None, probe=fails if where == "probe" else None)
+    pipeline = Pipeline(name="p").with_stage("a", stage, "work").with_stage("b", fails, "work", dependencies=("a",))
+    policy = ContinueWithFallback() if where == "fallback" else FailFast(timeout=1.0)
+    status = SagaStatus.COMPENSATED if where == "fallback" else SagaStatus.STUCK
+
+    left = left_to_the_garbage_collector(SagaCoordinator(policy), pipeline, status, range(3))
+
+    assert left == []
 
 
 def test_a_ledger_in_memory_is_bounded_by_what_it_keeps() -> None:
