@@ -35,9 +35,11 @@ from saga.events import (
     CompensationStarted,
     FallbackFailed,
     FallbackUsed,
+    SagaResumed,
     SagaTurnedBack,
     StageCompleted,
     StageEvent,
+    StageFailed,
     StageProbed,
     StageSkipped,
     StageStarted,
@@ -334,19 +336,29 @@ def its_words_are_true(report: SagaReport, events: Sequence[AnyEvent]) -> None:
     """What the summary tells of each stage has happened in the execution that it tells of."""
     last: dict[str, list[AnyEvent]] = {name: [] for name in report.stages}
     undone: list[str] = []
+    begun: set[str] = set()
+    never_began: dict[str, int] = {}
     for entry in events:
+        if isinstance(entry, SagaResumed):
+            begun.clear()
         if not isinstance(entry, StageEvent):
             continue
+        if isinstance(entry, StageStarted):
+            begun.add(entry.stage)
         if isinstance(entry, StageStarted) and entry.attempt == 1:
             last[entry.stage] = []
             undone = [name for name in undone if name != entry.stage]
+        if isinstance(entry, StageSkipped | StageFailed) and entry.stage not in begun:
+            # If it was due anew, this is another execution, that ended before it began.
+            never_began[entry.stage] = len(last[entry.stage])
         if isinstance(entry, CompensationStarted) and entry.stage not in undone:
             undone.append(entry.stage)
         last[entry.stage].append(entry)
     for name, stage in report.stages.items():
         words = explanation(name, stage, report)
-        kinds = Counter(type(entry) for entry in last[name])
-        probed = [entry for entry in last[name] if isinstance(entry, StageProbed)]
+        told_of = last[name] if stage.attempts else last[name][never_began.get(name, 0) :]
+        kinds = Counter(type(entry) for entry in told_of)
+        probed = [entry for entry in told_of if isinstance(entry, StageProbed)]
         unanswered = sum(entry.failure is not None and entry.failure.kind is FailureKind.COMPENSATION for entry in probed)
         assert stage.attempts == kinds[StageStarted], words
         assert "its fallback failed" not in words or kinds[FallbackFailed], words
