@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from contextvars import copy_context
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from stageflow.api import StageOutput, StageStatus
 
@@ -14,6 +14,7 @@ from saga.asking import ask
 from saga.events import CompensationCompleted, CompensationFailed, CompensationStarted, TurnReason
 from saga.failures import Failure, FailureKind, raised_instead
 from saga.ledger import StageState
+from saga.quick import members
 from saga.recovery import Rollback, Step, undo_step
 from saga.report import NestedSagaFailed
 from saga.text import reason_in, shown
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from saga.alive import LiveSaga
     from saga.compensable import CompensationContext
     from saga.policies import Compensation
+
+_STEP: Final = members(Step)
 
 
 class _Worker(Watched):
@@ -81,7 +84,7 @@ class Backward(Employer):
         for stage, record in self._state.stages.items():
             if record.state is not StageState.COMPENSATING:
                 continue
-            if undo_step(self._state.graph[stage], record) is Step.PROBE:
+            if undo_step(self._state.graph[stage], record) is _STEP.PROBE:
                 await ask(self._saga, stage)
             if record.state is StageState.COMPENSATING:
                 assert record.undo_failure is not None  # it waits for another attempt
@@ -145,15 +148,15 @@ class Backward(Employer):
         while True:
             await self._heed_late(worker)
             match undo_step(node, record):
-                case Step.CLEAR:
+                case _STEP.CLEAR:
                     self._rollback.clear(stage)
                     return
-                case Step.HOLD:
+                case _STEP.HOLD:
                     self._rollback.hold(stage)
                     return
                 case _ if self._is_overtaken:
                     return
-                case Step.PROBE:
+                case _STEP.PROBE:
                     await ask(self._saga, stage)
                 case _:
                     await self._compensate(worker, settings)

@@ -11,8 +11,8 @@ from stageflow.api import StageContext, StageKind, StageOutput
 
 from saga.errors import MisuseError, PipelineInvalid
 from saga.failures import Failure
-from saga.frozen import frozen
 from saga.policies import Compensation, Policy, Retry
+from saga.quick import frozen
 from saga.text import shown
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from saga.graph import Node, Role
 from saga.ledger import StageState
 from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
+from saga.quick import members
 from saga.report import NestedSagaFailed
 from saga.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
 from saga.text import brief, glimpse, reason_in, said
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
     from saga.recovery import StageRecord
 
 _LOG: Final = logging.getLogger("saga")
-_ENDED_WELL: Final = frozenset({StageState.KEPT, StageState.FALLBACK, StageState.SKIPPED})
+_S: Final = members(StageState)
+_STATUS: Final = members(StageStatus)
+_ENDED_WELL: Final = frozenset({_S.KEPT, _S.FALLBACK, _S.SKIPPED})
 _SAID_NOTHING: Final = frozenset({FailureKind.EXCEPTION, FailureKind.REPORTED, FailureKind.CONTRACT})
 """Of an attempt that failed so it is taken that it had no effect, and nobody has asked."""
 
@@ -184,7 +187,7 @@ class Forward(Stages, Employer):
         if self.cause is None:
             return
         for name, record in self._state.stages.items():
-            if record.state is StageState.RUNNING and record.failure is not None:
+            if record.state is _S.RUNNING and record.failure is not None:
                 # An earlier process left it open, and it did not get its turn before the saga stopped.
                 await self._unless_broken(StageFailed(stage=name, failure=record.failure, in_doubt=record.doubt))
 
@@ -261,7 +264,7 @@ class Forward(Stages, Employer):
             self._out_of_time()
         if self.is_stopping():
             return STOPPING
-        outcome = None if run.record.state is StageState.NOT_RUN else await self._left_open(run)
+        outcome = None if run.record.state is _S.NOT_RUN else await self._left_open(run)
         if outcome is None:
             outcome = await self._attempts(run)
         if run.given_up:
@@ -274,7 +277,7 @@ class Forward(Stages, Employer):
 
     def _came_late(self, run: _StageRun, outcome: _Outcome) -> None:
         """Hand over what code came to that nobody waited for any more."""
-        if outcome.failure is None and outcome.output is not None and outcome.output.status is StageStatus.OK:
+        if outcome.failure is None and outcome.output is not None and outcome.output.status is _STATUS.OK:
             self._saga.comes_late(StageCompleted(stage=run.name, output=copied_output(outcome.output), late=True))
         elif run.record.answer is False:
             # Where nothing has answered it is in doubt, and a person looks anyway.
@@ -286,13 +289,13 @@ class Forward(Stages, Employer):
     def _is_due(self, name: str) -> bool:
         """Whether the stage has yet to run."""
         record = self._state.stages[name]
-        return record.again or record.state is StageState.NOT_RUN
+        return record.again or record.state is _S.NOT_RUN
 
     async def learn(self, name: str, output: StageOutput) -> None:
         """Record a stage that its condition skipped, or that an interceptor answered for, without having been started."""
         if not self._is_due(name) or output.status in {StageStatus.CANCEL, StageStatus.FAIL}:
             return
-        skipped = output.status is StageStatus.SKIP
+        skipped = output.status is _STATUS.SKIP
         reason = brief(reason_in(output.data.get("reason"), "stageflow skipped it")) if skipped else "an interceptor answered for it"
         await self._record(StageSkipped(stage=name, reason=reason, output=copied_output(output)))
         self._refuse_unstorable(name)
@@ -306,7 +309,7 @@ class Forward(Stages, Employer):
     async def _left_open(self, run: _StageRun) -> _Outcome | None:
         """What an earlier process left to be decided; None if the stage is to run."""
         record, node = run.record, run.node
-        if record.state in {StageState.FAILED, StageState.IN_DOUBT} and not record.again:
+        if record.state in {_S.FAILED, _S.IN_DOUBT} and not record.again:
             # It died before what follows from this failure was recorded.
             return _Outcome(failure=record.failure)
         if not record.doubt:
@@ -323,11 +326,11 @@ class Forward(Stages, Employer):
             retry = run.plan.retry or self._policy.retry
             tries = record.attempts - record.attempts_before
             # Where it waited for its next attempt, that it gets one is in the ledger; what it failed with can't be asked once more.
-            was_waiting = record.state is StageState.RUNNING and failure.kind is not FailureKind.CRASHED
+            was_waiting = record.state is _S.RUNNING and failure.kind is not FailureKind.CRASHED
             may_repeat = was_waiting or retry.wait_before_next(failure, attempt=tries, elapsed=0.0) is not None
         if may_repeat:
             return None
-        if record.state is StageState.RUNNING:
+        if record.state is _S.RUNNING:
             await self._record(StageFailed(stage=run.name, failure=failure, in_doubt=True))
         return _Outcome(failure=failure)
 
@@ -349,7 +352,7 @@ class Forward(Stages, Employer):
             outcome = await self._attempt(run, seconds)
             if not run.given_up:
                 outcome = await self._wound_up(run, outcome)
-            if run.given_up or run.record.state is StageState.KEPT:
+            if run.given_up or run.record.state is _S.KEPT:
                 return outcome
             if outcome.failure is None:
                 await self._record(self._end_of(run, outcome))
@@ -389,11 +392,12 @@ class Forward(Stages, Employer):
 
     async def _wound_up(self, run: _StageRun, outcome: _Outcome) -> _Outcome:
         """The outcome of an attempt of which nothing runs any more, seen against all that is known."""
-        if outcome.failure is not None or (outcome.output is not None and outcome.output.status is not StageStatus.OK):
+        is_well = outcome.failure is None and outcome.output is not None and outcome.output.status is _STATUS.OK
+        if not is_well:
             await run.host.wind_up()
         for recording in self._saga.forgotten(run.name):
             outcome = await self._catch_up(run, recording, outcome)
-        return await self._checked(run, outcome)
+        return outcome if is_well else await self._checked(run, outcome)
 
     async def _catch_up(self, run: _StageRun, recording: Coroutine[Any, Any, None], outcome: _Outcome) -> _Outcome:
         """Record what the stage has recorded without `await`; the attempt's outcome with that."""
@@ -413,7 +417,7 @@ class Forward(Stages, Employer):
         output = outcome.output
         assert output is not None  # without a failure there is one
         copy = copied_output(output)
-        if output.status is StageStatus.SKIP:
+        if output.status is _STATUS.SKIP:
             return StageSkipped(stage=run.name, reason=brief(reason_in(output.data.get("reason"), "it said so")), output=copy)
         run.plan.warn_of_misfit(output)
         return StageCompleted(stage=run.name, output=copy)
@@ -459,14 +463,14 @@ class Forward(Stages, Employer):
     async def _checked(self, run: _StageRun, outcome: _Outcome) -> _Outcome:
         """The outcome of a stage that says that it has had no effect, seen against what its attempts before have come to."""
         record, output = run.record, outcome.output
-        if output is None or output.status not in {StageStatus.SKIP, StageStatus.CANCEL}:
+        if output is None or output.status not in {_STATUS.SKIP, StageStatus.CANCEL}:
             return outcome
         if run.node.can_probe and any(earlier.failed in _SAID_NOTHING for earlier in record.tries[:-1]):
             # They are taken at their word where nothing else is known; where it can be asked, it is asked before the word counts.
             landed = await ask(self._saga, run.name, stop=self._interrupted)
             if landed is not None:
                 return _Outcome(output=landed, failure=outcome.failure)
-        if output.status is not StageStatus.SKIP or outcome.failure is not None:
+        if output.status is not _STATUS.SKIP or outcome.failure is not None:
             return outcome
         left_within = await self._saga.left_within(run.name)
         if record.effects or record.doubt or left_within:
@@ -619,7 +623,7 @@ def _broken_contract(stage: str, attempt: int, got: str, kind: type) -> Failure:
 def _by_status(stage: str, attempt: int, output: StageOutput) -> _Outcome:
     status = output.status.value
     match output.status:
-        case StageStatus.OK | StageStatus.SKIP:
+        case _STATUS.OK | _STATUS.SKIP:
             return _Outcome(output=output)
         case StageStatus.CANCEL:
             reason = reason_in(output.data.get("cancel_reason"), "no reason given")

@@ -78,6 +78,7 @@ class Journal:
         self.unwritten: list[AnyEvent] = []
         self.unstorable: dict[str, NotStorable] = {}
         self._ledger = ledger
+        self._durable = ledger.durable
         self._version = version
         self.token = token
         self._owner = owner
@@ -120,11 +121,11 @@ class Journal:
         """
         if self.error is not None:
             raise self.error
-        if self._ledger.durable:
+        if self._durable:
             events = tuple(self._storable(event) for event in events)
         for event in events:
             self.state.apply(event)
-        if self._ledger.durable and not isinstance(events[-1], _AWAITED):
+        if self._durable and not isinstance(events[-1], _AWAITED):
             self._pending += events
             if self._timer is None:
                 self._timer = asyncio.get_running_loop().call_soon(self._wait, _TURNS)

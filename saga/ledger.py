@@ -127,6 +127,10 @@ FORGETTABLE: Final = frozenset({SagaStatus.COMPLETED, SagaStatus.DEGRADED, SagaS
 """Nothing is left to do about a saga in one of these; a stuck one waits for a person, a halted one to be resumed."""
 
 
+_SAY_NOTHING: Final = frozenset({StageStarted, EffectRecorded, StageCompleted, CompensationStarted, CompensationCompleted})
+"""Most events: of no failure, and of nothing that changes where the saga stands."""
+
+
 def status_said(events: Sequence[AnyEvent]) -> SagaStatus | None:
     """Where a saga stands after these events; None: where it stood before them."""
     for event in reversed(events):
@@ -423,8 +427,11 @@ class MemoryLedger(Ledger):
             raise LedgerConflict.overtaken(saga_id, token, saga.token, holder=saga.owner)
         if len(saga.events) != expected_version:
             raise LedgerConflict.outdated(saga_id, expected_version, len(saga.events))
-        saga.events.extend(map(at_rest, events))
-        saga.status = status_said(events) or saga.status
+        if _SAY_NOTHING.issuperset(map(type, events)):
+            saga.events += events
+        else:
+            saga.events += map(at_rest, events)
+            saga.status = status_said(events) or saga.status
         if release:
             saga.owner = None
         if saga.owner is None:

@@ -1,16 +1,28 @@
-"""Frozen dataclasses that are made quickly.
+"""What Python is slow at, done quickly: to make a frozen dataclass, to read a member of an enumeration.
 
 The constructor that dataclasses give a frozen class calls `object.__setattr__` for each field, at ten times the cost of storing it. A saga
-of five stages sets some 220 fields of ours: an eighth of its instructions went into that.
+of five stages sets some 220 fields of ours: an eighth of its instructions went into that. Until Python 3.12 an enumeration has a hook for
+attributes that it lacks, and whoever reads a member pays for it, fifty times what another attribute costs: a twentieth of a rollback.
 """
 
 from __future__ import annotations
 
 from dataclasses import MISSING, Field, dataclass, field, fields
+from enum import Enum
 from functools import update_wrapper
-from typing import Any, TypeVar, dataclass_transform
+from types import ModuleType
+from typing import Any, TypeVar, cast, dataclass_transform
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Enum)
+
+
+def members(kind: type[E]) -> type[E]:
+    """What has the enumeration's members as its attributes, and nothing else of it."""
+    # The attributes of a module are those that Python reads most quickly.
+    module = ModuleType(kind.__name__)
+    module.__dict__.update(kind.__members__)
+    return cast("type[E]", module)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))

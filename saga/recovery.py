@@ -46,8 +46,10 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Graph, Node, Role
 from saga.ledger import TRANSITIONS, StageState
 from saga.policies import ContinueWithFallback, FailFast
+from saga.quick import members
 
-_S = StageState
+_S: Final = members(StageState)
+_ROLE: Final = members(Role)
 
 
 _ANSWERS: Final = frozenset({FailureKind.REPORTED, FailureKind.CANCELLED})
@@ -312,7 +314,7 @@ class SagaState:
         for name, record in self.stages.items():
             node = self.graph[name]
             is_whole = record.landed and not record.doubt and name not in in_part
-            stands = is_whole and node.role is not Role.PLAIN and record.state is not _S.UNDONE
+            stands = is_whole and node.role is not _ROLE.PLAIN and record.state is not _S.UNDONE
             # One that was to run anew and did not get its turn is still to: what it gave came of outputs that are gone.
             renewed = any(self.stages[below].anew or below in in_part for below in node.dependencies)
             # What stands in for a stage goes on doing so when the remains of that one have been undone.
@@ -348,21 +350,22 @@ class SagaState:
         record = self.stages.get(event.stage)
         if record is None:
             raise self._contradiction("a saga without that stage", event)
-        if not self.may_follow(event):
+        if not self._may_follow(record, event):
             raise self._contradiction(f"stage {event.stage!r} in state {record.state.value}", event)
         self._FOLD[type(event)](self, record, event)
-        if record.is_held:
+        if record.held is not None and record.is_held:
             # Whatever becomes known of another execution.
             record.doubt = True
 
     def may_follow(self, event: StageEvent) -> bool:
         """Whether the state of its stage lets the event follow."""
-        record = self.stages[event.stage]
-        return type(event) in TRANSITIONS[record.state] and self._is_due(record, event)
+        return self._may_follow(self.stages[event.stage], event)
 
-    def _is_due(self, record: StageRecord, event: StageEvent) -> bool:
-        """Whether an event that the state allows is one that the saga waits for."""
+    def _may_follow(self, record: StageRecord, event: StageEvent) -> bool:
         state, kind = record.state, type(event)
+        if kind not in TRANSITIONS[state]:
+            return False
+        # The state allows it; is it one that the saga waits for?
         if kind is StageCompleted or kind is CompensationCompleted:
             waited_for = state is _S.RUNNING or state is _S.COMPENSATING
             is_due = waited_for or state is _S.STUCK or kind is StageCompleted or self._is_to_be_undone(event.stage)
@@ -388,20 +391,25 @@ class SagaState:
     def _stage_started(self, record: StageRecord, event: StageStarted) -> None:
         if self.status is not SagaStatus.RUNNING:
             raise self._contradiction(f"a saga that is {self.status.value}", event)
-        self._begin(record)
         if event.execution != record.execution and record.execution:
             record.forget()
+        if record.state is not _S.NOT_RUN:
+            self._begin_again(record)
         if record.order < 0:
             record.order = self._started
             self._started += 1
             record.started_at = event.at
-        # What a probe answered holds for the attempts before it.
-        record.state, record.answer, record.unanswered, record.again, record.failed = _S.RUNNING, None, False, False, False
+        record.state, record.is_acting, record.attempts, record.execution = _S.RUNNING, True, event.attempt, event.execution
+        record.tries = (*record.tries, Try(event.at))
+
+    def _begin_again(self, record: StageRecord) -> None:
+        """What was said of the attempts before it, of a stage that has run or was skipped."""
+        self._begin(record)
+        # What a probe answered holds for those.
+        record.answer, record.unanswered, record.again, record.failed = None, False, False, False
         record.with_branch, record.skip_reason, record.may_repeat, record.gave_up = False, None, False, False
         record.late_to_undoing = False
-        record.is_acting, record.attempts, record.execution = True, event.attempt, event.execution
         self._let_go(record)
-        record.tries = (*record.tries, Try(event.at))
 
     def _effect_recorded(self, record: StageRecord, event: EffectRecorded) -> None:
         record.effects = (*record.effects, event.effect)
@@ -643,32 +651,35 @@ class Step(Enum):
     """Something stands, or may stand, and nothing can be done about it."""
 
 
+_STEP: Final = members(Step)
+
+
 def undo_step(node: Node, record: StageRecord) -> Step:
     """What undoing this stage comes to next."""
-    if node.role is Role.PLAIN:
-        return Step.CLEAR
+    if node.role is _ROLE.PLAIN:
+        return _STEP.CLEAR
     if record.is_held and record.state is not _S.COMPENSATING:
-        return Step.HOLD
+        return _STEP.HOLD
     if record.state is _S.UNDONE:
-        return Step.CLEAR
+        return _STEP.CLEAR
     if record.state is _S.STUCK:
-        return Step.HOLD
+        return _STEP.HOLD
     if record.state is _S.COMPENSATING:
-        return Step.PROBE if record.undo_in_question and node.can_probe else Step.COMPENSATE
+        return _STEP.PROBE if record.undo_in_question and node.can_probe else _STEP.COMPENSATE
     unsure = record.doubt or record.state is _S.FAILED
     if unsure and node.can_probe and record.answer is None and not record.unanswered:
-        return Step.PROBE
+        return _STEP.PROBE
     if record.past_pivot:
         # Its compensation undoes what may be, where it is made for not knowing; from there on nothing can be done about it.
-        return Step.COMPENSATE if record.doubt and node.undo_in_doubt else Step.HOLD
-    if node.role is Role.PIVOT:
-        return Step.HOLD if record.doubt or record.landed else Step.CLEAR
+        return _STEP.COMPENSATE if record.doubt and node.undo_in_doubt else _STEP.HOLD
+    if node.role is _ROLE.PIVOT:
+        return _STEP.HOLD if record.doubt or record.landed else _STEP.CLEAR
     if node.holds_pivot and record.landed and not record.fell_back:
         # It completed, though it was not known when the saga turned back (promise 10).
-        return Step.HOLD
+        return _STEP.HOLD
     if record.doubt:
-        return Step.COMPENSATE if node.undo_in_doubt else Step.HOLD
-    return Step.COMPENSATE if record.landed or record.effects or record.stands_in_part else Step.CLEAR
+        return _STEP.COMPENSATE if node.undo_in_doubt else _STEP.HOLD
+    return _STEP.COMPENSATE if record.landed or record.effects or record.stands_in_part else _STEP.CLEAR
 
 
 def _may_be_asked(record: StageRecord) -> bool:
@@ -741,10 +752,10 @@ def _standing(state: SagaState) -> set[str]:
         node = state.graph[name]
         if _is_kept_by_word(record):
             kept.add(name)
-        elif node.role is Role.PIVOT and record.landed:
+        elif node.role is _ROLE.PIVOT and record.landed:
             # Behind its fallback it serves nothing, but it has landed.
             standing.add(name)
-        elif record.past_pivot and undo_step(node, record) is Step.HOLD and not _may_be_asked(record):
+        elif record.past_pivot and undo_step(node, record) is _STEP.HOLD and not _may_be_asked(record):
             standing.add(name)
     # A word keeps what it is about and all that this stands on, which the remains of a replaced stage are not.
     below = {name for name in state.graph.with_ancestors(kept) if not state.stages[name].fell_back}
@@ -814,9 +825,9 @@ class Rollback:
             name = pending.pop()
             record = self._state.stages[name]
             match undo_step(self._state.graph[name], record):
-                case Step.CLEAR:
+                case _STEP.CLEAR:
                     pending += self._release(name)
-                case Step.HOLD:
+                case _STEP.HOLD:
                     if self._goes_past(name):
                         pending += self._release(name)
                 case _:
@@ -826,10 +837,9 @@ class Rollback:
 def stage_states(state: SagaState, policy: FailFast | ContinueWithFallback) -> dict[str, StageState]:
     """Where every stage stands, in topological order; each is in exactly one state (promise 4)."""
     blocked: frozenset[str] = frozenset()
-    # One that is stuck and never turned back did not for want of anything that could be undone: what is left over waits for that.
-    reason = TurnReason.ORPHANS if state.reason is None and state.status is SagaStatus.STUCK else state.reason
-    if reason is not None and state.status is not SagaStatus.COMPENSATING:
-        blocked = undo_scope(state, policy, reason)
+    if state.status is SagaStatus.STUCK:
+        # One that never turned back did not for want of anything that could be undone: what is left over waits for that.
+        blocked = undo_scope(state, policy, state.reason or TurnReason.ORPHANS)
     states = {}
     for node in state.graph.nodes:
         record = state.stages[node.name]
@@ -838,7 +848,7 @@ def stage_states(state: SagaState, policy: FailFast | ContinueWithFallback) -> d
             shown = _S.IN_DOUBT
         elif record.fell_back and shown is _S.UNDONE:
             shown = _S.FALLBACK
-        elif node.name in blocked and shown is not _S.STUCK and undo_step(node, record) is not Step.CLEAR:
+        elif node.name in blocked and shown is not _S.STUCK and undo_step(node, record) is not _STEP.CLEAR:
             shown = _S.BLOCKED
         states[node.name] = shown
     return states
@@ -917,7 +927,7 @@ def final_status(state: SagaState, policy: FailFast | ContinueWithFallback) -> S
     unsettled = state.reason in {None, TurnReason.ORPHANS} and has_doubt(state)
     if state.reason is not None:
         scope = undo_scope(state, policy, state.reason)
-        unsettled = unsettled or any(undo_step(state.graph[name], state.stages[name]) is not Step.CLEAR for name in scope)
+        unsettled = unsettled or any(undo_step(state.graph[name], state.stages[name]) is not _STEP.CLEAR for name in scope)
     # What is stuck may have left the scope: what came late, or a person's word, has given a use to what it was to be undone for.
     if unsettled or any(record.state is _S.STUCK or record.is_held for record in state.stages.values()):
         return SagaStatus.STUCK
@@ -931,5 +941,5 @@ def final_status(state: SagaState, policy: FailFast | ContinueWithFallback) -> S
     if any(record.state is _S.KEPT or record.fell_back for name, record in state.stages.items() if name not in useless):
         return SagaStatus.DEGRADED
     # Nothing came of it; but what the policy keeps all the same stands, and whoever runs this saga has to see to it.
-    stands = any(state.stages[name].state is _S.KEPT and state.graph[name].role is not Role.PLAIN for name in useless)
+    stands = any(state.stages[name].state is _S.KEPT and state.graph[name].role is not _ROLE.PLAIN for name in useless)
     return SagaStatus.HALTED if stands or protected(state) else SagaStatus.COMPENSATED

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 from stageflow.api import PipelineResults, StageOutput
@@ -13,14 +13,14 @@ from stageflow.api import PipelineResults, StageOutput
 from saga.errors import LedgerConflict, MisuseError, SagaError, SagaFailed
 from saga.events import AnyEvent, SagaStatus, StageSettled, Verdict
 from saga.failures import Failure, FailureKind
-from saga.frozen import frozen
 from saga.ledger import StageState
 from saga.outputs import Output, Plain, copied, copied_output
+from saga.quick import frozen, members
 from saga.recovery import SagaState, StageRecord, Try, protected, stage_states
 from saga.render.text import summary
 from saga.text import printable
 
-_S = StageState
+_S: Final = members(StageState)
 
 
 @frozen

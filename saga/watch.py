@@ -148,17 +148,6 @@ def cut_short_by(error: BaseException) -> Exception:
     return LedgerError(f"the saga was cut short by a {type(error).__name__}: it is left as if its process had been killed, resume it")
 
 
-async def absorbed(task: asyncio.Task[Any]) -> bool:
-    """Take back the cancels that the task that runs now got; whether there were any."""
-    if not task.cancelling():
-        return False
-    # One that has not been delivered yet would otherwise strike at our own next await.
-    with contextlib.suppress(asyncio.CancelledError):
-        await asyncio.sleep(0)
-    _uncancel(task)
-    return True
-
-
 def _uncancel(task: asyncio.Task[Any]) -> None:
     while task.cancelling():
         task.uncancel()
@@ -246,7 +235,13 @@ class Watched:
 
     async def absorb(self) -> bool:
         """Take back the cancels that the task got; whether there were any, from here or from outside."""
-        return await absorbed(self.task)
+        if not self.task.cancelling():
+            return False
+        # One that has not been delivered yet would otherwise strike at our own next await.
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        _uncancel(self.task)
+        return True
 
 
 class Crew(Generic[W]):

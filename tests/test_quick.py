@@ -1,4 +1,4 @@
-"""What is made quickly is what dataclasses would have made: frozen, equal, copied, derived from."""
+"""What is done quickly comes to the same: a dataclass that is frozen, equal, copied, derived from; the members of an enumeration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from saga.events import SagaStarted, StageCompleted, StageStarted
-from saga.frozen import frozen
+from saga.ledger import StageState
+from saga.quick import frozen, members
 from saga.report import StageReport
 
 
@@ -108,3 +109,11 @@ def test_its_signature_tells_the_types_of_its_fields(kind: Any) -> None:
 
     assert [*signature.parameters] == [one.name for one in fields(kind)]
     assert all(parameter.annotation is not inspect.Parameter.empty for parameter in signature.parameters.values())
+
+
+def test_the_members_of_an_enumeration_are_its_own() -> None:
+    kept: StageState = members(StageState).KEPT
+
+    assert kept is StageState.KEPT
+    assert {name: getattr(members(StageState), name) for name in StageState.__members__} == dict(StageState.__members__)
+    assert not hasattr(members(StageState), "LOST")
