@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from enum import StrEnum
-from traceback import TracebackException
-from types import TracebackType
-from typing import Final, Self
+from traceback import StackSummary, TracebackException, walk_tb
+from types import CodeType, TracebackType
+from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -127,15 +127,47 @@ def _traced(error: BaseException) -> str:
 
 
 def _formatted(error: BaseException) -> str:
-    # Without the marks under the lines: for each of them Python parses the source, all in all longer than a saga takes to be undone.
-    whole = TracebackException(type(error), error, _by_user(error.__traceback__), compact=True)
+    # Python looks into the frames for what an unknown name may have meant; of all else the stack is put in below.
+    trace = _by_user(error.__traceback__)
+    whole = TracebackException(type(error), error, trace if isinstance(error, NameError) else None, compact=True)
+    whole.stack = _stack(trace)
     parts = [whole]
     while parts:
         part = parts.pop()
         for frame in part.stack:
+            # For the marks under each line Python would parse the source, all in all longer than a saga takes to be undone.
             frame.colno = None
         parts += [inner for inner in (part.__cause__, part.__context__, *(part.exceptions or ())) if inner is not None]
     return "".join(whole.format())
+
+
+class _Stack(StackSummary):
+    """A stack in words, and the code that it is of, so that no other gets its address."""
+
+    codes: list[CodeType]
+    words: list[str]
+
+    def format(self, **_: Any) -> list[str]:
+        """The words."""
+        return self.words
+
+
+_MOST_STACKS: Final = 256
+_STACKS: Final[dict[tuple[tuple[int, int], ...], _Stack]] = {}
+"""Those of the last failures. What fails often fails in the same places, and to find the words takes an eighth of a rollback."""
+
+
+def _stack(trace: TracebackType | None) -> StackSummary:
+    frames = list(walk_tb(trace))
+    codes = [frame.f_code for frame, _ in frames]
+    places = tuple([(id(frame.f_code), line) for frame, line in frames])
+    known = _STACKS.get(places)
+    if known is None:
+        if len(_STACKS) >= _MOST_STACKS:
+            _STACKS.clear()
+        known = _STACKS[places] = _Stack(StackSummary.extract(iter(frames)))
+        known.codes, known.words = codes, StackSummary.format(known)
+    return known
 
 
 def _by_user(trace: TracebackType | None) -> TracebackType | None:

@@ -7,6 +7,7 @@ import gc
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from traceback import format_exception
 from typing import Any
@@ -128,6 +129,51 @@ def test_a_traceback_tells_of_every_cause_and_member_all_but_the_marks_under_the
     assert marks
     assert failure.traceback is not None
     assert failure.traceback.splitlines() == [line for line in whole if line not in marks]
+
+
+def unlike_any_other(depth: int) -> Failure:
+    """Something that fails at a place of its own each time: a function that nobody else has."""
+    namespace: dict[str, Any] = {"CardDeclined": CardDeclined}
+    source = f"def fails_{depth}():\n    raise CardDeclined('limit')\n"
+    exec(compile(source, f"shop_{depth}.py", "exec"), namespace)  # noqa: S102 - it is written here
+    try:
+        namespace[f"fails_{depth}"]()
+    except CardDeclined as error:
+        return Failure.raised("pay", error, attempt=1)
+    raise AssertionError("it did not fail")
+
+
+def test_each_failure_has_a_traceback_of_its_own_however_many_there_are() -> None:
+    """The words for a place are kept for the next failure there."""
+    for _ in range(2):
+        for depth in range(300):
+            told = str(unlike_any_other(depth).traceback)
+
+            assert f'File "shop_{depth}.py", line 2, in fails_{depth}\n' in told
+            assert told.endswith("CardDeclined: limit\n")
+
+
+def test_the_words_for_a_place_hold_nothing_of_what_failed_there() -> None:
+    def fails() -> weakref.ref[World]:
+        world = World({})
+        try:
+            raise CardDeclined(str(world.standing))
+        except CardDeclined as error:
+            Failure.raised("pay", error, attempt=1)
+        return weakref.ref(world)
+
+    assert fails()() is None
+
+
+def test_a_traceback_says_what_an_unknown_name_may_have_meant() -> None:
+    try:
+        declined = CardDeclined("limit")
+        raise decline from declined  # type: ignore[name-defined] # there is none
+    except NameError as error:
+        failure = Failure.raised("pay", error, attempt=1)
+        last = format_exception(error)[-1]
+
+    assert str(failure.traceback).endswith(last)
 
 
 def test_the_tracebacks_in_a_report_begin_with_the_users_code() -> None:
