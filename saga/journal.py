@@ -23,6 +23,7 @@ from saga.events import (
 from saga.ledger import Ledger, StageState
 from saga.recovery import SagaState, Step, undo_step
 from saga.storable import refuse_unstorable, storable
+from saga.turns import Turns, turns
 from saga.watch import Answer, outlasting
 
 Listener = Callable[[str, AnyEvent], None]
@@ -34,9 +35,6 @@ It is told of the start of an attempt in the task that then runs the attempt, so
 _LOG: Final = logging.getLogger("saga")
 _AWAITED: Final = (StageStarted, CompensationStarted, EffectRecorded, SagaResumed, SagaEnded)
 """What has to be in the ledger before anybody goes on; everything else may be written together with the next of these."""
-_TURNS: Final = 10
-"""Turns of the event loop for which an event waits before it lingers. The start that a completion enables is at most five turns away,
-however long they take where a thousand sagas run; and a timer, which the loop has to sort, is seldom needed."""
 
 
 class Journal:
@@ -55,7 +53,7 @@ class Journal:
         token: That of the lease under which it writes; None while the saga is not in the ledger.
         error: What went wrong with an append; None if nothing did.
         unwritten: The events that were to be written then: what they were to guard has not run.
-        linger: Seconds after which an event is written although nobody waits for it.
+        linger: Seconds after which an event is written although nobody waits for it, when some turns of the event loop have passed.
     """
 
     linger: float = 0.002
@@ -85,7 +83,8 @@ class Journal:
         self._under = under
         self._listeners = listeners
         self._pending: list[AnyEvent] = []
-        self._timer: asyncio.Handle | None = None
+        self._turns: Turns | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._late_write: asyncio.Task[None] | None = None
         self._is_creating = False
         self._behind: list[tuple[Sequence[AnyEvent], Answer[None]]] = []
@@ -122,13 +121,14 @@ class Journal:
         if self.error is not None:
             raise self.error
         if self._durable:
-            events = tuple(self._storable(event) for event in events)
+            events = tuple([self._storable(event) for event in events])
         for event in events:
             self.state.apply(event)
         if self._durable and not isinstance(events[-1], _AWAITED):
             self._pending += events
-            if self._timer is None:
-                self._timer = asyncio.get_running_loop().call_soon(self._wait, _TURNS)
+            if self._turns is None:
+                self._turns = turns()
+                self._turns.wait(self._linger)
             return
         if self._pending:
             events = (*self._pending, *events)
@@ -151,13 +151,15 @@ class Journal:
 
     def _forget_pending(self) -> None:
         self._pending.clear()
+        if self._turns is not None:
+            self._turns.call_off(self._linger)
+            self._turns = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _wait(self, turns: int) -> None:
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_soon(self._wait, turns - 1) if turns else loop.call_later(self.linger, self._write_soon)
+    def _linger(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self.linger, self._write_soon)
 
     def _write_soon(self) -> None:
         self._late_write = asyncio.get_running_loop().create_task(self._write_late())
