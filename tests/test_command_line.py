@@ -817,6 +817,35 @@ def test_an_import_is_refused_as_a_whole(shop: Shop) -> None:
     assert not (shop.folder / "new.db").exists()
 
 
+def test_a_child_that_the_ledger_would_not_take_keeps_the_saga_that_runs_it_from_being_imported(shop: Shop) -> None:
+    shop.saga("run", "shop:family", "--id", "s")
+    large = shop.saga("export", "s").out.replace('"receipt":7', '"receipt":"' + "7" * 2**24 + '"')
+    shop.write("s.jsonl", large)
+
+    done = shop.saga("import", "s.jsonl", "--ledger", "sqlite:///new.db")
+
+    assert done.code == Exit.FAILED
+    assert re.fullmatch(r"saga: expected at most .*, got 16,777,\d+, StageCompleted of saga s/book; nothing was imported\n", done.err)
+    assert shop.saga("list", "--nested", "--ledger", "sqlite:///new.db").out.splitlines()[1:] == []
+
+
+def test_nobody_can_go_on_with_an_imported_saga_before_its_children_are_there(shop: Shop) -> None:
+    shop.saga("run", "shop:family", "--id", "s")
+    shop.write("s.jsonl", shop.saga("export", "s").out)
+    shop.saga("run", "shop:order", "--id", "other", "--ledger", "sqlite:///new.db")
+    with closing(sqlite3.connect("new.db", isolation_level=None)) as connection:
+        connection.execute("CREATE TABLE free (id TEXT, beside TEXT)")
+        connection.execute(
+            "CREATE TRIGGER looks AFTER INSERT ON sagas BEGIN INSERT INTO free SELECT id, new.id FROM sagas WHERE owner IS NULL; END"
+        )
+
+    shop.saga("import", "s.jsonl", "--ledger", "sqlite:///new.db")
+
+    with closing(sqlite3.connect("new.db")) as connection:
+        assert connection.execute("SELECT * FROM free").fetchall() == [("other", "s"), ("other", "s/book")]
+        assert connection.execute("SELECT id FROM sagas WHERE owner IS NOT NULL").fetchall() == []
+
+
 def test_prune_forgets_what_is_old_and_done(shop: Shop) -> None:
     shop.saga("run", "shop:order", "--id", "s")
 

@@ -32,8 +32,8 @@ from saga.cli.pipelines import did_you_mean, load, load_all
 from saga.cli.settings import settings
 from saga.cli.view import Stderr, tell_on, view
 from saga.coordinator import SagaCoordinator
-from saga.errors import LedgerCorrupt, MisuseError, SagaExists, SagaNotFound, SagasDamaged
-from saga.events import AnyEvent, SagaStarted, SagaStatus, Verdict, event_from_json, event_to_json
+from saga.errors import LedgerCorrupt, LedgerError, MisuseError, SagaExists, SagaNotFound, SagasDamaged
+from saga.events import AnyEvent, SagaStarted, SagaStatus, Verdict, event_from_json, event_to_json, line_of
 from saga.ledger import ALIVE, Entry, Ledger, listed
 from saga.ledgers import open_ledger
 from saga.lint import Explanation, Finding, Severity
@@ -44,7 +44,7 @@ from saga.policies import Policy, load_policy
 from saga.recovery import SagaState
 from saga.render.text import Reach, command_for, next_command, recover_command, summary
 from saga.report import Recovery, SagaReport
-from saga.text import printable
+from saga.text import bytes_of, printable
 
 MEMORY: Final = "memory:"
 _TARGET: Final = "MODULE:PIPELINE"
@@ -494,15 +494,32 @@ def import_(
 
     async def taken_over() -> None:
         async with _opened(_durable(ledger, exists=False)) as opened:
-            for saga_id in sagas:
+            for saga_id, events in sagas.items():
                 if await opened.read(saga_id):
                     raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Nothing was imported.")
-            for saga_id, events in sagas.items():
-                await opened.release(saga_id, await opened.create(saga_id, f"import-{secrets.token_hex(8)}", events))
+                _refuse_too_large(opened.max_event_bytes, saga_id, events)
+            # Held until the last one is there: who goes on with a saga whose children are still to come would begin them anew.
+            owner = f"import-{secrets.token_hex(8)}"
+            tokens = {saga_id: await opened.create(saga_id, owner, events) for saga_id, events in sagas.items()}
+            for saga_id, token in tokens.items():
+                await opened.release(saga_id, token)
 
     asyncio.run(taken_over())
     for saga_id, events in sagas.items():
         typer.echo(f"{printable(saga_id)}  {SagaState(events).status.value}")
+
+
+def _refuse_too_large(most: int | None, saga_id: str, events: Sequence[AnyEvent]) -> None:
+    """Refuse what the ledger would refuse only when it has taken other sagas already.
+
+    Raises:
+        LedgerError: One of the events has more bytes of JSON than it takes.
+    """
+    largest = max(events, key=lambda event: bytes_of(line_of(event)))
+    size = bytes_of(line_of(largest))
+    if most is not None and size > most:
+        got = f"{size:,}, {type(largest).__name__} of saga {saga_id}"
+        raise LedgerError(f"expected at most {most:,} bytes of JSON in one event (max_event_bytes), got {got}; nothing was imported")
 
 
 def _sagas_in(lines: Iterator[str]) -> dict[str, list[AnyEvent]]:
