@@ -510,6 +510,32 @@ def test_a_file_that_was_taken_away_is_not_written_to_any_more(whole: bytes, pat
         assert "was moved, deleted or replaced while it was in use; nothing was recorded" in str(answer)
 
 
+def test_in_the_place_of_a_ledger_that_was_taken_away_no_other_one_is_made_and_it_goes_on_when_it_is_back(path: Path) -> None:
+    elsewhere = path.parent / "elsewhere"
+    elsewhere.mkdir()
+
+    async def take_away(_: Any) -> None:
+        for file in path.parent.glob("sagas.db*"):
+            await asyncio.to_thread(file.rename, elsewhere / file.name)
+
+    async def put_back(_: Any) -> list[str]:
+        made = [file.name for file in path.parent.glob("sagas.db*")]
+        for file in elsewhere.iterdir():
+            await asyncio.to_thread(file.rename, path.parent / file.name)
+        return made
+
+    *_, gone, unread, unheard, made, recorded, events = on(
+        SQLiteLedger(path), create(), take_away, append(FIRST), append(FIRST), read(), create("new"), put_back, append(FIRST), read()
+    )
+
+    for answer in (gone, unread, unheard):
+        assert type(answer) is LedgerError
+        assert str(answer) == f"the ledger {path} is gone; put it back, or restart to begin a new one. Nothing was recorded"
+    assert made == []
+    assert recorded is None
+    assert [*map(type, events)] == [SagaStarted, StageStarted]
+
+
 @pytest.mark.parametrize("is_linked", [False, True])
 def test_a_log_that_another_process_took_away_is_not_written_to_any_more(path: Path, is_linked: bool) -> None:
     """Where the process itself has opened and closed the file, its locks are gone: appends would be acknowledged, and be nowhere."""
@@ -668,7 +694,7 @@ def test_an_event_loop_that_is_gone_before_its_answer_keeps_nobody_else_from_the
 
 
 def test_an_append_is_synced_before_it_is_acknowledged(path: Path) -> None:
-    store = sqlite._Store(path, 30.0, 10.0, time.time)
+    store = sqlite._Store(path, 30.0, 10.0, time.time, threading.Event())
     connection = store._connection()
 
     assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -688,7 +714,7 @@ def test_to_forget_many_owners_takes_one_look_at_every_saga_and_only_at_the_end(
         )
         connection.execute(f"INSERT INTO owners {numbers} SELECT iif(n % 10, 'gone', 'holder') || n, 0 FROM numbers")  # noqa: S608 - as above
         connection.execute("UPDATE sagas SET status = ? WHERE id = 's'", (status,))
-    store, steps = sqlite._Store(path, 30.0, 10.0, time.time), [0]
+    store, steps = sqlite._Store(path, 30.0, 10.0, time.time, threading.Event()), [0]
 
     def count() -> None:
         steps[0] += 1

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
+from threading import Event
 from typing import Any, Final
 
 from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
@@ -152,7 +153,7 @@ class SQLiteLedger(DurableLedger):
         self.path: Final = Path(path).absolute()
         super().__init__(
             f"SQLiteLedger({str(path)!r})",
-            partial(_Store, self.path, lease, patience, clock),
+            partial(_Store, self.path, lease, patience, clock, Event()),
             lease=lease,
             patience=patience,
             max_event_bytes=max_event_bytes,
@@ -161,8 +162,9 @@ class SQLiteLedger(DurableLedger):
 
 
 class _Store:
-    def __init__(self, path: Path, lease: float, patience: float, clock: Callable[[], float]) -> None:
+    def __init__(self, path: Path, lease: float, patience: float, clock: Callable[[], float], was_there: Event) -> None:
         self._path = path
+        self._was_there = was_there
         self._lease = lease
         self._patience = patience
         self._clock = clock
@@ -333,7 +335,11 @@ class _Store:
         if self._opened is None:
             # SQLite follows links: the log is beside the file itself.
             file = Path(os.path.realpath(self._path))
+            if self._was_there.is_set() and not file.exists():
+                # Sagas that run know of what is in it, and whoever puts it back would lose what was recorded in a new one meanwhile.
+                raise LedgerError(f"the ledger {self._path} is gone; put it back, or restart to begin a new one. Nothing was recorded")
             self._opened = _open(self._path, file, self._patience)
+            self._was_there.set()
             self._log = _log_of(file)
             self._files = self._identities()
         elif self._identities() != self._files:
