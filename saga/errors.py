@@ -120,18 +120,22 @@ class LedgerConflict(LedgerError):
         holder: Who holds it, if it is about that.
         until: When the holder counts as gone unless it says that it is alive, UTC; None: not before it lets go.
         is_held: Whether the lease could not be had, so that nothing was begun; not whether one that was had is lost.
+        is_missing: Whether there is no such saga, so that nobody else can go on with it.
     """
 
-    def __init__(self, message: str, *, holder: str | None = None, until: datetime | None = None, is_held: bool = False) -> None:
+    def __init__(
+        self, message: str, *, holder: str | None = None, until: datetime | None = None, is_held: bool = False, is_missing: bool = False
+    ) -> None:
         self.holder = holder
         self.until = until
         self.is_held = is_held
+        self.is_missing = is_missing
         super().__init__(message)
 
     @classmethod
     def missing(cls, saga_id: str) -> Self:
         """There is no such saga."""
-        return cls(f"there is no saga {saga_id}")
+        return cls(f"there is no saga {saga_id}", is_missing=True)
 
     @classmethod
     def exists(cls, saga_id: str) -> Self:

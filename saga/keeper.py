@@ -298,10 +298,10 @@ class SagaKeeper(Keeper):
     async def _to_rest(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
-        except LedgerConflict:
-            # Somebody else goes on with it; what is in effect is theirs to know.
-            raise
         except LedgerError as error:
+            if isinstance(error, LedgerConflict) and not error.is_missing:
+                # Somebody else goes on with it; what is in effect is theirs to know.
+                raise
             raise saga.journal.left_unrecorded(error) from error
 
     async def _report(self, saga: LiveSaga) -> SagaReport:

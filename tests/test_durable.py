@@ -30,6 +30,7 @@ from saga import (
     SagaContext,
     SagaCoordinator,
     SagaStatus,
+    SagaUnrecorded,
     compensable,
     nested,
 )
@@ -37,6 +38,7 @@ from saga.events import AnyEvent, SagaStarted, StageCompleted, StageProbed, Stag
 from saga.outputs import stored
 from tests.controlled import ControlledLoop, elapse, run
 from tests.dying import Dying
+from tests.places import PostgresSchema, SQLiteFile
 from tests.slow import SlowDisk
 from tests.world import BRANCHES, DIAMOND, SEQUENCE, Script, scene
 
@@ -186,6 +188,31 @@ def test_an_owner_says_that_it_is_alive_as_long_as_a_saga_of_its_is(caplog: pyte
     run(play())
 
     assert "the ledger could not be told that" in caplog.text
+
+
+def test_a_saga_of_which_its_ledger_knows_nothing_any_more_says_what_is_in_effect(durable: SQLiteFile | PostgresSchema) -> None:
+    """Nobody else goes on with it: a ledger from before it began was put in the place of its own, for example."""
+    world, pipeline = scene(SEQUENCE)
+
+    async def play() -> SagaUnrecorded:
+        async with durable.open() as ledger:
+
+            def forget(name: str) -> None:
+                if name == "b":
+                    durable.execute("DELETE FROM sagas")
+
+            world.witness = forget
+            with pytest.raises(SagaUnrecorded) as caught:
+                await SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s")
+            return caught.value
+
+    error = asyncio.run(play())
+
+    assert world.log == ["+a", "+b"]
+    assert (error.in_effect, error.unknown) == (("a", "b"), ())
+    assert str(error).startswith(
+        "saga s stopped, because its ledger failed: there is no saga s. Nothing more was started. In effect: a, b;"
+    )
 
 
 def test_a_saga_whose_ledger_failed_is_given_back_so_that_another_goes_on_with_it_at_once() -> None:
