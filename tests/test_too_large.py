@@ -33,7 +33,7 @@ from saga import (
     StageState,
     compensable,
 )
-from saga.events import AnyEvent, EffectRecorded, StageCompleted, StageFailed, StageProbed, StageSkipped
+from saga.events import AnyEvent, EffectRecorded, SagaStarted, StageCompleted, StageFailed, StageProbed, StageSkipped
 from saga.failures import Failure, FailureKind
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.outputs import Opaque
@@ -363,6 +363,25 @@ def test_what_redact_takes_out_in_place_is_known_to_the_saga_that_is_running(tmp
 
     assert report.status == "compensated"
     assert refunded == [({"buyer": {"card": "4711"}}, ({"card": "4711", "cents": 1200},))]
+
+
+def test_what_redact_takes_out_of_a_policy_in_place_is_known_to_the_saga_that_is_running(tmp_path: Path) -> None:
+    def without_cards(event: AnyEvent) -> AnyEvent:
+        if isinstance(event, SagaStarted) and isinstance(event.policy, ContinueWithFallback):
+            event.policy.fallbacks["pay"].pop("card")
+        return event
+
+    async def pay(_: StageContext) -> None:
+        raise OSError
+
+    async def main() -> SagaReport:
+        policy = ContinueWithFallback(fallbacks={"pay": {"card": "4711", "cents": 1200}})
+        async with SQLiteLedger(tmp_path / "sagas.db", redact=without_cards) as ledger:
+            return await SagaCoordinator(policy, ledger=ledger).run(Pipeline().with_stage("pay", pay, "work"))
+
+    report = asyncio.run(main())
+
+    assert report.kept["pay"].data == {"card": "4711", "cents": 1200}
 
 
 class Clock(tzinfo):

@@ -161,7 +161,7 @@ class Writer:
 
 def _own(event: AnyEvent) -> AnyEvent:
     """The event with copies of what a user may change in place: the saga that is running keeps what it knows."""
-    copies = {"output": copied_output, "effect": copied, "input": copied}
+    copies = {"output": copied_output, "effect": copied, "input": copied, "policy": copied}
     return replace(event, **{name: copy(value) for name, copy in copies.items() if (value := getattr(event, name, None)) is not None})
 
 
