@@ -36,6 +36,7 @@ from saga.recovery import SagaState
 from saga.report import Recovery, SagaReport
 from saga.resumption import recovering, resumption, undoing
 from saga.text import shown
+from saga.watch import this_task
 
 if TYPE_CHECKING:
     from stageflow import BaseInterceptor
@@ -198,7 +199,11 @@ class SagaCoordinator:
             by=by or user(),
             output=None if output is None else StageOutput.ok(copied(output)),
         )
+        cancels = this_task().cancelling()
         await self._keeper.amendments.settle(saga_id, said)
+        if this_task().cancelling() > cancels:
+            # A durable ledger answers whoever is cancelled meanwhile all the same, so that every saga that is to know learns of the word.
+            raise asyncio.CancelledError
         return await self.report(saga_id)
 
     async def recover(

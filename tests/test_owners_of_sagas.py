@@ -16,6 +16,7 @@ from stageflow.api import Pipeline
 
 from saga import (
     CompensableStage,
+    Compensation,
     CompensationContext,
     FailFast,
     LedgerConflict,
@@ -23,18 +24,22 @@ from saga import (
     MemoryLedger,
     MisuseError,
     Recovery,
+    Retry,
     SagaContext,
     SagaCoordinator,
     SagaExists,
     SagaNotFound,
     SagaReport,
     SagaStatus,
+    StageState,
     compensable,
     nested,
 )
 from saga import coordinator as coordinator_module
 from saga.blueprint import Blueprint
-from saga.events import AnyEvent, SagaStarted
+from saga.events import AnyEvent, SagaStarted, StageSettled
+from saga.ledgers.sqlite import SQLiteLedger
+from saga.watch import this_task
 from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk, SlowLedger
@@ -343,6 +348,31 @@ def test_a_caller_that_is_cancelled_while_its_resuming_is_recorded_gets_its_canc
     assert any("SagaResumed" in write for write in ledger.writes)
     assert report.status is SagaStatus.COMPENSATED
     assert world.standing == {}
+
+
+def test_a_person_who_is_cancelled_while_the_word_is_recorded_gets_the_cancel_and_has_said_it(tmp_path: Path) -> None:
+    class Cancelling(SQLiteLedger):
+        """Cancels whoever records a person's word."""
+
+        async def append(self, saga_id: str, events: Sequence[AnyEvent], **how: Any) -> None:
+            if isinstance(events[0], StageSettled):
+                this_task().cancel()
+            await super().append(saga_id, events, **how)
+
+    _, pipeline = scene(SEQUENCE, {"b": Script(undo_fails=1), "c": Script("raise")})
+
+    async def play() -> tuple[asyncio.Task[SagaReport], SagaReport]:
+        async with Cancelling(tmp_path / "sagas.db") as ledger:
+            coordinator = SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1))), ledger=ledger)
+            await coordinator.run(pipeline, saga_id="s")
+            settling = asyncio.create_task(coordinator.settle("s", "b", "undone", "cancelled by phone"))
+            await asyncio.wait({settling})
+            return settling, await coordinator.report("s")
+
+    settling, report = asyncio.run(play())
+
+    assert settling.cancelled()
+    assert report.stages["b"].state is StageState.UNDONE
 
 
 class SlowToAnswer(MemoryLedger):
