@@ -121,7 +121,7 @@ _ENCODERS: Final[dict[type, tuple[str, Callable[[Any], Any]]]] = {
     float: ("float", repr),
     datetime: ("datetime", lambda when: _of_zone(when) or when.isoformat()),
     date: ("date", date.isoformat),
-    time: ("time", time.isoformat),
+    time: ("time", lambda clock: _of_zone(clock) or clock.isoformat()),
     timedelta: ("timedelta", lambda span: [span.days, span.seconds, span.microseconds]),
     UUID: ("uuid", str),
     Decimal: ("decimal", str),
@@ -142,9 +142,9 @@ _DERIVED: Final[dict[type, Callable[[Any], Any]]] = {
 """What values of types that somebody derived from these are stored as: what they hold, and not what they say that they are."""
 _COLLECTIONS: Final[dict[type, str]] = {tuple: "tuple", set: "set", frozenset: "frozenset"}
 _DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
-    "datetime": lambda said: datetime.fromisoformat(said) if type(said) is str else _in_zone(*said),
+    "datetime": lambda said: _in_zone(datetime, said),
     "date": date.fromisoformat,
-    "time": time.fromisoformat,
+    "time": lambda said: _in_zone(time, said),
     "timedelta": lambda parts: timedelta(*parts),
     "uuid": UUID,
     "decimal": Decimal,
@@ -161,16 +161,19 @@ _DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
 }
 
 
-def _of_zone(when: datetime) -> list[Any] | None:
-    """A moment with the name of its time zone, which an offset does not tell; None: it has none."""
+def _of_zone(when: datetime | time) -> list[Any] | None:
+    """A moment, or a time of day, with the name of its time zone, which an offset does not tell; None: it has none."""
     zone = when.tzinfo
     if type(zone) is not ZoneInfo or zone.key is None:
         return None
     return [when.isoformat(), zone.key, when.fold]
 
 
-def _in_zone(said: str, key: str, fold: int) -> datetime:
-    when = datetime.fromisoformat(said)
+def _in_zone(kind: type[datetime | time], said: str | list[Any]) -> datetime | time:
+    if isinstance(said, str):
+        return kind.fromisoformat(said)
+    text, key, fold = said
+    when = kind.fromisoformat(text)
     try:
         return when.replace(tzinfo=ZoneInfo(key), fold=fold)
     except (ZoneInfoNotFoundError, ValueError):

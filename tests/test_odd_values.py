@@ -549,10 +549,12 @@ def test_what_a_model_holds_beyond_its_fields_comes_back_whatever_it_is_named(ca
         datetime(2026, 7, 1, 2, 30, tzinfo=ZoneInfo("Europe/Oslo")),
         datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Oslo")),
         datetime(2026, 3, 29, 2, 30, tzinfo=ZoneInfo("Europe/Oslo")),
+        time(2, 30, tzinfo=ZoneInfo("Europe/Oslo")),
+        time(2, 30, fold=1, tzinfo=ZoneInfo("Europe/Oslo")),
     ],
-    ids=["summer", "in the hour that comes twice", "in the hour that is left out"],
+    ids=["summer", "in the hour that comes twice", "in the hour that is left out", "of any day", "of a day on which it comes twice"],
 )
-def test_a_time_comes_back_in_its_zone(when: datetime) -> None:
+def test_a_time_comes_back_in_its_zone(when: datetime | time) -> None:
     back = decoded(encoded(when))
 
     assert (back, back.fold, back.tzinfo) == (when, when.fold, when.tzinfo)
