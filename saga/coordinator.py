@@ -246,6 +246,8 @@ class SagaCoordinator:
                 except LedgerConflict as held:
                     recovery.held[entry.saga_id] = held
                 except Exception as error:  # noqa: BLE001 - it is one saga's, and the others go on
+                    if entry.saga_id in self._keeper.held.sagas:
+                        return  # somebody else here was faster while its ledger was read
                     recovery.failed[entry.saga_id] = error if isinstance(error, SagaError) else _unexpected(entry.saga_id, error)
 
         def is_due(entry: Entry) -> bool:

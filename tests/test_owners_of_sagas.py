@@ -276,9 +276,16 @@ def test_a_child_that_its_parent_passes_by_as_it_goes_on_is_stopped_by_the_same_
     assert world.log == ["+room", "+room", "-room"]
 
 
-def test_a_saga_that_goes_on_here_meanwhile_is_no_failure_of_a_recovery() -> None:
+class ReadsSlowly(MemoryLedger):
+    async def read(self, saga_id: str) -> Sequence[AnyEvent]:
+        await elapse(1.0)
+        return await super().read(saga_id)
+
+
+@pytest.mark.parametrize("kind", [MemoryLedger, ReadsSlowly])
+def test_a_saga_that_goes_on_here_meanwhile_is_no_failure_of_a_recovery(kind: type[MemoryLedger]) -> None:
     _, pipeline = scene({"a": ()}, {"a": Script(before=5.0)})
-    ledger = MemoryLedger()
+    ledger = kind()
 
     async def play() -> list[Any]:
         for name in "xyz":
