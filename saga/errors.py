@@ -120,7 +120,7 @@ class LedgerConflict(LedgerError):
         holder: Who holds it, if it is about that.
         until: When the holder counts as gone unless it says that it is alive, UTC; None: not before it lets go.
         is_held: Whether the lease could not be had, so that nothing was begun; not whether one that was had is lost.
-        is_missing: Whether there is no such saga, so that nobody else can go on with it.
+        is_missing: Whether there is no such saga, so that nobody else can say what of it is in effect.
     """
 
     def __init__(

@@ -59,6 +59,9 @@ async def report_with_children(ledger: Ledger, state: SagaState, exceptions: Map
     for child, stage in await _children(ledger, state.started.saga_id):
         try:
             children[stage] = (*children.get(stage, ()), await report_of(ledger, child))
+        except SagaNotFound:
+            # Forgotten since it was listed, and the saga that ran it with it: nothing was left to do about either.
+            continue
         except LedgerCorrupt as damage:
             # To read it again changes nothing, and what its parent did is known all the same.
             unread.setdefault(stage, {})[child] = str(damage)

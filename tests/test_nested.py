@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from saga import (
     nested,
 )
 from saga.events import SagaEnded, SagaResumed, StageCompleted, StageStarted
+from saga.ledger import Entry
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.report import NestedSagaFailed
 from tests.controlled import elapse, run
@@ -62,6 +64,25 @@ def test_a_child_that_completes_gives_its_outputs_to_the_parent() -> None:
     assert report.status is SagaStatus.COMPLETED
     assert report.kept["child"].data == {"saga_id": "s/child", "outputs": {name: {"stage": name} for name in "abc"}}
     assert set(child_world.standing) == set("abc")
+
+
+def test_a_family_that_is_forgotten_as_soon_as_it_has_come_to_rest_has_its_report_all_the_same() -> None:
+    class Forgetful(MemoryLedger):
+        """Somebody prunes it each time that the children of a saga have been listed, and before they are read."""
+
+        async def list(self, **which: Any) -> Sequence[Entry]:
+            entries = await super().list(**which)
+            await self.prune(timedelta(days=-1))
+            return entries
+
+    child_world, _, parent = family({}, {})
+    ledger = Forgetful()
+
+    report = run(SagaCoordinator(ledger=ledger).run(parent, saga_id="s"))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert set(child_world.standing) == set("abc")
+    assert run(ledger.read("s/child")) == ()
 
 
 def test_a_child_that_fails_undoes_itself_and_fails_the_parents_stage() -> None:
