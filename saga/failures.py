@@ -108,10 +108,15 @@ class Failure(BaseModel):
     def __str__(self) -> str:
         """Say who failed, in what way and with which words."""
         who = f"stage {self.stage!r}" if self.stage is not None else "the saga"
-        tries = f" at attempt {self.attempt}" if self.attempt > 1 else ""
-        named = self.kind in _NAMED_BY_TYPE and self.type and self.type not in self.message
-        what = f"{self.type.rpartition('.')[2]}: {self.message}" if named else self.message
-        return f"{who} {_SAID[self.kind]}{tries}: {what}"
+        return f"{who} {_SAID[self.kind]}{in_its_words(self)}"
+
+
+def in_its_words(failure: Failure) -> str:
+    """A failure without who failed and in what way: at which attempt, if not at the first, and with which words."""
+    tries = f" at attempt {failure.attempt}" if failure.attempt > 1 else ""
+    named = failure.kind in _NAMED_BY_TYPE and failure.type and failure.type not in failure.message
+    what = f"{failure.type.rpartition('.')[2]}: {failure.message}" if named else failure.message
+    return f"{tries}: {what}"
 
 
 def raised_instead(error: BaseException | None) -> str:

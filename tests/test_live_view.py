@@ -298,8 +298,12 @@ def test_before_anything_has_happened_there_is_nothing_to_show() -> None:
         (StageProbed(stage="a", landed=True, output=StageOutput.ok()), "a: asked, it has landed"),
         (StageProbed(stage="a", landed=False), "a: asked, it has not landed"),
         (
-            StageProbed(stage="a", landed=None, failure=failure("a"), will_retry=True),
-            "a: asked, no answer: reported a failure: declined; it is tried again",
+            StageProbed(stage="a", landed=None, failure=failure("a", FailureKind.COMPENSATION, "busy"), will_retry=True),
+            "a: asked, no answer: busy; it is tried again",
+        ),
+        (
+            StageProbed(stage="a", landed=None, failure=Failure.raised("a", OSError("busy"), attempt=2, kind=FailureKind.COMPENSATION)),
+            "a: asked, no answer at attempt 2: OSError: busy",
         ),
         (StageProbed(stage="a", landed=None, failure=failure("a", FailureKind.LATE, "look"), held=True), "a: is in question: look"),
         (StageSettled(stage="a", verdict=Verdict.KEPT, note="in the books", by="ann"), "a: settled as kept by ann: in the books"),

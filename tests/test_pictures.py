@@ -814,6 +814,17 @@ def test_the_details_hold_effects_tracebacks_and_the_failures_of_a_nested_saga()
     assert "deadline" not in said
 
 
+def test_the_details_do_not_take_a_probe_without_an_answer_for_a_compensation_that_failed() -> None:
+    story = Story("p", {"pay": ()}).fails("pay", 0, 1, "no answer within 1 s", kind=FailureKind.TIMEOUT, in_doubt=True)
+    silent = failure("pay", "the bank is closed", 1.5, attempt=2, kind=FailureKind.COMPENSATION)
+    report = story.tell(1.5, StageProbed, stage="pay", landed=None, failure=silent).ends(2, SagaStatus.STUCK).report
+
+    said = details(report, "pay")
+
+    assert "its probe gave no answer at attempt 2: Unreachable: the bank is closed" in said
+    assert "could not be compensated" not in said
+
+
 def test_the_details_hold_the_sagas_within_and_what_came_late() -> None:
     report = Story("p", {"hotel": ()}).fails("hotel", 0, 1, "late", kind=FailureKind.TIMEOUT, in_doubt=True).report
     stage = replace(report.stages["hotel"], children=(three_stages(),), late_output=StageOutput.ok(room=9))

@@ -22,7 +22,7 @@ from saga.events import (
     StageSkipped,
     StageStarted,
 )
-from saga.failures import Failure, FailureKind
+from saga.failures import Failure, FailureKind, in_its_words
 from saga.text import printable
 
 
@@ -96,7 +96,7 @@ def _answer(event: StageProbed) -> str:
     if event.failure is not None and event.failure.kind is FailureKind.LATE:
         return said(event.failure)
     if event.failure is not None:
-        return f"asked, no answer: {said(event.failure)}{_again(event)}"
+        return f"asked, no answer{in_its_words(event.failure)}{_again(event)}"
     return f"asked, it has {'' if event.landed else 'not '}landed"
 
 

@@ -28,7 +28,7 @@ from saga.events import (
     StageSkipped,
     StageStarted,
 )
-from saga.failures import FailureKind
+from saga.failures import FailureKind, in_its_words
 from saga.text import printable
 
 _LOG: Final = logging.getLogger("saga")
@@ -117,11 +117,12 @@ def _fallback_failed(event: FallbackFailed) -> _Words:
 def _stage_probed(event: StageProbed) -> _Words:
     if event.landed is not None:
         return logging.DEBUG, f"stage {event.stage!r} was probed: its effect {'landed' if event.landed else 'did not land'}"
-    if event.will_retry:
-        return logging.WARNING, f"the probe of stage {event.stage!r} failed; another attempt follows: {event.failure}"
-    if event.failure is not None and event.failure.kind is FailureKind.LATE:
+    assert event.failure is not None  # it is why there is no answer
+    if event.failure.kind is FailureKind.LATE:
         return logging.ERROR, str(event.failure)
-    return logging.ERROR, f"the probe of stage {event.stage!r} failed, so it is in doubt: {event.failure}"
+    # Why a probe failed has the kind of a compensation's failure; but nobody tried to undo anything.
+    level, again = (logging.WARNING, "; another attempt follows") if event.will_retry else (logging.ERROR, "")
+    return level, f"the probe of stage {event.stage!r} gave no answer{in_its_words(event.failure)}{again}"
 
 
 def _compensation_started(event: CompensationStarted) -> _Words:

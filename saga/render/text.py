@@ -128,7 +128,7 @@ def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
         parts.append(mended + str(stage.failure).removeprefix(f"stage {name!r} "))
     if stage.probed is not None:
         parts.append("asked, it had landed" if stage.probed else "asked, it had not landed")
-    elif unanswered := _of_probe(name, stage, report):
+    elif unanswered := of_probe(name, stage, report):
         parts.append(f"its probe failed {_times(len(unanswered))}, the last: {_said(unanswered[-1])}")
     if of_fallback := _of_fallback(name, stage, report):
         parts.append(f"its fallback failed: {_said(of_fallback[-1])}")
@@ -168,7 +168,7 @@ def _held(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
     return [failure for failure in report.failures if (failure.stage, failure.kind) == (name, FailureKind.LATE) and failure.at >= since]
 
 
-def _of_probe(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
+def of_probe(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
     """The failures of its probe: those of the way back, of this execution, that no attempt of its compensation ended with."""
     tries = stage.compensation.tries if stage.compensation is not None else ()
     undoing = [(each.started_at, each.ended_at) for each in tries if each.ended_at is not None]
