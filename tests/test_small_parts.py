@@ -282,7 +282,7 @@ class AskedThenUndone(Asked):
     ("stage", "said"),
     [
         (Asked, "3 times, the last: ConnectionError: bank unreachable"),
-        (AskedWrong, "once, the last: TypeError: expected None or a StageOutput with status OK from the probe, got True"),
+        (AskedWrong, "once: TypeError: expected None or a StageOutput with status OK from the probe, got True"),
         (AskedThenUndone, "3 times, the last: ConnectionError: bank unreachable; undone 1st in "),
     ],
 )

@@ -21,6 +21,7 @@ from saga.events import (
     StageSettled,
     StageSkipped,
     StageStarted,
+    TurnReason,
 )
 from saga.failures import Failure, FailureKind, in_its_words
 from saga.text import printable
@@ -42,8 +43,10 @@ def _of_saga(event: SagaStarted | SagaResumed | SagaStopped | SagaTurnedBack | S
             return f"goes on {'forward' if forward else 'backward'}, resumed by {event.by}"
         case SagaStopped():
             return f"stopped: {event.cause}"
+        case SagaTurnedBack(cause=None, reason=TurnReason.ORPHANS):
+            return "turned back: some of what was done serves nothing that is kept"
         case SagaTurnedBack():
-            return f"turned back: {event.cause or event.reason.value}"
+            return f"turned back: {event.cause or 'it is undone on request'}"
         case _:
             return event.status.value.upper()
 

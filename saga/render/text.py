@@ -111,7 +111,7 @@ def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
     undo = stage.compensation
     held = [failure.message for failure in _held(name, stage, report)]
     if stage.state is StageState.STUCK and undo is not None and undo.failure is not None:
-        return "; ".join([f"its compensation failed {_times(undo.attempts)}, the last: {_said(undo.failure)}", *held])
+        return "; ".join([f"its compensation failed {_so_often(undo.attempts)}: {_said(undo.failure)}", *held])
     parts = [f"something of its saga {child.saga_id} is stuck, blocked or in doubt" for child in troubled(stage)]
     parts += [f"its saga {saga_id} can't be read" for saga_id in stage.unread]
     if stage.state is StageState.SKIPPED:
@@ -129,7 +129,7 @@ def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
     if stage.probed is not None:
         parts.append("asked, it had landed" if stage.probed else "asked, it had not landed")
     elif unanswered := of_probe(name, stage, report):
-        parts.append(f"its probe failed {_times(len(unanswered))}, the last: {_said(unanswered[-1])}")
+        parts.append(f"its probe failed {_so_often(len(unanswered))}: {_said(unanswered[-1])}")
     if of_fallback := _of_fallback(name, stage, report):
         parts.append(f"its fallback failed: {_said(of_fallback[-1])}")
     by_hand = stage.settled is not None and stage.settled.verdict is Verdict.UNDONE
@@ -150,8 +150,8 @@ def _ordinal(number: int) -> str:
     return f"{number}{'th' if teens else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
-def _times(number: int) -> str:
-    return "once" if number == 1 else f"{number} times"
+def _so_often(number: int) -> str:
+    return "once" if number == 1 else f"{number} times, the last"
 
 
 def _said(failure: Failure) -> str:
