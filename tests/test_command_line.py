@@ -402,7 +402,7 @@ def test_a_taken_id_a_missing_policy_and_an_unknown_option_are_misuse(shop: Shop
 
     assert (taken.code, missing.code, unknown.code) == (Exit.MISUSE,) * 3
     assert taken.err == "saga: expected a saga id that is not in the ledger yet, got 's'. What became of that one: saga show s\n"
-    assert "none.toml" in missing.err
+    assert missing.err == "saga: expected a policy file, got 'none.toml': No such file or directory\n"
     assert "No such option: --bogus" in unknown.err
 
 

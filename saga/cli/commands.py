@@ -184,7 +184,7 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on with a saga that halted, is stuck or lost its process."""
-    chosen = None if policy is None else load_policy(policy)
+    chosen = None if policy is None else _loaded(policy)
     url = _durable(ledger)
 
     async def work(coordinator: SagaCoordinator) -> SagaReport:
@@ -583,7 +583,14 @@ def _durable(given: str | None, *, exists: bool = True) -> str:
 
 def _policy(given: Path | None) -> Policy | None:
     chosen = given or settings(Path.cwd()).policy
-    return None if chosen is None else load_policy(chosen)
+    return None if chosen is None else _loaded(chosen)
+
+
+def _loaded(policy: Path) -> Policy:
+    try:
+        return load_policy(policy)
+    except OSError as error:
+        raise MisuseError("a policy file", got=f"{str(policy)!r}: {error.strerror}") from None
 
 
 def _fields(given: str) -> dict[str, Any]:
