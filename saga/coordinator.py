@@ -284,7 +284,8 @@ class SagaCoordinator:
         """
         saga = self._keeper.held.sagas.get(saga_id)
         if saga is None:
-            raise SagaNotFound("a saga that is alive in this coordinator", got=repr(saga_id))
+            hint = "Only where it runs can it be stopped; what a saga at rest did is undone by compensate()."
+            raise SagaNotFound("a saga that is alive in this coordinator", got=repr(saga_id), hint=hint)
         saga.interrupt(reason)
 
     async def _refuse_other(self, saga_id: str, pipeline: Pipeline, *, undoes: bool, forward: bool | None = None) -> None:
