@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from stageflow.api import Pipeline, StageOutput
 
 from saga import (
@@ -589,6 +591,25 @@ def test_an_output_that_does_not_fit_its_model_keeps_nothing_from_being_undone()
             return StageOutput.ok(number="none")
 
     assert verified(*trip(seat=Modelled)).ok
+
+
+def test_of_an_output_that_fits_its_model_nothing_else_is_said_while_the_saga_is_failed(caplog: pytest.LogCaptureFixture) -> None:
+    class Seat(BaseModel):
+        seat: str
+
+    class Typed(Booking):
+        output_model = Seat
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            await super().execute(ctx)
+            return StageOutput.ok(seat="14A")
+
+    town, pipeline = trip(seat=Typed)
+
+    with caplog.at_level(logging.WARNING, "saga"):
+        verified(town, pipeline, faults=[Fault.RAISES_BEFORE, Fault.UNDO_FAILS])
+
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 def test_a_compensation_that_fails_though_nothing_made_it_fail_is_found() -> None:

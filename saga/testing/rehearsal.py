@@ -84,6 +84,8 @@ class _Rehearsing(SagaKeeper):
             # Its effect is to land before anybody asks for it, however long it takes.
             patient=plan.patient or path in self._impatient_of,
             compensation=None if plan.compensation is None else _undone_at_once(plan.compensation),
+            # What stands in for the output of a stage that is not to run fits no model; and only a durable ledger asks for one.
+            output_model=plan.output_model if self._ledger.durable else None,
         )
 
     def actions(self, blueprint: Blueprint, saga_id: str) -> Actions:
