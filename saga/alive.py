@@ -343,6 +343,15 @@ class LiveSaga(Host, UndoHost):
         """The children that this execution of the stage has run, oldest first."""
         return await self._heeding(stage, self._keeper.reports_of(self.id, stage, self.forward_key(stage)))
 
+    async def has_child_under_way(self, stage: str) -> bool:
+        """Whether the last child that this execution of the stage has run has not come to its end."""
+        try:
+            reports = await self.child_reports(stage)
+        except LedgerCorrupt:
+            # The stage's own code will meet it, too, and fail with it.
+            return False
+        return bool(reports) and reports[-1].ended_at is None
+
     async def left_within(self, stage: str) -> bool | None:
         """Whether the children that this execution of the stage has run have left something standing; None: nobody could undo it."""
         if not self.has_children or self.journal.state.graph[stage].role is not Role.COMPENSABLE:

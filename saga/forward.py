@@ -317,6 +317,9 @@ class Forward(Stages, Employer):
         failure = record.failure
         assert failure is not None  # it is in doubt because an attempt failed
         may_repeat = node.idempotent or record.may_repeat
+        if node.idempotent and await self._saga.has_child_under_way(run.name):
+            # Run again, it goes on with that one; a probe could only say that nobody knows.
+            return None
         if node.can_probe:
             landed = await ask(self._saga, run.name, stop=self._interrupted)
             if landed is not None:

@@ -196,9 +196,17 @@ def test_what_other_stages_have_come_to_is_recorded_all_the_same(tmp_path: Path)
 
 
 class Damaged(MemoryLedger):
-    """Can't read some sagas."""
+    """Can't read some sagas; or can't write, as if its process had been killed."""
 
     damaged = ""
+    dies = False
+
+    async def append(self, saga_id: str, events: Any, **how: Any) -> None:
+        if self.dies:
+            for saga in self._sagas.values():
+                saga.owner = None
+            raise OSError("killed")
+        await super().append(saga_id, events, **how)
 
     async def read(self, saga_id: str) -> Sequence[AnyEvent]:
         if saga_id == self.damaged:
@@ -219,6 +227,26 @@ def test_a_child_that_cannot_be_read_fails_its_stage_and_holds_up_nothing_else()
 
     assert report.status is SagaStatus.STUCK
     assert [*report.stuck] == ["hotel"]
+    assert world.standing.keys() == {"flight", "deposit", "room"}
+
+
+def test_a_child_that_cannot_be_read_is_not_gone_on_with_and_nothing_beneath_it_is_undone() -> None:
+    """Promise 5: nobody knows what of the child stands."""
+    world, pipeline = trip({})
+    ledger = Damaged()
+
+    def die(saga_id: str, event: AnyEvent) -> None:
+        if saga_id == "s/hotel" and isinstance(event, SagaEnded):
+            ledger.dies = True
+
+    with pytest.raises(LedgerError):
+        run(SagaCoordinator(IMPATIENT, ledger=ledger, listeners=[die]).run(pipeline, saga_id="s"))
+    ledger.dies, ledger.damaged = False, "s/hotel"
+
+    report = run(SagaCoordinator(ledger=ledger).resume("s", pipeline))
+
+    assert report.status is SagaStatus.STUCK
+    assert "saga s/hotel is damaged" in str(report)
     assert world.standing.keys() == {"flight", "deposit", "room"}
 
 

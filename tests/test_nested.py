@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -18,6 +19,7 @@ from saga import (
     CompensationContext,
     ContinueWithFallback,
     FailFast,
+    FailureKind,
     LedgerError,
     MemoryLedger,
     MisuseError,
@@ -35,6 +37,7 @@ from saga import (
 from saga.events import SagaEnded, SagaResumed, StageCompleted, StageStarted
 from saga.ledger import Entry
 from saga.ledgers.sqlite import SQLiteLedger
+from saga.listeners.logs import log_events
 from saga.report import NestedSagaFailed
 from tests.controlled import elapse, run
 from tests.dying import Dying
@@ -1551,6 +1554,26 @@ def test_killed_at_any_event_a_family_comes_back_as_if_it_had_not_been(failing: 
         assert world.standing.keys() == (set() if failing else names), (killed_after, str(report))
         assert report.status is (SagaStatus.COMPENSATED if failing else SagaStatus.COMPLETED), (killed_after, str(report))
     assert survived
+
+
+def test_a_child_that_lost_its_process_is_gone_on_with_and_nobody_is_asked_what_became_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    """An ERROR in the log is for a person; and a report of what came to its end names no failure that nobody met."""
+    child_world, child = scene(SEQUENCE, kinds=dict.fromkeys("abc", "probed"))
+    parent = Pipeline(name="parent").with_stage("child", nested(child))
+    ledger = Dying(5)
+    with pytest.raises(LedgerError, match="killed"):
+        run(SagaCoordinator(ledger=ledger).run(parent, saga_id="s"))
+    ledger.left = 10_000
+    ledger.forget_owners()
+
+    with caplog.at_level(logging.INFO, "saga"):
+        recovery = run(SagaCoordinator(ledger=ledger, listeners=[log_events]).recover([parent]))
+
+    report = recovery.reports["s"]
+    assert report.status is SagaStatus.COMPLETED
+    assert child_world.log == ["+a", "+b", "+c"]
+    assert {failure.kind for failure in report.failures} == {FailureKind.CRASHED}
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_killed_before_it_is_known_that_a_child_is_done_whose_pivot_is_behind_it_the_child_is_not_undone() -> None:
