@@ -431,6 +431,34 @@ def test_a_stage_that_runs_several_sagas_is_verified_with_all_of_them() -> None:
     assert verified(town, pipeline).stages == ("seat", "tour", "tour/paris_room", "tour/rome_room")
 
 
+def test_a_stage_that_runs_a_saga_and_has_an_effect_of_its_own_may_be_in_doubt_about_that() -> None:
+    """The report says so; the kit is not to take it for a report that nothing of it stands."""
+    town = Town()
+
+    class Guided(Tour):
+        async def execute(self, ctx: SagaContext) -> None:
+            town.bookings[ctx.idempotency_key] = "guide"
+            await super().execute(ctx)
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            await super().compensate(ctx)
+            town.bookings.pop(ctx.forward_key, None)
+
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            if ctx.forward_key not in town.bookings:
+                return None
+            if all(child.ok for child in await ctx.child_sagas()):
+                return StageOutput.ok()
+            raise LookupError("only a part of it")
+
+    pipeline = Pipeline(name="journey").with_stage("tour", Guided(town))
+
+    verification = verified(town, pipeline, FailFast(on_failure="halt"), faults=[Fault.RAISES_BEFORE])
+
+    halted = [trial.report for trial in verification.trials if trial.stage == "tour/paris_room"]
+    assert [report is not None and [*report.in_doubt] for report in halted] == [["tour"]]
+
+
 def test_a_nested_saga_with_a_stage_in_doubt_is_in_doubt() -> None:
     town = Town()
     inner = Pipeline(name="hotel")

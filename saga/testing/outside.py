@@ -140,8 +140,9 @@ async def _answer(given: Any) -> Any:
 def leaves_and_branches(report: SagaReport, prefix: str = "") -> Iterator[tuple[str, StageReport]]:
     """The stages by their paths, in topological order; those of nested sagas behind the stage that runs them, the last ones last."""
     for name, stage in report.stages.items():
-        # What a nested saga has left standing is told by its own stages.
-        yield prefix + name, replace(stage, state=StageState.SKIPPED) if stage.children else stage
+        # What a nested saga has left standing is told by its own stages; but the stage may have an effect of its own, in doubt with it.
+        told_within = stage.children and stage.state is not StageState.IN_DOUBT
+        yield prefix + name, replace(stage, state=StageState.SKIPPED) if told_within else stage
         for child in stage.children:
             yield from leaves_and_branches(child, f"{prefix}{name}/")
 

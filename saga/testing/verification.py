@@ -370,8 +370,8 @@ def _own_fault(trial: Trial, report: SagaReport | None, far: Mapping[str, float]
         failure = None if stage.compensation is None else stage.compensation.failure
         if failure is None or failure.type == _INJECTED:
             continue
-        # A process that died may have left half an effect, and then a probe has nothing to say.
-        unknown = stage.state is StageState.IN_DOUBT and path == trial.stage and trial.fault not in KILLS
+        # A process that died may have left half an effect, as a saga within may, and then a probe has nothing to say.
+        unknown = stage.state is StageState.IN_DOUBT and path == trial.stage and trial.fault not in KILLS and not stage.children
         if unknown or stage.state is StageState.STUCK:
             return f"It is {report.status.value}, though nothing made this fail: {_of(path, failure)}"
     return ""
