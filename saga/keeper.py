@@ -216,7 +216,7 @@ class SagaKeeper(Keeper):
             token = await self.held.acquire(saga_id, _token_of(parent))
             try:
                 # Read again: whoever held it until now may have written.
-                events = await self._ledger.read(saga_id)
+                events = await events_of(self._ledger, saga_id)
                 state = SagaState(events)
                 chosen = policy if policy is not None else state.policy
                 blueprint = read(pipeline, chosen)

@@ -503,6 +503,24 @@ def test_a_value_of_a_type_that_was_derived_from_a_plain_one_comes_back_plain(ca
     assert typed(event_from_json(event_to_json(event, strict=True)).effect) == typed(back)  # type: ignore[union-attr] # it is that event
 
 
+class Cents(Decimal):
+    currency = "EUR"
+
+
+class Nanoseconds(datetime):
+    nanosecond = 7
+
+
+class Basket(set[str]):
+    owner = "Ann"
+
+
+@pytest.mark.parametrize("value", [Cents("1.50"), Nanoseconds(2026, 11, 27, tzinfo=UTC), Basket({"a"})])
+def test_a_value_of_a_type_that_may_hold_more_than_the_one_it_was_derived_from_is_refused(value: object) -> None:
+    with pytest.raises(NotStorable, match=rf"at price, got .*{type(value).__name__}, which has no encoding"):
+        stored(value, "price")
+
+
 class Way(Enum):
     RED = "red"
 

@@ -299,6 +299,27 @@ def test_a_saga_that_goes_on_here_meanwhile_is_no_failure_of_a_recovery(kind: ty
     assert [recovery.failed for recovery in recoveries] == [{}, {}]
 
 
+class ForgottenWhenTaken(MemoryLedger):
+    """Whoever takes a lease stands still for so long that another process brings the saga to rest, and somebody prunes it."""
+
+    async def acquire(self, saga_id: str, owner: str, *, under: int | None = None) -> int:
+        token = await super().acquire(saga_id, owner, under=under)
+        self._forget(saga_id)
+        return token
+
+
+def test_a_saga_that_is_forgotten_while_it_is_taken_over_is_not_there() -> None:
+    _, pipeline = scene(SEQUENCE)
+    ledger = ForgottenWhenTaken()
+    run(left_behind(ledger, pipeline, "s"))
+    coordinator = SagaCoordinator(ledger=ledger)
+
+    with pytest.raises(SagaNotFound, match="got 's'"):
+        run(coordinator.resume("s", pipeline))
+
+    assert coordinator._keeper.held.sagas == {}
+
+
 async def left_behind(ledger: MemoryLedger, pipeline: Pipeline, saga_id: str, parent: str | None = None) -> None:
     """A saga whose process is gone."""
 
