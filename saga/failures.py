@@ -82,7 +82,8 @@ class Failure(BaseModel):
     def raised(cls, stage: str | None, error: BaseException, *, attempt: int, kind: FailureKind = FailureKind.EXCEPTION) -> Self:
         """Note a failure that an exception tells of, with its traceback, which begins with the user's code from here on."""
         # Our own frames hold the saga, which holds the failure: what refers to each other waits for Python's garbage collector.
-        error.__traceback__ = _by_user(error.__traceback__)
+        # Not by an assignment, which the class has a say in: a frozen dataclass refuses every one.
+        BaseException.with_traceback(error, _by_user(error.__traceback__))
         return cls(
             stage=stage,
             kind=kind,

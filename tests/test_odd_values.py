@@ -75,6 +75,13 @@ class Delegating(Exception):
         return getattr(self.response, name)
 
 
+@dataclass(frozen=True)
+class Refused(Exception):
+    """One that lets nobody set an attribute of it, be it one of Python's own."""
+
+    code: int
+
+
 class Receipt(StageOutput):
     """An output with a constructor of its own."""
 
@@ -120,6 +127,7 @@ ODD: dict[str, Callable[[], Any]] = {
     "what can't be shown": Unwilling,
     "an exception that can't be told": Mute,
     "an exception that can't be asked": Delegating,
+    "an exception that can't be changed": lambda: Refused(51),
     "an output with a constructor of its own": lambda: Receipt(7),
 }
 
