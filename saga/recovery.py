@@ -116,6 +116,7 @@ class StageRecord:
         undone_too_soon: How often its effect came late to what had been undone.
         late_to_undoing: It came so, and has not run since.
         late_beside: How many attempts of its compensation had started when it last completed late: which came last, nobody knows.
+        undo_was_tried: Its compensation has been attempted since it ran last.
         undo_attempts: Compensation attempts that started.
         undo_order: Its place in the order in which compensations first started; -1 if none did.
         undo_failure: The last failure of its compensation or probe.
@@ -158,6 +159,7 @@ class StageRecord:
     undone_too_soon: int = 0
     late_to_undoing: bool = False
     late_beside: int = 0
+    undo_was_tried: bool = False
     undo_attempts: int = 0
     undo_order: int = -1
     undo_started_at: datetime | None = None
@@ -408,7 +410,7 @@ class SagaState:
         # What a probe answered holds for those.
         record.answer, record.unanswered, record.again, record.failed = None, False, False, False
         record.with_branch, record.skip_reason, record.may_repeat, record.gave_up = False, None, False, False
-        record.late_to_undoing = False
+        record.late_to_undoing, record.undo_was_tried = False, False
         self._let_go(record)
 
     def _effect_recorded(self, record: StageRecord, event: EffectRecorded) -> None:
@@ -518,8 +520,9 @@ class SagaState:
             record.state, record.landed, record.failed, record.again = _S.KEPT, True, False, False
             record.output, record.ended_at = event.output, event.at
         elif record.state is _S.IN_DOUBT:
-            # What was thought to have come after its undoing had come before it: nothing is left to undo, and its key is used up.
-            is_undone = record.late_to_undoing and not event.left_within
+            # What was thought to have come after its undoing had come before it, or the undoing got through though it seemed to fail:
+            # nothing is left to undo, and its key may be used up.
+            is_undone = (record.late_to_undoing or record.undo_was_tried) and not event.left_within
             record.state, record.landed, record.anew = (_S.UNDONE if is_undone else _S.FAILED), False, is_undone or record.anew
 
     def _comes_into_question(self, record: StageRecord, event: StageProbed) -> None:
@@ -556,7 +559,7 @@ class SagaState:
             record.undo_order = self._undo_started
             self._undo_started += 1
             record.undo_started_at = event.at
-        record.state, record.undo_attempts = _S.COMPENSATING, event.attempt
+        record.state, record.undo_attempts, record.undo_was_tried = _S.COMPENSATING, event.attempt, True
         record.undo_tries = (*record.undo_tries, Try(event.at))
 
     def _compensation_completed(self, record: StageRecord, event: CompensationCompleted) -> None:

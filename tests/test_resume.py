@@ -781,6 +781,47 @@ def test_a_probe_that_had_failed_is_asked_again_when_the_saga_is_resumed() -> No
     assert undone == [{"found": True}]
 
 
+@pytest.mark.parametrize("settled", [False, True])
+def test_an_undoing_in_doubt_that_got_through_and_seemed_to_fail_is_one_once_the_probe_finds_nothing(settled: bool) -> None:
+    """To run again it takes another key: with the old one the bank would say that it had been paid, and not that it has paid back."""
+    world = World({"charge": ()})
+    bank_is_open = False
+
+    class Charge(CompensableStage):
+        compensate_in_doubt = True
+
+        async def execute(self, ctx: SagaContext) -> None:
+            if ctx.idempotency_key not in world.keys:
+                world.keys.add(ctx.idempotency_key)
+                world.land("charge")
+            if not bank_is_open:
+                await elapse(60.0)
+
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            if not bank_is_open:
+                raise OSError("no line")
+            return StageOutput.ok() if "charge" in world.standing else None
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            world.undo("charge")
+            raise OSError("no answer")
+
+    pipeline = Pipeline().with_stage("charge", Charge())
+    coordinator, stuck = first_run(pipeline, FailFast(timeout=1, compensation=IMPATIENT))
+    bank_is_open = True
+    if settled:
+        run(coordinator.settle("s", "charge", "retry", "the bank is open"))
+        undone = run(coordinator.resume("s", pipeline))
+
+    report = run(coordinator.resume("s", pipeline, forward=True))
+
+    assert stuck.stages["charge"].state is S.STUCK
+    assert not settled or (undone.status, undone.stages["charge"].state) == (SagaStatus.COMPENSATED, S.UNDONE)
+    assert report.status is SagaStatus.COMPLETED
+    assert world.keys == {"s/charge", "s/charge~2"}
+    assert world.standing == {"charge": 1}
+
+
 # -- on demand -------------------------------------------------------------------------------------------------------
 
 
