@@ -14,7 +14,7 @@ from stageflow.pipeline.dag import UnifiedPipelineCancelled, UnifiedStageSpec
 from stageflow.stages.inputs import StageInputs
 
 from saga.failures import Failure, FailureKind
-from saga.watch import this_task
+from saga.watch import closes, this_task
 
 if TYPE_CHECKING:
     from stageflow.api import PipelineContext
@@ -181,7 +181,7 @@ class StageflowSchedule:
 
     async def run(self, stages: Stages) -> None:
         """Start the stages, until all have ended or the saga stops."""
-        graph = self._graph(stages)
+        graph, task = self._graph(stages), this_task()
         try:
             self._results = await graph.run(self._context)
         except UnifiedPipelineCancelled as cancelled:
@@ -189,7 +189,14 @@ class StageflowSchedule:
                 # No wrapper of ours asked for it: the context was cancelled, or a hook.
                 stages.stop(Failure.of(None, FailureKind.CANCELLED, cancelled.reason))
             self._results = cancelled.results
-        except Exception as error:  # noqa: BLE001 - a hook's or an interceptor's of the user
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            if closes(error, task):
+                # Those that stageflow has left behind are closed, too; of a loop that is gone a cancel would ask for a turn.
+                self._wrappers.clear()
+                raise
+            # A hook's or an interceptor's of the user.
             if isinstance(error, UnifiedStageExecutionError) and error.stage in self._saga.blueprint.stages:
                 await stages.refused(error.stage, error.original)
             else:

@@ -718,13 +718,20 @@ def test_a_hook_whose_own_pipeline_fails_stops_the_saga(ending: StageOutput) -> 
     assert report.clean
 
 
-def test_a_hook_that_raises_interrupts_no_stage_that_runs() -> None:
+class Outcome(BaseException):
+    """As pytest.fail raises."""
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("hook broken"), Outcome("hook broken"), GeneratorExit("hook broken")], ids=lambda error: type(error).__name__
+)
+def test_a_hook_that_raises_interrupts_no_stage_that_runs(error: BaseException) -> None:
     world, pipeline = scene({"a": (), "b": (), "c": ("b",)}, {"a": Script(before=5), "b": Script(before=1)})
     context = PipelineContext.create()
 
     def hook(stage_name: str, *_: Any) -> None:
         if stage_name == "c":
-            raise OSError("hook broken")
+            raise error
 
     context.add_before_stage_start_hook(hook)
 
@@ -732,6 +739,8 @@ def test_a_hook_that_raises_interrupts_no_stage_that_runs() -> None:
 
     assert set(world.log) == {"+a", "-a", "+b", "-b"}
     assert report.clean
+    assert report.cause is not None
+    assert report.cause.message == "hook broken"
 
 
 def test_a_pipeline_that_a_stage_runs_in_a_fork_of_the_context_is_drained_with_it() -> None:

@@ -8,12 +8,12 @@ import re
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from traceback import format_exception
 from typing import Any
 
 import pytest
-from stageflow.api import Pipeline, StageKind, StageOutput
+from stageflow.api import Pipeline, PipelineContext, StageKind, StageOutput
 
 from saga import (
     CompensableStage,
@@ -42,7 +42,7 @@ from saga.watch import bounded
 from tests.controlled import elapse, run
 from tests.stories import Story
 from tests.test_hard_cases import deaf
-from tests.world import SEQUENCE, CardDeclined, Script, Scripted, World, scene
+from tests.world import SEQUENCE, CardDeclined, Script, Scripted, World, hooked, scene
 
 # -- compensable() -----------------------------------------------------------------------------------------------
 
@@ -786,7 +786,10 @@ class Waits(CompensableStage):
 
 
 @pytest.mark.parametrize("where", ["execute", "fallback", "probe", "compensate"])
-def test_a_saga_whose_loop_is_thrown_away_makes_no_noise(where: str, unraisable: list[Any]) -> None:
+@pytest.mark.parametrize("context", [None, hooked], ids=["own schedule", "stageflow's"])
+def test_a_saga_whose_loop_is_thrown_away_makes_no_noise(
+    context: Callable[[], PipelineContext] | None, where: str, unraisable: list[Any]
+) -> None:
     async def fail(_: Any) -> None:
         raise CardDeclined
 
@@ -795,7 +798,7 @@ def test_a_saga_whose_loop_is_thrown_away_makes_no_noise(where: str, unraisable:
     loop = asyncio.new_event_loop()
     complaints: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _, context: complaints.append(context))
-    task = loop.create_task(SagaCoordinator(ContinueWithFallback()).run(pipeline))
+    task = loop.create_task(SagaCoordinator(ContinueWithFallback()).run(pipeline, context and context()))
 
     async def until_reached() -> None:
         while not stage.reached:
