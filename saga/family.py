@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from saga.compensable import execution_of
+from saga.compensable import execution_key, execution_of
 from saga.errors import LedgerCorrupt, MisuseError, SagaNotFound
 from saga.events import SagaStarted, StageProbed, StageSettled, TurnReason, Verdict
 from saga.failures import Failure, FailureKind
@@ -129,8 +129,11 @@ def heard(state: SagaState, child: SagaState, report: SagaReport) -> StageProbed
     """
     stage, child_id = str(child.started.parent_stage), child.started.saga_id
     node, record = state.graph[stage], state.stages[stage]
-    if execution_of(child_id, state.started.saga_id, stage) != record.execution:
-        return None
+    if (execution := execution_of(child_id, state.started.saga_id, stage)) != record.execution:
+        # Where its own saga had turned back, that is stuck now and says so; in one that had halted it counts as kept, for nobody.
+        if not report.clean or node.role is Role.PLAIN or not _stands(child):
+            return None
+        return StageProbed(stage=stage, landed=None, failure=_replaced(state, stage, child_id, execution), held=True)
     if record.state is StageState.STUCK:
         # What was in the way of undoing it may be gone.
         why = f"something came late in its saga {child_id}, which is {report.status.value}"
@@ -149,6 +152,18 @@ def heard(state: SagaState, child: SagaState, report: SagaReport) -> StageProbed
     failure = Failure.raised(stage, NestedSagaFailed(report), attempt=record.attempts, kind=FailureKind.COMPENSATION)
     held = any(inner.held is not None for inner in child.stages.values())
     return StageProbed(stage=stage, landed=None, failure=failure, held=held)
+
+
+def _replaced(state: SagaState, stage: str, child_id: str, execution: int) -> Failure:
+    """That something came late in a saga of which the stage finds nothing any more, and what a person has to do about it."""
+    record = state.stages[stage]
+    now = f"execution {record.execution} (key {execution_key(state.started.saga_id, stage, record.execution)!r})"
+    message = (
+        f"something came late in its saga {child_id}, of execution {execution}, when the saga had gone on with {now}: it stands, and "
+        f"nothing undoes it. Compensate {child_id} by itself, or look in the outside world and put it right by hand; then settle the "
+        "stage: kept if what the saga counts on stands, undone if nothing does"
+    )
+    return Failure.of(stage, FailureKind.LATE, message, attempt=record.attempts)
 
 
 async def is_left_alone(ledger: Ledger, state: SagaState, *, is_undone: bool) -> bool:

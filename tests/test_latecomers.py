@@ -1527,6 +1527,40 @@ def test_a_child_of_an_execution_before_is_undone_by_itself(way: str) -> None:
     assert world.standing == {}
 
 
+@pytest.mark.parametrize("alive", [False, True])
+def test_what_comes_late_within_a_halted_child_of_an_execution_before_waits_for_a_person(alive: bool) -> None:
+    """Promise 5: there it counts as kept, its stage finds it no more, and the saga above was complete, with nothing left to do."""
+    world, pipeline = scene({"seat": ()}, {"seat": Script(before=20)})
+
+    async def main() -> tuple[SagaReport, SagaReport, SagaReport]:
+        stage = FirstIsDeaf(world)
+        inner = nested_in(stage)
+        trip = pipeline.with_stage("child", nested(inner, PROMPT.model_copy(update={"on_failure": "halt"})), dependencies=("seat",))
+        coordinator = SagaCoordinator()
+        await coordinator.run(trip, saga_id="s")
+        if alive:
+            await resumed_while_it_comes_late(coordinator, stage, trip)
+        else:
+            assert (await coordinator.resume("s", trip, forward=True)).ok
+            stage.released.set()
+        await settled_down()
+        assert world.standing == {"seat": 1, "s/child/deaf": 1, "s/child~2/deaf": 1}
+        late = await coordinator.report("s")
+        undone = await coordinator.compensate("s/child", inner)
+        return late, undone, await coordinator.settle("s", "child", "kept", "its second booking stands, and the first is undone")
+
+    late, undone, settled = run(main())
+
+    assert [child.status for child in late.stages["child"].children] == [SagaStatus.HALTED, SagaStatus.COMPLETED]
+    assert late.status is SagaStatus.STUCK
+    assert [*late.in_doubt] == ["child"]
+    assert "something came late in its saga s/child, of execution 1, when the saga had gone on with execution 2" in str(late)
+    assert undone.status is SagaStatus.COMPENSATED
+    assert settled.status is SagaStatus.COMPLETED
+    assert settled.clean
+    assert world.standing == {"seat": 1, "s/child~2/deaf": 1}
+
+
 def test_what_comes_late_within_a_plain_stage_is_undone_by_itself_when_its_saga_is_at_rest() -> None:
     world = World({"deaf": ()})
     stage = Doubtful(world)
