@@ -213,6 +213,8 @@ class Backward(Employer):
                     return
             failed = CompensationFailed(stage=stage, failure=failure, will_retry=wait is not None, past_pivot=past_pivot, in_part=in_part)
             await self._record(failed)
+            # One that is past its pivot is kept, and no longer to be undone before what a fallback below it stood in for.
+            self._is_overtaken = self._is_overtaken or past_pivot
             if wait is None:
                 return
             await self._sleep(wait)

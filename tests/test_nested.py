@@ -1061,6 +1061,26 @@ def test_a_compensation_that_passes_over_the_pivot_of_a_child_undoes_nothing_bef
     assert [*report.kept] == ["before", "sell"]
 
 
+def test_what_a_fallback_stands_in_for_is_undone_when_what_used_that_turns_out_to_be_beyond_the_pivot_of_a_child() -> None:
+    """Promise 12: whoever resumed the saga undid it, and until then a person was asked for."""
+    world, before = scene({"seat": ()}, {"seat": Script("raise", lands=True)}, {"seat": "recording"})
+    _, sale = scene({"sale": ()}, kinds={"sale": "pivot"})
+
+    async def sell(ctx: SagaContext) -> None:
+        await ctx.run_saga(sale)
+
+    trip = before.with_stage("sell", compensable(sell, undo_each([sale])), dependencies=("seat",))
+    trip = trip.with_stage("fail", fail, "work", dependencies=("sell",))
+
+    report = run(SagaCoordinator(ContinueWithFallback(fallbacks={"seat": {}})).run(trip))
+
+    assert report.status is SagaStatus.HALTED
+    assert report.clean, str(report)
+    assert [*report.kept] == ["seat", "sell"]
+    assert report.fallbacks == ("seat",)
+    assert world.undone() == ["seat"]
+
+
 def test_a_compensation_that_takes_what_is_stuck_beyond_the_pivot_of_a_child_for_kept_is_stuck() -> None:
     """Promise 5: or the saga would be done with the stage, and nobody would be asked for what is stuck within."""
     world, sale = scene({"sell": (), "mail": ("sell",)}, {"mail": Script(undo_fails=1)}, {"sell": "pivot"})
