@@ -461,12 +461,10 @@ def _output_to_json(output: StageOutput, encode: Callable[[Any, str], Any]) -> d
         plain["version"] = said(output.version)
     for name, fields in (("artifacts", _ARTIFACT), ("events", _EVENT)):
         items = getattr(output, name)
-        if type(items) is list and not items:
-            continue  # as most are
-        if isinstance(items, list | tuple):
-            items = [_part_to_json(item, f"{name}[{index}]", fields, encode) for index, item in enumerate(items)]
-        else:
+        if not isinstance(items, list | tuple):
             items = encode(items, name)
+        elif items:
+            items = [_part_to_json(item, f"{name}[{index}]", fields, encode) for index, item in enumerate(items)]
         if items:
             plain[name] = items
     return plain

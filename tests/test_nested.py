@@ -38,6 +38,7 @@ from saga.events import SagaEnded, SagaResumed, StageCompleted, StageStarted
 from saga.ledger import Entry
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.listeners.logs import log_events
+from saga.nested import NestedSaga
 from saga.report import NestedSagaFailed
 from tests.controlled import elapse, run
 from tests.dying import Dying
@@ -1594,6 +1595,33 @@ def test_a_child_that_lost_its_process_is_gone_on_with_and_nobody_is_asked_what_
     assert child_world.log == ["+a", "+b", "+c"]
     assert {failure.kind for failure in report.failures} == {FailureKind.CRASHED}
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_probe_that_lets_a_child_come_to_rest_stops_none_while_its_own_saga_runs_on() -> None:
+    child_world, child = scene(SEQUENCE, kinds=dict.fromkeys("abc", "probed"))
+    seen: list[tuple[SagaStatus, list[str]]] = []
+
+    class Cautious(NestedSaga):
+        idempotent = False
+
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            (known,) = await ctx.child_sagas()
+            rested = await ctx.rest_saga(known.saga_id, child)
+            seen.append((rested.status, [*child_world.log]))
+            return await super().probe(ctx)
+
+    parent = Pipeline(name="parent").with_stage("child", Cautious(child))
+    ledger = Dying(5)
+    with pytest.raises(LedgerError, match="killed"):
+        run(SagaCoordinator(ledger=ledger).run(parent, saga_id="s"))
+    ledger.left = 10_000
+    ledger.forget_owners()
+
+    report = run(SagaCoordinator(ledger=ledger).resume("s", parent))
+
+    assert seen == [(SagaStatus.RUNNING, ["+a", "+b"])]
+    assert report.status is SagaStatus.COMPENSATED
+    assert child_world.standing == {}
 
 
 def test_killed_before_it_is_known_that_a_child_is_done_whose_pivot_is_behind_it_the_child_is_not_undone() -> None:
