@@ -343,6 +343,8 @@ class SagaState:
 
     def forget_failures(self) -> None:
         """Let go of the exceptions of a saga that has come to rest; what may still follow on its events is known without them."""
+        if not self.failures:
+            return  # and every cause is one of them
         self.failures.clear()
         self.stop = self.cause = None
         for record in self.stages.values():
