@@ -1577,15 +1577,20 @@ def test_killed_at_any_event_a_family_comes_back_as_if_it_had_not_been(failing: 
     assert survived
 
 
+def killed_while_it_ran(pipeline: Pipeline, ledger: Dying) -> Dying:
+    """The ledger that saga `s` has left behind, whose process was killed."""
+    with pytest.raises(LedgerError, match="killed"):
+        run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+    ledger.left = 10_000
+    ledger.forget_owners()
+    return ledger
+
+
 def test_a_child_that_lost_its_process_is_gone_on_with_and_nobody_is_asked_what_became_of_it(caplog: pytest.LogCaptureFixture) -> None:
     """An ERROR in the log is for a person; and a report of what came to its end names no failure that nobody met."""
     child_world, child = scene(SEQUENCE, kinds=dict.fromkeys("abc", "probed"))
     parent = Pipeline(name="parent").with_stage("child", nested(child))
-    ledger = Dying(5)
-    with pytest.raises(LedgerError, match="killed"):
-        run(SagaCoordinator(ledger=ledger).run(parent, saga_id="s"))
-    ledger.left = 10_000
-    ledger.forget_owners()
+    ledger = killed_while_it_ran(parent, Dying(5))
 
     with caplog.at_level(logging.INFO, "saga"):
         recovery = run(SagaCoordinator(ledger=ledger, listeners=[log_events]).recover([parent]))
@@ -1611,11 +1616,7 @@ def test_a_probe_that_lets_a_child_come_to_rest_stops_none_while_its_own_saga_ru
             return await super().probe(ctx)
 
     parent = Pipeline(name="parent").with_stage("child", Cautious(child))
-    ledger = Dying(5)
-    with pytest.raises(LedgerError, match="killed"):
-        run(SagaCoordinator(ledger=ledger).run(parent, saga_id="s"))
-    ledger.left = 10_000
-    ledger.forget_owners()
+    ledger = killed_while_it_ran(parent, Dying(5))
 
     report = run(SagaCoordinator(ledger=ledger).resume("s", parent))
 
@@ -1634,11 +1635,7 @@ def test_killed_before_it_is_known_that_a_child_is_done_whose_pivot_is_behind_it
                 self.left = 0
             await super().append(saga_id, events, **how)
 
-    ledger = Killed(1000)
-    with pytest.raises(LedgerError, match="killed"):
-        run(SagaCoordinator(ledger=ledger).run(trip, saga_id="s"))
-    ledger.left = 1000
-    ledger.forget_owners()
+    ledger = killed_while_it_ran(trip, Killed(1000))
     report = run(SagaCoordinator(ledger=ledger).compensate("s", trip))
 
     assert report.status is SagaStatus.HALTED
