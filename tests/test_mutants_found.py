@@ -1439,3 +1439,25 @@ def test_what_stands_on_a_stage_that_has_failed_anew_is_undone_before_that() -> 
 
 
 ON_A = Node(name="b", role=Role.COMPENSABLE, dependencies=("a",))
+
+
+@pytest.mark.parametrize("before", ["an undoing that failed", "an effect behind its undoing"])
+def test_what_the_probe_finds_nothing_of_has_failed_when_the_stage_has_run_since_its_undoing(before: str) -> None:
+    """What came of the undoing says nothing of the attempt that came after it."""
+    in_doubt = StageFailed(stage="a", failure=FAILURE, in_doubt=True)
+    undoing: list[AnyEvent] = [CompensationStarted(stage="a", attempt=1), CompensationFailed(stage="a", failure=FAILURE)]
+    if before == "an effect behind its undoing":
+        undoing = [
+            *(CompensationStarted(stage="a", attempt=1), CompensationCompleted(stage="a")),
+            *(SagaEnded(status=SagaStatus.COMPENSATED), StageCompleted(stage="a", output=OUTPUT, late=True)),
+        ]
+    events: list[AnyEvent] = [
+        replace(STARTED, graph=Graph.of([Node(name="a", role=Role.COMPENSABLE, can_probe=True, idempotent=True)])),
+        *(StageStarted(stage="a", attempt=1), in_doubt, BACK, *undoing, SagaEnded(status=SagaStatus.STUCK)),
+        *(SagaResumed(forward=True, by="ann"), StageStarted(stage="a", attempt=2), in_doubt),
+    ]
+
+    record = SagaState([*events, StageProbed(stage="a", landed=False)]).stages["a"]
+
+    assert record.state is StageState.FAILED
+    assert not record.anew
