@@ -171,8 +171,9 @@ def _stack(trace: TracebackType | None) -> StackSummary:
     if known is None:
         if len(_STACKS) >= _MOST_STACKS:
             _STACKS.clear()
-        known = _STACKS[places] = _Stack(StackSummary.extract(iter(frames)))
+        known = _Stack(StackSummary.extract(iter(frames)))
         known.codes, known.words = codes, StackSummary.format(known)
+        _STACKS[places] = known  # whole: the loop of another thread may fail in the same places
     return known
 
 
