@@ -212,12 +212,6 @@ class LiveSaga(Host, UndoHost):
             if isinstance(event, StageCompleted | CompensationCompleted) and event.late:
                 self.comes_late(event)
 
-    def forget_failures(self) -> None:
-        """Let go of what was raised, once the report has it: the frames of a stage's code hold its context, and that holds the saga."""
-        self.journal.state.forget_failures()
-        self.exceptions.clear()
-        self.undone_within.clear()
-
     def has_late(self) -> bool:
         """Whether anything came late for it that is not recorded yet."""
         return self._keeper.has_late(self.id)

@@ -293,7 +293,7 @@ class Forward(Stages, Employer):
 
     async def learn(self, name: str, output: StageOutput) -> None:
         """Record a stage that its condition skipped, or that an interceptor answered for, without having been started."""
-        if not self._is_due(name) or output.status in {StageStatus.CANCEL, StageStatus.FAIL}:
+        if not self._is_due(name) or output.status in {_STATUS.CANCEL, _STATUS.FAIL}:
             return
         skipped = output.status is _STATUS.SKIP
         reason = brief(reason_in(output.data.get("reason"), "stageflow skipped it")) if skipped else "an interceptor answered for it"
@@ -466,7 +466,7 @@ class Forward(Stages, Employer):
     async def _checked(self, run: _StageRun, outcome: _Outcome) -> _Outcome:
         """The outcome of a stage that says that it has had no effect, seen against what its attempts before have come to."""
         record, output = run.record, outcome.output
-        if output is None or output.status not in {_STATUS.SKIP, StageStatus.CANCEL}:
+        if output is None or output.status not in {_STATUS.SKIP, _STATUS.CANCEL}:
             return outcome
         if run.node.can_probe and any(earlier.failed in _SAID_NOTHING for earlier in record.tries[:-1]):
             # They are taken at their word where nothing else is known; where it can be asked, it is asked before the word counts.
@@ -628,10 +628,10 @@ def _by_status(stage: str, attempt: int, output: StageOutput) -> _Outcome:
     match output.status:
         case _STATUS.OK | _STATUS.SKIP:
             return _Outcome(output=output)
-        case StageStatus.CANCEL:
+        case _STATUS.CANCEL:
             reason = reason_in(output.data.get("cancel_reason"), "no reason given")
             return _Outcome(output, Failure.of(stage, FailureKind.CANCELLED, reason, type=status, attempt=attempt))
-        case StageStatus.FAIL:
+        case _STATUS.FAIL:
             message = reason_in(output.error, "no error given")
             return _Outcome(output, Failure.of(stage, FailureKind.REPORTED, message, type=status, attempt=attempt))
         case _:

@@ -292,7 +292,8 @@ class SagaKeeper(Keeper):
         finally:
             await self._let_go(saga)
             saga.say_again()
-            saga.forget_failures()
+            # The report has them; the frames of a stage's code hold its context, and that holds the saga.
+            saga.journal.state.forget_failures()
             self.amendments.record_late(saga.id)
 
     async def _to_rest(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> None:
