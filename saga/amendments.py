@@ -16,7 +16,8 @@ from saga.family import below, events_of, heard, located, report_of, report_with
 from saga.graph import Role
 from saga.journal import tell
 from saga.ledger import ALIVE, StageState
-from saga.recovery import SagaState, StageRecord, Step, undo_step
+from saga.record import StageRecord, Step, undo_step
+from saga.recovery import SagaState
 from saga.resumption import refusal, status_at_rest
 from saga.storable import storable
 from saga.text import glimpse

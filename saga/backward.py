@@ -15,7 +15,8 @@ from saga.events import CompensationCompleted, CompensationFailed, CompensationS
 from saga.failures import Failure, FailureKind, raised_instead
 from saga.ledger import StageState
 from saga.quick import members
-from saga.recovery import Rollback, Step, undo_step
+from saga.record import Step, undo_step
+from saga.recovery import Rollback
 from saga.report import NestedSagaFailed
 from saga.text import reason_in, shown
 from saga.watch import Crew, Employer, Watched, closes, instead_of_cancel, outlast, start

@@ -25,7 +25,7 @@ from saga.text import did_you_mean, shown, written
 if TYPE_CHECKING:
     from stageflow.pipeline.pipeline import UnifiedStageSpec
 
-    from saga.recovery import StageRecord
+    from saga.record import StageRecord
 
 T = TypeVar("T")
 _HOOKS: Final = {"execute": ("ctx",), "compensate": ("ctx",), "probe": ("ctx",), "fallback": ("ctx", "failure")}

@@ -11,7 +11,8 @@ from saga.events import SagaStarted, StageProbed, StageSettled, TurnReason, Verd
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.ledger import MemoryLedger, StageState, is_name, listed
-from saga.recovery import SagaState, Step, undo_step
+from saga.record import Step, undo_step
+from saga.recovery import SagaState
 from saga.report import NestedSagaFailed, SagaReport
 from saga.text import shown
 

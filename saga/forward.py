@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from saga.alive import LiveSaga
     from saga.blueprint import StagePlan
-    from saga.recovery import StageRecord
+    from saga.record import StageRecord
 
 _LOG: Final = logging.getLogger("saga")
 _S: Final = members(StageState)

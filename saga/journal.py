@@ -21,7 +21,8 @@ from saga.events import (
     StageStarted,
 )
 from saga.ledger import Ledger, StageState
-from saga.recovery import SagaState, Step, undo_step
+from saga.record import Step, undo_step
+from saga.recovery import SagaState
 from saga.storable import refuse_unstorable, storable
 from saga.turns import Turns, turns
 from saga.watch import Answer, outlasting

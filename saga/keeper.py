@@ -29,7 +29,8 @@ from saga.inputs import recorded_input, refuse_both
 from saga.journal import Journal, Listener
 from saga.ledger import A_NAME, LONGEST_NAME, Ledger, is_name
 from saga.policies import ContinueWithFallback, FailFast, Policy
-from saga.recovery import SagaState, Step, conclude, final_status, has_doubt, undo_step
+from saga.record import Step, undo_step
+from saga.recovery import SagaState, conclude, final_status, has_doubt
 from saga.report import SagaReport
 from saga.resumption import Chapter, Decision, Direction, recovering, resumption, undoing
 from saga.storable import refuse_unstorable

@@ -11,8 +11,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from enum import Enum, auto
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final
 
 from stageflow.api import StageOutput
 
@@ -43,156 +42,18 @@ from saga.events import (
     Verdict,
 )
 from saga.failures import Failure, FailureKind
-from saga.graph import Graph, Node, Role
+from saga.graph import Graph, Role
 from saga.ledger import TRANSITIONS, StageState
 from saga.policies import ContinueWithFallback, FailFast
 from saga.quick import members
+from saga.record import StageRecord, Step, Try, ended, undo_step
 
 _S: Final = members(StageState)
 _ROLE: Final = members(Role)
-
-
+_STEP: Final = members(Step)
 _ANSWERS: Final = frozenset({FailureKind.REPORTED, FailureKind.CANCELLED})
 """What a stage says of its own accord when it has had no effect."""
 _BEGINNINGS: Final = frozenset({StageStarted, StageSkipped, StageFailed})
-
-
-class Try(NamedTuple):
-    """One attempt.
-
-    Attributes:
-        started_at: When it started, UTC.
-        ended_at: When its outcome was recorded, UTC; None if it still runs, or its process was lost.
-        failed: In what way it failed; None if it did not, or still runs.
-    """
-
-    started_at: datetime
-    ended_at: datetime | None = None
-    failed: FailureKind | None = None
-
-
-def _ended(tries: tuple[Try, ...], at: datetime, failed: FailureKind | None = None) -> tuple[Try, ...]:
-    """The attempts, with the last one ended; one that has ended, or was never started, is left alone."""
-    if not tries or tries[-1].ended_at is not None or tries[-1].failed is not None:
-        return tries
-    # When a process was lost, nobody knows; it is noticed when the saga is resumed, which may be a week later.
-    return (*tries[:-1], Try(tries[-1].started_at, None if failed is FailureKind.CRASHED else at, failed))
-
-
-@dataclass(slots=True, eq=False)
-class StageRecord:
-    """What the events say of one stage.
-
-    Attributes:
-        state: Where it stands; never BLOCKED, which is read off the other stages.
-        attempts: Attempts of this execution that started.
-        execution: How often it was executed; one more each time that it ran again after it, or what it depends on, was undone.
-        is_acting: An attempt has started and not ended.
-        again: The saga was resumed, and the stage is to run once more.
-        anew: With `again`: as a new execution.
-        attempts_before: How many attempts of this execution had started when the saga was resumed.
-        order: Its place in the order in which stages first started; -1 if it never did.
-        output: What it gave: when it completed, else its fallback's, else what it returned beside a failure or a skip.
-        landed: Its effect is known to have landed.
-        doubt: It may have landed, and nobody knows.
-        answer: What its probe answered, whether it had landed; None while there is no answer.
-        unanswered: A probe has failed for good.
-        effects: What it recorded, oldest first.
-        failure: Its last failure forward.
-        failed: Its execution failed for good, and no probe found its effect; also when that was undone later.
-        gave_up: Its execution failed for good, whatever a probe found after that.
-        fell_back: Its fallback stands in.
-        fallback_failed: Its own fallback failed.
-        with_branch: It was skipped because something that it depends on failed.
-        past_pivot: It has gone beyond a point of no return of its own, though it did not complete.
-        not_kept: What of its output the ledger could not keep, and why: nothing can go on from that.
-        late_output: What it gave when nobody waited for it any more.
-        settled: What a person said of it last.
-        held: What came late and waits for a person's word on the stage, or within; None if nothing does.
-        may_repeat: Though it is in doubt: a person said so.
-        undo_in_question: A process died while it was being compensated.
-        undone_in_part: Its compensation has failed, and a part of it may be undone.
-        stands_in_part: It is not known to have landed as a whole, and something of it stands.
-        undone_too_soon: How often its effect came late to what had been undone.
-        late_to_undoing: It came so, and has not run since.
-        late_beside: How many attempts of its compensation had started when it last completed late: which came last, nobody knows.
-        undo_was_tried: Its compensation has been attempted since it ran last.
-        undo_attempts: Compensation attempts that started.
-        undo_order: Its place in the order in which compensations first started; -1 if none did.
-        undo_failure: The last failure of its compensation or probe.
-        tries: Its forward attempts, oldest first.
-        undo_tries: Its compensation's attempts, oldest first.
-    """
-
-    state: StageState = _S.NOT_RUN
-    attempts: int = 0
-    execution: int = 0
-    is_acting: bool = False
-    again: bool = False
-    anew: bool = False
-    attempts_before: int = 0
-    order: int = -1
-    started_at: datetime | None = None
-    ended_at: datetime | None = None
-    output: StageOutput | None = None
-    landed: bool = False
-    doubt: bool = False
-    answer: bool | None = None
-    unanswered: bool = False
-    effects: tuple[Any, ...] = ()
-    failure: Failure | None = None
-    failed: bool = False
-    gave_up: bool = False
-    fell_back: bool = False
-    fallback_failed: bool = False
-    with_branch: bool = False
-    past_pivot: bool = False
-    not_kept: str | None = None
-    late_output: StageOutput | None = None
-    settled: StageSettled | None = None
-    held: StageProbed | None = None
-    may_repeat: bool = False
-    undo_in_question: bool = False
-    undone_in_part: bool = False
-    stands_in_part: bool = False
-    skip_reason: str | None = None
-    undone_too_soon: int = 0
-    late_to_undoing: bool = False
-    late_beside: int = 0
-    undo_was_tried: bool = False
-    undo_attempts: int = 0
-    undo_order: int = -1
-    undo_started_at: datetime | None = None
-    undo_ended_at: datetime | None = None
-    undo_failure: Failure | None = None
-    tries: tuple[Try, ...] = ()
-    undo_tries: tuple[Try, ...] = ()
-
-    @property
-    def is_held(self) -> bool:
-        """Something of it came late, and whatever it can be asked or undone with would be about another execution than that of it."""
-        return self.held is not None and self.held.failure is not None and self.held.failure.kind is FailureKind.LATE
-
-    @property
-    def is_due_anew(self) -> bool:
-        """The saga was resumed, and the stage is still to run in a new execution."""
-        return self.again and self.anew
-
-    @property
-    def is_first_since_resumed(self) -> bool:
-        """Its attempt is the first one since the saga was resumed, beside such as died with their processes; else its very first."""
-        before = self.tries[self.attempts_before : -1]
-        return not before or (self.attempts_before > 0 and all(attempt.failed is FailureKind.CRASHED for attempt in before))
-
-    @property
-    def next_execution(self) -> int:
-        """The execution of the attempt that starts next; one that was undone, or replaced before it began, is never gone on with."""
-        is_over = self.is_due_anew or (self.execution > 0 and not self.attempts)
-        return max(self.execution, 1) + is_over
-
-    def forget(self) -> None:
-        """Nothing of the execution that is over stands, also where another one does not begin; its number is not given again."""
-        StageRecord.__init__(self, execution=self.execution, held=self.held if self.is_held else None)
 
 
 class SagaState:
@@ -425,7 +286,7 @@ class SagaState:
             return
         record.state, record.landed, record.stands_in_part, record.doubt = _S.KEPT, True, False, False
         record.output, record.ended_at = event.output, event.at
-        record.tries = _ended(record.tries, event.at)
+        record.tries = ended(record.tries, event.at)
 
     def _completed_late(self, record: StageRecord, event: StageCompleted) -> None:
         record.late_output, record.late_beside = event.output, record.undo_attempts
@@ -459,7 +320,7 @@ class SagaState:
         # A retry that is called off repeats the failure that it was meant to mend.
         self._note(event.failure)
         record.failure, record.is_acting = event.failure, False
-        record.tries = _ended(record.tries, event.at, event.failure.kind)
+        record.tries = ended(record.tries, event.at, event.failure.kind)
         # An attempt that may have landed is not answered for by a later one that did not, unless that one says so and the outside
         # world would have recognised the request. One that raised, or never ran, may not have got through to it.
         is_answer = self.graph[event.stage].idempotent and event.failure.kind in _ANSWERS
@@ -485,7 +346,7 @@ class SagaState:
         record.state, record.output, record.is_acting, record.again = _S.SKIPPED, event.output, False, False
         record.skip_reason, record.with_branch, record.not_kept = event.reason, event.with_branch, event.not_kept
         record.ended_at = event.at if record.started_at else None
-        record.tries = _ended(record.tries, event.at)
+        record.tries = ended(record.tries, event.at)
 
     def _fallback_used(self, record: StageRecord, event: FallbackUsed) -> None:
         record.state, record.fell_back, record.again = _S.FALLBACK, True, False
@@ -568,12 +429,12 @@ class SagaState:
         record.state, record.doubt, record.undone_in_part = _S.UNDONE, False, False
         self._let_go(record)
         record.undo_ended_at = event.at
-        record.undo_tries = _ended(record.undo_tries, event.at)
+        record.undo_tries = ended(record.undo_tries, event.at)
 
     def _compensation_failed(self, record: StageRecord, event: CompensationFailed) -> None:
         self._note(event.failure)
         record.undo_failure = event.failure
-        record.undo_tries = _ended(record.undo_tries, event.at, event.failure.kind)
+        record.undo_tries = ended(record.undo_tries, event.at, event.failure.kind)
         record.undo_in_question = event.failure.kind is FailureKind.CRASHED
         record.undone_in_part = record.undone_in_part or event.in_part
         if event.past_pivot:
@@ -642,49 +503,6 @@ class SagaState:
             f"saga {self.started.saga_id}: {type(event).__name__} can't follow on {found}; the saga is left as it is. "
             "Compare its ledger with a backup before you go on."
         )
-
-
-class Step(Enum):
-    """What undoing a stage comes to next."""
-
-    CLEAR = auto()
-    """Nothing of it stands."""
-    PROBE = auto()
-    """Ask the outside world whether its effect landed."""
-    COMPENSATE = auto()
-    HOLD = auto()
-    """Something stands, or may stand, and nothing can be done about it."""
-
-
-_STEP: Final = members(Step)
-
-
-def undo_step(node: Node, record: StageRecord) -> Step:
-    """What undoing this stage comes to next."""
-    if node.role is _ROLE.PLAIN:
-        return _STEP.CLEAR
-    if record.is_held and record.state is not _S.COMPENSATING:
-        return _STEP.HOLD
-    if record.state is _S.UNDONE:
-        return _STEP.CLEAR
-    if record.state is _S.STUCK:
-        return _STEP.HOLD
-    if record.state is _S.COMPENSATING:
-        return _STEP.PROBE if record.undo_in_question and node.can_probe else _STEP.COMPENSATE
-    unsure = record.doubt or record.state is _S.FAILED
-    if unsure and node.can_probe and record.answer is None and not record.unanswered:
-        return _STEP.PROBE
-    if record.past_pivot:
-        # Its compensation undoes what may be, where it is made for not knowing; from there on nothing can be done about it.
-        return _STEP.COMPENSATE if record.doubt and node.undo_in_doubt else _STEP.HOLD
-    if node.role is _ROLE.PIVOT:
-        return _STEP.HOLD if record.doubt or record.landed else _STEP.CLEAR
-    if node.holds_pivot and record.landed and not record.fell_back:
-        # It completed, though it was not known when the saga turned back (promise 10).
-        return _STEP.HOLD
-    if record.doubt:
-        return _STEP.COMPENSATE if node.undo_in_doubt else _STEP.HOLD
-    return _STEP.COMPENSATE if record.landed or record.effects or record.stands_in_part else _STEP.CLEAR
 
 
 def _may_be_asked(record: StageRecord) -> bool:

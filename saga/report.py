@@ -16,7 +16,8 @@ from saga.failures import Failure, FailureKind
 from saga.ledger import StageState
 from saga.outputs import Output, Plain, copied, copied_output
 from saga.quick import frozen, members
-from saga.recovery import SagaState, StageRecord, Try, protected, stage_states
+from saga.record import StageRecord, Try
+from saga.recovery import SagaState, protected, stage_states
 from saga.render.text import summary
 from saga.text import printable
 

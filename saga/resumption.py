@@ -26,7 +26,8 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Graph, Role
 from saga.ledger import StageState
 from saga.policies import ContinueWithFallback, FailFast, Policy
-from saga.recovery import Rollback, SagaState, StageRecord, Step, final_status, has_doubt, stage_states, stopping, undo_step
+from saga.record import StageRecord, Step, undo_step
+from saga.recovery import Rollback, SagaState, final_status, has_doubt, stage_states, stopping
 
 _S = StageState
 

@@ -28,7 +28,8 @@ from saga.backward import Backward
 from saga.events import Event
 from saga.forward import Forward
 from saga.journal import Journal
-from saga.recovery import SagaState, StageRecord
+from saga.record import StageRecord
+from saga.recovery import SagaState
 from tests.controlled import elapse, run
 from tests.world import CardDeclined
 

@@ -52,7 +52,8 @@ from saga.events import (
     Verdict,
 )
 from saga.graph import Graph, Node, Role
-from saga.recovery import Move, Rollback, SagaState, Step, Try, conclude, protected, stage_states, undo_step
+from saga.record import Step, Try, undo_step
+from saga.recovery import Move, Rollback, SagaState, conclude, protected, stage_states
 from saga.report import NestedSagaFailed
 from saga.resumption import Direction, recovering, refusal, resumption, undoing
 from tests.controlled import elapse, run

@@ -9,7 +9,8 @@ from typing import Self
 from saga.events import AnyEvent, SagaStarted, SagaStatus
 from saga.graph import Role
 from saga.ledger import Ledger, StageState
-from saga.recovery import SagaState, Step, stage_states, undo_scope, undo_step
+from saga.record import Step, undo_step
+from saga.recovery import SagaState, stage_states, undo_scope
 
 _S = StageState
 

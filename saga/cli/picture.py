@@ -16,7 +16,8 @@ from saga.cli.lines import said
 from saga.events import SagaStatus
 from saga.graph import Graph
 from saga.ledger import StageState
-from saga.recovery import SagaState, StageRecord, stage_states
+from saga.record import StageRecord
+from saga.recovery import SagaState, stage_states
 from saga.render.text import SIGNS, seconds
 from saga.text import printable
 

@@ -24,7 +24,7 @@ from saga.render.text import SIGNS, duration, explanation, of_probe, seconds, wh
 from saga.render.timeline import timeline_section
 
 if TYPE_CHECKING:
-    from saga.recovery import Try
+    from saga.record import Try
     from saga.report import SagaReport, StageReport
 
 _NAME_ROOM: Final = 30

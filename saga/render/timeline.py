@@ -21,7 +21,7 @@ from saga.render.svg import NAME_CELL, Head, Key, document, moved, number, path,
 from saga.render.text import SIGNS, duration, seconds
 
 if TYPE_CHECKING:
-    from saga.recovery import Try
+    from saga.record import Try
     from saga.report import SagaReport
 
 _S = StageState
