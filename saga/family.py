@@ -131,8 +131,8 @@ def heard(state: SagaState, child: SagaState, report: SagaReport) -> StageProbed
     stage, child_id = str(child.started.parent_stage), child.started.saga_id
     node, record = state.graph[stage], state.stages[stage]
     if (execution := execution_of(child_id, state.started.saga_id, stage)) != record.execution:
-        # Where its own saga had turned back, that is stuck now and says so; in one that had halted it counts as kept, for nobody.
-        if not report.clean or node.role is Role.PLAIN or not _stands(child):
+        # Its stage finds it no more, whatever it comes to.
+        if node.role is Role.PLAIN or not _stands(child):
             return None
         return StageProbed(stage=stage, landed=None, failure=_replaced(state, stage, child_id, execution), held=True)
     if record.state is StageState.STUCK:

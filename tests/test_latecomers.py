@@ -1380,7 +1380,13 @@ class ToleratesAgain(Tolerant):
 
 
 async def late_within(
-    tolerant: type[Tolerant], *, outcome: StageOutput | None = None, fails: bool = False, again: bool = False, policy: Policy | None = None
+    tolerant: type[Tolerant],
+    *,
+    outcome: StageOutput | None = None,
+    fails: bool = False,
+    again: bool = False,
+    compensates: bool = False,
+    policy: Policy | None = None,
 ) -> tuple[World, SagaCoordinator, Pipeline, Pipeline, SagaReport]:
     """A saga at rest that was done with a child in which something came late then: with what of it stands, and what it said then."""
     world = World({"deaf": ()})
@@ -1396,6 +1402,8 @@ async def late_within(
     if again:
         fails = False
         await coordinator.resume("s", trip, forward=True)
+    if compensates:
+        await coordinator.compensate("s", trip)
     first = await coordinator.report("s")
     assert first.clean
     stage.released.set()
@@ -1506,24 +1514,54 @@ def test_a_child_that_turned_back_is_undone_by_itself_where_its_stage_stands_wit
     assert world.standing == {}
 
 
+class OnlyOnce(Tolerant):
+    """Runs its saga in its first execution alone."""
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        return await super().execute(ctx) if ctx.idempotency_key == "s/book" else StageOutput.ok()
+
+
 @pytest.mark.parametrize("way", ["resume", "compensate"])
 def test_a_child_of_an_execution_before_is_undone_by_itself(way: str) -> None:
     """Its stage runs under another key now, and finds it no more."""
 
-    class OnlyOnce(Tolerant):
-        async def execute(self, ctx: SagaContext) -> StageOutput:
-            return await super().execute(ctx) if ctx.idempotency_key == "s/book" else StageOutput.ok()
-
-    async def main() -> tuple[World, SagaReport, SagaReport]:
+    async def main() -> tuple[World, SagaReport, SagaReport, SagaReport]:
         world, coordinator, _, inner, _ = await late_within(OnlyOnce, fails=True, again=True)
-        return world, await getattr(coordinator, way)("s/book", inner), await coordinator.report("s")
+        late = await coordinator.report("s")
+        child = await getattr(coordinator, way)("s/book", inner)
+        return world, late, child, await coordinator.settle("s", "book", "kept", "its second run stands")
 
-    world, child, report = run(main())
+    world, late, child, report = run(main())
 
+    assert late.status is SagaStatus.STUCK
     assert child.status is SagaStatus.COMPENSATED
     assert report.status is SagaStatus.COMPLETED
     assert report.stages["book"].executions == 2
     assert report.clean
+    assert world.standing == {}
+
+
+def test_no_saga_is_compensated_while_something_of_an_execution_before_is_stuck() -> None:
+    """Promise 5: its own stages were undone, and what had come late in the first saga of one of them stood."""
+
+    async def main() -> tuple[World, SagaReport, SagaReport, SagaReport, SagaReport]:
+        world, coordinator, trip, inner, first = await late_within(OnlyOnce, fails=True, again=True, compensates=True)
+        late = await coordinator.report("s")
+        with pytest.raises(MisuseError, match="undone, while these are: book/deaf"):
+            await coordinator.settle("s", "book", "undone", "looked")
+        tried = await coordinator.resume("s", trip)
+        assert world.standing == {"deaf": 1}
+        await coordinator.resume("s/book", inner)
+        return world, first, late, tried, await coordinator.settle("s", "book", "undone", "its first saga is undone")
+
+    world, first, late, tried, settled = run(main())
+
+    assert first.status is SagaStatus.COMPENSATED
+    assert late.status is tried.status is SagaStatus.STUCK
+    assert [*late.in_doubt] == ["book", "book/deaf"]
+    assert "something came late in its saga s/book, of execution 1, when the saga had gone on with execution 2" in str(late)
+    assert settled.status is SagaStatus.COMPENSATED
+    assert settled.clean
     assert world.standing == {}
 
 
