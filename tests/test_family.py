@@ -127,9 +127,9 @@ def test_what_came_late_within_an_execution_before_is_for_a_person(path: list[An
     assert question.failure is not None
     assert (question.failure.stage, question.failure.kind, question.failure.attempt) == ("book", FailureKind.LATE, 1)
     assert question.failure.message == (
-        f"something came late in its saga {child_id}, of execution 1, when the saga had gone on with execution 2 (key 's/book~2'): it stands, "
-        f"and nothing undoes it. Compensate {child_id} by itself, or look in the outside world and put it right by hand; then settle the "
-        "stage: kept if what the saga counts on stands, undone if nothing does"
+        f"something came late in its saga {child_id}, of execution 1, when the saga had gone on with execution 2 (key 's/book~2'): "
+        f"it stands, and nothing undoes it. Compensate {child_id} by itself, or look in the outside world and put it right by hand; "
+        "then settle the stage: kept if what the saga counts on stands, undone if nothing does"
     )
 
 

@@ -276,11 +276,13 @@ def test_a_child_inherits_the_parents_input_but_for_what_is_given() -> None:
 
     child = Pipeline(name="kid").with_stage("look", look, "enrich")
     parent = Pipeline(name="mum")
-    parent = parent.with_stage("same", nested(child)).with_stage("other", nested(child, fields=lambda _: {"input_text": "other"}))
+    other = nested(child, fields=lambda ctx: {"input_text": f"{ctx.stage_name} of {ctx.saga_id}"})
+    parent = parent.with_stage("same", nested(child)).with_stage("other", other)
 
-    run(SagaCoordinator().run(parent, input_text="mine", execution_mode="fast"))
+    run(SagaCoordinator().run(parent, saga_id="s", input_text="mine", execution_mode="fast"))
 
-    assert sorted(seen) == [("mine", "fast", "kid"), ("other", "fast", "kid")]
+    assert sorted(seen) == [("mine", "fast", "kid"), ("other of s", "fast", "kid")]
+    assert other.name == "kid"
 
 
 def test_a_stage_may_run_a_saga_without_nesting_it() -> None:
@@ -915,19 +917,22 @@ def test_a_stage_is_undone_by_word_only_when_nothing_within_it_is_in_question() 
 
 @pytest.mark.parametrize("verdict", ["undone", "kept"])
 def test_a_word_on_a_stage_waits_for_all_sagas_below_it(verdict: str) -> None:
-    """Also for one that is running under one that has come to rest: what it is going to do is not known yet."""
+    """Also for one that is running under one that has come to rest: what it is going to do is not known yet. One beside it does not."""
     world, inmost = scene({"pay": ()}, {"pay": Script(before=20)})
+    _, quick = scene({"room": ()})
+    _, seat = scene({"seat": ()}, {"seat": Script(undo_fails=9)})
 
     async def book(ctx: SagaContext) -> None:
-        await ctx.run_saga(inmost)
+        await asyncio.gather(ctx.run_saga(inmost), ctx.run_saga(quick))
 
-    hotel = Pipeline(name="hotel").with_stage("book", compensable(book, undo_each([inmost])))
-    trip = Pipeline(name="trip").with_stage("beside", nested(scene(SEQUENCE)[1]))
+    hotel = Pipeline(name="hotel").with_stage("book", compensable(book, undo_each([inmost, quick])))
+    trip = seat.with_stage("beside", nested(scene(SEQUENCE)[1]))
     trip = trip.with_stage("hotel", nested(hotel, FailFast(timeout=1, cancel_grace=1)))
     coordinator = SagaCoordinator(IMPATIENT)
 
     async def play() -> tuple[SagaReport, str]:
         stuck = await coordinator.run(trip, saga_id="s")
+        await coordinator.settle("s", "seat", "undone", "they have it back")
         with pytest.raises(MisuseError) as refused:
             await coordinator.settle("s", "hotel", verdict, "looked")
         await elapse(30)
@@ -935,7 +940,7 @@ def test_a_word_on_a_stage_waits_for_all_sagas_below_it(verdict: str) -> None:
 
     stuck, refused = run(play())
 
-    assert [*stuck.stuck, *stuck.in_doubt] == ["hotel", "hotel/book"]
+    assert [*stuck.stuck, *stuck.in_doubt] == ["seat", "hotel", "hotel/book"]
     assert "a stage whose own sagas have come to rest, for stage 'hotel', got saga s/hotel/book, which is running" in refused
     assert world.log == ["+pay", "-pay"]
 
@@ -1600,6 +1605,47 @@ def test_a_child_that_lost_its_process_is_gone_on_with_and_nobody_is_asked_what_
     assert child_world.log == ["+a", "+b", "+c"]
     assert {failure.kind for failure in report.failures} == {FailureKind.CRASHED}
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_on_the_way_back_a_child_that_lost_its_process_comes_to_rest_by_itself_and_its_stage_finds_that_nothing_stands() -> None:
+    child_world, child = scene(SEQUENCE, kinds=dict.fromkeys("abc", "probed"))
+    parent = Pipeline(name="parent").with_stage("child", nested(child))
+    ledger = killed_while_it_ran(parent, Dying(5))
+
+    report = run(SagaCoordinator(ledger=ledger).compensate("s", parent))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.stages["child"].state is StageState.FAILED
+    assert {failure.kind for failure in report.failures} == {FailureKind.CRASHED, FailureKind.INTERRUPTED}
+    assert child_world.standing == {}
+
+
+def test_a_probe_that_finds_a_child_stuck_says_which_and_why() -> None:
+    script = Script(undo_fails=9, undo_bears_repetition=True)
+    _, child = scene(SEQUENCE, {"a": script}, kinds=dict.fromkeys("abc", "probed"))
+    parent = Pipeline(name="parent").with_stage("child", nested(child, IMPATIENT))
+    ledger = killed_while_it_ran(parent, Dying(5))
+
+    report = run(SagaCoordinator(ledger=ledger).compensate("s", parent))
+
+    asked = [failure for failure in report.failures if failure.stage == "child" and failure.kind is FailureKind.COMPENSATION]
+    assert report.status is SagaStatus.STUCK
+    assert [failure.type for failure in asked[:1]] == ["saga.report.NestedSagaFailed"]
+    assert "s/child" in asked[0].message
+
+
+def test_a_child_of_the_execution_that_stands_is_not_undone_by_itself() -> None:
+    _, child = scene(SEQUENCE)
+    script = Script("raise", then=("ok",))
+    _, tail = scene({"after": ()}, {"after": script})
+    parent = Pipeline(name="parent").with_stage("child", nested(child))
+    parent = parent.with_stage("after", tail.stages["after"].runner, dependencies=("child",))
+    coordinator = SagaCoordinator()
+    run(coordinator.run(parent, saga_id="s"))
+    assert run(coordinator.resume("s", parent, forward=True)).stages["child"].executions == 2
+
+    with pytest.raises(MisuseError, match="a saga that no other one runs"):
+        run(coordinator.compensate("s/child~2", child))
 
 
 def test_a_probe_that_lets_a_child_come_to_rest_stops_none_while_its_own_saga_runs_on() -> None:
