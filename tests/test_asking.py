@@ -1,0 +1,136 @@
+"""How a stage's probe is asked: how often, for how long, what it is told, and what gives way to a saga that stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from stageflow.api import Pipeline, StageOutput
+
+from saga import (
+    CompensableStage,
+    Compensation,
+    CompensationContext,
+    FailFast,
+    FailureKind,
+    MemoryLedger,
+    Retry,
+    SagaCoordinator,
+    SagaReport,
+    StageState,
+)
+from saga.events import AnyEvent, StageProbed
+from tests.controlled import elapse, run
+
+Answers = Callable[[CompensationContext], Awaitable[StageOutput | None]]
+
+
+class Silent(CompensableStage):
+    """Never ends; what its probe answers is up to the test."""
+
+    timeout = 1.0
+
+    def __init__(self, answers: Answers) -> None:
+        self.answers = answers
+
+    async def execute(self, ctx: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        return await self.answers(ctx)
+
+
+def asked(answers: Answers, policy: FailFast) -> tuple[SagaReport, list[StageProbed], float]:
+    """What came of a saga of that stage, what its ledger says of the probe, and how long it took."""
+
+    async def main() -> tuple[SagaReport, list[AnyEvent], float]:
+        ledger = MemoryLedger()
+        report = await SagaCoordinator(policy, ledger=ledger).run(Pipeline().with_stage("silent", Silent(answers)), saga_id="s")
+        return report, [*await ledger.read("s")], asyncio.get_running_loop().time()
+
+    report, events, took = run(main())
+    return report, [event for event in events if isinstance(event, StageProbed)], took
+
+
+def asking(**settings: Any) -> FailFast:
+    return FailFast(cancel_grace=2, compensation=Compensation(timeout=3, retry=Retry(jitter=False, **settings)))
+
+
+def test_a_probe_is_told_which_attempt_it_is_and_the_ledger_whether_another_one_follows() -> None:
+    attempts: list[int] = []
+
+    async def no_line(ctx: CompensationContext) -> StageOutput | None:
+        attempts.append(ctx.attempt)
+        if ctx.attempt < 3:
+            raise OSError("no line")
+        return None
+
+    report, probed, _ = asked(no_line, asking(attempts=3, wait=0))
+
+    assert attempts == [1, 2, 3]
+    assert [(one.landed, one.will_retry, one.failure and one.failure.attempt) for one in probed] == [
+        (None, True, 1),
+        (None, True, 2),
+        (False, False, None),
+    ]
+    assert report.stages["silent"].state is StageState.FAILED
+
+
+def test_a_probe_is_asked_no_longer_than_its_retry_lasts_counted_from_its_first_attempt() -> None:
+    async def no_line(_: CompensationContext) -> StageOutput | None:
+        await elapse(2)
+        raise OSError("no line")
+
+    # It begins a second into the saga: at 1, 3 and 5, and the next one would be 6 seconds after the first.
+    report, probed, took = asked(no_line, asking(attempts=9, wait=0, max_elapsed=5))
+
+    assert [one.will_retry for one in probed] == [True, True, False]
+    assert took == 1 + 3 * 2
+    assert report.in_doubt.keys() == {"silent"}
+
+
+def test_a_probe_that_ignores_its_cancel_is_waited_for_no_longer_than_the_grace() -> None:
+    released = asyncio.Event()
+
+    async def deaf(_: CompensationContext) -> StageOutput | None:
+        while not released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await released.wait()
+        return None
+
+    async def main() -> tuple[SagaReport, float]:
+        report = await SagaCoordinator(asking(attempts=1)).run(Pipeline().with_stage("silent", Silent(deaf)))
+        took = asyncio.get_running_loop().time()
+        released.set()
+        return report, took
+
+    report, took = run(main())
+
+    assert took == 1 + 3 + 2
+    assert report.failures[-1].message == "no answer within 3 s"
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["while it is asked", "while it waits to be asked again"])
+def test_a_probe_before_a_retry_gives_way_to_the_deadline(waits: bool) -> None:
+    async def answer(ctx: CompensationContext) -> StageOutput | None:
+        if ctx.cause is None and waits:
+            raise OSError("no line")
+        if ctx.cause is None:
+            await asyncio.Event().wait()
+        return None
+
+    policy = asking(attempts=9, wait=100, wait_max=100).model_copy(update={"retry": Retry(attempts=2, wait=0), "deadline": 2.5})
+
+    report, probed, took = asked(answer, policy)
+
+    kinds = [(one.failure.kind, one.failure.attempt) for one in probed if one.failure is not None]
+    assert kinds == [(FailureKind.COMPENSATION if waits else FailureKind.INTERRUPTED, 1)]
+    # Asked once more when the saga has stopped, it answers.
+    assert [one.landed for one in probed] == [None, False]
+    assert took == 2.5
+    assert report.stages["silent"].state is StageState.FAILED
