@@ -905,6 +905,9 @@ def test_a_stage_is_undone_by_word_only_when_nothing_within_it_is_in_question() 
             run(coordinator.settle("s", path, "undone", "they told me"))
         assert "expected a stage within which nothing is stuck, blocked or in doubt, for stage" in str(refused.value)
         assert PATH in str(refused.value)
+        assert str(refused.value).endswith(
+            ". Settle what is stuck or in doubt there, and go on with the saga: the stage finds out by itself."
+        )
         assert run(coordinator.report("s")) == stuck
     world.undo("pay")
     run(coordinator.settle("s", PATH, "undone", "the bank gave it back"))
