@@ -220,8 +220,10 @@ class SagaKeeper(Keeper):
                 events = await events_of(self._ledger, saga_id)
                 state = SagaState(events)
                 chosen = policy if policy is not None else state.policy
-                blueprint = read(pipeline, chosen)
+                blueprint = Blueprint.of(pipeline)
+                # Before the policy: where a stage is gone that it names, it is the pipeline that has changed.
                 _refuse_changed(state, blueprint)
+                blueprint.check_policy(chosen)
                 context = PipelineContext.create(**state.started.input)
                 if self._ledger.durable:
                     blueprint.restore_outputs(state.stages)

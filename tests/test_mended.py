@@ -175,6 +175,34 @@ def test_what_a_stage_is_may_not_have_changed() -> None:
     assert run(coordinator.resume("s", pipeline)).status is SagaStatus.COMPENSATED
 
 
+@pytest.mark.parametrize("going_on", ["resume", "compensate", "recover"])
+def test_a_stage_that_the_policy_in_the_ledger_names_and_that_is_gone_is_a_change_of_the_graph(going_on: str) -> None:
+    world, pipeline = scene({"a": (), "pay": ("a",)})
+    ledger = Dying(2)
+    policy = ContinueWithFallback(fallbacks={"pay": {"paid": False}})
+    with pytest.raises(LedgerError, match="killed"):
+        run(SagaCoordinator(policy, ledger=ledger).run(pipeline, saga_id="s"))
+    ledger.forget_owners()
+    ledger.left = 99
+    coordinator = SagaCoordinator(ledger=ledger)
+    other_world, other = scene({"a": (), "charge": ("a",)})
+    before = run(ledger.read("s"))
+
+    if going_on == "recover":
+        refused = run(coordinator.recover({"scene": other})).failed["s"]
+    else:
+        with pytest.raises(MisuseError) as caught:
+            run(getattr(coordinator, going_on)("s", other))
+        refused = caught.value
+
+    assert isinstance(refused, GraphChanged)
+    assert refused.differences == ("stage 'pay' is gone", "stage 'charge' is new")
+    assert run(ledger.read("s")) == before
+    assert other_world.log == []
+    assert run(coordinator.resume("s", pipeline)).status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "+pay"]
+
+
 def test_a_saga_whose_process_died_goes_on_by_the_means_of_now() -> None:
     world, pipeline = scene({"a": ()})
     ledger = Dying(3)
