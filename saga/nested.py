@@ -64,10 +64,12 @@ class NestedSaga(CompensableStage):
 
     async def compensate(self, ctx: CompensationContext) -> None:
         """Undo what is left of the child, whichever attempt ran it."""
+        children = await ctx.child_sagas()
         # What one attempt's child leaves standing holds back no other's.
-        for report in [await ctx.undo_saga(standing.saga_id, self._pipeline) for standing in reversed(_standing(await ctx.child_sagas()))]:
+        for report in [await ctx.undo_saga(standing.saga_id, self._pipeline) for standing in reversed(_standing(children))]:
             if (failed := NestedSagaFailed.unless_undone(report)) is not None:
                 raise failed
+        _refuse_own_effect(ctx, children)
 
     async def probe(self, ctx: CompensationContext) -> StageOutput | None:
         """Ask the child's ledger what became of it; one whose process is gone comes to rest first, unless its parent runs on.
@@ -75,7 +77,9 @@ class NestedSaga(CompensableStage):
         Raises:
             NestedSagaFailed: It has not come to its end, and something of it may stand.
         """
-        standing = _standing(await ctx.child_sagas())
+        children = await ctx.child_sagas()
+        _refuse_own_effect(ctx, children)
+        standing = _standing(children)
         if standing and standing[-1].ended_at is None:
             await ctx.rest_saga(standing[-1].saga_id, self._pipeline)
             standing = _standing(await ctx.child_sagas())
@@ -84,6 +88,21 @@ class NestedSaga(CompensableStage):
         if not standing[-1].ok:
             raise NestedSagaFailed(standing[-1])
         return _output(standing[-1])
+
+
+def _refuse_own_effect(ctx: CompensationContext, children: list[SagaReport]) -> None:
+    """Refuse to answer for what no child has done: the stage had its effect itself, in an older version of the pipeline.
+
+    Raises:
+        MisuseError: It had one.
+    """
+    if ctx.effects or (ctx.output is not None and not children):
+        raise MisuseError(
+            "a stage that has done nothing but run a saga",
+            got="one that had an effect of its own",
+            stage=ctx.stage_name,
+            hint="It was no nested saga then: undo it with its code as it was, or by hand, and settle it.",
+        )
 
 
 def _standing(children: list[SagaReport]) -> list[SagaReport]:

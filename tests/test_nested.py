@@ -43,7 +43,7 @@ from saga.report import NestedSagaFailed
 from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowLedger
-from tests.world import SEQUENCE, CardDeclined, Script, World, conclude, nothing, scene
+from tests.world import SEQUENCE, CardDeclined, Recording, Script, Scripted, World, conclude, nothing, scene
 
 IMPATIENT = FailFast(compensation=Compensation(retry=Retry(attempts=1)))
 
@@ -68,6 +68,58 @@ def test_a_child_that_completes_gives_its_outputs_to_the_parent() -> None:
     assert report.status is SagaStatus.COMPLETED
     assert report.kept["child"].data == {"saga_id": "s/child", "outputs": {name: {"stage": name} for name in "abc"}}
     assert set(child_world.standing) == set("abc")
+
+
+OWN_EFFECT = "expected a stage that has done nothing but run a saga, for stage 'a', got one that had an effect of its own"
+
+
+def before_and_after_it_was_nested(world: World, kind: type[Scripted], outcome: str) -> tuple[Pipeline, World, Pipeline]:
+    """A stage that has its effect itself; and one in its place that runs a saga, in a world of its own."""
+    child_world, child = scene({"b": ()})
+    before: Any = kind(world, "a", Script(outcome, lands=True))
+    return Pipeline(name="p").with_stage("a", before), child_world, Pipeline(name="p").with_stage("a", nested(child))
+
+
+@pytest.mark.parametrize(("kind", "outcome"), [(Scripted, "ok"), (Recording, "ok"), (Recording, "raise")])
+def test_what_a_stage_did_before_it_was_a_nested_saga_is_not_called_undone(kind: type[Scripted], outcome: str) -> None:
+    world = World({"a": ()})
+    before, _, after = before_and_after_it_was_nested(world, kind, outcome)
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"))
+    run(coordinator.run(before, saga_id="s"))
+
+    report = run(coordinator.compensate("s", after))
+
+    assert world.log == ["+a"]
+    assert (report.status, list(report.stuck)) == (SagaStatus.STUCK, ["a"])
+    assert OWN_EFFECT in str(report)
+
+
+def test_what_a_stage_did_before_it_was_a_nested_saga_is_undone_by_its_code_as_it_was() -> None:
+    world = World({"a": ()})
+    before, _, after = before_and_after_it_was_nested(world, Scripted, "ok")
+    coordinator = SagaCoordinator()
+    run(coordinator.run(before, saga_id="s"))
+    run(coordinator.compensate("s", after))
+
+    run(coordinator.settle("s", "a", "retry", "its code is as it was"))
+
+    assert run(coordinator.resume("s", before)).status is SagaStatus.COMPENSATED
+    assert world.log == ["+a", "-a"]
+
+
+def test_what_a_stage_did_before_it_was_a_nested_saga_stands_when_that_one_is_undone() -> None:
+    world = World({"a": ()})
+    before, child_world, after = before_and_after_it_was_nested(world, Recording, "raise")
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"))
+    run(coordinator.run(before, saga_id="s"))
+    assert run(coordinator.resume("s", after)).status is SagaStatus.COMPLETED
+
+    report = run(coordinator.compensate("s", after))
+
+    assert child_world.log == ["+b", "-b"]
+    assert world.log == ["+a"]
+    assert (report.status, list(report.stuck)) == (SagaStatus.STUCK, ["a"])
+    assert OWN_EFFECT in str(report)
 
 
 def test_a_family_that_is_forgotten_as_soon_as_it_has_come_to_rest_has_its_report_all_the_same() -> None:
