@@ -12,9 +12,9 @@ from dataclasses import field, fields
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cache, partial
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import Discriminator, TypeAdapter
+from pydantic import ConfigDict, Discriminator, TypeAdapter
 
 from saga.failures import Failure
 from saga.graph import Graph
@@ -82,6 +82,9 @@ class Event(_Written):
     Attributes:
         at: When it was recorded, UTC.
     """
+
+    # What a newer version of saga wrote is not read without what is new in it: a plan made of the rest would be another one.
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     at: datetime = field(default_factory=partial(datetime.now, UTC))
 

@@ -26,6 +26,7 @@ from stageflow.api import StageOutput
 from saga import FailFast, Failure, Ledger, LedgerConflict, LedgerError, MisuseError, SagaStatus
 from saga.events import (
     AnyEvent,
+    CompensationStarted,
     EffectRecorded,
     SagaEnded,
     SagaResumed,
@@ -1141,7 +1142,11 @@ CHANGED: dict[str, tuple[AnyEvent, dict[str, Any], str]] = {
     ),
     "no time": (FIRST, {"at": "yesterday"}, "what redact gave can't be read again: at: Input should be a valid datetime"),
     "no event": (FIRST, {"event": "gone"}, "what redact gave can't be read again: Input tag 'gone'"),
-    "another event": (FIRST, {"event": "compensation_started"}, "redact changed its event from 'stage_started' to 'compensation_started'"),
+    "another event": (
+        CompensationStarted(stage="a", attempt=1),
+        {"event": "stage_started"},
+        "redact changed its event from 'compensation_started' to 'stage_started'",
+    ),
     "another stage": (FIRST, {"stage": "b"}, "redact changed its stage from 'a' to 'b'"),
     "another saga": (started(), {"saga_id": "t"}, "redact changed its saga_id from 's' to 't'"),
     "another pipeline": (started(), {"pipeline": "q"}, "redact changed its pipeline from 'p' to 'q'"),

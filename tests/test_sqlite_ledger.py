@@ -29,9 +29,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stageflow.api import Pipeline, StageOutput
 
-from saga import LedgerError, MemoryLedger, MisuseError, SagaCoordinator, SagaReport, SagaStatus
+from saga import FailFast, LedgerError, MemoryLedger, MisuseError, SagaCoordinator, SagaReport, SagaStatus
 from saga.errors import LedgerCorrupt, SagaUnrecorded
-from saga.events import AnyEvent, EffectRecorded, SagaStarted, StageCompleted, StageStarted, event_to_json
+from saga.events import AnyEvent, EffectRecorded, SagaResumed, SagaStarted, StageCompleted, StageStarted, event_to_json
 from saga.ledger import ALIVE
 from saga.ledgers import open_ledger, sqlite, workers
 from saga.ledgers.postgres import PostgresLedger
@@ -202,6 +202,31 @@ def test_rows_that_are_not_as_they_were_written_are_refused_and_other_sagas_are_
     assert "Nothing was changed" in str(events)
     assert other == (started("other"),)
     assert path.read_bytes() == damaged != whole
+
+
+LATER = '"later":1,'
+RESUMED = SagaResumed(forward=True, by="me", policy=FailFast())
+OF_A_NEWER_VERSION: dict[str, tuple[AnyEvent, str, str, str]] = {
+    "an event": (FIRST, '"stage_started"', '"stage_put_off"', "Input tag 'stage_put_off'"),
+    "a field of an event": (FIRST, '"attempt"', f'{LATER}"attempt"', "later: Unexpected keyword argument"),
+    "a key of a policy": (RESUMED, '"in_flight"', f'{LATER}"in_flight"', "expected one of retry, timeout, compensation"),
+}
+
+
+@pytest.mark.parametrize("case", OF_A_NEWER_VERSION)
+def test_what_a_newer_version_of_saga_wrote_is_not_called_damaged_nor_read_without_what_is_new(path: Path, case: str) -> None:
+    event, old, new, why = OF_A_NEWER_VERSION[case]
+    on(SQLiteLedger(path), create(), append(event))
+    body = event_to_json(event).replace(old, new)
+    assert new in body
+    execute(path, f"UPDATE events SET body = '{body}', checksum = {checksum('s', 1, body.encode())} WHERE first = 1")  # noqa: S608 - constants
+
+    (unread,) = on(SQLiteLedger(path), read())
+
+    assert isinstance(unread, LedgerCorrupt)
+    assert str(unread).startswith("saga s can't be read at event 1: that is no event of this version of saga: ")
+    assert why in str(unread)
+    assert "Nothing was changed. If a newer version wrote it, go on with that one; else " in str(unread)
 
 
 @pytest.mark.parametrize("case", BY_HAND)

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
-from saga.errors import LedgerCorrupt, LedgerError, SagasDamaged
+from saga.errors import LedgerCorrupt, LedgerError, PolicyInvalid, SagasDamaged
 from saga.events import AnyEvent, SagaStarted, SagaStatus, event_from_json, event_to_json, line_of
 from saga.ledger import A_NAME, LONGEST_NAME, Entry, is_name, status_said
 from saga.outputs import copied, copied_output
@@ -178,9 +178,7 @@ def _refuse_changed(saga_id: str, event: AnyEvent, line: str) -> None:
     try:
         back = event_from_json(line)
     except _UNREADABLE as error:
-        where = error.errors(include_url=False)[0]["loc"][1:] if isinstance(error, ValidationError) else ()
-        what = "".join(f"{part}: " for part in where[:1]) + _why(error)
-        raise LedgerError(f"{_named(saga_id, event)} can't be stored: what redact gave can't be read again: {what}") from error
+        raise LedgerError(f"{_named(saga_id, event)} can't be stored: what redact gave can't be read again: {_why(error)}") from error
     for part in _FIXED:
         was, now = getattr(event, part, None), getattr(back, part, None)
         if was != now:
@@ -233,7 +231,11 @@ def events_in(saga_id: str, version: int | None, began: Sequence[Any], rows: Ite
         try:
             events += [event_from_json(line) for line in body.split(b"\n")]
         except _UNREADABLE as error:
-            raise _corrupt(saga_id, len(events), f"no event of this version of saga: {_why(error)}") from error
+            raise LedgerCorrupt(
+                f"saga {saga_id} can't be read at event {len(events)}: that is no event of this version of saga: {_why(error)}. "
+                "Nothing was changed. If a newer version wrote it, go on with that one; else restore the ledger from a backup, or see to "
+                "what this saga did by hand."
+            ) from error
     if version != len(events) and (events or version is not None):
         raise _corrupt(saga_id, len(events), f"there are {len(events)} events, and the saga's row says {version}")
     for started in events[:1]:
@@ -244,13 +246,16 @@ def events_in(saga_id: str, version: int | None, began: Sequence[Any], rows: Ite
     return tuple(events)
 
 
-_UNREADABLE: Final = (ValueError, TypeError, LookupError)
+_UNREADABLE: Final = (ValueError, TypeError, LookupError, PolicyInvalid)
 """What reading an event may raise: a `ValidationError`, which is a ValueError, and whatever else comes of a damaged value."""
 
 
 def _why(error: Exception) -> str:
-    found: str = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
-    return found
+    if not isinstance(error, ValidationError):
+        return f"{type(error).__name__}: {error}"
+    first = error.errors(include_url=False)[0]
+    # Behind the kind of the event comes its field.
+    return ": ".join([*map(str, first["loc"][1:2]), first["msg"]])
 
 
 def entries_in(rows: Iterable[Sequence[Any]], when: Callable[[Any], datetime | None]) -> tuple[Entry, ...]:
