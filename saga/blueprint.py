@@ -63,6 +63,7 @@ class StagePlan:
             which is also what stays of data that does not fit.
         patient: It bounds itself: it is never given up, however long it takes to end after a cancel.
         has_effect: What it says of its effect, or None.
+        nested_pipeline: The one that it runs as a saga, as `nested` does; None: it runs none, or takes care of that itself.
     """
 
     spec: UnifiedStageSpec
@@ -73,6 +74,7 @@ class StagePlan:
     output_model: Any
     patient: bool
     has_effect: bool | None
+    nested_pipeline: Pipeline | None
 
     def warn_of_misfit(self, output: StageOutput) -> None:
         """Say in the log that an output does not fit the stage's `output_model`: nothing else shows it before a saga is resumed."""
@@ -261,6 +263,7 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         output_model=_declared_model(name, sample),
         patient=bool(getattr(sample, "bounds_itself", False)),
         has_effect=_declared(name, sample, "has_effect", bool),
+        nested_pipeline=getattr(sample, "nested_pipeline", None),
     )
     return node, plan
 

@@ -267,6 +267,7 @@ _PARTS: Final = (
     "output_model",
     "bounds_itself",
     "holds_pivot",
+    "nested_pipeline",
 )
 """What a stage may declare beside its kind."""
 

@@ -145,7 +145,7 @@ class SagaCoordinator:
 
         Raises:
             SagaNotFound: The ledger has no such saga.
-            GraphChanged: The pipeline differs from the saga's.
+            GraphChanged: The pipeline differs from the saga's, or one nested in it from that of a child of which anything stands.
             MisuseError: The saga is alive here, has stages in doubt that a person has to settle first, or is run by another one.
             LedgerConflict: Another coordinator holds it.
         """
@@ -159,7 +159,7 @@ class SagaCoordinator:
 
         Raises:
             SagaNotFound: The ledger has no such saga.
-            GraphChanged: The pipeline differs from the saga's.
+            GraphChanged: The pipeline differs from the saga's, or one nested in it from that of a child of which anything stands.
             MisuseError: The saga is alive here, or is run by another one.
             LedgerConflict: Another coordinator holds it.
         """

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+from saga.blueprint import Blueprint
 from saga.compensable import execution_key, execution_of
 from saga.errors import LedgerCorrupt, MisuseError, SagaNotFound
-from saga.events import SagaStarted, StageProbed, StageSettled, TurnReason, Verdict
+from saga.events import SagaStarted, SagaStatus, StageProbed, StageSettled, TurnReason, Verdict
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.ledger import MemoryLedger, StageState, is_name, listed
@@ -85,6 +87,24 @@ async def has_left(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> boo
 
 def _stands(state: SagaState) -> bool:
     return any(undo_step(node, state.stages[node.name]) is not Step.CLEAR for node in state.graph.nodes)
+
+
+async def differences_from(ledger: Ledger, state: SagaState, blueprint: Blueprint) -> list[str]:
+    """How a pipeline differs from the one that a saga was started with; or those nested in it, from those of its children that stand."""
+    found = state.graph.differences(blueprint.graph)
+    nested = {name: plan.nested_pipeline for name, plan in blueprint.stages.items() if plan.nested_pipeline is not None}
+    if found or not nested:
+        return found
+    entries, _ = await listed(ledger, parent=state.started.saga_id)
+    for child in entries.values():
+        pipeline = nested.get(str(child.parent_stage))
+        if pipeline is None or child.status is SagaStatus.COMPENSATED:
+            continue
+        with suppress(LedgerCorrupt, SagaNotFound):  # whoever goes on with it meets that, or nobody has to
+            inner = SagaState(await events_of(ledger, child.saga_id))
+            differences = await differences_from(ledger, inner, Blueprint.of(pipeline))
+            found += [f"within stage {child.parent_stage!r}: {difference}" for difference in differences]
+    return found
 
 
 async def _run_within(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> list[str]:

@@ -22,7 +22,7 @@ from saga.blueprint import Blueprint
 from saga.errors import GraphChanged, LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, NotStorable, SagaExists
 from saga.events import AnyEvent, SagaEnded, SagaStarted, SagaStatus, SagaTurnedBack, TurnReason
 from saga.failures import Failure
-from saga.family import events_of, has_left, report_of, report_with_children, reports_of
+from saga.family import differences_from, events_of, has_left, report_of, report_with_children, reports_of
 from saga.forward import Forward
 from saga.held import Held
 from saga.inputs import recorded_input, refuse_both
@@ -222,7 +222,7 @@ class SagaKeeper(Keeper):
                 chosen = policy if policy is not None else state.policy
                 blueprint = Blueprint.of(pipeline)
                 # Before the policy: where a stage is gone that it names, it is the pipeline that has changed.
-                _refuse_changed(state, blueprint)
+                await _refuse_changed(self._ledger, state, blueprint)
                 blueprint.check_policy(chosen)
                 context = PipelineContext.create(**state.started.input)
                 if self._ledger.durable:
@@ -430,8 +430,8 @@ def _refuse_others(started: SagaStarted, parent: LiveSaga) -> None:
         )
 
 
-def _refuse_changed(state: SagaState, blueprint: Blueprint) -> None:
-    differences = state.graph.differences(blueprint.graph)
+async def _refuse_changed(ledger: Ledger, state: SagaState, blueprint: Blueprint) -> None:
+    differences = await differences_from(ledger, state, blueprint)
     if differences:
         raise GraphChanged(state.started.saga_id, differences)
 

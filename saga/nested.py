@@ -46,7 +46,7 @@ class NestedSaga(CompensableStage):
             raise MisuseError("a function that gives the child's fields", got=shown(fields), hint="As in fields=lambda ctx: {...}.")
         self.holds_pivot = any(node.is_point_of_no_return for node in Blueprint.of(pipeline).graph.nodes)
         self.name = pipeline.name
-        self._pipeline = pipeline
+        self.nested_pipeline = self._pipeline = pipeline
         self._policy = policy
         self._fields = fields
 

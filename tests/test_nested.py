@@ -20,6 +20,7 @@ from saga import (
     ContinueWithFallback,
     FailFast,
     FailureKind,
+    GraphChanged,
     LedgerError,
     MemoryLedger,
     MisuseError,
@@ -120,6 +121,61 @@ def test_what_a_stage_did_before_it_was_a_nested_saga_stands_when_that_one_is_un
     assert world.log == ["+a"]
     assert (report.status, list(report.stuck)) == (SagaStatus.STUCK, ["a"])
     assert OWN_EFFECT in str(report)
+
+
+def trip_with(hotel: Sequence[str]) -> tuple[World, Pipeline]:
+    """seat -> rooms -> car, where rooms runs a saga that runs the hotel's."""
+    world, inner = scene({name: tuple(hotel[:place][-1:]) for place, name in enumerate(hotel)}, kinds=dict.fromkeys(hotel, "probed"))
+    seat, car = (scene({name: ()}, kinds={name: "probed"})[1].stages[name].runner for name in ("seat", "car"))
+    for stage in (seat, car):
+        stage.world = world  # type: ignore[union-attr] # a scripted stage
+    rooms = Pipeline(name="rooms").with_stage("hotel", nested(inner))
+    trip = Pipeline(name="trip").with_stage("seat", seat).with_stage("rooms", nested(rooms), dependencies=("seat",))
+    return world, trip.with_stage("car", car, dependencies=("rooms",))
+
+
+@pytest.mark.parametrize("going_on", ["resume", "compensate", "recover"])
+@pytest.mark.parametrize("kill", [7, 8, 10, 12])
+def test_a_saga_within_which_a_pipeline_has_changed_is_left_as_it_is_and_goes_on_with_the_old_one(kill: int, going_on: str) -> None:
+    world, trip = trip_with(["room", "breakfast"])
+    ledger = Dying(kill)
+    with pytest.raises(LedgerError, match="killed"):
+        run(SagaCoordinator(ledger=ledger).run(trip, saga_id="s"))
+    ledger.forget_owners()
+    ledger.left = 99
+    coordinator = SagaCoordinator(ledger=ledger)
+    before = {saga_id: run(ledger.read(saga_id)) for saga_id in ("s", "s/rooms", "s/rooms/hotel")}
+    assert before["s/rooms/hotel"]
+    other_world, other = trip_with(["room", "sauna"])
+
+    if going_on == "recover":
+        recovery = run(coordinator.recover(other))
+        assert not recovery.reports
+        refused = recovery.failed["s"]
+    else:
+        with pytest.raises(GraphChanged) as caught:
+            run(getattr(coordinator, going_on)("s", other))
+        refused = caught.value
+
+    assert isinstance(refused, GraphChanged)
+    within = "within stage 'rooms': within stage 'hotel': stage"
+    assert refused.differences == (f"{within} 'breakfast' is gone", f"{within} 'sauna' is new")
+    assert {saga_id: run(ledger.read(saga_id)) for saga_id in before} == before
+    assert other_world.log == []
+    assert run(coordinator.recover(trip)).reports["s"].status is SagaStatus.COMPLETED
+    assert world.log == ["+seat", "+room", "+breakfast", "+car"]
+
+
+def test_a_nested_pipeline_may_have_changed_when_nothing_of_its_saga_stands() -> None:
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"))
+    _, child = scene({"a": (), "b": ("a",)}, {"b": Script("raise")})
+    run(coordinator.run(Pipeline(name="p").with_stage("child", nested(child)), saga_id="s"))
+    world, other = scene({"a": (), "c": ("a",)})
+
+    report = run(coordinator.resume("s", Pipeline(name="p").with_stage("child", nested(other))))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "+c"]
 
 
 def test_a_family_that_is_forgotten_as_soon_as_it_has_come_to_rest_has_its_report_all_the_same() -> None:
