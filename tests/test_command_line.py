@@ -794,6 +794,7 @@ def test_an_import_is_refused_as_a_whole(shop: Shop) -> None:
         "headless.jsonl": lines[1:],
         "twice.jsonl": [*lines, lines[0]],
         "garbled.jsonl": [lines[0], "{}\n"],
+        "newer.jsonl": [lines[0].replace('"in_flight"', '"later":1,"in_flight"'), *lines[1:]],
         "contradictory.jsonl": [line for line in lines if '"stage_started"' not in line],
         "blank.jsonl": [],
     }
@@ -804,11 +805,12 @@ def test_an_import_is_refused_as_a_whole(shop: Shop) -> None:
         name: shop.saga("import", name, "--ledger", "sqlite:///" + ("sagas.db" if name == "again.jsonl" else "new.db")) for name in files
     }
 
-    assert {name: (one.code, one.err.partition(", got Unable")[0]) for name, one in done.items()} == {
+    assert {name: (one.code, re.split(", got Unable|: expected one of", one.err)[0]) for name, one in done.items()} == {
         "again.jsonl": (Exit.MISUSE, "saga: expected a saga id that is not in the ledger yet, got 's'. Nothing was imported.\n"),
         "headless.jsonl": (Exit.FAILED, "saga: expected SagaStarted in line 1, got StageStarted; nothing was imported\n"),
         "twice.jsonl": (Exit.FAILED, f"saga: line {len(lines) + 1} begins saga s a second time; nothing was imported\n"),
         "garbled.jsonl": (Exit.FAILED, "saga: expected an event of a saga in line 2"),
+        "newer.jsonl": (Exit.FAILED, "saga: expected an event of a saga in line 1, got one of another version of saga"),
         "contradictory.jsonl": (Exit.FAILED, done["contradictory.jsonl"].err),
         "blank.jsonl": (Exit.MISUSE, "saga: expected at least one saga, got a file without any. Nothing was imported.\n"),
     }

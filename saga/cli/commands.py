@@ -32,7 +32,7 @@ from saga.cli.pipelines import did_you_mean, load, load_all
 from saga.cli.settings import settings
 from saga.cli.view import Stderr, tell_on, view
 from saga.coordinator import SagaCoordinator
-from saga.errors import LedgerCorrupt, LedgerError, MisuseError, SagaExists, SagaNotFound, SagasDamaged
+from saga.errors import LedgerCorrupt, LedgerError, MisuseError, PolicyInvalid, SagaExists, SagaNotFound, SagasDamaged
 from saga.events import AnyEvent, SagaStarted, SagaStatus, Verdict, event_from_json, event_to_json, line_of
 from saga.ledger import ALIVE, Entry, Ledger, listed
 from saga.ledgers import open_ledger
@@ -531,6 +531,11 @@ def _sagas_in(lines: Iterator[str]) -> dict[str, list[AnyEvent]]:
         except ValidationError as error:
             raise LedgerCorrupt(
                 f"expected an event of a saga in line {number}, got {error.errors()[0]['msg']}; nothing was imported"
+            ) from None
+        except PolicyInvalid as error:
+            # Whoever wrote it had a policy that is one.
+            raise LedgerCorrupt(
+                f"expected an event of a saga in line {number}, got one of another version of saga: {error}; nothing was imported"
             ) from None
         if isinstance(event, SagaStarted):
             if event.saga_id in sagas:
