@@ -46,7 +46,7 @@ class NestedSaga(CompensableStage):
             raise MisuseError("a function that gives the child's fields", got=shown(fields), hint="As in fields=lambda ctx: {...}.")
         self.holds_pivot = any(node.is_point_of_no_return for node in Blueprint.of(pipeline).graph.nodes)
         self.name = pipeline.name
-        self.nested_pipeline = self._pipeline = pipeline
+        self.nested_pipeline = pipeline
         self._policy = policy
         self._fields = fields
 
@@ -54,10 +54,10 @@ class NestedSaga(CompensableStage):
         """Run the child, or go on with one that an earlier attempt has left."""
         left = _standing(await ctx.child_sagas())
         if left:
-            report = await ctx.resume_saga(left[-1].saga_id, self._pipeline)
+            report = await ctx.resume_saga(left[-1].saga_id, self.nested_pipeline)
         else:
             fields = dict(self._fields(ctx)) if self._fields is not None else {}
-            report = await ctx.run_saga(self._pipeline, policy=self._policy, **fields)
+            report = await ctx.run_saga(self.nested_pipeline, policy=self._policy, **fields)
         if not report.ok:
             raise NestedSagaFailed(report)
         return _output(report)
@@ -66,7 +66,7 @@ class NestedSaga(CompensableStage):
         """Undo what is left of the child, whichever attempt ran it."""
         children = await ctx.child_sagas()
         # What one attempt's child leaves standing holds back no other's.
-        for report in [await ctx.undo_saga(standing.saga_id, self._pipeline) for standing in reversed(_standing(children))]:
+        for report in [await ctx.undo_saga(standing.saga_id, self.nested_pipeline) for standing in reversed(_standing(children))]:
             if (failed := NestedSagaFailed.unless_undone(report)) is not None:
                 raise failed
         _refuse_own_effect(ctx, children)
@@ -81,7 +81,7 @@ class NestedSaga(CompensableStage):
         _refuse_own_effect(ctx, children)
         standing = _standing(children)
         if standing and standing[-1].ended_at is None:
-            await ctx.rest_saga(standing[-1].saga_id, self._pipeline)
+            await ctx.rest_saga(standing[-1].saga_id, self.nested_pipeline)
             standing = _standing(await ctx.child_sagas())
         if not standing:
             return None
