@@ -26,7 +26,7 @@ def is_gone(owner: str) -> bool:
     """Whether the process that an owner lived in certainly runs no more.
 
     It can be certain only of a process of the same boot of the same machine and of the same pid namespace, and only where
-    there is /proc; elsewhere an owner is gone when its lease has ended, and not before.
+    there is a /proc of that namespace; elsewhere an owner is gone when its lease has ended, and not before.
     """
     parts = owner.split("/")
     if len(parts) != _PARTS:
@@ -58,8 +58,11 @@ def _stat(pid: int) -> tuple[str, str]:
 
 
 def _here() -> tuple[str, str]:
-    """The pid namespace and the boot; empty where there is no /proc."""
+    """The pid namespace and the boot; empty where there is no /proc, or only that of another pid namespace."""
     try:
+        if (_PROC / "self").readlink().name != str(os.getpid()):
+            # A pid of ours is another process's there.
+            return "", ""
         namespace = (_PROC / "self" / "ns" / "pid").readlink().name
         boot = (_PROC / "sys" / "kernel" / "random" / "boot_id").read_text(encoding="ascii").strip()
     except OSError:

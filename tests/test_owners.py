@@ -102,3 +102,25 @@ def test_where_there_is_no_proc_nothing_is_certain(monkeypatch: pytest.MonkeyPat
     assert not is_gone(mine)
     assert not is_gone(ended)
     assert not is_gone(changed(mine, PID, ended.split("/")[PID]))
+
+
+def test_where_proc_is_that_of_another_pid_namespace_nothing_is_certain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As after `unshare --pid --fork`, and in a container that has the host's: our pid is another process's there, which comes and goes."""
+    namesake = tmp_path / str(os.getpid())
+    elsewhere = tmp_path / "4242" / "ns"
+    for directory in (namesake, elsewhere, tmp_path / "sys" / "kernel" / "random"):
+        directory.mkdir(parents=True)
+    (tmp_path / "self").symlink_to("4242")
+    (elsewhere / "pid").symlink_to("pid:[4026532177]")
+    (tmp_path / "sys" / "kernel" / "random" / "boot_id").write_text("0b4e5c6d")
+    (namesake / "stat").write_text(stat_of(started="25"))
+    monkeypatch.setattr(owners, "_PROC", tmp_path)
+    mine = this_process()
+
+    (namesake / "stat").write_text(stat_of(started="9000"))
+
+    assert not is_gone(mine)
+
+
+def stat_of(*, started: str) -> str:
+    return " ".join(["1", "(init)", "S", *"0" * 18, started, "0"])
