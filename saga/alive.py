@@ -109,6 +109,7 @@ class LiveSaga(Host, UndoHost):
 
     Attributes:
         id: Its id.
+        loop: The event loop in which it runs.
         blueprint: Its pipeline.
         policy: Its policy.
         journal: Its ledger and its state.
@@ -133,6 +134,7 @@ class LiveSaga(Host, UndoHost):
         keeper: Keeper,
     ) -> None:
         self.id: Final = journal.saga_id
+        self.loop: Final = asyncio.get_running_loop()
         self.blueprint: Final = blueprint
         self.policy: Final = policy
         self.journal: Final = journal

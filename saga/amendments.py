@@ -147,7 +147,7 @@ class Amendments:
             self.record_late(saga_id)
 
     def _refuse_held(self, saga_id: str) -> None:
-        if saga_id in self._held.sagas:
+        if self._held.holds(saga_id):
             raise self._held.busy(saga_id, "a saga that has come to rest", "alive")
 
     def comes_late(self, saga_id: str, late: Late) -> None:

@@ -235,7 +235,7 @@ class SagaCoordinator:
 
         async def go_on(entry: Entry) -> None:
             async with limit:
-                if entry.saga_id in self._keeper.held.sagas:
+                if self._keeper.held.holds(entry.saga_id):
                     return
                 try:
                     pipeline = _among(known, entry.pipeline)

@@ -40,7 +40,7 @@ class Heart:
     def let_go(self) -> bool:
         """Beat for one saga less; whether it was the last, and the heart stands still."""
         self._held -= 1
-        if not self._held:
+        if not self._held and not self.loop.is_closed():
             self._task.cancel()
         return not self._held
 

@@ -48,6 +48,20 @@ class Held:
             self._beating[saga_id] = self._hearts[loop]
             self._hearts[loop].hold()
 
+    def holds(self, saga_id: str) -> bool:
+        """Whether a saga is held here; nobody runs it any more whose event loop was closed in its midst."""
+        saga = self.sagas.get(saga_id)
+        if saga is not None and saga.loop.is_closed():
+            self.abandon(saga)
+        return saga_id in self.sagas
+
+    def abandon(self, saga: LiveSaga) -> None:
+        """Hold a saga no more of which no further code can run; its lease is given back with a later sign of life."""
+        if self.sagas.get(saga.id) is saga:
+            self.let_go(saga.id)
+            if saga.journal.token is not None:
+                self._owed.add((saga.id, saga.journal.token))
+
     def let_go(self, saga_id: str) -> None:
         """Hold a saga no more; its lease is given back with its last event, or behind that."""
         del self.sagas[saga_id]
@@ -68,6 +82,8 @@ class Held:
 
     async def _beat(self) -> None:
         await self._ledger.beat(self.owner)
+        for saga_id in tuple(self.sagas):
+            self.holds(saga_id)
         for saga_id, token in tuple(self._owed):
             await self._release(saga_id, token)
 

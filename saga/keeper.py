@@ -178,7 +178,7 @@ class SagaKeeper(Keeper):
             _refuse_names({"saga id": saga_id or "", "pipeline name": blueprint.name})
         if saga_id is None:
             saga_id = secrets.token_hex(16)
-        elif await self._ledger.read(saga_id) or saga_id in self.held.sagas:
+        elif await self._ledger.read(saga_id) or self.held.holds(saga_id):
             # Looked for here at last: while the ledger was read, somebody else may have begun it.
             raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Read what became of it with report().")
         self.held.hold(saga_id)
@@ -210,7 +210,7 @@ class SagaKeeper(Keeper):
         events = await events_of(self._ledger, saga_id)
         if parent is not None:
             _refuse_others(SagaState(events).started, parent)
-        if saga_id in self.held.sagas:
+        if self.held.holds(saga_id):
             raise self.held.busy(saga_id, "a saga that nobody is running", f"{SagaState(events).status.value} here")
         self.held.hold(saga_id)
         try:
@@ -262,6 +262,10 @@ class SagaKeeper(Keeper):
         return LocalActions(blueprint)
 
     async def _let_go(self, saga: LiveSaga) -> None:
+        if saga.loop.is_closed():
+            # What is left of it is being thrown away, and somebody may hold the saga anew.
+            self.held.abandon(saga)
+            return
         self.held.let_go(saga.id)
         token = await saga.journal.close()
         if token is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ from saga.blueprint import Blueprint
 from saga.events import AnyEvent, SagaStarted, StageSettled
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.watch import this_task
-from tests.controlled import elapse, run
+from tests.controlled import ControlledLoop, elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk, SlowLedger
 from tests.world import SEQUENCE, Script, nothing, scene
@@ -152,6 +153,79 @@ def test_a_saga_that_ends_while_its_owner_says_that_it_is_alive_alarms_nobody(ca
     assert report.status is SagaStatus.COMPLETED
     assert ledger.beats == [10.0]
     assert not caplog.records
+
+
+def abandoned(coordinator: SagaCoordinator, pipeline: Pipeline, after: float) -> None:
+    """A saga whose event loop is closed in its midst: as by who gives up on run_until_complete, and whose program runs on."""
+    loop = ControlledLoop()
+    caller = loop.create_task(coordinator.run(pipeline, saga_id="s"))
+    loop.run_until_complete(elapse(after))
+    loop.close()
+    caller.set_name("abandoned")
+
+
+@pytest.mark.parametrize("kind", [MemoryLedger, Leased])
+def test_a_saga_whose_event_loop_was_closed_is_gone_on_with_where_it_ran(kind: type[MemoryLedger]) -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script(before=10.0)}, dict.fromkeys(SEQUENCE, "probed"))
+    coordinator = SagaCoordinator(ledger=kind())
+    abandoned(coordinator, pipeline, 5.0)
+
+    async def play() -> Recovery:
+        recovering = asyncio.create_task(coordinator.recover([pipeline]))
+        await elapse(5.0)
+        # What was left in the closed loop takes nothing along.
+        gc.collect()
+        with pytest.raises(MisuseError, match="running here"):
+            await coordinator.resume("s", pipeline)
+        return await recovering
+
+    recovery = run(play())
+
+    assert recovery.reports["s"].status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "+b", "+c"]
+
+
+class BeginsSlowly(MemoryLedger):
+    durable = True
+
+    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent], *, under: int | None = None) -> int:
+        await elapse(10.0)
+        return await super().create(saga_id, owner, events, under=under)
+
+
+def test_a_saga_whose_event_loop_was_closed_before_it_was_recorded_may_be_run_again() -> None:
+    world, pipeline = scene(SEQUENCE)
+    coordinator = SagaCoordinator(ledger=BeginsSlowly())
+    abandoned(coordinator, pipeline, 5.0)
+
+    report = run(coordinator.run(pipeline, saga_id="s"))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "+b", "+c"]
+
+
+def test_a_saga_whose_event_loop_was_closed_is_not_held_by_its_owners_life_for_others() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script(before=10.0)}, dict.fromkeys(SEQUENCE, "probed"))
+    _, other = scene({"a": ()}, {"a": Script(before=100.0)})
+    ledger = Leased()
+    owner = SagaCoordinator(ledger=ledger)
+    abandoned(owner, pipeline, 5.0)
+
+    async def play() -> SagaReport:
+        lasting = asyncio.create_task(owner.run(other))
+        await elapse(5.0)
+        with pytest.raises(LedgerConflict, match="is held"):
+            await SagaCoordinator(ledger=ledger).resume("s", pipeline)
+        await elapse(6.0)
+        report = await SagaCoordinator(ledger=ledger).resume("s", pipeline)
+        assert not lasting.done()
+        await lasting
+        return report
+
+    report = run(play())
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "+b", "+c"]
 
 
 FORKING = """
