@@ -282,11 +282,16 @@ class SagaCoordinator:
         Raises:
             SagaNotFound: No saga of that id is alive in this coordinator.
         """
-        saga = self._keeper.held.sagas.get(saga_id)
+        held = self._keeper.held
+        saga = held.sagas[saga_id] if held.holds(saga_id) else None
         if saga is None:
             hint = "Only where it runs can it be stopped; what a saga at rest did is undone by compensate()."
             raise SagaNotFound("a saga that is alive in this coordinator", got=repr(saga_id), hint=hint)
-        saga.interrupt(reason)
+        if saga.loop is asyncio.get_running_loop():
+            saga.interrupt(reason)
+        else:
+            # Another thread's: it would not wake up for it.
+            saga.loop.call_soon_threadsafe(saga.interrupt, reason)
 
     async def _refuse_other(self, saga_id: str, pipeline: Pipeline, *, undoes: bool, forward: bool | None = None) -> None:
         """Refuse to go on with what is another saga's part, or with a pipeline of another name.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -522,3 +524,23 @@ def test_a_saga_outlasts_the_cancel_of_every_task_while_its_ledger_writes(
     assert cuts == 1
     assert report.status is SagaStatus.COMPENSATED
     assert world.standing == {}
+
+
+def test_a_saga_is_stopped_by_its_id_from_the_event_loop_of_another_thread() -> None:
+    world, pipeline = scene({"a": ()}, {}, {"a": "probed"})
+    coordinator = SagaCoordinator(FailFast(in_flight="cancel"))
+    begun = threading.Event()
+
+    async def hangs(_: Any) -> None:
+        begun.set()
+        await asyncio.sleep(20)
+
+    with ThreadPoolExecutor(max_workers=1) as elsewhere:
+        running = elsewhere.submit(asyncio.run, coordinator.run(pipeline.with_stage("b", hangs, "work", dependencies=("a",)), saga_id="s"))
+        assert begun.wait(10)
+        asyncio.run(coordinator.cancel("s", "the customer left"))
+        report = running.result(10)
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert str(report.cause) == "the saga was interrupted: the customer left"
+    assert world.log == ["+a", "-a"]
