@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import os
 import signal
@@ -440,6 +441,24 @@ def test_what_can_not_be_said_keeps_nobody_from_leaving() -> None:
     asyncio.run(work())
 
     assert left == [130]
+
+
+def test_what_can_not_be_said_keeps_nobody_from_turning_back(caplog: pytest.LogCaptureFixture) -> None:
+    """As where stderr is a file on a disk that is full."""
+
+    def speechless() -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    async def work() -> None:
+        task = asyncio.create_task(asyncio.Event().wait())
+        with interruptible(task, speechless, lambda: "second\n"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait({task}, timeout=10)
+            assert task.cancelled()
+
+    asyncio.run(work())
+
+    assert "no space left" in caplog.text
 
 
 async def interrupted(shape: Mapping[str, tuple[str, ...]], console: Console, policy: FailFast, **scripts: Script) -> Outcome:

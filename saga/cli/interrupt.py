@@ -31,8 +31,11 @@ def interruptible(
     came: list[int] = []
 
     def turn_back() -> None:
-        first()
-        work.cancel()
+        try:
+            first()
+        finally:
+            # Also where nothing can be said: the disk on which stderr is may be full.
+            work.cancel()
 
     def interrupt(number: int, _: FrameType | None) -> None:
         came.append(number)
