@@ -32,8 +32,8 @@ class NestedSaga(CompensableStage):
     idempotent = True
     """Running it again goes on with the child that is there."""
     compensate_in_doubt = True
-    compensation = Compensation(retry=Retry(attempts=1), timeout=None)
-    """The child's own policy says how patiently its stages are undone."""
+    compensation = Compensation(retry=Retry(attempts=3, wait=0, retry_on=(InterruptedError,)), timeout=None)
+    """The child's own policy says how patiently its stages are undone; only an attempt that was cut off from outside is repeated."""
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ from saga import (
     SagaReport,
     SagaStatus,
     compensable,
+    nested,
 )
 from saga.events import (
     AnyEvent,
@@ -403,6 +404,37 @@ def test_a_cancel_at_any_turn_of_the_loop_lets_the_saga_come_to_rest(
     )
     # It has struck before the first stage, and with each layer of the diamond as the last that had begun.
     assert begun == ({0, 1, 3} if story == "two of its stages are asked" else {0, 1, 3, 4})
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("whom", [every_task, every_task_the_youngest_first])
+def test_a_nested_saga_is_undone_though_all_tasks_are_cancelled_meanwhile(whom: Any, times: int) -> None:
+    """As asyncio.run does before it ends: by a second Ctrl-C, or where a signal's handler raises SystemExit."""
+    inner_world, inner = scene({"a": ()}, {"a": Script(undo_takes=10)}, {"a": "probed"})
+    world, outer = scene({"before": ()}, {}, {"before": "probed"})
+    pipeline = outer.with_stage("within", nested(inner), dependencies=("before",)).with_stage(
+        "pay", declines, "work", dependencies=("within",)
+    )
+    coordinator = SagaCoordinator()
+
+    async def play() -> SagaReport:
+        caller = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        for _ in range(times):
+            await elapse(5)
+            for task in whom(caller):
+                task.cancel()
+        await asyncio.wait({caller})
+        return await coordinator.report("s")
+
+    report = run(play())
+
+    assert "the compensation of a was interrupted" in inner_world.refusals
+    assert inner_world.standing == world.standing == {}
+    assert report.status is SagaStatus.COMPENSATED
+
+
+async def declines(_: Any) -> None:
+    raise CardDeclined
 
 
 def test_code_that_runs_after_a_cancel_was_taken_in_may_use_scopes_of_its_own() -> None:
