@@ -95,6 +95,10 @@ class Keeper(Protocol):
         """Record at the next occasion what nobody waited for any more."""
         ...
 
+    async def late_is_recorded(self) -> None:
+        """Wait until nothing that came late is just being recorded in this event loop."""
+        ...
+
     def has_late(self, saga_id: str) -> bool:
         """Whether anything came late that is not recorded yet."""
         ...
@@ -207,6 +211,13 @@ class LiveSaga(Host, UndoHost):
         """Hand over what something given up has come to after all."""
         record = self.journal.state.stages[event.stage]
         self._keeper.comes_late(self.id, Late(event, record.execution, record.attempts, record.undo_attempts))
+
+    async def late_is_recorded(self) -> None:
+        """Wait until what came late is recorded, if nobody runs this saga any more.
+
+        When its loop ends, asyncio.run waits for code that was given up, and for nothing that begins only then.
+        """
+        await self._keeper.late_is_recorded()
 
     def say_again(self) -> None:
         """Hand over once more what came late and was not recorded, as the ledger failed."""

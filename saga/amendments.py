@@ -21,7 +21,7 @@ from saga.recovery import SagaState
 from saga.resumption import refusal, status_at_rest
 from saga.storable import storable
 from saga.text import glimpse
-from saga.watch import start
+from saga.watch import outlast, start
 
 if TYPE_CHECKING:
     from saga.alive import Late, Latecomer, LiveSaga
@@ -155,6 +155,11 @@ class Amendments:
         self._late.setdefault(saga_id, []).append(late)
         if saga_id not in self._held.sagas:
             self.record_late(saga_id)
+
+    async def late_is_recorded(self) -> None:
+        """Wait until nothing that came late is just being recorded in this event loop."""
+        loop = asyncio.get_running_loop()
+        await outlast([task for task in tuple(self._tasks) if task.get_loop() is loop])
 
     def has_late(self, saga_id: str) -> bool:
         """Whether anything came late for a saga that is not recorded yet."""

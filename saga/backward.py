@@ -197,6 +197,7 @@ class Backward(Employer):
             if worker.given_up:
                 if failure is None:
                     self._saga.comes_late(CompensationCompleted(stage=stage, late=True))
+                    await self._saga.late_is_recorded()
                 return
             if failure is None:
                 await self._record(CompensationCompleted(stage=stage))

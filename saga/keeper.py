@@ -152,6 +152,10 @@ class SagaKeeper(Keeper):
         """Record at the next occasion what nobody waited for any more."""
         self.amendments.comes_late(saga_id, late)
 
+    async def late_is_recorded(self) -> None:
+        """Wait until nothing that came late is just being recorded in this event loop."""
+        await self.amendments.late_is_recorded()
+
     def has_late(self, saga_id: str) -> bool:
         """Whether anything came late that is not recorded yet."""
         return self.amendments.has_late(saga_id)

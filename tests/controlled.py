@@ -56,8 +56,8 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         mishaps: list[dict[str, Any]] = []
         loop.set_exception_handler(lambda _, context: mishaps.append(context))
         result = await main
-        # Tasks that have nothing left to do end within a turn or two of the loop.
-        for _ in range(3):
+        # Tasks that have nothing left to do but to record what came late end within a few turns of the loop.
+        for _ in range(5):
             await asyncio.sleep(0)
         left = asyncio.all_tasks() - {asyncio.current_task()}
         assert not left, f"leaked tasks: {left}"

@@ -35,7 +35,7 @@ from saga import (
 )
 from saga.events import CompensationCompleted, CompensationFailed, FallbackUsed, SagaEnded, SagaTurnedBack, StageCompleted, StageSettled
 from saga.failures import Failure, FailureKind
-from tests.controlled import elapse, run
+from tests.controlled import ControlledLoop, elapse, run
 from tests.slow import SlowLedger
 from tests.world import Script, World, nothing, scene
 
@@ -175,6 +175,56 @@ def test_the_caller_gets_its_report_in_time_and_the_late_completion_is_recorded_
     assert stage.undone_with == [{"seat": "14A"}]
     assert world.standing == {}
     assert world.refusals == []
+
+
+class HeedsTheSecondCancel(CompensableStage):
+    """Comes to its end when it is cancelled once more, as asyncio.run does it with all that is left."""
+
+    def __init__(self, world: World, *, undo: bool) -> None:
+        self.world = world
+        self.undo = undo
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        if not self.undo:
+            await self._cancelled_twice()
+        self.world.land("deaf")
+        return StageOutput.ok(seat="14A")
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        if self.undo:
+            await self._cancelled_twice()
+        self.world.begin_undo("deaf")
+        self.world.undo("deaf")
+
+    async def _cancelled_twice(self) -> None:
+        for _ in range(2):
+            with contextlib.suppress(asyncio.CancelledError):
+                await elapse(1000)
+
+
+@pytest.mark.parametrize("undo", [False, True])
+def test_what_comes_late_when_its_event_loop_ends_is_recorded_before_it_does(undo: bool) -> None:
+    world, pipeline = scene({"a": ()})
+    world.dependencies["deaf"] = ("a",)
+    pipeline = pipeline.with_stage("deaf", HeedsTheSecondCancel(world, undo=undo), dependencies=("a",))
+    if undo:
+        pipeline = pipeline.with_stage("pay", failing, "work", dependencies=("deaf",))
+    limits = Compensation(retry=Retry(attempts=1), timeout=10)
+    coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2, compensation=limits), ledger=SlowLedger())
+
+    with asyncio.Runner(loop_factory=ControlledLoop) as runner:
+        first = runner.run(coordinator.run(pipeline, saga_id="s"))
+    late = run(coordinator.report("s"))
+    last = run(coordinator.resume("s", pipeline))
+
+    assert first.status is SagaStatus.STUCK
+    assert late.stages["deaf"].state is (S.UNDONE if undo else S.BLOCKED)
+    assert last.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+async def failing(_: Any) -> StageOutput:
+    return StageOutput.fail("no")
 
 
 def test_what_comes_late_while_the_saga_goes_backward_is_undone_at_once() -> None:
