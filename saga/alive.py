@@ -19,7 +19,7 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.inputs import no_such_field
 from saga.outputs import copied, copied_output
-from saga.watch import leave_loop, outlast, retrieved, start
+from saga.watch import is_of_signal, leave_loop, outlast, retrieved, start
 
 if TYPE_CHECKING:
     from stageflow.api import Pipeline, PipelineContext, StageContext
@@ -201,11 +201,11 @@ class LiveSaga(Host, UndoHost):
         if self.stop is not None:
             self.stop(Failure.of(None, FailureKind.INTERRUPTED, why))
 
-    def heed_ctrl_c(self, error: BaseException) -> None:
-        """Stop if it is a KeyboardInterrupt: it was meant for the whole process, and struck the code of a stage by chance."""
-        if isinstance(error, KeyboardInterrupt):
+    def heed_signal(self, error: BaseException) -> None:
+        """Stop if it came of a signal: that was meant for the whole process, and struck the code of a stage by chance."""
+        if is_of_signal(error):
             leave_loop(error)
-            self.interrupt("the process got a KeyboardInterrupt")
+            self.interrupt(f"the process got a {type(error).__name__}")
 
     def comes_late(self, event: Latecomer) -> None:
         """Hand over what something given up has come to after all."""

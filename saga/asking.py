@@ -52,7 +52,7 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
             if closes(error, task):
                 raise
             # A probe's failure is data.
-            saga.heed_ctrl_c(error)
+            saga.heed_signal(error)
             if stop is not None and stop.is_set() and isinstance(error, asyncio.CancelledError):
                 message = "the saga stopped before its probe had answered"
                 failure = Failure.of(stage, FailureKind.INTERRUPTED, message, attempt=attempt)

@@ -243,7 +243,7 @@ class Backward(Employer):
                 raise
             # A compensation's failure is data.
             worker.end()
-            self._saga.heed_ctrl_c(raised)
+            self._saga.heed_signal(raised)
             error = raised
             was_cancelled = await worker.absorb()
             if self._saga.undone_within:

@@ -26,7 +26,7 @@ from saga.quick import members
 from saga.report import NestedSagaFailed
 from saga.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
 from saga.text import brief, glimpse, reason_in, said
-from saga.watch import Crew, Employer, Watched, bounded, closes, cut_short_by, instead_of_cancel, leave_loop, this_task
+from saga.watch import Crew, Employer, Watched, bounded, closes, cut_short_by, instead_of_cancel, is_of_signal, leave_loop, this_task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -509,7 +509,7 @@ class Forward(Stages, Employer):
 
     async def _raised(self, run: _StageRun, error: BaseException, seconds: float | None) -> _Outcome:
         name, attempt = run.name, run.record.attempts
-        self._saga.heed_ctrl_c(error)
+        self._saga.heed_signal(error)
         was_cancelled = await run.absorb()
         if run.reason is FailureKind.TIMEOUT:
             return _Outcome(
@@ -522,9 +522,9 @@ class Forward(Stages, Employer):
             return _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt, instead=instead_of_cancel(error)))
         if isinstance(error, StageCancellationRequested):
             return normalised(name, attempt, StageOutput.cancel(error.reason))
-        if isinstance(error, KeyboardInterrupt):
-            # It struck by chance, so the stage says nothing of its effect with it.
-            return _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, "a KeyboardInterrupt struck while it ran", attempt=attempt))
+        if is_of_signal(error):
+            why = f"a {type(error).__name__} struck while it ran"
+            return _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt))
         past_pivot = run.node.is_point_of_no_return and isinstance(error, NestedSagaFailed) and error.past_pivot
         return _Outcome(failure=Failure.raised(name, error, attempt=attempt), past_pivot=past_pivot)
 
@@ -593,7 +593,7 @@ class Forward(Stages, Employer):
             if closes(error, run.task):
                 raise
             # A fallback's failure is data.
-            self._saga.heed_ctrl_c(error)
+            self._saga.heed_signal(error)
             outcome = _Outcome(failure=Failure.raised(run.name, error, attempt=attempt))
         if outcome.failure is not None:
             await run.host.wind_up()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
+import traceback
 import types
 from collections.abc import Awaitable, Collection, Coroutine, Generator
 from functools import cache
@@ -124,6 +126,16 @@ def leave_loop(error: BaseException) -> None:
 
 def _leave(error: BaseException) -> None:
     raise error
+
+
+def is_of_signal(error: BaseException) -> bool:
+    """Whether a signal has struck, Ctrl-C or one whose handler exits: by chance, and the code that ran has said nothing of its effect."""
+    if not isinstance(error, SystemExit):
+        return isinstance(error, KeyboardInterrupt)
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    # A handler is called by the code that it strikes.
+    codes = {getattr(getattr(handler, "func", handler), "__code__", None) for handler in handlers}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def instead_of_cancel(error: BaseException) -> BaseException | None:

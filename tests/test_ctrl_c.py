@@ -213,6 +213,18 @@ def raise_ctrl_c() -> None:
     raise KeyboardInterrupt
 
 
+@pytest.fixture
+def service() -> Iterator[None]:
+    """A process whose handler of SIGTERM calls sys.exit(), as those of services do."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def strike_once(pipeline: Pipeline, stage: str, hook: str, strike: Callable[[], None] = two_ctrl_cs) -> list[str]:
     """Have something strike when the stage's code is called for the first time; where it did is in what this returns."""
     runner = pipeline.stages[stage].runner
@@ -237,7 +249,8 @@ SCENES: dict[str, tuple[Mapping[str, tuple[str, ...]], dict[str, Callable[[], Sc
 }
 
 
-@pytest.mark.parametrize("strike", [two_ctrl_cs, raise_ctrl_c])
+@pytest.mark.usefixtures("service")
+@pytest.mark.parametrize(("strike", "leaves"), [(two_ctrl_cs, KeyboardInterrupt), (raise_ctrl_c, KeyboardInterrupt), (sigterm, SystemExit)])
 @pytest.mark.parametrize(
     ("hook", "policy"),
     # FailFast has no use for a fallback.
@@ -248,13 +261,15 @@ SCENES: dict[str, tuple[Mapping[str, tuple[str, ...]], dict[str, Callable[[], Sc
         if hook != "fallback" or policy.policy != "fail_fast"
     ],
 )
-def test_ctrl_c_that_strikes_the_code_of_a_stage_stops_the_saga_and_leaves_the_loop(hook: str, policy: Any, strike: Any) -> None:
+def test_a_signal_that_strikes_the_code_of_a_stage_stops_the_saga_and_leaves_the_loop(
+    hook: str, policy: Any, strike: Any, leaves: type[BaseException]
+) -> None:
     shape, scripts, kind = SCENES[hook]
     world, pipeline = scene(shape, {name: make() for name, make in scripts.items()}, dict.fromkeys(shape, kind))
     struck = strike_once(pipeline, "b", hook, strike)
     coordinator = SagaCoordinator(policy)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(leaves):
         interrupted(coordinator.run(pipeline, saga_id="s"))
 
     assert struck == [hook]
@@ -268,15 +283,19 @@ def fail() -> None:
     raise CardDeclined
 
 
-def test_a_stage_that_ctrl_c_strikes_is_in_doubt_because_it_said_nothing_of_its_effect() -> None:
+@pytest.mark.usefixtures("service")
+@pytest.mark.parametrize(("strike", "leaves"), [(raise_ctrl_c, KeyboardInterrupt), (sigterm, SystemExit)])
+def test_a_stage_that_a_signal_strikes_is_in_doubt_because_it_said_nothing_of_its_effect(strike: Any, leaves: type[BaseException]) -> None:
+    """Of a charge that SIGTERM met in a service it was taken that it had not landed, and the service went on to run."""
     world, pipeline = scene(SEQUENCE)
-    strike_once(pipeline, "b", "execute", raise_ctrl_c)
-    coordinator = SagaCoordinator()
+    strike_once(pipeline, "b", "execute", strike)
+    coordinator = SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0)))
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(leaves):
         interrupted(coordinator.run(pipeline, saga_id="s"))
 
     report = run(coordinator.report("s"))
+    assert report.failures[-1].message == f"a {leaves.__name__} struck while it ran"
     assert report.stages["b"].state is StageState.IN_DOUBT
     assert report.cause is not None
     assert (report.cause.stage, report.cause.kind) == (None, FailureKind.INTERRUPTED)
