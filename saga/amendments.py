@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from saga.compensable import execution_key, is_within
-from saga.errors import MisuseError
+from saga.errors import LedgerCorrupt, MisuseError
 from saga.events import CompensationCompleted, EffectRecorded, SagaEnded, StageCompleted, StageProbed, StageSettled, Verdict
 from saga.failures import Failure, FailureKind
-from saga.family import below, events_of, heard, located, report_of, report_with_children, run_by
+from saga.family import below, events_of, heard, located, report_of, report_with_children, run_by, run_in, unheard
 from saga.graph import Role
 from saga.journal import tell
 from saga.ledger import ALIVE, StageState
@@ -84,8 +86,24 @@ class Amendments:
             # What runs the child is stuck because of it, and finds out by trying again.
             again = StageSettled(stage=name, verdict=Verdict.RETRY, note=f"{path} is settled as {said.verdict}: {said.note}", by=said.by)
             is_news = await self._settle(parent, again) is None or is_news
+        await self.catch_up(saga_id)
         if refused is not None and not is_news:
             raise refused.misuse
+
+    async def catch_up(self, saga_id: str) -> None:
+        """Have a saga at rest, and before it those below, hear what came late in the sagas that its stages ran, if it has not."""
+        for child, _ in await run_in(self._ledger, saga_id):
+            with contextlib.suppress(LedgerCorrupt):
+                await self.catch_up(child)
+        events = await self._ledger.read(saga_id)
+        within = [_Within(child) for child in await unheard(self._ledger, saga_id, events)]
+        if within and SagaState(events).ended_at is not None:
+            await self._amend(saga_id, partial(self._added, late=within))
+
+    async def is_to_hear(self, saga_id: str, events: Sequence[AnyEvent]) -> None:
+        """Have a saga that is gone on with hear on its way what it has not heard of."""
+        for child in await unheard(self._ledger, saga_id, events):
+            self._late.setdefault(saga_id, []).append(_Within(child))
 
     async def _refuse_while_within(self, saga_id: str, said: StageSettled, path: str) -> None:
         """Refuse a word on what stands of a stage while a saga below it has not come to rest, or is in question itself."""
@@ -220,18 +238,10 @@ class Amendments:
         above: list[tuple[str, str]] = []
 
         async def added(state: SagaState) -> list[AnyEvent]:
-            events: list[AnyEvent] = []
-            async for event in self._news(state, late):
-                kept, _ = storable(self._ledger, event)
-                state.apply(kept)
-                events.append(kept)
-            if not events:
-                return []
-            above.extend(await run_by(self._ledger, state))
-            if state.ended_at is None:
-                # It broke off, and whoever recovers it brings it to its end.
-                return events
-            return [*events, SagaEnded(status=status_at_rest(state, state.policy))]
+            events = await self._added(state, late)
+            if events:
+                above.extend(await run_by(self._ledger, state))
+            return events
 
         try:
             await self._amend(saga_id, added)
@@ -242,6 +252,18 @@ class Amendments:
             # What runs it may have been done with it: it hears of it now, or when it comes to rest.
             self._late.setdefault(parent, []).append(_Within(saga_id))
             await self._record_late(parent)
+
+    async def _added(self, state: SagaState, late: Sequence[Late | _Within]) -> list[AnyEvent]:
+        """What came late and tells a saga that nobody runs something new, and where it stands then."""
+        events: list[AnyEvent] = []
+        async for event in self._news(state, late):
+            kept, _ = storable(self._ledger, event)
+            state.apply(kept)
+            events.append(kept)
+        if not events or state.ended_at is None:
+            # It broke off, and whoever recovers it brings it to its end.
+            return events
+        return [*events, SagaEnded(status=status_at_rest(state, state.policy))]
 
 
 class _Refused(NamedTuple):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
 from saga.blueprint import Blueprint
 from saga.compensable import execution_key, execution_of
 from saga.errors import LedgerCorrupt, MisuseError, SagaNotFound
-from saga.events import SagaStarted, SagaStatus, StageProbed, StageSettled, TurnReason, Verdict
+from saga.events import SagaEnded, SagaResumed, SagaStarted, SagaStatus, SagaTurnedBack, StageProbed, StageSettled, TurnReason, Verdict
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.ledger import MemoryLedger, StageState, is_name, listed
@@ -59,7 +60,7 @@ async def report_with_children(ledger: Ledger, state: SagaState, exceptions: Map
     """The report of a saga of which somebody has the state, with those that its stages run; it also tells which of them can't be read."""
     children: dict[str, tuple[SagaReport, ...]] = {}
     unread: dict[str, dict[str, str]] = {}
-    for child, stage in await _children(ledger, state.started.saga_id):
+    for child, stage in await run_in(ledger, state.started.saga_id):
         try:
             children[stage] = (*children.get(stage, ()), await report_of(ledger, child))
         except SagaNotFound:
@@ -108,14 +109,14 @@ async def differences_from(ledger: Ledger, state: SagaState, blueprint: Blueprin
 
 
 async def _run_within(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> list[str]:
-    ids = [child for child, runner in await _children(ledger, saga_id) if runner == stage]
+    ids = [child for child, runner in await run_in(ledger, saga_id) if runner == stage]
     found = [child for child in ids if child == prefix or child.startswith(f"{prefix}#")]
     # One that a damaged ledger does not list would be forgotten, or run a second time: the first is also asked for by its name.
     lost = await ledger.read(prefix) if prefix not in found and is_name(prefix) else ()
     return [prefix, *found] if any(isinstance(event, SagaStarted) and event.parent == saga_id for event in lost[:1]) else found
 
 
-async def _children(ledger: Ledger, saga_id: str) -> list[tuple[str, str]]:
+async def run_in(ledger: Ledger, saga_id: str) -> list[tuple[str, str]]:
     """The sagas that a saga's stages run, oldest first, with the stages; behind them those whose rows make no sense, by their events."""
     entries, damaged = await listed(ledger, parent=saga_id)
     found = [(child, str(entry.parent_stage)) for child, entry in entries.items()]
@@ -173,6 +174,37 @@ def heard(state: SagaState, child: SagaState, report: SagaReport) -> StageProbed
     failure = Failure.raised(stage, NestedSagaFailed(report), attempt=record.attempts, kind=FailureKind.COMPENSATION)
     held = any(inner.held is not None for inner in child.stages.values())
     return StageProbed(stage=stage, landed=None, failure=failure, held=held)
+
+
+async def unheard(ledger: Ledger, saga_id: str, events: Sequence[AnyEvent]) -> list[str]:
+    """The sagas that a saga's stages ran in which something came late since they have come to rest, and of which it has not heard.
+
+    It is told behind them, in a ledger of its own: a process may die in between.
+    """
+    found: list[str] = []
+    for child, stage in await run_in(ledger, saga_id):
+        try:
+            at = _came_late_at(child, await ledger.read(child))
+        except LedgerCorrupt:
+            continue  # whoever asks for the report is told
+        told = (event for event in events if isinstance(event, StageProbed | StageSettled) and event.stage == stage)
+        if at is not None and not any(event.at >= at for event in told):
+            found.append(child)
+    return found
+
+
+def _came_late_at(saga_id: str, events: Sequence[AnyEvent]) -> datetime | None:
+    """When something last came late to a saga that nobody has gone on with since; None if nothing has."""
+    is_at_rest, at = False, None
+    for event in events:
+        if isinstance(event, SagaEnded):
+            is_at_rest = True
+        elif isinstance(event, SagaResumed | SagaTurnedBack):
+            is_at_rest, at = False, None
+        elif is_at_rest and not (isinstance(event, StageSettled) and not event.by.startswith(f"saga {saga_id}/")):
+            # All but a person's word, which whoever was cut off says again.
+            at = event.at
+    return at
 
 
 def _replaced(state: SagaState, stage: str, child_id: str, execution: int) -> Failure:
@@ -240,7 +272,7 @@ async def _ways(ledger: Ledger, state: SagaState, path: str) -> list[list[tuple[
     if path in state.stages:
         return [[(saga_id, path)]]
     first, _, rest = path.partition("/")
-    children = await _children(ledger, saga_id) if rest else []
+    children = await run_in(ledger, saga_id) if rest else []
     # Whoever has the very id that a path begins with is meant by it, whatever other sagas the stage has run.
     named = [(child, stage) for child, stage in children if child == f"{saga_id}/{first}"]
     found: list[list[tuple[str, str]]] = []

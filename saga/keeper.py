@@ -84,6 +84,7 @@ class SagaKeeper(Keeper):
             policy: Its policy from here on; None: as before.
             interrupted: Why it is stopped as soon as it goes on; None: it is not.
         """
+        await self.amendments.catch_up(saga_id)
         saga, work = await self._taken_over(saga_id, pipeline, decide, policy)
         if interrupted is not None:
             saga.interrupt(interrupted)
@@ -231,6 +232,7 @@ class SagaKeeper(Keeper):
                 context = PipelineContext.create(**state.started.input)
                 if self._ledger.durable:
                     blueprint.restore_outputs(state.stages)
+                await self.amendments.is_to_hear(saga_id, events)
             except BaseException:
                 await self.held.give_back(saga_id, token)
                 raise

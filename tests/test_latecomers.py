@@ -33,7 +33,16 @@ from saga import (
     compensable,
     nested,
 )
-from saga.events import CompensationCompleted, CompensationFailed, FallbackUsed, SagaEnded, SagaTurnedBack, StageCompleted, StageSettled
+from saga.events import (
+    CompensationCompleted,
+    CompensationFailed,
+    FallbackUsed,
+    SagaEnded,
+    SagaTurnedBack,
+    StageCompleted,
+    StageProbed,
+    StageSettled,
+)
 from saga.failures import Failure, FailureKind
 from tests.controlled import ControlledLoop, elapse, run
 from tests.slow import SlowLedger
@@ -1218,6 +1227,100 @@ def test_what_comes_late_within_a_stage_that_is_stuck_because_of_it_is_tried_aga
     assert late.stages["child"].settled.by == "saga s/child"
     assert str(late).endswith("there is nothing to settle. Mend the cause, then: saga resume s")
     assert resumed.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+class StopsAtWord(MemoryLedger):
+    """The process dies when it tells a stage of what came late within; to whoever comes after it the ledger answers."""
+
+    stage: str | None = None
+
+    def has_stopped(self) -> bool:
+        return self.stage is None
+
+    async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
+        if any(isinstance(event, StageProbed | StageSettled) and event.stage == self.stage for event in events):
+            self.stage = None
+            raise OSError("killed")
+        await super().append(saga_id, events, expected_version=expected_version, token=token, release=release)
+
+
+@pytest.mark.parametrize("way", ["resume", "compensate"])
+@pytest.mark.parametrize(("above", "killed_at"), [(("child",), "child"), (("inner", "child"), "inner"), (("inner", "child"), "child")])
+@pytest.mark.parametrize("kind", [Doubtful, Deaf])
+def test_what_came_late_within_is_heard_of_by_who_goes_on_when_the_process_died_before_those_above_had(
+    kind: type[Deaf], above: tuple[str, ...], killed_at: str, way: str
+) -> None:
+    """Promise 5: they stayed compensated, or stuck, for good, while what came late stood."""
+    world = World({"deaf": ()})
+    ledger = StopsAtWord()
+
+    async def main() -> SagaReport:
+        stage = kind(world)
+        trip = nested_in(stage, *above)
+        await SagaCoordinator(ledger=ledger).run(trip, saga_id="s")
+        ledger.stage = killed_at
+        stage.released.set()
+        await settled_down()
+        assert ledger.has_stopped()
+        assert world.standing == {"deaf": 1}
+        undone: SagaReport = await getattr(SagaCoordinator(ledger=ledger), way)("s", trip)
+        return undone
+
+    report = run(main())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.clean
+    assert world.standing == {}
+
+
+def test_what_came_late_within_is_heard_of_on_its_way_by_a_saga_that_is_recovered() -> None:
+    world, pipeline = scene({"slow": ()}, {"slow": Script(undo_takes=20, undo_bears_repetition=True)})
+    ledger = StopsAtWord()
+
+    async def main() -> SagaReport:
+        stage = Doubtful(world)
+        trip = pipeline.with_stage("child", nested(nested_in(stage), PROMPT))
+        running = asyncio.create_task(SagaCoordinator(ledger=ledger).run(trip, saga_id="s"))
+        while "slow" not in world.undoing:
+            await elapse(1)
+        ledger.stage = "child"
+        stage.released.set()
+        with pytest.raises(LedgerError, match="killed"):
+            await running
+        assert world.standing == {"deaf": 1}
+        return (await SagaCoordinator(ledger=ledger).recover(trip)).reports["s"]
+
+    report = run(main())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.clean
+    assert world.standing == {}
+
+
+def test_a_saga_is_not_called_compensated_by_a_word_on_a_stage_beside_one_within_which_something_came_late() -> None:
+    world, pipeline = scene({"a": ()}, {"a": Script(undo_fails=9)})
+    ledger = StopsAtWord()
+
+    async def main() -> tuple[SagaReport, SagaReport]:
+        stage = Doubtful(world)
+        trip = pipeline.with_stage("child", nested(nested_in(stage), PROMPT))
+        await SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1))), ledger=ledger).run(trip, saga_id="s")
+        ledger.stage = "child"
+        stage.released.set()
+        await settled_down()
+        assert ledger.has_stopped()
+        coordinator = SagaCoordinator(ledger=ledger)
+        world.undo("a")
+        said = await coordinator.settle("s", "a", "undone", "by hand")
+        return said, await coordinator.resume("s", trip)
+
+    said, resumed = run(main())
+
+    assert said.status is SagaStatus.STUCK
+    assert [*said.in_doubt] == ["child", "child/deaf"]
+    assert resumed.status is SagaStatus.COMPENSATED
+    assert resumed.clean
     assert world.standing == {}
 
 
