@@ -816,6 +816,27 @@ def test_a_ledger_that_was_closed_has_no_threads(path: Path) -> None:
     assert threads_of(path) == []
 
 
+def test_whoever_closes_a_ledger_that_somebody_else_is_closing_waits_until_it_is_closed(path: Path) -> None:
+    """What was asked for before would be lost with the event loop, or meet a file that is gone."""
+    ledger = SQLiteLedger(path)
+
+    async def play() -> list[threading.Thread]:
+        await create()(ledger)
+        appended = asyncio.create_task(append(FIRST)(ledger))
+        await asyncio.sleep(0)
+        first = asyncio.create_task(ledger.close())
+        await asyncio.sleep(0)
+        await ledger.close()
+        left = threads_of(path)
+        await asyncio.gather(first, appended)
+        return left
+
+    left = asyncio.run(play())
+
+    assert left == []
+    assert on(SQLiteLedger(path), read()) == [(started(), FIRST)]
+
+
 class Door:
     """What a worker may work with: each request is an event that it waits for."""
 

@@ -138,9 +138,9 @@ class DurableLedger(Ledger):
 
     async def close(self) -> None:
         """Write what was asked for before, and let go of the database."""
-        threads, self._threads, self._closed = self._threads, None, True
-        if threads is not None and threads[0].pid == os.getpid():
-            writer, reader = threads
+        self._closed = True
+        if self._threads is not None and self._threads[0].pid == os.getpid():
+            writer, reader = self._threads
             # One after the other: of two connections that close at once, neither takes SQLite's log away as the last one does.
             try:
                 await reader.end()

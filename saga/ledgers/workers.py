@@ -164,8 +164,9 @@ class Worker(Generic[S]):
                 self._give([job], [LedgerError("the ledger is closed")])
 
     async def end(self) -> None:
-        """Do what was asked for before, and end."""
-        await self.ask(_END)
+        """Do what was asked for before, and end; a worker to which somebody else has said so is waited for."""
+        with suppress(LedgerError):
+            await self.ask(_END)
         self._thread.join()  # it has said that it is at its end
 
     def stop(self) -> None:
