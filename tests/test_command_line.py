@@ -163,6 +163,13 @@ class Shop:
         done = subprocess.run(command, cwd=self.folder, env=self.environment(**environment), capture_output=True, text=True, check=False)
         return Done(done.returncode, done.stdout, done.stderr)
 
+    def in_latin(self, *arguments: str) -> tuple[int, bytes, str]:
+        """Run it in a process of its own whose locale has letters for western Europe alone: its exit code, and what it writes."""
+        command = [sys.executable, "-W", "error", "-m", "saga", *arguments]
+        environment = self.environment(PYTHONIOENCODING="latin-1")
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, check=False)
+        return done.returncode, done.stdout, done.stderr.decode("latin-1")
+
     def environment(self, **more: str) -> dict[str, str]:
         return {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "SAGA_LEDGER": "sqlite:///sagas.db", "TERM": "xterm"} | more
 
@@ -237,6 +244,41 @@ def test_run_puts_the_report_on_stdout_and_what_happens_on_stderr(shop: Shop) ->
         "s  reserve_seat: undone",
         "s  COMPENSATED",
     ]
+
+
+def test_where_the_locale_has_no_letters_for_what_is_told_they_are_escaped(shop: Shop) -> None:
+    """The saga had run, and its command ended with 1 and without a report."""
+    shop.write("shop.py", SHOP.replace('StageOutput.fail("declined")', 'StageOutput.fail("abgelehnt ✗ für 北京")'))
+
+    code, out, err = shop.in_latin("run", "shop:trip", "--id", "s", "--input", "Zürich")
+
+    assert code == Exit.COMPENSATED
+    assert "Cause: stage 'ship' reported a failure: abgelehnt \\u2717 für \\u5317\\u4eac\n" in out.decode("latin-1")
+    assert "reserved for Zürich" in err
+    for command, ended in {"show": Exit.COMPLETED, "watch": Exit.COMPENSATED, "compensate": Exit.COMPENSATED}.items():
+        again = shop.in_latin(command, "s", *(["shop:trip"] if command == "compensate" else []))
+        assert again == (ended, out, "")
+
+
+def test_what_machines_read_is_utf_8_whatever_the_locale(shop: Shop) -> None:
+    pipeline = 'trip = Pipeline(name="✗").with_stage("北京", decline, "work")'
+    shop.write("shop.py", SHOP + pipeline)
+    run = shop.in_latin("run", "shop:trip", "--id", "s", "--json")[1]
+    shown = shop.in_latin("show", "s", "--json")[1]
+    listed = shop.in_latin("list", "--json")[1]
+    found = shop.in_latin("check", "shop:trip", "--json")[1]
+    explained = shop.in_latin("explain", "shop:trip", "--json")[1]
+    (shop.folder / "s.jsonl").write_bytes(shop.in_latin("export", "s")[1])
+
+    imported = shop.in_latin("import", "s.jsonl", "--ledger", "sqlite:///new.db")
+
+    assert run == shown
+    assert SagaReport.model_validate_json(shown).failed == ("北京",)
+    assert json.loads(listed)[0]["pipeline"] == "✗"
+    assert json.loads(found)[0]["stage"] == "北京"
+    assert [*json.loads(explained)["stages"]] == ["北京"]
+    assert imported == (Exit.COMPLETED, b"s  compensated\n", "")
+    assert shop.in_latin("show", "s", "--json", "--ledger", "sqlite:///new.db")[1] == shown
 
 
 def test_with_json_stdout_holds_a_report_and_nothing_else(shop: Shop) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from saga.cli.exits import Exit
 
@@ -21,4 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         sys.stderr.write(f"saga: the command line needs {missing.name}. Install it with: pip install 'stageflow-saga[cli]'\n")
         sys.exit(Exit.MISUSE)
+    with suppress(AttributeError):  # whoever calls from Python may have put anything there
+        # What the locale has no letter for is escaped, as on stderr: an error would end `saga run` without the report of what it did.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # of a stream to the outside
     app(arguments, prog_name="saga")

@@ -11,7 +11,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, redirect_stdout
+from contextlib import asynccontextmanager, redirect_stdout, suppress
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
@@ -248,7 +248,10 @@ def recover(
                         recovery = await task
                 except asyncio.CancelledError:
                     return Exit.INTERRUPTED
-        typer.echo(_as_json(recovery) if as_json else recovery)
+        if as_json:
+            _print_json(_as_json(recovery))
+        else:
+            typer.echo(recovery)
         ends = {exit_of_status(report.status) for report in recovery.reports.values()}
         ends |= {Exit.FAILED} if recovery.failed else set()
         return next((gravest for gravest in (Exit.STUCK, Exit.FAILED, Exit.HALTED) if gravest in ends), Exit.COMPLETED)
@@ -289,7 +292,7 @@ def list_(
 
     found, damaged = asyncio.run(entries())
     if as_json:
-        typer.echo(TypeAdapter(list[Entry]).dump_json(found).decode())
+        _print_json(TypeAdapter(list[Entry]).dump_json(found).decode())
     else:
         cells = [
             (printable(entry.saga_id), printable(entry.pipeline), entry.status.value, _when(entry.started_at), _runs(entry))
@@ -420,7 +423,7 @@ def check(target: Target, policy: PolicyFile = None, as_json: AsJson = False) ->
     """Find what is wrong with a pipeline, without running it."""
     findings = find(load(target), _policy(policy))
     if as_json:
-        typer.echo(TypeAdapter(list[Finding]).dump_json(findings).decode())
+        _print_json(TypeAdapter(list[Finding]).dump_json(findings).decode())
     else:
         for finding in findings:
             typer.echo(finding)
@@ -431,7 +434,10 @@ def check(target: Target, policy: PolicyFile = None, as_json: AsJson = False) ->
 def explain(target: Target, policy: PolicyFile = None, as_json: AsJson = False) -> None:
     """Say for every stage what follows when it fails."""
     explanation = consequences(load(target), _policy(policy))
-    typer.echo(TypeAdapter(Explanation).dump_json(explanation).decode() if as_json else str(explanation))
+    if as_json:
+        _print_json(TypeAdapter(Explanation).dump_json(explanation).decode())
+    else:
+        typer.echo(explanation)
 
 
 # -- the ledger's keeping ----------------------------------------------------------------------------------------
@@ -478,7 +484,7 @@ def export(saga_id: SagaId, ledger: LedgerUrl = None) -> None:
             return [event for member in family.sagas for event in await opened.read(member)]
 
     for event in asyncio.run(events()):
-        typer.echo(event_to_json(event))
+        _print_json(event_to_json(event))
 
 
 @command("import")
@@ -655,4 +661,14 @@ def _reach(target: str | None, ledger: str | None) -> Reach:
 
 
 def _print_report(report: SagaReport, reach: Reach, *, as_json: bool) -> None:
-    typer.echo(report.model_dump_json() if as_json else summary(report, reach))
+    if as_json:
+        _print_json(report.model_dump_json())
+    else:
+        typer.echo(summary(report, reach))
+
+
+def _print_json(text: str) -> None:
+    """Print it in UTF-8, which is what reads it again, whatever the locale takes text for."""
+    with suppress(AttributeError):  # whoever calls from Python may have put anything there
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr] # of a stream to the outside
+    typer.echo(text)
