@@ -57,7 +57,7 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
                 message = "the saga stopped before its probe had answered"
                 failure = Failure.of(stage, FailureKind.INTERRUPTED, message, attempt=attempt)
             else:
-                failure = Failure.raised(stage, error, attempt=attempt, kind=FailureKind.COMPENSATION)
+                failure = Failure.raised(stage, error, attempt=attempt, kind=FailureKind.COMPENSATION, of_probe=True)
         if failure is None:
             if answer is None:
                 # Whatever the stage has asked: the ledger knows of sagas that it ran.

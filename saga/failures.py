@@ -48,6 +48,7 @@ class Failure(BaseModel):
         attempt: Which attempt failed; 1 is the first, 0 for the saga itself.
         at: When, UTC.
         traceback: The formatted traceback, if there was one.
+        of_probe: Whether it is its probe that failed, and not its compensation.
         exception: The exception itself, in the report that `run` or `resume` returned; no ledger keeps it.
     """
 
@@ -60,6 +61,7 @@ class Failure(BaseModel):
     attempt: int = 0
     at: datetime
     traceback: str | None = None
+    of_probe: bool = False
     exception: BaseException | None = Field(default=None, exclude=True, repr=False)
 
     @classmethod
@@ -79,7 +81,9 @@ class Failure(BaseModel):
         return cls(stage=stage, kind=kind, type=type, message=message, attempt=attempt, at=datetime.now(UTC), traceback=traceback)
 
     @classmethod
-    def raised(cls, stage: str | None, error: BaseException, *, attempt: int, kind: FailureKind = FailureKind.EXCEPTION) -> Self:
+    def raised(
+        cls, stage: str | None, error: BaseException, *, attempt: int, kind: FailureKind = FailureKind.EXCEPTION, of_probe: bool = False
+    ) -> Self:
         """Note a failure that an exception tells of, with its traceback, which begins with the user's code from here on."""
         # Our own frames hold the saga, which holds the failure: what refers to each other waits for Python's garbage collector.
         # Not by an assignment, which the class has a say in: a frozen dataclass refuses every one.
@@ -92,6 +96,7 @@ class Failure(BaseModel):
             attempt=attempt,
             at=datetime.now(UTC),
             traceback=_traced(error),
+            of_probe=of_probe,
             exception=error,
         )
 
@@ -109,7 +114,7 @@ class Failure(BaseModel):
     def __str__(self) -> str:
         """Say who failed, in what way and with which words."""
         who = f"stage {self.stage!r}" if self.stage is not None else "the saga"
-        return f"{who} {_SAID[self.kind]}{in_its_words(self)}"
+        return f"{who} {'could not be asked' if self.of_probe else _SAID[self.kind]}{in_its_words(self)}"
 
 
 def in_its_words(failure: Failure) -> str:

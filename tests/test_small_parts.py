@@ -292,6 +292,17 @@ def test_the_summary_tells_why_a_probe_gave_no_answer(stage: type[CompensableSta
     assert f"ran out of time: no answer within 1 s; its probe failed {said}" in str(report).splitlines()[3]
 
 
+def test_a_failure_of_a_probe_does_not_say_that_its_stage_could_not_be_compensated() -> None:
+    report = run(SagaCoordinator().run(Pipeline(name="bank").with_stage("pay", AskedThenUndone), saga_id="s"))
+
+    assert report.status is SagaStatus.COMPENSATED
+    for told in (report, SagaReport.model_validate_json(report.model_dump_json())):
+        assert list(map(str, told.failures))[-2:] == [
+            "stage 'pay' could not be asked at attempt 3: ConnectionError: bank unreachable",
+            "stage 'pay' could not be compensated: CardDeclined: not yet",
+        ]
+
+
 def test_what_was_returned_beside_a_failure_does_not_pass_for_a_later_success() -> None:
     async def declined(ctx: Any) -> StageOutput:
         return StageOutput.fail("declined", data={"balance": 0})
