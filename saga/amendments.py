@@ -16,8 +16,8 @@ from saga.events import CompensationCompleted, EffectRecorded, SagaEnded, StageC
 from saga.failures import Failure, FailureKind
 from saga.family import below, events_of, heard, located, report_of, report_with_children, run_by, run_in, unheard
 from saga.graph import Role
-from saga.journal import tell
-from saga.ledger import ALIVE, StageState
+from saga.journal import named, tell
+from saga.ledger import ALIVE, StageState, answering, recorded
 from saga.record import StageRecord, Step, undo_step
 from saga.recovery import SagaState
 from saga.resumption import refusal, status_at_rest
@@ -95,7 +95,7 @@ class Amendments:
         for child, _ in await run_in(self._ledger, saga_id):
             with contextlib.suppress(LedgerCorrupt):
                 await self.catch_up(child)
-        events = await self._ledger.read(saga_id)
+        events = await recorded(self._ledger, saga_id)
         within = [_Within(child) for child in await unheard(self._ledger, saga_id, events)]
         if within and SagaState(events).ended_at is not None:
             await self._amend(saga_id, partial(self._added, late=within))
@@ -153,10 +153,11 @@ class Amendments:
         try:
             token = await self._held.acquire(saga_id)
             try:
-                events = await self._ledger.read(saga_id)
+                events = await recorded(self._ledger, saga_id)
                 more = await decide(SagaState(events))
                 if more:
-                    await self._ledger.append(saga_id, more, expected_version=len(events), token=token)
+                    with answering(f"record {named(more)} of saga {saga_id}"):
+                        await self._ledger.append(saga_id, more, expected_version=len(events), token=token)
                     tell(self._listeners, saga_id, more)
             finally:
                 await self._held.give_back(saga_id, token)

@@ -29,7 +29,7 @@ from saga.family import events_of, is_left_alone, report_of, run_by
 from saga.inputs import context_of
 from saga.journal import Listener
 from saga.keeper import SagaKeeper, read, user
-from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, listed, refuse_no_ledger
+from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, listed, recorded, refuse_no_ledger
 from saga.outputs import copied
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery import SagaState
@@ -239,7 +239,7 @@ class SagaCoordinator:
                     return
                 try:
                     pipeline = _among(known, entry.pipeline)
-                    is_left_behind = entry.parent is not None and bool(await self.ledger.read(entry.parent))
+                    is_left_behind = entry.parent is not None and bool(await recorded(self.ledger, entry.parent))
                     # Nobody waits for what it would give, and a person may have said that nothing of it stands.
                     why = "the saga that ran it has come to rest" if is_left_behind else None
                     recovery.reports[entry.saga_id] = await self._keeper.go_on(entry.saga_id, pipeline, decide, interrupted=why)

@@ -13,7 +13,7 @@ from saga.errors import LedgerCorrupt, MisuseError, SagaNotFound
 from saga.events import SagaEnded, SagaResumed, SagaStarted, SagaStatus, SagaTurnedBack, StageProbed, StageSettled, TurnReason, Verdict
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
-from saga.ledger import MemoryLedger, StageState, is_name, listed
+from saga.ledger import MemoryLedger, StageState, answering, is_name, listed, recorded
 from saga.record import Step, undo_step
 from saga.recovery import SagaState
 from saga.report import NestedSagaFailed, SagaReport
@@ -35,7 +35,7 @@ async def events_of(ledger: Ledger, saga_id: str) -> Sequence[AnyEvent]:
         SagaNotFound: The ledger has no such saga.
     """
     _refuse_no_id(saga_id)
-    events = await ledger.read(saga_id)
+    events = await recorded(ledger, saga_id)
     if not events:
         hint = "This ledger is in memory: without ledger= every SagaCoordinator has its own." if isinstance(ledger, MemoryLedger) else ""
         raise SagaNotFound("the id of a saga in the ledger", got=repr(saga_id), hint=hint)
@@ -112,7 +112,7 @@ async def _run_within(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> 
     ids = [child for child, runner in await run_in(ledger, saga_id) if runner == stage]
     found = [child for child in ids if child == prefix or child.startswith(f"{prefix}#")]
     # One that a damaged ledger does not list would be forgotten, or run a second time: the first is also asked for by its name.
-    lost = await ledger.read(prefix) if prefix not in found and is_name(prefix) else ()
+    lost = await recorded(ledger, prefix) if prefix not in found and is_name(prefix) else ()
     return [prefix, *found] if any(isinstance(event, SagaStarted) and event.parent == saga_id for event in lost[:1]) else found
 
 
@@ -126,7 +126,9 @@ async def run_in(ledger: Ledger, saga_id: str) -> list[tuple[str, str]]:
 async def below(ledger: Ledger, saga_id: str, stage: str | None = None) -> list[Entry]:
     """All sagas below a saga, or below one of its stages, the upper ones first."""
     found: list[Entry] = []
-    for child in await ledger.list(parent=saga_id):
+    with answering("list its sagas"):
+        children = await ledger.list(parent=saga_id)
+    for child in children:
         if stage is None or child.parent_stage == stage:
             found += [child, *await below(ledger, child.saga_id)]
     return found
@@ -135,7 +137,7 @@ async def below(ledger: Ledger, saga_id: str, stage: str | None = None) -> list[
 async def run_by(ledger: Ledger, state: SagaState) -> list[tuple[str, str]]:
     """The sagas and stages that run a saga, the outermost first; those of them that the ledger has."""
     found: list[tuple[str, str]] = []
-    while (parent := state.started.parent) is not None and (events := await ledger.read(parent)):
+    while (parent := state.started.parent) is not None and (events := await recorded(ledger, parent)):
         found.insert(0, (parent, str(state.started.parent_stage)))
         state = SagaState(events)
     return found
@@ -184,7 +186,7 @@ async def unheard(ledger: Ledger, saga_id: str, events: Sequence[AnyEvent]) -> l
     found: list[str] = []
     for child, stage in await run_in(ledger, saga_id):
         try:
-            at = _came_late_at(child, await ledger.read(child))
+            at = _came_late_at(child, await recorded(ledger, child))
         except LedgerCorrupt:
             continue  # whoever asks for the report is told
         told = (event for event in events if isinstance(event, StageProbed | StageSettled) and event.stage == stage)
@@ -227,7 +229,7 @@ async def is_left_alone(ledger: Ledger, state: SagaState, *, is_undone: bool) ->
         state: The saga's.
         is_undone: Whether it would be undone whole, so that the stage must not stand on it; else it goes on with what it has begun itself.
     """
-    above = [SagaState(await ledger.read(saga_id)) for saga_id, _ in await run_by(ledger, state)]
+    above = [SagaState(await recorded(ledger, saga_id)) for saga_id, _ in await run_by(ledger, state)]
     stage, parent = str(state.started.parent_stage), above[-1]
     node, record = parent.graph[stage], parent.stages[stage]
     if any(saga.ended_at is None for saga in above):

@@ -10,6 +10,7 @@ import anyio
 
 from saga.errors import LedgerError, MisuseError
 from saga.heart import Heart
+from saga.ledger import answering
 from saga.owners import this_process
 from saga.watch import make_ready, outlast, start
 
@@ -77,7 +78,8 @@ class Held:
             await self._release(saga_id, token)
 
     async def _release(self, saga_id: str, token: int) -> None:
-        await self._ledger.release(saga_id, token)
+        with answering(f"give the lease of saga {saga_id} back"):
+            await self._ledger.release(saga_id, token)
         self._owed.discard((saga_id, token))
 
     async def _beat(self) -> None:
@@ -107,7 +109,8 @@ class Held:
             under: The token under which the saga that runs it is held.
         """
         try:
-            return await self._ledger.acquire(saga_id, self.owner, under=under)
+            with answering(f"take the lease of saga {saga_id}"):
+                return await self._ledger.acquire(saga_id, self.owner, under=under)
         except asyncio.CancelledError:
             # The ledger may carry it out all the same, and our heart would hold what nobody runs for as long as it beats for another saga.
             # In a task of its own: the caller may be cancelled more than once.
@@ -117,5 +120,5 @@ class Held:
 
     async def _give_back(self, saga_id: str, under: int | None) -> None:
         # Whoever holds it gets it once more, behind the first time, and with a token that is known.
-        with contextlib.suppress(LedgerError):
+        with contextlib.suppress(LedgerError), answering(f"give the lease of saga {saga_id} back"):
             await self._ledger.release(saga_id, await self._ledger.acquire(saga_id, self.owner, under=under))

@@ -201,11 +201,11 @@ class Journal:
             case LedgerError():
                 return error
             case Exception():  # whatever a ledger's driver raises
-                return LedgerError(f"the ledger failed to record {_named(events)} of saga {self.saga_id}: {error}")
+                return LedgerError(f"the ledger failed to record {named(events)} of saga {self.saga_id}: {error}")
             case asyncio.CancelledError():
                 # Whether it was written is unknown; a worker that died of this would leave its saga waiting for ever.
-                return LedgerError(f"recording {_named(events)} of saga {self.saga_id} was cancelled from outside")
-        return LedgerError(f"the process was told to end while {_named(events)} of saga {self.saga_id} was recorded")
+                return LedgerError(f"recording {named(events)} of saga {self.saga_id} was cancelled from outside")
+        return LedgerError(f"the process was told to end while {named(events)} of saga {self.saga_id} was recorded")
 
     async def _create(self, events: Sequence[AnyEvent]) -> None:
         self._is_creating = True
@@ -264,7 +264,8 @@ class Journal:
         return SagaUnrecorded(self.saga_id, said, in_effect=in_effect, unknown=unknown)
 
 
-def _named(events: Sequence[AnyEvent]) -> str:
+def named(events: Sequence[AnyEvent]) -> str:
+    """The kinds of some events, in words."""
     return " and ".join(type(event).__name__ for event in events)
 
 

@@ -27,7 +27,7 @@ from saga.forward import Forward
 from saga.held import Held
 from saga.inputs import recorded_input, refuse_both
 from saga.journal import Journal, Listener
-from saga.ledger import A_NAME, LONGEST_NAME, Ledger, is_name
+from saga.ledger import A_NAME, LONGEST_NAME, Ledger, is_name, recorded
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.record import Step, undo_step
 from saga.recovery import SagaState, conclude, final_status, has_doubt
@@ -183,7 +183,7 @@ class SagaKeeper(Keeper):
             _refuse_names({"saga id": saga_id or "", "pipeline name": blueprint.name})
         if saga_id is None:
             saga_id = secrets.token_hex(16)
-        elif await self._ledger.read(saga_id) or self.held.holds(saga_id):
+        elif await recorded(self._ledger, saga_id) or self.held.holds(saga_id):
             # Looked for here at last: while the ledger was read, somebody else may have begun it.
             raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Read what became of it with report().")
         self.held.hold(saga_id)

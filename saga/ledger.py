@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -14,7 +15,7 @@ from typing import Final, Protocol, Self
 
 from stageflow.api import StageOutput
 
-from saga.errors import LedgerConflict, LedgerCorrupt, MisuseError, SagasDamaged
+from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, SagaError, SagasDamaged
 from saga.events import (
     AnyEvent,
     CompensationCompleted,
@@ -38,7 +39,7 @@ from saga.events import (
     StageStarted,
     at_rest,
 )
-from saga.text import shown, written
+from saga.text import said, shown, written
 
 
 class StageState(StrEnum):
@@ -181,6 +182,8 @@ class Ledger(Protocol):
     a later holder's token is higher. An owner that says nothing for longer than `lease` counts as gone, and what it held may be
     taken over; it then finds that its token is refused.
 
+    Whatever else it raises is taken for a LedgerError.
+
     Names are such as `is_name` says, or a durable ledger refuses them.
 
     A saga that a stage runs has that stage's as its parent. Whoever creates or acquires it says `under` which token it holds the
@@ -318,13 +321,31 @@ def refuse_no_ledger(ledger: object) -> None:
         raise MisuseError("a ledger", got=f"a {type(ledger).__name__}", hint=hint)
 
 
+@contextmanager
+def answering(what: str) -> Iterator[None]:
+    """Make a LedgerError of whatever else a ledger's driver raises when it is to do so: what then follows is decided by that."""
+    try:
+        yield
+    except SagaError:
+        raise
+    except Exception as error:  # whatever it is
+        raise LedgerError(f"the ledger failed to {what}: {type(error).__name__}: {said(error)}") from error
+
+
+async def recorded(ledger: Ledger, saga_id: str) -> Sequence[AnyEvent]:
+    """All events of a saga, oldest first; empty when there is no such saga."""
+    with answering(f"read saga {saga_id}"):
+        return await ledger.read(saga_id)
+
+
 async def listed(
     ledger: Ledger, statuses: Collection[SagaStatus] | None = None, parent: str | None = None
 ) -> tuple[Mapping[str, Entry], Mapping[str, LedgerCorrupt]]:
     """What a ledger tells of its sagas, by id, and of which it can't tell where they stand, and why."""
     damaged: Mapping[str, LedgerCorrupt] = {}
     try:
-        entries = await ledger.list(statuses=statuses, parent=parent)
+        with answering("list its sagas"):
+            entries = await ledger.list(statuses=statuses, parent=parent)
     except SagasDamaged as some:
         entries, damaged = some.entries, some.damaged
     return {entry.saga_id: entry for entry in entries}, damaged

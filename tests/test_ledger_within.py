@@ -122,6 +122,92 @@ def begin(ledger: NoRoom, saga_id: str, event: AnyEvent) -> None:
         ledger.saga_id = "s/hotel"
 
 
+class Dropped(MemoryLedger):
+    """The line drops once, at the n-th call of a method; its driver has errors of its own."""
+
+    def __init__(self, method: str, number: int = 1) -> None:
+        super().__init__()
+        self.method, self.left = method, number
+
+    def _call(self, method: str) -> None:
+        self.left -= method == self.method
+        if method == self.method and self.left == 0:
+            raise ConnectionError("the line dropped")
+
+    async def acquire(self, *args: Any, **how: Any) -> int:
+        self._call("acquire")
+        return await super().acquire(*args, **how)
+
+    async def release(self, *args: Any) -> None:
+        self._call("release")
+        await super().release(*args)
+
+    async def append(self, *args: Any, **how: Any) -> None:
+        self._call("append")
+        await super().append(*args, **how)
+
+    async def read(self, saga_id: str) -> Sequence[AnyEvent]:
+        self._call("read")
+        return await super().read(saga_id)
+
+    async def list(self, **which: Any) -> Sequence[Entry]:
+        self._call("list")
+        return await super().list(**which)
+
+
+@pytest.mark.parametrize("method", ["read", "list", "acquire"])
+def test_whatever_a_ledgers_driver_raises_is_the_ledgers_failure_and_the_saga_goes_on_when_it_is_back(method: str) -> None:
+    """It was taken for the stage's, whose compensation was then called stuck; or the caller got it, and no word of what was in effect."""
+    number, is_reached = 0, True
+    while is_reached:
+        number += 1
+        world, pipeline = trip({"after": Script("raise")}, "probed")
+        ledger = Dropped(method, number)
+        try:
+            report: SagaReport | None = run(SagaCoordinator(IMPATIENT, ledger=ledger).run(pipeline, saga_id="s"))
+        except LedgerError:
+            report = None
+        is_reached, ledger.left = ledger.left <= 0, 0
+        recovery = run(SagaCoordinator(ledger=ledger).recover(pipeline))
+
+        assert (report is None) is is_reached, (number, report)
+        assert {report.status for report in recovery.reports.values()} <= {SagaStatus.COMPENSATED}, str(recovery)
+        assert not recovery.failed
+        assert world.standing == {}
+        assert world.refusals == []
+    assert number > 1
+
+
+@pytest.mark.parametrize("method", ["read", "list", "acquire", "append"])
+def test_a_word_that_the_ledgers_driver_did_not_take_is_told_as_the_ledgers_failure_and_can_be_said_again(method: str) -> None:
+    _, pipeline = trip({"after": Script("raise"), "flight": Script(undo_fails=9)})
+    ledger = Dropped(method, 0)
+    coordinator = SagaCoordinator(IMPATIENT, ledger=ledger)
+
+    async def say_twice() -> SagaReport:
+        assert [*(await coordinator.run(pipeline, saga_id="s")).stuck] == ["flight"]
+        ledger.left = 1
+        with pytest.raises(LedgerError, match=r"the ledger failed to .*: ConnectionError: the line dropped"):
+            await coordinator.settle("s", "flight", "undone", "by hand")
+        return await coordinator.settle("s", "flight", "undone", "by hand")
+
+    assert run(say_twice()).status is SagaStatus.COMPENSATED
+
+
+def test_a_lease_that_the_ledgers_driver_does_not_take_back_hides_no_report() -> None:
+    _, pipeline = trip({})
+    ledger = Dropped("release")
+    coordinator = SagaCoordinator(ledger=ledger)
+
+    async def nothing_to_do() -> tuple[SagaReport, SagaReport]:
+        return await coordinator.run(pipeline, saga_id="s"), await coordinator.resume("s", pipeline)
+
+    first, again = run(nothing_to_do())
+
+    assert ledger.left == 0
+    assert again == first
+
+
 def test_a_stage_that_swallows_the_ledgers_error_of_its_child_has_not_completed() -> None:
     _, room = scene({"room": ()})
 

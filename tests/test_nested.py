@@ -435,7 +435,7 @@ def test_a_saga_whose_ledger_breaks_can_be_undone_when_it_is_back() -> None:
     async def play() -> SagaReport:
         await coordinator.run(pipeline, saga_id="s")
         acquire, ledger.acquire = ledger.acquire, refuse  # type: ignore[method-assign] # the fault that is injected
-        with pytest.raises(OSError, match="no ledger"):
+        with pytest.raises(LedgerError, match="no ledger"):
             await coordinator.compensate("s", pipeline)
         ledger.acquire = acquire  # type: ignore[method-assign] # the fault is over
         return await coordinator.compensate("s", pipeline)
@@ -1403,7 +1403,7 @@ def test_a_word_said_again_is_taken_for_the_stage_that_it_was_said_of() -> None:
     assert [*stuck.stuck] == ["book", "book/room"]
     worlds[0].undo("room")
     ledger.left = 1
-    with pytest.raises(OSError, match="killed"):
+    with pytest.raises(LedgerError, match="killed"):
         run(coordinator.settle("s", "book/room", "undone", "by hand"))
     ledger.left = 10_000
 

@@ -406,10 +406,8 @@ def test_what_nobody_expects_of_one_saga_leaves_the_others_of_a_recovery_alone()
     _, pipeline = scene({"a": ()})
 
     class Odd(MemoryLedger):
-        async def acquire(self, saga_id: str, owner: str, **how: Any) -> int:
-            if saga_id == "x":
-                raise ZeroDivisionError("a driver's defect")
-            return await super().acquire(saga_id, owner, **how)
+        async def read(self, saga_id: str) -> Any:
+            return 1 if saga_id == "x" else await super().read(saga_id)
 
     ledger = Odd()
 
@@ -421,8 +419,8 @@ def test_what_nobody_expects_of_one_saga_leaves_the_others_of_a_recovery_alone()
     recovery = run(play())
 
     assert recovery.reports["y"].status is SagaStatus.COMPLETED
-    assert str(recovery.failed["x"]) == "saga x could not go on: ZeroDivisionError: a driver's defect"
-    assert isinstance(recovery.failed["x"].__cause__, ZeroDivisionError)
+    assert str(recovery.failed["x"]) == "saga x could not go on: TypeError: cannot unpack non-iterable int object"
+    assert isinstance(recovery.failed["x"].__cause__, TypeError)
 
 
 @pytest.mark.parametrize("how", ["cancel", "timeout"])
