@@ -158,10 +158,10 @@ class LiveSaga(Host, UndoHost):
         self._being_undone: Final[dict[str, set[asyncio.Future[None]]]] = {}
         self._recordings: dict[str, list[Coroutine[Any, Any, None]]] = {}
 
-    def private_context(self, hook: Callable[..., None]) -> PipelineContext:
-        """Stageflow's context for this run alone, with stageflow's own timeouts off, and a hook that runs before the user's."""
+    def private_context(self, first: Callable[..., None], last: Callable[..., None]) -> PipelineContext:
+        """Stageflow's context for this run alone, with stageflow's own timeouts off, and hooks that run before and after the user's."""
         context = self._context
-        hooks = [hook, *context._before_stage_start_hooks]  # noqa: SLF001 - stageflow has no other word for it
+        hooks = [first, *context._before_stage_start_hooks, last]  # noqa: SLF001 - stageflow has no other word for it
         return dataclasses.replace(context, data=context.data | self.blueprint.without_timeouts, _before_stage_start_hooks=hooks)
 
     def is_left_alone(self) -> bool:

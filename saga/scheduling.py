@@ -170,11 +170,13 @@ class StageflowSchedule:
     def __init__(self, saga: LiveSaga, interceptors: Sequence[BaseInterceptor]) -> None:
         self._saga = saga
         self._interceptors = interceptors
-        self._context = saga.private_context(self._note)
+        self._context = saga.private_context(self._note, self._note_skipped)
         self._called: set[str] = set()
         self._listener = _Listener(self._called)
         self._answers: dict[str, StageOutput | Exception] = {}
         self._waiters: dict[str, asyncio.Future[StageOutput | Exception]] = {}
+        self._conditional = frozenset(name for name, plan in saga.blueprint.stages.items() if plan.spec.conditional)
+        self._skipped: dict[str, StageOutput] = {}
         self._results: dict[str, StageOutput] = {}
         self._wrappers: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -266,6 +268,11 @@ class StageflowSchedule:
         if context is self._context:
             self._wrappers.add(this_task())
 
+    def _note_skipped(self, name: str, _kind: object, ctx: StageContext, context: PipelineContext) -> None:
+        # stageflow calls no runner and no interceptor then, and its results are lost when the run fails.
+        if context is self._context and name in self._conditional and (reason := ctx.inputs.get("skip_reason")):
+            self._skipped[name] = StageOutput.skip(reason)
+
     def _cut_off(self) -> None:
         for wrapper in self._wrappers:
             wrapper.cancel()
@@ -277,7 +284,7 @@ class StageflowSchedule:
 
     async def tell(self, stages: Stages) -> None:
         """Tell of the stages that stageflow skipped, or that an interceptor answered for."""
-        for name, output in {**self._listener.answered, **self._results}.items():
+        for name, output in {**self._listener.answered, **self._skipped, **self._results}.items():
             # Those of a pipeline that a hook has run, and that was cancelled, have other names.
             if name in self._saga.blueprint.stages:
                 await stages.learn(name, output)

@@ -153,6 +153,44 @@ def test_a_conditional_stage_is_skipped_for_the_same_reason(given: dict[str, Any
     assert sorted(ran) == (["plain", "write"] if given.get("skip_reason") else ["plain", "ship", "write"])
 
 
+@pytest.mark.parametrize("interceptors", [(), (Watching(),)], ids=["by our schedule", "by stageflow's"])
+def test_a_stage_that_its_condition_had_skipped_when_another_one_failed_is_told_as_skipped(interceptors: tuple[Any, ...]) -> None:
+    async def check(_: SagaContext) -> dict[str, Any]:
+        return {"skip_reason": "nothing to ship"}
+
+    async def book(_: SagaContext) -> StageOutput:
+        await elapse(1)
+        return StageOutput.fail("no lorry")
+
+    pipeline = staged(staged(Pipeline(name="p"), "check", check), "book", book, "check")
+    pipeline = staged(pipeline, "ship", nothing, "check", conditional=True)
+
+    report = run(SagaCoordinator(interceptors=interceptors).run(pipeline))
+
+    assert report.failed == ("book",)
+    assert report.skipped == ("ship",)
+    assert report.stages["ship"].skip_reason == "nothing to ship"
+
+
+def test_a_conditional_stage_that_a_hook_keeps_from_its_condition_is_not_told_as_skipped() -> None:
+    async def check(_: SagaContext) -> dict[str, Any]:
+        return {"skip_reason": "nothing to ship"}
+
+    def refuse(name: str, *_: Any) -> None:
+        if name == "ship":
+            raise ValueError("closed")
+
+    context = hooked()
+    context.add_before_stage_start_hook(refuse)
+    pipeline = staged(staged(Pipeline(name="p"), "check", check), "ship", nothing, "check", conditional=True)
+
+    report = run(SagaCoordinator().run(pipeline, context))
+
+    assert report.cause is not None
+    assert report.skipped == ()
+    assert report.not_run == ("ship",)
+
+
 @BY_US_OR_STAGEFLOW
 def test_a_condition_counts_before_a_branch_that_fell(context: PipelineContext | None) -> None:
     async def check(_: SagaContext) -> dict[str, Any]:
