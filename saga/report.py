@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Final, Literal, Self
 
@@ -19,7 +19,7 @@ from saga.quick import frozen, members
 from saga.record import StageRecord, Try
 from saga.recovery import SagaState, protected, stage_states
 from saga.render.text import summary
-from saga.text import printable
+from saga.text import printable, shown
 
 _S: Final = members(StageState)
 
@@ -110,6 +110,10 @@ class StageReport:
     compensation: CompensationReport | None = None
     dependencies: tuple[str, ...] = ()
     tries: tuple[Try, ...] = ()
+
+    def __repr__(self) -> str:
+        """Show it as any dataclass, with a stand-in for outputs and effects whose own words fail."""
+        return f"{type(self).__qualname__}({', '.join(f'{each.name}={shown(getattr(self, each.name))}' for each in fields(self))})"
 
     @property
     def children_by_path(self) -> dict[str, SagaReport]:

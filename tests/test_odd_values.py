@@ -29,6 +29,7 @@ from saga import (
     ContinueWithFallback,
     FailFast,
     Failure,
+    SagaContext,
     SagaCoordinator,
     SagaReport,
     SagaStatus,
@@ -41,6 +42,7 @@ from saga.ledgers.sqlite import SQLiteLedger
 from saga.outputs import TAG, Opaque, copied, decoded, encoded, stored, stored_output
 from saga.text import said, shown
 from tests.controlled import run
+from tests.world import nothing
 
 
 class Mute(Exception):
@@ -54,6 +56,11 @@ class Unwilling:
     def __deepcopy__(self, memo: Any) -> Any:
         raise RuntimeError("no copy")
 
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Wordless:
     def __repr__(self) -> str:
         raise RuntimeError("no words")
 
@@ -113,6 +120,7 @@ ODD: dict[str, Callable[[], Any]] = {
     "data within itself": lambda: StageOutput.ok(cyclic()),
     "data nested deeply": lambda: StageOutput.ok(deep()),
     "data that can't be copied": lambda: StageOutput.ok(lock=threading.Lock(), other=Unwilling()),
+    "data that can't be shown": lambda: StageOutput.ok(wordless=Wordless()),
     "an error that is no text": lambda: StageOutput.fail(error=12),  # type: ignore[arg-type] # what the test is about
     "an error that can't be told": lambda: StageOutput.fail(error=Mute()),  # type: ignore[arg-type] # as above
     "a status that is none": lambda: StageOutput(status="ok"),  # type: ignore[arg-type] # as above
@@ -153,6 +161,23 @@ def test_a_saga_ends_and_can_be_reported_whatever_a_stage_returns_or_raises(case
     assert report.cause is not None
     assert SagaReport.model_validate_json(report.model_dump_json()).status is report.status
     assert "COMPENSATED" in str(report)
+    assert repr(report).startswith("SagaReport(saga_id=")
+
+
+def test_of_what_cannot_be_shown_the_rest_of_a_report_is() -> None:
+    async def odd(ctx: SagaContext) -> StageOutput:
+        await ctx.record(Wordless())
+        return StageOutput.ok(wordless=Wordless())
+
+    async def undo(_: CompensationContext) -> None: ...
+
+    report = run(SagaCoordinator().run(Pipeline().with_stage("odd", compensable(odd, undo)).with_stage("even", nothing, "work")))
+
+    odd_one, even = repr(report.stages["odd"]), repr(report.stages["even"])
+    assert "output=<stageflow.core.stage_output.StageOutput, which can't be shown: RuntimeError>, failure=None, " in odd_one
+    assert "effects=<tuple, which can't be shown: RuntimeError>, fallback=False" in odd_one
+    assert even.startswith("StageReport(state=<StageState.KEPT: 'kept'>, output=StageOutput(status=<StageStatus.OK: 'ok'>, data={}")
+    assert even in repr(report)
 
 
 @pytest.mark.parametrize("case", ODD)
