@@ -886,8 +886,43 @@ def test_nobody_can_go_on_with_an_imported_saga_before_its_children_are_there(sh
     shop.saga("import", "s.jsonl", "--ledger", "sqlite:///new.db")
 
     with closing(sqlite3.connect("new.db")) as connection:
-        assert connection.execute("SELECT * FROM free").fetchall() == [("other", "s"), ("other", "s/book")]
+        assert connection.execute("SELECT * FROM free").fetchall() == [("other", "s/book"), ("other", "s")]
         assert connection.execute("SELECT id FROM sagas WHERE owner IS NOT NULL").fetchall() == []
+
+
+def test_an_import_that_was_cut_off_leaves_no_saga_without_its_children_and_is_done_when_it_is_said_again(shop: Shop) -> None:
+    """The saga would begin anew the child that it did not find; and to import the file again was refused, with 'Nothing was imported'."""
+    ran = shop.saga("run", "shop:family", "--id", "s")
+    shop.write("s.jsonl", shop.saga("export", "s").out)
+    shop.saga("run", "shop:order", "--id", "other", "--ledger", "sqlite:///new.db")
+    with closing(sqlite3.connect("new.db", isolation_level=None)) as connection:
+        connection.execute("CREATE TRIGGER dies BEFORE INSERT ON sagas WHEN new.id = 's' BEGIN SELECT RAISE(ABORT, 'killed'); END")
+
+    cut_off = shop.saga("import", "s.jsonl", "--ledger", "sqlite:///new.db")
+    there = shop.saga("list", "--nested", "--ledger", "sqlite:///new.db").out
+    with closing(sqlite3.connect("new.db", isolation_level=None)) as connection:
+        connection.execute("DROP TRIGGER dies")
+    again = shop.saga("import", "s.jsonl", "--ledger", "sqlite:///new.db")
+    third = shop.saga("import", "s.jsonl", "--ledger", "sqlite:///new.db")
+
+    assert cut_off.code == Exit.FAILED
+    assert [line.split()[0] for line in there.splitlines()[1:]] == ["other", "s/book"]
+    assert again == (Exit.COMPLETED, "s  compensated\ns/book  compensated, was there already\n", "")
+    assert shop.saga("show", "s", "--ledger", "sqlite:///new.db").out == ran.out
+    with closing(sqlite3.connect("new.db")) as connection:
+        assert connection.execute("SELECT id FROM sagas WHERE owner IS NOT NULL").fetchall() == []
+    assert third == (Exit.MISUSE, "", "saga: expected a saga id that is not in the ledger yet, got 's'. Nothing was imported.\n")
+
+
+def test_an_import_beside_another_saga_of_that_id_is_refused(shop: Shop) -> None:
+    shop.saga("run", "shop:family", "--id", "s")
+    shop.write("s.jsonl", shop.saga("export", "s").out)
+    shop.saga("run", "shop:order", "--id", "s/book", "--ledger", "sqlite:///new.db")
+
+    done = shop.saga("import", "s.jsonl", "--ledger", "sqlite:///new.db")
+
+    assert done == (Exit.MISUSE, "", "saga: expected a saga id that is not in the ledger yet, got 's/book'. Nothing was imported.\n")
+    assert [line.split()[0] for line in shop.saga("list", "--ledger", "sqlite:///new.db").out.splitlines()[1:]] == ["s/book"]
 
 
 def test_prune_forgets_what_is_old_and_done(shop: Shop) -> None:

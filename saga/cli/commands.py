@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from contextlib import asynccontextmanager, redirect_stdout, suppress
 from datetime import UTC, datetime, timedelta
 from functools import wraps
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
@@ -498,21 +499,48 @@ def import_(
     except UnicodeDecodeError as error:
         raise MisuseError("what saga export writes, which is UTF-8", got=str(error), hint="Nothing was imported.") from None
 
-    async def taken_over() -> None:
+    async def taken_over() -> list[str]:
         async with _opened(_durable(ledger, exists=False)) as opened:
+            there = [saga_id for saga_id, events in sagas.items() if await _is_there(opened, saga_id, events)]
+            if len(there) == len(sagas):
+                raise _taken(there[0])
             for saga_id, events in sagas.items():
-                if await opened.read(saga_id):
-                    raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Nothing was imported.")
                 _refuse_too_large(opened.max_event_bytes, saga_id, events)
-            # Held until the last one is there: who goes on with a saga whose children are still to come would begin them anew.
-            owner = f"import-{secrets.token_hex(8)}"
-            tokens = {saga_id: await opened.create(saga_id, owner, events) for saga_id, events in sagas.items()}
+            # Held until the last one is there, and children first: who goes on with a saga whose children are still to come would begin
+            # them anew, also when the import has been killed. Whoever imports the same file again holds what that one held.
+            owner = f"import-{sha256(line_of(next(iter(sagas.values()))[0]).encode()).hexdigest()[:16]}"
+            tokens = {}
+            for saga_id in sorted(sagas, key=_slashes, reverse=True):
+                begun = opened.acquire(saga_id, owner) if saga_id in there else opened.create(saga_id, owner, sagas[saga_id])
+                tokens[saga_id] = await begun
             for saga_id, token in tokens.items():
                 await opened.release(saga_id, token)
+            return there
 
-    asyncio.run(taken_over())
+    there = asyncio.run(taken_over())
     for saga_id, events in sagas.items():
-        typer.echo(f"{printable(saga_id)}  {SagaState(events).status.value}")
+        typer.echo(f"{printable(saga_id)}  {SagaState(events).status.value}{', was there already' if saga_id in there else ''}")
+
+
+def _slashes(saga_id: str) -> int:
+    """More of them than in the id of the saga that runs this one, which this one's begins with."""
+    return saga_id.count("/")
+
+
+async def _is_there(ledger: Ledger, saga_id: str, events: Sequence[AnyEvent]) -> bool:
+    """Whether the ledger has the saga already, with these events and no others: an import may have been killed.
+
+    Raises:
+        SagaExists: It has another one of that id.
+    """
+    found = await ledger.read(saga_id)
+    if found and list(map(line_of, found)) != list(map(line_of, events)):
+        raise _taken(saga_id)
+    return bool(found)
+
+
+def _taken(saga_id: str) -> SagaExists:
+    return SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Nothing was imported.")
 
 
 def _refuse_too_large(most: int | None, saga_id: str, events: Sequence[AnyEvent]) -> None:
