@@ -749,9 +749,10 @@ LOSS = "saga s: what came late (StageCompleted) could not be recorded; look at i
 
 
 def lost(caplog: pytest.LogCaptureFixture) -> list[tuple[str, BaseException | None]]:
-    """What the log says is an error, and what has led to it."""
+    """What the log says is an error, and what has led to it in the first place."""
     errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
-    return [(record.getMessage(), record.exc_info[1] if record.exc_info else None) for record in errors]
+    led_to = [record.exc_info[1] if record.exc_info else None for record in errors]
+    return [(record.getMessage(), error and (error.__cause__ or error)) for record, error in zip(errors, led_to, strict=True)]
 
 
 @pytest.mark.parametrize("error", [LedgerError("disk full"), OSError("a driver's own")])
