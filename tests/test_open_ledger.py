@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stageflow.api import Pipeline
@@ -71,6 +72,22 @@ def test_a_url_of_sqlite_with_too_few_slashes_is_told_how_many_it_takes(url: str
 def test_a_url_in_place_of_a_path_is_refused_and_kept_secret(url: str) -> None:
     with pytest.raises(MisuseError, match=r"^expected the path of a file, got a URL\. saga\.ledgers\.open_ledger\(url\) opens it\.$"):
         SQLiteLedger(url)
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (open_ledger, "a ledger's URL: memory:, sqlite:///path or postgresql://..."),
+        (SQLiteLedger, "the path of a file"),
+        (PostgresLedger, "a connection string or URL of PostgreSQL"),
+    ],
+)
+@pytest.mark.parametrize("given", [None, b"sqlite:///sagas.db", 5])
+def test_a_variable_that_is_not_set_or_is_no_text_is_refused_in_words(made: Any, expected: str, given: Any) -> None:
+    with pytest.raises(MisuseError) as caught:
+        made(given)
+
+    assert str(caught.value) == f"expected {expected}, got a {type(given).__name__}"
 
 
 def test_a_path_that_only_looks_like_a_url_is_one(tmp_path: Path) -> None:

@@ -24,6 +24,10 @@ def open_ledger(url: str) -> MemoryLedger | SQLiteLedger | PostgresLedger:
         MisuseError: It is no such URL.
         ModuleNotFoundError: The ledger's driver is not installed; the message says how to get it.
     """
+    expected = "a ledger's URL: memory:, sqlite:///path or postgresql://..."
+    if not isinstance(url, str):
+        # As a variable of the environment that is not set.
+        raise MisuseError(expected, got=f"a {type(url).__name__}")
     scheme, colon, rest = url.partition(":")
     if url == "memory:":
         return MemoryLedger()
@@ -37,4 +41,4 @@ def open_ledger(url: str) -> MemoryLedger | SQLiteLedger | PostgresLedger:
         return PostgresLedger(url)
     # Not all of it is shown: it may hold a password.
     hint = "Three slashes for a path from here, sqlite:///sagas.db; four from the root." if scheme == "sqlite" else ""
-    raise MisuseError("a ledger's URL: memory:, sqlite:///path or postgresql://...", got=repr(scheme + colon), hint=hint)
+    raise MisuseError(expected, got=repr(scheme + colon), hint=hint)

@@ -198,6 +198,8 @@ class PostgresLedger(DurableLedger):
         max_event_bytes: int = MAX_EVENT_BYTES,
         redact: Redact | None = None,
     ) -> None:
+        if not isinstance(dsn, str):
+            raise MisuseError("a connection string or URL of PostgreSQL", got=f"a {type(dsn).__name__}")
         try:
             where = conninfo_to_dict(dsn)
         except psycopg.ProgrammingError:

@@ -144,6 +144,8 @@ class SQLiteLedger(DurableLedger):
         redact: Redact | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        if not isinstance(path, str | os.PathLike):
+            raise MisuseError("the path of a file", got=f"a {type(path).__name__}")
         if os.fspath(path) in {"", ":memory:"}:
             raise MisuseError("the path of a file", got=repr(path), hint="A ledger in memory is a MemoryLedger.")
         if "://" in os.fspath(path):
