@@ -358,6 +358,9 @@ class MemoryLedger(Ledger):
 
     Args:
         keep: How many sagas about which nothing is left to do are kept; the oldest are forgotten first. Nothing else ever is.
+
+    Raises:
+        MisuseError: `keep` is no number, or below 0.
     """
 
     lease: float | None = None
@@ -365,6 +368,8 @@ class MemoryLedger(Ledger):
     max_event_bytes: int | None = None
 
     def __init__(self, keep: int = 10_000) -> None:
+        if not isinstance(keep, int | float) or not keep >= 0:
+            raise MisuseError("a number of sagas to keep, at least 0", got=shown(keep))
         self._keep = keep
         self._sagas: dict[str, _Kept] = {}
         self._children: dict[str | None, dict[str, None]] = {}

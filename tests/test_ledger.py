@@ -19,6 +19,7 @@ from saga import (
     LedgerCorrupt,
     LedgerError,
     MemoryLedger,
+    MisuseError,
     Retry,
     SagaCoordinator,
     SagaReport,
@@ -359,6 +360,12 @@ def test_a_memory_ledger_keeps_so_many_sagas_about_which_nothing_is_left_to_do_a
         return [entry.saga_id for entry in await ledger.list()]
 
     assert run(play()) == ["b", "d", "e", "f"]
+
+
+@pytest.mark.parametrize("keep", [None, "10", -1, float("nan")])
+def test_a_memory_ledger_that_is_to_keep_what_is_no_number_of_sagas_is_refused_when_it_is_made(keep: Any) -> None:
+    with pytest.raises(MisuseError, match=f"^expected a number of sagas to keep, at least 0, got {keep!r}$"):
+        MemoryLedger(keep=keep)
 
 
 def test_a_memory_ledger_keeps_nothing_of_a_family_that_it_forgets() -> None:
