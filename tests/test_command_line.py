@@ -1331,6 +1331,21 @@ def test_a_recovery_is_interrupted(shop: Shop, monkeypatch: pytest.MonkeyPatch) 
     assert "s  COMPENSATED\n" in shown()
 
 
+def test_a_recovery_that_is_interrupted_and_gets_stuck_on_the_way_says_so_with_its_code(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.really("run", "shop:crash", "--id", "s")
+    shop.breaks_the_bank()
+    shop.write("shop.py", WAITING.replace('ending("crash", die)', 'ending("crash", wait)'))
+
+    deeds = {"waiting for a lorry": interrupt_this_process, "Interrupted": shop.brings_the_lorry}
+    with once_it_shows(deeds, monkeypatch) as shown:
+        done = shop.saga("recover", "shop:crash")
+
+    assert "s  STUCK\n" in shown()
+    assert done.code == Exit.STUCK
+
+
 def test_a_recovery_that_is_interrupted_twice_leaves_its_sagas_to_the_next_one(shop: Shop) -> None:
     shop.really("run", "shop:crash", "--id", "s")
     shop.write("shop.py", WAITING.replace('ending("crash", die)', 'ending("crash", wait)'))

@@ -240,15 +240,16 @@ def recover(
 
     async def all_of_them() -> Exit:
         async with _opened(url) as opened:
-            console = Stderr()
-            coordinator = SagaCoordinator(ledger=opened, listeners=[tell_on(console)])
+            console, gone_on_with = Stderr(), set[str]()
+            coordinator = SagaCoordinator(ledger=opened, listeners=[tell_on(console), lambda saga_id, _: gone_on_with.add(saga_id)])
             task = asyncio.create_task(coordinator.recover(pipelines, concurrency=concurrency))
             with interruptible(task, lambda: console.print(_FIRST, soft_wrap=True), lambda: _SECOND):
                 try:
                     with redirect_stdout(sys.stderr):
                         recovery = await task
                 except asyncio.CancelledError:
-                    return Exit.INTERRUPTED
+                    stuck, _ = await listed(opened, {SagaStatus.STUCK})
+                    return Exit.INTERRUPTED if gone_on_with.isdisjoint(stuck) else Exit.STUCK
         if as_json:
             _print_json(_as_json(recovery))
         else:
