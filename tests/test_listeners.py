@@ -6,10 +6,10 @@ import logging
 from typing import Any, get_args
 
 import pytest
-from stageflow.api import StageOutput
+from stageflow.api import Pipeline, StageOutput
 from stageflow.events import clear_event_sink, set_event_sink
 
-from saga import Compensation, ContinueWithFallback, FailFast, Policy, Retry, SagaCoordinator, SagaReport, nested
+from saga import Compensation, ContinueWithFallback, FailFast, Policy, Retry, SagaCoordinator, SagaReport, compensable, nested
 from saga.events import (
     AnyEvent,
     CompensationCompleted,
@@ -28,7 +28,7 @@ from saga.failures import Failure, FailureKind
 from saga.listeners.logs import _SAY, log_events
 from saga.listeners.sink import SinkListener
 from tests.controlled import run
-from tests.world import BRANCHES, SEQUENCE, Script, scene
+from tests.world import BRANCHES, SEQUENCE, Script, nothing, scene
 
 ONCE = FailFast(compensation=Compensation(retry=Retry(attempts=1)))
 
@@ -199,6 +199,23 @@ def test_levels_that_only_rare_events_reach(caplog: pytest.LogCaptureFixture) ->
         "WARNING saga s: stage 'pay' completed late, after it had been given up",
         "WARNING saga s: stage 'pay' was undone late, after its compensation had been given up",
     ]
+
+
+def test_of_outputs_the_log_shows_no_more_than_the_glimpse_that_a_failure_has(caplog: pytest.LogCaptureFixture) -> None:
+    async def gives(_: Any) -> Any:
+        return {"card": "4111"}
+
+    async def gives_no_output(_: Any) -> Any:
+        return ["5500" * 100]
+
+    pipeline = Pipeline(name="pay").with_stage("pay", compensable(gives, nothing))
+    pipeline = pipeline.with_stage("book", compensable(gives_no_output, nothing), dependencies=("pay",))
+
+    with caplog.at_level(logging.DEBUG, "saga"):
+        run(SagaCoordinator(listeners=[log_events]).run(pipeline, saga_id="s"))
+
+    assert "4111" not in caplog.text
+    assert {line.rpartition("got ")[2] for line in lines(caplog) if "5500" in line} == {f"{['5500' * 100]!r}"[:200] + "..."}
 
 
 def test_of_a_stage_that_a_crash_cut_off_no_attempt_is_promised(caplog: pytest.LogCaptureFixture) -> None:

@@ -41,7 +41,7 @@ def log_events(saga_id: str, event: AnyEvent) -> None:
     Every record has the fields `saga_id`, `event`, `stage` and `attempt`, the last two None where an event has none.
 
     What goes well is DEBUG for a stage and INFO for a saga; what goes wrong and is dealt with is WARNING; ERROR is what a person has to
-    act on: a stuck compensation, a probe that gave no answer, a saga that ends stuck.
+    act on: a stuck compensation, a probe that gave no answer, what came late and only a person can answer, a saga that ends stuck.
     """
     level, words = _SAY[type(event)](event)
     if not _LOG.isEnabledFor(level):
