@@ -523,6 +523,34 @@ def test_a_cancel_outweighed_by_a_failure_during_the_drain_compensates() -> None
     assert world.standing == {}
 
 
+@pytest.mark.parametrize(
+    ("script", "policy", "status", "cause"),
+    [
+        (Script("raise", before=1), FailFast(on_failure="halt"), SagaStatus.HALTED, FailureKind.EXCEPTION),
+        (Script("raise", before=3), FailFast(on_failure="halt"), SagaStatus.COMPENSATED, FailureKind.INTERRUPTED),
+        (Script("cancel", before=1), FailFast(), SagaStatus.CANCELLED, FailureKind.CANCELLED),
+        (Script("cancel", before=3), FailFast(), SagaStatus.COMPENSATED, FailureKind.INTERRUPTED),
+    ],
+    ids=["a failure", "not a failure", "a cancel", "not a cancel"],
+)
+def test_what_stops_a_saga_first_decides_also_when_its_caller_goes_away_meanwhile(
+    script: Script, policy: FailFast, status: SagaStatus, cause: FailureKind
+) -> None:
+    world, pipeline = scene(BRANCHES, {"b": script, "c": Script("ok", before=4)})
+    coordinator = SagaCoordinator(policy)
+
+    async def given_up() -> SagaReport:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(coordinator.run(pipeline, saga_id="s"), 2)
+        return await coordinator.report("s")
+
+    report = run(given_up())
+
+    assert report.cause is not None
+    assert (report.status, report.cause.kind) == (status, cause)
+    assert set(world.standing) == (set() if status is SagaStatus.COMPENSATED else {"a", "c"})
+
+
 class FiveSeats(CompensableStage):
     """Books five seats one by one; the fourth is taken."""
 
