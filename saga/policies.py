@@ -224,8 +224,9 @@ class FailFast(_Policy):
         retry: How often a stage is attempted, unless it says otherwise itself.
         timeout: Seconds for one attempt of a stage, unless it says otherwise itself; None: no limit.
         compensation: How effects are undone.
-        in_flight: What happens to running stages once the saga stops: `drain` lets them end, `cancel` cancels them.
-        drain_timeout: Seconds that draining stages get before they are cancelled; None: as long as they take.
+        in_flight: What happens to running stages once the saga stops: `drain` lets them end, `cancel` cancels all but pivots, whose outcome
+            decides what may be undone.
+        drain_timeout: Seconds that those which are not cancelled get before they are; None: as long as they take.
         cancel_grace: Seconds that a cancelled stage or compensation gets to end; after them it is given up as in doubt, or stuck.
         on_failure: `compensate` undoes, `halt` keeps everything for a later redrive.
         on_cancel: What a stage that returned CANCEL leads to: `keep` its predecessors' effects, or `compensate` them.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import re
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from stageflow.api import Pipeline
 import saga
 from saga import CompensableStage, Compensation, ContinueWithFallback, FailFast, Retry, SagaCoordinator, SagaStatus
 from saga.ledger import TRANSITIONS
+from saga.ledgers.postgres import PostgresLedger
 from saga.ledgers.sqlite import SQLiteLedger
 
 ROOT = Path(__file__).parent.parent
@@ -142,6 +145,24 @@ def test_the_table_of_what_may_follow_is_the_ledgers() -> None:
     assert {state: set(re.findall(r"`(\w+)`", events)) for state, events in rows} == {
         state.value: {event.__name__ for event in events} for state, events in TRANSITIONS.items()
     }
+
+
+def test_the_defaults_in_the_docs_are_those_of_the_code() -> None:
+    worded: dict[str, Any] = {"none": None, "one attempt": Retry(), "three attempts": Retry(attempts=3)}
+
+    def rows(page: str) -> dict[str, str]:
+        return dict(re.findall(r"^\| `([\w.]+)` \| `?([\w ]+?)`? \| ", (ROOT / "docs" / "how-to" / page).read_text(), re.MULTILINE))
+
+    policy, ledger = rows("choose-a-policy.md"), rows("choose-a-ledger.md")
+
+    assert len(policy) >= 9
+    for name, said in policy.items():
+        default = attrgetter(name)(FailFast())
+        assert worded.get(said, said) == (f"{default:g}" if isinstance(default, float) else default)
+    for made in (SQLiteLedger, PostgresLedger):
+        told = {name: parameter.default for name, parameter in inspect.signature(made).parameters.items()}
+        assert ledger == {"lease": f"{told['lease']:g}", "patience": f"{told['patience']:g}", "max_event_bytes": "16 MiB", "redact": "none"}
+        assert (told["max_event_bytes"], told["redact"]) == (16 * 2**20, None)
 
 
 def test_the_shape_of_the_code_names_every_module() -> None:

@@ -153,6 +153,10 @@ def test_a_pivot_in_doubt_can_only_be_asked() -> None:
     assert found(pipeline(charge=a(Charge, probe=probe)), FailFast(timeout=5)) == []
 
 
+def test_a_pivot_in_flight_is_not_cancelled_so_it_is_in_no_doubt_for_that() -> None:
+    assert found(pipeline(charge=Charge), FailFast(in_flight="cancel")) == []
+
+
 def test_a_plain_stage_and_a_nested_saga_are_never_in_doubt_without_help() -> None:
     harsh = FailFast(timeout=5, in_flight="cancel", deadline=60)
 
