@@ -9,16 +9,19 @@ import subprocess
 import sys
 from operator import attrgetter
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
 from stageflow.api import Pipeline
 
 import saga
-from saga import CompensableStage, Compensation, ContinueWithFallback, FailFast, Retry, SagaCoordinator, SagaStatus
+from saga import CompensableStage, Compensation, ContinueWithFallback, FailFast, FailureKind, Retry, SagaCoordinator, SagaStatus
+from saga.events import CompensationFailed, CompensationStarted, StageFailed, StageStarted
 from saga.ledger import TRANSITIONS
 from saga.ledgers.postgres import PostgresLedger
 from saga.ledgers.sqlite import SQLiteLedger
+from tests.stories import Story, failure
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```)?", re.MULTILINE | re.DOTALL)
@@ -145,6 +148,48 @@ def test_the_table_of_what_may_follow_is_the_ledgers() -> None:
     assert {state: set(re.findall(r"`(\w+)`", events)) for state, events in rows} == {
         state.value: {event.__name__ for event in events} for state, events in TRANSITIONS.items()
     }
+
+
+SETTLE = (ROOT / "docs" / "how-to" / "settle-a-stuck-saga.md").read_text()
+
+
+def test_the_report_on_the_page_for_whoever_is_called_is_one() -> None:
+    story = Story("book_trip", {"reserve_seat": (), "charge_card": ("reserve_seat",), "print_ticket": ("charge_card",)})
+    story.done("reserve_seat", 0.0, 0.081).done("charge_card", 0.0811, 0.3935)
+    no_paper = failure("print_ticket", "no paper", 0.404).model_copy(update={"type": "OSError"})
+    story.tell(0.3938, StageStarted, stage="print_ticket", attempt=1).tell(0.404, StageFailed, stage="print_ticket", failure=no_paper)
+    story.turns_back(0.405)
+    for attempt in (1, 2):
+        story.undo_fails("charge_card", attempt * 60 - 59.5, attempt * 60 + 0.5, "no answer", attempt=attempt, will_retry=True)
+    refused = failure("charge_card", "no answer within 60 s", 180.99, attempt=3, kind=FailureKind.COMPENSATION)
+    timed_out = refused.model_copy(update={"type": "TimeoutError"})
+    story.tell(120.9, CompensationStarted, stage="charge_card", attempt=3)
+    story.tell(180.99, CompensationFailed, stage="charge_card", failure=timed_out).ends(181, SagaStatus.STUCK)
+
+    assert indent(str(story.report), "    ", lambda line: line.strip() != "") in SETTLE
+
+
+def test_the_keys_on_the_page_for_whoever_is_called_are_those_of_a_saga() -> None:
+    keys: list[str] = []
+
+    class Charge(CompensableStage):
+        async def execute(self, ctx: Any) -> None:
+            keys.append(ctx.idempotency_key)
+
+        async def compensate(self, ctx: Any) -> None:
+            keys.append(ctx.idempotency_key)
+
+    async def twice() -> None:
+        coordinator, pipeline = SagaCoordinator(), Pipeline(name="p").with_stage("charge_card", Charge)
+        await coordinator.run(pipeline, saga_id="7f3a")
+        await coordinator.compensate("7f3a", pipeline)
+        await coordinator.resume("7f3a", pipeline, forward=True)
+        await coordinator.compensate("7f3a", pipeline)
+
+    asyncio.run(twice())
+
+    assert len(keys) == 4
+    assert all(f"`{key}`" in SETTLE for key in keys)
 
 
 def test_the_defaults_in_the_docs_are_those_of_the_code() -> None:
