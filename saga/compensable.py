@@ -87,7 +87,8 @@ class SagaContext(StageContext):
         `await` is noted when the attempt has ended, with a RuntimeWarning: a process that dies before knows nothing of it.
 
         Raises:
-            MisuseError: The stage has no compensation, so nothing would ever undo the effect.
+            MisuseError: The stage has no compensation, so nothing would ever undo the effect; or the attempt was given up, or has ended.
+            NotStorable: A durable ledger can't keep it. The stage's compensation gets a text in its place.
         """
         return self._host.record_effect(self.stage_name, effect)
 

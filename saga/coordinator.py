@@ -51,7 +51,7 @@ class SagaCoordinator:
     One coordinator runs any number of sagas at once, of one or many pipelines.
 
     Args:
-        policy: What happens when something fails, unless a run brings its own.
+        policy: What happens when something fails, in the sagas that `run` begins; others go on with the one in their ledger.
         ledger: Where sagas are recorded; a new `MemoryLedger` by default.
         interceptors: stageflow interceptors around every stage. stageflow's default ones are off: they answer for stages
             that never ran, and retry against the policy.
@@ -137,7 +137,7 @@ class SagaCoordinator:
                 probe, a fallback, `idempotent` or `compensate_in_doubt`, or lost one.
             policy: The saga's from here on, which is recorded; None: as before.
             forward: None: a saga that is stuck, or was on its way back, goes on to be undone, one that was undone stays so, any
-                other one goes on forward. True lets these go on forward, too.
+                other one goes on forward. True lets these go on forward, too. False is as None: what undoes a saga is `compensate`.
             by: Who resumes it, for the ledger; the user of this process by default.
 
         Returns:

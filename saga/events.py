@@ -126,7 +126,7 @@ class StageStarted(StageEvent):
 
     Attributes:
         attempt: Of this execution; 1 for the first.
-        execution: 1, and one more each time that the stage runs again after it was undone.
+        execution: 1, and one more each time that the stage runs again after it, or something that it depends on, was undone.
     """
 
     event: Literal["stage_started"] = "stage_started"

@@ -69,6 +69,8 @@ class Settlement:
 class StageReport:
     """What became of one stage.
 
+    All but `executions`, `children` and `unread` is of its last execution: a stage that runs again with another key begins anew.
+
     Attributes:
         state: Where it stands.
         output: What it gave: its output, its fallback's, or what it returned beside a failure or a skip.
@@ -81,7 +83,7 @@ class StageReport:
         fallback: Whether its output is its fallback's.
         skip_reason: Why it was skipped, if it was.
         late_output: What it gave when it had been given up and nobody waited for it any more.
-        executions: How often it was executed; one more each time that it ran again after it was undone.
+        executions: How often it was executed; one more each time that it ran again after it, or something that it depends on, was undone.
         settled: What a person said of it last.
         children: The sagas that this execution and those before it ran, oldest first; those of them that the ledger can read.
         unread: By id the other ones, and what the ledger says of each: nobody knows what of them stands.
@@ -194,7 +196,7 @@ class SagaReport(BaseModel):
         started_at: When it started, UTC.
         ended_at: When it came to rest, UTC; None while it has not.
         stages: Every stage of the pipeline, in topological order.
-        compensation_order: The stages whose compensations started, in the order in which they did.
+        compensation_order: The stages whose compensations started, in the order in which they did; without those that have run anew since.
         past_pivot: Whether something of it can't be undone any more: a pivot has completed, or a person said that it is to be kept.
         parent: The id of the saga that runs it as a child, if one does.
         parent_stage: The parent's stage that does.

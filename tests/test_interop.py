@@ -199,7 +199,7 @@ def test_a_fields_description_is_what_the_docstring_says_of_it() -> None:
     fields = schemas()["events.json"]["$defs"]["StageFailed"]["properties"]
 
     assert fields["in_doubt"]["description"] == "Whether its effect may have landed all the same."
-    assert schemas()["report.json"]["$defs"]["StageReport"]["description"] == "What became of one stage."
+    assert schemas()["report.json"]["$defs"]["CompensationReport"]["description"] == "What became of one stage's compensation."
 
 
 def lived() -> tuple[list[Any], SagaReport]:

@@ -149,6 +149,8 @@ def test_a_stage_that_was_undone_runs_again_with_another_key() -> None:
 
     assert report.status is SagaStatus.COMPLETED
     assert report.stages["seat"].executions == 2
+    # All else is of the last one.
+    assert (report.stages["seat"].attempts, len(report.stages["seat"].tries), report.compensation_order) == (1, 1, ())
     assert again.status is SagaStatus.COMPENSATED
     assert stage.keys == [(1, "s/seat"), (1, "s/seat~2")]
     # Its inputs are others than before: a key stands for one request with one content.
