@@ -26,9 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from typer.main import get_command
 
 from saga import SagaCoordinator
 from saga.cli import main
+from saga.cli.commands import app
 from saga.cli.exits import Exit, exit_of_status
 from saga.events import SagaEnded, SagaResumed, SagaStarted, SagaStatus
 from saga.graph import Graph, Node, Role
@@ -319,6 +321,19 @@ def test_every_end_has_an_exit_code_of_its_own(shop: Shop) -> None:
 
     assert codes == [Exit.COMPLETED, Exit.DEGRADED, Exit.COMPENSATED, Exit.HALTED, Exit.CANCELLED, Exit.MISUSE, Exit.STUCK]
     assert len(set(codes)) == len(codes)
+
+
+def test_every_option_is_in_the_docs_and_every_one_in_the_docs_is_there() -> None:
+    page = (ROOT / "docs" / "reference" / "command-line.md").read_text()
+    group: Any = get_command(app)
+    sections = dict(re.findall(r"^### `saga (\w+)[^\n]*\n(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL))
+
+    there = {
+        name: {option for param in command.params for option in param.opts if option[0] == "-"} for name, command in group.commands.items()
+    }
+    told = {name: set(re.findall(r"`(--[a-z-]+)", text)) for name, text in sections.items()}
+
+    assert told == {name: options - {"--ledger", "--traceback"} for name, options in there.items()}
 
 
 def test_an_interruption_counts_less_than_a_saga_that_is_stuck() -> None:
