@@ -177,13 +177,14 @@ class SagaCoordinator:
             verdict: `undone`: nothing of it stands. `kept`: it stands and is to stay, with all that it depends on. `retry`: what was
                 in the way is mended, so try once more.
             note: Why; for whoever reads the ledger later.
-            output: With `kept`, the output data that a stage in doubt counts as having given.
+            output: With `kept`, the output data that a stage counts as having given which gave none.
             by: Who says so; the user of this process by default.
 
         Raises:
             SagaNotFound: The ledger has no such saga.
             MisuseError: The stage is neither stuck nor in doubt, a saga below it has not come to rest or, for `undone`, has something
-                stuck, blocked or in doubt, or a retry could not tell anything new; nothing was recorded.
+                stuck, blocked or in doubt, an output is given beside the stage's own, or a retry could not tell anything new; nothing was
+                recorded.
             LedgerConflict: Another coordinator holds the saga.
         """
         if verdict not in set(Verdict):

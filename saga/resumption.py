@@ -240,6 +240,11 @@ def refusal(state: SagaState, said: StageSettled) -> MisuseError | None:
     shown = stage_states(state, state.policy)[said.stage]
     if shown not in {StageState.STUCK, StageState.IN_DOUBT}:
         return MisuseError("a stage that is stuck or in doubt", got=f"one that is {shown.value}", stage=said.stage)
+    # Of one of which something came late, what is kept may be what that gave.
+    has_its_own = record.landed and record.output is not None and not record.is_held
+    if said.output is not None and (has_its_own or record.fell_back):
+        own = "its fallback's" if record.fell_back else "its own"
+        return MisuseError("an output only of a stage that gave none", got=f"one beside {own}", stage=said.stage)
     if said.verdict is Verdict.RETRY and record.is_held:
         return MisuseError(
             "undone or kept", got="retry", stage=said.stage, hint="Something of it came late: to ask, undo or run it tells nothing of that."

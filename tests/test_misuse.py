@@ -637,6 +637,27 @@ def test_an_output_that_a_person_gives_has_to_be_a_dict() -> None:
         run(coordinator.settle("s", "a", "kept", "seen", output=3))  # type: ignore[arg-type] # what the test is about
 
 
+@pytest.mark.parametrize(
+    ("script", "policy", "got"),
+    [
+        (Script(undo_fails=9), FailFast(), "one beside its own"),
+        (Script("hang"), ContinueWithFallback(timeout=1, fallbacks={"a": {"receipt": 0}}), "one beside its fallback's"),
+    ],
+    ids=["completed", "fell back"],
+)
+def test_an_output_of_a_stage_that_has_one_is_refused_and_leaves_what_it_gave(script: Script, policy: Any, got: str) -> None:
+    _, pipeline = scene({"a": (), "b": ("a",)}, {"a": script, "b": Script("raise")})
+    coordinator = SagaCoordinator(policy)
+    before = run(coordinator.run(pipeline, saga_id="s"))
+
+    with pytest.raises(MisuseError, match=f"^expected an output only of a stage that gave none, for stage 'a', got {got}$"):
+        run(coordinator.settle("s", "a", "kept", "it stands", output={"receipt": 9}))
+
+    assert run(coordinator.report("s")) == before
+    kept = run(coordinator.settle("s", "a", "kept", "it stands"))
+    assert kept.kept["a"] == before.stages["a"].output
+
+
 @pytest.mark.parametrize("verdict", ["undone", "retry"])
 def test_an_output_of_what_is_not_to_stay_is_refused(verdict: str) -> None:
     async def hangs(_: Any) -> None:
