@@ -128,7 +128,8 @@ class Retry(_Frozen):
             [0, min(wait_max, wait * multiplier**(n - 1))]; without it, the wait is the upper end.
         max_elapsed: Seconds since the first attempt began; after them no further attempt starts.
         retry_on: Which failures are worth another attempt: `FailureKind`s, exception types (a subclass counts) or their
-            qualified names. None: all but cancellation, interruption and a broken contract.
+            qualified names. None: all but cancellation, interruption and a broken contract. In whatever way a compensation or a probe
+            fails, its kind is `compensation`.
 
     Source: Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015.
     """
