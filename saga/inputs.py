@@ -9,7 +9,7 @@ from stageflow.api import PipelineContext
 
 from saga.errors import MisuseError
 from saga.outputs import copied
-from saga.policies import FailFast
+from saga.policies import ContinueWithFallback
 from saga.text import did_you_mean, shown
 
 _RECORDED: Final = (
@@ -30,6 +30,13 @@ _RECORDED: Final = (
     "data",
 )
 """What of stageflow's context is recorded, so that a saga can go on without its caller."""
+
+_ELSEWHERE: Final = {
+    "A policy is given to SagaCoordinator(...).": frozenset(ContinueWithFallback.model_fields),
+    "It is given to SagaCoordinator(...).": frozenset({"ledger", "listeners"}),
+    "The id of a saga that a stage runs is made of the stage's.": frozenset({"saga_id"}),
+}
+"""Where to give what looks like a field of the context, and is none."""
 
 
 def context_of(name: str, context: PipelineContext | None, fields: dict[str, Any]) -> PipelineContext:
@@ -60,11 +67,9 @@ def context_of(name: str, context: PipelineContext | None, fields: dict[str, Any
 def no_such_field(error: TypeError, fields: dict[str, Any]) -> MisuseError:
     """What to say of fields of which stageflow's context lacks one."""
     known = inspect.signature(PipelineContext.create).parameters
-    if fields.keys().isdisjoint({"policy", *FailFast.model_fields}):
-        near = filter(None, (did_you_mean(name, known) for name in fields if name not in known))
-        hint = next(near, "What it has no field for is given in metadata={...}.")
-    else:
-        hint = "A policy is given to SagaCoordinator(...)."
+    place = next((place for place, names in _ELSEWHERE.items() if not names.isdisjoint(fields)), "")
+    near = filter(None, (did_you_mean(name, known) for name in fields if name not in known))
+    hint = place or next(near, "What it has no field for is given in metadata={...}.")
     # Python guesses, too, from 3.14 on.
     got = str(error).rpartition(") got ")[2].partition(". Did you mean")[0]
     return MisuseError("fields of stageflow's PipelineContext", got=got, hint=hint)

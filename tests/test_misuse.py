@@ -678,6 +678,9 @@ def test_an_output_of_what_is_not_to_stay_is_refused(verdict: str) -> None:
     [
         ((), {"inputtext": "x"}, "got an unexpected keyword argument 'inputtext'. Did you mean 'input_text'?"),
         ((), {"timeout": 5}, "got an unexpected keyword argument 'timeout'. A policy is given to SagaCoordinator(...)."),
+        ((), {"fallbacks": {}}, "got an unexpected keyword argument 'fallbacks'. A policy is given to SagaCoordinator(...)."),
+        ((), {"ledger": MemoryLedger()}, "got an unexpected keyword argument 'ledger'. It is given to SagaCoordinator(...)."),
+        ((), {"listeners": []}, "got an unexpected keyword argument 'listeners'. It is given to SagaCoordinator(...)."),
         ((), {"people": 5}, "got an unexpected keyword argument 'people'. What it has no field for is given in metadata={...}."),
         (("OSL-JFK",), {}, "got 'OSL-JFK'. A text is given as input_text=, anything else in metadata={...}."),
         (({"people": 5},), {}, "got {'people': 5}. A text is given as input_text=, anything else in metadata={...}."),
@@ -718,6 +721,18 @@ def test_a_nested_saga_that_cannot_work_is_refused_when_it_is_built(options: dic
 
     with pytest.raises(MisuseError, match=re.escape(message)):
         nested(trip, **options)
+
+
+def test_an_id_for_a_saga_that_a_stage_runs_is_refused_and_nothing_else_is_proposed() -> None:
+    _, trip = scene(SEQUENCE)
+    within = Pipeline(name="p").with_stage("book", nested(trip, fields=lambda _: {"saga_id": "mine"}))
+
+    report = run(SagaCoordinator().run(within))
+
+    assert report.cause is not None
+    assert report.cause.message.endswith(
+        "got an unexpected keyword argument 'saga_id'. The id of a saga that a stage runs is made of the stage's."
+    )
 
 
 def test_a_field_that_the_context_of_a_nested_saga_lacks_is_told_of_as_one_of_any_saga() -> None:
