@@ -121,6 +121,11 @@ def nested(
 ) -> NestedSaga:
     """Make a stage of a whole pipeline: it runs as a child saga, and is undone as one.
 
+    Args:
+        pipeline: The child's.
+        policy: The child's; `FailFast()` by default, not the parent's.
+        fields: Gives the fields of the child's context that differ from the parent's, as `{"input_text": ...}`.
+
     Raises:
         MisuseError: It is no pipeline or can't be run as a saga, the policy is none, or the fields are given by no function.
     """
