@@ -1897,6 +1897,7 @@ async def held(
     stage.released.set()
     await settled_down()
     late = await coordinator.report("s")
+    assert "and say so (undone or kept); then go on:\n" in str(late)
     stage.undone_with.clear()
     resumed = None
     with contextlib.suppress(MisuseError):

@@ -224,15 +224,21 @@ def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
         return [f"To do: it was not undone to the end; go on with: {command}" for command in commands]
     # What has come to rest otherwise goes on with nothing: resumed, it would run once more.
     waits = report.status in {SagaStatus.STUCK, SagaStatus.HALTED}
-    said = "say so (undone, kept or retry); then go on:" if waits else "say so (undone or kept):"
+    words = "undone or kept" if not waits or all(_waits_for_a_word(name, report) for name in to_say) else "undone, kept or retry"
     return [
-        f"To do: look at the outside world, put it right by hand, and {said}",
+        f"To do: look at the outside world, put it right by hand, and say so ({words}){'; then go on' if waits else ''}:",
         *(
             "  " + next_command("settle", saga_id, f"{path}{name}", _word(name, report), options=f"--note '...' {reach.options}".rstrip())
             for name in to_say
         ),
         *([f"  {resume}"] if waits else []),
     ]
+
+
+def _waits_for_a_word(path: str, report: SagaReport) -> bool:
+    """Whether something of a stage came late, of which to try it once more tells nothing."""
+    *_, (saga, name) = _way(path, report)
+    return bool(_held(name, saga.stages[name], saga))
 
 
 def _unfinished(report: SagaReport, reach: Reach) -> Iterator[str]:
