@@ -320,7 +320,7 @@ def compensable(
         kind: stageflow's category; None: the runner's, else WORK.
 
     Raises:
-        PipelineInvalid: The runner is none of these, or a pivot, which nothing undoes; or nothing is given that undoes it.
+        PipelineInvalid: The runner is none of these, or a pivot, which nothing undoes; or what is given beside it can't be called.
     """
     given = {
         "compensate": compensate,
@@ -336,6 +336,10 @@ def compensable(
     if not callable(given["compensate"]):
         hint = "What has none stays as it is: give the pipeline the runner itself."
         raise PipelineInvalid("an async callable that undoes it", got=shown(compensate), hint=hint)
+    known = "An output that is known beforehand is the policy's: ContinueWithFallback(fallbacks={...})."
+    for part, hint in (("probe", ""), ("fallback", known)):
+        if given[part] is not None and not callable(given[part]):
+            raise PipelineInvalid(f"an async callable as its {part}", got=shown(given[part]), hint=hint)
     if isinstance(runner, PivotStage) or (isinstance(runner, type) and issubclass(runner, PivotStage)):
         raise PipelineInvalid("a runner that can be undone", got=f"the pivot {runner!r}", hint="A pivot is the point of no return.")
     if isinstance(runner, type):

@@ -200,6 +200,24 @@ def test_a_runner_without_anything_that_undoes_it_is_refused() -> None:
     assert str(caught.value).endswith("What has none stays as it is: give the pipeline the runner itself.")
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"probe": 3}, "an async callable as its probe, got 3"),
+        (
+            {"fallback": {"price": 0}},
+            "an async callable as its fallback, got {'price': 0}. An output that is known beforehand is the policy's: ",
+        ),
+    ],
+)
+def test_what_can_not_be_called_is_no_probe_and_no_fallback(given: dict[str, Any], said: str) -> None:
+    """It was passed over: nobody was asked, and nothing stood in."""
+    with pytest.raises(PipelineInvalid) as caught:
+        compensable(good, good, **given)
+
+    assert str(caught.value).startswith(f"expected {said}")
+
+
 POLICIES: dict[str, tuple[Callable[[], Any], str]] = {
     "unknown key": (lambda: FailFast(retrys=1), "got 'retrys'. Did you mean 'retry'?"),  # type: ignore[call-arg] # what the test is about
     "unknown key in a part": (lambda: Compensation(nothing_like_it=1), "in Compensation, got 'nothing_like_it'"),  # type: ignore[call-arg] # as above
