@@ -1089,6 +1089,10 @@ class Terminal:
     def __init__(self, shop: Shop, *arguments: str, columns: int = 100, rows: int = 30, **environment: str) -> None:
         self._mine, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        settings = termios.tcgetattr(theirs)
+        # Else a Ctrl-C also throws away what nobody has read yet: the very answer to it, where that is quick.
+        settings[3] |= termios.NOFLSH
+        termios.tcsetattr(theirs, termios.TCSANOW, settings)
         takes_it = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
         command = [sys.executable, "-c", takes_it, sys.executable, "-W", "error", "-m", "saga", *arguments]
         self.process = subprocess.Popen(
