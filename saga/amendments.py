@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from saga.compensable import execution_key, is_within
-from saga.errors import LedgerCorrupt, MisuseError
+from saga.errors import LedgerConflict, LedgerCorrupt, MisuseError
 from saga.events import CompensationCompleted, EffectRecorded, SagaEnded, StageCompleted, StageProbed, StageSettled, Verdict
 from saga.failures import Failure, FailureKind
 from saga.family import below, events_of, heard, located, report_of, report_with_children, run_by, run_in, unheard
@@ -86,18 +86,25 @@ class Amendments:
             # What runs the child is stuck because of it, and finds out by trying again.
             again = StageSettled(stage=name, verdict=Verdict.RETRY, note=f"{path} is settled as {said.verdict}: {said.note}", by=said.by)
             is_news = await self._settle(parent, again) is None or is_news
-        await self.catch_up(saga_id)
+        with contextlib.suppress(LedgerConflict):  # the word is taken all the same, and whoever holds a saga has it hear
+            await self.catch_up(saga_id)
         if refused is not None and not is_news:
             raise refused.misuse
 
     async def catch_up(self, saga_id: str) -> None:
-        """Have a saga at rest, and before it those below, hear what came late in the sagas that its stages ran, if it has not."""
+        """Have a saga at rest, and before it those below, hear what came late in the sagas that its stages ran, if it has not.
+
+        One that is held here hears of it from whoever holds it, or behind that.
+
+        Raises:
+            LedgerConflict: Another coordinator holds one of them.
+        """
         for child, _ in await run_in(self._ledger, saga_id):
             with contextlib.suppress(LedgerCorrupt):
                 await self.catch_up(child)
         events = await recorded(self._ledger, saga_id)
         within = [_Within(child) for child in await unheard(self._ledger, saga_id, events)]
-        if within and SagaState(events).ended_at is not None:
+        if within and SagaState(events).ended_at is not None and not self._held.holds(saga_id):
             await self._amend(saga_id, partial(self._added, late=within))
 
     async def is_to_hear(self, saga_id: str, events: Sequence[AnyEvent]) -> None:

@@ -1325,6 +1325,40 @@ def test_a_saga_is_not_called_compensated_by_a_word_on_a_stage_beside_one_within
     assert world.standing == {}
 
 
+class AnswersInItsTurn(SlowLedger):
+    """Whoever asks for the sagas lets others go first, as with any ledger that is not in memory."""
+
+    async def list(self, **how: Any) -> Any:
+        await elapse(0.1)
+        return await super().list(**how)
+
+
+@pytest.mark.parametrize("by_another", [False, True])
+def test_a_word_is_taken_while_its_saga_is_just_told_of_what_came_late_within(by_another: bool) -> None:
+    """It was recorded, and refused all the same: "try again in a moment", which was refused, too."""
+    world, pipeline = scene({"a": ()}, {"a": Script(undo_fails=9)})
+    ledger = AnswersInItsTurn()
+
+    async def main() -> SagaReport:
+        stage = Doubtful(world)
+        trip = pipeline.with_stage("child", nested(nested_in(stage), PROMPT))
+        coordinator = SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1))), ledger=ledger)
+        await coordinator.run(trip, saga_id="s")
+        ledger.writes.clear()
+        world.undo("a")
+        asyncio.get_running_loop().call_later(0.5, stage.released.set)
+        await (SagaCoordinator(ledger=ledger) if by_another else coordinator).settle("s", "a", "undone", "by hand")
+        assert ledger.writes[:2] == [["StageSettled", "SagaEnded"], ["StageCompleted", "SagaEnded"]]
+        await elapse(1)
+        assert ledger.writes[2:] == [["StageProbed", "SagaEnded"]]
+        return await coordinator.report("s")
+
+    report = run(main())
+
+    assert [*report.undone] == ["a"]
+    assert [*report.in_doubt] == ["child", "child/deaf"]
+
+
 INSTEAD = ContinueWithFallback(timeout=10, cancel_grace=2, fallbacks={"deaf": {"seat": None}})
 
 
