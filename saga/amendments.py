@@ -253,7 +253,7 @@ class Amendments:
 
         try:
             await self._amend(saga_id, added)
-        except Exception as error:  # noqa: BLE001 - whatever a ledger's driver raises
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whatever a ledger's driver raises
             _tell_of_loss(saga_id, late, error)
             return
         for parent, _ in above[-1:]:
@@ -344,7 +344,7 @@ def _question(state: SagaState, late: Late, record: StageRecord) -> Failure:
     return Failure.of(stage, FailureKind.LATE, f"{what}. {todo}", attempt=late.attempts)
 
 
-def _tell_of_loss(saga_id: str, late: Sequence[Late | _Within], error: Exception | None = None) -> None:
+def _tell_of_loss(saga_id: str, late: Sequence[Late | _Within], error: BaseException | None = None) -> None:
     names = ", ".join(f"something in saga {one.saga_id}" if isinstance(one, _Within) else type(one.event).__name__ for one in late)
     message = "saga %s: what came late (%s) could not be recorded; look at its stages in the outside world"
     _LOG.error(message, saga_id, names, exc_info=error)

@@ -232,6 +232,23 @@ def test_what_comes_late_when_its_event_loop_ends_is_recorded_before_it_does(und
     assert world.standing == {}
 
 
+def test_what_came_late_and_was_cut_off_from_outside_while_it_was_recorded_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """A ledger that is no durable one of ours may end with its caller, and asyncio.run cancels whoever still runs."""
+    world = World({"deaf": ()})
+
+    async def main() -> None:
+        stage = Deaf(world)
+        await SagaCoordinator(PROMPT, ledger=SlowLedger()).run(Pipeline().with_stage("deaf", stage), saga_id="s")
+        stage.released.set()
+        await elapse(0.1)
+
+    with asyncio.Runner(loop_factory=ControlledLoop) as runner:
+        runner.run(main())
+
+    assert world.standing == {"deaf": 1}
+    assert LOSS in [record.message for record in caplog.records]
+
+
 async def failing(_: Any) -> StageOutput:
     return StageOutput.fail("no")
 
