@@ -20,7 +20,7 @@ from saga.journal import named, tell
 from saga.ledger import ALIVE, StageState, answering, recorded
 from saga.record import StageRecord, Step, undo_step
 from saga.recovery import SagaState
-from saga.resumption import refusal, status_at_rest
+from saga.resumption import is_in_question, refusal, status_at_rest
 from saga.storable import storable
 from saga.text import glimpse
 from saga.watch import outlast, start
@@ -145,7 +145,8 @@ class Amendments:
             misuse = refusal(state, said)
             if misuse is not None:
                 before = state.stages[said.stage].settled
-                refused.append(_Refused(misuse, is_repeated=before is not None and before.verdict is said.verdict))
+                is_answered = before is not None and before.verdict is said.verdict and not is_in_question(state, said.stage)
+                refused.append(_Refused(misuse, is_repeated=is_answered))
                 return []
             state.apply(said)
             return [said, SagaEnded(status=status_at_rest(state, state.policy))]
@@ -279,7 +280,7 @@ class _Refused(NamedTuple):
 
     Attributes:
         misuse: Why.
-        is_repeated: Whether it is the one that the stage was settled with last.
+        is_repeated: Whether it is the one that the stage was settled with last, and is in question no more.
     """
 
     misuse: MisuseError

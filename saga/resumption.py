@@ -225,6 +225,11 @@ def _refuse_undecided(state: SagaState) -> None:
         )
 
 
+def is_in_question(state: SagaState, stage: str) -> bool:
+    """Whether a person's word on a stage is asked for."""
+    return stage_states(state, state.policy)[stage] in {StageState.STUCK, StageState.IN_DOUBT}
+
+
 def refusal(state: SagaState, said: StageSettled) -> MisuseError | None:
     """Why a person's word on a stage can't be taken; None if it can."""
     record, node = state.stages[said.stage], state.graph[said.stage]
@@ -238,7 +243,7 @@ def refusal(state: SagaState, said: StageSettled) -> MisuseError | None:
             hint="If its process is gone, go on with it first: saga recover, or coordinator.recover(pipelines).",
         )
     shown = stage_states(state, state.policy)[said.stage]
-    if shown not in {StageState.STUCK, StageState.IN_DOUBT}:
+    if not is_in_question(state, said.stage):
         return MisuseError("a stage that is stuck or in doubt", got=f"one that is {shown.value}", stage=said.stage)
     # Of one of which something came late, what is kept may be what that gave.
     has_its_own = record.landed and record.output is not None and not record.is_held

@@ -1002,6 +1002,20 @@ def test_a_child_left_behind_by_a_saga_at_rest_is_stopped_and_never_goes_forward
     assert world.log.count("+room") == 1
 
 
+def test_a_word_on_a_stage_within_that_is_refused_counts_for_nobody_though_another_one_like_it_was_taken() -> None:
+    """It was taken for the first one said again: the sagas above were told of it, and whoever said it that all was well."""
+    _, trip = generations({"pay": Script(undo_fails=9), "after": Script("raise")}, policy=IMPATIENT)
+    coordinator = SagaCoordinator(IMPATIENT)
+    run(coordinator.run(trip, saga_id="s"))
+    run(coordinator.settle("s", PATH, "retry", "the bank is back"))
+    stuck = run(coordinator.resume("s", trip))
+
+    with pytest.raises(MisuseError, match="expected an output only of what is kept"):
+        run(coordinator.settle("s", PATH, "retry", "the bank has it", output={"receipt": 7}))
+
+    assert run(coordinator.report("s")) == stuck
+
+
 def test_a_stage_is_undone_by_word_only_when_nothing_within_it_is_in_question() -> None:
     """Promise 5: or the saga would be compensated, while what is stuck within stands by its ledger, and nobody would look there."""
     world, trip = generations({"pay": Script(undo_fails=9), "after": Script("raise")}, policy=IMPATIENT)
