@@ -44,6 +44,7 @@ from saga.events import (
     StageSettled,
 )
 from saga.failures import Failure, FailureKind
+from saga.text import quoted
 from tests.controlled import ControlledLoop, elapse, run
 from tests.slow import SlowLedger
 from tests.world import Script, World, nothing, scene
@@ -1570,6 +1571,50 @@ def test_of_a_stage_within_which_something_is_to_be_undone_nobody_is_asked_to_sa
     assert [*late.blocked] == ["child/deaf"]
     assert "saga settle s child retry --note '...'" in str(late)
     assert resumed.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+@pytest.mark.parametrize("above", [(), ("grandchild",)])
+def test_what_came_late_within_two_executions_is_undone_by_the_commands_that_are_told(above: tuple[str, ...]) -> None:
+    """They said to try the stage again, which is refused, or to resume the saga, which left it as it was."""
+    world = World({})
+
+    class DeafTwice(Deaf):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            await self._wait()
+            self.world.land(ctx.idempotency_key)
+            return StageOutput.ok()
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            self.world.undo(ctx.forward_key)
+
+    async def main() -> list[SagaReport]:
+        stage = DeafTwice(world)
+        child, trip = nested_in(stage, *above), nested_in(stage, *above, "child")
+        path = "/".join(["child", *above, "deaf"])
+        coordinator = SagaCoordinator(PROMPT)
+        await coordinator.run(trip, saga_id="s")
+        await coordinator.settle("s", path, "undone", "not in their books")
+        await coordinator.resume("s", trip)
+        await coordinator.resume("s", trip, forward=True)
+        stage.released.set()
+        await settled_down()
+        world.undo(f"s/{path}")
+        await coordinator.settle("s", path, "undone", "by hand")
+        late = await coordinator.resume("s", trip)
+        for saga_id in ("s/child", "s/child~2"):
+            if f"saga compensate {quoted(saga_id)}" in str(late):
+                await coordinator.compensate(saga_id, child)
+        undone = await coordinator.report("s")
+        await coordinator.settle("s", "child", "undone", "nothing stands")
+        return [late, undone, await coordinator.resume("s", trip)]
+
+    late, undone, last = run(main())
+
+    assert str(late).endswith("To do: it was not undone to the end; go on with: saga compensate 's/child~2'")
+    assert str(undone).endswith("(undone or kept); then go on:\n  saga settle s child undone --note '...'\n  saga resume s")
+    assert last.status is SagaStatus.COMPENSATED
+    assert last.clean
     assert world.standing == {}
 
 

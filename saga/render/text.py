@@ -260,7 +260,10 @@ def _word(name: str, report: SagaReport) -> str:
 
 def _left_within(name: str, report: SagaReport, reach: Reach) -> list[str]:
     """The commands that undo what is held back within a stage, where the saga that goes backward can't try the stage that runs it."""
-    way = _way(name, report) if any(is_within(inner, name) for inner in report.blocked) else []
+    way = _way(name, report)
+    saga, innermost = way[-1]
+    if not (any(is_within(inner, name) for inner in report.blocked) or _is_to_be_tried(innermost, saga)):
+        return []
     while way and not _was_passed(way):
         way.pop()
     left = [child for saga, runner in way[-1:] for child in saga.stages[runner].children if not child.clean]
@@ -268,9 +271,11 @@ def _left_within(name: str, report: SagaReport, reach: Reach) -> list[str]:
 
 
 def _was_passed(way: Sequence[tuple[SagaReport, str]]) -> bool:
-    """Whether the last stage of a way is in doubt, and what went backward has come by and could not try it, or tried it again in vain."""
+    """Whether the last stage of a way waits for a person: it was come by on the way back and could not be tried, or has been in vain."""
     saga, name = way[-1]
     stage = saga.stages[name]
+    if _held(name, stage, saga):
+        return True
     goes_back = any(outer.status is SagaStatus.STUCK for outer, _ in way)
     was_tried = stage.compensation is None or stage.settled is not None
     return stage.state is StageState.IN_DOUBT and goes_back and was_tried and not _is_to_be_tried(name, saga)
@@ -303,7 +308,7 @@ def goes_on(path: str, report: SagaReport) -> bool:
 def _is_to_be_tried(name: str, saga: SagaReport) -> bool:
     """Whether somebody has said to try a stage again, and it has not failed since."""
     said = saga.stages[name].settled
-    if said is None or said.verdict is not Verdict.RETRY:
+    if said is None or said.verdict is not Verdict.RETRY or _held(name, saga.stages[name], saga):
         return False
     return all(failure.at <= said.at for failure in saga.failures if failure.stage == name)
 
