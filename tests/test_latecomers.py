@@ -1547,6 +1547,41 @@ def test_what_comes_late_within_the_child_of_an_earlier_attempt_is_undone_by_the
     assert world.standing == {f"{above}/child#2/deaf": 1}
 
 
+def test_what_is_to_be_tried_again_within_the_child_of_an_earlier_attempt_is_gone_on_with_by_the_command_that_is_told() -> None:
+    """It said to resume the saga above, which is complete."""
+    world = World({})
+
+    class FirstIsDeafWithin(DeniedByProbe):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            if ctx.saga_id == "s/child/inner":
+                await self._wait()
+            self.world.land(ctx.idempotency_key)
+            return StageOutput.ok()
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            self.world.undo(ctx.forward_key)
+
+    async def main() -> list[SagaReport]:
+        stage = FirstIsDeafWithin(world)
+        coordinator = SagaCoordinator(TWICE)
+        first = await coordinator.run(nested_in(stage, "inner", "child"), saga_id="s")
+        stage.released.set()
+        await settled_down()
+        late = await coordinator.report("s")
+        said = await coordinator.settle("s", "child/inner", "retry", "try")
+        await coordinator.resume("s/child", nested_in(stage, "inner"))
+        return [first, late, said, await coordinator.report("s")]
+
+    first, late, said, last = run(main())
+
+    assert first.clean
+    assert str(late).endswith("and say so (undone, kept or retry):\n  saga settle s child/inner retry --note '...'")
+    assert str(said).endswith("there is nothing to settle. Mend the cause, then: saga resume s/child")
+    assert first.status is last.status is SagaStatus.COMPLETED
+    assert last.clean
+    assert world.standing == {"s/child#2/inner/deaf": 1}
+
+
 def test_of_a_stage_within_which_something_is_to_be_undone_nobody_is_asked_to_say_that_it_is() -> None:
     """That is refused: what came late within stands."""
     world = World({"deaf": ()})

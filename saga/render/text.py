@@ -218,18 +218,22 @@ def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
     unclear = {name: _left_within(name, report, reach) for name in innermost if not goes_on(name, report)}
     to_say = [name for name, left in unclear.items() if not left]
     if len(unclear) < len(innermost) and not to_say:
-        return [f"To do: there is nothing to settle. Mend the cause, then: {resume}"]
+        return [
+            f"To do: there is nothing to settle. Mend the cause, then: {command}" for command in [*_unfinished(report, reach)] or [resume]
+        ]
     if not to_say:
         commands = dict.fromkeys(command for left in unclear.values() for command in left)
         return [f"To do: it was not undone to the end; go on with: {command}" for command in commands]
     # What has come to rest otherwise goes on with nothing: resumed, it would run once more.
     waits = report.status in {SagaStatus.STUCK, SagaStatus.HALTED}
-    words = "undone or kept" if not waits or all(_waits_for_a_word(name, report) for name in to_say) else "undone, kept or retry"
+    told = {name: _word(name, report) for name in to_say}
+    may_retry = "retry" in told.values() or (waits and not all(_waits_for_a_word(name, report) for name in to_say))
+    words = "undone, kept or retry" if may_retry else "undone or kept"
     return [
         f"To do: look at the outside world, put it right by hand, and say so ({words}){'; then go on' if waits else ''}:",
         *(
-            "  " + next_command("settle", saga_id, f"{path}{name}", _word(name, report), options=f"--note '...' {reach.options}".rstrip())
-            for name in to_say
+            "  " + next_command("settle", saga_id, f"{path}{name}", word, options=f"--note '...' {reach.options}".rstrip())
+            for name, word in told.items()
         ),
         *([f"  {resume}"] if waits else []),
     ]
