@@ -293,13 +293,15 @@ def goes_on(path: str, report: SagaReport) -> bool:
     """Whether nobody has to say what became of a stage in doubt.
 
     Its own saga has halted, and goes on when this one does; or somebody has said to try it again, and it has not been tried since. Neither
-    holds where a saga around it goes backward, and the stage that runs it there can't be tried, or has been in vain.
+    holds where a saga around it goes backward, and the stage that runs it there can't be tried, or has been in vain; or where that waits
+    for a word on what came late.
     """
     *above, (saga, name) = _way(path, report)
     stage = saga.stages[name]
     if _held(name, stage, saga):
         return False
     around = [(outer, runner) for outer, runner in above if outer.status is SagaStatus.STUCK and outer.stages[runner].state in _UNSETTLED]
+    around += [(outer, runner) for outer, runner in above if _held(runner, outer.stages[runner], outer)]
     if not all(_is_to_be_tried(runner, outer) for outer, runner in around):
         return False
     if _is_to_be_tried(name, saga):
