@@ -560,12 +560,12 @@ def test_a_saga_outlasts_the_cancel_of_every_task_while_its_ledger_writes(
 
 def test_a_saga_is_stopped_by_its_id_from_the_event_loop_of_another_thread() -> None:
     world, pipeline = scene({"a": ()}, {}, {"a": "probed"})
-    coordinator = SagaCoordinator(FailFast(in_flight="cancel"))
+    coordinator = SagaCoordinator(FailFast(in_flight="cancel", timeout=20))
     begun = threading.Event()
 
     async def hangs(_: Any) -> None:
         begun.set()
-        await asyncio.sleep(20)
+        await asyncio.Event().wait()
 
     with ThreadPoolExecutor(max_workers=1) as elsewhere:
         running = elsewhere.submit(asyncio.run, coordinator.run(pipeline.with_stage("b", hangs, "work", dependencies=("a",)), saga_id="s"))

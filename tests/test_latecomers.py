@@ -1496,6 +1496,20 @@ class FirstIsDeaf(Deaf):
         return StageOutput.ok() if ctx.forward_key in self.world.standing else None
 
 
+class DeafByKey(Deaf):
+    """What it does bears the key of its execution, so that each execution stands by itself."""
+
+    is_deaf = True
+
+    async def execute(self, ctx: SagaContext) -> Any:
+        if self.is_deaf:
+            await self._wait()
+        self.world.land(ctx.idempotency_key)
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        self.world.undo(ctx.forward_key)
+
+
 TWICE = FailFast(retry=Retry(attempts=2, wait=0.0))
 
 
@@ -1551,15 +1565,10 @@ def test_what_is_to_be_tried_again_within_the_child_of_an_earlier_attempt_is_gon
     """It said to resume the saga above, which is complete."""
     world = World({})
 
-    class FirstIsDeafWithin(DeniedByProbe):
-        async def execute(self, ctx: SagaContext) -> StageOutput:
-            if ctx.saga_id == "s/child/inner":
-                await self._wait()
-            self.world.land(ctx.idempotency_key)
-            return StageOutput.ok()
-
-        async def compensate(self, ctx: CompensationContext) -> None:
-            self.world.undo(ctx.forward_key)
+    class FirstIsDeafWithin(DeafByKey, DeniedByProbe):
+        async def execute(self, ctx: SagaContext) -> Any:
+            self.is_deaf = ctx.saga_id == "s/child/inner"
+            return await super().execute(ctx)
 
     async def main() -> list[SagaReport]:
         stage = FirstIsDeafWithin(world)
@@ -1615,17 +1624,8 @@ def test_what_came_late_within_two_executions_is_undone_by_the_commands_that_are
     """They said to try the stage again, which is refused, or to resume the saga, which left it as it was."""
     world = World({})
 
-    class DeafTwice(Deaf):
-        async def execute(self, ctx: SagaContext) -> StageOutput:
-            await self._wait()
-            self.world.land(ctx.idempotency_key)
-            return StageOutput.ok()
-
-        async def compensate(self, ctx: CompensationContext) -> None:
-            self.world.undo(ctx.forward_key)
-
     async def main() -> list[SagaReport]:
-        stage = DeafTwice(world)
+        stage = DeafByKey(world)
         child, trip = nested_in(stage, *above), nested_in(stage, *above, "child")
         path = "/".join(["child", *above, "deaf"])
         coordinator = SagaCoordinator(PROMPT)
