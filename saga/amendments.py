@@ -75,6 +75,8 @@ class Amendments:
         for parent, _ in above:
             # The word is for those above, too: one that is taken below and not there would have to be said again.
             self._refuse_held(parent)
+        with contextlib.suppress(LedgerConflict):  # the word is taken all the same, and whoever holds a saga has it hear
+            await self.catch_up(above[0][0] if above else owner)
         if said.verdict is not Verdict.RETRY:
             await self._refuse_while_within(owner, said, path)
         refused = await self._settle(owner, said)
@@ -86,8 +88,6 @@ class Amendments:
             # What runs the child is stuck because of it, and finds out by trying again.
             again = StageSettled(stage=name, verdict=Verdict.RETRY, note=f"{path} is settled as {said.verdict}: {said.note}", by=said.by)
             is_news = await self._settle(parent, again) is None or is_news
-        with contextlib.suppress(LedgerConflict):  # the word is taken all the same, and whoever holds a saga has it hear
-            await self.catch_up(saga_id)
         if refused is not None and not is_news:
             raise refused.misuse
 

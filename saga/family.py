@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from saga.blueprint import Blueprint
 from saga.compensable import execution_key, execution_of
@@ -17,6 +18,7 @@ from saga.ledger import MemoryLedger, StageState, answering, is_name, listed, re
 from saga.record import Step, undo_step
 from saga.recovery import SagaState
 from saga.report import NestedSagaFailed, SagaReport
+from saga.resumption import status_at_rest
 from saga.text import shown
 
 if TYPE_CHECKING:
@@ -50,25 +52,75 @@ def _refuse_no_id(saga_id: object) -> None:
 async def report_of(ledger: Ledger, saga_id: str) -> SagaReport:
     """The report of a saga, with those that its stages run.
 
+    What came late in one of those, and has not been told to it because a process died in between, is in it as if it had been (promise 5).
+
     Raises:
         SagaNotFound: The ledger has no such saga.
     """
-    return await report_with_children(ledger, SagaState(await events_of(ledger, saga_id)), {})
+    return (await _told(ledger, saga_id)).report
 
 
 async def report_with_children(ledger: Ledger, state: SagaState, exceptions: Mapping[Failure, BaseException]) -> SagaReport:
     """The report of a saga of which somebody has the state, with those that its stages run; it also tells which of them can't be read."""
-    children: dict[str, tuple[SagaReport, ...]] = {}
+    return _report(state, *await _within(ledger, state.started.saga_id), exceptions)
+
+
+class _Told(NamedTuple):
+    """A saga as its events, and those of the sagas below it, leave it.
+
+    Attributes:
+        state: Where it stands.
+        report: Its report, with those that its stages run.
+        late_at: When something last came late to it, or within it, since it has come to rest; None if nothing has.
+    """
+
+    state: SagaState
+    report: SagaReport
+    late_at: datetime | None
+
+
+async def _told(ledger: Ledger, saga_id: str) -> _Told:
+    events = [*await events_of(ledger, saga_id)]
+    state = SagaState(events)
+    children, unread = await _within(ledger, saga_id)
+    news: list[StageProbed | StageSettled] = []
+    for child in children if state.ended_at is not None else ():
+        stage, at = str(child.report.parent_stage), child.late_at
+        if at is None or _has_heard(events, stage, at) or (event := heard(state, child.state, child.report)) is None:
+            continue
+        news.append(_told_at(event, at))
+        state.apply(news[-1])
+    if news:
+        state.apply(SagaEnded(status=status_at_rest(state, state.policy), at=max(event.at for event in news)))
+    return _Told(state, _report(state, children, unread), _came_late_at(saga_id, [*events, *news]))
+
+
+async def _within(ledger: Ledger, saga_id: str) -> tuple[list[_Told], dict[str, dict[str, str]]]:
+    """The sagas that a saga's stages run, oldest first; and by stage and id those that can't be read, with what the ledger says."""
+    children: list[_Told] = []
     unread: dict[str, dict[str, str]] = {}
-    for child, stage in await run_in(ledger, state.started.saga_id):
+    for child, stage in await run_in(ledger, saga_id):
         try:
-            children[stage] = (*children.get(stage, ()), await report_of(ledger, child))
+            children.append(await _told(ledger, child))
         except SagaNotFound:
             # Forgotten since it was listed, and the saga that ran it with it: nothing was left to do about either.
             continue
         except LedgerCorrupt as damage:
             # To read it again changes nothing, and what its parent did is known all the same.
             unread.setdefault(stage, {})[child] = str(damage)
+    return children, unread
+
+
+def _report(
+    state: SagaState,
+    within: Sequence[_Told],
+    unread: Mapping[str, Mapping[str, str]],
+    exceptions: Mapping[Failure, BaseException] | None = None,
+) -> SagaReport:
+    children: dict[str, tuple[SagaReport, ...]] = {}
+    for child in within:
+        stage = str(child.report.parent_stage)
+        children[stage] = (*children.get(stage, ()), child.report)
     return SagaReport.of(state, children, exceptions, unread)
 
 
@@ -189,10 +241,21 @@ async def unheard(ledger: Ledger, saga_id: str, events: Sequence[AnyEvent]) -> l
             at = _came_late_at(child, await recorded(ledger, child))
         except LedgerCorrupt:
             continue  # whoever asks for the report is told
-        told = (event for event in events if isinstance(event, StageProbed | StageSettled) and event.stage == stage)
-        if at is not None and not any(event.at >= at for event in told):
+        if at is not None and not _has_heard(events, stage, at):
             found.append(child)
     return found
+
+
+def _has_heard(events: Sequence[AnyEvent], stage: str, at: datetime) -> bool:
+    """Whether a saga has heard since of what came late in one that its stage ran."""
+    return any(isinstance(event, StageProbed | StageSettled) and event.stage == stage and event.at >= at for event in events)
+
+
+def _told_at(event: StageProbed | StageSettled, at: datetime) -> StageProbed | StageSettled:
+    """What a saga hears, as of when it came to be: whoever reads the ledgers twice reads the same."""
+    if isinstance(event, StageProbed) and event.failure is not None:
+        event = replace(event, failure=event.failure.model_copy(update={"at": at}))
+    return replace(event, at=at)
 
 
 def _came_late_at(saga_id: str, events: Sequence[AnyEvent]) -> datetime | None:

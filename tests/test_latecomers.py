@@ -19,6 +19,7 @@ from saga import (
     CompensationContext,
     ContinueWithFallback,
     FailFast,
+    LedgerConflict,
     LedgerError,
     MemoryLedger,
     MisuseError,
@@ -1274,7 +1275,7 @@ def test_what_came_late_within_is_heard_of_by_who_goes_on_when_the_process_died_
     world = World({"deaf": ()})
     ledger = StopsAtWord()
 
-    async def main() -> SagaReport:
+    async def main() -> tuple[SagaReport, SagaReport]:
         stage = kind(world)
         trip = nested_in(stage, *above)
         await SagaCoordinator(ledger=ledger).run(trip, saga_id="s")
@@ -1283,11 +1284,16 @@ def test_what_came_late_within_is_heard_of_by_who_goes_on_when_the_process_died_
         await settled_down()
         assert ledger.has_stopped()
         assert world.standing == {"deaf": 1}
-        undone: SagaReport = await getattr(SagaCoordinator(ledger=ledger), way)("s", trip)
-        return undone
+        coordinator = SagaCoordinator(ledger=ledger)
+        left = await coordinator.report("s")
+        undone: SagaReport = await getattr(coordinator, way)("s", trip)
+        return left, undone
 
-    report = run(main())
+    left, report = run(main())
 
+    assert left.status is SagaStatus.STUCK
+    assert [*above][-1] in {*left.stuck, *left.in_doubt}
+    assert str(left).endswith("saga resume s")
     assert report.status is SagaStatus.COMPENSATED
     assert report.clean
     assert world.standing == {}
@@ -1351,30 +1357,37 @@ class AnswersInItsTurn(SlowLedger):
         return await super().list(**how)
 
 
+@pytest.mark.parametrize("after", [0.1, 0.3, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("by_another", [False, True])
-def test_a_word_is_taken_while_its_saga_is_just_told_of_what_came_late_within(by_another: bool) -> None:
+def test_a_word_said_while_its_saga_is_just_told_of_what_came_late_within_is_taken_or_can_be_said_again(
+    by_another: bool, after: float
+) -> None:
     """It was recorded, and refused all the same: "try again in a moment", which was refused, too."""
     world, pipeline = scene({"a": ()}, {"a": Script(undo_fails=9)})
     ledger = AnswersInItsTurn()
 
-    async def main() -> SagaReport:
+    async def main() -> tuple[SagaReport, SagaReport]:
         stage = Doubtful(world)
         trip = pipeline.with_stage("child", nested(nested_in(stage), PROMPT))
         coordinator = SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1))), ledger=ledger)
         await coordinator.run(trip, saga_id="s")
-        ledger.writes.clear()
         world.undo("a")
-        asyncio.get_running_loop().call_later(0.5, stage.released.set)
-        await (SagaCoordinator(ledger=ledger) if by_another else coordinator).settle("s", "a", "undone", "by hand")
-        assert ledger.writes[:2] == [["StageSettled", "SagaEnded"], ["StageCompleted", "SagaEnded"]]
+        asyncio.get_running_loop().call_later(after, stage.released.set)
+        operator = SagaCoordinator(ledger=ledger) if by_another else coordinator
+        try:
+            await operator.settle("s", "a", "undone", "by hand")
+        except (LedgerConflict, MisuseError):
+            await elapse(1)
+            await operator.settle("s", "a", "undone", "by hand")
         await elapse(1)
-        assert ledger.writes[2:] == [["StageProbed", "SagaEnded"]]
-        return await coordinator.report("s")
+        return await coordinator.report("s"), await coordinator.resume("s", trip)
 
-    report = run(main())
+    report, resumed = run(main())
 
     assert [*report.undone] == ["a"]
     assert [*report.in_doubt] == ["child", "child/deaf"]
+    assert resumed.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
 
 
 INSTEAD = ContinueWithFallback(timeout=10, cancel_grace=2, fallbacks={"deaf": {"seat": None}})
@@ -1680,6 +1693,7 @@ async def late_within(
     again: bool = False,
     compensates: bool = False,
     policy: Policy | None = None,
+    ledger: StopsAtWord | None = None,
 ) -> tuple[World, SagaCoordinator, Pipeline, Pipeline, SagaReport]:
     """A saga at rest that was done with a child in which something came late then: with what of it stands, and what it said then."""
     world = World({"deaf": ()})
@@ -1690,7 +1704,7 @@ async def late_within(
         return StageOutput.fail("no") if fails else StageOutput.ok()
 
     trip = Pipeline(name="trip").with_stage("book", tolerant(inner, outcome)).with_stage("end", end, "work", dependencies=("book",))
-    coordinator = SagaCoordinator(policy)
+    coordinator = SagaCoordinator(policy, ledger=ledger)
     await coordinator.run(trip, saga_id="s")
     if again:
         fails = False
@@ -1699,6 +1713,8 @@ async def late_within(
         await coordinator.compensate("s", trip)
     first = await coordinator.report("s")
     assert first.clean
+    if ledger is not None:
+        ledger.stage = "book"
     stage.released.set()
     await settled_down()
     return world, coordinator, trip, inner, first
@@ -1855,6 +1871,29 @@ def test_no_saga_is_compensated_while_something_of_an_execution_before_is_stuck(
     assert "something came late in its saga s/book, of execution 1, when the saga had gone on with execution 2" in str(late)
     assert settled.status is SagaStatus.COMPENSATED
     assert settled.clean
+    assert world.standing == {}
+
+
+def test_what_is_told_of_an_execution_before_can_be_said_though_the_process_died_before_its_saga_heard() -> None:
+    ledger = StopsAtWord()
+
+    async def main() -> tuple[World, list[SagaReport]]:
+        world, coordinator, _, inner, _ = await late_within(OnlyOnce, fails=True, again=True, compensates=True, ledger=ledger)
+        assert ledger.has_stopped()
+        recorded = len(await ledger.read("s"))
+        left = [await coordinator.report("s"), await coordinator.report("s")]
+        assert len(await ledger.read("s")) == recorded
+        kept = await coordinator.settle("s", "book", "kept", "it may stand")
+        await coordinator.compensate("s/book", inner)
+        return world, [*left, kept]
+
+    world, (left, again, kept) = run(main())
+
+    assert left.status is SagaStatus.STUCK
+    assert left == again
+    assert "something came late in its saga s/book, of execution 1, when the saga had gone on with execution 2" in str(left)
+    assert kept.status is SagaStatus.HALTED
+    assert "book" in kept.kept
     assert world.standing == {}
 
 
