@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import ConfigDict, Discriminator, TypeAdapter
 
-from saga.failures import Failure
+from saga.failures import Failure, FailureKind
 from saga.graph import Graph
 from saga.outputs import STRICT, Output, Plain
 from saga.policies import Policy
@@ -242,6 +242,12 @@ class StageProbed(StageEvent):
     failure: Failure | None = None
     will_retry: bool = False
     held: bool = False
+
+    @property
+    def is_of_late(self) -> bool:
+        """Whether nobody was asked: something came late, of the stage or in a saga that it ran."""
+        failure = self.failure
+        return failure is not None and not failure.of_probe and failure.kind is not FailureKind.INTERRUPTED
 
 
 @frozen

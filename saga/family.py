@@ -225,7 +225,8 @@ def heard(state: SagaState, child: SagaState, report: SagaReport) -> StageProbed
     is_kept_by_word = record.settled is not None and record.settled.verdict is Verdict.KEPT
     if is_kept_by_word or not (is_done_with or goes_on):
         return None
-    failure = Failure.raised(stage, NestedSagaFailed(report), attempt=record.attempts, kind=FailureKind.COMPENSATION)
+    message = f"something came late: {NestedSagaFailed(report)}"
+    failure = Failure.of(stage, FailureKind.COMPENSATION, message, attempt=record.attempts)
     held = any(inner.held is not None for inner in child.stages.values())
     return StageProbed(stage=stage, landed=None, failure=failure, held=held)
 

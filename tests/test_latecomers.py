@@ -1172,7 +1172,8 @@ def test_what_comes_late_within_is_undone_through_the_sagas_above_that_were_done
     assert late.status is SagaStatus.STUCK
     assert late.stages["child"].state is S.IN_DOUBT
     assert [*late.in_doubt] == ["child", *(["child/grandchild"] if len(above) > 1 else []), "/".join([*reversed(above), "deaf"])]
-    assert "is stuck: stage " in str(late)
+    assert "something of its saga s/child is stuck, blocked or in doubt" in str(late)
+    assert "its probe failed" not in str(late)
     assert undone.clean
     assert world.standing == {}
 

@@ -170,13 +170,15 @@ def test_one_event_is_one_line_whatever_a_stage_says(caplog: pytest.LogCaptureFi
 
 def test_levels_that_only_rare_events_reach(caplog: pytest.LogCaptureFixture) -> None:
     failure = Failure.of("pay", FailureKind.COMPENSATION, "no answer", attempt=1)
-    unanswered = Failure.of("pay", FailureKind.COMPENSATION, "busy", attempt=1)
-    given_up = Failure.raised("pay", OSError("busy"), attempt=2, kind=FailureKind.COMPENSATION)
+    unanswered = Failure.raised("pay", OSError("busy"), attempt=1, kind=FailureKind.COMPENSATION, of_probe=True)
+    given_up = Failure.raised("pay", OSError("busy"), attempt=2, kind=FailureKind.COMPENSATION, of_probe=True)
+    within = Failure.of("pay", FailureKind.COMPENSATION, "something came late: its saga s/pay is stuck", attempt=1)
 
     with caplog.at_level(logging.DEBUG, "saga"):
         log_events("s", StageProbed(stage="pay", landed=True))
         log_events("s", StageProbed(stage="pay", landed=None, failure=unanswered, will_retry=True))
         log_events("s", StageProbed(stage="pay", landed=None, failure=given_up))
+        log_events("s", StageProbed(stage="pay", landed=None, failure=within))
         log_events("s", StageProbed(stage="pay", landed=None, failure=Failure.of("pay", FailureKind.LATE, "look"), held=True))
         log_events("s", CompensationFailed(stage="pay", failure=failure, past_pivot=True))
         log_events("s", SagaResumed(forward=False, by="anna"))
@@ -188,8 +190,9 @@ def test_levels_that_only_rare_events_reach(caplog: pytest.LogCaptureFixture) ->
 
     assert lines(caplog) == [
         "DEBUG saga s: stage 'pay' was probed: its effect landed",
-        "WARNING saga s: the probe of stage 'pay' gave no answer: busy; another attempt follows",
+        "WARNING saga s: the probe of stage 'pay' gave no answer: OSError: busy; another attempt follows",
         "ERROR saga s: the probe of stage 'pay' gave no answer at attempt 2: OSError: busy",
+        "ERROR saga s: stage 'pay' could not be compensated: something came late: its saga s/pay is stuck",
         "ERROR saga s: stage 'pay' is in question: look",
         "WARNING saga s: stage 'pay' is past a pivot of its own and can't be undone: stage 'pay' could not be compensated: no answer",
         "INFO saga s: resumed by anna, going backward",

@@ -64,6 +64,10 @@ def failure(stage: str | None = None, kind: FailureKind = FailureKind.REPORTED, 
     return Failure.of(stage, kind, message)
 
 
+def unanswered(attempt: int) -> Failure:
+    return Failure.raised("a", OSError("busy"), attempt=attempt, kind=FailureKind.COMPENSATION, of_probe=True)
+
+
 def family_of(shape: Mapping[str, tuple[str, ...]], *events: AnyEvent, policy: Policy | None = None) -> Family:
     family = Family("s")
     family.hear("s", SagaStarted(at=at(0), saga_id="s", pipeline="trip", graph=graph(shape), policy=policy or FailFast()))
@@ -300,14 +304,20 @@ def test_before_anything_has_happened_there_is_nothing_to_show() -> None:
         (StageProbed(stage="a", landed=True, output=StageOutput.ok()), "a: asked, it has landed"),
         (StageProbed(stage="a", landed=False), "a: asked, it has not landed"),
         (
-            StageProbed(stage="a", landed=None, failure=failure("a", FailureKind.COMPENSATION, "busy"), will_retry=True),
-            "a: asked, no answer: busy; it is tried again",
+            StageProbed(stage="a", landed=None, failure=unanswered(1), will_retry=True),
+            "a: asked, no answer: OSError: busy; it is tried again",
         ),
         (
-            StageProbed(stage="a", landed=None, failure=Failure.raised("a", OSError("busy"), attempt=2, kind=FailureKind.COMPENSATION)),
+            StageProbed(stage="a", landed=None, failure=unanswered(2)),
             "a: asked, no answer at attempt 2: OSError: busy",
         ),
         (StageProbed(stage="a", landed=None, failure=failure("a", FailureKind.LATE, "look"), held=True), "a: is in question: look"),
+        (
+            StageProbed(
+                stage="a", landed=None, failure=failure("a", FailureKind.COMPENSATION, "something came late: its saga s/a is stuck")
+            ),
+            "a: could not be compensated: something came late: its saga s/a is stuck",
+        ),
         (StageSettled(stage="a", verdict=Verdict.KEPT, note="in the books", by="ann"), "a: settled as kept by ann: in the books"),
         (CompensationStarted(stage="a", attempt=3), "a: being undone, attempt 3"),
         (CompensationCompleted(stage="a"), "a: undone"),

@@ -816,12 +816,12 @@ def test_the_details_hold_effects_tracebacks_and_the_failures_of_a_nested_saga()
 
 def test_the_details_do_not_take_a_probe_without_an_answer_for_a_compensation_that_failed() -> None:
     story = Story("p", {"pay": ()}).fails("pay", 0, 1, "no answer within 1 s", kind=FailureKind.TIMEOUT, in_doubt=True)
-    silent = failure("pay", "the bank is closed", 1.5, attempt=2, kind=FailureKind.COMPENSATION)
+    silent = failure("pay", "the bank is closed", 1.5, attempt=2, kind=FailureKind.COMPENSATION).model_copy(update={"of_probe": True})
     report = story.tell(1.5, StageProbed, stage="pay", landed=None, failure=silent).ends(2, SagaStatus.STUCK).report
 
     said = details(report, "pay")
 
-    assert "its probe gave no answer at attempt 2: Unreachable: the bank is closed" in said
+    assert "stage 'pay' could not be asked at attempt 2: Unreachable: the bank is closed" in said
     assert "could not be compensated" not in said
 
 

@@ -96,7 +96,7 @@ def _again(event: StageFailed | CompensationFailed | StageProbed) -> str:
 
 
 def _answer(event: StageProbed) -> str:
-    if event.failure is not None and event.failure.kind is FailureKind.LATE:
+    if event.failure is not None and event.is_of_late:
         return said(event.failure)
     if event.failure is not None:
         return f"asked, no answer{in_its_words(event.failure)}{_again(event)}"

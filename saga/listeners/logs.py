@@ -118,7 +118,7 @@ def _stage_probed(event: StageProbed) -> _Words:
     if event.landed is not None:
         return logging.DEBUG, f"stage {event.stage!r} was probed: its effect {'landed' if event.landed else 'did not land'}"
     assert event.failure is not None  # it is why there is no answer
-    if event.failure.kind is FailureKind.LATE:
+    if event.is_of_late:
         return logging.ERROR, str(event.failure)
     # Why a probe failed has the kind of a compensation's failure; but nobody tried to undo anything.
     level, again = (logging.WARNING, "; another attempt follows") if event.will_retry else (logging.ERROR, "")

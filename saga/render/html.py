@@ -12,7 +12,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any, Final
 
 from saga.compensable import is_within
-from saga.failures import Failure, in_its_words
+from saga.failures import Failure
 from saga.ledger import StageState
 from saga.outputs import encoded
 from saga.render.colours import DARK, LIGHT, Scheme, stylesheet
@@ -20,7 +20,7 @@ from saga.render.drawing import Drawing, drawing
 from saga.render.graph import graph_section, graph_svg
 from saga.render.lettering import cells, escaped, one_line, shortened, wrapped
 from saga.render.svg import tag, words_of
-from saga.render.text import SIGNS, duration, explanation, of_probe, seconds, what_to_do
+from saga.render.text import SIGNS, duration, explanation, seconds, what_to_do
 from saga.render.timeline import timeline_section
 
 if TYPE_CHECKING:
@@ -157,10 +157,9 @@ def _details(name: str, stage: StageReport, report: SagaReport, anchors: dict[st
         parts += _values("Output that came late", stage.late_output.data)
     for child in stage.children:
         parts += [tag("h4", "Saga within"), tag("pre", isolated(_cut(str(child))))]
-    unanswered = of_probe(name, stage, report)
     for failure in report.failures:
         if failure.stage is not None and (failure.stage == name or is_within(failure.stage, name)):
-            parts += _failure(failure, f"its probe gave no answer{in_its_words(failure)}" if failure in unanswered else str(failure))
+            parts += _failure(failure, str(failure))
     return tag("details", summary + tag("div", "\n".join(parts), class_="inside", id=anchors[name], tabindex="-1"))
 
 

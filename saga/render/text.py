@@ -36,8 +36,8 @@ SIGNS: Final = {
 _MINUTE: Final = 60
 _NO_FALLBACKS: Final = frozenset({FailureKind.COMPENSATION, FailureKind.INTERRUPTED, FailureKind.CRASHED, FailureKind.LATE})
 """How compensations and probes fail, and no fallback does; and what is no failure of its code's."""
-_OPEN: Final = frozenset({StageState.RUNNING, StageState.COMPENSATING, StageState.STUCK, StageState.BLOCKED, StageState.IN_DOUBT})
-"""The states of stages with which nobody thinks to be done."""
+_SAID_OTHERWISE: Final = frozenset({StageState.RUNNING, StageState.COMPENSATING, StageState.STUCK, StageState.BLOCKED})
+"""The states of stages of which it goes without saying that something within them is left."""
 _UNSETTLED: Final = frozenset({StageState.STUCK, StageState.IN_DOUBT})
 """The states of stages of which a person may have something to say."""
 _CAME_TO_NOTHING: Final = frozenset(
@@ -128,7 +128,7 @@ def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
         parts.append(mended + str(stage.failure).removeprefix(f"stage {name!r} "))
     if stage.probed is not None:
         parts.append("asked, it had landed" if stage.probed else "asked, it had not landed")
-    elif unanswered := of_probe(name, stage, report):
+    elif unanswered := _of_probe(name, stage, report):
         parts.append(f"its probe failed {_so_often(len(unanswered))}: {_said(unanswered[-1])}")
     if of_fallback := _of_fallback(name, stage, report):
         parts.append(f"its fallback failed: {_said(of_fallback[-1])}")
@@ -141,8 +141,8 @@ def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
 
 
 def troubled(stage: StageReport) -> list[SagaReport]:
-    """The sagas of a stage that seems to be done with, in which something is stuck, blocked or in doubt all the same."""
-    return [] if stage.state in _OPEN or stage.is_kept_by_word else [child for child in stage.children if not child.clean]
+    """The sagas of a stage in which something is stuck, blocked or in doubt, where its state does not say so."""
+    return [] if stage.state in _SAID_OTHERWISE or stage.is_kept_by_word else [child for child in stage.children if not child.clean]
 
 
 def _ordinal(number: int) -> str:
@@ -168,17 +168,10 @@ def _held(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
     return [failure for failure in report.failures if (failure.stage, failure.kind) == (name, FailureKind.LATE) and failure.at >= since]
 
 
-def of_probe(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
-    """The failures of its probe: those of the way back, of this execution, that no attempt of its compensation ended with."""
-    tries = stage.compensation.tries if stage.compensation is not None else ()
-    undoing = [(each.started_at, each.ended_at) for each in tries if each.ended_at is not None]
-    return [
-        failure
-        for failure in report.failures
-        if (failure.stage, failure.kind) == (name, FailureKind.COMPENSATION)
-        and (not stage.tries or failure.at >= stage.tries[0].started_at)
-        and not any(start <= failure.at <= end for start, end in undoing)
-    ]
+def _of_probe(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
+    """The failures of its probe, of this execution."""
+    ours = (failure for failure in report.failures if failure.stage == name and failure.of_probe)
+    return [failure for failure in ours if not stage.tries or failure.at >= stage.tries[0].started_at]
 
 
 def _of_fallback(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
