@@ -117,7 +117,8 @@ class Blueprint:
         if len(_KNOWN) >= _MOST_KNOWN:
             # A pipeline that a stage of its own refers to is kept alive by what was read of it.
             _KNOWN.pop(next(iter(_KNOWN)), None)  # its pipeline may be gone just now
-        _KNOWN[key] = (weakref.ref(pipeline, lambda _: _KNOWN.pop(key, None)), blueprint)
+        remembered = _KNOWN  # as Python ends, the names of a module may be gone before the pipeline is
+        _KNOWN[key] = (weakref.ref(pipeline, lambda _: remembered.pop(key, None)), blueprint)
         return blueprint
 
     @classmethod
