@@ -8,7 +8,7 @@ import inspect
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from stageflow.events import NoOpEventSink
 
@@ -16,6 +16,7 @@ from saga.compensable import CompensationContext, Host, Inputs, UndoHost, child_
 from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
 from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
+from saga.family import has_left, reports_of
 from saga.graph import Role
 from saga.inputs import no_such_field
 from saga.outputs import copied, copied_output
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from saga.actions import Actions
     from saga.blueprint import Blueprint
     from saga.journal import Journal
+    from saga.keeper import SagaKeeper
     from saga.policies import ContinueWithFallback, FailFast, Policy
     from saga.report import SagaReport
 
@@ -53,59 +55,6 @@ class Late(NamedTuple):
     execution: int
     attempts: int
     undo_attempts: int
-
-
-class Keeper(Protocol):
-    """Whoever keeps the sagas that are alive: it runs their children, and takes what comes late."""
-
-    async def run_child(
-        self,
-        parent: LiveSaga,
-        stage: str,
-        attempt: int,
-        pipeline: Pipeline,
-        context: PipelineContext | None,
-        policy: Policy | None,
-        fields: dict[str, Any],
-    ) -> SagaReport:
-        """Run a child of this saga's stage."""
-        ...
-
-    async def resume_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline, *, forward: bool | None) -> SagaReport:
-        """Go on with a child."""
-        ...
-
-    async def undo_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
-        """Undo what is left of a child."""
-        ...
-
-    async def rest_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
-        """See to it that a child whose process is gone comes to rest."""
-        ...
-
-    async def reports_of(self, saga_id: str, stage: str, prefix: str) -> list[SagaReport]:
-        """The children of a saga's stage, oldest first; those whose ids begin so."""
-        ...
-
-    async def has_left(self, saga_id: str, stage: str, prefix: str) -> bool:
-        """Whether anything stands, or may stand, of the children of a saga's stage; of those whose ids begin so."""
-        ...
-
-    def comes_late(self, saga_id: str, late: Late) -> None:
-        """Record at the next occasion what nobody waited for any more."""
-        ...
-
-    async def late_is_recorded(self) -> None:
-        """Wait until nothing that came late is just being recorded in this event loop."""
-        ...
-
-    def has_late(self, saga_id: str) -> bool:
-        """Whether anything came late that is not recorded yet."""
-        ...
-
-    async def note_late(self, saga: LiveSaga, is_in_hand: Callable[[str], bool]) -> bool:
-        """Record what came late for a saga, but for what somebody is busy with; whether anything did."""
-        ...
 
 
 class LiveSaga(Host, UndoHost):
@@ -135,7 +84,7 @@ class LiveSaga(Host, UndoHost):
         journal: Journal,
         actions: Actions,
         context: PipelineContext,
-        keeper: Keeper,
+        keeper: SagaKeeper,
     ) -> None:
         self.id: Final = journal.saga_id
         self.loop: Final = asyncio.get_running_loop()
@@ -210,14 +159,14 @@ class LiveSaga(Host, UndoHost):
     def comes_late(self, event: Latecomer) -> None:
         """Hand over what something given up has come to after all."""
         record = self.journal.state.stages[event.stage]
-        self._keeper.comes_late(self.id, Late(event, record.execution, record.attempts, record.undo_attempts))
+        self._keeper.amendments.comes_late(self.id, Late(event, record.execution, record.attempts, record.undo_attempts))
 
     async def late_is_recorded(self) -> None:
         """Wait until what came late is recorded, if nobody runs this saga any more.
 
         When its loop ends, asyncio.run waits for code that was given up, and for nothing that begins only then.
         """
-        await self._keeper.late_is_recorded()
+        await self._keeper.amendments.late_is_recorded()
 
     def say_again(self) -> None:
         """Hand over once more what came late and was not recorded, as the ledger failed."""
@@ -227,7 +176,7 @@ class LiveSaga(Host, UndoHost):
 
     def has_late(self) -> bool:
         """Whether anything came late for it that is not recorded yet."""
-        return self._keeper.has_late(self.id)
+        return self._keeper.amendments.has_late(self.id)
 
     async def note_late(self, is_in_hand: Callable[[str], bool]) -> bool:
         """Record what came late before anything else is asked for or undone: else it would seem to have come after that.
@@ -238,7 +187,7 @@ class LiveSaga(Host, UndoHost):
         Returns:
             Whether anything did.
         """
-        return await self._keeper.note_late(self, is_in_hand)
+        return await self._keeper.amendments.note_late(self, is_in_hand)
 
     def forward_key(self, stage: str) -> str:
         """The idempotency key of a stage's execution."""
@@ -348,7 +297,7 @@ class LiveSaga(Host, UndoHost):
 
     async def child_reports(self, stage: str) -> list[SagaReport]:
         """The children that this execution of the stage has run, oldest first."""
-        return await self._heeding(stage, self._keeper.reports_of(self.id, stage, self.forward_key(stage)))
+        return await self._heeding(stage, reports_of(self.journal.ledger, self.id, stage, self.forward_key(stage)))
 
     async def has_child_under_way(self, stage: str) -> bool:
         """Whether the last child that this execution of the stage has run has not come to its end."""
@@ -364,7 +313,7 @@ class LiveSaga(Host, UndoHost):
         if not self.has_children or self.journal.state.graph[stage].role is not Role.COMPENSABLE:
             return None
         try:
-            return await self._heeding(stage, self._keeper.has_left(self.id, stage, self.forward_key(stage)))
+            return await self._heeding(stage, has_left(self.journal.ledger, self.id, stage, self.forward_key(stage)))
         except LedgerCorrupt:
             # Nobody knows what stands of a child that can't be read.
             return True

@@ -51,6 +51,9 @@ class Journal:
     whoever resumes, so no further effect may start.
 
     Attributes:
+        saga_id: The saga's id.
+        ledger: Where they are written.
+        state: What they come to.
         token: That of the lease under which it writes; None while the saga is not in the ledger.
         error: What went wrong with an append; None if nothing did.
         unwritten: The events that were to be written then: what they were to guard has not run.
@@ -76,7 +79,7 @@ class Journal:
         self.error: LedgerError | None = None
         self.unwritten: list[AnyEvent] = []
         self.unstorable: dict[str, NotStorable] = {}
-        self._ledger = ledger
+        self.ledger: Final = ledger
         self._durable = ledger.durable
         self._version = version
         self.token = token
@@ -137,7 +140,7 @@ class Journal:
         await self._write(events, release=release)
 
     def _storable(self, event: AnyEvent) -> AnyEvent:
-        stored, refused = storable(self._ledger, event)
+        stored, refused = storable(self.ledger, event)
         if refused is not None and isinstance(event, StageCompleted | StageSkipped | EffectRecorded):
             self.unstorable[event.stage] = refused
         return stored
@@ -148,7 +151,7 @@ class Journal:
         Raises:
             NotStorable: The error says which part.
         """
-        refuse_unstorable(self._ledger, event)
+        refuse_unstorable(self.ledger, event)
 
     def _forget_pending(self) -> None:
         self._pending.clear()
@@ -181,7 +184,7 @@ class Journal:
         self._version += len(events)
         try:
             if self.token is not None:
-                await self._ledger.append(self.saga_id, events, expected_version=version, token=self.token, release=release)
+                await self.ledger.append(self.saga_id, events, expected_version=version, token=self.token, release=release)
                 self._released = release
             elif self._is_creating:
                 await self._wait_for_creation(events)
@@ -210,11 +213,11 @@ class Journal:
     async def _create(self, events: Sequence[AnyEvent]) -> None:
         self._is_creating = True
         try:
-            self.token = await self._ledger.create(self.saga_id, self._owner, events, under=self._under)
+            self.token = await self.ledger.create(self.saga_id, self._owner, events, under=self._under)
             if self._behind:
                 # In one append, and at once: what comes from here on goes behind them.
                 late = [event for more, _ in self._behind for event in more]
-                await self._ledger.append(self.saga_id, late, expected_version=len(events), token=self.token)
+                await self.ledger.append(self.saga_id, late, expected_version=len(events), token=self.token)
         except BaseException as error:
             for _, waiter in self._behind:
                 waiter.give(LedgerError(f"the ledger failed to begin saga {self.saga_id}: {error}"))

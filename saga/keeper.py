@@ -6,7 +6,7 @@ import asyncio
 import getpass
 import logging
 import secrets
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,7 +14,7 @@ import anyio
 from stageflow.api import Pipeline, PipelineContext
 
 from saga.actions import LocalActions
-from saga.alive import STAGE_FAILED, Keeper, LiveSaga
+from saga.alive import STAGE_FAILED, LiveSaga
 from saga.amendments import Amendments
 from saga.asking import ask
 from saga.backward import Backward
@@ -22,7 +22,7 @@ from saga.blueprint import Blueprint
 from saga.errors import GraphChanged, LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, NotStorable, SagaExists
 from saga.events import AnyEvent, SagaEnded, SagaStarted, SagaStatus, SagaTurnedBack, TurnReason
 from saga.failures import Failure
-from saga.family import differences_from, events_of, has_left, report_of, report_with_children, reports_of
+from saga.family import differences_from, events_of, report_of, report_with_children
 from saga.forward import Forward
 from saga.held import Held
 from saga.inputs import recorded_input, refuse_both
@@ -40,12 +40,11 @@ if TYPE_CHECKING:
     from stageflow import BaseInterceptor
 
     from saga.actions import Actions
-    from saga.alive import Late
 
 _LOG: Final = logging.getLogger("saga")
 
 
-class SagaKeeper(Keeper):
+class SagaKeeper:
     """Begins sagas, takes over those that nobody runs, and brings them to rest, whoever is cancelled meanwhile.
 
     Args:
@@ -140,30 +139,6 @@ class SagaKeeper(Keeper):
             return await report_of(self._ledger, saga_id)
         decide = partial(recovering, by=f"saga {parent.id}")
         return await self._as_child(parent, *await self._taken_over(saga_id, pipeline, decide, parent=parent))
-
-    async def reports_of(self, saga_id: str, stage: str, prefix: str) -> list[SagaReport]:
-        """The children of a saga's stage, oldest first; those whose ids begin so."""
-        return await reports_of(self._ledger, saga_id, stage, prefix)
-
-    async def has_left(self, saga_id: str, stage: str, prefix: str) -> bool:
-        """Whether anything stands, or may stand, of the children of a saga's stage; of those whose ids begin so."""
-        return await has_left(self._ledger, saga_id, stage, prefix)
-
-    def comes_late(self, saga_id: str, late: Late) -> None:
-        """Record at the next occasion what nobody waited for any more."""
-        self.amendments.comes_late(saga_id, late)
-
-    async def late_is_recorded(self) -> None:
-        """Wait until nothing that came late is just being recorded in this event loop."""
-        await self.amendments.late_is_recorded()
-
-    def has_late(self, saga_id: str) -> bool:
-        """Whether anything came late that is not recorded yet."""
-        return self.amendments.has_late(saga_id)
-
-    async def note_late(self, saga: LiveSaga, is_in_hand: Callable[[str], bool]) -> bool:
-        """Record what came late for a saga, but for what somebody is busy with; whether anything did."""
-        return await self.amendments.note_late(saga, is_in_hand)
 
     # -- how a saga runs -----------------------------------------------------------------------------------------
 
