@@ -53,14 +53,10 @@ class _Outcome:
     Attributes:
         output: What the stage returned.
         failure: How it failed; None if it did not.
-        asked_again: It returned RETRY.
-        past_pivot: It failed after a point of no return of its own.
     """
 
     output: StageOutput | None = None
     failure: Failure | None = None
-    asked_again: bool = False
-    past_pivot: bool = False
 
 
 class _StageRun(Watched):
@@ -362,11 +358,12 @@ class Forward(Stages, Employer):
                 await self._record(self._end_of(run, outcome))
                 self._refuse_unstorable(name)
                 return outcome
-            failure = outcome.failure
+            failure, error = outcome.failure, outcome.failure.exception
             left_within = await self._saga.left_within(name)
             # A plain stage has declared no effect, so there is nothing to be in doubt about.
             in_doubt = failure.kind in {FailureKind.TIMEOUT, FailureKind.INTERRUPTED} and node.role is not Role.PLAIN
-            wait = retry.wait_before_next(failure, attempt=tries, elapsed=loop.time() - began, asked=outcome.asked_again)
+            asked = outcome.output is not None and outcome.output.status is _STATUS.RETRY
+            wait = retry.wait_before_next(failure, attempt=tries, elapsed=loop.time() - began, asked=asked)
             if self.is_stopping():
                 wait = None
             output = None if outcome.output is None else copied_output(outcome.output)
@@ -376,7 +373,7 @@ class Forward(Stages, Employer):
                     failure=failure,
                     in_doubt=in_doubt,
                     will_retry=wait is not None,
-                    past_pivot=outcome.past_pivot,
+                    past_pivot=node.is_point_of_no_return and isinstance(error, NestedSagaFailed) and error.past_pivot,
                     left_within=left_within,
                     output=output,
                 )
@@ -525,8 +522,7 @@ class Forward(Stages, Employer):
         if is_of_signal(error):
             why = f"a {type(error).__name__} struck while it ran"
             return _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt))
-        past_pivot = run.node.is_point_of_no_return and isinstance(error, NestedSagaFailed) and error.past_pivot
-        return _Outcome(failure=Failure.raised(name, error, attempt=attempt), past_pivot=past_pivot)
+        return _Outcome(failure=Failure.raised(name, error, attempt=attempt))
 
     def gives_up(self, run: _StageRun, /) -> None:
         """Go on without a stage that ignored its cancel."""
@@ -637,5 +633,4 @@ def _by_status(stage: str, attempt: int, output: StageOutput) -> _Outcome:
             return _Outcome(output, Failure.of(stage, FailureKind.REPORTED, message, type=status, attempt=attempt))
         case _:
             message = f"it asked for a retry and no attempt is left: {said(output.error)}"
-            failure = Failure.of(stage, FailureKind.CONTRACT, message, type=status, attempt=attempt)
-            return _Outcome(output, failure, asked_again=True)
+            return _Outcome(output, Failure.of(stage, FailureKind.CONTRACT, message, type=status, attempt=attempt))
