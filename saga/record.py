@@ -32,10 +32,15 @@ class Try(NamedTuple):
     ended_at: datetime | None = None
     failed: FailureKind | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Nothing is recorded of what it came to."""
+        return self.ended_at is None and self.failed is None
+
 
 def ended(tries: tuple[Try, ...], at: datetime, failed: FailureKind | None = None) -> tuple[Try, ...]:
     """The attempts, with the last one ended; one that has ended, or was never started, is left alone."""
-    if not tries or tries[-1].ended_at is not None or tries[-1].failed is not None:
+    if not tries or not tries[-1].is_open:
         return tries
     # When a process was lost, nobody knows; it is noticed when the saga is resumed, which may be a week later.
     return (*tries[:-1], Try(tries[-1].started_at, None if failed is FailureKind.CRASHED else at, failed))
@@ -49,7 +54,6 @@ class StageRecord:
         state: Where it stands; never BLOCKED, which is read off the other stages.
         attempts: Attempts of this execution that started.
         execution: How often it was executed; one more each time that it ran again after it, or what it depends on, was undone.
-        is_acting: An attempt has started and not ended.
         again: The saga was resumed, and the stage is to run once more.
         anew: With `again`: as a new execution.
         attempts_before: How many attempts of this execution had started when the saga was resumed.
@@ -89,12 +93,10 @@ class StageRecord:
     state: StageState = _S.NOT_RUN
     attempts: int = 0
     execution: int = 0
-    is_acting: bool = False
     again: bool = False
     anew: bool = False
     attempts_before: int = 0
     order: int = -1
-    started_at: datetime | None = None
     ended_at: datetime | None = None
     output: StageOutput | None = None
     landed: bool = False
@@ -124,11 +126,20 @@ class StageRecord:
     undo_was_tried: bool = False
     undo_attempts: int = 0
     undo_order: int = -1
-    undo_started_at: datetime | None = None
     undo_ended_at: datetime | None = None
     undo_failure: Failure | None = None
     tries: tuple[Try, ...] = ()
     undo_tries: tuple[Try, ...] = ()
+
+    @property
+    def started_at(self) -> datetime | None:
+        """When its first attempt started, UTC; None if none did."""
+        return self.tries[0].started_at if self.tries else None
+
+    @property
+    def undo_started_at(self) -> datetime | None:
+        """When its compensation was first attempted, UTC; None if it was not."""
+        return self.undo_tries[0].started_at if self.undo_tries else None
 
     @property
     def is_held(self) -> bool:

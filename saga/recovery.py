@@ -263,8 +263,7 @@ class SagaState:
         if record.order < 0:
             record.order = self._started
             self._started += 1
-            record.started_at = event.at
-        record.state, record.is_acting, record.attempts, record.execution = _S.RUNNING, True, event.attempt, event.execution
+        record.state, record.attempts, record.execution = _S.RUNNING, event.attempt, event.execution
         record.tries = (*record.tries, Try(event.at))
 
     def _begin_again(self, record: StageRecord) -> None:
@@ -280,7 +279,7 @@ class SagaState:
         record.effects = (*record.effects, event.effect)
 
     def _stage_completed(self, record: StageRecord, event: StageCompleted) -> None:
-        record.is_acting, record.not_kept = False, event.not_kept
+        record.not_kept = event.not_kept
         if event.late:
             self._completed_late(record, event)
             return
@@ -319,7 +318,7 @@ class SagaState:
             record.forget()
         # A retry that is called off repeats the failure that it was meant to mend.
         self._note(event.failure)
-        record.failure, record.is_acting = event.failure, False
+        record.failure = event.failure
         record.tries = ended(record.tries, event.at, event.failure.kind)
         # An attempt that may have landed is not answered for by a later one that did not, unless that one says so and the outside
         # world would have recognised the request. One that raised, or never ran, may not have got through to it.
@@ -343,9 +342,9 @@ class SagaState:
         if record.is_due_anew:
             record.forget()
         self.is_spotless = self.is_spotless and not record.effects
-        record.state, record.output, record.is_acting, record.again = _S.SKIPPED, event.output, False, False
+        record.state, record.output, record.again = _S.SKIPPED, event.output, False
         record.skip_reason, record.with_branch, record.not_kept = event.reason, event.with_branch, event.not_kept
-        record.ended_at = event.at if record.started_at else None
+        record.ended_at = event.at if record.tries else None
         record.tries = ended(record.tries, event.at)
 
     def _fallback_used(self, record: StageRecord, event: FallbackUsed) -> None:
@@ -421,7 +420,6 @@ class SagaState:
         if record.undo_order < 0:
             record.undo_order = self._undo_started
             self._undo_started += 1
-            record.undo_started_at = event.at
         record.state, record.undo_attempts, record.undo_was_tried = _S.COMPENSATING, event.attempt, True
         record.undo_tries = (*record.undo_tries, Try(event.at))
 

@@ -189,14 +189,13 @@ def crashed(state: SagaState, *, goes_on: bool) -> list[StageFailed | Compensati
         if record.state is _S.COMPENSATING:
             failure = Failure.of(name, FailureKind.CRASHED, message, attempt=record.undo_attempts)
             found.append(CompensationFailed(stage=name, failure=failure, will_retry=True))
-        elif record.state is _S.RUNNING:
+        elif record.state is _S.RUNNING and record.tries[-1].is_open:
             failure = Failure.of(name, FailureKind.CRASHED, message, attempt=record.attempts)
-            if not record.is_acting and record.failure is not None:
-                # It waited for its next attempt.
-                failure = record.failure
-            in_doubt = record.is_acting and state.graph[name].role is not Role.PLAIN
-            if record.is_acting or not goes_on:
-                found.append(StageFailed(stage=name, failure=failure, in_doubt=in_doubt, will_retry=goes_on))
+            in_doubt = state.graph[name].role is not Role.PLAIN
+            found.append(StageFailed(stage=name, failure=failure, in_doubt=in_doubt, will_retry=goes_on))
+        elif record.state is _S.RUNNING and not goes_on:
+            assert record.failure is not None  # it waited for its next attempt
+            found.append(StageFailed(stage=name, failure=record.failure))
     return found
 
 

@@ -127,7 +127,7 @@ def test_a_stage_that_skips_itself_ended_then_and_one_that_never_started_never_e
     unstarted = SagaState([STARTED, skip]).stages["a"]
 
     assert (itself.started_at, itself.ended_at) == (at(1), at(2))
-    assert (itself.tries, itself.is_acting) == ((Try(at(1), at(2)),), False)
+    assert itself.tries == (Try(at(1), at(2)),)
     assert (unstarted.started_at, unstarted.ended_at) == (None, None)
 
 
@@ -216,7 +216,7 @@ def test_an_attempt_to_undo_ends_when_its_outcome_is_recorded(ended: AnyEvent, f
 def test_an_attempt_ends_when_its_outcome_is_recorded_unless_it_was_lost_with_its_process(ended: AnyEvent, tried: Try) -> None:
     record = SagaState([STARTED, StageStarted(stage="a", attempt=1, at=at(1)), ended]).stages["a"]
 
-    assert (record.tries, record.is_acting) == ((tried,), False)
+    assert record.tries == (tried,)
 
 
 def test_a_stage_and_its_compensation_keep_all_their_attempts_the_oldest_first() -> None:
