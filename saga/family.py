@@ -222,8 +222,7 @@ def heard(state: SagaState, child: SagaState, report: SagaReport) -> StageProbed
         return None
     # Running it again goes on with a child that has not turned back, or only to be rid of what serves nothing.
     goes_on = record.state is StageState.KEPT and node.idempotent and child.reason in {None, TurnReason.ORPHANS}
-    is_kept_by_word = record.settled is not None and record.settled.verdict is Verdict.KEPT
-    if is_kept_by_word or not (is_done_with or goes_on):
+    if record.is_kept_by_word or not (is_done_with or goes_on):
         return None
     message = f"something came late: {NestedSagaFailed(report)}"
     failure = Failure.of(stage, FailureKind.COMPENSATION, message, attempt=record.attempts)

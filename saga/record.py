@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from stageflow.api import StageOutput
 
-from saga.events import StageProbed, StageSettled
+from saga.events import StageProbed, StageSettled, Verdict
 from saga.failures import Failure, FailureKind
 from saga.graph import Node, Role
 from saga.ledger import StageState
@@ -145,6 +145,11 @@ class StageRecord:
     def is_held(self) -> bool:
         """Something of it came late, and whatever it can be asked or undone with would be about another execution than that of it."""
         return self.held is not None and self.held.failure is not None and self.held.failure.kind is FailureKind.LATE
+
+    @property
+    def is_kept_by_word(self) -> bool:
+        """A person said last that its effect is to stay."""
+        return self.settled is not None and self.settled.verdict is Verdict.KEPT
 
     @property
     def is_due_anew(self) -> bool:

@@ -53,7 +53,7 @@ _ROLE: Final = members(Role)
 _STEP: Final = members(Step)
 _ANSWERS: Final = frozenset({FailureKind.REPORTED, FailureKind.CANCELLED})
 """What a stage says of its own accord when it has had no effect."""
-_BEGINNINGS: Final = frozenset({StageStarted, StageSkipped, StageFailed})
+_BEGINNINGS: Final = TRANSITIONS[StageState.NOT_RUN]
 
 
 class SagaState:
@@ -508,18 +508,11 @@ def _may_be_asked(record: StageRecord) -> bool:
     return record.doubt or record.state is _S.STUCK
 
 
-def _is_kept_by_word(record: StageRecord) -> bool:
-    return record.settled is not None and record.settled.verdict is Verdict.KEPT
-
-
 def protected(state: SagaState) -> frozenset[str]:
     """What is never compensated: completed pivots, what a person said is to be kept, and everything that they depend on (promise 10)."""
     pivots = state.graph.points_of_no_return
-    stays = [
-        name
-        for name, record in state.stages.items()
-        if record.past_pivot or (record.landed and (name in pivots or _is_kept_by_word(record)))
-    ]
+    records = state.stages.items()
+    stays = [name for name, record in records if record.past_pivot or (record.landed and (name in pivots or record.is_kept_by_word))]
     return state.graph.with_ancestors(stays)
 
 
@@ -571,7 +564,7 @@ def _standing(state: SagaState) -> set[str]:
     standing, kept = set(), set()
     for name, record in state.stages.items():
         node = state.graph[name]
-        if _is_kept_by_word(record):
+        if record.is_kept_by_word:
             kept.add(name)
         elif node.role is _ROLE.PIVOT and record.landed:
             # Behind its fallback it serves nothing, but it has landed.
