@@ -30,7 +30,7 @@ from saga.journal import Journal, Listener
 from saga.ledger import A_NAME, LONGEST_NAME, Ledger, is_name, recorded
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.record import Step, undo_step
-from saga.recovery import SagaState, conclude, final_status, has_doubt
+from saga.recovery import SagaState, conclude, final_status, status_of_cancelled
 from saga.report import SagaReport
 from saga.resumption import Chapter, Decision, Direction, recovering, resumption, undoing
 from saga.storable import refuse_unstorable
@@ -323,9 +323,8 @@ class SagaKeeper:
             return
         await self._ask_the_rest(saga)
         status = move.status if move.status is not None else final_status(saga.journal.state, saga.policy)
-        if status is SagaStatus.CANCELLED and has_doubt(saga.journal.state):
-            # Nothing is left to do about one that was cancelled, and whoever prunes may forget it.
-            status = SagaStatus.HALTED
+        if status is SagaStatus.CANCELLED:
+            status = status_of_cancelled(saga.journal.state)
         await saga.journal.record(SagaEnded(status=status, cause=move.cause), release=True)
 
     async def _ask_the_rest(self, saga: LiveSaga) -> None:

@@ -729,16 +729,22 @@ def conclude(state: SagaState, policy: FailFast | ContinueWithFallback, stop: Fa
     return Move(turn=TurnReason.FAILURE, cause=stop)
 
 
-def has_doubt(state: SagaState) -> bool:
+def _has_doubt(state: SagaState) -> bool:
     """Whether nobody knows of some stage whether its effect landed."""
     return any(record.doubt for record in state.stages.values())
+
+
+def status_of_cancelled(state: SagaState) -> SagaStatus:
+    """Where a saga stands that a stage has cancelled, and that keeps what it did."""
+    # Nothing is left to do about one that is cancelled, and whoever prunes may forget it.
+    return SagaStatus.HALTED if _has_doubt(state) else SagaStatus.CANCELLED
 
 
 def final_status(state: SagaState, policy: FailFast | ContinueWithFallback) -> SagaStatus:
     """How a saga ends that ran to its end, or has gone backward as far as it could."""
     if state.reason is None and state.is_spotless:
         return SagaStatus.COMPLETED
-    unsettled = state.reason in {None, TurnReason.ORPHANS} and has_doubt(state)
+    unsettled = state.reason in {None, TurnReason.ORPHANS} and _has_doubt(state)
     if state.reason is not None:
         scope = undo_scope(state, policy, state.reason)
         unsettled = unsettled or any(undo_step(state.graph[name], state.stages[name]) is not _STEP.CLEAR for name in scope)

@@ -27,7 +27,7 @@ from saga.graph import Graph, Role
 from saga.ledger import StageState
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.record import StageRecord, Step, undo_step
-from saga.recovery import Rollback, SagaState, final_status, has_doubt, stage_states, stopping
+from saga.recovery import Rollback, SagaState, final_status, stage_states, status_of_cancelled, stopping
 
 _S = StageState
 
@@ -165,11 +165,9 @@ def status_at_rest(state: SagaState, policy: FailFast | ContinueWithFallback) ->
     """Where a saga stands that had come to rest, after something became known of one of its stages."""
     if state.reason is not None:
         return final_status(state, policy)
-    if state.status is SagaStatus.HALTED and state.cause is not None and state.cause.kind is FailureKind.CANCELLED and not has_doubt(state):
-        return SagaStatus.CANCELLED
-    if state.status is SagaStatus.CANCELLED and has_doubt(state):
-        # As when it comes to rest so.
-        return SagaStatus.HALTED
+    halted_by = state.cause.kind if state.status is SagaStatus.HALTED and state.cause is not None else None
+    if state.status is SagaStatus.CANCELLED or halted_by is FailureKind.CANCELLED:
+        return status_of_cancelled(state)
     if state.status not in {SagaStatus.COMPLETED, SagaStatus.DEGRADED, SagaStatus.COMPENSATED, SagaStatus.STUCK}:
         return state.status
     # What a fallback had stood in for has come late: it serves nothing, and stands.
