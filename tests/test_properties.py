@@ -355,7 +355,7 @@ def its_words_are_true(report: SagaReport, events: Sequence[AnyEvent]) -> None:
             undone.append(entry.stage)
         last[entry.stage].append(entry)
     for name, stage in report.stages.items():
-        words = explanation(name, stage, report)
+        words = explanation(name, report)
         told_of = last[name] if stage.attempts else last[name][never_began.get(name, 0) :]
         kinds = Counter(type(entry) for entry in told_of)
         probed = [entry for entry in told_of if isinstance(entry, StageProbed)]

@@ -154,5 +154,5 @@ def _label(stage: StageReport) -> str:
 def _hint(name: str, stage: StageReport, report: SagaReport) -> str:
     tries = f"{stage.attempts} attempt{'' if stage.attempts == 1 else 's'}" if stage.attempts else ""
     facts = (stage.state.value.replace("_", " "), tries, seconds(stage.started_at, stage.ended_at))
-    explained = explanation(name, stage, report)
+    explained = explanation(name, report)
     return f"{name}: {', '.join(fact for fact in facts if fact)}" + (f"; {explained}" if explained else "")

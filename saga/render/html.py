@@ -129,7 +129,7 @@ def _table(report: SagaReport, anchors: dict[str, str]) -> str:
             tag("td", str(stage.attempts), class_="number"),
             tag("td", seconds(stage.started_at, stage.ended_at) or "-", class_="number"),
             tag("td", places.get(name, "-"), class_="number"),
-            tag("td", "".join(isolated(line) for line in wrapped(explanation(name, stage, report), 2 * _LINE, 1)) or "-"),
+            tag("td", "".join(isolated(line) for line in wrapped(explanation(name, report), 2 * _LINE, 1)) or "-"),
         )
         rows.append(tag("tr", "".join(parts)))
     caption = caption_of(len(report.stages))
@@ -144,7 +144,7 @@ def _details(name: str, stage: StageReport, report: SagaReport, anchors: dict[st
     facts = [("Depends on", needs)]
     if name in report.compensation_order:
         facts.append(("Order of undoing", f"number {report.compensation_order.index(name) + 1} of {len(report.compensation_order)}"))
-    if explained := explanation(name, stage, report):
+    if explained := explanation(name, report):
         facts.append(("What happened", isolated(explained)))
     parts = [tag("dl", "".join(tag("dt", term) + tag("dd", fact) for term, fact in facts))]
     parts += _tries("Attempts", stage.tries)

@@ -91,7 +91,7 @@ def summary(report: SagaReport, reach: Reach = BY_ITSELF) -> str:
     if report.cause is not None:
         lines.append(f"Cause: {printable(str(report.cause))}")
     lines.append("")
-    rows = [_row(name, stage, report) for name, stage in report.stages.items()]
+    rows = [_row(name, report) for name in report.stages]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for name, state, tries, time, why in rows:
         cells = (name.ljust(widths[0]), state.ljust(widths[1]), tries.ljust(widths[2]), time.rjust(widths[3]), why)
@@ -100,16 +100,18 @@ def summary(report: SagaReport, reach: Reach = BY_ITSELF) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, stage: StageReport, report: SagaReport) -> tuple[str, str, str, str, str]:
+def _row(name: str, report: SagaReport) -> tuple[str, str, str, str, str]:
+    stage = report.stages[name]
     tries = f"{stage.attempts} attempt{'' if stage.attempts == 1 else 's'}" if stage.attempts else ""
     state = f"{SIGNS[stage.state]} {stage.state.value.replace('_', ' ')}"
-    return printable(name), state, tries, seconds(stage.started_at, stage.ended_at), printable(explanation(name, stage, report))
+    return printable(name), state, tries, seconds(stage.started_at, stage.ended_at), printable(explanation(name, report))
 
 
-def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
+def explanation(name: str, report: SagaReport) -> str:
     """What there is to explain about a stage; empty if nothing is."""
+    stage = report.stages[name]
     undo = stage.compensation
-    held = [failure.message for failure in _held(name, stage, report)]
+    held = [failure.message for failure in _held(name, report)]
     if stage.state is StageState.STUCK and undo is not None and undo.failure is not None:
         return "; ".join([f"its compensation failed {_so_often(undo.attempts)}: {_said(undo.failure)}", *held])
     parts = [f"something of its saga {child.saga_id} is stuck, blocked or in doubt" for child in troubled(stage)]
@@ -128,9 +130,9 @@ def explanation(name: str, stage: StageReport, report: SagaReport) -> str:
         parts.append(mended + str(stage.failure).removeprefix(f"stage {name!r} "))
     if stage.probed is not None:
         parts.append("asked, it had landed" if stage.probed else "asked, it had not landed")
-    elif unanswered := _of_probe(name, stage, report):
+    elif unanswered := _of_probe(name, report):
         parts.append(f"its probe failed {_so_often(len(unanswered))}: {_said(unanswered[-1])}")
-    if of_fallback := _of_fallback(name, stage, report):
+    if of_fallback := _of_fallback(name, report):
         parts.append(f"its fallback failed: {_said(of_fallback[-1])}")
     by_hand = stage.settled is not None and stage.settled.verdict is Verdict.UNDONE
     if stage.state is StageState.UNDONE and undo is not None and name in report.compensation_order and not by_hand:
@@ -158,8 +160,9 @@ def _said(failure: Failure) -> str:
     return f"{failure.type.rpartition('.')[2]}: {failure.message}" if failure.type else failure.message
 
 
-def _held(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
-    """What of it came late and waits for a person's word."""
+def _held(name: str, report: SagaReport) -> list[Failure]:
+    """What of a stage came late and waits for a person's word."""
+    stage = report.stages[name]
     if stage.state not in {StageState.IN_DOUBT, StageState.STUCK}:
         return []
     said = stage.settled
@@ -168,18 +171,18 @@ def _held(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
     return [failure for failure in report.failures if (failure.stage, failure.kind) == (name, FailureKind.LATE) and failure.at >= since]
 
 
-def _of_probe(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
-    """The failures of its probe, of this execution."""
-    ours = (failure for failure in report.failures if failure.stage == name and failure.of_probe)
-    return [failure for failure in ours if not stage.tries or failure.at >= stage.tries[0].started_at]
+def _of_probe(name: str, report: SagaReport) -> list[Failure]:
+    """The failures of a stage's probe, of this execution."""
+    ours, tries = (failure for failure in report.failures if failure.stage == name and failure.of_probe), report.stages[name].tries
+    return [failure for failure in ours if not tries or failure.at >= tries[0].started_at]
 
 
-def _of_fallback(name: str, stage: StageReport, report: SagaReport) -> list[Failure]:
-    """The failures of its fallback: those of the way forward that came after its last attempt's, but for a probe's that was cut off."""
-    ours = (failure for failure in report.failures if failure.stage == name)
-    since = dropwhile(lambda failure: failure != stage.failure, ours)
+def _of_fallback(name: str, report: SagaReport) -> list[Failure]:
+    """The failures of a stage's fallback: those of the way forward after its last attempt's, but for a probe's that was cut off."""
+    ours, last = (failure for failure in report.failures if failure.stage == name), report.stages[name].failure
+    since = dropwhile(lambda failure: failure != last, ours)
     # A saga that the stage ran has failures of its own, of no attempt, that are told under its stage's name.
-    return [failure for failure in since if failure.attempt and failure.kind not in _NO_FALLBACKS and failure != stage.failure]
+    return [failure for failure in since if failure.attempt and failure.kind not in _NO_FALLBACKS and failure != last]
 
 
 def next_command(name: str, *words: str, options: str = "") -> str:
@@ -235,7 +238,7 @@ def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
 def _waits_for_a_word(path: str, report: SagaReport) -> bool:
     """Whether something of a stage came late, of which to try it once more tells nothing."""
     *_, (saga, name) = _way(path, report)
-    return bool(_held(name, saga.stages[name], saga))
+    return bool(_held(name, saga))
 
 
 def _unfinished(report: SagaReport, reach: Reach) -> Iterator[str]:
@@ -271,7 +274,7 @@ def _was_passed(way: Sequence[tuple[SagaReport, str]]) -> bool:
     """Whether the last stage of a way waits for a person: it was come by on the way back and could not be tried, or has been in vain."""
     saga, name = way[-1]
     stage = saga.stages[name]
-    if _held(name, stage, saga):
+    if _held(name, saga):
         return True
     goes_back = any(outer.status is SagaStatus.STUCK for outer, _ in way)
     was_tried = stage.compensation is None or stage.settled is not None
@@ -291,10 +294,10 @@ def goes_on(path: str, report: SagaReport) -> bool:
     """
     *above, (saga, name) = _way(path, report)
     stage = saga.stages[name]
-    if _held(name, stage, saga):
+    if _held(name, saga):
         return False
     around = [(outer, runner) for outer, runner in above if outer.status is SagaStatus.STUCK and outer.stages[runner].state in _UNSETTLED]
-    around += [(outer, runner) for outer, runner in above if _held(runner, outer.stages[runner], outer)]
+    around += [(outer, runner) for outer, runner in above if _held(runner, outer)]
     if not all(_is_to_be_tried(runner, outer) for outer, runner in around):
         return False
     if _is_to_be_tried(name, saga):
@@ -307,7 +310,7 @@ def goes_on(path: str, report: SagaReport) -> bool:
 def _is_to_be_tried(name: str, saga: SagaReport) -> bool:
     """Whether somebody has said to try a stage again, and it has not failed since."""
     said = saga.stages[name].settled
-    if said is None or said.verdict is not Verdict.RETRY or _held(name, saga.stages[name], saga):
+    if said is None or said.verdict is not Verdict.RETRY or _held(name, saga):
         return False
     return all(failure.at <= said.at for failure in saga.failures if failure.stage == name)
 
