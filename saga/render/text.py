@@ -209,16 +209,14 @@ def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
     innermost = [name for name in open_ones if not any(is_within(other, name) for other in open_ones)]
     saga_id, path = _outer(report)
     resume = _resume(report, reach)
-    if not innermost:
-        return [f"To do: it was not undone to the end; go on with: {command}" for command in _unfinished(report, reach)]
     unclear = {name: _left_within(name, report, reach) for name in innermost if not goes_on(name, report)}
     to_say = [name for name, left in unclear.items() if not left]
-    if len(unclear) < len(innermost) and not to_say:
+    if not to_say and len(unclear) < len(innermost):
         return [
             f"To do: there is nothing to settle. Mend the cause, then: {command}" for command in [*_unfinished(report, reach)] or [resume]
         ]
     if not to_say:
-        commands = dict.fromkeys(command for left in unclear.values() for command in left)
+        commands = dict.fromkeys(command for left in unclear.values() for command in left) or _unfinished(report, reach)
         return [f"To do: it was not undone to the end; go on with: {command}" for command in commands]
     # What has come to rest otherwise goes on with nothing: resumed, it would run once more.
     waits = report.status in {SagaStatus.STUCK, SagaStatus.HALTED}
