@@ -11,8 +11,8 @@ from saga.ledger import StageState
 from saga.render.colours import LIKE
 from saga.render.drawing import Box, Drawing, way_back
 from saga.render.graph import graph_section
-from saga.render.html import caption_of, filled, isolated, scrolling, sign
-from saga.render.lettering import cells, shortened, wrapped
+from saga.render.html import LINE, filled, first_line, isolated, link_to, scrolling, sign, table
+from saga.render.lettering import shortened
 from saga.render.svg import tag
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ _S = StageState
 _MEANINGS: Final = {_S.FAILED: "fails", _S.FALLBACK: "fails, its fallback stands in", _S.STUCK: "impossible to undo"}
 _TURNED: Final = frozenset({_S.FAILED, _S.SKIPPED, _S.UNDONE})
 """Where the backward arrows come from."""
-_NAME_ROOM: Final = 30
-_LINE: Final = 120
 _MOST_BOXES: Final = 10_000
 """So many in all the pictures of a page; a browser chokes on much more."""
 
@@ -70,7 +68,7 @@ def page(explanation: Explanation) -> str:
     """A whole page for one pipeline."""
     anchors = {name: f"if-{place}" for place, name in enumerate(explanation.stages, 1)}
     head = (
-        tag("h1", isolated(shortened(explanation.pipeline, _LINE)) or "Pipeline"),
+        tag("h1", isolated(shortened(explanation.pipeline, LINE)) or "Pipeline"),
         tag("p", "What follows when one stage fails, if all that doesn't depend on it has completed by then and nothing else fails."),
         tag("p", "Choose a stage, here or in a picture.", class_="faint"),
     )
@@ -80,27 +78,19 @@ def page(explanation: Explanation) -> str:
 
 
 def _table(explanation: Explanation, anchors: dict[str, str]) -> str:
-    head = tag("thead", tag("tr", "".join(tag("th", words, scope="col") for words in ("If it fails", "The saga is", "What follows"))))
     rows = []
     for name, consequence in explanation.stages.items():
-        link = tag("a", isolated(shortened(name, _LINE)), class_="name", href=f"#{anchors[name]}")
         status = sign(LIKE[consequence.status]) + consequence.status.value
-        parts = (tag("th", link, scope="row"), tag("td", status), tag("td", _first_line("; ".join(consequence.what_follows))))
-        rows.append(tag("tr", "".join(parts)))
-    caption = caption_of(len(rows))
-    widest = min(max(map(cells, anchors), default=0), _NAME_ROOM)
-    table = tag("table", caption + head + tag("tbody", "\n".join(rows)), style=f"--names: {widest}ch")
-    return scrolling("Table of stages, scrolls", table)
-
-
-def _first_line(words: str) -> str:
-    return "".join(isolated(line) for line in wrapped(words, 2 * _LINE, 1))
+        follows = first_line("; ".join(consequence.what_follows))
+        rows.append("".join((tag("th", link_to(name, anchors), scope="row"), tag("td", status), tag("td", follows))))
+    heads = "".join(tag("th", words, scope="col") for words in ("If it fails", "The saga is", "What follows"))
+    return table(anchors, heads, rows)
 
 
 def _section(explanation: Explanation, name: str, anchors: dict[str, str]) -> str:
     consequence = explanation.stages[name]
     status = f"the saga is {consequence.status.value}"
-    parts = [tag("h2", f"{sign(LIKE[consequence.status])}If {isolated(shortened(name, _LINE))} fails, {status}")]
+    parts = [tag("h2", f"{sign(LIKE[consequence.status])}If {isolated(shortened(name, LINE))} fails, {status}")]
     parts += [tag("p", isolated(line)) for line in consequence.what_follows]
     if len(anchors) ** 2 <= _MOST_BOXES:
         links = {other: f"#{anchor}" for other, anchor in anchors.items()}

@@ -6,6 +6,7 @@ A node of the graph is a link to its stage's details, which the browser opens by
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterable
 from datetime import datetime
 from importlib import resources
 from string import Template
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from saga.report import SagaReport, StageReport
 
 _NAME_ROOM: Final = 30
-_LINE: Final = 120
+LINE: Final = 120
 """Columns of a name, or half of an explanation, that the overview shows; the details have all of it."""
 _MOST: Final = 50_000
 """Characters of one output, or of one traceback, that are shown; a browser chokes on much more."""
@@ -70,8 +71,14 @@ def isolated(words: str) -> str:
     return tag("bdi", escaped(words)) if words else ""
 
 
-def _name(name: str, anchors: dict[str, str]) -> str:
-    return tag("a", isolated(shortened(name, _LINE)), class_="name", href=f"#{anchors[name]}")
+def link_to(name: str, anchors: dict[str, str]) -> str:
+    """A stage's name, which leads to where there is more of it."""
+    return tag("a", isolated(shortened(name, LINE)), class_="name", href=f"#{anchors[name]}")
+
+
+def first_line(words: str) -> str:
+    """What the overview shows of some words."""
+    return "".join(isolated(line) for line in wrapped(words, 2 * LINE, 1))
 
 
 def sign(state: StageState) -> str:
@@ -80,7 +87,7 @@ def sign(state: StageState) -> str:
 
 
 def _header(report: SagaReport, its: Drawing) -> str:
-    parts = [tag("h1", isolated(shortened(its.title, _LINE)) or "Saga"), tag("p", sign(its.state) + its.verdict, class_="verdict")]
+    parts = [tag("h1", isolated(shortened(its.title, LINE)) or "Saga"), tag("p", sign(its.state) + its.verdict, class_="verdict")]
     if report.cause is not None:
         parts.append(tag("p", f"Cause: {isolated(str(report.cause))}", class_="cause", tabindex="0"))
     parts += [tag("p", tag("code", isolated(line.strip())) if line.startswith(" ") else isolated(line)) for line in what_to_do(report)]
@@ -100,7 +107,7 @@ def _main(report: SagaReport, its: Drawing, anchors: dict[str, str]) -> str:
         tag("h2", "Timeline", id="timeline"),
         scrolling("Timeline, scrolls", timeline_section(report)),
         tag("h2", "Stages", id="stages"),
-        scrolling("Table of stages, scrolls", _table(report, anchors)),
+        _table(report, anchors),
         tag("h2", "Details", id="details"),
         details,
     )
@@ -112,35 +119,35 @@ def scrolling(label: str, inside: str) -> str:
     return tag("div", inside, class_="box", role="region", aria_label=label, tabindex="0")
 
 
-def caption_of(stages: int) -> str:
-    """What a table of so many stages holds."""
-    return tag("caption", "The only stage" if stages == 1 else f"The {stages} stages, each after those that it depends on")
+def table(names: Collection[str], heads: str, rows: Iterable[str]) -> str:
+    """A table of stages that scrolls by itself; each row begins with a name, for which there is room up to a point."""
+    stages = "The only stage" if len(names) == 1 else f"The {len(names)} stages, each after those that it depends on"
+    inside = tag("caption", stages) + tag("thead", tag("tr", heads)) + tag("tbody", "\n".join(tag("tr", row) for row in rows))
+    widest = min(max(map(cells, names), default=0), _NAME_ROOM)
+    return scrolling("Table of stages, scrolls", tag("table", inside, style=f"--names: {widest}ch"))
 
 
 def _table(report: SagaReport, anchors: dict[str, str]) -> str:
     places = {name: str(place) for place, name in enumerate(report.compensation_order, 1)}
     heads = {"Stage": "", "State": "", "Attempts": "number", "Time": "number", "Undoing": "number", "What happened": ""}
-    head = tag("thead", tag("tr", "".join(tag("th", words, scope="col", class_=kind) for words, kind in heads.items())))
     rows = []
     for name, stage in report.stages.items():
         parts = (
-            tag("th", _name(name, anchors), scope="row"),
+            tag("th", link_to(name, anchors), scope="row"),
             tag("td", sign(stage.state) + words_of(stage.state)),
             tag("td", str(stage.attempts), class_="number"),
             tag("td", seconds(stage.started_at, stage.ended_at) or "-", class_="number"),
             tag("td", places.get(name, "-"), class_="number"),
-            tag("td", "".join(isolated(line) for line in wrapped(explanation(name, report), 2 * _LINE, 1)) or "-"),
+            tag("td", first_line(explanation(name, report)) or "-"),
         )
-        rows.append(tag("tr", "".join(parts)))
-    caption = caption_of(len(report.stages))
-    widest = min(max(map(cells, report.stages), default=0), _NAME_ROOM)
-    return tag("table", caption + head + tag("tbody", "\n".join(rows)), style=f"--names: {widest}ch")
+        rows.append("".join(parts))
+    return table(report.stages, "".join(tag("th", words, scope="col", class_=kind) for words, kind in heads.items()), rows)
 
 
 def _details(name: str, stage: StageReport, report: SagaReport, anchors: dict[str, str]) -> str:
     heading = tag("h3", tag("span", isolated(name), class_="name"))
     summary = tag("summary", f"{sign(stage.state)} {heading} {tag('span', words_of(stage.state), class_='faint')}")
-    needs = ", ".join(_name(needed, anchors) for needed in stage.dependencies) or "nothing"
+    needs = ", ".join(link_to(needed, anchors) for needed in stage.dependencies) or "nothing"
     facts = [("Depends on", needs)]
     if name in report.compensation_order:
         facts.append(("Order of undoing", f"number {report.compensation_order.index(name) + 1} of {len(report.compensation_order)}"))
