@@ -406,10 +406,10 @@ A_PIPELINE = "expected a Pipeline, or a function without arguments that returns 
     ("target", "said"),
     [
         ("shop", "saga: expected MODULE:PIPELINE, as in shop:book_trip, got 'shop'\n"),
-        ("shopp:trip", "saga: expected a module that can be imported from here, got 'shopp'. Did you mean shop?\n"),
+        ("shopp:trip", "saga: expected a module that can be imported from here, got 'shopp'. Did you mean 'shop'?\n"),
         ("zzz:trip", "saga: expected a module that can be imported from here, got 'zzz'\n"),
-        ("shop.py:trip", "saga: expected a module that can be imported from here, got 'shop.py'. Did you mean shop?\n"),
-        ("shop:tripp", "saga: expected a pipeline in shop, got 'tripp'. Did you mean trip?\n"),
+        ("shop.py:trip", "saga: expected a module that can be imported from here, got 'shop.py'. Did you mean 'shop'?\n"),
+        ("shop:tripp", "saga: expected a pipeline in shop, got 'tripp'. Did you mean 'trip'?\n"),
         (
             "shop:zzz",
             "saga: expected a pipeline in shop, got 'zzz'. It has: crash, family, order, paid, refund, seat, slow, sold_out, trip.\n",
@@ -485,7 +485,7 @@ def test_an_unknown_id_is_refused_with_the_nearest_one(shop: Shop) -> None:
 
     done = shop.saga("show", "trip-7")
 
-    assert (done.code, done.err) == (Exit.MISUSE, "saga: expected the id of a saga in the ledger, got 'trip-7'. Did you mean trip-77?\n")
+    assert (done.code, done.err) == (Exit.MISUSE, "saga: expected the id of a saga in the ledger, got 'trip-7'. Did you mean 'trip-77'?\n")
 
 
 def test_a_ledger_that_fails_is_no_misuse(shop: Shop) -> None:
@@ -1291,7 +1291,7 @@ def test_a_saga_whose_row_is_damaged_is_told_of_behind_all_others_and_goes_on_by
     for done in (listed, in_json, watched):
         assert (done.code, done.err.splitlines()[-1].startswith(f"saga: {damaged}")) == (Exit.FAILED, True)
     assert left.code == Exit.LEFT
-    assert "Did you mean done?" in unknown.err
+    assert "Did you mean 'done'?" in unknown.err
     assert [line.partition(".")[0] for line in recovered.out.splitlines()] == [
         "s: COMPLETED",
         f"gone: not recovered, {damaged.partition('.')[0]}",

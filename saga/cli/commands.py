@@ -29,7 +29,7 @@ from saga.cli.conduct import conduct
 from saga.cli.exits import Exit, exit_of_error, exit_of_status, in_a_line
 from saga.cli.family import Family
 from saga.cli.interrupt import interruptible
-from saga.cli.pipelines import did_you_mean, load, load_all
+from saga.cli.pipelines import load, load_all
 from saga.cli.settings import settings
 from saga.cli.view import Stderr, tell_on, view
 from saga.coordinator import SagaCoordinator
@@ -45,7 +45,7 @@ from saga.policies import Policy, load_policy
 from saga.recovery import SagaState
 from saga.render.text import Reach, command_for, next_command, recover_command, summary
 from saga.report import Recovery, SagaReport
-from saga.text import bytes_of, printable
+from saga.text import bytes_of, did_you_mean, printable
 
 MEMORY: Final = "memory:"
 _TARGET: Final = "MODULE:PIPELINE"
@@ -677,7 +677,7 @@ async def _pipeline_of(ledger: Ledger, saga_id: str, target: str | None, with_ta
 async def _refuse_unknown(ledger: Ledger, saga_id: str) -> None:
     if not await ledger.read(saga_id):
         known, _ = await listed(ledger)
-        raise SagaNotFound("the id of a saga in the ledger", got=repr(saga_id), hint=did_you_mean(saga_id, [*known]))
+        raise SagaNotFound("the id of a saga in the ledger", got=repr(saga_id), hint=did_you_mean(saga_id, known))
 
 
 def _reach(target: str | None, ledger: str | None) -> Reach:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import redirect_stdout
-from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +15,7 @@ from stageflow.api import Pipeline
 
 from saga.blueprint import by_name
 from saga.errors import MisuseError
-from saga.text import said, shown
+from saga.text import did_you_mean, said, shown
 
 
 def load(target: str) -> Pipeline:
@@ -74,12 +73,6 @@ def _others(attribute: str, module: ModuleType) -> str:
     pipelines = sorted(name for name, value in vars(module).items() if isinstance(value, Pipeline))
     hint = did_you_mean(attribute, [*pipelines, *(name for name, value in vars(module).items() if callable(value))])
     return hint or (f"It has: {', '.join(pipelines)}." if pipelines else "")
-
-
-def did_you_mean(wrong: str, known: Sequence[str]) -> str:
-    """A hint at what is spelled alike; empty when nothing is."""
-    near = get_close_matches(wrong, known, n=1)
-    return f"Did you mean {near[0]}?" if near else ""
 
 
 def _pipeline(found: Any, target: str) -> Pipeline:
