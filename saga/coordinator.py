@@ -79,14 +79,11 @@ class SagaCoordinator:
         self._listeners = _checked(listeners, "listener")
         for listener in self._listeners:
             _refuse_no_listener(listener)
-        self._name_anew()
+        self._keeper = self._new_keeper()
         _COORDINATORS.add(self)
 
-    def _name_anew(self) -> None:
-        """Be an owner of its own, that holds nothing: also in a process that was forked off, which has none of its parent's sagas."""
-        self._keeper = self._new_keeper()
-
     def _new_keeper(self) -> SagaKeeper:
+        """An owner of its own, that holds nothing."""
         return SagaKeeper(self.ledger, self._interceptors, self._listeners)
 
     async def run(
@@ -323,9 +320,9 @@ _COORDINATORS: Final[weakref.WeakSet[SagaCoordinator]] = weakref.WeakSet()
 
 
 def _name_all_anew() -> None:
-    """What a process that was forked off begins with."""
+    """Have each coordinator hold nothing in a process that was forked off: the sagas are its parent's."""
     for coordinator in _COORDINATORS:
-        coordinator._name_anew()  # noqa: SLF001 - of this file
+        coordinator._keeper = coordinator._new_keeper()  # noqa: SLF001 - of this file
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch - where processes don't fork, there is nothing to see to
