@@ -20,6 +20,7 @@ from saga.family import has_left, reports_of
 from saga.graph import Role
 from saga.inputs import no_such_field
 from saga.outputs import copied, copied_output
+from saga.storable import refuse_unstorable
 from saga.watch import is_of_signal, leave_loop, outlast, retrieved, start
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Late(NamedTuple):
     undo_attempts: int
 
 
-class LiveSaga(Host, UndoHost):
+class LiveSaga(UndoHost):
     """One saga while it is alive.
 
     Attributes:
@@ -127,7 +128,7 @@ class LiveSaga(Host, UndoHost):
 
     def is_cancelled(self) -> bool:
         """Whether the code of a stage is to come to its end, because the saga stops."""
-        return self.stopped_by is not None or self.cancellation() is not None
+        return self.why_cancelled() is not None
 
     def why_cancelled(self) -> str | None:
         """Why it is to; None if it is not."""
@@ -248,10 +249,14 @@ class LiveSaga(Host, UndoHost):
         write = start(self.journal.record(event))
         write.add_done_callback(retrieved)
         # A cancel of the stage is no cancel of the ledger: what it did is recorded.
-        await asyncio.shield(write)
-        refused = self.journal.unstorable.pop(stage, None)
-        if refused is not None:
-            raise refused
+        try:
+            await asyncio.shield(write)
+        except asyncio.CancelledError:
+            # It may go on all the same, and nobody would tell it later.
+            refuse_unstorable(self.journal.ledger, event)
+            raise
+        # In the ledger there is a text in the place of what it can't keep.
+        refuse_unstorable(self.journal.ledger, event)
 
     async def run_child(
         self, stage: str, attempt: int, pipeline: Pipeline, context: PipelineContext | None, policy: Policy | None, fields: dict[str, Any]

@@ -266,7 +266,7 @@ class Amendments:
         """What came late and tells a saga that nobody runs something new, and where it stands then."""
         events: list[AnyEvent] = []
         async for event in self._news(state, late):
-            kept, _ = storable(self._ledger, event)
+            kept = storable(self._ledger, event)
             state.apply(kept)
             events.append(kept)
         if not events or state.ended_at is None:

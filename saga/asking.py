@@ -11,6 +11,7 @@ from stageflow.api import StageOutput, StageStatus
 from saga.events import StageProbed
 from saga.failures import Failure, FailureKind
 from saga.outputs import copied_output
+from saga.storable import refuse_unstorable
 from saga.text import shown
 from saga.watch import bounded, closes, this_task
 
@@ -47,7 +48,7 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
             _check(answer)
             if answer is not None:
                 # Before it is recorded: a text would come to the compensation in the place of what the probe gave.
-                saga.journal.refuse_unstorable(StageProbed(stage=stage, landed=True, output=answer))
+                refuse_unstorable(saga.journal.ledger, StageProbed(stage=stage, landed=True, output=answer))
         except BaseException as error:
             if closes(error, task):
                 raise

@@ -25,6 +25,7 @@ from saga.policies import ContinueWithFallback
 from saga.quick import members
 from saga.report import NestedSagaFailed
 from saga.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
+from saga.storable import refuse_unstorable
 from saga.text import brief, glimpse, reason_in, said
 from saga.watch import Crew, Employer, Watched, bounded, closes, cut_short_by, instead_of_cancel, is_of_signal, leave_loop, this_task
 
@@ -152,7 +153,7 @@ class Forward(Stages, Employer):
         for name, record in self._state.stages.items():
             if record.not_kept is not None and not record.again and any(map(self._is_due, self._state.graph.dependents[name])):
                 # They would get a text where a value was.
-                self._stop_without(name, record.not_kept)
+                self._refuse_unkept(name)
             if record.held is not None and record.held.failure is not None and record.is_held and self.given(name) is None:
                 # It came late while nobody ran the saga: to ask, run or replace the stage is for a person to allow.
                 self.stop(record.held.failure)
@@ -295,7 +296,7 @@ class Forward(Stages, Employer):
         skipped = output.status is _STATUS.SKIP
         reason = brief(reason_in(output.data.get("reason"), "stageflow skipped it")) if skipped else "an interceptor answered for it"
         await self._record(StageSkipped(stage=name, reason=reason, output=copied_output(output)))
-        self._refuse_unstorable(name)
+        self._refuse_unkept(name)
 
     async def _falls_with(self, run: _StageRun, dependency: str) -> StageOutput:
         self._fallen.add(run.name)
@@ -356,7 +357,7 @@ class Forward(Stages, Employer):
                 return outcome
             if outcome.failure is None:
                 await self._record(self._end_of(run, outcome))
-                self._refuse_unstorable(name)
+                self._refuse_unkept(name)
                 return outcome
             failure, error = outcome.failure, outcome.failure.exception
             left_within = await self._saga.left_within(name)
@@ -423,15 +424,12 @@ class Forward(Stages, Employer):
         run.plan.warn_of_misfit(output)
         return StageCompleted(stage=run.name, output=copy)
 
-    def _refuse_unstorable(self, name: str) -> None:
-        refused = self._saga.journal.unstorable.pop(name, None)
-        if refused is not None:
+    def _refuse_unkept(self, name: str) -> None:
+        record = self._state.stages[name]
+        if record.not_kept is not None:
             # Its effect stands and is known; but whoever resumed this saga would lack what it gave.
-            self._stop_without(name, str(refused))
-
-    def _stop_without(self, name: str, not_kept: str) -> None:
-        message = f"{not_kept}: the ledger can't keep it"
-        self.stop(Failure.of(name, FailureKind.CONTRACT, message, attempt=self._state.stages[name].attempts))
+            message = f"{record.not_kept}: the ledger can't keep it"
+            self.stop(Failure.of(name, FailureKind.CONTRACT, message, attempt=record.attempts))
 
     async def _pause(self, seconds: float) -> bool:
         """Wait for the next attempt; whether there is to be one."""
@@ -584,7 +582,7 @@ class Forward(Stages, Employer):
             returned = await bounded(call, seconds=seconds, grace=self._policy.cancel_grace, stop=self._interrupted)
             outcome = normalised(run.name, attempt, returned)
             if outcome.failure is None and outcome.output is not None:
-                self._saga.journal.refuse_unstorable(FallbackUsed(stage=run.name, output=outcome.output, source="stage"))
+                refuse_unstorable(self._saga.journal.ledger, FallbackUsed(stage=run.name, output=outcome.output, source="stage"))
         except BaseException as error:
             if closes(error, run.task):
                 raise

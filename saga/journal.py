@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from saga.errors import LedgerError, NotStorable, SagaUnrecorded
+from saga.errors import LedgerError, SagaUnrecorded
 from saga.events import (
     AnyEvent,
     CompensationStarted,
@@ -16,14 +16,12 @@ from saga.events import (
     SagaEnded,
     SagaResumed,
     SagaStarted,
-    StageCompleted,
-    StageSkipped,
     StageStarted,
 )
 from saga.ledger import Ledger, StageState
 from saga.record import Step, undo_step
 from saga.recovery import SagaState
-from saga.storable import refuse_unstorable, storable
+from saga.storable import storable
 from saga.turns import Turns, turns
 from saga.watch import Answer, outlasting
 
@@ -44,8 +42,7 @@ class Journal:
     To a durable ledger, an event that guards nothing is written together with the next one that does: a completion with the
     starts that it enables is one write (promise 6).
 
-    In the place of a value that a durable ledger can't hold it writes a text; if a stage gave or recorded it, `unstorable` has the
-    error under the stage, until somebody takes it.
+    In the place of a value that a durable ledger can't hold it writes a text.
 
     After an append that failed nothing more is written: what the state then says beyond the ledger is unknown to
     whoever resumes, so no further effect may start.
@@ -78,7 +75,6 @@ class Journal:
         self.state: Final = state
         self.error: LedgerError | None = None
         self.unwritten: list[AnyEvent] = []
-        self.unstorable: dict[str, NotStorable] = {}
         self.ledger: Final = ledger
         self._durable = ledger.durable
         self._version = version
@@ -125,7 +121,7 @@ class Journal:
         if self.error is not None:
             raise self.error
         if self._durable:
-            events = tuple([self._storable(event) for event in events])
+            events = tuple([storable(self.ledger, event) for event in events])
         for event in events:
             self.state.apply(event)
         if self._durable and not isinstance(events[-1], _AWAITED):
@@ -138,20 +134,6 @@ class Journal:
             events = (*self._pending, *events)
             self._forget_pending()
         await self._write(events, release=release)
-
-    def _storable(self, event: AnyEvent) -> AnyEvent:
-        stored, refused = storable(self.ledger, event)
-        if refused is not None and isinstance(event, StageCompleted | StageSkipped | EffectRecorded):
-            self.unstorable[event.stage] = refused
-        return stored
-
-    def refuse_unstorable(self, event: AnyEvent) -> None:
-        """Refuse an event with an output or an effect that the ledger can't hold.
-
-        Raises:
-            NotStorable: The error says which part.
-        """
-        refuse_unstorable(self.ledger, event)
 
     def _forget_pending(self) -> None:
         self._pending.clear()

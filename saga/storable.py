@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 _WITH_OUTPUT: Final = (StageCompleted, StageFailed, StageSkipped, StageProbed, FallbackUsed)
 
 
-def storable(ledger: Ledger, event: AnyEvent) -> tuple[AnyEvent, NotStorable | None]:
-    """The event with texts in the place of what of its output or effect the ledger can't keep; and what is wrong with it."""
+def storable(ledger: Ledger, event: AnyEvent) -> AnyEvent:
+    """The event with texts in the place of what of its output or effect the ledger can't keep."""
     try:
         refuse_unstorable(ledger, event)
     except NotStorable as refused:
@@ -39,8 +39,8 @@ def storable(ledger: Ledger, event: AnyEvent) -> tuple[AnyEvent, NotStorable | N
         event = event_from_json(event_to_json(event))
         if isinstance(event, StageCompleted | StageSkipped):
             event = replace(event, not_kept=brief(str(refused)))
-        return (event if most is None or _size(event) <= most else _fitting(event, most // 2)), refused
-    return event, None
+        return event if most is None or _size(event) <= most else _fitting(event, most // 2)
+    return event
 
 
 def refuse_unstorable(ledger: Ledger, event: AnyEvent) -> None:

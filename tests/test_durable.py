@@ -21,6 +21,7 @@ from saga import (
     CompensableStage,
     CompensationContext,
     FailFast,
+    FailureKind,
     LedgerConflict,
     LedgerError,
     MemoryLedger,
@@ -862,6 +863,52 @@ def test_an_effect_that_cannot_be_stored_fails_its_stage_which_is_undone_for_all
     assert effects[0] == {"seat": "14A"}
     assert effects[1]["line"].type == "object"
     assert "expected plain data at effect['line'], got object" in report.cause.message
+
+
+def test_an_effect_that_cannot_be_stored_and_whose_recording_was_cut_off_does_not_stop_the_attempt_after_that() -> None:
+    undone: list[Any] = []
+
+    class Book(CompensableStage):
+        retry = Retry(attempts=2, wait=0)
+        timeout = 1
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            if ctx.attempt == 1:
+                await ctx.record({"line": object()})
+            return StageOutput.ok(seat="14A")
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            undone.append(ctx.output)
+
+    pipeline = Pipeline().with_stage("book", Book)
+    ledger = SlowDisk(seconds=1.5)
+
+    report = run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+
+    assert [each.failed for each in report.stages["book"].tries] == [FailureKind.TIMEOUT, None]
+    assert report.status is SagaStatus.COMPLETED
+    assert report.stages["book"].effects[0]["line"].type == "object"
+    assert undone == []
+
+
+def test_an_effect_that_cannot_be_stored_fails_its_stage_also_where_that_waits_no_longer_for_its_recording() -> None:
+    undone: list[Any] = []
+
+    class Book(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await ctx.record({"line": object()})
+            return StageOutput.ok(seat="14A")
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            undone.append(ctx.effects[0]["line"].type)
+
+    report = run(SagaCoordinator(ledger=SlowDisk(seconds=1.5)).run(Pipeline().with_stage("book", Book), saga_id="s"))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert "expected plain data at effect['line'], got object" in str(report.cause)
+    assert undone == ["object"]
 
 
 def test_what_is_beside_a_failure_may_be_anything() -> None:
