@@ -149,7 +149,7 @@ class Amendments:
                 refused.append(_Refused(misuse, is_repeated=is_answered))
                 return []
             state.apply(said)
-            return [said, SagaEnded(status=status_at_rest(state, state.policy))]
+            return [said, SagaEnded(status=status_at_rest(state))]
 
         await self._amend(saga_id, settled)
         return refused[0] if refused else None
@@ -272,7 +272,7 @@ class Amendments:
         if not events or state.ended_at is None:
             # It broke off, and whoever recovers it brings it to its end.
             return events
-        return [*events, SagaEnded(status=status_at_rest(state, state.policy))]
+        return [*events, SagaEnded(status=status_at_rest(state))]
 
 
 class _Refused(NamedTuple):

@@ -48,7 +48,7 @@ class Backward(Employer):
         self._state = saga.journal.state
         self._record = saga.journal.record
         self._settings = saga.policy.compensation
-        self._rollback = Rollback(self._state, saga.policy, reason)
+        self._rollback = Rollback(self._state, reason)
         self._workers: Crew[_Worker] = Crew()
         self._context = copy_context()
         self._loop = asyncio.get_running_loop()
@@ -74,7 +74,7 @@ class Backward(Employer):
             while await self._is_left_with_news():
                 self._is_overtaken = False
                 if not self._rollback.is_stopped:
-                    self._rollback = Rollback(self._state, self._saga.policy, self._reason)
+                    self._rollback = Rollback(self._state, self._reason)
         finally:
             if timer is not None:
                 timer.cancel()

@@ -316,13 +316,13 @@ class SagaKeeper:
     async def _conclude(self, saga: LiveSaga, stop: Failure | None) -> None:
         saga.is_stopping = True
         await self.amendments.note_late(saga)
-        move = conclude(saga.journal.state, saga.policy, stop)
+        move = conclude(saga.journal.state, stop)
         if move.turn is not None:
             await saga.journal.record(SagaTurnedBack(reason=move.turn, cause=move.cause))
             await self._back(saga, move.turn)
             return
         await self._ask_the_rest(saga)
-        status = move.status if move.status is not None else final_status(saga.journal.state, saga.policy)
+        status = move.status if move.status is not None else final_status(saga.journal.state)
         if status is SagaStatus.CANCELLED:
             status = status_of_cancelled(saga.journal.state)
         await saga.journal.record(SagaEnded(status=status, cause=move.cause), release=True)
@@ -344,7 +344,7 @@ class SagaKeeper:
         saga.is_stopping = True
         await Backward(saga, reason).run()
         await self._ask_the_rest(saga)
-        await saga.journal.record(SagaEnded(status=final_status(saga.journal.state, saga.policy)), release=True)
+        await saga.journal.record(SagaEnded(status=final_status(saga.journal.state)), release=True)
 
     def _turn_to(self, saga: LiveSaga, chapter: Chapter) -> Coroutine[Any, Any, None]:
         """The work of a new chapter of the saga, which begins with its being recorded."""

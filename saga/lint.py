@@ -479,24 +479,24 @@ def _named(names: list[str]) -> str:
 
 def _consequence(design: _Design, stage: str) -> Consequence:
     """Play the failure of one stage to the code that recovers real sagas."""
-    graph, policy = design.graph, design.policy
+    graph = design.graph
     branch = design.with_dependents(stage)
     state = SagaState(_until(design, stage, completed=[name for name in graph.names if name not in branch]))
     fallback, rest = design.fallback(stage), [name for name in graph.names if name in branch and name != stage]
     if fallback is not None:
         state.apply(FallbackUsed(stage=stage, output=StageOutput.ok(), source=fallback))
         _apply(state, (event for name in rest for event in design.passes[name]))
-    cause = unabsorbed(state, policy)
+    cause = unabsorbed(state)
     if cause is None and fallback is None:
         output = StageOutput.skip()
         _apply(state, (StageSkipped(stage=name, reason=f"{stage} failed", output=output, with_branch=True) for name in rest))
-    move = conclude(state, policy, cause)
-    undone = _undo(state, policy, move.turn, cause) if move.turn is not None else ()
-    status = move.status if move.status is not None else final_status(state, policy)
+    move = conclude(state, cause)
+    undone = _undo(state, move.turn, cause) if move.turn is not None else ()
+    status = move.status if move.status is not None else final_status(state)
     state.apply(SagaEnded(status=status, cause=move.cause))
-    shown = stage_states(state, policy)
+    shown = stage_states(state)
     # A saga that ended by itself has looked for orphans, also where it found none that it could undo.
-    scope = frozenset() if move.status is not None else undo_scope(state, policy, move.turn or TurnReason.ORPHANS)
+    scope = frozenset() if move.status is not None else undo_scope(state, move.turn or TurnReason.ORPHANS)
     impossible = tuple(
         node.name
         for node in graph.nodes
@@ -523,12 +523,10 @@ def _until(design: _Design, stage: str, completed: list[str]) -> Iterator[AnyEve
         yield StageProbed(stage=stage, landed=False)
 
 
-def _undo(
-    state: SagaState, policy: FailFast | ContinueWithFallback, reason: TurnReason, cause: Failure | None
-) -> tuple[tuple[str, ...], ...]:
+def _undo(state: SagaState, reason: TurnReason, cause: Failure | None) -> tuple[tuple[str, ...], ...]:
     """Undo what can be undone, all that is open at once."""
     state.apply(SagaTurnedBack(reason=reason, cause=cause))
-    rollback, waves = Rollback(state, policy, reason), []
+    rollback, waves = Rollback(state, reason), []
     while len(rollback):
         wave = tuple(rollback.take() for _ in range(len(rollback)))
         for name in wave:

@@ -1,8 +1,8 @@
 """What a saga's events mean, and what to do next: pure, without I/O, without user code.
 
 `SagaState` folds events into state. `conclude` says what follows when the forward run has ended. `Rollback` says which
-effects may be undone now. All three depend on events, graph and policy alone, so that a resumed saga goes on
-exactly as the interrupted one would have (promise 12).
+effects may be undone now. All three depend on the events alone, in which graph and policy are, so that a resumed saga
+goes on exactly as the interrupted one would have (promise 12).
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class SagaState:
         return True
 
     def _is_to_be_undone(self, stage: str) -> bool:
-        return self.reason is not None and stage in undo_scope(self, self.policy, self.reason)
+        return self.reason is not None and stage in undo_scope(self, self.reason)
 
     def _begin(self, record: StageRecord) -> None:
         """What stood in for it, or was to and failed, does so no more: it runs once more, or was kept from it."""
@@ -541,12 +541,12 @@ def groundless(state: SagaState) -> set[str]:
     return found
 
 
-def undo_scope(state: SagaState, policy: FailFast | ContinueWithFallback, reason: TurnReason) -> frozenset[str]:
+def undo_scope(state: SagaState, reason: TurnReason) -> frozenset[str]:
     """The stages that going backward for this reason is about; the others stand and hold nothing up."""
     records = state.stages.items()
     if reason is TurnReason.ORPHANS:
         # Read off what happened forward, which stays: a stage that is undone or stuck meanwhile is still in the scope.
-        useless = orphans(state) if isinstance(policy, ContinueWithFallback) and policy.orphans == "compensate" else frozenset()
+        useless = orphans(state) if isinstance(state.policy, ContinueWithFallback) and state.policy.orphans == "compensate" else frozenset()
         asked = {name for name, record in records if record.failed or record.skip_reason is not None}
         asked |= useless | (groundless(state) - protected(state))
     else:
@@ -589,10 +589,10 @@ class Rollback:
         is_stopped: No further stage is to be taken.
     """
 
-    def __init__(self, state: SagaState, policy: FailFast | ContinueWithFallback, reason: TurnReason) -> None:
+    def __init__(self, state: SagaState, reason: TurnReason) -> None:
         self._state = state
-        self._on_failure = policy.compensation.on_failure
-        self._scope = undo_scope(state, policy, reason)
+        self._on_failure = state.policy.compensation.on_failure
+        self._scope = undo_scope(state, reason)
         self._waits = {name: sum(1 for dependent in state.graph.dependents[name] if dependent in self._scope) for name in self._scope}
         self._open: list[tuple[int, str]] = []
         self.is_stopped = False
@@ -648,12 +648,12 @@ class Rollback:
                     heapq.heappush(self._open, (-record.order, name))
 
 
-def stage_states(state: SagaState, policy: FailFast | ContinueWithFallback) -> dict[str, StageState]:
+def stage_states(state: SagaState) -> dict[str, StageState]:
     """Where every stage stands, in topological order; each is in exactly one state (promise 4)."""
     blocked: frozenset[str] = frozenset()
     if state.status is SagaStatus.STUCK:
         # One that never turned back did not for want of anything that could be undone: what is left over waits for that.
-        blocked = undo_scope(state, policy, state.reason or TurnReason.ORPHANS)
+        blocked = undo_scope(state, state.reason or TurnReason.ORPHANS)
     states = {}
     for node in state.graph.nodes:
         record = state.stages[node.name]
@@ -683,9 +683,9 @@ class Move:
     status: SagaStatus | None = None
 
 
-def stopping(state: SagaState, policy: FailFast | ContinueWithFallback) -> Iterator[tuple[str, Failure]]:
+def stopping(state: SagaState) -> Iterator[tuple[str, Failure]]:
     """The stages whose failure the policy lets stop the saga, unless a fallback stands in."""
-    if isinstance(policy, ContinueWithFallback) and policy.without_fallback == "skip_branch":
+    if isinstance(state.policy, ContinueWithFallback) and state.policy.without_fallback == "skip_branch":
         return
     for name, record in state.stages.items():
         failure = record.failure
@@ -695,36 +695,35 @@ def stopping(state: SagaState, policy: FailFast | ContinueWithFallback) -> Itera
             yield name, failure
 
 
-def unabsorbed(state: SagaState, policy: FailFast | ContinueWithFallback) -> Failure | None:
+def unabsorbed(state: SagaState) -> Failure | None:
     """The first failure of a stage that the policy lets stop the saga."""
-    return min((failure for _, failure in stopping(state, policy)), key=state.failures.index, default=None)
+    return min((failure for _, failure in stopping(state)), key=state.failures.index, default=None)
 
 
-def conclude(state: SagaState, policy: FailFast | ContinueWithFallback, stop: Failure | None) -> Move:
+def conclude(state: SagaState, stop: Failure | None) -> Move:
     """What follows when the forward run has ended.
 
     Args:
         state: No stage is running.
-        policy: The saga's.
         stop: What first stopped the run: a stage's failure or CANCEL, the deadline, the caller; None if nothing did.
     """
     if stop is None and state.is_spotless:
         return Move()
-    failed = unabsorbed(state, policy)
+    failed = unabsorbed(state)
     if stop is None or (stop.kind is FailureKind.CANCELLED and failed is not None and failed.kind is not FailureKind.CRASHED):
         # A CANCEL asks to keep what was done; a stage that fails while the others drain outweighs it, and a process that dies does not.
         stop = failed
     if stop is None:
-        return Move(turn=TurnReason.ORPHANS) if len(Rollback(state, policy, TurnReason.ORPHANS)) else Move()
+        return Move(turn=TurnReason.ORPHANS) if len(Rollback(state, TurnReason.ORPHANS)) else Move()
     if stop.kind is FailureKind.CANCELLED:
-        if policy.on_cancel == "keep":
+        if state.policy.on_cancel == "keep":
             return Move(cause=stop, status=SagaStatus.CANCELLED)
         return Move(turn=TurnReason.CANCEL, cause=stop)
     if stop.kind is FailureKind.INTERRUPTED and stop.stage is None:
-        if policy.on_interrupt == "halt":
+        if state.policy.on_interrupt == "halt":
             return Move(cause=stop, status=SagaStatus.HALTED)
         return Move(turn=TurnReason.INTERRUPT, cause=stop)
-    if policy.on_failure == "halt":
+    if state.policy.on_failure == "halt":
         return Move(cause=stop, status=SagaStatus.HALTED)
     return Move(turn=TurnReason.FAILURE, cause=stop)
 
@@ -740,13 +739,13 @@ def status_of_cancelled(state: SagaState) -> SagaStatus:
     return SagaStatus.HALTED if _has_doubt(state) else SagaStatus.CANCELLED
 
 
-def final_status(state: SagaState, policy: FailFast | ContinueWithFallback) -> SagaStatus:
+def final_status(state: SagaState) -> SagaStatus:
     """How a saga ends that ran to its end, or has gone backward as far as it could."""
     if state.reason is None and state.is_spotless:
         return SagaStatus.COMPLETED
     unsettled = state.reason in {None, TurnReason.ORPHANS} and _has_doubt(state)
     if state.reason is not None:
-        scope = undo_scope(state, policy, state.reason)
+        scope = undo_scope(state, state.reason)
         unsettled = unsettled or any(undo_step(state.graph[name], state.stages[name]) is not _STEP.CLEAR for name in scope)
     # What is stuck may have left the scope: what came late, or a person's word, has given a use to what it was to be undone for.
     if unsettled or any(record.state is _S.STUCK or record.is_held for record in state.stages.values()):

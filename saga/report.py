@@ -231,7 +231,7 @@ class SagaReport(BaseModel):
         """
         children, unread = children or {}, unread or {}
         undone = sorted([(record.undo_order, name) for name, record in state.stages.items() if record.undo_order >= 0])
-        shown = stage_states(state, state.policy)
+        shown = stage_states(state)
         stages = {
             name: StageReport.of(state.stages[name], shown[name], state.graph[name].dependencies, children.get(name, ()), unread.get(name))
             for name in state.graph.names

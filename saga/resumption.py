@@ -25,7 +25,7 @@ from saga.events import (
 from saga.failures import Failure, FailureKind
 from saga.graph import Graph, Role
 from saga.ledger import StageState
-from saga.policies import ContinueWithFallback, FailFast, Policy
+from saga.policies import ContinueWithFallback, Policy
 from saga.record import StageRecord, Step, undo_step
 from saga.recovery import Rollback, SagaState, final_status, stage_states, status_of_cancelled, stopping
 
@@ -82,18 +82,17 @@ def resumption(
         MisuseError: It would run stages again that are in doubt.
     """
     state = SagaState(events)
-    state.graph = graph or state.graph
-    chosen = policy if policy is not None else state.policy
+    state.graph, state.policy = graph or state.graph, policy or state.policy
     ahead = SagaResumed(forward=True, policy=policy, graph=graph, by=by)
     back = SagaResumed(forward=False, policy=policy, graph=graph, by=by)
     if state.ended_at is None:
         if state.reason is not None:
             return Chapter(Direction.BACKWARD, (back, *crashed(state, goes_on=False)), state.reason)
-        stop = stopped_by(state, chosen)
+        stop = stopped_by(state)
         direction = Direction.FORWARD if stop is None else Direction.CONCLUDE
         return Chapter(direction, (ahead, *crashed(state, goes_on=stop is None)), stop=stop)
     if state.status is SagaStatus.STUCK and state.reason is not None and not forward:
-        if not len(Rollback(SagaState([*events, back]), chosen, state.reason)):
+        if not len(Rollback(SagaState([*events, back]), state.reason)):
             return Chapter(Direction.NOWHERE, why_not="nothing can be undone before what is stuck or in doubt is settled")
         return Chapter(Direction.BACKWARD, (back,), state.reason)
     if state.status is SagaStatus.COMPENSATED and not forward:
@@ -122,25 +121,25 @@ def undoing(events: Sequence[AnyEvent], graph: Graph | None = None, *, by: str) 
         return resumption(events, graph, forward=False, by=by)
     turned = SagaTurnedBack(reason=TurnReason.REQUEST, graph=graph)
     begun = (*crashed(state, goes_on=False), turned)
-    if state.ended_at is not None and not len(Rollback(SagaState([*events, *begun]), state.policy, TurnReason.REQUEST)):
+    if state.ended_at is not None and not len(Rollback(SagaState([*events, *begun]), TurnReason.REQUEST)):
         return Chapter(Direction.NOWHERE, why_not="nothing is left to undo")
     return Chapter(Direction.BACKWARD, begun, TurnReason.REQUEST)
 
 
-def stopped_by(state: SagaState, policy: FailFast | ContinueWithFallback) -> Failure | None:
+def stopped_by(state: SagaState) -> Failure | None:
     """What had stopped a forward run whose process died, as far as its ledger tells; None if it may go on."""
     if state.stop is not None:
         return state.stop
-    found = [failure for name, failure in stopping(state, policy) if not _awaits_fallback(state, name, policy)]
+    found = [failure for name, failure in stopping(state) if not _awaits_fallback(state, name)]
     cancelled = (record for record in state.stages.values() if record.state is _S.CANCELLED and not record.again)
     found += [record.failure for record in cancelled if record.failure is not None]
     return min(found, key=state.failures.index, default=None)
 
 
-def _awaits_fallback(state: SagaState, name: str, policy: FailFast | ContinueWithFallback) -> bool:
-    if not isinstance(policy, ContinueWithFallback):
+def _awaits_fallback(state: SagaState, name: str) -> bool:
+    if not isinstance(state.policy, ContinueWithFallback):
         return False
-    return name in policy.fallbacks or (state.graph[name].has_fallback and not state.stages[name].fallback_failed)
+    return name in state.policy.fallbacks or (state.graph[name].has_fallback and not state.stages[name].fallback_failed)
 
 
 def halves(state: SagaState) -> tuple[str, ...]:
@@ -161,17 +160,17 @@ def undecided(state: SagaState) -> tuple[str, ...]:
     )
 
 
-def status_at_rest(state: SagaState, policy: FailFast | ContinueWithFallback) -> SagaStatus:
+def status_at_rest(state: SagaState) -> SagaStatus:
     """Where a saga stands that had come to rest, after something became known of one of its stages."""
     if state.reason is not None:
-        return final_status(state, policy)
+        return final_status(state)
     halted_by = state.cause.kind if state.status is SagaStatus.HALTED and state.cause is not None else None
     if state.status is SagaStatus.CANCELLED or halted_by is FailureKind.CANCELLED:
         return status_of_cancelled(state)
     if state.status not in {SagaStatus.COMPLETED, SagaStatus.DEGRADED, SagaStatus.COMPENSATED, SagaStatus.STUCK}:
         return state.status
     # What a fallback had stood in for has come late: it serves nothing, and stands.
-    return SagaStatus.STUCK if len(Rollback(state, policy, TurnReason.ORPHANS)) else final_status(state, policy)
+    return SagaStatus.STUCK if len(Rollback(state, TurnReason.ORPHANS)) else final_status(state)
 
 
 def crashed(state: SagaState, *, goes_on: bool) -> list[StageFailed | CompensationFailed]:
@@ -224,7 +223,7 @@ def _refuse_undecided(state: SagaState) -> None:
 
 def is_in_question(state: SagaState, stage: str) -> bool:
     """Whether a person's word on a stage is asked for."""
-    return stage_states(state, state.policy)[stage] in {StageState.STUCK, StageState.IN_DOUBT}
+    return stage_states(state)[stage] in {StageState.STUCK, StageState.IN_DOUBT}
 
 
 def refusal(state: SagaState, said: StageSettled) -> MisuseError | None:
@@ -239,7 +238,7 @@ def refusal(state: SagaState, said: StageSettled) -> MisuseError | None:
             stage=said.stage,
             hint="If its process is gone, go on with it first: saga recover, or coordinator.recover(pipelines).",
         )
-    shown = stage_states(state, state.policy)[said.stage]
+    shown = stage_states(state)[said.stage]
     if not is_in_question(state, said.stage):
         return MisuseError("a stage that is stuck or in doubt", got=f"one that is {shown.value}", stage=said.stage)
     # Of one of which something came late, what is kept may be what that gave.

@@ -518,7 +518,7 @@ def test_a_report_is_a_projection_of_the_events() -> None:
 def test_a_compensation_whose_process_died_is_open_again() -> None:
     events = [STARTED, *PATHS[StageState.COMPENSATING]]
 
-    rollback = Rollback(SagaState(events), FailFast(), TurnReason.REQUEST)
+    rollback = Rollback(SagaState(events), TurnReason.REQUEST)
 
     assert len(rollback) == 1
     assert rollback.take() == "a"

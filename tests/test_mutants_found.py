@@ -282,7 +282,7 @@ def test_what_came_late_of_another_execution_waits_for_a_person_also_when_this_o
 
     assert state.stages["a"].state is StageState.UNDONE
     assert undo_step(state.graph["a"], state.stages["a"]) is Step.HOLD
-    assert stage_states(state, state.policy)["a"] is StageState.IN_DOUBT
+    assert stage_states(state)["a"] is StageState.IN_DOUBT
 
 
 def said(verdict: Verdict) -> list[AnyEvent]:
@@ -430,8 +430,8 @@ def test_a_saga_in_which_a_branch_fell_and_nothing_has_to_be_undone_does_not_tur
 
     assert report.status is SagaStatus.DEGRADED
     assert not any(isinstance(event, SagaTurnedBack) for event in run(coordinator.ledger.read("s")))
-    state = SagaState([STARTED, *PATHS[StageState.FAILED]])
-    assert conclude(state, SKIP_BRANCH, None) == Move()
+    state = SagaState([replace(STARTED, policy=SKIP_BRANCH), *PATHS[StageState.FAILED]])
+    assert conclude(state, None) == Move()
 
 
 def test_a_cancel_that_turns_the_saga_back_is_its_cause() -> None:
@@ -465,9 +465,10 @@ def test_a_deadline_is_no_interruption_by_the_caller() -> None:
 
 def test_a_stage_that_was_interrupted_is_no_interruption_by_the_caller() -> None:
     interrupted = Failure.of("b", FailureKind.INTERRUPTED, "its task was cancelled")
-    state = SagaState([STARTED, *PATHS[StageState.KEPT], StageStarted(stage="b", attempt=1), StageFailed(stage="b", failure=interrupted)])
+    started = replace(STARTED, policy=FailFast(on_interrupt="halt"))
+    state = SagaState([started, *PATHS[StageState.KEPT], StageStarted(stage="b", attempt=1), StageFailed(stage="b", failure=interrupted)])
 
-    assert conclude(state, FailFast(on_interrupt="halt"), interrupted) == Move(turn=TurnReason.FAILURE, cause=interrupted)
+    assert conclude(state, interrupted) == Move(turn=TurnReason.FAILURE, cause=interrupted)
 
 
 @pytest.mark.parametrize(
@@ -482,7 +483,7 @@ def test_a_stage_that_was_interrupted_is_no_interruption_by_the_caller() -> None
 def test_what_stopped_a_saga_is_the_cause_of_what_follows(kind: FailureKind, policy: FailFast, turn: TurnReason | None) -> None:
     stop = Failure.of(None, kind, "enough")
 
-    move = conclude(SagaState([STARTED, *PATHS[StageState.KEPT]]), policy, stop)
+    move = conclude(SagaState([replace(STARTED, policy=policy), *PATHS[StageState.KEPT]]), stop)
 
     assert move == Move(turn=turn, cause=stop, status=SagaStatus.HALTED if turn is None else None)
 
@@ -1433,7 +1434,7 @@ def test_what_stands_on_a_stage_that_has_failed_anew_is_undone_before_that() -> 
         ),
     ]
 
-    rollback = Rollback(SagaState(events), SKIP_BRANCH, TurnReason.ORPHANS)
+    rollback = Rollback(SagaState(events), TurnReason.ORPHANS)
 
     assert len(rollback) == 1
     assert rollback.take() == "b"

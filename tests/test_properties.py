@@ -326,7 +326,7 @@ class Oracle:
                 assert backward
                 state = SagaState(self.events[:place])
                 assert state.reason is not None
-                rollback = Rollback(state, self.policy, state.reason)
+                rollback = Rollback(state, state.reason)
                 open_now = {rollback.take() for _ in range(len(rollback))}
                 assert entry.stage in open_now
                 assert state.graph[entry.stage].role is Role.COMPENSABLE

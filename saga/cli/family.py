@@ -64,7 +64,7 @@ class Family:
     def standing(self) -> Iterator[tuple[str, StageState]]:
         """The stages that have, or may have, an effect now, by their paths."""
         for prefix, state in self._branches():
-            for name, shown in stage_states(state, state.policy).items():
+            for name, shown in stage_states(state).items():
                 record = state.stages[name]
                 lasts = record.landed and state.graph[name].role is not Role.PLAIN and shown is not _S.UNDONE
                 if lasts or shown in {_S.RUNNING, _S.COMPENSATING, _S.STUCK, _S.IN_DOUBT}:
@@ -82,5 +82,5 @@ def to_undo(state: SagaState) -> frozenset[str]:
     """What a saga on its way back has still to undo."""
     if state.status is not SagaStatus.COMPENSATING or state.reason is None:
         return frozenset()
-    scope = undo_scope(state, state.policy, state.reason)
+    scope = undo_scope(state, state.reason)
     return frozenset(name for name in scope if undo_step(state.graph[name], state.stages[name]) in {Step.COMPENSATE, Step.PROBE})

@@ -124,7 +124,7 @@ def _hidden(found: list[Row], where: str) -> Text:
 
 def _bar(state: SagaState, width: int) -> Table:
     """Forward, how many stages have ended; backward, how many effects have been undone, and the bar runs back and stays there."""
-    held = {name for name, where in stage_states(state, state.policy).items() if where in {_S.STUCK, _S.BLOCKED}}
+    held = {name for name, where in stage_states(state).items() if where in {_S.STUCK, _S.BLOCKED}}
     left, undone = len(to_undo(state) | held), sum(record.state is _S.UNDONE for record in state.stages.values())
     ended = sum(record.state not in {_S.NOT_RUN, _S.RUNNING} for record in state.stages.values())
     total = len(state.stages)
@@ -142,7 +142,7 @@ def _bar(state: SagaState, width: int) -> Table:
 def rows(family: Family, saga_id: str, now: datetime, guide: str = "") -> Iterator[Row]:
     """The rows of a saga, those of a saga that a stage runs below it."""
     state = family.sagas[saga_id]
-    states, remaining = stage_states(state, state.policy), to_undo(state)
+    states, remaining = stage_states(state), to_undo(state)
     for lines, name in outline(state.graph):
         record, where = state.stages[name], states[name]
         waits = name in remaining and where is not _S.COMPENSATING

@@ -196,7 +196,7 @@ class OpenTelemetryListener:
     def _rest(self, saga_id: str, saga: _Saga) -> None:
         """Remember a saga that has come to rest, count what waits in it, and forget the one that has rested longest if nothing does."""
         if saga.state is not None:
-            states = Counter(stage_states(saga.state, saga.state.policy).values())
+            states = Counter(stage_states(saga.state).values())
             self._counts_waiting(saga, Counter({state: states[state] for state in _WAITING}))
             if saga.state.is_spotless:
                 # Nothing in it waits, and nothing can come late.
