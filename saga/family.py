@@ -91,7 +91,7 @@ async def _told(ledger: Ledger, saga_id: str) -> _Told:
         news.append(_told_at(event, at))
         state.apply(news[-1])
     if news:
-        state.apply(SagaEnded(status=status_at_rest(state, state.policy), at=max(event.at for event in news)))
+        state.apply(SagaEnded(status=status_at_rest(state), at=max(event.at for event in news)))
     return _Told(state, _report(state, children, unread), _came_late_at(saga_id, [*events, *news]))
 
 
