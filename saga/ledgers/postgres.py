@@ -264,7 +264,7 @@ class _Store:
     def write(self, requests: Sequence[Request]) -> Sequence[Any]:
         answers: dict[int, Any] = {}
         try:
-            self._patiently(lambda connection, in_doubt: self._carry_out(connection, requests, answers, in_doubt))
+            self._patiently(lambda connection, in_doubt: self._carry_out(connection, requests, answers, in_doubt), records=True)
         except LedgerError as error:
             return [answers[n] if n in answers else again(error) for n in range(len(requests))]
         return [answers[n] for n in range(len(requests))]
@@ -401,9 +401,9 @@ class _Store:
 
     # -- the connection ------------------------------------------------------------------------------------------
 
-    def _patiently(self, work: Callable[[Connection, bool], T], *, in_doubt: bool = False) -> T:
-        """Do it, and if the connection breaks do it again; it is told when it may have been done before."""
-        deadline, pause = time.monotonic() + self._patience, 0.05
+    def _patiently(self, work: Callable[[Connection, bool], T], *, records: bool = False) -> T:
+        """Do it, and if the connection breaks do it again; what records is told when it may have been done before."""
+        deadline, pause, in_doubt = time.monotonic() + self._patience, 0.05, False
         while True:
             is_sent = False
             try:
@@ -412,7 +412,7 @@ class _Store:
                 return work(connection, in_doubt)
             except psycopg.Error as error:
                 is_gone = self._opened is None or self._opened.closed
-                in_doubt = in_doubt or (is_gone and is_sent)
+                in_doubt = in_doubt or (records and is_gone and is_sent)
                 if is_gone:
                     self.close()
                 may_pass = error.sqlstate in _AGAIN or (is_gone and error.sqlstate != _FORBIDDEN)
