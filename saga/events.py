@@ -165,7 +165,8 @@ class StageFailed(StageEvent):
     Attributes:
         failure: How.
         in_doubt: Whether its effect may have landed all the same.
-        will_retry: Whether another attempt follows; of one that a crash cut off, unless it then turns out that none may.
+        will_retry: Whether another attempt follows, unless its probe says that its effect landed; of one that a crash cut off, unless it
+            then turns out that none may.
         past_pivot: Whether it failed after a point of no return of its own: nothing that it depends on is undone.
         left_within: Whether sagas that it ran have left something standing; None: as before, or nobody has looked.
         output: What it returned beside the failure, if anything.
@@ -300,11 +301,11 @@ class CompensationCompleted(StageEvent):
 
 @frozen
 class CompensationFailed(StageEvent):
-    """An attempt to undo a stage failed; without another one to come the stage is stuck.
+    """An attempt to undo a stage failed; unless more is to come the stage is stuck.
 
     Attributes:
         failure: How.
-        will_retry: Whether another attempt follows.
+        will_retry: Whether more is to come: another attempt, or the answer of its probe, also after the last one.
         past_pivot: Whether it can't be undone because it has gone beyond a point of no return of its own.
         in_part: Whether a part of it may be undone by now.
     """

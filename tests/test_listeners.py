@@ -9,7 +9,7 @@ import pytest
 from stageflow.api import Pipeline, StageOutput
 from stageflow.events import clear_event_sink, set_event_sink
 
-from saga import Compensation, ContinueWithFallback, FailFast, Policy, Retry, SagaCoordinator, SagaReport, compensable, nested
+from saga import Compensation, ContinueWithFallback, FailFast, Policy, Retry, SagaCoordinator, SagaReport, StageState, compensable, nested
 from saga.events import (
     AnyEvent,
     CompensationCompleted,
@@ -72,12 +72,26 @@ def test_what_goes_wrong_and_is_dealt_with_is_a_warning_and_what_stays_stuck_an_
         "WARNING saga s: stage 'c' raised: CardDeclined: c was declined; another attempt follows",
         "WARNING saga s: stage 'c' raised at attempt 2: CardDeclined: c was declined",
         "WARNING saga s: turned back (failure): stage 'c' raised at attempt 2: CardDeclined: c was declined",
-        "WARNING saga s: stage 'a' could not be compensated: CardDeclined: undoing a was declined; another attempt follows",
+        "WARNING saga s: stage 'a' could not be compensated: CardDeclined: undoing a was declined; it is asked or attempted again",
         "ERROR saga s: stage 'a' is stuck: stage 'a' could not be compensated at attempt 2: CardDeclined: undoing a was declined",
         "ERROR saga s: ended stuck",
     ]
     assert "DEBUG saga s: the compensation of stage 'b' started, attempt 1" in logged
     assert "DEBUG saga s: stage 'b' is undone" in logged
+
+
+def test_no_attempt_is_announced_that_does_not_follow(caplog: pytest.LogCaptureFixture) -> None:
+    policy = FailFast(compensation=Compensation(retry=Retry(attempts=1)))
+
+    report, logged = play(caplog, {"c": Script("raise"), "a": Script(undo_fails=9)}, policy, {"a": "probed"})
+
+    assert report.stages["a"].state is StageState.STUCK
+    assert [line for line in logged if "stage 'a'" in line][2:] == [
+        "DEBUG saga s: the compensation of stage 'a' started, attempt 1",
+        "WARNING saga s: stage 'a' could not be compensated: CardDeclined: undoing a was declined; it is asked or attempted again",
+        "DEBUG saga s: stage 'a' was probed: its effect landed",
+        "ERROR saga s: stage 'a' is stuck: stage 'a' could not be compensated: CardDeclined: undoing a was declined",
+    ]
 
 
 def test_doubt_that_a_probe_clears_is_no_error(caplog: pytest.LogCaptureFixture) -> None:

@@ -295,6 +295,10 @@ def test_before_anything_has_happened_there_is_nothing_to_show() -> None:
         (StageFailed(stage="a", failure=failure("a"), in_doubt=True), "a: reported a failure: declined; in doubt"),
         (StageFailed(stage="a", failure=failure("a"), will_retry=True), "a: reported a failure: declined; it is tried again"),
         (
+            StageFailed(stage="a", failure=failure("a", FailureKind.TIMEOUT, "no answer"), in_doubt=True, will_retry=True),
+            "a: ran out of time: no answer; in doubt; it is asked or tried again",
+        ),
+        (
             StageFailed(stage="a", failure=failure("a", FailureKind.CRASHED, "its process is gone"), in_doubt=True, will_retry=True),
             "a: lost its process: its process is gone; in doubt",
         ),
@@ -324,7 +328,7 @@ def test_before_anything_has_happened_there_is_nothing_to_show() -> None:
         (CompensationCompleted(stage="a", late=True), "a: undone late"),
         (
             CompensationFailed(stage="a", failure=failure("a", FailureKind.COMPENSATION, "busy"), will_retry=True),
-            "a: could not be compensated: busy; it is tried again",
+            "a: could not be compensated: busy; it is asked or tried again",
         ),
     ],
 )

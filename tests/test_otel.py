@@ -8,8 +8,9 @@ import gc
 import os
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from saga import (
 )
 from saga.events import (
     AnyEvent,
+    CompensationFailed,
     CompensationStarted,
     EffectRecorded,
     SagaEnded,
@@ -48,6 +50,7 @@ from saga.events import (
     SagaTurnedBack,
     StageCompleted,
     StageFailed,
+    StageProbed,
     StageSettled,
     StageStarted,
     TurnReason,
@@ -391,6 +394,19 @@ def test_the_metrics_of_a_saga_that_is_stuck() -> None:
     assert backend.now("saga.stage.in_doubt") == 0
 
 
+def test_only_attempts_that_another_one_followed_are_counted_as_retries() -> None:
+    backend = Backend()
+    world, pipeline = scene({"a": (), "b": ("a",)}, {"a": Script(undo_fails=9), "b": Script("raise")}, {"a": "probed"})
+    policy = FailFast(compensation=Compensation(retry=Retry(attempts=3)))
+
+    report = run(backend.coordinator(policy).run(pipeline))
+
+    assert list(report.stuck) == ["a"]
+    assert backend.points("saga.compensation.duration") == {key(saga__stage__name="a", error__type="tests.world.CardDeclined"): 3}
+    assert backend.points("saga.retries") == {key(saga__stage__name="a", saga__action="compensate"): 2}
+    assert list(world.standing) == ["a"]
+
+
 def test_active_sagas_are_counted_by_where_they_are() -> None:
     backend = Backend()
     seen: list[dict[Any, int]] = []
@@ -687,6 +703,16 @@ def test_a_fallback_that_fails_is_noted() -> None:
     assert failed.attributes["exception.message"] == "no price in the cache"
 
 
+def retries_in(events: Sequence[AnyEvent]) -> int:
+    """How many failures, that let another attempt follow, one of the same kind did follow; a probe that has no answer is asked again."""
+    found = sum(isinstance(event, StageProbed) and event.will_retry for event in events)
+    for starts, fails in ((StageStarted, StageFailed), (CompensationStarted, CompensationFailed)):
+        for stage in {event.stage for event in events if isinstance(event, starts)}:
+            own = [event for event in events if isinstance(event, starts | fails) and event.stage == stage]
+            found += sum(isinstance(was, fails) and was.will_retry and isinstance(follows, starts) for was, follows in pairwise(own))
+    return found
+
+
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_whatever_a_saga_does_its_telemetry_agrees_with_its_ledger(case: Mapping[str, Any]) -> None:
@@ -719,7 +745,7 @@ def test_whatever_a_saga_does_its_telemetry_agrees_with_its_ledger(case: Mapping
     assert mishaps == []
     assert len(backend.spans) == len(begun) + 1
     assert backend.now("saga.active") == 0
-    assert backend.now("saga.retries") == sum(getattr(event, "will_retry", False) for event in events)
+    assert backend.now("saga.retries") == retries_in(events)
     states = [stage.state for stage in report.stages.values()]
     assert backend.now("saga.stage.stuck") == states.count(StageState.STUCK)
     assert backend.now("saga.stage.in_doubt") == states.count(StageState.IN_DOUBT)

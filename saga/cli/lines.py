@@ -92,7 +92,9 @@ def _attempt(number: int) -> str:
 def _again(event: StageFailed | CompensationFailed | StageProbed) -> str:
     # Whether a stage that a crash cut off may run again is found out after it has been told of.
     is_open = isinstance(event, StageFailed) and event.failure.kind is FailureKind.CRASHED
-    return "; it is tried again" if event.will_retry and not is_open else ""
+    # Its probe, if it has one, may say that there is nothing left to try.
+    is_asked = isinstance(event, CompensationFailed) or (isinstance(event, StageFailed) and event.in_doubt)
+    return f"; it is {'asked or ' * is_asked}tried again" if event.will_retry and not is_open else ""
 
 
 def _answer(event: StageProbed) -> str:

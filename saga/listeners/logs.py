@@ -33,6 +33,9 @@ from saga.text import printable
 
 _LOG: Final = logging.getLogger("saga")
 _Words = tuple[int, str]
+_AGAIN: Final = "; another attempt follows"
+_ASKED: Final = "; it is asked or attempted again"
+"""Where its probe, if it has one, may say that there is nothing left to attempt, or no attempt is left."""
 
 
 def log_events(saga_id: str, event: AnyEvent) -> None:
@@ -97,7 +100,7 @@ def _stage_completed(event: StageCompleted) -> _Words:
 def _stage_failed(event: StageFailed) -> _Words:
     doubt = "; whether its effect landed is in doubt" if event.in_doubt else ""
     # Whether one that a crash cut off may run again is found out later.
-    again = "; another attempt follows" if event.will_retry and event.failure.kind is not FailureKind.CRASHED else ""
+    again = "" if not event.will_retry or event.failure.kind is FailureKind.CRASHED else _ASKED if event.in_doubt else _AGAIN
     return logging.WARNING, f"{event.failure}{doubt}{again}"
 
 
@@ -121,7 +124,7 @@ def _stage_probed(event: StageProbed) -> _Words:
     if event.is_of_late:
         return logging.ERROR, str(event.failure)
     # Why a probe failed has the kind of a compensation's failure; but nobody tried to undo anything.
-    level, again = (logging.WARNING, "; another attempt follows") if event.will_retry else (logging.ERROR, "")
+    level, again = (logging.WARNING, _AGAIN) if event.will_retry else (logging.ERROR, "")
     return level, f"the probe of stage {event.stage!r} gave no answer{in_its_words(event.failure)}{again}"
 
 
@@ -137,7 +140,7 @@ def _compensation_completed(event: CompensationCompleted) -> _Words:
 
 def _compensation_failed(event: CompensationFailed) -> _Words:
     if event.will_retry:
-        return logging.WARNING, f"{event.failure}; another attempt follows"
+        return logging.WARNING, f"{event.failure}{_ASKED}"
     if event.past_pivot:
         return logging.WARNING, f"stage {event.stage!r} is past a pivot of its own and can't be undone: {event.failure}"
     return logging.ERROR, f"stage {event.stage!r} is stuck: {event.failure}"

@@ -69,6 +69,7 @@ class _Saga:
         status: RUNNING or COMPENSATING, as it is counted among the active ones; None while it is at rest.
         attempts: By stage, those that run.
         executions: By stage, the span of the last attempt to execute it.
+        failed: By stage, what its last attempt was to do, if that failed and another one may follow.
         cause: What went wrong since it was started or went on.
         waiting: How many stages are counted as stuck, and how many as in doubt.
     """
@@ -81,6 +82,7 @@ class _Saga:
     status: SagaStatus | None = None
     attempts: dict[str, _Attempt] = field(default_factory=dict)
     executions: dict[str, SpanContext] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
     cause: Failure | None = None
     waiting: Counter[StageState] = field(default_factory=Counter)
 
@@ -190,6 +192,7 @@ class OpenTelemetryListener:
             self._duration.record((event.at - saga.began).total_seconds(), taken)
             self._counts_as(saga, None)
             saga.root, saga.inside = None, Context()
+            saga.failed.clear()
         self._alive.pop(saga_id, None)
         self._rest(saga_id, saga)
 
@@ -245,6 +248,8 @@ class OpenTelemetryListener:
             span.set_attribute("saga.stage.execution", event.execution)
             saga.executions[event.stage] = span.get_span_context()
         saga.attempts[event.stage] = _Attempt(span, event.at, undoes)
+        if saga.failed.pop(event.stage, None) == (action := "compensate" if undoes else "execute"):
+            self._retried(saga, event.stage, action)
         # An attempt's start is told in the task that then runs the user's code, and in no other.
         contexts.attach(trace.set_span_in_context(span, saga.inside))
 
@@ -254,9 +259,12 @@ class OpenTelemetryListener:
                 self._close(saga, event, None)
             case StageFailed() | CompensationFailed():
                 self._close(saga, event, event.failure)
-                self._retried(saga, event.stage, "execute" if isinstance(event, StageFailed) else "compensate", will_retry=event.will_retry)
+                if event.will_retry:
+                    # What its probe says may come first, and leave nothing to attempt.
+                    saga.failed[event.stage] = "execute" if isinstance(event, StageFailed) else "compensate"
             case StageProbed():
-                self._retried(saga, event.stage, "probe", will_retry=event.will_retry)
+                if event.will_retry:
+                    self._retried(saga, event.stage, "probe")
                 answer: Attributes = {} if event.landed is None else {"saga.stage.landed": event.landed}
                 self._note(saga, event, answer if event.failure is None else _failed(event.failure))
             case FallbackFailed():
@@ -267,9 +275,8 @@ class OpenTelemetryListener:
                 # StageSettled: nobody runs the saga, so there is no span to note it on; what it changes is counted at its end.
                 pass
 
-    def _retried(self, saga: _Saga, stage: str, action: str, *, will_retry: bool) -> None:
-        if will_retry:
-            self._retries.add(1, {"saga.pipeline.name": saga.pipeline, "saga.stage.name": stage, "saga.action": action})
+    def _retried(self, saga: _Saga, stage: str, action: str) -> None:
+        self._retries.add(1, {"saga.pipeline.name": saga.pipeline, "saga.stage.name": stage, "saga.action": action})
 
     def _close(self, saga: _Saga, event: StageEvent, failure: Failure | None) -> None:
         """End the span of an attempt; what comes without one, or late, has none."""
