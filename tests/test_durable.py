@@ -27,6 +27,7 @@ from saga import (
     MemoryLedger,
     MisuseError,
     PipelineInvalid,
+    Recovery,
     Retry,
     SagaContext,
     SagaCoordinator,
@@ -338,6 +339,38 @@ def test_no_more_sagas_are_recovered_at_once_than_is_said(concurrency: int) -> N
     assert most == [concurrency]
     assert {report.status for report in recovery.reports.values()} == {SagaStatus.COMPLETED}
     assert len(recovery.reports) == 7
+
+
+def test_a_recovery_that_waits_for_a_saga_keeps_no_later_one_of_its_coordinator_from_the_others() -> None:
+    runs: list[str] = []
+
+    async def answer(ctx: Any) -> None:
+        runs.append(ctx.saga_id)
+        if ctx.saga_id == "hanging":
+            began.set()
+            await answered.wait()
+
+    async def main() -> tuple[Recovery, Recovery]:
+        coordinator = SagaCoordinator(ledger=ledger)
+        first = asyncio.create_task(coordinator.recover([pipeline], concurrency=1))
+        await began.wait()
+        second = await coordinator.recover([pipeline], concurrency=1)
+        answered.set()
+        return await first, second
+
+    pipeline = Pipeline(name="asking").with_stage("answer", answer, "work")
+    began, answered = asyncio.Event(), asyncio.Event()
+    answered.set()
+    ledger = left_by_a_killed_process({"hanging": pipeline, "other": pipeline})
+    runs.clear()
+    began, answered = asyncio.Event(), asyncio.Event()
+
+    first, second = run(main())
+
+    assert runs == ["hanging", "other"]
+    assert {saga_id: report.status for saga_id, report in second.reports.items()} == {"other": SagaStatus.COMPLETED}
+    assert first.reports["hanging"].status is SagaStatus.COMPLETED
+    assert not first.failed | second.failed
 
 
 def test_what_somebody_else_has_recovered_meanwhile_is_not_run_once_more() -> None:
