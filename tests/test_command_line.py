@@ -1494,6 +1494,26 @@ def test_watch_looks_on_when_somebody_goes_on_with_a_saga_that_had_come_to_rest(
     assert done.out.startswith("Saga s (order): COMPLETED")
 
 
+def test_watch_tells_of_a_family_in_the_order_in_which_it_happened(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.write("shop.py", SHOP.replace("nested(trip)", "nested(order)"))
+    shop.really("run", "shop:family", "--id", "s")
+    original, looks = SagaCoordinator.report, count()
+
+    async def report(coordinator: SagaCoordinator, saga_id: str) -> SagaReport:
+        if next(looks) == 0:
+            shop.really("compensate", "s", "shop:family")
+        return await original(coordinator, saga_id)
+
+    monkeypatch.setattr(SagaCoordinator, "report", report)
+
+    done = shop.saga("watch", "s")
+
+    told = done.err.splitlines()
+    ends = ["s/book  COMPENSATED", "s  book: undone", "s  COMPENSATED"]
+    assert [line for line in told if line in ends] == ends
+    assert told[-1] == ends[-1]
+
+
 def test_ctrl_c_ends_the_watching_and_not_the_saga(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.write("shop.py", WAITING.replace('ending("order", ship)', 'ending("order", wait)'))
     running = Terminal(shop, "run", "shop:order", "--id", "s")

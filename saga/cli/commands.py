@@ -15,8 +15,9 @@ from contextlib import asynccontextmanager, redirect_stdout, suppress
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from hashlib import sha256
+from heapq import merge
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 from traceback import format_exc
 from typing import Annotated, Any, Final, NoReturn
@@ -356,7 +357,9 @@ def watch(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) ->
                 while True:
                     # What it is told by: somebody may go on right now with a saga that has come to rest.
                     report = await coordinator.report(saga_id)
-                    async for member, event in family.news(opened):
+                    news = groupby([told async for told in family.news(opened)], lambda told: told[0])
+                    # By the clock, but of each saga in its own order, whatever the clock did.
+                    for member, event in merge(*(list(of_one) for _, of_one in news), key=lambda told: told[1].at):
                         hear(member, event)
                     if report.ended_at is not None or left is not None:
                         return report, left
