@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from saga.ledger import Ledger
 
 _LOG: Final = logging.getLogger("saga")
+_AGAIN: Final = 1.0
+"""Seconds until what came late for a saga that another coordinator holds is recorded, if that one has let go of it by then."""
 _UNDER_WAY: Final = frozenset({StageState.RUNNING, StageState.COMPENSATING})
 
 
@@ -231,15 +233,15 @@ class Amendments:
             elif heard_of is not None:
                 yield heard_of
 
-    def record_late(self, saga_id: str) -> None:
-        """Record soon what came late for a saga that is held no more, if anything did."""
+    def record_late(self, saga_id: str, *, is_told: bool = False) -> None:
+        """Record soon what came late for a saga that is held no more, if anything did; the log may be told already who is in the way."""
         if saga_id not in self._late:
             return
-        task = start(self._record_late(saga_id))
+        task = start(self._record_late(saga_id, is_told=is_told))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _record_late(self, saga_id: str) -> None:
+    async def _record_late(self, saga_id: str, *, is_told: bool = False) -> None:
         if saga_id in self._held.sagas:
             # Somebody goes on with it since: it is recorded when that one comes to rest.
             return
@@ -254,6 +256,16 @@ class Amendments:
 
         try:
             await self._amend(saga_id, added)
+        except LedgerConflict as conflict:
+            if conflict.is_missing:
+                _tell_of_loss(saga_id, late, conflict)
+                return
+            # Another coordinator goes on with it, or has died with it, and knows nothing of this. No task waits: it would keep asyncio.run.
+            self._late[saga_id] = [*late, *self._late.get(saga_id, ())]
+            if not is_told:
+                _tell_of_delay(saga_id, late, conflict)
+            asyncio.get_running_loop().call_later(_AGAIN, partial(self.record_late, saga_id, is_told=True))
+            return
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whatever a ledger's driver raises
             _tell_of_loss(saga_id, late, error)
             return
@@ -346,6 +358,14 @@ def _question(state: SagaState, late: Late, record: StageRecord) -> Failure:
 
 
 def _tell_of_loss(saga_id: str, late: Sequence[Late | _Within], error: BaseException | None = None) -> None:
-    names = ", ".join(f"something in saga {one.saga_id}" if isinstance(one, _Within) else type(one.event).__name__ for one in late)
     message = "saga %s: what came late (%s) could not be recorded; look at its stages in the outside world"
-    _LOG.error(message, saga_id, names, exc_info=error)
+    _LOG.error(message, saga_id, _named(late), exc_info=error)
+
+
+def _tell_of_delay(saga_id: str, late: Sequence[Late | _Within], conflict: LedgerConflict) -> None:
+    message = "saga %s: what came late (%s) waits to be recorded: %s. If this process ends first, look at its stages in the outside world"
+    _LOG.warning(message, saga_id, _named(late), conflict)
+
+
+def _named(late: Sequence[Late | _Within]) -> str:
+    return ", ".join(f"something in saga {one.saga_id}" if isinstance(one, _Within) else type(one.event).__name__ for one in late)

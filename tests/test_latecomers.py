@@ -798,6 +798,38 @@ def test_what_comes_too_late_to_be_recorded_is_told_to_the_log(error: Exception,
     assert lost(caplog) == [(LOSS, error)]
 
 
+@pytest.mark.parametrize("above", [(), ("grandchild", "child")])
+def test_what_comes_late_while_another_coordinator_goes_on_is_recorded_when_that_one_lets_go(
+    above: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Promise 5: it was told to the log alone, and the saga stayed compensated while it stood."""
+    world, pipeline = scene({"slow": ()}, {"slow": Script(undo_takes=20)})
+    halting = PROMPT.model_copy(update={"on_failure": "halt"})
+
+    async def main() -> list[SagaReport]:
+        stage = Deaf(world)
+        ledger = MemoryLedger()
+        last = nested(nested_in(stage, *above), PROMPT) if above else stage
+        trip = pipeline.with_stage("last", last, dependencies=("slow",))
+        path = "/".join(["last", *reversed(above), "deaf"]) if above else "last"
+        other = SagaCoordinator(ledger=ledger)
+        await SagaCoordinator(halting, ledger=ledger).run(trip, saga_id="s")
+        await other.settle("s", path, "undone", "not in their books")
+        undone = await while_slow_is_undone(other.compensate("s", trip), world, stage)
+        await elapse(2)
+        return [undone, await other.report("s")]
+
+    with caplog.at_level(logging.WARNING, "saga"):
+        undone, late = run(main())
+
+    assert undone.status is SagaStatus.COMPENSATED
+    assert world.standing == {"deaf": 1}
+    assert late.status is SagaStatus.STUCK
+    assert "last" in late.in_doubt
+    (told,) = caplog.messages
+    assert "waits to be recorded: saga s is held by" in told
+
+
 def test_a_blocked_thread_does_not_hold_up_the_report_and_its_completion_is_recorded() -> None:
     """In real time: a thread that nobody can cancel."""
     go = threading.Event()
