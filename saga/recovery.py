@@ -289,6 +289,8 @@ class SagaState:
 
     def _completed_late(self, record: StageRecord, event: StageCompleted) -> None:
         record.late_output, record.late_beside = event.output, record.undo_attempts
+        # Run once more it would have its effect twice, and under another key what it has done would be forgotten.
+        record.again = False
         match record.state:
             case _S.UNDONE:
                 # Which came last, the effect or its compensation, nobody knows.

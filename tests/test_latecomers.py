@@ -43,6 +43,7 @@ from saga.events import (
     StageCompleted,
     StageProbed,
     StageSettled,
+    StageStarted,
 )
 from saga.failures import Failure, FailureKind
 from saga.text import quoted
@@ -2320,6 +2321,45 @@ def test_what_came_late_in_a_saga_that_broke_off_is_neither_replaced_nor_run_whe
     assert report.fallbacks == ()
     assert report.cause is not None
     assert report.cause.kind is FailureKind.LATE
+
+
+@pytest.mark.parametrize(
+    ("kind", "on_failure", "rest", "last", "stands"),
+    [
+        (DeafByKey, "halt", SagaStatus.HALTED, SagaStatus.COMPLETED, {"s/deaf": 1}),
+        (Again, "compensate", SagaStatus.COMPENSATED, SagaStatus.COMPENSATED, {}),
+    ],
+)
+def test_what_came_late_in_a_saga_that_broke_off_before_it_ran_again_does_not_run_when_that_is_recovered(
+    kind: type[Deaf], on_failure: str, rest: SagaStatus, last: SagaStatus, stands: dict[str, int]
+) -> None:
+    """It had its effect twice; where it had been undone as in doubt, under another key, and that of the late one was forgotten."""
+    world = World({})
+
+    async def main() -> list[SagaReport]:
+        stage = kind(world)
+        pipeline = Pipeline(name="trip").with_stage("deaf", stage)
+        coordinator = SagaCoordinator(PROMPT.model_copy(update={"on_failure": on_failure}), ledger=BreaksAt(runs_again))
+        first = await coordinator.run(pipeline, saga_id="s")
+        if first.in_doubt:
+            await coordinator.settle("s", "deaf", "retry", "try")
+        with pytest.raises(LedgerError):
+            await coordinator.resume("s", pipeline, forward=True)
+        stage.released.set()
+        await settled_down()
+        assert world.standing == {"s/deaf": 1}
+        return [first, (await coordinator.recover(pipeline)).reports["s"]]
+
+    first, recovered = run(main())
+
+    assert first.status is rest
+    assert recovered.status is last
+    assert world.standing == stands
+
+
+def runs_again(event: Any) -> bool:
+    """Whether a stage that has run before starts."""
+    return isinstance(event, StageStarted) and (event.attempt, event.execution) != (1, 1)
 
 
 class DeafPivot(PivotStage):
