@@ -1699,6 +1699,67 @@ def test_what_came_late_within_two_executions_is_undone_by_the_commands_that_are
     assert world.standing == {}
 
 
+def test_a_word_on_a_stage_that_has_run_since_is_no_answer_to_what_comes_late_of_it() -> None:
+    """There was nothing to settle, said the report, and to resume, which did nothing."""
+    world = World({})
+
+    async def main() -> list[SagaReport]:
+        stage = DeafByKey(world)
+        trip = Pipeline(name="trip").with_stage("deaf", stage)
+        coordinator = SagaCoordinator(PROMPT.model_copy(update={"on_failure": "halt"}))
+        await coordinator.run(trip, saga_id="s")
+        await coordinator.settle("s", "deaf", "retry", "try")
+        stage.is_deaf = False
+        await coordinator.resume("s", trip)
+        undone = await coordinator.compensate("s", trip)
+        stage.released.set()
+        await settled_down()
+        return [undone, await coordinator.report("s")]
+
+    undone, late = run(main())
+
+    assert undone.status is SagaStatus.COMPENSATED
+    assert world.standing == {"s/deaf": 1}
+    assert [*late.in_doubt] == ["deaf"]
+    assert "saga settle s deaf undone --note '...'" in str(late)
+
+
+@pytest.mark.parametrize("way", ["resume", "compensate"])
+def test_what_comes_late_within_a_stage_that_was_undone_after_a_word_on_it_is_undone_by_the_commands_that_are_told(way: str) -> None:
+    """It told to compensate the saga within by itself, which is refused: the stage undoes it."""
+    world = World({})
+
+    class NotInTheirBooks(DeafByKey, DeniedByProbe): ...
+
+    class Refused(DeafByKey):
+        is_deaf = False
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            raise OSError
+
+    async def main() -> list[SagaReport]:
+        late = NotInTheirBooks(world)
+        inner = Pipeline(name="inner").with_stage("stays", Refused(world)).with_stage("late", late)
+        trip = Pipeline(name="trip").with_stage("child", nested(inner, PROMPT))
+        coordinator = SagaCoordinator(PROMPT)
+        await coordinator.run(trip, saga_id="s")
+        await coordinator.settle("s", "child/stays", "undone", "by hand")
+        del world.standing["s/child/stays"]
+        undone = await getattr(coordinator, way)("s", trip)
+        late.released.set()
+        await settled_down()
+        told = await coordinator.report("s")
+        await coordinator.settle("s", "child", "retry", "as told")
+        return [undone, told, await coordinator.resume("s", trip)]
+
+    undone, told, last = run(main())
+
+    assert undone.status is SagaStatus.COMPENSATED
+    assert str(told).endswith("then go on:\n  saga settle s child retry --note '...'\n  saga resume s")
+    assert last.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
 class Tolerant(CompensableStage):
     """Runs a saga, and does not mind that it fails; `outcome` is what it comes to itself."""
 

@@ -14,7 +14,7 @@ from saga.ledger import StageState
 from saga.text import printable, quoted
 
 if TYPE_CHECKING:
-    from saga.report import SagaReport, StageReport
+    from saga.report import SagaReport, Settlement, StageReport
 
 SIGNS: Final = {
     StageState.NOT_RUN: "·",
@@ -275,7 +275,7 @@ def _was_passed(way: Sequence[tuple[SagaReport, str]]) -> bool:
     if _held(name, saga):
         return True
     goes_back = any(outer.status is SagaStatus.STUCK for outer, _ in way)
-    was_tried = stage.compensation is None or stage.settled is not None
+    was_tried = stage.compensation is None or _word_on(stage) is not None
     return stage.state is StageState.IN_DOUBT and goes_back and was_tried and not _is_to_be_tried(name, saga)
 
 
@@ -306,11 +306,20 @@ def goes_on(path: str, report: SagaReport) -> bool:
 
 
 def _is_to_be_tried(name: str, saga: SagaReport) -> bool:
-    """Whether somebody has said to try a stage again, and it has not failed since."""
-    said = saga.stages[name].settled
+    """Whether somebody has said to try a stage again, and it has not been since."""
+    said = _word_on(saga.stages[name])
     if said is None or said.verdict is not Verdict.RETRY or _held(name, saga):
         return False
     return all(failure.at <= said.at for failure in saga.failures if failure.stage == name)
+
+
+def _word_on(stage: StageReport) -> Settlement | None:
+    """What a person said of a stage, unless it has run, was to be undone or has been answered for since: that was about what was then."""
+    said, undo = stage.settled, stage.compensation
+    if said is None or stage.probed is not None:
+        return None
+    tries = (*stage.tries, *(undo.tries if undo is not None else ()))
+    return said if all(each.started_at <= said.at for each in tries) else None
 
 
 def _way(path: str, report: SagaReport) -> list[tuple[SagaReport, str]]:
