@@ -1760,6 +1760,36 @@ def test_what_comes_late_within_a_stage_that_was_undone_after_a_word_on_it_is_un
     assert world.standing == {}
 
 
+def test_nobody_is_told_to_go_on_while_a_stage_around_waits_for_a_word_of_its_own() -> None:
+    """To resume is refused before that has been said."""
+    world = World({})
+
+    class NotInTheirBooks(DeafByKey, DeniedByProbe): ...
+
+    async def main() -> list[SagaReport]:
+        stage = NotInTheirBooks(world)
+        trip = nested_in(stage, "inner", "child", policy=PROMPT.model_copy(update={"on_interrupt": "halt"}))
+        coordinator = SagaCoordinator(PROMPT)
+        await coordinator.run(trip, saga_id="s")
+        stage.is_deaf = False
+        await coordinator.resume("s", trip, forward=True)
+        stage.released.set()
+        await settled_down()
+        late = await coordinator.report("s")
+        world.undo("s/child/inner/deaf")
+        said = await coordinator.settle("s", "child/inner", "undone", "by hand")
+        await coordinator.settle("s", "child", "kept", "its second booking stands")
+        return [late, said, await coordinator.resume("s", trip)]
+
+    late, said, last = run(main())
+
+    assert str(late).endswith("and say so (undone, kept or retry):\n  saga settle s child/inner undone --note '...'")
+    assert str(said).endswith("and say so (undone or kept); then go on:\n  saga settle s child undone --note '...'\n  saga resume s")
+    assert last.status is SagaStatus.COMPLETED
+    assert last.clean
+    assert world.standing == {"s/child~2/inner/deaf": 1}
+
+
 class Tolerant(CompensableStage):
     """Runs a saga, and does not mind that it fails; `outcome` is what it comes to itself."""
 

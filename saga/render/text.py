@@ -220,16 +220,18 @@ def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
         return [f"To do: it was not undone to the end; go on with: {command}" for command in commands]
     # What has come to rest otherwise goes on with nothing: resumed, it would run once more.
     waits = report.status in {SagaStatus.STUCK, SagaStatus.HALTED}
+    # Where a stage around waits for a word of its own, that is told next: the saga can't go on before.
+    then_goes_on = waits and all(name in innermost or not _waits_for_a_word(name, report) for name in open_ones)
     told = {name: _word(name, report) for name in to_say}
     may_retry = "retry" in told.values() or (waits and not all(_waits_for_a_word(name, report) for name in to_say))
     words = "undone, kept or retry" if may_retry else "undone or kept"
     return [
-        f"To do: look at the outside world, put it right by hand, and say so ({words}){'; then go on' if waits else ''}:",
+        f"To do: look at the outside world, put it right by hand, and say so ({words}){'; then go on' if then_goes_on else ''}:",
         *(
             "  " + next_command("settle", saga_id, f"{path}{name}", word, options=f"--note '...' {reach.options}".rstrip())
             for name, word in told.items()
         ),
-        *([f"  {resume}"] if waits else []),
+        *([f"  {resume}"] if then_goes_on else []),
     ]
 
 
