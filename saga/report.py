@@ -134,10 +134,14 @@ class StageReport:
         return self.settled is not None and self.settled.verdict is Verdict.KEPT and self.state in {_S.KEPT, _S.FALLBACK}
 
     @property
+    def is_undone_by_word(self) -> bool:
+        """Whether a person said that nothing of it stands; its fallback may stand in all the same."""
+        return self.settled is not None and self.settled.verdict is Verdict.UNDONE and self.state in {_S.UNDONE, _S.FALLBACK}
+
+    @property
     def is_known_by_word(self) -> bool:
         """Whether a person said what of it stands: all that is to, or nothing."""
-        undone = self.settled is not None and self.settled.verdict is Verdict.UNDONE and self.state is _S.UNDONE
-        return undone or self.is_kept_by_word
+        return self.is_undone_by_word or self.is_kept_by_word
 
     @classmethod
     def of(

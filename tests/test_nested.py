@@ -353,6 +353,36 @@ def test_a_child_that_was_never_begun_or_undid_itself_has_not_landed() -> None:
     assert report.status is SagaStatus.COMPENSATED
 
 
+class Stays(CompensableStage):
+    """Fails when it has had an effect, which nobody can undo."""
+
+    async def execute(self, ctx: SagaContext) -> None:
+        await ctx.record("half")
+        raise CardDeclined
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        raise CardDeclined
+
+
+def test_nothing_is_kept_within_a_stage_of_which_a_person_said_that_it_is_undone_though_its_fallback_stands_in() -> None:
+    world, child = scene({"seat": (), "room": ("seat",)}, {"room": Script(before=100)}, {"room": "probed"})
+    trip = Pipeline(name="trip").with_stage("child", nested(child, FailFast(on_interrupt="halt")))
+    trip = trip.with_stage("after", Stays, dependencies=("child",))
+
+    async def main() -> list[SagaReport]:
+        coordinator = SagaCoordinator(ContinueWithFallback(timeout=10, fallbacks={"child": {"instead": 1}, "after": {"instead": 2}}))
+        first = await coordinator.run(trip, saga_id="s")
+        world.undo("seat")
+        return [first, await coordinator.settle("s", "child", "undone", "by hand")]
+
+    first, settled = run(main())
+
+    assert "Kept within what did not complete: child/seat." in str(first)
+    assert settled.stages["child"].state is StageState.FALLBACK
+    assert "Kept within" not in str(settled)
+    assert world.standing == {}
+
+
 def test_a_child_is_tried_again_with_an_id_of_its_own() -> None:
     script = Script("raise", then=("ok",))
     _, _, parent = family({"b": script}, {})

@@ -341,7 +341,7 @@ def _outer(report: SagaReport) -> tuple[str, str]:
 def _kept_within(report: SagaReport) -> Iterator[str]:
     """The stages that their own saga keeps, though the stage that ran it came to nothing, by their paths."""
     for stage in report.stages.values():
-        if stage.state not in _CAME_TO_NOTHING:
+        if stage.state not in _CAME_TO_NOTHING or stage.is_undone_by_word:
             continue
         for path, child in stage.children_by_path.items():
             if child.clean and child.ended_at is not None and child.status is not SagaStatus.COMPENSATED:
