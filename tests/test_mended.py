@@ -132,6 +132,26 @@ def test_a_stage_in_doubt_goes_on_by_the_means_that_it_was_given_since(after: ty
     assert world.log == ["+a", "+pay"]
 
 
+def test_a_stage_in_doubt_that_a_fallback_stands_in_for_is_undone_by_the_means_that_it_was_given_since() -> None:
+    """What came after it stands on the fallback, and stays."""
+    world, pipeline = scene({"ship": ()})
+    world.dependencies["pay"] = ()
+    coordinator = SagaCoordinator(ContinueWithFallback(fallbacks={"pay": {"instead": True}}))
+    (ship,) = pipeline.stages.values()
+
+    def trip(kind: type[Unsure]) -> Pipeline:
+        return Pipeline().with_stage("pay", kind(world)).with_stage("ship", ship.runner, dependencies=("pay",))
+
+    stuck = run(coordinator.run(trip(Unsure), saga_id="s"))
+    assert (stuck.status, [*stuck.in_doubt], [*stuck.kept]) == (SagaStatus.STUCK, ["pay"], ["ship"])
+
+    report = run(coordinator.resume("s", trip(Asked)))
+
+    assert report.status is SagaStatus.DEGRADED
+    assert [*report.kept] == ["pay", "ship"]
+    assert world.log == ["+pay", "+ship", "-pay"]
+
+
 def test_a_fallback_that_was_added_since_stands_in() -> None:
     coordinator, _, pipeline = mended(Unsure, Replaced, HALT)
     run(coordinator.settle("s", "pay", "retry", "it has a fallback now"))

@@ -404,12 +404,12 @@ class Biography:
         self.policy: Policy = case["policy"]
         self.world, self.pipeline = scene(self.shape, self.scripts, self.kinds)
         self.ledger = Dying(10_000)
-        fallbacks = self.policy.fallbacks if isinstance(self.policy, ContinueWithFallback) else {}
+        self.fallbacks = self.policy.fallbacks.keys() if isinstance(self.policy, ContinueWithFallback) else set()
         for name, script in self.scripts.items():
             script.attempts.clear()
             script.undo_attempts = 0
             script.undo_bears_repetition = True
-            replaced = self.kinds[name] == "recording" and name in fallbacks
+            replaced = self.kinds[name] == "recording" and name in self.fallbacks
             script.order_matters = self.policy.compensation.on_failure != "continue" and not replaced
 
     def live(self, kills: list[int | None], deeds: list[str]) -> None:
@@ -449,6 +449,10 @@ class Biography:
                 # Who raises after its effect has landed is to be asked, or lies.
                 turning = {name: kind for name, kind in self.kinds.items() if kind in OTHER_MEANS and not self.scripts[name].lands}
                 self.kinds = {**self.kinds, **{name: OTHER_MEANS[kind] for name, kind in turning.items()}}
+                for name, kind in turning.items():
+                    if name in self.fallbacks or kind == "fallback":
+                        # One that was in doubt when its fallback stood in can be undone from here on, below what used that.
+                        self.scripts[name].order_matters = False
                 self.pipeline = staged(self.world, self.shape, self.scripts, self.kinds)
             case _:
                 self.settle(deed)
