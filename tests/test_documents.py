@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from operator import attrgetter
 from pathlib import Path
 from textwrap import indent
@@ -138,6 +139,15 @@ def test_every_test_that_the_docs_name_is_there() -> None:
 
     assert named
     assert not {(page, name) for page, name in named if f"def {name}(" not in tests}
+
+
+def test_every_test_that_random_changes_are_run_against_is_there() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutmut"]
+
+    selected = [name.partition("::") for name in settings["pytest_add_cli_args_test_selection"]]
+
+    assert selected
+    assert not [(path, test) for path, _, test in selected if f"def {test}" not in (ROOT / path).read_text()]
 
 
 def test_the_table_of_what_may_follow_is_the_ledgers() -> None:
