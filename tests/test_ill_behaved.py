@@ -295,6 +295,39 @@ def test_what_a_stage_raises_when_its_time_is_up_is_in_the_report() -> None:
     assert report.stages["a"].state is StageState.IN_DOUBT
 
 
+def test_what_a_stage_raises_when_the_saga_cuts_it_short_does_not_say_that_it_has_had_no_effect() -> None:
+    """Promise 5."""
+    pipeline = staged(("a", compensable(raises_when_it_is_cancelled, nothing))).with_stage("beside", fails, "work")
+
+    report = run(SagaCoordinator(FailFast(drain_timeout=1.0)).run(pipeline))
+
+    assert report.status is SagaStatus.STUCK
+    assert report.stages["a"].state is StageState.IN_DOUBT
+    failure = report.stages["a"].failure
+    assert failure is not None
+    assert failure.kind is FailureKind.INTERRUPTED
+    assert failure.message == "it was cancelled because the saga stopped; then it raised RuntimeError: half of it could not be given back"
+
+
+def test_a_stage_whose_own_task_is_cancelled_from_outside_is_in_doubt() -> None:
+    """Promise 5."""
+
+    async def book(_: Any) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().call_later(1.0, task.cancel)
+        await elapse(60.0)
+
+    report = run(SagaCoordinator().run(staged(("a", compensable(book, nothing)))))
+
+    assert report.status is SagaStatus.STUCK
+    assert report.stages["a"].state is StageState.IN_DOUBT
+    failure = report.stages["a"].failure
+    assert failure is not None
+    assert failure.kind is FailureKind.INTERRUPTED
+    assert failure.message == "its task was cancelled from outside"
+
+
 def test_what_a_compensation_raises_when_its_time_is_up_is_in_the_report() -> None:
     """Promise 9."""
     undo = Compensation(retry=Retry(attempts=1), timeout=1.0)

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from stageflow.api import Pipeline, StageOutput
+from stageflow.api import Pipeline, StageCancellationRequested, StageOutput
 
 from saga import (
     CompensableStage,
@@ -127,6 +127,7 @@ def test_a_fallback_that_fails_too_gives_way_to_the_policys() -> None:
 
     assert report.kept["quote"].data == {"x": 1}
     assert [failure.kind for failure in report.failures] == [FailureKind.EXCEPTION, FailureKind.CONTRACT]
+    assert [failure.stage for failure in report.failures] == ["quote", "quote"]
 
 
 def test_a_failure_without_a_fallback_is_undone_as_in_fail_fast() -> None:
@@ -510,6 +511,22 @@ def test_a_cancelled_saga_asks_for_what_is_in_doubt() -> None:
 
     assert report.status is SagaStatus.CANCELLED
     assert set(report.kept) == set(world.standing) == {"a", "c"}
+
+
+def test_a_stage_that_raises_stageflows_cancel_has_cancelled_the_saga_and_says_why() -> None:
+    world, pipeline = scene({"a": ()})
+
+    async def check(_: Any) -> None:
+        raise StageCancellationRequested("no visa")
+
+    pipeline = pipeline.with_stage("check", check, "work", dependencies=("a",))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert report.status is SagaStatus.CANCELLED
+    assert report.cause is not None
+    assert (report.cause.stage, report.cause.kind, report.cause.message) == ("check", FailureKind.CANCELLED, "no visa")
+    assert world.standing.keys() == {"a"}
 
 
 def test_a_cancel_outweighed_by_a_failure_during_the_drain_compensates() -> None:
