@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from dataclasses import replace
@@ -966,6 +967,63 @@ def test_a_stage_with_attempts_left_uses_them_after_its_process_died() -> None:
     assert world.log == ["+a", "+b", "+c"]
     started = [event.attempt for event in run(ledger.read("s")) if isinstance(event, StageStarted) and event.stage == "b"]
     assert started == [1, 2]
+
+
+def test_a_stage_that_died_in_a_redrive_has_the_attempts_of_that_one_left() -> None:
+    """Those before are the redrive's business, which gives it all of them anew."""
+    script = Script("raise", then=("raise", "ok"))
+    world, pipeline = scene({"a": ()}, {"a": script})
+    ledger = Dying(1000)
+    coordinator = SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0), on_failure="halt"), ledger=ledger)
+    assert run(coordinator.run(pipeline, saga_id="s")).status is SagaStatus.HALTED
+    ledger.left = 2  # resumed, a started
+    with pytest.raises(LedgerError, match="killed"):
+        run(coordinator.resume("s", pipeline))
+    ledger.left = 1000
+
+    report = run(SagaCoordinator(ledger=_reread(ledger)).resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert report.stages["a"].attempts == len(script.attempts) == 4
+    assert world.log == ["+a"]
+
+
+def test_a_stage_that_is_asked_when_its_saga_goes_on_is_asked_no_longer_than_the_deadline() -> None:
+    """Also the probe of a stage whose process died is cut off, as is every other code of a saga that is out of time."""
+    world, pipeline = scene({"a": ()}, {"a": Script(probe_takes=50)}, {"a": "probed"})
+    coordinator, _ = killed_while(pipeline, FailFast(deadline=10), StageCompleted)
+
+    async def timed() -> float:
+        report = await coordinator.resume("s", pipeline)
+        assert report.cause is not None
+        assert report.cause.kind is FailureKind.TIMEOUT
+        return asyncio.get_running_loop().time()
+
+    # Until the deadline, and then once more to undo it.
+    assert run(timed()) == 60
+    assert world.standing == {}
+
+
+def test_a_stage_that_was_skipped_gives_the_same_when_its_saga_goes_on() -> None:
+    world, pipeline = scene({"a": ()}, {"a": Script("raise", before=1, then=("ok",))})
+    told: list[Any] = []
+
+    async def check(_: Any) -> dict[str, Any]:
+        return {"skip_reason": "nothing to ship"}
+
+    async def note(ctx: Any) -> None:
+        told.append(ctx.inputs.get_output("ship"))
+
+    pipeline = pipeline.with_stage("check", check, "work").with_stage("ship", note, "work", dependencies=("check",), conditional=True)
+    pipeline = pipeline.with_stage("write", note, "work", dependencies=("ship", "a"))
+    coordinator = SagaCoordinator(HALT, ledger=MemoryLedger())
+    halted = run(coordinator.run(pipeline, saga_id="s"))
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert (halted.skipped, halted.status, report.status) == (("ship",), SagaStatus.HALTED, SagaStatus.COMPLETED)
+    assert told == [StageOutput.skip("nothing to ship")]
+    assert world.standing.keys() == {"a"}
 
 
 @given(kill=st.integers(0, 25), again=st.integers(0, 25))
