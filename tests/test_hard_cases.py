@@ -278,6 +278,7 @@ def test_a_stage_that_ignores_its_cancel_is_given_up_in_time(policy: FailFast) -
     assert report.status is SagaStatus.STUCK
     assert report.stages["deaf"].state is StageState.IN_DOUBT
     assert report.stages["deaf"].failure is not None
+    assert report.stages["deaf"].failure.stage == "deaf"
     assert "ignored its cancel for 2 s" in report.stages["deaf"].failure.message
     assert set(world.standing) == {"a"}
 
@@ -334,6 +335,38 @@ def test_a_compensation_that_ignores_its_cancel_is_given_up_and_the_others_go_on
     assert undo_report is not None
     assert undo_report.failure is not None
     assert "may still be running" in undo_report.failure.message
+
+
+@pytest.mark.parametrize(("of_stage", "of_policy", "expected"), [(5.0, 60.0, 5.0), (None, 60.0, 60.0)])
+@pytest.mark.parametrize("heeds_cancel", [True, False])
+def test_a_fallback_that_hangs_has_failed_when_its_time_is_up(
+    of_stage: float | None, of_policy: float, expected: float, heeds_cancel: bool
+) -> None:
+    released = asyncio.Event()
+
+    class Hanging(CompensableStage):
+        timeout = of_stage
+
+        async def execute(self, ctx: SagaContext) -> None:
+            raise CardDeclined
+
+        async def fallback(self, ctx: SagaContext, failure: Any) -> None:
+            await (asyncio.Event().wait() if heeds_cancel else deaf(released))
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    async def timed() -> tuple[SagaReport, float]:
+        policy = ContinueWithFallback(timeout=of_policy, cancel_grace=2)
+        report = await SagaCoordinator(policy).run(Pipeline().with_stage("hanging", Hanging))
+        took = asyncio.get_running_loop().time()
+        released.set()
+        return report, took
+
+    report, took = run(timed())
+
+    assert took == pytest.approx(expected if heeds_cancel else expected + 2)
+    assert report.status is SagaStatus.COMPENSATED
+    assert [failure.stage for failure in report.failures] == ["hanging", "hanging"]
 
 
 def test_a_fallback_that_hangs_is_cut_off_when_the_saga_is_interrupted() -> None:

@@ -108,6 +108,10 @@ def test_fallbacks_and_what_is_skipped_with_a_branch_are_warnings(caplog: pytest
     assert "WARNING saga s: stage 'b' goes on with the fallback of its policy" in logged
 
     caplog.clear()
+    _, logged = play(caplog, {"b": Script("raise")}, ContinueWithFallback(), {"b": "fallback"})
+    assert "WARNING saga s: stage 'b' goes on with the fallback of its stage" in logged
+
+    caplog.clear()
     _, logged = play(caplog, {"b": Script("raise")}, ContinueWithFallback(without_fallback="skip_branch"))
     assert "WARNING saga s: stage 'c' was skipped: b did not complete" in logged
 
