@@ -192,6 +192,21 @@ def test_an_owner_says_that_it_is_alive_as_long_as_a_saga_of_its_is(caplog: pyte
     assert "the ledger could not be told that" in caplog.text
 
 
+def test_an_owner_that_held_nothing_for_a_while_says_again_that_it_is_alive() -> None:
+    _, pipeline = scene({"a": ()}, {"a": Script(before=45)})
+    ledger = SlowDisk()
+    coordinator = SagaCoordinator(ledger=ledger)
+
+    async def play() -> list[int]:
+        beats = []
+        for _ in range(2):
+            await coordinator.run(pipeline)
+            beats.append(ledger.beats)
+        return beats
+
+    assert run(play()) == [4, 8]
+
+
 def test_a_saga_of_which_its_ledger_knows_nothing_any_more_says_what_is_in_effect(durable: SQLiteFile | PostgresSchema) -> None:
     """Nobody else goes on with it: a ledger from before it began was put in the place of its own, for example."""
     world, pipeline = scene(SEQUENCE)

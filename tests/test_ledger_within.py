@@ -101,6 +101,29 @@ def test_when_the_ledger_fails_within_the_error_names_what_is_in_effect_there(
     assert str(failed.value).count("coordinator.resume") == 1
 
 
+def test_when_the_ledger_fails_the_error_names_what_is_unknown_within() -> None:
+    """Promise 5: room has failed and has not been asked yet; what is to undo deposit has not begun."""
+    world, pipeline = trip({"room": Script("raise", lands=True)}, "probed")
+
+    with pytest.raises(SagaUnrecorded) as failed:
+        run(SagaCoordinator(ledger=NoRoom("s/hotel", SagaTurnedBack, once=False)).run(pipeline, saga_id="s"))
+
+    assert failed.value.in_effect == ("flight", "hotel/deposit")
+    assert failed.value.unknown == ("hotel", "hotel/room")
+    assert world.standing.keys() == {"flight", "deposit", "room"}
+
+
+def test_when_the_ledger_can_not_note_that_an_undo_starts_the_effect_is_known_to_stand() -> None:
+    """What was to undo it waited for that."""
+    world, pipeline = scene({"a": (), "b": ("a",)}, {"b": Script("raise")})
+
+    with pytest.raises(SagaUnrecorded) as failed:
+        run(SagaCoordinator(ledger=NoRoom("s", CompensationStarted, once=False)).run(pipeline, saga_id="s"))
+
+    assert (failed.value.in_effect, failed.value.unknown) == (("a",), ())
+    assert world.standing.keys() == {"a"}
+
+
 @pytest.mark.parametrize("kind", [SagaTurnedBack, CompensationStarted, SagaEnded])
 def test_when_the_ledger_fails_while_a_child_is_undone_the_saga_goes_on_when_it_is_back(kind: type[AnyEvent]) -> None:
     """A stage is stuck when its compensation has failed, not when a disk was full for a moment."""

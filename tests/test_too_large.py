@@ -33,7 +33,7 @@ from saga import (
     StageState,
     compensable,
 )
-from saga.events import AnyEvent, EffectRecorded, SagaStarted, StageCompleted, StageFailed, StageProbed, StageSkipped
+from saga.events import AnyEvent, EffectRecorded, SagaStarted, StageCompleted, StageFailed, StageProbed, StageSkipped, event_to_json
 from saga.failures import Failure, FailureKind
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.outputs import Opaque
@@ -108,6 +108,18 @@ def test_an_output_that_is_too_large_fails_its_stage_which_is_undone_by_what_was
     assert report.cause.message.startswith(expected)
     assert report.cause.message.endswith("most of them in data['ticket']: the ledger can't keep it")
     assert SagaReport.from_events(events) == report
+
+
+def test_what_is_too_large_beside_the_data_of_an_output_is_left_out_of_the_ledger() -> None:
+    gives = replace(StageOutput.ok(seat="14A"), artifacts=[StageArtifact("ticket", {"scan": LONG})])
+    stage = Book(gives=gives)
+
+    report, events = played(stage, slow_disk())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert stage.world.standing == {}
+    assert stage.told == [{"seat": "14A"}]
+    assert max(len(event_to_json(event)) for event in events if isinstance(event, StageCompleted)) <= MOST
 
 
 def test_an_output_of_just_the_size_that_the_ledger_takes_is_kept_whole(tmp_path: Path) -> None:
