@@ -7,11 +7,12 @@ import contextlib
 import logging
 from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stageflow.api import Pipeline, StageOutput
+from stageflow.api import Pipeline, PipelineContext, StageOutput
 
 from saga import (
     CompensableStage,
@@ -1002,6 +1003,36 @@ def test_a_stage_that_is_asked_when_its_saga_goes_on_is_asked_no_longer_than_the
     # Until the deadline, and then once more to undo it.
     assert run(timed()) == 60
     assert world.standing == {}
+
+
+def test_a_saga_that_goes_on_without_its_caller_has_the_context_that_it_was_run_with() -> None:
+    given: dict[str, Any] = {
+        name: uuid4() for name in ("pipeline_run_id", "request_id", "session_id", "user_id", "org_id", "interaction_id")
+    }
+    given |= {
+        "topology": "trip",
+        "execution_mode": "fast",
+        "service": "booking",
+        "input_text": "OSL-JFK",
+        "configuration": {"fares": "low"},
+    }
+    given |= {"input_audio_duration_ms": 7, "metadata": {"tags": ["a"]}, "data": {"currency": "NOK"}}
+    context = PipelineContext.create(**given)
+    seen: list[dict[str, Any]] = []
+
+    class Seeing(Recorder):
+        async def before(self, stage_name: str, ctx: PipelineContext) -> None:
+            values = {name: getattr(ctx, name) for name in (*given, "created_at")}
+            seen.append(values | {"data": {"currency": ctx.data["currency"]}})
+
+    _, pipeline = scene({"a": ()}, {"a": Script("raise", then=("ok",))})
+    ledger = MemoryLedger()
+    run(SagaCoordinator(HALT, ledger=ledger).run(pipeline, context, saga_id="s"))
+
+    report = run(SagaCoordinator(ledger=ledger, interceptors=[Seeing()]).resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert seen == [given | {"created_at": context.created_at}]
 
 
 def test_a_stage_that_was_skipped_gives_the_same_when_its_saga_goes_on() -> None:
