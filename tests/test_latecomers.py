@@ -2022,6 +2022,32 @@ def test_what_is_told_of_an_execution_before_can_be_said_though_the_process_died
     assert world.standing == {}
 
 
+def test_what_came_late_within_a_child_that_had_halted_is_told_though_the_process_died_before_its_saga_heard() -> None:
+    """Promise 5: the child keeps it, so nothing of that one is in question; and its saga was compensated, and clean."""
+    world = World({"deaf": ()})
+    ledger = StopsAtWord()
+
+    async def main() -> tuple[SagaReport, SagaReport]:
+        stage = DeniedByProbe(world)
+        trip = nested_in(stage, "inner", "child", policy=PROMPT.model_copy(update={"on_interrupt": "halt"}))
+        await SagaCoordinator(PROMPT, ledger=ledger).run(trip, saga_id="s")
+        ledger.stage = "inner"
+        stage.released.set()
+        await settled_down()
+        assert ledger.has_stopped()
+        assert world.standing == {"deaf": 1}
+        coordinator = SagaCoordinator(ledger=ledger)
+        return await coordinator.report("s"), await coordinator.resume("s", trip)
+
+    left, resumed = run(main())
+
+    assert left.status is SagaStatus.STUCK
+    assert [*left.in_doubt] == ["child", "child/inner"]
+    assert resumed.status is SagaStatus.COMPENSATED
+    assert resumed.clean
+    assert world.standing == {}
+
+
 @pytest.mark.parametrize("alive", [False, True])
 def test_what_comes_late_within_a_halted_child_of_an_execution_before_waits_for_a_person(alive: bool) -> None:
     """Promise 5: there it counts as kept, its stage finds it no more, and the saga above was complete, with nothing left to do."""
