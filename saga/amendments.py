@@ -14,7 +14,7 @@ from saga.compensable import execution_key, is_within
 from saga.errors import LedgerConflict, LedgerCorrupt, MisuseError
 from saga.events import CompensationCompleted, EffectRecorded, SagaEnded, StageCompleted, StageProbed, StageSettled, Verdict
 from saga.failures import Failure, FailureKind
-from saga.family import below, events_of, heard, located, report_of, report_with_children, run_by, run_in, unheard
+from saga.family import below, events_of, heard, is_turned_back, located, report_of, report_with_children, run_by, run_in, unheard
 from saga.graph import Role
 from saga.journal import named, tell
 from saga.ledger import ALIVE, StageState, answering, recorded
@@ -81,7 +81,8 @@ class Amendments:
             await self.catch_up(above[0][0] if above else owner)
         if said.verdict is not Verdict.RETRY:
             await self._refuse_while_within(owner, said, path)
-        refused = await self._settle(owner, said)
+        goes_back = said.verdict is Verdict.RETRY and await is_turned_back(self._ledger, above, owner)
+        refused = await self._settle(owner, said, is_turned_back=goes_back)
         # Whoever was cut off between the saga's ledger and those of the ones above it says it again.
         if refused is not None and not refused.is_repeated:
             raise refused.misuse
@@ -139,12 +140,12 @@ class Amendments:
                 hint="Settle what is stuck or in doubt there, and go on with the saga: the stage finds out by itself.",
             )
 
-    async def _settle(self, saga_id: str, said: StageSettled) -> _Refused | None:
+    async def _settle(self, saga_id: str, said: StageSettled, *, is_turned_back: bool = False) -> _Refused | None:
         """Record a person's word on a stage; or why it can't be taken."""
         refused: list[_Refused] = []
 
         async def settled(state: SagaState) -> list[AnyEvent]:
-            misuse = refusal(state, said)
+            misuse = refusal(state, said, is_turned_back=is_turned_back)
             if misuse is not None:
                 before = state.stages[said.stage].settled
                 is_answered = before is not None and before.verdict is said.verdict and not is_in_question(state, said.stage)

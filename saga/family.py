@@ -195,6 +195,24 @@ async def run_by(ledger: Ledger, state: SagaState) -> list[tuple[str, str]]:
     return found
 
 
+async def is_turned_back(ledger: Ledger, above: Sequence[tuple[str, str]], saga_id: str) -> bool:
+    """Whether a saga goes forward no more, whatever its own way: one above goes backward, or its stage has gone on with another execution.
+
+    Args:
+        ledger: The ledger.
+        above: The sagas and stages that run it, the outermost first.
+        saga_id: Its id.
+    """
+    ids = [*(parent for parent, _ in above), saga_id]
+    for (parent, stage), child in zip(above, ids[1:], strict=True):
+        state = SagaState(await recorded(ledger, parent))
+        if state.status is SagaStatus.STUCK and state.reason is not None:
+            return True
+        if execution_of(child, parent, stage) != state.stages[stage].execution:
+            return True
+    return False
+
+
 def heard(state: SagaState, child: SagaState, report: SagaReport) -> StageProbed | StageSettled | None:
     """What follows for a saga when something has come late in one that its stage ran; None if nothing does.
 

@@ -226,8 +226,14 @@ def is_in_question(state: SagaState, stage: str) -> bool:
     return stage_states(state)[stage] in {StageState.STUCK, StageState.IN_DOUBT}
 
 
-def refusal(state: SagaState, said: StageSettled) -> MisuseError | None:
-    """Why a person's word on a stage can't be taken; None if it can."""
+def refusal(state: SagaState, said: StageSettled, *, is_turned_back: bool = False) -> MisuseError | None:
+    """Why a person's word on a stage can't be taken; None if it can.
+
+    Args:
+        state: Where its saga stands.
+        said: The word.
+        is_turned_back: Whether that saga goes forward no more, though it has not turned back itself.
+    """
     record, node = state.stages[said.stage], state.graph[said.stage]
     if said.output is not None and said.verdict is not Verdict.KEPT:
         return MisuseError("an output only of what is kept", got=f"one with {said.verdict}", stage=said.stage)
@@ -254,7 +260,7 @@ def refusal(state: SagaState, said: StageSettled) -> MisuseError | None:
     if (
         said.verdict is Verdict.RETRY
         and shown is StageState.IN_DOUBT
-        and (state.reason is not None or record.fell_back)
+        and (is_turned_back or state.reason is not None or record.fell_back)
         and undo_step(node, _asked_anew(record)) is Step.HOLD
     ):
         return MisuseError(

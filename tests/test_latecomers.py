@@ -1975,6 +1975,33 @@ def test_a_child_of_an_execution_before_is_undone_by_itself(way: str) -> None:
     assert world.standing == {}
 
 
+def test_a_retry_within_a_child_of_an_execution_before_is_refused_where_nothing_can_be_tried() -> None:
+    """Nobody goes forward with it; the report told to undo it by itself, again and again, which did nothing."""
+    world = World({})
+
+    async def main() -> SagaReport:
+        stage = DeafByKey(world)
+        trip = nested_in(stage, "child", policy=PROMPT.model_copy(update={"on_failure": "halt"}))
+        coordinator = SagaCoordinator()
+        await coordinator.run(trip, saga_id="s")
+        await coordinator.settle("s", "child/deaf", "undone", "not in their books")
+        await coordinator.resume("s", trip)
+        stage.is_deaf = False
+        await coordinator.resume("s", trip, forward=True)
+        stage.released.set()
+        await settled_down()
+        late = await coordinator.report("s")
+        with pytest.raises(MisuseError, match=r"expected undone or kept, for stage 'deaf', got retry\. It has neither a probe nor"):
+            await coordinator.settle("s", "child/deaf", "retry", "once more")
+        return late
+
+    late = run(main())
+
+    assert late.status is SagaStatus.STUCK
+    assert [*late.in_doubt] == ["child", "child/deaf"]
+    assert world.standing == {"s/child/deaf": 1, "s/child~2/deaf": 1}
+
+
 def test_no_saga_is_compensated_while_something_of_an_execution_before_is_stuck() -> None:
     """Promise 5: its own stages were undone, and what had come late in the first saga of one of them stood."""
 

@@ -26,6 +26,7 @@ from saga import (
     LedgerError,
     MemoryLedger,
     MisuseError,
+    PivotStage,
     Policy,
     Retry,
     SagaContext,
@@ -35,6 +36,7 @@ from saga import (
     SagaStatus,
     StageState,
     compensable,
+    nested,
 )
 from saga.blueprint import Blueprint
 from saga.events import (
@@ -729,6 +731,24 @@ def test_a_retry_that_could_tell_nothing_new_is_refused() -> None:
 
     with pytest.raises(MisuseError, match=r"expected undone or kept, for stage 'b', got retry\. It has neither a probe nor"):
         run(coordinator.settle("s", "b", "retry", "once more"))
+
+
+def test_a_retry_within_a_saga_that_goes_backward_is_refused_where_nothing_can_be_tried() -> None:
+    """The saga within had halted, and was to go on forward; the report then told to undo it by itself, which is refused."""
+    halts = FailFast(timeout=1, on_failure="halt")
+
+    class Silent(PivotStage):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            await elapse(1000)
+            return StageOutput.ok()
+
+    inner = Pipeline(name="inner").with_stage("pay", Silent())
+    coordinator, first = first_run(Pipeline(name="trip").with_stage("child", nested(inner, halts)), FailFast())
+    assert first.status is SagaStatus.STUCK
+    assert first.stages["child"].children[0].status is SagaStatus.HALTED
+
+    with pytest.raises(MisuseError, match=r"expected undone or kept, for stage 'pay', got retry\. It has neither a probe nor"):
+        run(coordinator.settle("s", "child/pay", "retry", "once more"))
 
 
 def test_a_retry_is_accepted_for_a_stage_whose_probe_has_failed() -> None:
