@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from saga.alive import Late
 from saga.compensable import execution_key, is_within
 from saga.errors import LedgerConflict, LedgerCorrupt, MisuseError
 from saga.events import CompensationCompleted, EffectRecorded, SagaEnded, StageCompleted, StageProbed, StageSettled, Verdict
@@ -26,7 +27,7 @@ from saga.text import glimpse
 from saga.watch import outlast, start
 
 if TYPE_CHECKING:
-    from saga.alive import Late, Latecomer, LiveSaga
+    from saga.alive import Latecomer, LiveSaga
     from saga.events import AnyEvent
     from saga.held import Held
     from saga.journal import Listener
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 _LOG: Final = logging.getLogger("saga")
 _AGAIN: Final = 1.0
-"""Seconds until what came late for a saga that another coordinator holds is recorded, if that one has let go of it by then."""
+"""Seconds until what came late for a saga that another coordinator holds, or has died with, is recorded, if it is at rest by then."""
 _UNDER_WAY: Final = frozenset({StageState.RUNNING, StageState.COMPENSATING})
 
 
@@ -219,11 +220,9 @@ class Amendments:
                 if not is_busy(one.event.stage):
                     for event in _own_news(state, one):
                         yield event
-                elif self._held.sagas[saga_id] is not None:
+                else:
                     # What it comes to first is not known yet.
                     self._late.setdefault(saga_id, []).append(one)
-                else:
-                    _tell_of_loss(saga_id, [one])
                 continue
             child = SagaState(await events_of(self._ledger, one.saga_id))
             heard_of = heard(state, child, await report_with_children(self._ledger, child, {}))
@@ -248,32 +247,46 @@ class Amendments:
             return
         late = self._late.pop(saga_id, [])
         above: list[tuple[str, str]] = []
+        waiting: list[Late | _Within] = []
 
         async def added(state: SagaState) -> list[AnyEvent]:
-            events = await self._added(state, late)
+            waiting[:] = [one for one in late if _is_under_way(state, one)]
+            events = await self._added(state, [one for one in late if one not in waiting])
             if events:
                 above.extend(await run_by(self._ledger, state))
             return events
 
         try:
-            await self._amend(saga_id, added)
+            if is_told:
+                # Whoever is to recover it is not kept from its lease.
+                state = SagaState(await events_of(self._ledger, saga_id))
+                waiting = [one for one in late if _is_under_way(state, one)]
+            if not waiting:
+                await self._amend(saga_id, added)
         except LedgerConflict as conflict:
             if conflict.is_missing:
                 _tell_of_loss(saga_id, late, conflict)
                 return
-            # Another coordinator goes on with it, or has died with it, and knows nothing of this. No task waits: it would keep asyncio.run.
-            self._late[saga_id] = [*late, *self._late.get(saga_id, ())]
-            if not is_told:
-                _tell_of_delay(saga_id, late, conflict)
-            asyncio.get_running_loop().call_later(_AGAIN, partial(self.record_late, saga_id, is_told=True))
+            # Another coordinator goes on with it, or has died with it, and knows nothing of this.
+            self._wait(saga_id, late, conflict, is_told=is_told)
             return
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whatever a ledger's driver raises
             _tell_of_loss(saga_id, late, error)
             return
+        if waiting:
+            # The process that went on with it has died, and what its stage comes to first is for whoever recovers it to find out.
+            self._wait(saga_id, waiting, "it broke off; recover it", is_told=is_told)
         for parent, _ in above[-1:]:
             # What runs it may have been done with it: it hears of it now, or when it comes to rest.
             self._late.setdefault(parent, []).append(_Within(saga_id))
             await self._record_late(parent)
+
+    def _wait(self, saga_id: str, late: Sequence[Late | _Within], why: object, *, is_told: bool) -> None:
+        """Try again after a while; no task waits: it would keep asyncio.run."""
+        self._late[saga_id] = [*late, *self._late.get(saga_id, ())]
+        if not is_told:
+            _tell_of_delay(saga_id, late, why)
+        asyncio.get_running_loop().call_later(_AGAIN, partial(self.record_late, saga_id, is_told=True))
 
     async def _added(self, state: SagaState, late: Sequence[Late | _Within]) -> list[AnyEvent]:
         """What came late and tells a saga that nobody runs something new, and where it stands then."""
@@ -308,6 +321,11 @@ class _Within(NamedTuple):
     """
 
     saga_id: str
+
+
+def _is_under_way(state: SagaState, late: Late | _Within) -> bool:
+    """Whether the stage that something came late of was started, or begun to be undone, once more, and is not known to have ended."""
+    return isinstance(late, Late) and state.stages[late.event.stage].state in _UNDER_WAY
 
 
 def _own_news(state: SagaState, late: Late) -> Iterator[Latecomer | StageProbed]:
@@ -363,9 +381,9 @@ def _tell_of_loss(saga_id: str, late: Sequence[Late | _Within], error: BaseExcep
     _LOG.error(message, saga_id, _named(late), exc_info=error)
 
 
-def _tell_of_delay(saga_id: str, late: Sequence[Late | _Within], conflict: LedgerConflict) -> None:
+def _tell_of_delay(saga_id: str, late: Sequence[Late | _Within], why: object) -> None:
     message = "saga %s: what came late (%s) waits to be recorded: %s. If this process ends first, look at its stages in the outside world"
-    _LOG.warning(message, saga_id, _named(late), conflict)
+    _LOG.warning(message, saga_id, _named(late), why)
 
 
 def _named(late: Sequence[Late | _Within]) -> str:

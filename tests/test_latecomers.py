@@ -41,6 +41,7 @@ from saga.events import (
     SagaEnded,
     SagaTurnedBack,
     StageCompleted,
+    StageFailed,
     StageProbed,
     StageSettled,
     StageStarted,
@@ -2506,6 +2507,49 @@ def runs_again(event: Any) -> bool:
     return isinstance(event, StageStarted) and (event.attempt, event.execution) != (1, 1)
 
 
+class ThenRefused(DeafByKey):
+    """It is deaf at first; each other attempt is refused."""
+
+    async def execute(self, ctx: SagaContext) -> Any:
+        if ctx.attempt > 1:
+            raise OSError("refused")
+        await super().execute(ctx)
+
+
+@pytest.mark.parametrize("is_recovered_here", [True, False])
+def test_what_comes_late_of_a_stage_that_a_dead_process_was_running_again_waits_until_that_is_recovered(
+    is_recovered_here: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody knew yet what the stage had come to first, and what came late was lost to the log."""
+    world = World({})
+    ledger = BreaksAt(lambda event: isinstance(event, StageFailed) and event.failure.attempt > 1)
+
+    async def main() -> list[SagaReport]:
+        stage = ThenRefused(world)
+        pipeline = Pipeline(name="trip").with_stage("deaf", stage)
+        coordinator = SagaCoordinator(PROMPT.model_copy(update={"on_failure": "halt"}), ledger=ledger)
+        await coordinator.run(pipeline, saga_id="s")
+        await coordinator.settle("s", "deaf", "retry", "try")
+        with pytest.raises(LedgerError):
+            await coordinator.resume("s", pipeline)
+        stage.released.set()
+        await settled_down()
+        await elapse(60)
+        broken = await coordinator.report("s")
+        await (coordinator if is_recovered_here else SagaCoordinator(ledger=ledger)).recover(pipeline)
+        await elapse(2)
+        return [broken, await coordinator.report("s"), await coordinator.compensate("s", pipeline)]
+
+    broken, recovered, undone = run(main())
+
+    assert broken.status is SagaStatus.RUNNING
+    assert recovered.stages["deaf"].state is S.KEPT
+    assert undone.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+    (told,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING and "late" in record.getMessage()]
+    assert "waits to be recorded: it broke off; recover it" in told
+
+
 class DeafPivot(PivotStage):
     """Completes once it is released, against the word of its probe."""
 
@@ -2600,10 +2644,12 @@ def test_what_comes_late_and_breaks_its_saga_off_is_recorded_when_the_ledger_is_
     assert world.standing == {}
 
 
-def test_what_comes_late_in_a_saga_that_broke_off_while_its_stage_ran_again_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_comes_late_in_a_saga_that_broke_off_while_its_stage_ran_in_another_execution_waits_until_that_is_recovered(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     world = World({"deaf": ()})
 
-    async def main() -> SagaReport:
+    async def main() -> list[SagaReport]:
         stage = Again(world)
         pipeline = Pipeline(name="trip").with_stage("deaf", stage)
         ledger = BreaksAt(lambda event: isinstance(event, StageCompleted) and not event.late)
@@ -2613,12 +2659,16 @@ def test_what_comes_late_in_a_saga_that_broke_off_while_its_stage_ran_again_is_t
             await coordinator.resume("s", pipeline, forward=True)
         stage.released.set()
         await settled_down()
-        return await coordinator.report("s")
+        broken = await coordinator.report("s")
+        return [broken, (await coordinator.recover(pipeline)).reports["s"]]
 
-    report = run(main())
+    broken, recovered = run(main())
 
-    assert report.stages["deaf"].state is S.RUNNING
-    assert lost(caplog) == [(LOSS, None)]
+    assert broken.stages["deaf"].state is S.RUNNING
+    assert recovered.status is SagaStatus.STUCK
+    assert [*recovered.in_doubt] == ["deaf"]
+    assert recovered.failures[-1].kind is FailureKind.LATE
+    assert lost(caplog) == []
 
 
 def test_what_comes_late_of_a_plain_stage_that_has_cancelled_since_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
