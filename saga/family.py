@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from saga.blueprint import Blueprint
 from saga.compensable import execution_key, execution_of
 from saga.errors import LedgerCorrupt, MisuseError, SagaNotFound
-from saga.events import SagaEnded, SagaResumed, SagaStarted, SagaStatus, SagaTurnedBack, StageProbed, StageSettled, TurnReason, Verdict
+from saga.events import (
+    SagaEnded,
+    SagaResumed,
+    SagaStarted,
+    SagaStatus,
+    SagaTurnedBack,
+    StageProbed,
+    StageSettled,
+    StageStarted,
+    TurnReason,
+    Verdict,
+)
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.ledger import MemoryLedger, StageState, answering, is_name, listed, recorded
@@ -86,7 +97,8 @@ async def _told(ledger: Ledger, saga_id: str) -> _Told:
     news: list[StageProbed | StageSettled] = []
     for child in children if state.ended_at is not None else ():
         stage, at = str(child.report.parent_stage), child.late_at
-        if at is None or _has_heard(events, stage, at) or (event := heard(state, child.state, child.report)) is None:
+        execution = execution_of(child.report.saga_id, saga_id, stage)
+        if at is None or _has_heard(events, stage, execution, at) or (event := heard(state, child.state, child.report)) is None:
             continue
         news.append(_told_at(event, at))
         state.apply(news[-1])
@@ -259,14 +271,30 @@ async def unheard(ledger: Ledger, saga_id: str, events: Sequence[AnyEvent]) -> l
             at = _came_late_at(child, await recorded(ledger, child))
         except LedgerCorrupt:
             continue  # whoever asks for the report is told
-        if at is not None and not _has_heard(events, stage, at):
+        if at is not None and not _has_heard(events, stage, execution_of(child, saga_id, stage), at):
             found.append(child)
     return found
 
 
-def _has_heard(events: Sequence[AnyEvent], stage: str, at: datetime) -> bool:
-    """Whether a saga has heard since of what came late in one that its stage ran."""
-    return any(isinstance(event, StageProbed | StageSettled) and event.stage == stage and event.at >= at for event in events)
+def _has_heard(events: Sequence[AnyEvent], stage: str, execution: int, at: datetime) -> bool:
+    """Whether a saga has heard since of what came late in one that an execution of its stage ran."""
+    now = 1
+    for event in events:
+        if isinstance(event, StageStarted) and event.stage == stage:
+            now = event.execution
+        if not isinstance(event, StageProbed | StageSettled) or event.stage != stage or event.at < at:
+            continue
+        # Another execution finds nothing of this one by itself: a person is asked for a word, or has said it.
+        if now == execution or _is_for_all(event):
+            return True
+    return False
+
+
+def _is_for_all(event: StageProbed | StageSettled) -> bool:
+    """Whether a person is asked, or has said, what stands of a stage, whichever execution of it that is of."""
+    if isinstance(event, StageSettled):
+        return event.verdict is not Verdict.RETRY
+    return event.failure is not None and event.failure.kind is FailureKind.LATE
 
 
 def _told_at(event: StageProbed | StageSettled, at: datetime) -> StageProbed | StageSettled:

@@ -2003,6 +2003,37 @@ def test_a_retry_within_a_child_of_an_execution_before_is_refused_where_nothing_
     assert world.standing == {"s/child/deaf": 1, "s/child~2/deaf": 1}
 
 
+def test_to_hear_of_a_saga_of_one_execution_is_not_to_have_heard_of_that_of_another() -> None:
+    """Promise 5: what had come late in the first one, whose process died before that was told, stood, and there was nothing to settle."""
+    world = World({})
+    ledger = StopsAtWord()
+
+    async def main() -> tuple[SagaReport, SagaReport]:
+        first, second = DeafByKey(world), DeafByKey(world)
+        trip, again = nested_in(first, "child"), nested_in(second, "child")
+        coordinator = SagaCoordinator(ledger=ledger)
+        await coordinator.run(trip, saga_id="s")
+        await coordinator.settle("s", "child/deaf", "undone", "not in their books")
+        await coordinator.resume("s", trip)
+        await coordinator.resume("s", again, forward=True)
+        ledger.stage = "child"
+        first.released.set()
+        await settled_down()
+        assert ledger.has_stopped()
+        second.released.set()
+        await settled_down()
+        late = await coordinator.report("s")
+        return late, await SagaCoordinator(ledger=ledger).resume("s", again)
+
+    late, resumed = run(main())
+
+    assert world.standing == {"s/child/deaf": 1, "s/child~2/deaf": 1}
+    for report in (late, resumed):
+        assert report.status is SagaStatus.STUCK
+        assert FailureKind.LATE in {failure.kind for failure in report.failures}
+        assert {*report.in_doubt} >= {"child", "child/deaf"}
+
+
 def test_no_saga_is_compensated_while_something_of_an_execution_before_is_stuck() -> None:
     """Promise 5: its own stages were undone, and what had come late in the first saga of one of them stood."""
 
