@@ -464,12 +464,12 @@ class Forward(Stages, Employer):
         record, output = run.record, outcome.output
         if output is None or output.status not in {_STATUS.SKIP, _STATUS.CANCEL}:
             return outcome
-        if run.node.can_probe and any(earlier.failed in _SAID_NOTHING for earlier in record.tries[:-1]):
+        if run.node.can_probe and any(earlier.failed in _SAID_NOTHING for earlier in record.tries):
             # They are taken at their word where nothing else is known; where it can be asked, it is asked before the word counts.
             landed = await ask(self._saga, run.name, stop=self._interrupted)
             if landed is not None:
                 return _Outcome(output=landed, failure=outcome.failure)
-        if output.status is not _STATUS.SKIP or outcome.failure is not None:
+        if output.status is not _STATUS.SKIP:
             return outcome
         left_within = await self._saga.left_within(run.name)
         if record.effects or record.doubt or left_within:
