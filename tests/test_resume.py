@@ -28,6 +28,7 @@ from saga import (
     MisuseError,
     PivotStage,
     Policy,
+    PolicyInvalid,
     Retry,
     SagaContext,
     SagaCoordinator,
@@ -199,6 +200,28 @@ def test_a_changed_policy_is_taken_and_recorded() -> None:
     (resumed,) = [event for event in run(coordinator.ledger.read("s")) if isinstance(event, SagaResumed)]
     assert (resumed.forward, resumed.policy, resumed.by) == (True, patient, "ann")
     assert world.log == ["+a", "+b", "+c"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (ContinueWithFallback(fallbacks={"cc": {}}), "expected fallbacks for stages of pipeline 'scene' .a, b, c., got 'cc'"),
+        ("fast", "expected a FailFast or a ContinueWithFallback policy, got 'fast'"),
+    ],
+    ids=["for another pipeline", "none"],
+)
+def test_a_changed_policy_that_is_none_for_its_pipeline_is_refused_and_nothing_runs(policy: Any, message: str) -> None:
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise", then=("ok",))})
+    coordinator, _ = first_run(pipeline)
+    before = run(coordinator.ledger.read("s"))
+
+    with pytest.raises(PolicyInvalid, match=message):
+        run(coordinator.resume("s", pipeline, policy=policy))
+
+    assert run(coordinator.ledger.read("s")) == before
+    assert world.log == ["+a", "+b"]
+    assert holders(coordinator) == {None}
+    assert run(coordinator.resume("s", pipeline)).status is SagaStatus.COMPLETED
 
 
 def test_a_graph_that_changed_is_refused_with_the_difference_and_nothing_runs() -> None:
@@ -974,10 +997,11 @@ def test_a_pivot_that_lost_its_process_is_asked_run_again_or_in_doubt(kind: Any,
     assert (set(report.in_doubt), set(report.blocked)) == (({"b"}, {"a"}) if status is SagaStatus.STUCK else (set(), set()))
 
 
-def test_a_stage_with_attempts_left_uses_them_after_its_process_died() -> None:
+@pytest.mark.parametrize("retry", [Retry(attempts=2), Retry(attempts=2, wait=0, max_elapsed=0.5)], ids=["attempts", "and time"])
+def test_a_stage_with_attempts_left_uses_them_after_its_process_died(retry: Retry) -> None:
     world, pipeline = scene(SEQUENCE)
     ledger = Dying(3)
-    policy = FailFast(retry=Retry(attempts=2))
+    policy = FailFast(retry=retry)
 
     with pytest.raises(Exception, match="killed"):
         run(SagaCoordinator(policy, ledger=ledger).run(pipeline, saga_id="s"))
