@@ -408,6 +408,7 @@ def test_what_a_plain_stage_records_without_await_fails_it(then: str) -> None:
     report = run(SagaCoordinator().run(staged(("a", forgets))))
 
     assert report.cause is not None
+    assert (report.cause.stage, report.cause.attempt) == ("a", 1)
     expected = "no line" if then == "raises" else "expected ctx.record only in a stage with a compensation"
     assert report.cause.message.startswith(expected)
 

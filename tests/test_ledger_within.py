@@ -30,7 +30,7 @@ from saga import (
 from saga.events import AnyEvent, CompensationStarted, SagaEnded, SagaStarted, SagaTurnedBack, StageCompleted, StageSettled, StageStarted
 from saga.ledger import Entry
 from saga.ledgers.sqlite import SQLiteLedger
-from tests.controlled import run
+from tests.controlled import elapse, run
 from tests.world import Script, World, nothing, scene
 
 IMPATIENT = FailFast(compensation=Compensation(retry=Retry(attempts=1)))
@@ -111,6 +111,40 @@ def test_when_the_ledger_fails_the_error_names_what_is_unknown_within() -> None:
     assert failed.value.in_effect == ("flight", "hotel/deposit")
     assert failed.value.unknown == ("hotel", "hotel/room")
     assert world.standing.keys() == {"flight", "deposit", "room"}
+
+
+def test_when_the_ledger_fails_two_sagas_of_a_stage_the_error_tells_of_the_first() -> None:
+    """Promise 9. The stage asks for both at once, and waits until both have failed."""
+
+    class Breaking(MemoryLedger):
+        async def append(self, saga_id: str, events: Any, **how: Any) -> None:
+            if saga_id != "s" and isinstance(events[-1], SagaEnded):
+                raise LedgerError(f"no room for {events[-1].status} {saga_id}")
+            await super().append(saga_id, events, **how)
+
+    caught: list[BaseException | SagaReport] = []
+    turn = asyncio.Event()
+
+    async def goes_first(_: SagaContext) -> None:
+        turn.set()
+
+    async def goes_second(_: SagaContext) -> None:
+        await turn.wait()
+        await elapse(1.0)
+
+    async def book(ctx: SagaContext) -> None:
+        hotel = Pipeline(name="hotel").with_stage("room", compensable(goes_first, nothing))
+        car = Pipeline(name="car").with_stage("car", compensable(goes_second, nothing))
+        caught.extend(await asyncio.gather(ctx.run_saga(car), ctx.run_saga(hotel), return_exceptions=True))
+
+    with pytest.raises(SagaUnrecorded) as failed:
+        run(SagaCoordinator(ledger=Breaking()).run(Pipeline().with_stage("book", compensable(book, nothing)), saga_id="s"))
+
+    of_car, of_hotel = caught
+    assert isinstance(of_car, SagaUnrecorded)
+    assert isinstance(of_hotel, SagaUnrecorded)
+    assert failed.value.__cause__ is of_hotel
+    assert failed.value.in_effect == ("book/room",)
 
 
 def test_when_the_ledger_can_not_note_that_an_undo_starts_the_effect_is_known_to_stand() -> None:

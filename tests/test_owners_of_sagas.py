@@ -13,7 +13,7 @@ from typing import Any
 
 import anyio
 import pytest
-from stageflow.api import Pipeline
+from stageflow.api import Pipeline, PipelineContext
 
 from saga import (
     CompensableStage,
@@ -44,7 +44,7 @@ from saga.watch import this_task
 from tests.controlled import ControlledLoop, elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk, SlowLedger
-from tests.world import SEQUENCE, Script, nothing, scene
+from tests.world import SEQUENCE, Script, hooked, nothing, scene
 
 
 class Leased(MemoryLedger):
@@ -155,20 +155,21 @@ def test_a_saga_that_ends_while_its_owner_says_that_it_is_alive_alarms_nobody(ca
     assert not caplog.records
 
 
-def abandoned(coordinator: SagaCoordinator, pipeline: Pipeline, after: float) -> None:
+def abandoned(coordinator: SagaCoordinator, pipeline: Pipeline, after: float, context: PipelineContext | None = None) -> None:
     """A saga whose event loop is closed in its midst: as by who gives up on run_until_complete, and whose program runs on."""
     loop = ControlledLoop()
-    caller = loop.create_task(coordinator.run(pipeline, saga_id="s"))
+    caller = loop.create_task(coordinator.run(pipeline, context, saga_id="s"))
     loop.run_until_complete(elapse(after))
     loop.close()
     caller.set_name("abandoned")
 
 
+@pytest.mark.parametrize("context", [None, hooked()], ids=["by itself", "by stageflow"])
 @pytest.mark.parametrize("kind", [MemoryLedger, Leased])
-def test_a_saga_whose_event_loop_was_closed_is_gone_on_with_where_it_ran(kind: type[MemoryLedger]) -> None:
+def test_a_saga_whose_event_loop_was_closed_is_gone_on_with_where_it_ran(kind: type[MemoryLedger], context: PipelineContext | None) -> None:
     world, pipeline = scene(SEQUENCE, {"b": Script(before=10.0)}, dict.fromkeys(SEQUENCE, "probed"))
     coordinator = SagaCoordinator(ledger=kind())
-    abandoned(coordinator, pipeline, 5.0)
+    abandoned(coordinator, pipeline, 5.0, context)
 
     async def play() -> Recovery:
         recovering = asyncio.create_task(coordinator.recover([pipeline]))
