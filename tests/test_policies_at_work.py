@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from stageflow.api import Pipeline, StageCancellationRequested, StageOutput
+from stageflow.api import Pipeline, StageCancellationRequested, StageOutput, StageStatus
 
 from saga import (
     CompensableStage,
@@ -23,10 +23,11 @@ from saga import (
     SagaReport,
     SagaStatus,
     StageState,
+    compensable,
 )
 from saga.events import CompensationFailed
 from tests.controlled import elapse, run
-from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, Scripted, World, scene
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, Scripted, World, nothing, scene
 
 THREE = Retry(attempts=3, wait=1, jitter=False)
 
@@ -408,6 +409,23 @@ def test_the_deadline_of_the_backward_run_starts_no_further_compensation() -> No
     assert set(world.standing) == {"a"}
 
 
+@pytest.mark.parametrize("stops", ["deadline", "halt"])
+@pytest.mark.parametrize("lands", [True, False])
+def test_what_the_backward_run_did_not_get_to_is_asked_for_all_the_same(stops: str, lands: bool) -> None:
+    """To know is free; and what is known not to have landed leaves nothing for a person to settle."""
+    scripts = {"a": Script("raise", before=1, lands=lands), "b": Script(undo_takes=20, undo_fails=9 if stops == "halt" else 0)}
+    world, pipeline = scene({"a": (), "b": ()}, scripts, {"a": "probed"})
+    one_by_one = Compensation(max_concurrency=1, deadline=10) if stops == "deadline" else Compensation(max_concurrency=1, on_failure="halt")
+
+    report = run(SagaCoordinator(FailFast(compensation=one_by_one)).run(pipeline))
+
+    assert world.refusals == []
+    assert set(world.standing) == {*(["a"] if lands else []), *(["b"] if stops == "halt" else [])}
+    assert report.status is (SagaStatus.STUCK if world.standing else SagaStatus.COMPENSATED)
+    assert report.stages["a"].state is (StageState.BLOCKED if lands else StageState.FAILED)
+    assert report.stages["a"].output == (StageOutput.ok(stage="a", probed=True) if lands else None)
+
+
 def test_the_deadline_of_the_backward_run_ends_the_retries() -> None:
     script = Script(undo_fails=99)
     _, pipeline = scene(SEQUENCE, {"b": script, "c": Script("raise")})
@@ -527,6 +545,28 @@ def test_a_stage_that_raises_stageflows_cancel_has_cancelled_the_saga_and_says_w
     assert report.cause is not None
     assert (report.cause.stage, report.cause.kind, report.cause.message) == ("check", FailureKind.CANCELLED, "no visa")
     assert world.standing.keys() == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        (StageOutput.cancel(data={}), (FailureKind.CANCELLED, "cancel", "no reason given")),
+        (StageOutput(status=StageStatus.FAIL), (FailureKind.REPORTED, "fail", "no error given")),
+        (StageOutput.retry("busy"), (FailureKind.CONTRACT, "retry", "it asked for a retry and no attempt is left: busy")),
+    ],
+    ids=["cancel", "fail", "retry"],
+)
+def test_what_a_stage_returns_in_place_of_an_output_is_told_in_full(output: StageOutput, told: tuple[FailureKind, str, str]) -> None:
+    async def second_thoughts(ctx: SagaContext) -> StageOutput:
+        return output if ctx.attempt == 2 else StageOutput.retry("not yet")
+
+    pipeline = Pipeline().with_stage("check", compensable(second_thoughts, nothing, retry=Retry(attempts=2, wait=0)))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    cause = report.cause
+    assert cause is not None
+    assert (cause.stage, cause.attempt, cause.kind, cause.type, cause.message) == ("check", 2, *told)
 
 
 def test_a_cancel_outweighed_by_a_failure_during_the_drain_compensates() -> None:
