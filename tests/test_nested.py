@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -1319,6 +1320,27 @@ def test_a_stage_that_fails_stops_none_of_the_sagas_that_others_run() -> None:
     assert world.log == ["+room", "+room", "-room"]
 
 
+def test_a_stage_that_completes_stops_none_of_the_sagas_that_it_has_left_running() -> None:
+    world, room = scene({"a": (), "b": ("a",)}, {"a": Script(before=5)})
+    begun: list[asyncio.Task[SagaReport]] = []
+
+    async def book(ctx: SagaContext) -> None:
+        begun.append(asyncio.create_task(ctx.run_saga(room)))
+        await elapse(1)
+
+    async def takes_long(_: SagaContext) -> None:
+        await elapse(10)
+
+    trip = Pipeline(name="trip").with_stage("book", compensable(book, undo_each([room])))
+    trip = trip.with_stage("pay", compensable(takes_long, nothing), dependencies=("book",))
+
+    report = run(SagaCoordinator().run(trip, saga_id="s"))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert begun[0].result().status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "+b"]
+
+
 class SlowToRead(MemoryLedger):
     """Looks long for a saga that is about to begin."""
 
@@ -1773,6 +1795,29 @@ def test_on_the_way_back_a_child_that_lost_its_process_comes_to_rest_by_itself_a
     assert report.stages["child"].state is StageState.FAILED
     assert {failure.kind for failure in report.failures} == {FailureKind.CRASHED, FailureKind.INTERRUPTED}
     assert child_world.standing == {}
+
+
+def test_killed_at_any_event_a_saga_that_halts_lets_its_children_come_to_rest() -> None:
+    """As it would have if its process had lived: what had stopped it stops what it goes back to only to ask."""
+    halted = 0
+    for killed_after in range(20):
+        child_world, child = scene(SEQUENCE, {"b": Script(before=5)}, dict.fromkeys("abc", "probed"))
+        _, parent = scene({"aside": ()}, {"aside": Script("raise", before=1)})
+        parent = parent.with_stage("child", nested(child))
+        ledger = Dying(killed_after)
+        with contextlib.suppress(LedgerError):
+            run(SagaCoordinator(FailFast(on_failure="halt"), ledger=ledger).run(parent, saga_id="s"))
+        ledger.left = 10_000
+        ledger.forget_owners()
+
+        report = run(SagaCoordinator(ledger=ledger).resume("s", parent))
+
+        assert all(entry.status is not SagaStatus.RUNNING for entry in run(ledger.list())), killed_after
+        if report.stages["child"].state is StageState.FAILED:
+            halted += 1
+            assert report.status is SagaStatus.HALTED
+            assert child_world.standing == {}
+    assert halted
 
 
 def test_a_probe_that_finds_a_child_stuck_says_which_and_why() -> None:
