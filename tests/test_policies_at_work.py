@@ -345,8 +345,10 @@ def test_an_output_whose_data_is_no_dict_breaks_the_contract(value: object) -> N
 
     report = run(SagaCoordinator().run(Pipeline().with_stage("odd", odd, "work")))
 
-    assert report.cause is not None
-    assert report.cause.kind is FailureKind.CONTRACT
+    cause = report.cause
+    assert cause is not None
+    assert (cause.stage, cause.kind, cause.type, cause.attempt) == ("odd", FailureKind.CONTRACT, type(value).__name__, 1)
+    assert cause.message == f"expected a StageOutput with a dict as data, a dict or None, got StageOutput(data={value!r})"
 
 
 def test_a_stage_has_its_own_retry_and_timeout() -> None:

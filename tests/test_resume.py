@@ -199,6 +199,7 @@ def test_a_changed_policy_is_taken_and_recorded() -> None:
     assert report.status is SagaStatus.COMPLETED
     (resumed,) = [event for event in run(coordinator.ledger.read("s")) if isinstance(event, SagaResumed)]
     assert (resumed.forward, resumed.policy, resumed.by) == (True, patient, "ann")
+    assert resumed.graph is None  # as before
     assert world.log == ["+a", "+b", "+c"]
 
 
