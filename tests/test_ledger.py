@@ -408,7 +408,7 @@ def test_a_stage_whose_start_was_recorded_when_the_saga_stopped_does_not_run() -
     assert world.log == []
     assert report.stages["a"].state is StageState.FAILED
     assert report.stages["a"].failure is not None
-    assert report.stages["a"].failure.message == "the saga stopped before it ran"
+    assert (report.stages["a"].failure.stage, report.stages["a"].failure.message) == ("a", "the saga stopped before it ran")
     assert report.status is SagaStatus.COMPENSATED
 
 

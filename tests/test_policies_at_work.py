@@ -271,6 +271,18 @@ def test_retries_wait_as_long_as_they_say() -> None:
     assert run(timed()) == pytest.approx(10 + 30)
 
 
+def test_a_stage_is_not_attempted_after_its_longest_time() -> None:
+    # It starts at 100 s of the loop: what counts is the time since its own first attempt.
+    b = Script("raise", before=4)
+    _, pipeline = scene(SEQUENCE, {"a": Script(before=100), "b": b})
+    patient = Retry(attempts=9, wait=1, multiplier=1, jitter=False, max_elapsed=12)
+
+    report = run(SagaCoordinator(FailFast(retry=patient)).run(pipeline))
+
+    assert b.attempts == ["raise"] * 3
+    assert report.status is SagaStatus.COMPENSATED
+
+
 def test_a_stage_that_waits_for_its_retry_does_not_try_again_once_the_saga_stops() -> None:
     b = Script("raise", then=("ok",))
     _, pipeline = scene(BRANCHES, {"b": b, "c": Script("fail", before=5)})
