@@ -38,9 +38,9 @@ from saga import (
     StageState,
     nested,
 )
-from saga.events import AnyEvent
+from saga.events import AnyEvent, StageProbed
 from tests.controlled import ControlledLoop, run
-from tests.world import DIAMOND, SEQUENCE, CardDeclined, Script, World, hooked, scene
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, World, hooked, scene
 
 ROOT = Path(__file__).parent.parent
 
@@ -417,6 +417,28 @@ def test_whatever_append_is_struck_the_saga_does_not_hang_and_can_be_resumed(str
     assert left.status in ({SagaStatus.COMPENSATED} if has_ended else {SagaStatus.RUNNING, SagaStatus.COMPENSATING})
     report = run(coordinator.resume("s", pipeline))
     assert at_peace(world, report)
+
+
+def test_a_halted_saga_that_is_struck_as_it_has_asked_what_landed_has_not_ended() -> None:
+    """The answer is in its ledger, and struck is a listener: the ledger would take the end."""
+    world, pipeline = scene(BRANCHES, {"b": Script("hang", lands=True), "c": Script("hang")}, dict.fromkeys("bc", "probed"))
+    struck: list[str] = []
+
+    def strike(_: str, event: AnyEvent) -> None:
+        if isinstance(event, StageProbed) and not struck:
+            struck.append(event.stage)
+            raise KeyboardInterrupt
+
+    coordinator = SagaCoordinator(FailFast(timeout=5, on_failure="halt"), listeners=[strike])
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(coordinator.run(pipeline, saga_id="s"))
+
+    assert struck == ["b"]
+    assert run(coordinator.report("s")).status is SagaStatus.RUNNING
+    report = run(coordinator.resume("s", pipeline))
+    assert report.status is SagaStatus.HALTED
+    assert set(report.kept) == set(world.standing) == {"a", "b"}
 
 
 def test_that_many_appends_there_are_to_strike() -> None:
