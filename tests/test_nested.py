@@ -10,9 +10,10 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
-from stageflow.api import Pipeline, PipelineContext, StageOutput
+from stageflow.api import Pipeline, PipelineContext, StageArtifact, StageContext, StageOutput
 
 from saga import (
     CompensableStage,
@@ -422,6 +423,22 @@ def test_a_child_inherits_the_parents_input_but_for_what_is_given() -> None:
 
     assert sorted(seen) == [("mine", "fast", "kid"), ("other of s", "fast", "kid")]
     assert other.name == "kid"
+
+
+def test_a_child_knows_who_runs_it_and_has_none_of_what_its_parents_context_has_gathered() -> None:
+    """As in stageflow: a fork has data and artifacts of its own."""
+    seen: dict[str, tuple[Any, ...]] = {}
+    context = PipelineContext.create(pipeline_run_id=uuid4(), data={"gathered": 1}, artifacts=[StageArtifact(type="ticket", payload={})])
+
+    def look(stage: str, _kind: object, _ctx: StageContext, given: PipelineContext) -> None:
+        seen[stage] = (given.data.get("gathered"), len(given.artifacts), given.parent_run_id, given.parent_stage_id)
+
+    context.add_before_stage_start_hook(look)
+    child = Pipeline(name="kid").with_stage("inner", nothing, "work")
+
+    assert run(SagaCoordinator().run(Pipeline(name="mum").with_stage("outer", nested(child)), context)).ok
+
+    assert seen == {"outer": (1, 1, None, None), "inner": (None, 0, context.pipeline_run_id, "outer")}
 
 
 def test_a_stage_may_run_a_saga_without_nesting_it() -> None:
