@@ -16,12 +16,12 @@ from saga.compensable import CompensationContext, Host, Inputs, UndoHost, child_
 from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
 from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
-from saga.family import has_left, reports_of
 from saga.graph import Role
 from saga.inputs import no_such_field
 from saga.outputs import copied, copied_output
 from saga.storable import refuse_unstorable
 from saga.watch import is_of_signal, leave_loop, outlast, retrieved, start
+from saga.within import has_left, reports_of
 
 if TYPE_CHECKING:
     from stageflow.api import Pipeline, PipelineContext, StageContext

@@ -15,7 +15,7 @@ from saga.compensable import execution_key, is_within
 from saga.errors import LedgerConflict, LedgerCorrupt, MisuseError
 from saga.events import CompensationCompleted, EffectRecorded, SagaEnded, StageCompleted, StageProbed, StageSettled, Verdict
 from saga.failures import Failure, FailureKind
-from saga.family import below, events_of, heard, is_turned_back, located, report_of, report_with_children, run_by, run_in, unheard
+from saga.family import below, events_of, is_turned_back, located, run_by, run_in
 from saga.graph import Role
 from saga.journal import named, tell
 from saga.ledger import ALIVE, StageState, answering, recorded
@@ -25,6 +25,7 @@ from saga.resumption import is_in_question, refusal, status_at_rest
 from saga.storable import storable
 from saga.text import glimpse
 from saga.watch import outlast, start
+from saga.within import heard, report_of, report_with_children, unheard
 
 if TYPE_CHECKING:
     from saga.alive import Latecomer, LiveSaga

@@ -25,7 +25,7 @@ from saga.events import (
     StageSettled,
     Verdict,
 )
-from saga.family import events_of, is_left_alone, report_of, run_by
+from saga.family import events_of, is_left_alone, run_by
 from saga.inputs import context_of
 from saga.journal import Listener
 from saga.keeper import SagaKeeper, read, user
@@ -37,6 +37,7 @@ from saga.report import Recovery, SagaReport
 from saga.resumption import recovering, resumption, undoing
 from saga.text import shown
 from saga.watch import this_task
+from saga.within import report_of
 
 if TYPE_CHECKING:
     from stageflow import BaseInterceptor

@@ -22,7 +22,7 @@ from saga.blueprint import Blueprint
 from saga.errors import GraphChanged, LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, NotStorable, SagaExists
 from saga.events import AnyEvent, SagaEnded, SagaStarted, SagaStatus, SagaTurnedBack, TurnReason
 from saga.failures import Failure
-from saga.family import differences_from, events_of, report_of, report_with_children
+from saga.family import differences_from, events_of
 from saga.forward import Forward
 from saga.held import Held
 from saga.inputs import recorded_input, refuse_both
@@ -35,6 +35,7 @@ from saga.report import SagaReport
 from saga.resumption import Chapter, Decision, Direction, recovering, resumption, undoing
 from saga.storable import refuse_unstorable
 from saga.watch import outlast, start
+from saga.within import report_of, report_with_children
 
 if TYPE_CHECKING:
     from stageflow import BaseInterceptor

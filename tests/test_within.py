@@ -26,9 +26,9 @@ from saga.events import (
     TurnReason,
     Verdict,
 )
-from saga.family import heard
 from saga.graph import Graph, Node, Role
 from saga.recovery import SagaState
+from saga.within import heard
 
 FAILURE = Failure.of("book", FailureKind.EXCEPTION, "no")
 BACK = SagaTurnedBack(reason=TurnReason.REQUEST)
