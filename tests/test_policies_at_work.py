@@ -296,6 +296,18 @@ def test_a_stage_that_waits_for_its_retry_does_not_try_again_once_the_saga_stops
     assert [failure.stage for failure in report.failures] == ["b", "c"]
 
 
+def test_what_a_stage_returned_before_its_retry_was_called_off_is_in_the_report() -> None:
+    """Promise 4."""
+    b = Script("fail", then=("ok",))
+    _, pipeline = scene(BRANCHES, {"b": b, "c": Script("raise", before=5)})
+    only_reported = Retry(attempts=2, wait=60, wait_max=60, jitter=False, retry_on=("reported",))
+
+    report = run(SagaCoordinator(FailFast(retry=only_reported)).run(pipeline))
+
+    assert b.attempts == ["fail"]
+    assert report.stages["b"].output == StageOutput.fail("b reports", data={"partial": "b"})
+
+
 async def within(_: Any) -> StageOutput:
     return StageOutput.ok()
 
