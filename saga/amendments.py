@@ -243,10 +243,14 @@ class Amendments:
         task.add_done_callback(self._tasks.discard)
 
     async def _record_late(self, saga_id: str, *, is_told: bool = False) -> None:
-        if saga_id in self._held.sagas:
-            # Somebody goes on with it since: it is recorded when that one comes to rest.
+        if is_told and await self._has_to_wait(saga_id):
+            self._try_again(saga_id)
             return
-        late = self._late.pop(saga_id, [])
+        # Nothing is awaited from here until the saga is held: whoever goes on with it here meanwhile would know nothing of this.
+        if saga_id in self._held.sagas or saga_id not in self._late:
+            # Somebody goes on with it since: it is recorded when that one comes to rest. Or it has been.
+            return
+        late = self._late.pop(saga_id)
         above: list[tuple[str, str]] = []
         waiting: list[Late | _Within] = []
 
@@ -258,12 +262,7 @@ class Amendments:
             return events
 
         try:
-            if is_told:
-                # Whoever is to recover it is not kept from its lease.
-                state = SagaState(await events_of(self._ledger, saga_id))
-                waiting = [one for one in late if _is_under_way(state, one)]
-            if not waiting:
-                await self._amend(saga_id, added)
+            await self._amend(saga_id, added)
         except LedgerConflict as conflict:
             if conflict.is_missing:
                 _tell_of_loss(saga_id, late, conflict)
@@ -282,11 +281,23 @@ class Amendments:
             self._late.setdefault(parent, []).append(_Within(saga_id))
             await self._record_late(parent)
 
+    async def _has_to_wait(self, saga_id: str) -> bool:
+        """Whether nothing of what waits can be recorded yet; found out without the lease, which whoever is to recover the saga needs."""
+        try:
+            state = SagaState(await events_of(self._ledger, saga_id))
+        except Exception:  # noqa: BLE001 - whatever a ledger's driver raises; to record it fails as well, and is told of
+            return False
+        late = () if saga_id in self._held.sagas else self._late.get(saga_id, ())
+        return bool(late) and all(_is_under_way(state, one) for one in late)
+
     def _wait(self, saga_id: str, late: Sequence[Late | _Within], why: object, *, is_told: bool) -> None:
-        """Try again after a while; no task waits: it would keep asyncio.run."""
         self._late[saga_id] = [*late, *self._late.get(saga_id, ())]
         if not is_told:
             _tell_of_delay(saga_id, late, why)
+        self._try_again(saga_id)
+
+    def _try_again(self, saga_id: str) -> None:
+        """Record what waits after a while; no task waits: it would keep asyncio.run."""
         asyncio.get_running_loop().call_later(_AGAIN, partial(self.record_late, saga_id, is_told=True))
 
     async def _added(self, state: SagaState, late: Sequence[Late | _Within]) -> list[AnyEvent]:

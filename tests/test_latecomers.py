@@ -832,6 +832,91 @@ def test_what_comes_late_while_another_coordinator_goes_on_is_recorded_when_that
     assert "waits to be recorded: saga s is held by" in told
 
 
+class SlowlyUndone(Deaf):
+    compensate_in_doubt = True
+
+    async def execute(self, ctx: SagaContext) -> None:
+        await self._wait()
+        self.world.land("slowly")
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        self.world.begin_undo("slowly")
+        await elapse(20)
+        self.world.undo("slowly")
+        self.world.end_undo("slowly")
+
+
+def test_what_comes_late_of_one_stage_is_not_lost_while_another_that_came_late_is_under_way_elsewhere() -> None:
+    """Promise 5: when it was tried again, what waited for no stage was dropped without a word, and the saga stayed compensated."""
+    world = World({})
+
+    async def main() -> SagaReport:
+        deaf, slowly = Deaf(world), SlowlyUndone(world)
+        trip = Pipeline(name="trip").with_stage("deaf", deaf).with_stage("slowly", slowly)
+        ledger = MemoryLedger()
+        other = SagaCoordinator(ledger=ledger)
+        await SagaCoordinator(PROMPT.model_copy(update={"on_failure": "halt"}), ledger=ledger).run(trip, saga_id="s")
+        await other.settle("s", "deaf", "undone", "not in their books")
+        undoing = asyncio.create_task(other.compensate("s", trip))
+        while "slowly" not in world.undoing:
+            await elapse(1)
+        deaf.released.set()
+        slowly.released.set()
+        assert (await undoing).status is SagaStatus.COMPENSATED
+        await elapse(2)
+        return await other.report("s")
+
+    report = run(main())
+
+    assert world.standing == {"deaf": 1}
+    assert report.status is SagaStatus.STUCK
+    assert "deaf" in report.in_doubt
+
+
+class ReadsSlowly(MemoryLedger):
+    """The next one who reads waits at the gate, if there is one."""
+
+    gate: asyncio.Event | None = None
+    has_arrived = False
+
+    async def read(self, saga_id: str) -> Any:
+        if self.gate is not None and not self.has_arrived:
+            self.has_arrived = True
+            await self.gate.wait()
+        return await super().read(saga_id)
+
+
+def test_what_came_late_and_is_just_tried_again_when_somebody_here_goes_on_is_recorded_behind_that() -> None:
+    """It was told to the log as lost."""
+    world, pipeline = scene({"slow": ()}, {"slow": Script(before=5, undo_takes=20)})
+
+    async def main() -> SagaReport:
+        stage = Deaf(world)
+        ledger = ReadsSlowly()
+        trip = pipeline.with_stage("deaf", stage, dependencies=("slow",))
+        coordinator = SagaCoordinator(PROMPT.model_copy(update={"on_failure": "halt"}), ledger=ledger)
+        other = SagaCoordinator(ledger=ledger)
+        await coordinator.run(trip, saga_id="s")
+        await other.settle("s", "deaf", "undone", "not in their books")
+        await while_slow_is_undone(other.compensate("s", trip), world, stage)
+        gate = ledger.gate = asyncio.Event()
+        while not ledger.has_arrived:
+            await elapse(0.1)
+        going_on = asyncio.create_task(coordinator.resume("s", trip, forward=True))
+        await elapse(1)
+        gate.set()
+        await going_on
+        await elapse(2)
+        return await coordinator.report("s")
+
+    report = run(main())
+
+    assert world.standing["deaf"] == 2
+    assert report.status is SagaStatus.STUCK
+    assert "deaf" in report.in_doubt
+    assert report.failures[-1].kind is FailureKind.LATE
+
+
 def test_a_blocked_thread_does_not_hold_up_the_report_and_its_completion_is_recorded() -> None:
     """In real time: a thread that nobody can cancel."""
     go = threading.Event()
