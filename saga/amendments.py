@@ -263,15 +263,12 @@ class Amendments:
 
         try:
             await self._amend(saga_id, added)
-        except LedgerConflict as conflict:
-            if conflict.is_missing:
-                _tell_of_loss(saga_id, late, conflict)
-                return
-            # Another coordinator goes on with it, or has died with it, and knows nothing of this.
-            self._wait(saga_id, late, conflict, is_told=is_told)
-            return
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whatever a ledger's driver raises
-            _tell_of_loss(saga_id, late, error)
+            if isinstance(error, LedgerConflict) and not error.is_missing:
+                # Another coordinator goes on with it, or has died with it, and knows nothing of this.
+                self._wait(saga_id, late, error, is_told=is_told)
+            else:
+                _tell_of_loss(saga_id, late, error)
             return
         if waiting:
             # The process that went on with it has died, and what its stage comes to first is for whoever recovers it to find out.
