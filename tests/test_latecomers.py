@@ -832,6 +832,39 @@ def test_what_comes_late_while_another_coordinator_goes_on_is_recorded_when_that
     assert "waits to be recorded: saga s is held by" in told
 
 
+class Unreadable(MemoryLedger):
+    """Can't be read any more when it is told so."""
+
+    is_gone = False
+
+    async def read(self, saga_id: str) -> Any:
+        if self.is_gone:
+            raise OSError("the disk is gone")
+        return await super().read(saga_id)
+
+
+def test_what_came_late_and_is_tried_again_when_the_ledger_is_gone_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    world, pipeline = scene({"slow": ()}, {"slow": Script(undo_takes=20)})
+    ledger = Unreadable()
+
+    async def main() -> None:
+        stage = Deaf(world)
+        trip = pipeline.with_stage("deaf", stage, dependencies=("slow",))
+        await SagaCoordinator(PROMPT.model_copy(update={"on_failure": "halt"}), ledger=ledger).run(trip, saga_id="s")
+        other = SagaCoordinator(ledger=ledger)
+        await other.settle("s", "deaf", "undone", "not in their books")
+        await while_slow_is_undone(other.compensate("s", trip), world, stage)
+        ledger.is_gone = True
+        await elapse(2)
+
+    with caplog.at_level(logging.WARNING, "saga"):
+        run(main())
+
+    waits, lost = caplog.messages
+    assert "waits to be recorded: saga s is held by" in waits
+    assert "(StageCompleted) could not be recorded; look at its stages in the outside world" in lost
+
+
 class SlowlyUndone(Deaf):
     compensate_in_doubt = True
 
