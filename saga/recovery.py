@@ -289,6 +289,10 @@ class SagaState:
 
     def _completed_late(self, record: StageRecord, event: StageCompleted) -> None:
         record.late_output, record.late_beside = event.output, record.undo_attempts
+        if record.again and record.state is _S.STUCK and self.status is SagaStatus.RUNNING:
+            # Who goes forward need not undo it, nor put a fallback in its place.
+            self._begin(record)
+            record.state = _S.FAILED
         # Run once more it would have its effect twice, and under another key what it has done would be forgotten.
         record.again = False
         match record.state:

@@ -2656,6 +2656,49 @@ def runs_again(event: Any) -> bool:
     return isinstance(event, StageStarted) and (event.attempt, event.execution) != (1, 1)
 
 
+class StaysWithWhatItRecorded(DeafByKey):
+    """Its probe says that it did not land; what it recorded before can't be undone, and then it can't be asked, either."""
+
+    is_down = False
+
+    async def execute(self, ctx: SagaContext) -> None:
+        await ctx.record({"seat": "14A"})
+        await super().execute(ctx)
+
+    async def probe(self, _: CompensationContext) -> None:
+        if self.is_down:
+            raise OSError("no")
+
+    async def compensate(self, _: CompensationContext) -> None:
+        self.is_down = True
+        raise OSError("no")
+
+
+def test_what_was_stuck_and_comes_late_in_a_saga_that_broke_off_before_it_ran_again_is_kept_when_that_is_recovered() -> None:
+    """It was run all the same, which its ledger refused as corrupt: the saga could never be recovered."""
+    world = World({})
+
+    async def main() -> list[SagaReport]:
+        stage = StaysWithWhatItRecorded(world)
+        pipeline = Pipeline(name="trip").with_stage("deaf", stage)
+        coordinator = SagaCoordinator(PROMPT, ledger=BreaksAt(runs_again))
+        first = await coordinator.run(pipeline, saga_id="s")
+        with pytest.raises(LedgerError):
+            await coordinator.resume("s", pipeline, forward=True)
+        stage.released.set()
+        await settled_down()
+        recovery = await coordinator.recover(pipeline)
+        assert recovery.failed == {}
+        return [first, recovery.reports["s"]]
+
+    first, recovered = run(main())
+
+    assert [*first.stuck] == ["deaf"]
+    assert recovered.status is SagaStatus.COMPLETED
+    assert [*recovered.kept] == ["deaf"]
+    assert world.standing == {"s/deaf": 1}
+
+
 class ThenRefused(DeafByKey):
     """It is deaf at first; each other attempt is refused."""
 
