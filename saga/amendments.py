@@ -69,7 +69,7 @@ class Amendments:
 
         Raises:
             SagaNotFound: The ledger has no such saga.
-            MisuseError: The word can't be taken; nothing was recorded.
+            MisuseError: The word can't be taken, and was not recorded.
             LedgerConflict: Another coordinator holds the saga.
         """
         path = said.stage
@@ -391,7 +391,7 @@ def _tell_of_loss(saga_id: str, late: Sequence[Late | _Within], error: BaseExcep
 
 
 def _tell_of_delay(saga_id: str, late: Sequence[Late | _Within], why: object) -> None:
-    message = "saga %s: what came late (%s) waits to be recorded: %s. If this process ends first, look at its stages in the outside world"
+    message = "saga %s: what came late (%s) waits to be recorded: %s. If its event loop ends first, look at its stages in the outside world"
     _LOG.warning(message, saga_id, _named(late), why)
 
 
