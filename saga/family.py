@@ -104,12 +104,16 @@ async def is_turned_back(ledger: Ledger, above: Sequence[tuple[str, str]], saga_
     """
     ids = [*(parent for parent, _ in above), saga_id]
     for (parent, stage), child in zip(above, ids[1:], strict=True):
-        state = SagaState(await recorded(ledger, parent))
-        if state.status is SagaStatus.STUCK and state.reason is not None:
-            return True
-        if execution_of(child, parent, stage) != state.stages[stage].execution:
+        if turns_back(SagaState(await recorded(ledger, parent)), stage, child):
             return True
     return False
+
+
+def turns_back(state: SagaState, stage: str, child_id: str) -> bool:
+    """Whether a saga that a stage of this one ran goes forward no more, because of this one."""
+    if state.status is SagaStatus.STUCK and state.reason is not None:
+        return True
+    return execution_of(child_id, state.started.saga_id, stage) != state.stages[stage].execution
 
 
 async def is_left_alone(ledger: Ledger, state: SagaState, *, is_undone: bool) -> bool:

@@ -7,6 +7,7 @@ goes on exactly as the interrupted one would have (promise 12).
 
 from __future__ import annotations
 
+import copy
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -672,6 +673,34 @@ def stage_states(state: SagaState) -> dict[str, StageState]:
             shown = _S.BLOCKED
         states[node.name] = shown
     return states
+
+
+def verdicts_on(state: SagaState, stage: str, shown: StageState, *, is_turned_back: bool = False) -> tuple[Verdict, ...]:
+    """What a person may say of a stage; nothing where nobody's word is asked for.
+
+    Args:
+        state: Where its saga stands.
+        stage: The stage's name.
+        shown: Where it stands, as `stage_states` says.
+        is_turned_back: Whether that saga goes forward no more, though it has not turned back itself.
+    """
+    if state.ended_at is None or shown not in {_S.STUCK, _S.IN_DOUBT}:
+        return ()
+    record = state.stages[stage]
+    if record.is_held:
+        # To ask, undo or run it tells nothing of what came late.
+        return (Verdict.UNDONE, Verdict.KEPT)
+    # Going forward, a retry runs it once more, unless a fallback stands in; going backward, something has to be there to be tried.
+    goes_back = is_turned_back or state.reason is not None or record.fell_back
+    if shown is _S.IN_DOUBT and goes_back and undo_step(state.graph[stage], _asked_anew(record)) is _STEP.HOLD:
+        return (Verdict.UNDONE, Verdict.KEPT)
+    return tuple(Verdict)
+
+
+def _asked_anew(record: StageRecord) -> StageRecord:
+    asked = copy.copy(record)
+    asked.answer, asked.unanswered = None, False
+    return asked
 
 
 @dataclass(frozen=True, slots=True)

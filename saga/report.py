@@ -17,7 +17,7 @@ from saga.ledger import StageState
 from saga.outputs import Output, Plain, copied, copied_output
 from saga.quick import frozen, members
 from saga.record import StageRecord, Try
-from saga.recovery import SagaState, protected, stage_states
+from saga.recovery import SagaState, protected, stage_states, verdicts_on
 from saga.render.text import summary
 from saga.text import printable, shown
 
@@ -91,6 +91,7 @@ class StageReport:
         compensation: What became of its compensation; None if neither it nor a probe was tried.
         dependencies: The stages that it waits for.
         tries: Each attempt: its start, its end and in what way it failed.
+        verdicts: What a person may say of it; empty where nobody's word is asked for.
     """
 
     state: StageState
@@ -112,6 +113,7 @@ class StageReport:
     compensation: CompensationReport | None = None
     dependencies: tuple[str, ...] = ()
     tries: tuple[Try, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
 
     def __repr__(self) -> str:
         """Show it as any dataclass, with a stand-in for outputs and effects whose own words fail."""
@@ -151,6 +153,7 @@ class StageReport:
         dependencies: tuple[str, ...],
         children: tuple[SagaReport, ...] = (),
         unread: Mapping[str, str] | None = None,
+        verdicts: tuple[Verdict, ...] = (),
     ) -> Self:
         """Project what the events say of one stage."""
         if record.state is _S.NOT_RUN:
@@ -185,6 +188,7 @@ class StageReport:
             compensation=undo,
             dependencies=dependencies,
             tries=record.tries,
+            verdicts=verdicts,
         )
 
 
@@ -228,16 +232,26 @@ class SagaReport(BaseModel):
         children: Mapping[str, tuple[SagaReport, ...]] | None = None,
         exceptions: Mapping[Failure, BaseException] | None = None,
         unread: Mapping[str, Mapping[str, str]] | None = None,
+        *,
+        is_turned_back: bool = False,
     ) -> Self:
         """Project a saga's state and the reports of the sagas that its stages ran, with their exceptions, which no ledger keeps.
 
-        Those that can't be read are left out of it, and told by stage and by id, with what the ledger says.
+        Those that can't be read are left out of it, and told by stage and by id, with what the ledger says. A saga that has not turned back
+        may be below one that has, and goes forward no more.
         """
         children, unread = children or {}, unread or {}
         undone = sorted([(record.undo_order, name) for name, record in state.stages.items() if record.undo_order >= 0])
         shown = stage_states(state)
         stages = {
-            name: StageReport.of(state.stages[name], shown[name], state.graph[name].dependencies, children.get(name, ()), unread.get(name))
+            name: StageReport.of(
+                state.stages[name],
+                shown[name],
+                state.graph[name].dependencies,
+                children.get(name, ()),
+                unread.get(name),
+                verdicts_on(state, name, shown[name], is_turned_back=is_turned_back),
+            )
             for name in state.graph.names
         }
         return cls(

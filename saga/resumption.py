@@ -5,7 +5,6 @@ A crash is no second code path: what the dead process left open is recorded as f
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -26,8 +25,7 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Graph, Role
 from saga.ledger import StageState
 from saga.policies import ContinueWithFallback, Policy
-from saga.record import StageRecord, Step, undo_step
-from saga.recovery import Rollback, SagaState, final_status, stage_states, status_of_cancelled, stopping
+from saga.recovery import Rollback, SagaState, final_status, stage_states, status_of_cancelled, stopping, verdicts_on
 
 _S = StageState
 
@@ -234,7 +232,7 @@ def refusal(state: SagaState, said: StageSettled, *, is_turned_back: bool = Fals
         said: The word.
         is_turned_back: Whether that saga goes forward no more, though it has not turned back itself.
     """
-    record, node = state.stages[said.stage], state.graph[said.stage]
+    record = state.stages[said.stage]
     if said.output is not None and said.verdict is not Verdict.KEPT:
         return MisuseError("an output only of what is kept", got=f"one with {said.verdict}", stage=said.stage)
     if state.ended_at is None:
@@ -245,31 +243,17 @@ def refusal(state: SagaState, said: StageSettled, *, is_turned_back: bool = Fals
             hint="If its process is gone, go on with it first: saga recover, or coordinator.recover(pipelines).",
         )
     shown = stage_states(state)[said.stage]
-    if not is_in_question(state, said.stage):
+    verdicts = verdicts_on(state, said.stage, shown, is_turned_back=is_turned_back)
+    if not verdicts:
         return MisuseError("a stage that is stuck or in doubt", got=f"one that is {shown.value}", stage=said.stage)
     # Of one of which something came late, what is kept may be what that gave.
     has_its_own = record.landed and record.output is not None and not record.is_held
     if said.output is not None and (has_its_own or record.fell_back):
         own = "its fallback's" if record.fell_back else "its own"
         return MisuseError("an output only of a stage that gave none", got=f"one beside {own}", stage=said.stage)
-    if said.verdict is Verdict.RETRY and record.is_held:
-        return MisuseError(
-            "undone or kept", got="retry", stage=said.stage, hint="Something of it came late: to ask, undo or run it tells nothing of that."
-        )
-    # Going forward, a retry runs it once more, unless a fallback stands in; going backward, something has to be there to be tried.
-    if (
-        said.verdict is Verdict.RETRY
-        and shown is StageState.IN_DOUBT
-        and (is_turned_back or state.reason is not None or record.fell_back)
-        and undo_step(node, _asked_anew(record)) is Step.HOLD
-    ):
-        return MisuseError(
-            "undone or kept", got="retry", stage=said.stage, hint="It has neither a probe nor a compensation that copes with doubt."
-        )
+    if said.verdict not in verdicts:
+        hint = "It has neither a probe nor a compensation that copes with doubt."
+        if record.is_held:
+            hint = "Something of it came late: to ask, undo or run it tells nothing of that."
+        return MisuseError(" or ".join(verdicts), got=said.verdict, stage=said.stage, hint=hint)
     return None
-
-
-def _asked_anew(record: StageRecord) -> StageRecord:
-    asked = copy.copy(record)
-    asked.answer, asked.unanswered = None, False
-    return asked

@@ -11,7 +11,7 @@ from saga.compensable import execution_key, execution_of
 from saga.errors import LedgerCorrupt, SagaNotFound
 from saga.events import SagaEnded, SagaResumed, SagaTurnedBack, StageProbed, StageSettled, StageStarted, TurnReason, Verdict
 from saga.failures import Failure, FailureKind
-from saga.family import events_of, run_in, run_within
+from saga.family import events_of, is_turned_back, run_by, run_in, run_within, turns_back
 from saga.graph import Role
 from saga.ledger import StageState
 from saga.record import Step, undo_step
@@ -40,7 +40,7 @@ async def report_of(ledger: Ledger, saga_id: str) -> SagaReport:
 
 async def report_with_children(ledger: Ledger, state: SagaState, exceptions: Mapping[Failure, BaseException]) -> SagaReport:
     """The report of a saga of which somebody has the state, with those that its stages run; it also tells which of them can't be read."""
-    return _report(state, *await _within(ledger, state.started.saga_id), exceptions)
+    return _report(state, *await _within(ledger, state.started.saga_id, state), exceptions)
 
 
 class _Told(NamedTuple):
@@ -57,10 +57,13 @@ class _Told(NamedTuple):
     late_at: datetime | None
 
 
-async def _told(ledger: Ledger, saga_id: str) -> _Told:
+async def _told(ledger: Ledger, saga_id: str, *, goes_on: bool | None = None) -> _Told:
+    """A saga; None: whether those above it let it go forward is yet to be found out."""
     events = [*await events_of(ledger, saga_id)]
     state = SagaState(events)
-    children, unread = await _within(ledger, saga_id)
+    if goes_on is None:
+        goes_on = not await is_turned_back(ledger, await run_by(ledger, state), saga_id)
+    children, unread = await _within(ledger, saga_id, state if goes_on else None)
     news: list[StageProbed | StageSettled] = []
     for child in children if state.ended_at is not None else ():
         at = _unheard_since(events, child)
@@ -69,16 +72,20 @@ async def _told(ledger: Ledger, saga_id: str) -> _Told:
             state.apply(news[-1])
     if news:
         state.apply(SagaEnded(status=status_at_rest(state), at=max(event.at for event in news)))
-    return _Told(state, _report(state, children, unread), _came_late_at(saga_id, [*events, *news]))
+    report = _report(state, children, unread, goes_on=goes_on)
+    return _Told(state, report, _came_late_at(saga_id, [*events, *news]))
 
 
-async def _within(ledger: Ledger, saga_id: str) -> tuple[list[_Told], dict[str, dict[str, str]]]:
-    """The sagas that a saga's stages run, oldest first; and by stage and id those that can't be read, with what the ledger says."""
+async def _within(ledger: Ledger, saga_id: str, state: SagaState | None) -> tuple[list[_Told], dict[str, dict[str, str]]]:
+    """The sagas that a saga's stages run, oldest first; and by stage and id those that can't be read, with what the ledger says.
+
+    They go forward as the saga's state lets them; None: not at all.
+    """
     children: list[_Told] = []
     unread: dict[str, dict[str, str]] = {}
     for child, stage in await run_in(ledger, saga_id):
         try:
-            children.append(await _told(ledger, child))
+            children.append(await _told(ledger, child, goes_on=state is not None and not turns_back(state, stage, child)))
         except SagaNotFound:
             # Forgotten since it was listed, and the saga that ran it with it: nothing was left to do about either.
             continue
@@ -93,12 +100,14 @@ def _report(
     within: Sequence[_Told],
     unread: Mapping[str, Mapping[str, str]],
     exceptions: Mapping[Failure, BaseException] | None = None,
+    *,
+    goes_on: bool = True,
 ) -> SagaReport:
     children: dict[str, tuple[SagaReport, ...]] = {}
     for child in within:
         stage = str(child.report.parent_stage)
         children[stage] = (*children.get(stage, ()), child.report)
-    return SagaReport.of(state, children, exceptions, unread)
+    return SagaReport.of(state, children, exceptions, unread, is_turned_back=not goes_on)
 
 
 async def reports_of(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> list[SagaReport]:
@@ -171,7 +180,7 @@ async def unheard(ledger: Ledger, saga_id: str, events: Sequence[AnyEvent]) -> l
 
     It is told behind them, in a ledger of its own: a process may die in between.
     """
-    children, _ = await _within(ledger, saga_id)  # of those that can't be read, whoever asks for the report is told
+    children, _ = await _within(ledger, saga_id, None)  # of those that can't be read, whoever asks for the report is told
     return [child.report.saga_id for child in children if _unheard_since(events, child) is not None]
 
 

@@ -361,11 +361,16 @@ class Life:
             if verdict == "retry":
                 leaf.mend()
         assert path in {*report.stuck, *report.in_doubt}
+        owner, stage = owner_of(report, path)
+        may_say = stage_of_family(report, owner, stage).verdicts
         before = await self.history()
         refused = await self.act(lambda saga: saga.settle("s", path, verdict, "looked"), kills=kills)
         if not refused and await self.history() == before:
             # The process died with the word; whoever has put things right by hand says it once more.
             refused = await self.act(lambda saga: saga.settle("s", path, verdict, "looked"))
+        if leaf is not None:
+            # What the report offers is what is taken.
+            assert refused is (verdict not in may_say), (path, verdict, may_say)
         if refused and leaf is not None:
             assert verdict == "retry"
             await self.settle(path, "undone")
@@ -493,6 +498,15 @@ def owner_of(report: SagaReport, path: str) -> tuple[str, str]:
         named = [child for child in children if child.saga_id == f"{report.saga_id}/{step}" and not child.clean]
         report = named[0] if named else children[-1]
     return report.saga_id, name
+
+
+def stage_of_family(report: SagaReport, saga_id: str, stage: str) -> StageReport:
+    """A stage of a saga, or of one within it."""
+    if report.saga_id == saga_id:
+        return report.stages[stage]
+    children = [child for each in report.stages.values() for child in each.children]
+    [child] = [child for child in children if saga_id == child.saga_id or saga_id.startswith(f"{child.saga_id}/")]
+    return stage_of_family(child, saga_id, stage)
 
 
 def stage_of(step: str) -> str:

@@ -751,10 +751,35 @@ def test_doubt_that_a_person_resolves() -> None:
 
 
 def test_a_retry_that_could_tell_nothing_new_is_refused() -> None:
-    _, _, coordinator, _, _ = doubtful(FailFast(timeout=1))
+    _, _, coordinator, report, _ = doubtful(FailFast(timeout=1))
+    assert "and say so (undone or kept); then go on:" in str(report)
+    assert report.stages["b"].verdicts == ("undone", "kept")
 
     with pytest.raises(MisuseError, match=r"expected undone or kept, for stage 'b', got retry\. It has neither a probe nor"):
         run(coordinator.settle("s", "b", "retry", "once more"))
+
+
+def test_the_summary_says_which_stages_may_be_tried_once_more() -> None:
+    """It proposed to try what can't be tried, and that was refused."""
+
+    class Unknown(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            await elapse(1000)
+            return StageOutput.ok()
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    world, _ = scene({"a": ()})
+    pipeline = Pipeline().with_stage("a", Unanswering(world, "a", Script("hang", lands=True))).with_stage("b", Unknown())
+    coordinator, first = first_run(pipeline, FailFast(timeout=1, compensation=IMPATIENT))
+
+    reported = run(coordinator.report("s"))
+
+    assert reported.stages["a"].verdicts == ("undone", "kept", "retry")
+    assert reported.stages["b"].verdicts == ("undone", "kept")
+    assert SagaReport.model_validate_json(reported.model_dump_json()) == reported
+    for report in (first, reported):
+        assert "and say so (undone, kept or retry, that of a alone); then go on:" in str(report)
 
 
 def test_a_retry_within_a_saga_that_goes_backward_is_refused_where_nothing_can_be_tried() -> None:
@@ -773,6 +798,10 @@ def test_a_retry_within_a_saga_that_goes_backward_is_refused_where_nothing_can_b
 
     with pytest.raises(MisuseError, match=r"expected undone or kept, for stage 'pay', got retry\. It has neither a probe nor"):
         run(coordinator.settle("s", "child/pay", "retry", "once more"))
+
+    for saga_id in ("s", "s/child"):
+        assert "and say so (undone or kept); then go on:" in str(run(coordinator.report(saga_id)))
+    assert "and say so (undone or kept); then go on:" in str(first)
 
 
 def test_a_retry_is_accepted_for_a_stage_whose_probe_has_failed() -> None:

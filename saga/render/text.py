@@ -223,16 +223,30 @@ def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
     # Where a stage around waits for a word of its own, that is told next: the saga can't go on before.
     then_goes_on = waits and all(name in innermost or not _waits_for_a_word(name, report) for name in open_ones)
     told = {name: _word(name, report) for name in to_say}
-    may_retry = "retry" in told.values() or (waits and not all(_waits_for_a_word(name, report) for name in to_say))
-    words = "undone, kept or retry" if may_retry else "undone or kept"
+    may_retry = [name for name, word in told.items() if word == "retry" or (waits and _may_be_tried(name, report))]
+    words, then = _words(to_say, may_retry), "; then go on" if then_goes_on else ""
     return [
-        f"To do: look at the outside world, put it right by hand, and say so ({words}){'; then go on' if then_goes_on else ''}:",
+        f"To do: look at the outside world, put it right by hand, and say so ({words}){then}:",
         *(
             "  " + next_command("settle", saga_id, f"{path}{name}", word, options=f"--note '...' {reach.options}".rstrip())
             for name, word in told.items()
         ),
         *([f"  {resume}"] if then_goes_on else []),
     ]
+
+
+def _words(to_say: Sequence[str], may_retry: Sequence[str]) -> str:
+    """What a person may say of these stages; some of them may be tried once more."""
+    if not may_retry:
+        return "undone or kept"
+    some = "" if len(may_retry) == len(to_say) else f", that of {', '.join(map(printable, may_retry))} alone"
+    return f"undone, kept or retry{some}"
+
+
+def _may_be_tried(path: str, report: SagaReport) -> bool:
+    """Whether to try a stage once more may tell something."""
+    *_, (saga, name) = _way(path, report)
+    return Verdict.RETRY in saga.stages[name].verdicts
 
 
 def _waits_for_a_word(path: str, report: SagaReport) -> bool:
