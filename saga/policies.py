@@ -6,12 +6,12 @@ saga makes it, because between two attempts a probe may be asked and a ledger wr
 
 from __future__ import annotations
 
-import builtins
+import sys
 import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, TypeGuard
 
 from pydantic import (
     BaseModel,
@@ -51,7 +51,7 @@ def _names(value: Any, info: ValidationInfo) -> tuple[str, ...] | None:
         value = (value,)
     names = []
     for item in value:
-        if isinstance(item, type) and issubclass(item, BaseException):
+        if _is_exception(item):
             names.append(qualified(item))
         elif isinstance(item, str) and item:
             _refuse_no_kind(str(item), info)
@@ -63,16 +63,44 @@ def _names(value: Any, info: ValidationInfo) -> tuple[str, ...] | None:
 
 def _refuse_no_kind(name: str, info: ValidationInfo) -> None:
     # No exception has such a name: it would match nothing, and nobody would notice.
-    if "." in name or name in set(FailureKind):
+    if name in set(FailureKind):
         return
-    if not name.islower():
+    if "." in name or not name.islower():
         # Of a policy out of a ledger, another Python may have written the name of an exception that this one lacks.
-        if info.context is not None and not hasattr(builtins, name):
-            wanted = f"an exception of Python's own, or one with its module, for Retry.retry_on{_place(info)}"
-            raise PolicyInvalid(wanted, got=repr(name), hint=f"As in payments.{name}.")
+        if info.context is not None:
+            _refuse_no_exception(name, _place(info))
         return
     wanted = f"one of {', '.join(_RETRIED)}, or the name of an exception"
     raise PolicyInvalid(f"{wanted} for Retry.retry_on{_place(info)}", got=repr(name), hint=did_you_mean(name, _RETRIED))
+
+
+def _refuse_no_exception(name: str, place: str) -> None:
+    module, _, last = name.rpartition(".")
+    known = _of_module(module or "builtins")
+    if known is None or "__getattr__" in known or _is_exception(known.get(last)):
+        return  # it, or what would know it, may be loaded later
+    if not module:
+        wanted = f"an exception of Python's own, or one with its module, for Retry.retry_on{place}"
+        raise PolicyInvalid(wanted, got=repr(name), hint=f"As in payments.{name}.")
+    exceptions = [f"{module}.{each}" for each, value in known.items() if _is_exception(value)]
+    raise PolicyInvalid(f"an exception of {module} for Retry.retry_on{place}", got=repr(name), hint=did_you_mean(name, exceptions))
+
+
+def _meant(name: str) -> str:
+    """The name that an exception has itself: many are known under that of another module."""
+    module, _, last = name.rpartition(".")
+    kind = (_of_module(module or "builtins") or {}).get(last)
+    return qualified(kind) if _is_exception(kind) else name
+
+
+def _of_module(name: str) -> Mapping[str, Any] | None:
+    """What a module has; None if nobody has imported it: what data names is not."""
+    module = sys.modules.get(name)
+    return None if module is None else vars(module)
+
+
+def _is_exception(value: object) -> TypeGuard[type[BaseException]]:
+    return isinstance(value, type) and issubclass(value, BaseException)
 
 
 class _Frozen(BaseModel):
@@ -156,7 +184,7 @@ class Retry(_Frozen):
         names = {failure.kind.value, failure.type}
         if failure.exception is not None:
             names.update(qualified(base) for base in type(failure.exception).__mro__)
-        return not names.isdisjoint(self.retry_on)
+        return not names.isdisjoint(_meant(str(name)) for name in self.retry_on)
 
     def wait_before_next(self, failure: Failure, *, attempt: int, elapsed: float, asked: bool = False) -> float | None:
         """Seconds to wait after this failed attempt, or None when it was the last.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
+import sys
 import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -384,6 +386,16 @@ def test_a_file_may_hold_what_a_policy_was_written_as(tmp_path: Any) -> None:
             'policy = "fail_fast"\nretry.retry_on = ["ConnectionError", "CardDeclined"]',
             "expected an exception of Python's own, or one with its module, for Retry.retry_on, in m.toml, got 'CardDeclined'",
         ),
+        (
+            "m.json",
+            '{"policy": "fail_fast", "retry": {"retry_on": ["json.JSONDecodeEror"]}}',
+            "expected an exception of json for Retry.retry_on, in m.json, got 'json.JSONDecodeEror'. Did you mean 'json.JSONDecodeError'?",
+        ),
+        (
+            "m.toml",
+            'policy = "fail_fast"\ncompensation.retry.retry_on = ["json.loads"]',
+            "expected an exception of json for Retry.retry_on, in m.toml, got 'json.loads'",
+        ),
         ("l.toml", 'policy = "fail_fast"\nretry.retry_on = [3]', "qualified names for Retry.retry_on, in l.toml, got [3]"),
         ("m.toml", b'policy = "\xff"', "expected UTF-8 in m.toml, got 0xff at byte 10"),
         ("n.json", b'{"policy": "\xe9t\xe9"}', "expected UTF-8 in n.json, got 0xe9 at byte 12"),
@@ -396,6 +408,16 @@ def test_a_file_that_holds_no_policy_is_refused_by_its_name(tmp_path: Any, name:
         load_policy(tmp_path / name)
 
     assert message in str(caught.value)
+
+
+def test_a_file_may_name_exceptions_that_are_not_loaded_yet(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lazy = ModuleType("lazy")
+    monkeypatch.setattr(lazy, "__getattr__", lambda _: CardDeclined, raising=False)
+    monkeypatch.setitem(sys.modules, "lazy", lazy)
+    names = ("json.JSONDecodeError", "json.errors.Other", "lazy.CardDeclined", "no_such_package.CardDeclined")
+    (tmp_path / "policy.json").write_text(FailFast(retry=Retry(retry_on=names)).model_dump_json())
+
+    assert load_policy(tmp_path / "policy.json").retry.retry_on == names
 
 
 @pytest.mark.parametrize("name", ["policy.toml", "policy.json", "policy.yaml"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -348,6 +350,43 @@ def test_retry_on_names_what_is_worth_it() -> None:
     assert not_worth.attempts == ["fail"]
     assert report.cause is not None
     assert report.cause.kind is FailureKind.REPORTED
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("json.JSONDecodeError", json.JSONDecodeError("no", "{", 1)),
+        ("json.decoder.JSONDecodeError", json.JSONDecodeError("no", "{", 1)),
+        ("IOError", ConnectionResetError("gone")),
+        ("asyncio.TimeoutError", TimeoutError("late")),
+        ("socket.gaierror", socket.gaierror("no such host")),
+    ],
+)
+def test_an_exception_is_tried_again_under_each_name_that_it_is_known_by(name: str, error: Exception) -> None:
+    """Most know an exception by the package that they import it from; its own name may be that of a module within, or an older one."""
+    attempts: list[str] = []
+
+    async def call(ctx: Any) -> StageOutput:
+        attempts.append(name)
+        if len(attempts) == 1:
+            raise error
+        return StageOutput.ok()
+
+    pipeline = Pipeline(name="p").with_stage("call", call, "work")
+
+    report = run(SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0, retry_on=name))).run(pipeline))
+
+    assert len(attempts) == 2
+    assert report.ok
+
+
+def test_an_exception_of_which_nobody_has_imported_the_module_is_worth_nothing() -> None:
+    script = Script("raise", then=("ok",))
+    _, pipeline = scene({"a": ()}, {"a": script})
+
+    run(SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0, retry_on=("no_such_package.CardDeclined", "json.loads")))).run(pipeline))
+
+    assert script.attempts == ["raise"]
 
 
 def test_a_wrong_return_type_is_not_tried_again() -> None:
