@@ -6,9 +6,11 @@ saga makes it, because between two attempts a probe may be asked and a ledger wr
 
 from __future__ import annotations
 
+import json
 import sys
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeGuard
@@ -309,13 +311,22 @@ def load_policy(path: str | Path) -> FailFast | ContinueWithFallback:
         text = content.decode("utf-8")
         if path.suffix == ".toml":
             return _reader().validate_python(tomllib.loads(text), context=path.name)
-        return _reader().validate_json(text, context=path.name)
+        return _reader().validate_json(_without_schema(text), context=path.name)
     except UnicodeDecodeError as error:
         raise PolicyInvalid(f"UTF-8 in {path.name}", got=f"{content[error.start]:#x} at byte {error.start}") from None
     except tomllib.TOMLDecodeError as error:
         raise PolicyInvalid(f"TOML in {path.name}", got=str(error)) from None
     except ValidationError as error:
         raise _no_policy(path.name, error) from None
+
+
+def _without_schema(text: str) -> str:
+    """The JSON of a policy without the key by which an editor finds its schema."""
+    with suppress(ValueError, RecursionError):  # whoever reads it says what is wrong
+        document = json.loads(text)
+        if isinstance(document, dict) and document.pop("$schema", None) is not None:
+            return json.dumps(document)
+    return text
 
 
 def _no_policy(name: str, error: ValidationError) -> PolicyInvalid:

@@ -410,6 +410,13 @@ def test_a_file_that_holds_no_policy_is_refused_by_its_name(tmp_path: Any, name:
     assert message in str(caught.value)
 
 
+def test_a_file_may_name_its_schema(tmp_path: Any) -> None:
+    policy = ContinueWithFallback(fallbacks={"price": {"until": datetime(2026, 7, 1, tzinfo=UTC), "$schema": "its own"}})
+    (tmp_path / "policy.json").write_text('{"$schema": "./schema.json", ' + policy.model_dump_json()[1:])
+
+    assert load_policy(tmp_path / "policy.json") == policy
+
+
 def test_a_file_may_name_exceptions_that_are_not_loaded_yet(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lazy = ModuleType("lazy")
     monkeypatch.setattr(lazy, "__getattr__", lambda _: CardDeclined, raising=False)
