@@ -188,7 +188,8 @@ class StageReport:
             compensation=undo,
             dependencies=dependencies,
             tries=record.tries,
-            verdicts=verdicts,
+            # That nothing stands is not for a person to say while something is open within.
+            verdicts=tuple([verdict for verdict in verdicts if verdict is not Verdict.UNDONE or all(child.clean for child in children)]),
         )
 
 

@@ -368,9 +368,8 @@ class Life:
         if not refused and await self.history() == before:
             # The process died with the word; whoever has put things right by hand says it once more.
             refused = await self.act(lambda saga: saga.settle("s", path, verdict, "looked"))
-        if leaf is not None:
-            # What the report offers is what is taken.
-            assert refused is (verdict not in may_say), (path, verdict, may_say)
+        # What the report offers is taken, and nothing else.
+        assert refused is (verdict not in may_say), (path, verdict, may_say)
         if refused and leaf is not None:
             assert verdict == "retry"
             await self.settle(path, "undone")

@@ -1069,6 +1069,10 @@ def test_a_stage_is_undone_by_word_only_when_nothing_within_it_is_in_question() 
     world, trip = generations({"pay": Script(undo_fails=9), "after": Script("raise")}, policy=IMPATIENT)
     coordinator = SagaCoordinator(IMPATIENT)
     stuck = run(coordinator.run(trip, saga_id="s"))
+    outer = stuck.stages["book_hotel"]
+    assert outer.verdicts == ("kept", "retry")
+    assert outer.children[0].stages["charge_deposit"].verdicts == ("kept", "retry")
+    assert stuck.status is SagaStatus.STUCK
 
     for path in ("book_hotel", "book_hotel/charge_deposit"):
         with pytest.raises(MisuseError) as refused:
