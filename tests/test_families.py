@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import os
 import re
+import shlex
 import tempfile
 import time
 from collections import Counter
@@ -35,6 +36,7 @@ from saga import (
     StageState,
 )
 from saga.ledgers.sqlite import SQLiteLedger
+from saga.render.text import what_to_do
 from saga.report import StageReport
 from tests.controlled import elapse, run
 from tests.families import FamilyWorld, Kin, Leaf, Tree, may_fall_back, tokens
@@ -175,7 +177,7 @@ def lives(draw: st.DrawFn, *, hurried: bool = False) -> dict[str, Any]:
         "root": root,
         "birth": draw(mishaps(hurried=hurried)),
         "deeds": draw(st.lists(deeds(root, hurried=hurried), max_size=4)),
-        "home": draw(st.sampled_from(["forward", "back"])),
+        "home": draw(st.sampled_from(["forward", "back", "as told"])),
     }
 
 
@@ -249,6 +251,7 @@ class Life:
         self.pipeline: Pipeline = self.root.pipeline(self.world)
         self.ledger: Any = None
         self.asked: Counter[str] = Counter()
+        self.is_told_above = False
 
     async def live(self) -> None:
         await self.act(lambda saga: saga.run(self.pipeline, saga_id="s"), **self.case["birth"])
@@ -260,7 +263,10 @@ class Life:
         for deed in self.case["deeds"]:
             await self.do(**deed)
             await self.look()
-        await self.come_home(self.case["home"])
+        if self.case["home"] == "as told":
+            await self.do_as_told()
+        else:
+            await self.come_home(self.case["home"])
 
     async def act(
         self, deed: Callable[[SagaCoordinator], Coroutine[Any, Any, Any]], *, kills: Sequence[int] = (), cancel_at: float | None = None
@@ -487,6 +493,49 @@ class Life:
         else:
             await self.act(lambda saga: saga.resume("s", self.pipeline))
         assert await self.history() == history, "there was nothing left to do"
+
+    async def do_as_told(self) -> None:
+        """Mended, and a person doing what the reports say, every life comes to where nothing is left to do."""
+        for stage in (*self.leaves.values(), *self.kin.values()):
+            stage.mend()
+        told: list[str] = []
+        for _ in range(12):
+            report = await self.report()
+            commands = [shlex.split(found[0]) for line in what_to_do(report) if (found := re.search(r"\bsaga .+", line))]
+            if not commands:
+                break
+            for _, *command in commands:
+                told.append(" ".join(command))
+                await self.obey(*command)
+        event(f"as told: {report.status.value}")
+        assert not commands, "\n".join(told) + f"\n{report}"
+        if not self.is_told_above:
+            await self.look()
+
+    async def obey(self, name: str, saga_id: str, *words: str) -> None:
+        """Carry out a command of a report, and put right by hand what is said to be undone."""
+        if name == "settle":
+            path, verdict, *_ = words
+            report = await self.report()
+            if path not in {*report.stuck, *report.in_doubt}:
+                return  # what was said before it has answered for it
+            if verdict == "undone":
+                for key in self.world.within(*owner_of(report, path)):
+                    self.world.by_hand(key)
+                    # Of what the sagas within a stage did, their own ledgers are not told that it stands no more.
+                    self.is_told_above = self.is_told_above or path.rpartition("/")[2] in self.kin
+            refused = await self.act(lambda saga: saga.settle(saga_id, path, verdict, "looked"))
+        else:
+            pipelines = {tree.name: tree.pipeline(self.world) for tree in self.root.family()}
+            [entry] = [entry for entry in await self.ledger.list() if entry.saga_id == saga_id]
+            pipeline = self.pipeline if saga_id == "s" else pipelines[entry.pipeline]
+
+            async def go_on(saga: SagaCoordinator) -> SagaReport:
+                await (saga.resume if name == "resume" else saga.compensate)(saga_id, pipeline)
+                return await saga.report("s")
+
+            refused = await self.act(go_on)
+        assert not refused, (name, saga_id, *words)
 
 
 def owner_of(report: SagaReport, path: str) -> tuple[str, str]:
