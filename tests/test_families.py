@@ -501,14 +501,16 @@ class Life:
         told: list[str] = []
         for _ in range(12):
             report = await self.report()
-            commands = [shlex.split(found[0]) for line in what_to_do(report) if (found := re.search(r"\bsaga .+", line))]
-            if not commands:
+            if what_to_do(report)[-1] == "Nothing is left to do.":
                 break
+            commands = [shlex.split(found[0]) for line in what_to_do(report) if (found := re.search(r"\bsaga .+", line))]
+            assert commands, str(report)
             for _, *command in commands:
                 told.append(" ".join(command))
                 await self.obey(*command)
+        else:
+            raise AssertionError("\n".join(told) + f"\n{report}")
         event(f"as told: {report.status.value}")
-        assert not commands, "\n".join(told) + f"\n{report}"
         if not self.is_told_above:
             await self.look()
 
