@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 _LOG: Final = logging.getLogger("saga")
 _AGAIN: Final = 1.0
 """Seconds until what came late for a saga that another coordinator holds, or has died with, is recorded, if it is at rest by then."""
-_UNDER_WAY: Final = frozenset({StageState.RUNNING, StageState.COMPENSATING})
 
 
 def _by_nobody(_: str) -> bool:
@@ -214,7 +213,7 @@ class Amendments:
         saga_id = state.started.saga_id
 
         def is_busy(stage: str) -> bool:
-            return is_in_hand(stage) or state.stages[stage].state in _UNDER_WAY
+            return is_in_hand(stage) or state.stages[stage].is_under_way
 
         for one in late:
             if not isinstance(one, _Within):
@@ -334,7 +333,7 @@ class _Within(NamedTuple):
 
 def _is_under_way(state: SagaState, late: Late | _Within) -> bool:
     """Whether the stage that something came late of was started, or begun to be undone, once more, and is not known to have ended."""
-    return isinstance(late, Late) and state.stages[late.event.stage].state in _UNDER_WAY
+    return isinstance(late, Late) and state.stages[late.event.stage].is_under_way
 
 
 def _own_news(state: SagaState, late: Late) -> Iterator[Latecomer | StageProbed]:

@@ -18,7 +18,7 @@ from saga.events import (
     SagaStarted,
     StageStarted,
 )
-from saga.ledger import Ledger, StageState
+from saga.ledger import Ledger
 from saga.record import Step, undo_step
 from saga.recovery import SagaState
 from saga.storable import storable
@@ -231,12 +231,11 @@ class Journal:
             )
         # Its code has not run: it waited for this event to be in the ledger.
         never_began = {event.stage for event in self.unwritten if isinstance(event, StageStarted | CompensationStarted)}
-        under_way = {StageState.RUNNING, StageState.COMPENSATING}
         unknown, in_effect = [], []
         for name, record in state.stages.items():
             node, within = state.graph[name], self._within.get(name)
             step = undo_step(node, record)
-            if record.doubt or step is Step.PROBE or (record.state in under_way and name not in never_began):
+            if record.doubt or step is Step.PROBE or (record.is_under_way and name not in never_began):
                 unknown.append(name)
             elif step is not Step.CLEAR:
                 in_effect.append(name)

@@ -142,6 +142,11 @@ class StageRecord:
         return self.undo_tries[0].started_at if self.undo_tries else None
 
     @property
+    def is_under_way(self) -> bool:
+        """It runs, or is being undone, also between two attempts."""
+        return self.state is _S.RUNNING or self.state is _S.COMPENSATING
+
+    @property
     def is_held(self) -> bool:
         """Something of it came late, and whatever it can be asked or undone with would be about another execution than that of it."""
         return self.held is not None and self.held.failure is not None and self.held.failure.kind is FailureKind.LATE

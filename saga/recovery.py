@@ -117,21 +117,19 @@ class SagaState:
                 raise self._contradiction("a saga that has started", event)
 
     def _end(self, event: SagaEnded) -> None:
-        if self.is_running():
-            raise self._contradiction("a saga whose stages still run", event)
+        self._refuse_while_running(event)
         self.status = event.status
         self.ended_at = event.at
         self.cause = self.cause or event.cause
         self._note(event.cause)
 
-    def is_running(self) -> bool:
-        """Whether any stage is running or being compensated."""
-        return any(record.state is _S.RUNNING or record.state is _S.COMPENSATING for record in self.stages.values())
+    def _refuse_while_running(self, event: SagaEnded | SagaTurnedBack) -> None:
+        if any(record.is_under_way for record in self.stages.values()):
+            raise self._contradiction("a saga whose stages still run", event)
 
     def _turn_back(self, event: SagaTurnedBack) -> None:
-        if self.is_running():
-            # Promise 3: no compensation starts while a stage of the saga is running.
-            raise self._contradiction("a saga whose stages still run", event)
+        # Promise 3: no compensation starts while a stage of the saga is running.
+        self._refuse_while_running(event)
         self.status = SagaStatus.COMPENSATING
         self.reason = event.reason
         self.graph = event.graph or self.graph
@@ -233,9 +231,8 @@ class SagaState:
             return False
         # The state allows it; is it one that the saga waits for?
         if kind is StageCompleted or kind is CompensationCompleted:
-            waited_for = state is _S.RUNNING or state is _S.COMPENSATING
-            is_due = waited_for or state is _S.STUCK or kind is StageCompleted or self._is_to_be_undone(event.stage)
-            return is_due and event.late is not waited_for  # type: ignore[attr-defined] # of these two kinds
+            is_due = record.is_under_way or state is _S.STUCK or kind is StageCompleted or self._is_to_be_undone(event.stage)
+            return is_due and event.late is not record.is_under_way  # type: ignore[attr-defined] # of these two kinds
         if state is _S.NOT_RUN or state is _S.RUNNING:
             return True
         if kind in _BEGINNINGS:
@@ -665,7 +662,7 @@ def stage_states(state: SagaState) -> dict[str, StageState]:
     for node in state.graph.nodes:
         record = state.stages[node.name]
         shown = record.state
-        if record.doubt and shown is not _S.RUNNING and shown is not _S.STUCK and shown is not _S.COMPENSATING:
+        if record.doubt and not record.is_under_way and shown is not _S.STUCK:
             shown = _S.IN_DOUBT
         elif record.fell_back and shown is _S.UNDONE:
             shown = _S.FALLBACK
