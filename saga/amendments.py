@@ -21,7 +21,7 @@ from saga.journal import named, tell
 from saga.ledger import ALIVE, StageState, answering, recorded
 from saga.record import StageRecord, Step, undo_step
 from saga.recovery import SagaState
-from saga.resumption import is_in_question, refusal, status_at_rest
+from saga.resumption import refusal, status_at_rest
 from saga.storable import storable
 from saga.text import glimpse
 from saga.watch import outlast, start
@@ -148,8 +148,8 @@ class Amendments:
         async def settled(state: SagaState) -> list[AnyEvent]:
             misuse = refusal(state, said, is_turned_back=is_turned_back)
             if misuse is not None:
-                before = state.stages[said.stage].settled
-                is_answered = before is not None and before.verdict is said.verdict and not is_in_question(state, said.stage)
+                record = state.stages[said.stage]
+                is_answered = record.settled is not None and record.settled.verdict is said.verdict and not record.is_in_question
                 refused.append(_Refused(misuse, is_repeated=is_answered))
                 return []
             state.apply(said)

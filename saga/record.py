@@ -147,6 +147,11 @@ class StageRecord:
         return self.state is _S.RUNNING or self.state is _S.COMPENSATING
 
     @property
+    def is_in_question(self) -> bool:
+        """A person's word on it is asked for, once its saga has come to rest."""
+        return self.state is _S.STUCK or (self.doubt and not self.is_under_way)
+
+    @property
     def is_held(self) -> bool:
         """Something of it came late, and whatever it can be asked or undone with would be about another execution than that of it."""
         return self.held is not None and self.held.failure is not None and self.held.failure.kind is FailureKind.LATE

@@ -241,7 +241,7 @@ class SagaState:
             # Nobody asks a stage that was done with, or is stuck: something has come late, of it or within.
             return event.landed is None  # type: ignore[attr-defined] # of this kind
         if kind is StageSettled:
-            return (record.doubt or state is _S.STUCK) and self.ended_at is not None
+            return record.is_in_question and self.ended_at is not None
         return True
 
     def _is_to_be_undone(self, stage: str) -> bool:
@@ -507,11 +507,6 @@ class SagaState:
         )
 
 
-def _may_be_asked(record: StageRecord) -> bool:
-    """Whether a person may have something to say of a stage."""
-    return record.doubt or record.state is _S.STUCK
-
-
 def protected(state: SagaState) -> frozenset[str]:
     """What is never compensated: completed pivots, what a person said is to be kept, and everything that they depend on (promise 10)."""
     pivots = state.graph.points_of_no_return
@@ -573,7 +568,7 @@ def _standing(state: SagaState) -> set[str]:
         elif node.role is _ROLE.PIVOT and record.landed:
             # Behind its fallback it serves nothing, but it has landed.
             standing.add(name)
-        elif record.past_pivot and undo_step(node, record) is _STEP.HOLD and not _may_be_asked(record):
+        elif record.past_pivot and undo_step(node, record) is _STEP.HOLD and not record.is_in_question:
             standing.add(name)
     # A word keeps what it is about and all that this stands on, which the remains of a replaced stage are not.
     below = {name for name in state.graph.with_ancestors(kept) if not state.stages[name].fell_back}
@@ -662,34 +657,33 @@ def stage_states(state: SagaState) -> dict[str, StageState]:
     for node in state.graph.nodes:
         record = state.stages[node.name]
         shown = record.state
-        if record.doubt and not record.is_under_way and shown is not _S.STUCK:
-            shown = _S.IN_DOUBT
+        if record.is_in_question:
+            shown = _S.STUCK if shown is _S.STUCK else _S.IN_DOUBT
         elif record.fell_back and shown is _S.UNDONE:
             shown = _S.FALLBACK
-        elif node.name in blocked and shown is not _S.STUCK and undo_step(node, record) is not _STEP.CLEAR:
+        elif node.name in blocked and undo_step(node, record) is not _STEP.CLEAR:
             shown = _S.BLOCKED
         states[node.name] = shown
     return states
 
 
-def verdicts_on(state: SagaState, stage: str, shown: StageState, *, is_turned_back: bool = False) -> tuple[Verdict, ...]:
+def verdicts_on(state: SagaState, stage: str, *, is_turned_back: bool = False) -> tuple[Verdict, ...]:
     """What a person may say of a stage; nothing where nobody's word is asked for.
 
     Args:
         state: Where its saga stands.
         stage: The stage's name.
-        shown: Where it stands, as `stage_states` says.
         is_turned_back: Whether that saga goes forward no more, though it has not turned back itself.
     """
-    if state.ended_at is None or shown not in {_S.STUCK, _S.IN_DOUBT}:
-        return ()
     record = state.stages[stage]
+    if state.ended_at is None or not record.is_in_question:
+        return ()
     if record.is_held:
         # To ask, undo or run it tells nothing of what came late.
         return (Verdict.UNDONE, Verdict.KEPT)
     # Going forward, a retry runs it once more, unless a fallback stands in; going backward, something has to be there to be tried.
     goes_back = is_turned_back or state.reason is not None or record.fell_back
-    if shown is _S.IN_DOUBT and goes_back and undo_step(state.graph[stage], _asked_anew(record)) is _STEP.HOLD:
+    if record.state is not _S.STUCK and goes_back and undo_step(state.graph[stage], _asked_anew(record)) is _STEP.HOLD:
         return (Verdict.UNDONE, Verdict.KEPT)
     return tuple(Verdict)
 

@@ -251,7 +251,7 @@ class SagaReport(BaseModel):
                 state.graph[name].dependencies,
                 children.get(name, ()),
                 unread.get(name),
-                verdicts_on(state, name, shown[name], is_turned_back=is_turned_back),
+                verdicts_on(state, name, is_turned_back=is_turned_back),
             )
             for name in state.graph.names
         }

@@ -219,11 +219,6 @@ def _refuse_undecided(state: SagaState) -> None:
         )
 
 
-def is_in_question(state: SagaState, stage: str) -> bool:
-    """Whether a person's word on a stage is asked for."""
-    return stage_states(state)[stage] in {StageState.STUCK, StageState.IN_DOUBT}
-
-
 def refusal(state: SagaState, said: StageSettled, *, is_turned_back: bool = False) -> MisuseError | None:
     """Why a person's word on a stage can't be taken; None if it can.
 
@@ -242,9 +237,9 @@ def refusal(state: SagaState, said: StageSettled, *, is_turned_back: bool = Fals
             stage=said.stage,
             hint="If its process is gone, go on with it first: saga recover, or coordinator.recover(pipelines).",
         )
-    shown = stage_states(state)[said.stage]
-    verdicts = verdicts_on(state, said.stage, shown, is_turned_back=is_turned_back)
+    verdicts = verdicts_on(state, said.stage, is_turned_back=is_turned_back)
     if not verdicts:
+        shown = stage_states(state)[said.stage]
         return MisuseError("a stage that is stuck or in doubt", got=f"one that is {shown.value}", stage=said.stage)
     # Of one of which something came late, what is kept may be what that gave.
     has_its_own = record.landed and record.output is not None and not record.is_held
