@@ -178,6 +178,10 @@ class StageRecord:
         is_over = self.is_due_anew or (self.execution > 0 and not self.attempts)
         return max(self.execution, 1) + is_over
 
+    def ask_anew(self) -> None:
+        """What its probe answered, or did not, holds no more."""
+        self.answer, self.unanswered = None, False
+
     def forget(self) -> None:
         """Nothing of the execution that is over stands, also where another one does not begin; its number is not given again."""
         StageRecord.__init__(self, execution=self.execution, held=self.held if self.is_held else None)

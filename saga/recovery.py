@@ -167,7 +167,7 @@ class SagaState:
         """Whoever goes on with a saga that came to rest hopes for the answers that it did not get."""
         for record in self.stages.values():
             if record.doubt:
-                record.answer, record.unanswered = None, False
+                record.ask_anew()
 
     def _reopen(self) -> None:
         """Mark what runs once more: what failed, what was undone, and what was worked out from outputs that are gone."""
@@ -267,9 +267,9 @@ class SagaState:
     def _begin_again(self, record: StageRecord) -> None:
         """What was said of the attempts before it, of a stage that has run or was skipped."""
         self._begin(record)
-        # What a probe answered holds for those.
-        record.answer, record.unanswered, record.again, record.failed = None, False, False, False
-        record.with_branch, record.skip_reason, record.may_repeat, record.gave_up = False, None, False, False
+        record.ask_anew()
+        record.again, record.failed, record.gave_up = False, False, False
+        record.with_branch, record.skip_reason, record.may_repeat = False, None, False
         record.late_to_undoing, record.undo_was_tried = False, False
         self._let_go(record)
 
@@ -471,7 +471,7 @@ class SagaState:
                 self._try_again(record)
 
     def _try_again(self, record: StageRecord) -> None:
-        record.answer, record.unanswered = None, False
+        record.ask_anew()
         # Whether it has landed is as unknown as before; going forward, it may run again all the same.
         record.may_repeat = True
         self._unstick(record)
@@ -690,7 +690,7 @@ def verdicts_on(state: SagaState, stage: str, *, is_turned_back: bool = False) -
 
 def _asked_anew(record: StageRecord) -> StageRecord:
     asked = copy.copy(record)
-    asked.answer, asked.unanswered = None, False
+    asked.ask_anew()
     return asked
 
 
