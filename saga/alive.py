@@ -68,6 +68,7 @@ class LiveSaga(UndoHost):
         policy: Its policy.
         journal: Its ledger and its state.
         actions: How its stages' code is run.
+        keeper: Whoever keeps it, and the sagas that its stages run.
         children: The sagas that its stages run now.
         failed: The stages whose last attempt, or fallback, has failed, and whose sagas are being stopped.
         has_children: Whether its stages have run any.
@@ -94,7 +95,7 @@ class LiveSaga(UndoHost):
         self.journal: Final = journal
         self.actions: Final = actions
         self._context = context
-        self._keeper = keeper
+        self.keeper: Final = keeper
         self.children: Final[set[LiveSaga]] = set()
         self.failed: Final[set[str]] = set()
         self.has_children = False
@@ -160,14 +161,14 @@ class LiveSaga(UndoHost):
     def comes_late(self, event: Latecomer) -> None:
         """Hand over what something given up has come to after all."""
         record = self.journal.state.stages[event.stage]
-        self._keeper.amendments.comes_late(self.id, Late(event, record.execution, record.attempts, record.undo_attempts))
+        self.keeper.amendments.comes_late(self.id, Late(event, record.execution, record.attempts, record.undo_attempts))
 
     async def late_is_recorded(self) -> None:
         """Wait until what came late is recorded, if nobody runs this saga any more.
 
         When its loop ends, asyncio.run waits for code that was given up, and for nothing that begins only then.
         """
-        await self._keeper.amendments.late_is_recorded()
+        await self.keeper.amendments.late_is_recorded()
 
     def say_again(self) -> None:
         """Hand over once more what came late and was not recorded, as the ledger failed."""
@@ -177,7 +178,7 @@ class LiveSaga(UndoHost):
 
     def has_late(self) -> bool:
         """Whether anything came late for it that is not recorded yet."""
-        return self._keeper.amendments.has_late(self.id)
+        return self.keeper.amendments.has_late(self.id)
 
     async def note_late(self, is_in_hand: Callable[[str], bool]) -> bool:
         """Record what came late before anything else is asked for or undone: else it would seem to have come after that.
@@ -188,7 +189,7 @@ class LiveSaga(UndoHost):
         Returns:
             Whether anything did.
         """
-        return await self._keeper.amendments.note_late(self, is_in_hand)
+        return await self.keeper.amendments.note_late(self, is_in_hand)
 
     def forward_key(self, stage: str) -> str:
         """The idempotency key of a stage's execution."""
@@ -258,13 +259,7 @@ class LiveSaga(UndoHost):
         # In the ledger there is a text in the place of what it can't keep.
         refuse_unstorable(self.journal.ledger, event)
 
-    async def run_child(
-        self, stage: str, attempt: int, pipeline: Pipeline, context: PipelineContext | None, policy: Policy | None, fields: dict[str, Any]
-    ) -> SagaReport:
-        """Run a pipeline as a saga of its own, in the same ledger."""
-        return await self._heeding(stage, self._keeper.run_child(self, stage, attempt, pipeline, context, policy, fields))
-
-    async def _heeding(self, stage: str, asked: Awaitable[T]) -> T:
+    async def heeding(self, stage: str, asked: Awaitable[T]) -> T:
         """What the keeper answers. Where the ledger fails a child, this saga records nothing more, whatever the stage makes of that."""
         try:
             return await asked
@@ -274,19 +269,13 @@ class LiveSaga(UndoHost):
                 self.journal.break_off(stage, error)
             raise
 
-    async def resume_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
-        """Go on with a child saga that has not come to its end."""
-        # Whoever resumed this saga wants it to go forward; one that got stuck since then goes on to be undone.
-        forward = True if self.journal.state.stages[stage].is_first_since_resumed else None
-        return await self._heeding(stage, self._keeper.resume_child(self, saga_id, pipeline, forward=forward))
-
     async def undo_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child saga."""
         within = self.undone_within.setdefault(stage, {})
         rests = asyncio.get_running_loop().create_future()
         self._being_undone.setdefault(stage, set()).add(rests)
         try:
-            within[saga_id] = report = await self._heeding(stage, self._keeper.undo_child(self, saga_id, pipeline))
+            within[saga_id] = report = await self.heeding(stage, self.keeper.undo_child(self, saga_id, pipeline))
         finally:
             self._being_undone[stage].discard(rests)
             rests.set_result(None)
@@ -298,11 +287,11 @@ class LiveSaga(UndoHost):
 
     async def rest_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """See to it that a child saga whose process is gone comes to rest, unless this saga runs on and sees to it itself."""
-        return await self._heeding(stage, self._keeper.rest_child(self, saga_id, pipeline))
+        return await self.heeding(stage, self.keeper.rest_child(self, saga_id, pipeline))
 
     async def child_reports(self, stage: str) -> list[SagaReport]:
         """The children that this execution of the stage has run, oldest first."""
-        return await self._heeding(stage, reports_of(self.journal.ledger, self.id, stage, self.forward_key(stage)))
+        return await self.heeding(stage, reports_of(self.journal.ledger, self.id, stage, self.forward_key(stage)))
 
     async def has_child_under_way(self, stage: str) -> bool:
         """Whether the last child that this execution of the stage has run has not come to its end."""
@@ -318,7 +307,7 @@ class LiveSaga(UndoHost):
         if not self.has_children or self.journal.state.graph[stage].role is not Role.COMPENSABLE:
             return None
         try:
-            return await self._heeding(stage, has_left(self.journal.ledger, self.id, stage, self.forward_key(stage)))
+            return await self.heeding(stage, has_left(self.journal.ledger, self.id, stage, self.forward_key(stage)))
         except LedgerCorrupt:
             # Nobody knows what stands of a child that can't be read.
             return True
@@ -346,31 +335,35 @@ class LiveSaga(UndoHost):
 class Attempt(Host):
     """The saga as the code of one attempt of a stage has it, or of its fallback: it may run others until it has failed, or was given up."""
 
-    __slots__ = ("_asked", "_is_over", "_saga", "_stage")
+    __slots__ = ("_asked", "_attempt", "_is_over", "_saga", "_stage")
 
-    def __init__(self, saga: LiveSaga, stage: str) -> None:
+    def __init__(self, saga: LiveSaga, stage: str, attempt: int) -> None:
         self._saga = saga
         self._stage = stage
+        self._attempt = attempt
         self._asked: set[asyncio.Future[None]] = set()
         self._is_over = False
 
-    def record_effect(self, stage: str, effect: Any) -> Coroutine[Any, Any, None]:
-        """Write one partial effect of a running stage to the ledger, when it is awaited."""
-        return self._saga.record_effect(stage, effect)
+    def record_effect(self, effect: Any) -> Coroutine[Any, Any, None]:
+        """Write one partial effect to the ledger, when it is awaited."""
+        return self._saga.record_effect(self._stage, effect)
 
     async def run_child(
-        self, stage: str, attempt: int, pipeline: Pipeline, context: PipelineContext | None, policy: Policy | None, fields: dict[str, Any]
+        self, pipeline: Pipeline, context: PipelineContext | None, policy: Policy | None, fields: dict[str, Any]
     ) -> SagaReport:
         """Run a pipeline as a saga of its own, in the same ledger."""
-        return await self._asks(partial(self._saga.run_child, stage, attempt, pipeline, context, policy, fields))
+        run = self._saga.keeper.run_child
+        return await self._asks(partial(run, self._saga, self._stage, self._attempt, pipeline, context, policy, fields))
 
-    async def resume_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
+    async def resume_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Go on with a child saga that has not come to its end."""
-        return await self._asks(partial(self._saga.resume_child, stage, saga_id, pipeline))
+        # Whoever resumed this saga wants it to go forward; one that got stuck since then goes on to be undone.
+        forward = True if self._saga.journal.state.stages[self._stage].is_first_since_resumed else None
+        return await self._asks(partial(self._saga.keeper.resume_child, self._saga, saga_id, pipeline, forward=forward))
 
-    async def child_reports(self, stage: str) -> list[SagaReport]:
+    async def child_reports(self) -> list[SagaReport]:
         """The children that this execution of the stage has run, oldest first."""
-        return await self._saga.child_reports(stage)
+        return await self._saga.child_reports(self._stage)
 
     async def _asks(self, call: Callable[[], Awaitable[T]]) -> T:
         if self._is_over:
@@ -384,7 +377,7 @@ class Attempt(Host):
         answered = asyncio.get_running_loop().create_future()
         self._asked.add(answered)
         try:
-            return await call()
+            return await self._saga.heeding(self._stage, call())
         finally:
             self._asked.discard(answered)
             answered.set_result(None)

@@ -26,29 +26,29 @@ Returned = StageOutput | dict[str, Any] | None
 
 
 class Host(Protocol):
-    """What a running saga offers to the code of its stages on the way forward."""
+    """What a running saga offers to the code of an attempt of one of its stages."""
 
-    def record_effect(self, stage: str, effect: Any) -> Coroutine[Any, Any, None]:
-        """Write one partial effect of a running stage to the ledger, when it is awaited."""
+    def record_effect(self, effect: Any) -> Coroutine[Any, Any, None]:
+        """Write one partial effect to the ledger, when it is awaited."""
         ...
 
     async def run_child(
-        self, stage: str, attempt: int, pipeline: Pipeline, context: PipelineContext | None, policy: Policy | None, fields: dict[str, Any]
+        self, pipeline: Pipeline, context: PipelineContext | None, policy: Policy | None, fields: dict[str, Any]
     ) -> SagaReport:
         """Run a pipeline as a saga of its own, in the same ledger."""
         ...
 
-    async def resume_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
+    async def resume_child(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Go on with a child saga that has not come to its end."""
         ...
 
-    async def child_reports(self, stage: str) -> list[SagaReport]:
+    async def child_reports(self) -> list[SagaReport]:
         """The children that this execution of the stage has run, oldest first."""
         ...
 
 
 class UndoHost(Protocol):
-    """What it offers to their compensations and probes."""
+    """What it offers to the compensations and probes of all its stages."""
 
     async def undo_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child saga."""
@@ -90,21 +90,21 @@ class SagaContext(StageContext):
             MisuseError: The stage has no compensation, so nothing would ever undo the effect; or the attempt was given up, or has ended.
             NotStorable: A durable ledger can't keep it. The stage's compensation gets a text in its place.
         """
-        return self._host.record_effect(self.stage_name, effect)
+        return self._host.record_effect(effect)
 
     async def run_saga(
         self, pipeline: Pipeline, context: PipelineContext | None = None, *, policy: Policy | None = None, **context_fields: Any
     ) -> SagaReport:
         """Run a pipeline as a child saga, one or several in an attempt; `nested` wraps this in a stage that also undoes it."""
-        return await self._host.run_child(self.stage_name, self.attempt, pipeline, context, policy, context_fields)
+        return await self._host.run_child(pipeline, context, policy, context_fields)
 
     async def resume_saga(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Go on with a child saga of an earlier attempt that has not come to its end."""
-        return await self._host.resume_child(self.stage_name, saga_id, pipeline)
+        return await self._host.resume_child(saga_id, pipeline)
 
     async def child_sagas(self) -> list[SagaReport]:
         """The reports of the child sagas that this execution has run, oldest first."""
-        return await self._host.child_reports(self.stage_name)
+        return await self._host.child_reports()
 
 
 class Inputs(dict[str, StageOutput]):

@@ -487,7 +487,7 @@ class Forward(Stages, Employer):
     def _context(self, run: _StageRun) -> SagaContext:
         saga = self._saga
         root = saga.root
-        run.host = Attempt(saga, run.name)
+        run.host = Attempt(saga, run.name, run.record.attempts)
         return SagaContext(
             snapshot=root.snapshot,
             inputs=run.inputs,

@@ -90,12 +90,12 @@ class _Recorder:
         self._breaks_off_at = breaks_off_at
         self.count = 0
 
-    async def record_effect(self, stage: str, effect: Any) -> None:
+    async def record_effect(self, effect: Any) -> None:
         """Have it recorded, or break off."""
         self.count += 1
         if self.count >= self._breaks_off_at:
             raise _BrokenOff
-        await self._host.record_effect(stage, effect)
+        await self._host.record_effect(effect)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._host, name)
