@@ -206,14 +206,12 @@ def undo_step(node: Node, record: StageRecord) -> Step:
     """What undoing this stage comes to next."""
     if node.role is _ROLE.PLAIN:
         return _STEP.CLEAR
-    if record.is_held and record.state is not _S.COMPENSATING:
+    if record.state is _S.COMPENSATING:
+        return _STEP.PROBE if record.undo_in_question and node.can_probe else _STEP.COMPENSATE
+    if record.is_held or record.state is _S.STUCK:
         return _STEP.HOLD
     if record.state is _S.UNDONE:
         return _STEP.CLEAR
-    if record.state is _S.STUCK:
-        return _STEP.HOLD
-    if record.state is _S.COMPENSATING:
-        return _STEP.PROBE if record.undo_in_question and node.can_probe else _STEP.COMPENSATE
     unsure = record.doubt or record.state is _S.FAILED
     if unsure and node.can_probe and record.answer is None and not record.unanswered:
         return _STEP.PROBE

@@ -217,7 +217,7 @@ class SagaState:
         if not self._may_follow(record, event):
             raise self._contradiction(f"stage {event.stage!r} in state {record.state.value}", event)
         self._FOLD[type(event)](self, record, event)
-        if record.held is not None and record.is_held:
+        if record.is_held:
             # Whatever becomes known of another execution.
             record.doubt = True
 
