@@ -246,8 +246,7 @@ class Backward(Employer):
             self._saga.heed_signal(raised)
             error = raised
             was_cancelled = await worker.absorb()
-            if self._saga.undone_within:
-                await self._saga.children_undone(worker.stage)
+            await self._saga.children_undone(worker.stage)
             if worker.reason is not None:
                 instead = instead_of_cancel(raised)
                 error = TimeoutError(f"no answer within {settings.timeout:g} s{raised_instead(instead)}")
@@ -258,12 +257,8 @@ class Backward(Employer):
         worker.end()
         # A cancel that it did not heed was the compensation's, and strikes nothing that comes after it.
         await worker.absorb()
-        if self._saga.undone_within:
-            await self._saga.children_undone(worker.stage)
-        failure = _refusal(worker.stage, context.attempt, returned)
-        if failure is None and self._saga.has_children:
-            failure = await self._left_within(worker.stage, context.attempt)
-        return failure
+        await self._saga.children_undone(worker.stage)
+        return _refusal(worker.stage, context.attempt, returned) or await self._left_within(worker.stage, context.attempt)
 
     def _is_open_within(self, stage: str) -> bool:
         """Whether a person has to act within, so that not only a point of no return is in the way, whatever the compensation says."""
