@@ -115,11 +115,10 @@ class LiveSaga(UndoHost):
         hooks = [first, *context._before_stage_start_hooks, last]  # noqa: SLF001 - stageflow has no other word for it
         return dataclasses.replace(context, data=context.data | self.blueprint.without_timeouts, _before_stage_start_hooks=hooks)
 
-    def is_left_alone(self) -> bool:
-        """Whether nothing of the user's beside the stages has a part in stageflow's run: no hook, no sink for events."""
-        context = self._context
-        has_hooks = bool(context._before_stage_start_hooks)  # noqa: SLF001 - stageflow has no other word for it
-        return not has_hooks and type(context.event_sink) is NoOpEventSink
+    def needs_stageflow(self) -> bool:
+        """Whether the caller's context has what only stageflow calls: a hook, or a sink for events."""
+        has_hooks = bool(self._context._before_stage_start_hooks)  # noqa: SLF001 - stageflow has no other word for it
+        return has_hooks or type(self._context.event_sink) is not NoOpEventSink
 
     def cancellation(self) -> str | None:
         """Why the caller's context was cancelled, or None if it was not."""

@@ -88,7 +88,7 @@ class Forward(Stages, Employer):
         self._state = saga.journal.state
         self._record = saga.journal.record
         self._policy = saga.policy
-        by_stageflow = interceptors or not saga.is_left_alone()
+        by_stageflow = interceptors or saga.needs_stageflow()
         self._schedule: Schedule = StageflowSchedule(saga, interceptors) if by_stageflow else OwnSchedule(saga)
         self._loop = asyncio.get_running_loop()
         self._running: Crew[_StageRun] = Crew()
