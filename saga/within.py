@@ -138,9 +138,12 @@ def heard(state: SagaState, child: SagaState, report: SagaReport) -> StageProbed
     """
     stage, child_id = str(child.started.parent_stage), child.started.saga_id
     node, record = state.graph[stage], state.stages[stage]
+    if node.role is Role.PLAIN:
+        # It has declared no effect, whatever it runs.
+        return None
     if (execution := execution_of(child_id, state.started.saga_id, stage)) != record.execution:
         # Its stage finds it no more, whatever it comes to.
-        if node.role is Role.PLAIN or not _stands(child):
+        if not _stands(child):
             return None
         return StageProbed(stage=stage, landed=None, failure=_replaced(state, stage, child_id, execution), held=True)
     if record.state is StageState.STUCK:
@@ -151,11 +154,9 @@ def heard(state: SagaState, child: SagaState, report: SagaReport) -> StageProbed
     is_done_with = record.state in _DONE and (record.past_pivot or undo_step(node, record) is Step.CLEAR)
     # What came late in one that had halted is kept there, and in nobody's question; yet it stands.
     is_news = not report.clean or (is_done_with and _stands(child))
-    if not is_news or node.role is Role.PLAIN:
-        return None
     # Running it again goes on with a child that has not turned back, or only to be rid of what serves nothing.
     goes_on = record.state is StageState.KEPT and node.idempotent and child.reason in {None, TurnReason.ORPHANS}
-    if record.is_kept_by_word or not (is_done_with or goes_on):
+    if record.is_kept_by_word or not is_news or not (is_done_with or goes_on):
         return None
     message = f"something came late: {NestedSagaFailed(report)}"
     failure = Failure.of(stage, FailureKind.COMPENSATION, message, attempt=record.attempts)
