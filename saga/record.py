@@ -182,6 +182,30 @@ class StageRecord:
         """What its probe answered, or did not, holds no more."""
         self.answer, self.unanswered = None, False
 
+    def note_left(self, *, within: bool | None) -> None:
+        """Whether sagas that it ran have left something standing; None: as before."""
+        if within is not None:
+            self.stands_in_part = within
+
+    def lose_fallback(self) -> None:
+        """What stood in for it, or was to and failed, does so no more: it runs once more, or was kept from it."""
+        self.fell_back, self.fallback_failed = False, False
+
+    def let_go(self) -> None:
+        """What came late within waits no more for a person: the stage has found out itself."""
+        if not self.is_held:
+            self.held = None
+
+    def unstick(self) -> None:
+        """It is stuck no more, if it was; what is left of it may be undone, or it runs once more."""
+        if self.state is not _S.STUCK:
+            return
+        if self.fell_back and not self.again:
+            self.state = _S.FALLBACK
+        else:
+            # One that had landed may have come into question since: it is asked again.
+            self.state = _S.IN_DOUBT if self.doubt else _S.KEPT if self.landed else _S.FAILED
+
     def forget(self) -> None:
         """Nothing of the execution that is over stands, also where another one does not begin; its number is not given again."""
         StageRecord.__init__(self, execution=self.execution, held=self.held if self.is_held else None)

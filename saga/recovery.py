@@ -194,7 +194,7 @@ class SagaState:
             record.failed = record.failed and (record.fell_back or not stands)
             if stands or record.doubt:
                 # It could not be undone; now it need not be, and who goes forward may ask for it again.
-                self._unstick(record)
+                record.unstick()
 
     def _note(self, failure: Failure | None) -> None:
         # The cause of a turn is usually a stage's failure that is noted already.
@@ -247,10 +247,6 @@ class SagaState:
     def _is_to_be_undone(self, stage: str) -> bool:
         return self.reason is not None and stage in undo_scope(self, self.reason)
 
-    def _begin(self, record: StageRecord) -> None:
-        """What stood in for it, or was to and failed, does so no more: it runs once more, or was kept from it."""
-        record.fell_back, record.fallback_failed = False, False
-
     def _stage_started(self, record: StageRecord, event: StageStarted) -> None:
         if self.status is not SagaStatus.RUNNING:
             raise self._contradiction(f"a saga that is {self.status.value}", event)
@@ -266,12 +262,12 @@ class SagaState:
 
     def _begin_again(self, record: StageRecord) -> None:
         """What was said of the attempts before it, of a stage that has run or was skipped."""
-        self._begin(record)
+        record.lose_fallback()
         record.ask_anew()
         record.again, record.failed, record.gave_up = False, False, False
         record.with_branch, record.skip_reason, record.may_repeat = False, None, False
         record.late_to_undoing, record.undo_was_tried = False, False
-        self._let_go(record)
+        record.let_go()
 
     def _effect_recorded(self, record: StageRecord, event: EffectRecorded) -> None:
         record.effects = (*record.effects, event.effect)
@@ -289,7 +285,7 @@ class SagaState:
         record.late_output, record.late_beside = event.output, record.undo_attempts
         if record.again and record.state is _S.STUCK and self.status is SagaStatus.RUNNING:
             # Who goes forward need not undo it, nor put a fallback in its place.
-            self._begin(record)
+            record.lose_fallback()
             record.state = _S.FAILED
         # Run once more it would have its effect twice, and under another key what it has done would be forgotten.
         record.again = False
@@ -317,7 +313,7 @@ class SagaState:
 
     def _stage_failed(self, record: StageRecord, event: StageFailed) -> None:
         self.is_spotless = False
-        self._begin(record)
+        record.lose_fallback()
         if record.is_due_anew:
             record.forget()
         # A retry that is called off repeats the failure that it was meant to mend.
@@ -329,7 +325,7 @@ class SagaState:
         is_answer = self.graph[event.stage].idempotent and event.failure.kind in _ANSWERS
         record.doubt = event.in_doubt or (record.doubt and not is_answer)
         record.past_pivot = record.past_pivot or event.past_pivot
-        record.stands_in_part = record.stands_in_part if event.left_within is None else event.left_within
+        record.note_left(within=event.left_within)
         if event.will_retry:
             return
         record.again = False
@@ -342,7 +338,7 @@ class SagaState:
             record.state = _S.FAILED
 
     def _stage_skipped(self, record: StageRecord, event: StageSkipped) -> None:
-        self._begin(record)
+        record.lose_fallback()
         if record.is_due_anew:
             record.forget()
         self.is_spotless = self.is_spotless and not record.effects
@@ -357,7 +353,7 @@ class SagaState:
 
     def _fallback_failed(self, record: StageRecord, event: FallbackFailed) -> None:
         record.fallback_failed = True
-        record.stands_in_part = record.stands_in_part if event.left_within is None else event.left_within
+        record.note_left(within=event.left_within)
         self.failures.append(event.failure)
 
     def _stage_probed(self, record: StageRecord, event: StageProbed) -> None:
@@ -367,7 +363,7 @@ class SagaState:
                 record.undo_failure = event.failure
         if event.will_retry:
             return
-        record.stands_in_part = record.stands_in_part if event.left_within is None else event.left_within
+        record.note_left(within=event.left_within)
         if record.state is _S.COMPENSATING:
             record.undo_in_question = False
             if event.landed is False and not event.left_within:
@@ -378,7 +374,7 @@ class SagaState:
             self._comes_into_question(record, event)
             return
         record.answer, record.doubt = event.landed, False
-        self._let_go(record)
+        record.let_go()
         if record.state in {_S.FALLBACK, _S.SKIPPED}:
             # What stands in for it was used already: what it gave comes too late.
             record.landed, record.late_output = event.landed, event.output
@@ -411,12 +407,7 @@ class SagaState:
         record.undone_too_soon += 1
         record.doubt = not (record.landed or record.effects)
         record.undone_in_part, record.state = not record.doubt, _S.STUCK
-        self._unstick(record)
-
-    def _let_go(self, record: StageRecord) -> None:
-        """What came late within waits no more for a person: the stage has found out itself."""
-        if not record.is_held:
-            record.held = None
+        record.unstick()
 
     def _compensation_started(self, record: StageRecord, event: CompensationStarted) -> None:
         if self.status is not SagaStatus.COMPENSATING:
@@ -429,7 +420,7 @@ class SagaState:
 
     def _compensation_completed(self, record: StageRecord, event: CompensationCompleted) -> None:
         record.state, record.doubt, record.undone_in_part = _S.UNDONE, False, False
-        self._let_go(record)
+        record.let_go()
         record.undo_ended_at = event.at
         record.undo_tries = ended(record.undo_tries, event.at)
 
@@ -440,7 +431,7 @@ class SagaState:
         record.undo_in_question = event.failure.kind is FailureKind.CRASHED
         record.undone_in_part = record.undone_in_part or event.in_part
         if event.past_pivot:
-            self._let_go(record)
+            record.let_go()
             record.past_pivot, record.doubt = True, False
             record.state = _S.FALLBACK if record.fell_back else _S.KEPT if record.landed else _S.FAILED
         elif not event.will_retry:
@@ -450,40 +441,24 @@ class SagaState:
         self.is_spotless = False
         record.settled = event
         if event.verdict is Verdict.RETRY:
-            self._let_go(record)
-        else:
-            record.held = None
-        record.undone_in_part = record.undone_in_part and event.verdict is Verdict.RETRY
-        match event.verdict:
-            case Verdict.UNDONE:
-                # Also what was beyond a point of no return of its own: it protects nothing any more.
-                record.state, record.doubt, record.landed, record.past_pivot = _S.UNDONE, False, False, False
-                record.undo_ended_at = event.at
-            case Verdict.KEPT:
-                if record.fell_back:
-                    record.state = _S.FALLBACK
-                else:
-                    record.state, record.failed = _S.KEPT, False
-                    # What it returned beside a failure is no output.
-                    record.output = event.output or (record.output if record.landed else None) or StageOutput.ok()
-                record.doubt, record.landed = False, True
-            case _:
-                self._try_again(record)
-
-    def _try_again(self, record: StageRecord) -> None:
-        record.ask_anew()
-        # Whether it has landed is as unknown as before; going forward, it may run again all the same.
-        record.may_repeat = True
-        self._unstick(record)
-
-    def _unstick(self, record: StageRecord) -> None:
-        if record.state is not _S.STUCK:
+            # Whether it has landed is as unknown as before; going forward, it may run again all the same.
+            record.may_repeat = True
+            record.ask_anew()
+            record.let_go()
+            record.unstick()
             return
-        if record.fell_back and not record.again:
+        record.held, record.undone_in_part, record.doubt = None, False, False
+        if event.verdict is Verdict.UNDONE:
+            # Also what was beyond a point of no return of its own: it protects nothing any more.
+            record.state, record.landed, record.past_pivot, record.undo_ended_at = _S.UNDONE, False, False, event.at
+            return
+        if record.fell_back:
             record.state = _S.FALLBACK
         else:
-            # One that had landed may have come into question since: it is asked again.
-            record.state = _S.IN_DOUBT if record.doubt else _S.KEPT if record.landed else _S.FAILED
+            record.state, record.failed = _S.KEPT, False
+            # What it returned beside a failure is no output.
+            record.output = event.output or (record.output if record.landed else None) or StageOutput.ok()
+        record.landed = True
 
     _FOLD: ClassVar[dict[type[StageEvent], Callable[[SagaState, StageRecord, Any], None]]] = {
         StageStarted: _stage_started,
