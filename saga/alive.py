@@ -162,33 +162,11 @@ class LiveSaga(UndoHost):
         record = self.journal.state.stages[event.stage]
         self.keeper.amendments.comes_late(self.id, Late(event, record.execution, record.attempts, record.undo_attempts))
 
-    async def late_is_recorded(self) -> None:
-        """Wait until what came late is recorded, if nobody runs this saga any more.
-
-        When its loop ends, asyncio.run waits for code that was given up, and for nothing that begins only then.
-        """
-        await self.keeper.amendments.late_is_recorded()
-
     def say_again(self) -> None:
         """Hand over once more what came late and was not recorded, as the ledger failed."""
         for event in self.journal.unwritten:
             if isinstance(event, StageCompleted | CompensationCompleted) and event.late:
                 self.comes_late(event)
-
-    def has_late(self) -> bool:
-        """Whether anything came late for it that is not recorded yet."""
-        return self.keeper.amendments.has_late(self.id)
-
-    async def note_late(self, is_in_hand: Callable[[str], bool]) -> bool:
-        """Record what came late before anything else is asked for or undone: else it would seem to have come after that.
-
-        Args:
-            is_in_hand: Whether a stage is just being asked for, or undone: what came late of it waits for what comes of that.
-
-        Returns:
-            Whether anything did.
-        """
-        return await self.keeper.amendments.note_late(self, is_in_hand)
 
     def forward_key(self, stage: str) -> str:
         """The idempotency key of a stage's execution."""

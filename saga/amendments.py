@@ -159,7 +159,7 @@ class Amendments:
         return refused[0] if refused else None
 
     async def _amend(self, saga_id: str, decide: Callable[[SagaState], Awaitable[list[AnyEvent]]]) -> None:
-        """Add to the ledger of a saga at rest."""
+        """Add to the ledger of a saga that nobody runs."""
         self._refuse_held(saga_id)
         self._held.hold(saga_id)
         try:
@@ -188,7 +188,10 @@ class Amendments:
             self.record_late(saga_id)
 
     async def late_is_recorded(self) -> None:
-        """Wait until nothing that came late is just being recorded in this event loop."""
+        """Wait until nothing that came late is just being recorded in this event loop.
+
+        When that ends, asyncio.run waits for code that was given up, and for nothing that begins only then.
+        """
         loop = asyncio.get_running_loop()
         await outlast([task for task in tuple(self._tasks) if task.get_loop() is loop])
 
@@ -197,7 +200,15 @@ class Amendments:
         return saga_id in self._late
 
     async def note_late(self, saga: LiveSaga, is_in_hand: Callable[[str], bool] = _by_nobody) -> bool:
-        """Record what came late for a saga that is alive, but for what somebody is busy with; whether anything did."""
+        """Record what came late for a saga that is alive, before more is asked for or undone: else it would seem to have come after that.
+
+        Args:
+            saga: The saga.
+            is_in_hand: Whether a stage is just being asked for, or undone: what came late of it waits for what comes of that.
+
+        Returns:
+            Whether anything did.
+        """
         if not self.has_late(saga.id):
             return False
         noted = False

@@ -46,6 +46,7 @@ class Backward(Employer):
         self._saga = saga
         self._reason = reason
         self._state = saga.journal.state
+        self._amendments = saga.keeper.amendments
         self._record = saga.journal.record
         self._settings = saga.policy.compensation
         self._rollback = Rollback(self._state, reason)
@@ -98,7 +99,7 @@ class Backward(Employer):
         await self._workers.disband(self)
         if self._broken is not None:
             raise self._broken
-        return await self._saga.note_late(self._is_in_hand) or self._is_overtaken
+        return await self._amendments.note_late(self._saga, self._is_in_hand) or self._is_overtaken
 
     def _expire(self) -> None:
         self._expired = True
@@ -168,14 +169,14 @@ class Backward(Employer):
         while self._noting is not None:
             # What is being recorded may depend on what this one would go on to.
             await outlast({self._noting})
-        if self._saga.has_late():
+        if self._amendments.has_late(self._saga.id):
             noting = self._noting = start(self._note_late(worker))
             await outlast({noting})
             noting.result()
 
     async def _note_late(self, worker: _Worker) -> None:
         try:
-            if await self._saga.note_late(partial(self._is_in_hand, besides=worker)):
+            if await self._amendments.note_late(self._saga, partial(self._is_in_hand, besides=worker)):
                 # It may depend on what is open now, and its own turn may be over.
                 self._is_overtaken = True
         finally:
@@ -197,7 +198,7 @@ class Backward(Employer):
             if worker.given_up:
                 if failure is None:
                     self._saga.comes_late(CompensationCompleted(stage=stage, late=True))
-                    await self._saga.late_is_recorded()
+                    await self._amendments.late_is_recorded()
                 return
             if failure is None:
                 await self._record(CompensationCompleted(stage=stage))

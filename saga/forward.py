@@ -266,7 +266,7 @@ class Forward(Stages, Employer):
             outcome = await self._attempts(run)
         if run.given_up:
             self._came_late(run, outcome)
-            await self._saga.late_is_recorded()
+            await self._saga.keeper.amendments.late_is_recorded()
             return STOPPING
         if outcome.failure is None:
             assert outcome.output is not None  # without a failure there is one
