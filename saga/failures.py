@@ -49,7 +49,7 @@ class Failure(BaseModel):
         at: When, UTC.
         traceback: The formatted traceback, if there was one.
         of_probe: Whether it is its probe that failed, and not its compensation.
-        exception: The exception itself, in the report that `run` or `resume` returned; no ledger keeps it.
+        exception: The exception itself, in the report that `run` or `resume` returned; no ledger keeps it, and it is not pickled.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -107,6 +107,14 @@ class Failure(BaseModel):
     def __hash__(self) -> int:
         """Hash what is stored."""
         return hash(self._stored())
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Be pickled as it is stored.
+
+        Not every exception can be made again from what it pickles, and where one can't, the pool of processes to which it is sent breaks or
+        waits for ever.
+        """
+        return BaseModel.__getstate__(self.model_copy(update={"exception": None}))
 
     def _stored(self) -> tuple[object, ...]:
         return tuple(getattr(self, field) for field in Failure.model_fields if field != "exception")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from multiprocessing import get_context
 
 import pytest
-from stageflow.api import Pipeline
+from stageflow.api import Pipeline, StageContext
 
-from saga import SagaCoordinator, SagaError, SagaFailed, SagaReport, nested
+from saga import SagaCoordinator, SagaError, SagaFailed, SagaReport, SagaStatus, nested
 from saga.errors import (
     GraphChanged,
     LedgerConflict,
@@ -96,6 +98,40 @@ def test_a_report_that_holds_the_failure_of_a_nested_saga_is_copied() -> None:
     assert copied.cause is not None
     assert isinstance(copied.cause.exception, NestedSagaFailed)
     assert str(copied.cause.exception) == str(report.cause.exception)
+
+
+class Unavailable(Exception):
+    """As those of HTTP clients: it can be pickled, and not be made again from that."""
+
+    def __init__(self, message: str, *, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+async def charge(ctx: StageContext) -> None:
+    raise Unavailable(f"no answer to {ctx.stage_name}", code=503)
+
+
+def run_in_a_worker() -> SagaReport:
+    pipeline = Pipeline(name="child").with_stage("charge", charge, "work")
+    return run(SagaCoordinator().run(Pipeline(name="parent").with_stage("pay", nested(pipeline)), saga_id="s"))
+
+
+def test_a_report_comes_back_from_a_worker_process_whatever_its_stages_raised() -> None:
+    here = run_in_a_worker()
+
+    with ProcessPoolExecutor(1, get_context("spawn")) as workers:
+        there = workers.submit(run_in_a_worker).result()
+
+    assert here.cause is not None
+    assert here.cause.exception is not None
+    assert there.cause is not None
+    assert there.cause.exception is None
+    assert there.status is SagaStatus.COMPENSATED
+    assert list(map(str, there.failures)) == list(map(str, here.failures))
+    with pytest.raises(SagaFailed) as failed:
+        there.raise_for_status()
+    assert ["Unavailable: no answer to charge" in note for error in failed.value.exceptions for note in error.__notes__] == [True, True]
 
 
 def test_a_conflict_names_the_holder_once_and_says_what_to_do() -> None:
