@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
 from stageflow.api import StageContext, StageKind, StageOutput
 
@@ -203,11 +203,11 @@ class SagaStage(_Stage, ABC):  # type: ignore[misc] # see _Stage
 
     name: str = ""
     kind: StageKind = StageKind.WORK
-    retry: ClassVar[Retry | None] = None
-    timeout: ClassVar[float | None] = None
-    idempotent: ClassVar[bool] = False
-    output_model: ClassVar[Any] = None
-    has_effect: ClassVar[bool | None] = None
+    retry: Retry | None = None
+    timeout: float | None = None
+    idempotent: bool = False
+    output_model: Any = None
+    has_effect: bool | None = None
 
     @abstractmethod
     async def execute(self, ctx: SagaContext) -> Returned:
@@ -227,8 +227,8 @@ class CompensableStage(SagaStage):
         compensate_in_doubt: The compensation copes with not knowing whether there is anything to undo.
     """
 
-    compensation: ClassVar[Compensation | None] = None
-    compensate_in_doubt: ClassVar[bool] = False
+    compensation: Compensation | None = None
+    compensate_in_doubt: bool = False
 
     @abstractmethod
     async def compensate(self, ctx: CompensationContext) -> StageOutput | None:

@@ -245,7 +245,7 @@ class Acting(CompensableStage):
     def __init__(self, world: FamilyWorld, name: str, leaf: Leaf) -> None:
         self.world, self.name, self.leaf = world, name, leaf
         if leaf.outcome == "hang":
-            self.timeout = 3.0  # type: ignore[misc] # of this one alone
+            self.timeout = 3.0  # of this one alone
 
     async def execute(self, ctx: SagaContext) -> Any:
         world, leaf, key = self.world, self.leaf, ctx.idempotency_key
@@ -317,7 +317,7 @@ class Pivot(PivotStage):
     def __init__(self, world: FamilyWorld, name: str, leaf: Leaf) -> None:
         self.acting = Acting(world, name, leaf)
         if leaf.outcome == "hang":
-            self.timeout = 3.0  # type: ignore[misc] # of this one alone
+            self.timeout = 3.0  # of this one alone
 
     async def execute(self, ctx: SagaContext) -> Any:
         return await self.acting.execute(ctx)

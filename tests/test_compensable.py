@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from saga import (
 )
 from saga.blueprint import Blueprint
 from saga.ledgers.sqlite import SQLiteLedger
-from tests.controlled import run
+from tests.controlled import elapse, run
 from tests.world import nothing
 
 
@@ -190,3 +191,31 @@ def test_a_compensation_that_reads_what_its_stage_does_not_depend_on_is_told_so(
 
     assert list(report.stuck) == ["meal"]
     assert "expected a stage that this one depends on (seat), got 'room'" in report.failures[0].message
+
+
+@dataclass(frozen=True)
+class Unanswered(CompensableStage):
+    """Waits for an answer that never comes, as long as each object of it is told to."""
+
+    timeout: float
+    retry: Retry | None = None
+    compensate_in_doubt: bool = True
+
+    async def execute(self, ctx: SagaContext) -> None:
+        await elapse(60)
+
+    async def compensate(self, ctx: CompensationContext) -> None: ...
+
+
+def test_each_object_of_a_stage_may_declare_for_itself_and_a_type_checker_knows() -> None:
+    once = Pipeline(name="p").with_stage("hold", Unanswered(timeout=3))
+    twice = Pipeline(name="p").with_stage("hold", Unanswered, config={"timeout": 5, "retry": Retry(attempts=2)})
+
+    reports = [run(SagaCoordinator().run(pipeline)) for pipeline in (once, twice)]
+
+    assert [report.status for report in reports] == [SagaStatus.COMPENSATED] * 2
+    assert [report.stages["hold"].attempts for report in reports] == [1, 2]
+    assert [str(report.cause) for report in reports] == [
+        "stage 'hold' ran out of time: no answer within 3 s",
+        "stage 'hold' ran out of time at attempt 2: no answer within 5 s",
+    ]

@@ -2506,7 +2506,7 @@ def test_what_comes_late_of_an_execution_before_while_the_saga_is_alive_turns_it
         stage = Again(world)
         pipeline = others.with_stage("deaf", stage, dependencies=("a",))
         coordinator = SagaCoordinator(FailFast(cancel_grace=2))
-        stage.timeout = 10  # type: ignore[misc] # of this one alone
+        stage.timeout = 10  # of this one alone
         await coordinator.run(pipeline, saga_id="s")
         return await resumed_while_it_comes_late(coordinator, stage, pipeline)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 from stageflow.api import Pipeline, StageOutput
@@ -37,7 +36,7 @@ HALT = FailFast(on_failure="halt")
 class Unsure(CompensableStage):
     """Has its effect, and then takes longer than it may; at its second attempt it sees that it has had it."""
 
-    timeout: ClassVar[float] = 1
+    timeout = 1.0
 
     def __init__(self, world: World, *, lands: bool = True) -> None:
         self.world = world
