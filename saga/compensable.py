@@ -75,6 +75,8 @@ class SagaContext(StageContext):
             effect, so that a repeated request is recognised.
     """
 
+    if TYPE_CHECKING:
+        snapshot: ContextSnapshot[Any]  # stageflow says no more than ContextSnapshot, which pyright in strict mode complains of
     saga_id: str
     attempt: int
     idempotency_key: str
