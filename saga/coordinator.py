@@ -60,7 +60,7 @@ class SagaCoordinator:
             own time, so they have to be quick; what they raise is logged and harms no saga.
 
     Raises:
-        MisuseError: The ledger is none, or a listener, or these and the interceptors come in no list.
+        MisuseError: The ledger is none, or an interceptor or a listener is, or these come in no list.
         PolicyInvalid: The policy is none.
     """
 
@@ -77,6 +77,8 @@ class SagaCoordinator:
         self.policy: Final = policy if policy is not None else FailFast()
         self.ledger: Final = ledger if ledger is not None else MemoryLedger()
         self._interceptors = _checked(interceptors, "interceptor")
+        for interceptor in self._interceptors:
+            _refuse_no_interceptor(interceptor)
         self._listeners = _checked(listeners, "listener")
         for listener in self._listeners:
             _refuse_no_listener(listener)
@@ -334,6 +336,13 @@ def _checked(given: Sequence[T], what: str) -> tuple[T, ...]:
     if not isinstance(given, Iterable):
         raise MisuseError(f"a list of {what}s", got=shown(given), hint=f"Write {what}s=[it].")
     return tuple(given)
+
+
+def _refuse_no_interceptor(interceptor: object) -> None:
+    # stageflow logs that its hooks can't be called, and runs every stage as if there were none.
+    if isinstance(interceptor, type):
+        name = interceptor.__qualname__
+        raise MisuseError("an interceptor", got=f"the class {name}", hint=f"Write {name}(...).")
 
 
 def _refuse_no_listener(listener: object) -> None:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from stageflow import BaseInterceptor
 from stageflow.api import Pipeline, PipelineContext, StageKind
 from stageflow.pipeline.guard_retry import GuardRetryStrategy
 from stageflow.pipeline.pipeline import UnifiedStageSpec
@@ -629,6 +630,10 @@ def untyped(value: Any) -> Any:
         (lambda: SagaCoordinator(untyped("fail_fast")), "expected a FailFast or a ContinueWithFallback policy, got 'fail_fast'"),
         (lambda: SagaCoordinator(listeners=untyped(print)), r"expected a list of listeners, got .* Write listeners=\[it\]."),
         (lambda: SagaCoordinator(interceptors=untyped(print)), r"expected a list of interceptors, got .* Write interceptors=\[it\]."),
+        (
+            lambda: SagaCoordinator(interceptors=untyped([BaseInterceptor])),
+            r"expected an interceptor, got the class BaseInterceptor. Write BaseInterceptor\(\.\.\.\).",
+        ),
         (lambda: SagaCoordinator(listeners=untyped([nothing])), "expected a listener to be a plain function"),
         (lambda: SagaCoordinator(listeners=untyped([dict])), "expected a listener to be a plain function"),
         (lambda: nested(untyped(nothing)), "expected a stageflow Pipeline"),
