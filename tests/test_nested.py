@@ -23,6 +23,7 @@ from saga import (
     FailFast,
     FailureKind,
     GraphChanged,
+    LedgerConflict,
     LedgerError,
     MemoryLedger,
     MisuseError,
@@ -33,6 +34,7 @@ from saga import (
     SagaFailed,
     SagaReport,
     SagaStatus,
+    SagaUnrecorded,
     StageState,
     compensable,
     nested,
@@ -1816,6 +1818,7 @@ def test_on_the_way_back_a_child_that_lost_its_process_comes_to_rest_by_itself_a
     assert report.stages["child"].state is StageState.FAILED
     assert {failure.kind for failure in report.failures} == {FailureKind.CRASHED, FailureKind.INTERRUPTED}
     assert child_world.standing == {}
+    assert [event.by for event in run(ledger.read("s/child")) if isinstance(event, SagaResumed)] == ["saga s"]
 
 
 def test_killed_at_any_event_a_saga_that_halts_lets_its_children_come_to_rest() -> None:
@@ -1890,6 +1893,58 @@ def test_a_probe_that_lets_a_child_come_to_rest_stops_none_while_its_own_saga_ru
     assert seen == [(SagaStatus.RUNNING, ["+a", "+b"])]
     assert report.status is SagaStatus.COMPENSATED
     assert child_world.standing == {}
+
+
+def test_who_lost_its_lease_brings_no_child_to_rest() -> None:
+    """Whoever runs the saga now is about to."""
+    world, child = scene(SEQUENCE, kinds=dict.fromkeys("abc", "probed"))
+    asked: list[asyncio.Event] = []
+
+    class HeldUp(NestedSaga):
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            gate = asyncio.Event()
+            asked.append(gate)
+            await gate.wait()
+            return await super().probe(ctx)
+
+    parent = Pipeline(name="parent").with_stage("child", HeldUp(child))
+    ledger = killed_while_it_ran(parent, Dying(5))
+
+    async def taken_over() -> asyncio.Task[SagaReport]:
+        ledger.forget_owners()
+        so_far = len(asked)
+        undoing = asyncio.create_task(SagaCoordinator(ledger=ledger).compensate("s", parent))
+        while len(asked) == so_far:
+            await asyncio.sleep(0)
+        return undoing
+
+    async def play() -> tuple[list[str], SagaReport]:
+        slow, quick = await taken_over(), await taken_over()
+        asked[0].set()
+        with pytest.raises(LedgerConflict):
+            await slow
+        done_by_slow = world.log[2:]
+        asked[1].set()
+        return done_by_slow, await quick
+
+    done_by_slow, report = run(play())
+
+    assert done_by_slow == []
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.log == ["+a", "+b", "-b", "-a"]
+
+
+def test_when_the_ledger_fails_while_a_probe_brings_a_child_to_rest_the_error_names_what_is_in_effect_there() -> None:
+    world, child = scene(SEQUENCE, kinds=dict.fromkeys("abc", "probed"))
+    parent = Pipeline(name="parent").with_stage("child", nested(child))
+    ledger = killed_while_it_ran(parent, Dying(5))
+    ledger.left = 3
+
+    with pytest.raises(SagaUnrecorded) as failed:
+        run(SagaCoordinator(ledger=ledger).compensate("s", parent))
+
+    assert world.standing.keys() == {"a", "b"}
+    assert {*failed.value.in_effect, *failed.value.unknown} == {"child", "child/a", "child/b"}
 
 
 def test_killed_before_it_is_known_that_a_child_is_done_whose_pivot_is_behind_it_the_child_is_not_undone() -> None:
