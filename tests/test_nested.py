@@ -398,6 +398,18 @@ def test_a_child_is_tried_again_with_an_id_of_its_own() -> None:
     assert report.kept["child"].data["saga_id"] == "s/child#2"
 
 
+def test_a_child_that_is_stuck_does_not_go_forward_when_its_stage_is_tried_again() -> None:
+    """Only whoever resumes the saga can want that of a child that has turned back."""
+    world, child = scene(SEQUENCE, {"a": Script(undo_fails=1), "b": Script("raise", then=("ok",))})
+    parent = Pipeline(name="parent").with_stage("child", nested(child, IMPATIENT))
+
+    report = run(SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0))).run(parent, saga_id="s"))
+
+    assert report.status is SagaStatus.STUCK
+    assert report.stages["child"].attempts == 2
+    assert world.log == ["+a"]
+
+
 def test_every_attempts_child_is_undone() -> None:
     # The first child halts with its effects standing, the second completes, and then the parent fails.
     script = Script("raise", then=("ok",))
@@ -1674,7 +1686,8 @@ def test_a_child_that_fails_before_its_pivot_is_undone_with_its_parent() -> None
 def test_a_halted_child_goes_on_when_its_parent_does() -> None:
     halting = FailFast(on_failure="halt")
     world, trip = generations({"pay": Script("raise", then=("ok",))}, policy=halting)
-    coordinator = SagaCoordinator(halting)
+    ledger = MemoryLedger()
+    coordinator = SagaCoordinator(halting, ledger=ledger)
 
     halted = run(coordinator.run(trip, saga_id="s"))
     report = run(coordinator.resume("s", trip))
@@ -1684,6 +1697,23 @@ def test_a_halted_child_goes_on_when_its_parent_does() -> None:
     assert [name for name in world.log if name != "+aside"] == ["+before", "+room", "+open", "+pay", "+confirm", "+after"]
     assert len(report.stages["book_hotel"].children) == 1
     assert [child.status for child in report.stages["book_hotel"].children] == [SagaStatus.COMPLETED]
+    assert [event.by for event in run(ledger.read("s/book_hotel")) if isinstance(event, SagaResumed)] == ["saga s"]
+
+
+def test_when_the_ledger_fails_a_child_that_goes_on_the_error_names_what_is_in_effect_there() -> None:
+    halting = FailFast(on_failure="halt")
+    world, child = scene(SEQUENCE, {"b": Script("raise", then=("ok",))})
+    parent = Pipeline(name="parent").with_stage("child", nested(child, halting))
+    ledger = Dying(10_000)
+    coordinator = SagaCoordinator(halting, ledger=ledger)
+    run(coordinator.run(parent, saga_id="s"))
+    ledger.left = 5
+
+    with pytest.raises(SagaUnrecorded) as failed:
+        run(coordinator.resume("s", parent))
+
+    assert world.log == ["+a", "+b"]
+    assert (failed.value.in_effect, failed.value.unknown) == (("child/a", "child/b"), ("child",))
 
 
 @pytest.mark.parametrize(
