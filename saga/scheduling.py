@@ -224,7 +224,7 @@ class StageflowSchedule:
             )
             for name, plan in self._saga.blueprint.stages.items()
         ]
-        return UnifiedStageGraph(specs, pipeline_name=self._saga.blueprint.name, interceptors=[*self._interceptors, self._listener])
+        return UnifiedStageGraph(specs, interceptors=[*self._interceptors, self._listener])
 
     async def _wait_for(self, stages: Stages, name: str, ctx: StageContext) -> StageOutput:
         self._called.add(name)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from stageflow import BaseInterceptor, ErrorAction, InterceptorResult
-from stageflow.api import Pipeline, PipelineContext, StageCancellationRequested, StageOutput, stage
+from stageflow.api import Pipeline, PipelineContext, StageCancellationRequested, StageKind, StageOutput, stage
 from stageflow.stages.inputs import UndeclaredDependencyError
 from stageflow.stages.ports import create_core_ports
 
@@ -26,7 +26,7 @@ from saga import (
 )
 from tests.controlled import ControlledLoop, elapse, run
 from tests.slow import SlowLedger
-from tests.world import Script, Scripted, hooked, nothing, scene
+from tests.world import CardDeclined, Script, Scripted, hooked, nothing, scene
 
 BY_US_OR_STAGEFLOW = pytest.mark.parametrize("context", [None, hooked()], ids=["by our schedule", "by stageflow's"])
 
@@ -511,3 +511,115 @@ def test_a_cancel_that_comes_while_what_an_interceptor_answered_is_recorded_is_h
 
     assert undone == ["a"]
     assert report.status is SagaStatus.COMPENSATED
+
+
+@BY_US_OR_STAGEFLOW
+def test_a_stage_may_take_longer_than_stageflow_lets_one(context: PipelineContext | None) -> None:
+    """How long one may take is the policy's to say: without a word of it, as long as it likes."""
+    world, pipeline = scene({"a": (), "b": ("a",)}, {"a": Script(before=3_600.0)})
+
+    report = run(SagaCoordinator().run(pipeline, context))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "+b"]
+
+
+class Noting(Watching):
+    """Notes what stageflow tells of every stage, and has those that failed run again."""
+
+    def __init__(self) -> None:
+        self.errors: list[Exception] = []
+        self.told: dict[str, tuple[str, str | None]] = {}
+
+    async def after(self, stage_name: str, result: Any, _ctx: PipelineContext) -> None:
+        # A stage that was cancelled is told as completed.
+        self.told[stage_name] = (result.status, result.error or result.data.get("cancel_reason"))
+
+    async def on_error(self, _stage_name: str, error: Exception, _ctx: PipelineContext) -> ErrorAction:
+        self.errors.append(error)
+        return ErrorAction.RETRY
+
+
+@pytest.mark.parametrize(
+    ("outcome", "kind", "told"),
+    [("raise", CardDeclined, "b was declined"), ("fail", RuntimeError, "stage 'b' reported a failure: b reports")],
+)
+def test_an_interceptor_is_told_what_a_stage_has_failed_with_also_when_it_asks_for_a_retry(
+    outcome: str, kind: type[Exception], told: str
+) -> None:
+    script, noting = Script(outcome), Noting()
+    world, pipeline = scene({"a": (), "b": ("a",)}, {"b": script})
+
+    report = run(SagaCoordinator(interceptors=[noting]).run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert [(type(error), str(error)) for error in noting.errors] == [(kind, told)]
+    assert noting.told == {"a": ("completed", None), "b": ("failed", told)}
+    assert script.attempts == [outcome]
+    assert world.undone() == ["a"]
+
+
+@pytest.mark.parametrize("by_stageflow", [False, True])
+def test_what_runs_when_the_saga_is_cancelled_is_cancelled_at_once_where_the_policy_says_so(by_stageflow: bool) -> None:
+    noting = Noting()
+    world, pipeline = scene({"slow": (), "slower": ()}, {"slow": Script("hang"), "slower": Script("hang")})
+    coordinator = SagaCoordinator(FailFast(in_flight="cancel", cancel_grace=30.0), interceptors=[noting] if by_stageflow else ())
+
+    async def play() -> tuple[SagaReport, float]:
+        running = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        await elapse(1.0)
+        await coordinator.cancel("s", "not needed any more")
+        return await running, asyncio.get_running_loop().time()
+
+    report, ended_at = run(play())
+
+    assert {stage.state for stage in report.stages.values()} == {StageState.IN_DOUBT}
+    assert ended_at == 1.0
+    assert world.running == set()
+    assert noting.told == (dict.fromkeys(("slow", "slower"), ("completed", "the saga is stopping")) if by_stageflow else {})
+
+
+@BY_US_OR_STAGEFLOW
+def test_a_stage_whose_turn_comes_after_the_deadline_has_not_run(context: PipelineContext | None) -> None:
+    pipeline, ran = busy_chain()
+
+    report = run(SagaCoordinator(FailFast(deadline=2.5)).run(pipeline, context))
+
+    assert ran == ["s0", "s1", "s2"]
+    assert report.skipped == ()
+    assert report.not_run == tuple(f"s{number}" for number in range(3, 10))
+
+
+def test_what_an_interceptor_answered_is_in_the_report_though_the_saga_fails() -> None:
+    class Answering(Watching):
+        async def before(self, stage_name: str, ctx: PipelineContext) -> Any:
+            return InterceptorResult(stage_ran=False, result={"cached": True}) if stage_name == "price" else None
+
+    _, pipeline = scene({"price": (), "book": ()}, {"book": Script("raise", before=1.0)})
+
+    report = run(SagaCoordinator(interceptors=[Answering()]).run(pipeline))
+
+    assert report.failed == ("book",)
+    output = report.stages["price"].output
+    assert output is not None
+    assert output.data == {"cached": True}
+
+
+def test_hooks_are_told_of_every_stage_and_its_kind_and_interceptors_of_those_that_no_condition_skips() -> None:
+    """As in plain stageflow."""
+    kinds: dict[str, Any] = {}
+    noting = Noting()
+    context = PipelineContext.create()
+    context.add_before_stage_start_hook(lambda name, kind, *_: kinds.update({name: kind}))
+
+    async def check(_: Any) -> dict[str, Any]:
+        return {"skip_reason": "nothing to ship"}
+
+    pipeline = Pipeline(name="p").with_stage("check", check, "guard")
+    pipeline = staged(staged(pipeline, "ship", nothing, "check", conditional=True), "write", nothing, "ship")
+
+    report = run(SagaCoordinator(interceptors=[noting]).run(pipeline, context))
+
+    assert report.skipped == ("ship",)
+    assert kinds == {"check": StageKind.GUARD, "ship": StageKind.WORK, "write": StageKind.WORK}
+    assert noting.told == {"check": ("completed", None), "write": ("completed", None)}
