@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +28,6 @@ from saga import (
 )
 from saga.events import AnyEvent, CompensationStarted, SagaEnded, SagaStarted, SagaTurnedBack, StageCompleted, StageSettled, StageStarted
 from saga.ledger import Entry
-from saga.ledgers.sqlite import SQLiteLedger
 from tests.controlled import elapse, run
 from tests.world import Script, World, nothing, scene
 
@@ -311,13 +309,18 @@ def test_a_word_on_a_stage_within_that_did_not_get_to_the_saga_above_is_said_aga
     assert set(world.standing) == (set() if verdict == "undone" else {"flight", "deposit", "room"})
 
 
-def test_what_other_stages_have_come_to_is_recorded_all_the_same(tmp_path: Path) -> None:
-    """Or they would be in doubt, though the ledger would take what is known of them."""
+@pytest.mark.parametrize("is_back", [True, False])
+def test_what_other_stages_have_come_to_is_recorded_all_the_same(is_back: bool) -> None:
+    """Or they would be in doubt, though the ledger would take what is known of them; if it does not, the first error is told."""
     has_paid = asyncio.Event()
 
-    class NoRoomForTheChild(SQLiteLedger):
+    class NoRoomForTheChild(MemoryLedger):
+        durable = True
+        is_full = False
+
         async def append(self, saga_id: str, events: Any, **how: Any) -> None:
-            if saga_id == "s/book" and isinstance(events[-1], SagaEnded):
+            if self.is_full or (saga_id == "s/book" and isinstance(events[-1], SagaEnded)):
+                self.is_full = not is_back
                 raise LedgerError("no room left")
             await super().append(saga_id, events, **how)
 
@@ -327,15 +330,16 @@ def test_what_other_stages_have_come_to_is_recorded_all_the_same(tmp_path: Path)
     async def room(_: SagaContext) -> None:
         await has_paid.wait()
 
-    async def play() -> list[AnyEvent]:
-        hotel = Pipeline(name="hotel").with_stage("room", compensable(room, nothing))
-        pipeline = Pipeline().with_stage("book", nested(hotel)).with_stage("pay", compensable(pay, nothing))
-        async with NoRoomForTheChild(tmp_path / "sagas.db") as ledger:
-            with pytest.raises(SagaUnrecorded):
-                await SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s")
-            return [*await ledger.read("s")]
+    hotel = Pipeline(name="hotel").with_stage("room", compensable(room, nothing))
+    pipeline = Pipeline().with_stage("book", nested(hotel)).with_stage("pay", compensable(pay, nothing))
+    ledger = NoRoomForTheChild()
 
-    assert [event.stage for event in asyncio.run(play()) if isinstance(event, StageCompleted)] == ["pay"]
+    with pytest.raises(SagaUnrecorded) as failed:
+        run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+
+    assert {*failed.value.in_effect, *failed.value.unknown} == {"book", "book/room", "pay"}
+    assert [event.stage for event in run(ledger.read("s")) if isinstance(event, StageCompleted)] == ["pay"] * is_back
+    assert {entry.saga_id: entry.owner for entry in run(ledger.list())} == {"s": None, "s/book": None}
 
 
 class Damaged(MemoryLedger):

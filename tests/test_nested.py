@@ -285,6 +285,31 @@ def test_the_childs_own_exceptions_are_raised_with_the_parents(keep: Callable[[P
     assert [failure.stage for failure in report.failures] == ["middle/child/c", "middle/child", "middle"]
 
 
+def test_the_exceptions_of_all_children_are_raised_with_the_parents() -> None:
+    (_, one), (_, other) = scene({"a": ()}, {"a": Script("raise")}), scene({"b": ()}, {"b": Script("raise")})
+    parent = Pipeline(name="parent").with_stage("one", nested(one)).with_stage("other", nested(other))
+
+    report = run(SagaCoordinator(ContinueWithFallback(without_fallback="skip_branch")).run(parent))
+
+    assert {failure.stage: type(failure.exception) for failure in report.failures} == {
+        "one/a": CardDeclined,
+        "one": NestedSagaFailed,
+        "other/b": CardDeclined,
+        "other": NestedSagaFailed,
+    }
+
+
+def test_a_policy_that_names_a_stage_which_the_child_does_not_have_is_refused_before_the_child_runs() -> None:
+    world, child = scene({"price": ()})
+    parent = Pipeline(name="parent").with_stage("child", nested(child, ContinueWithFallback(fallbacks={"prise": {"amount": 0}})))
+
+    report = run(SagaCoordinator().run(parent))
+
+    assert report.cause is not None
+    assert "prise" in report.cause.message
+    assert world.log == []
+
+
 def test_a_parent_that_fails_later_undoes_the_child_through_the_childs_own_ledger_entries() -> None:
     child_world, parent_world, parent = family({}, {"after": Script("raise")})
     coordinator = SagaCoordinator()
@@ -636,7 +661,8 @@ def test_a_child_that_is_begun_when_its_parent_is_stopping_runs_nothing() -> Non
 
     async def hesitates(ctx: Any) -> dict[str, str]:
         await elapse(5)
-        return {"became": (await ctx.run_saga(child)).status.value}
+        stopped = await ctx.run_saga(child)
+        return {"became": stopped.status.value, "because": stopped.cause.message}
 
     async def nothing(_: Any) -> None: ...
 
@@ -645,7 +671,7 @@ def test_a_child_that_is_begun_when_its_parent_is_stopping_runs_nothing() -> Non
     assert world.log == []
     output = report.stages["hesitates"].output
     assert output is not None
-    assert output.data == {"became": "compensated"}
+    assert output.data == {"became": "compensated", "because": "the saga that runs it is stopping"}
 
 
 def test_a_child_that_cannot_go_on_fails_its_parents_stage_until_it_is_settled() -> None:
@@ -1397,10 +1423,15 @@ def test_a_saga_that_a_failed_stage_was_about_to_run_runs_nothing(instead: str, 
         if instead == "a fallback" or next(answers) is not None:
             raise CardDeclined
 
-    async def begins(ctx: SagaContext) -> SagaReport:
+    came_to: list[str] = []
+
+    async def begins(ctx: SagaContext) -> None:
         if hesitates:
             await elapse(1)
-        return await ctx.run_saga(room)
+        try:
+            came_to.append(str((await ctx.run_saga(room)).cause))
+        except MisuseError as refused:
+            came_to.append(str(refused))
 
     async def book(ctx: SagaContext) -> None:
         await asyncio.gather(declined_at_first(), begins(ctx))
@@ -1425,6 +1456,13 @@ def test_a_saga_that_a_failed_stage_was_about_to_run_runs_nothing(instead: str, 
     first = run(coordinator.run(trip, saga_id="s"))
     assert first.ok
     assert world.log == ["+room"] * (instead == "another attempt")
+    assert came_to[0] == (
+        "expected a stage that is still running to run a saga, for stage 'book', "
+        "got one of which this attempt has failed, or was given up. "
+        "Whatever it has begun beside, let it end before the stage does: asyncio.TaskGroup sees to that."
+        if hesitates
+        else "the saga was interrupted: the stage that ran it has failed"
+    )
     undone = run(coordinator.compensate("s", trip))
 
     assert undone.status is SagaStatus.COMPENSATED
@@ -2187,7 +2225,11 @@ def test_a_stage_that_turns_to_a_saga_that_is_not_its_own_fails_and_holds_up_not
     report = run(coordinator.run(trip, saga_id="s"))
 
     (failure,) = [failure for failure in report.failures if failure.stage == "book"]
-    assert failure.message.startswith(f"expected a saga that saga s runs, got {stranger}, which ")
+    runner = "no saga runs" if whose == "nobody's" else "saga other runs"
+    assert failure.message == (
+        f"expected a saga that saga s runs, got {stranger}, which {runner}. "
+        "A stage goes on with what it began with ctx.run_saga; other sagas are for the coordinator's own methods."
+    )
     assert report.status is (SagaStatus.STUCK if how == "undo_saga" else SagaStatus.COMPENSATED)
     assert world.standing == {}
     assert strange.log == ["+room"]

@@ -55,8 +55,10 @@ class Leased(MemoryLedger):
     def __init__(self) -> None:
         super().__init__()
         self.beats: list[float] = []
+        self.alive: set[str | None] = set()
 
     async def beat(self, owner: str) -> None:
+        self.alive.add(owner)
         self.beats.append(asyncio.get_running_loop().time())
         if len(self.beats) == 3:
             raise OSError("a driver's error")
@@ -67,20 +69,23 @@ def test_an_owner_beats_on_while_it_undoes_though_every_task_is_cancelled() -> N
     _, pipeline = scene({"a": ()}, {"a": Script(before=1.0, undo_takes=100.0)})
     ledger = Leased()
 
-    async def play() -> None:
+    async def play() -> str | None:
         me = asyncio.current_task()
         caller = asyncio.create_task(SagaCoordinator(ledger=ledger).run(pipeline.with_stage("b", hangs, "work", dependencies=("a",))))
         for moment in (5.0, 30.0, 60.0):
             await elapse(moment)
             for task in asyncio.all_tasks() - {me}:
                 task.cancel()
+        (entry,) = await ledger.list()
         await asyncio.wait({caller})
+        return entry.owner
 
     async def hangs(_: Any) -> None:
         await elapse(60.0)
 
-    run(play())
+    owner = run(play())
 
+    assert ledger.alive == {owner}
     between = [later - sooner for sooner, later in zip(ledger.beats, ledger.beats[1:], strict=False)]
     assert ledger.beats[-1] > 90.0
     assert max(between) <= 10.0
@@ -100,12 +105,17 @@ class Unreachable(MemoryLedger):
     lease = 30.0
     is_reached = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.given_back: list[str] = []
+
     async def append(self, saga_id: str, events: Sequence[AnyEvent], **how: Any) -> None:
         self._fail()
         await super().append(saga_id, events, **how)
 
     async def release(self, saga_id: str, token: int) -> None:
         self._fail()
+        self.given_back.append(saga_id)
         await super().release(saga_id, token)
 
     async def beat(self, owner: str) -> None:
@@ -142,6 +152,7 @@ def test_a_saga_that_could_not_be_given_back_is_not_held_by_its_owners_life_for_
 
     assert report.status is SagaStatus.COMPLETED
     assert world.log == ["+a", "+b", "+c"]
+    assert ledger.given_back == ["s"]
 
 
 def test_a_saga_that_ends_while_its_owner_says_that_it_is_alive_alarms_nobody(caplog: pytest.LogCaptureFixture) -> None:
