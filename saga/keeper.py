@@ -132,7 +132,8 @@ class SagaKeeper:
 
     async def undo_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child."""
-        return await self._unbroken(*await self._taken_over(saga_id, pipeline, partial(undoing, by=user()), parent=parent))
+        decide = partial(undoing, by=f"saga {parent.id}")
+        return await self._unbroken(*await self._taken_over(saga_id, pipeline, decide, parent=parent))
 
     async def rest_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """See to it that a child whose process is gone comes to rest: it is stopped, as those are that run when their parent stops."""

@@ -39,7 +39,7 @@ from saga import (
     compensable,
     nested,
 )
-from saga.events import SagaEnded, SagaResumed, StageCompleted, StageStarted
+from saga.events import SagaEnded, SagaResumed, SagaTurnedBack, StageCompleted, StageStarted
 from saga.ledger import Entry
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.listeners.logs import log_events
@@ -1887,6 +1887,34 @@ def test_on_the_way_back_a_child_that_lost_its_process_comes_to_rest_by_itself_a
     assert {failure.kind for failure in report.failures} == {FailureKind.CRASHED, FailureKind.INTERRUPTED}
     assert child_world.standing == {}
     assert [event.by for event in run(ledger.read("s/child")) if isinstance(event, SagaResumed)] == ["saga s"]
+
+
+def test_a_child_whose_undoing_goes_on_is_resumed_by_the_saga_that_runs_it() -> None:
+    """And by no person: nobody has asked for it."""
+    world, child = scene(SEQUENCE)
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(child)
+
+    async def release(ctx: CompensationContext) -> None:
+        for known in await ctx.child_sagas():
+            await ctx.undo_saga(known.saga_id, child)
+
+    parent = Pipeline(name="parent").with_stage("book", compensable(book, release))
+    parent = parent.with_stage("fail", fail, "work", dependencies=("book",))
+
+    class Killed(Dying):
+        async def append(self, saga_id: str, events: Any, **how: Any) -> None:
+            await super().append(saga_id, events, **how)
+            if saga_id == "s/book" and isinstance(events[-1], SagaTurnedBack):
+                self.left = 0
+
+    ledger = killed_while_it_ran(parent, Killed(10_000))
+
+    run(SagaCoordinator(ledger=ledger).recover([parent]))
+
+    assert world.log == ["+a", "+b", "+c", "-c", "-b", "-a"]
+    assert [event.by for event in run(ledger.read("s/book")) if isinstance(event, SagaResumed)] == ["saga s"]
 
 
 def test_killed_at_any_event_a_saga_that_halts_lets_its_children_come_to_rest() -> None:
