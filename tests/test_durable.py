@@ -180,6 +180,26 @@ def test_what_could_not_be_written_late_is_told_to_whoever_records_next() -> Non
     assert world.log == ["+a"]
 
 
+def test_who_lost_its_lease_is_told_so_though_nobody_waited_for_the_write_that_was_refused() -> None:
+    """What is in effect is for whoever runs the saga now to know."""
+    world, pipeline = scene(BRANCHES, {"b": Script(before=60), "c": Script(before=1)})
+    ledger = SlowDisk()
+
+    async def play() -> LedgerConflict:
+        running = asyncio.create_task(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+        await elapse(0.5)
+        (entry,) = await ledger.list()
+        await ledger.acquire("s", str(entry.owner))
+        with pytest.raises(LedgerConflict) as lost:
+            await running
+        return lost.value
+
+    lost = run(play())
+
+    assert "the current one is 2" in str(lost)
+    assert world.log == ["+a", "+c", "+b"]
+
+
 def test_an_owner_says_that_it_is_alive_as_long_as_a_saga_of_its_is(caplog: pytest.LogCaptureFixture) -> None:
     _, pipeline = scene({"a": ()}, {"a": Script(before=45)})
     ledger = SlowDisk()
