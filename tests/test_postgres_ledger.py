@@ -69,7 +69,7 @@ class Network:
     Attributes:
         port: Where the ledger finds it.
         swallow: `question`: the next one that holds `word` never gets to the server; `answer`: the server carries it out, and its answer
-            gets lost.
+            gets lost; `all`: from it on the server hears nothing any more, as of a machine that lost its power.
         lost: How often it did so.
         meanwhile: What happens before the connection breaks.
     """
@@ -107,6 +107,10 @@ class Network:
                     kind, self.swallow, self.lost = self.swallow, None, self.lost + 1
                     if kind == "question":
                         break
+                    if kind == "all":
+                        while client.recv(65536):
+                            pass
+                        return
                     doomed.set()
                 server.sendall(data)
         self._break(client, server)
@@ -262,6 +266,29 @@ def test_what_is_read_is_asked_for_again_when_the_answer_got_lost(place: Postgre
 
     assert len(using(over(network, place), play)) == 1
     assert network.lost == 1
+
+
+@pytest.mark.parametrize(("deed", "word"), [("acquire", b"token + 1"), ("prune", b"DELETE FROM events")])
+def test_who_vanishes_in_the_midst_of_a_transaction_keeps_its_locks_no_longer_than_others_wait(
+    place: PostgresSchema, network: Network, deed: str, word: bytes
+) -> None:
+    async def play(ledger: Ledger) -> Any:
+        token = await ledger.create("s", "me", (started(),))
+        vanishing = over(network, place, patience=1)
+        await vanishing.acquire("s", "me")
+        network.swallow, network.word = "all", word
+        lost = asyncio.create_task(vanishing.acquire("s", "me") if deed == "acquire" else vanishing.prune(timedelta(0)))
+        while not network.lost:
+            await asyncio.sleep(0)
+
+        await ledger.append("s", (attempt(1),), expected_version=1, token=token + 1)
+
+        with pytest.raises(LedgerError):
+            await lost
+        await vanishing.close()
+        return await ledger.read("s")
+
+    assert len(using(place.open(patience=4), play)) == 2
 
 
 def test_when_it_stays_unknown_what_became_of_an_append_the_error_says_so(place: PostgresSchema, network: Network) -> None:

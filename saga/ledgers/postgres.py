@@ -462,6 +462,9 @@ class _Store:
             "TimeZone": "UTC",
             "DateStyle": "ISO",  # psycopg reads no other
             "lock_timeout": f"{math.ceil(self._patience * 1000)}ms",
+            # The server would keep the locks of a client that vanished or was suspended, for two hours by default, and those of `prune` are
+            # in everybody's way. Half of it: who waits for them has no more patience.
+            "idle_in_transaction_session_timeout": f"{math.ceil(self._patience / 2)}s",
         }
         for name, value in settings.items():
             connection.execute("SELECT set_config(%s, %s, false)", (name, value))
