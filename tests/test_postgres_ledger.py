@@ -71,6 +71,7 @@ class Network:
         swallow: `question`: the next one that holds `word` never gets to the server; `answer`: the server carries it out, and its answer
             gets lost; `all`: from it on the server hears nothing any more, as of a machine that lost its power.
         lost: How often it did so.
+        taken: How many connections it has taken.
         meanwhile: What happens before the connection breaks.
     """
 
@@ -78,6 +79,7 @@ class Network:
         self.swallow: str | None = None
         self.word = b'"at'  # of every event
         self.lost = 0
+        self.taken = 0
         self.meanwhile: Callable[[], Any] = lambda: None
         self._server = f"{directory}/.s.PGSQL.5432"
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -95,6 +97,7 @@ class Network:
                 client, _ = self._listener.accept()
             except OSError:
                 return
+            self.taken += 1
             server = socket.socket(socket.AF_UNIX)
             server.connect(self._server)
             doomed = threading.Event()
@@ -454,24 +457,62 @@ def test_a_database_that_may_only_be_read_is_read_and_refuses_appends(place: Pos
         calls = (ledger.append("s", (attempt(number),), expected_version=number, token=1) for number in (1, 2))
         return await asyncio.gather(*calls, return_exceptions=True), await ledger.read("s")
 
-    refused, events = using(place.open(dsn=f"{place.dsn}&options=-c%20default_transaction_read_only%3Don"), play)
+    dsn = f"{place.dsn}&options=-c%20default_transaction_read_only%3Don"
+    refused, events = using(place.open(dsn=dsn, patience=0.1), play)
 
     assert all("cannot execute" in str(error) and "in a read-only transaction; nothing was recorded" in str(error) for error in refused)
     assert len(events) == 1
 
 
+@contextlib.contextmanager
+def read_only(place: PostgresSchema) -> Iterator[None]:
+    """A server that may only be read, as one that is not yet promoted in a failover."""
+    place.execute("ALTER ROLE postgres SET default_transaction_read_only = on")
+    place.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'saga'")
+    try:
+        yield
+    finally:
+        writing = PostgresSchema(f"{place.dsn}&options=-c%20default_transaction_read_only%3Doff", place.schema)
+        writing.execute("ALTER ROLE postgres RESET default_transaction_read_only")
+
+
 def test_a_database_that_may_be_written_to_again_is(place: PostgresSchema) -> None:
     async def play(ledger: Ledger) -> Any:
         await ledger.create("s", "me", (started(),))
-        place.execute("ALTER ROLE postgres SET default_transaction_read_only = on")
-        place.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'saga'")
-        try:
-            with pytest.raises(LedgerError, match="in a read-only transaction"):
-                await ledger.append("s", (attempt(1),), expected_version=1, token=1)
-        finally:
-            writing = PostgresSchema(f"{place.dsn}&options=-c%20default_transaction_read_only%3Doff", place.schema)
-            writing.execute("ALTER ROLE postgres RESET default_transaction_read_only")
+        with read_only(place), pytest.raises(LedgerError, match="in a read-only transaction"):
+            await ledger.append("s", (attempt(1),), expected_version=1, token=1)
         await ledger.append("s", (attempt(1),), expected_version=1, token=1)
+        return await ledger.read("s")
+
+    assert len(using(place.open(patience=0.1), play)) == 2
+
+
+def test_a_server_that_may_only_be_read_for_a_while_costs_no_append(place: PostgresSchema, network: Network) -> None:
+    async def play(ledger: Ledger) -> Any:
+        await ledger.create("s", "me", (started(),))
+        with read_only(place):
+            append = asyncio.create_task(ledger.append("s", (attempt(1),), expected_version=1, token=1))
+            while network.taken < 3:  # it has been refused in the second
+                assert not append.done()
+                await asyncio.sleep(0)
+        await append
+        return await ledger.read("s")
+
+    assert len(using(over(network, place), play)) == 2
+
+
+def test_an_append_that_somebody_cancels_is_done_again(place: PostgresSchema) -> None:
+    """As a `statement_timeout` of the role does, while somebody has a lock."""
+
+    async def play(ledger: Ledger) -> Any:
+        await ledger.create("s", "me", (started(),))
+        with contextlib.closing(psycopg.connect(place.dsn)) as other:
+            other.execute(f'LOCK TABLE "{place.schema}".sagas')
+            append = asyncio.create_task(ledger.append("s", (attempt(1),), expected_version=1, token=1))
+            await somebody_waits(place)
+            waiting = "wait_event_type = 'Lock' AND application_name = 'saga'"
+            assert place.execute(f"SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE {waiting}") == [(True,)]  # noqa: S608 - a constant
+        await append
         return await ledger.read("s")
 
     assert len(using(place.open(), play)) == 2

@@ -161,8 +161,10 @@ _LONGEST: Final = 2**31 // 1000
 """Seconds; PostgreSQL counts its own times in milliseconds of 32 bits."""
 _LONGEST_PROBE: Final = 2**15 - 1
 """Seconds; Linux takes no more between two signs of life of a connection."""
-_AGAIN: Final = frozenset({"40001", "40P01"})
-"""Nothing was done, because of a conflict between transactions; it may go well the next time."""
+_AGAIN: Final = frozenset({"40001", "40P01", "57014", "25006"})
+"""Nothing was done, and it may go well the next time: a conflict between transactions; somebody cancelled it, or the role's
+`statement_timeout` did; the server may only be read, as in a failover before it is promoted.
+"""
 _FORBIDDEN: Final = "42501"
 """The role may not do that; to wait changes nothing."""
 _HINT: Final = "In a URL, a password's @, / and % are written %40, %2F and %25."
@@ -179,8 +181,9 @@ class PostgresLedger(DurableLedger):
         dsn: Where the database is: a URL or a connection string of libpq.
         schema: The schema; it is made when it is first used.
         lease: Seconds after which an owner that did not `beat` counts as gone, by the server's clock.
-        patience: Seconds that a batch of appends waits for a server that is gone, or for locks of others, before it fails; an append that
-            comes meanwhile waits for that, too. A server that hangs is given up when it has said nothing for twice as long.
+        patience: Seconds that a batch of appends waits for a server that is gone or may only be read, or for locks of others, before it
+            fails; an append that comes meanwhile waits for that, too. A server that hangs is given up when it has said nothing for twice
+            as long.
         max_event_bytes: How many bytes of JSON one event may have.
         redact: What every event goes through before it is stored. What it takes out is missing when a saga is resumed, too.
 
@@ -413,12 +416,10 @@ class _Store:
             except psycopg.Error as error:
                 is_gone = self._opened is None or self._opened.closed
                 in_doubt = in_doubt or (records and is_gone and is_sent)
-                if is_gone:
-                    self.close()
+                # The next one connects anew: what is in its way may be what the server said of this connection when it began.
+                self.close()
                 may_pass = error.sqlstate in _AGAIN or (is_gone and error.sqlstate != _FORBIDDEN)
                 if not may_pass or time.monotonic() + pause > deadline:
-                    # The next one connects anew: what is in its way may be what the server said of this connection when it began.
-                    self.close()
                     raise self._told(error, in_doubt=in_doubt) from error
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
