@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -663,6 +664,29 @@ def test_ledgers_that_make_one_schema_at_once_are_one(place: PostgresSchema) -> 
     assert place.execute("SELECT version FROM schema_version") == [(len(module.MIGRATIONS),)]
 
 
+def test_in_the_place_of_a_schema_that_was_taken_away_while_it_was_in_use_no_other_one_is_made(place: PostgresSchema) -> None:
+    """Whoever restores a backup meanwhile would come upon it, and sagas that run would be told that they never were."""
+
+    async def play(ledger: Ledger) -> Any:
+        token = await ledger.create("s", "me", (started(),))
+        place.execute(f'ALTER SCHEMA "{place.schema}" RENAME TO "{place.schema} elsewhere"')
+        place.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'saga'")
+        append = partial(ledger.append, "s", (attempt(1),), expected_version=1, token=token)
+        deeds = (append(), ledger.read("s"), ledger.list(), ledger.create("t", "me", (started("t"),)))
+        refused = [str(*await asyncio.gather(deed, return_exceptions=True)) for deed in deeds]
+        made = place.execute("SELECT to_regnamespace(%s) IS NOT NULL", f'"{place.schema}"')
+        place.execute(f'ALTER SCHEMA "{place.schema} elsewhere" RENAME TO "{place.schema}"')
+        await append()
+        return refused, made, await ledger.read("s")
+
+    refused, made, events = using(place.open(), play)
+
+    gone = f"the ledger in schema {place.schema!r} is gone; put it back, or restart to begin a new one. None was made in its place"
+    assert refused == [gone] * 4
+    assert made == [(False,)]
+    assert len(events) == 2
+
+
 def test_a_schema_that_is_there_already_may_be_used(place: PostgresSchema) -> None:
     place.execute(f'CREATE SCHEMA "{place.schema}"')
 
@@ -741,30 +765,31 @@ def test_times_are_read_however_the_database_writes_them(place: PostgresSchema, 
 
 
 def test_commits_are_on_disk_though_the_database_does_without_it(place: PostgresSchema) -> None:
-    store = module._Store(f"{place.dsn}&options=-c%20synchronous_commit%3Doff", place.schema, 30.0, 10.0)
+    store = module._Store(f"{place.dsn}&options=-c%20synchronous_commit%3Doff", place.schema, 30.0, 10.0, threading.Event())
 
     assert store._connection().execute("SHOW synchronous_commit").fetchone() == ("on",)
     store.close()
 
 
 def test_commits_that_wait_for_replicas_still_do(place: PostgresSchema) -> None:
-    store = module._Store(f"{place.dsn}&options=-c%20synchronous_commit%3Dremote_apply", place.schema, 30.0, 10.0)
+    store = module._Store(f"{place.dsn}&options=-c%20synchronous_commit%3Dremote_apply", place.schema, 30.0, 10.0, threading.Event())
 
     assert store._connection().execute("SHOW synchronous_commit").fetchone() == ("remote_apply",)
     store.close()
 
 
 def test_a_server_that_does_not_answer_is_given_up_after_the_patience_unless_the_dsn_says_otherwise() -> None:
-    mine = module._Store("dbname=x", "saga", 30.0, 2.5)._parameters()
-    yours = module._Store("dbname=x connect_timeout=99 tcp_user_timeout=98 application_name=shop", "saga", 30.0, 2.5)._parameters()
+    dsn, rest = "dbname=x", ("saga", 30.0, 2.5, threading.Event())
+    mine = module._Store(dsn, *rest)._parameters()
+    yours = module._Store(f"{dsn} connect_timeout=99 tcp_user_timeout=98 application_name=shop", *rest)._parameters()
 
     assert (mine["connect_timeout"], mine["tcp_user_timeout"], mine["application_name"]) == (3, 3000, "saga")
     assert (yours["connect_timeout"], yours["tcp_user_timeout"], yours["application_name"]) == ("99", "98", "shop")
 
 
 def test_a_server_that_has_the_question_and_owes_the_answer_is_asked_for_signs_of_life() -> None:
-    mine = module._Store("dbname=x", "saga", 30.0, 10.0)._parameters()
-    yours = module._Store("dbname=x keepalives_idle=99", "saga", 30.0, 10.0)._parameters()
+    mine = module._Store("dbname=x", "saga", 30.0, 10.0, threading.Event())._parameters()
+    yours = module._Store("dbname=x keepalives_idle=99", "saga", 30.0, 10.0, threading.Event())._parameters()
 
     # The third that is not answered comes after the patience, and then `tcp_user_timeout` breaks the connection.
     assert (mine["keepalives_idle"], mine["keepalives_interval"], mine["tcp_user_timeout"]) == (4, 4, 10_000)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from itertools import chain
+from threading import Event
 from typing import Any, Final, LiteralString, TypeVar
 
 try:
@@ -213,7 +214,7 @@ class PostgresLedger(DurableLedger):
             raise MisuseError("a URL of PostgreSQL", got="one with an @ in the host or the database", hint=_HINT)
         super().__init__(
             f"PostgresLedger({where.get('dbname', '')!r}, schema={schema!r})",
-            partial(_Store, dsn, schema, lease, patience),
+            partial(_Store, dsn, schema, lease, patience, Event()),
             lease=lease,
             patience=patience,
             max_event_bytes=max_event_bytes,
@@ -255,9 +256,10 @@ class _Connection(psycopg.Connection[Any]):
 
 
 class _Store:
-    def __init__(self, dsn: str, schema: str, lease: float, patience: float) -> None:
+    def __init__(self, dsn: str, schema: str, lease: float, patience: float, was_there: Event) -> None:
         self._dsn = dsn
         self._schema = schema
+        self._was_there = was_there
         self._lease = lease
         self._patience = min(patience, _LONGEST)
         self._opened: Connection | None = None
@@ -471,19 +473,28 @@ class _Store:
             connection.execute("SELECT set_config(%s, %s, false)", (name, value))
         # A server, database or role that does without it may; a ledger can't. What waits for replicas, too, is left as it is.
         connection.execute("SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'")
-        if self._version(connection) == len(MIGRATIONS):
-            return
-        with connection.transaction():
-            connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (f"saga ledger {self._schema}",))
-            found = self._version(connection)  # once more, now that no other process can
-            if not found:
-                if connection.execute("SELECT to_regnamespace(%s)", (settings["search_path"],)).fetchone() == (None,):
-                    connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(self._schema)))
-                connection.execute("CREATE TABLE schema_version (version integer NOT NULL)")
-                connection.execute("INSERT INTO schema_version VALUES (0)")
-            for statement in chain(*MIGRATIONS[found:]):
-                connection.execute(statement)
-            connection.execute("UPDATE schema_version SET version = %s", (len(MIGRATIONS),))
+        if self._version(connection) < len(MIGRATIONS):
+            with connection.transaction():
+                self._migrate(connection)
+        self._was_there.set()
+
+    def _migrate(self, connection: Connection) -> None:
+        connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (f"saga ledger {self._schema}",))
+        found = self._version(connection)  # once more, now that no other process can
+        if not found:
+            if self._was_there.is_set():
+                # Sagas that run know of what is in it, and whoever puts it back would come upon a new one.
+                raise LedgerError(
+                    f"the ledger in schema {self._schema!r} is gone; put it back, or restart to begin a new one. None was made in its place"
+                )
+            schema = sql.Identifier(self._schema)
+            if connection.execute("SELECT to_regnamespace(%s)", (schema.as_string(),)).fetchone() == (None,):
+                connection.execute(sql.SQL("CREATE SCHEMA {}").format(schema))
+            connection.execute("CREATE TABLE schema_version (version integer NOT NULL)")
+            connection.execute("INSERT INTO schema_version VALUES (0)")
+        for statement in chain(*MIGRATIONS[found:]):
+            connection.execute(statement)
+        connection.execute("UPDATE schema_version SET version = %s", (len(MIGRATIONS),))
 
     def _version(self, connection: Connection) -> int:
         if connection.execute("SELECT to_regclass('schema_version')").fetchone() == (None,):
