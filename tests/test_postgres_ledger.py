@@ -687,6 +687,15 @@ def test_in_the_place_of_a_schema_that_was_taken_away_while_it_was_in_use_no_oth
     assert len(events) == 2
 
 
+def test_who_may_not_use_the_schema_is_told_so_at_once(place: PostgresSchema) -> None:
+    using(place.open(), lambda ledger: ledger.create("s", "me", (started(),)))
+    place.execute("CREATE ROLE stranger")
+    stranger = place.open(dsn=f"{place.dsn}&options=-crole%3Dstranger", patience=3_600)
+
+    with pytest.raises(LedgerError, match="permission denied for schema"):
+        using(stranger, lambda ledger: ledger.list())
+
+
 def test_a_schema_that_is_there_already_may_be_used(place: PostgresSchema) -> None:
     place.execute(f'CREATE SCHEMA "{place.schema}"')
 

@@ -497,7 +497,9 @@ class _Store:
         connection.execute("UPDATE schema_version SET version = %s", (len(MIGRATIONS),))
 
     def _version(self, connection: Connection) -> int:
-        if connection.execute("SELECT to_regclass('schema_version')").fetchone() == (None,):
+        # By its whole name: whoever may not use the schema is told so, where a search would find nothing.
+        table = sql.Identifier(self._schema, "schema_version").as_string()
+        if connection.execute("SELECT to_regclass(%s)", (table,)).fetchone() == (None,):
             return 0
         rows = connection.execute("SELECT version FROM schema_version").fetchall()
         found = int(rows[0][0]) if len(rows) == 1 else -1
