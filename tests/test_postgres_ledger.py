@@ -649,6 +649,29 @@ def test_a_saga_that_is_taken_while_others_are_forgotten_stays(place: PostgresSc
     assert len(events) == 2
 
 
+def test_who_is_just_taking_a_saga_and_who_forgets_it_do_not_lock_each_other_out(place: PostgresSchema) -> None:
+    """The server would notice that after a second, and every append would wait for it."""
+
+    async def play(ledger: Ledger) -> Any:
+        await ledger.create("s", "me", (started(),))
+        await ledger.append("s", (SagaEnded(status=SagaStatus.COMPLETED),), expected_version=1, token=1, release=True)
+        with contextlib.closing(psycopg.connect(place.dsn)) as other:
+            other.execute("SET deadlock_timeout = '10ms'")  # so that the other is the one that is told
+            other.execute(f'SET search_path TO "{place.schema}"')
+            other.execute("SELECT parent FROM sagas WHERE id = 's' FOR UPDATE")
+            pruned = asyncio.create_task(ledger.prune(timedelta(0)))
+            await somebody_waits(place)
+            await asyncio.to_thread(other.execute, "UPDATE sagas SET owner = 'you', token = token + 1 WHERE id = 's'")
+            other.execute("INSERT INTO owners VALUES ('you', 'infinity')")
+            other.commit()
+        return await pruned, await ledger.read("s")
+
+    forgotten, events = using(place.open(), play)
+
+    assert forgotten == ()
+    assert len(events) == 2
+
+
 # -- how it is made --------------------------------------------------------------------------------------------------
 
 

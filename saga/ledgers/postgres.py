@@ -378,8 +378,9 @@ class _Store:
 
     def _prune(self, connection: Connection, request: Prune) -> Pruned:
         with connection.transaction():
-            # Nobody may take up one of them between the look and the deletion.
-            connection.execute("LOCK TABLE sagas IN SHARE ROW EXCLUSIVE MODE")
+            # Nobody may take up one of them between the look and the deletion; nor be about to, with its row locked: each would wait for
+            # the other.
+            connection.execute("LOCK TABLE sagas IN EXCLUSIVE MODE")
             values = {"after": request.after, "before": request.before, "over": [status.value for status in FORGETTABLE]}
             found = connection.execute(_OLD, values).fetchall()
             forgotten = [saga_id for _, saga_id, is_over in found if is_over]
