@@ -113,7 +113,8 @@ def turns_back(state: SagaState, stage: str, child_id: str) -> bool:
     """Whether a saga that a stage of this one ran goes forward no more, because of this one."""
     if state.status is SagaStatus.STUCK and state.reason is not None:
         return True
-    return execution_of(child_id, state.started.saga_id, stage) != state.stages[stage].execution
+    record = state.stages.get(stage)  # a damaged row may name another one
+    return record is not None and execution_of(child_id, state.started.saga_id, stage) != record.execution
 
 
 async def is_left_alone(ledger: Ledger, state: SagaState, *, is_undone: bool) -> bool:
