@@ -116,6 +116,10 @@ class Failure(BaseModel):
         """
         return BaseModel.__getstate__(self.model_copy(update={"exception": None}))
 
+    def __deepcopy__(self, _: Any = None) -> Self:
+        """Itself: nothing in it changes, and many exceptions can't be copied."""
+        return self
+
     def _stored(self) -> tuple[object, ...]:
         return tuple(getattr(self, field) for field in Failure.model_fields if field != "exception")
 

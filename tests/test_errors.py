@@ -134,6 +134,16 @@ def test_a_report_comes_back_from_a_worker_process_whatever_its_stages_raised() 
     assert ["Unavailable: no answer to charge" in note for error in failed.value.exceptions for note in error.__notes__] == [True, True]
 
 
+def test_a_report_is_copied_whatever_its_stages_raised() -> None:
+    here = run_in_a_worker()
+
+    copied = copy.deepcopy(here)
+
+    assert copied == here
+    assert copied is not here
+    assert any(isinstance(failure.exception, Unavailable) for failure in copied.failures)
+
+
 def test_a_conflict_names_the_holder_once_and_says_what_to_do() -> None:
     holder = "host/4711/1234567/4026531836/a2b5c2d0/9f86d081"
 
