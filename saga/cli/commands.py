@@ -507,7 +507,7 @@ def import_(
         async with _opened(_durable(ledger, exists=False)) as opened:
             there = [saga_id for saga_id, events in sagas.items() if await _is_there(opened, saga_id, events)]
             if len(there) == len(sagas):
-                raise _taken(there[0])
+                return there  # and somebody may have begun to go on with them
             for saga_id, events in sagas.items():
                 _refuse_too_large(opened.max_event_bytes, saga_id, events)
             # Held until the last one is there, and children first: who goes on with a saga whose children are still to come would begin
@@ -539,12 +539,8 @@ async def _is_there(ledger: Ledger, saga_id: str, events: Sequence[AnyEvent]) ->
     """
     found = await ledger.read(saga_id)
     if found and list(map(line_of, found)) != list(map(line_of, events)):
-        raise _taken(saga_id)
+        raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Nothing was imported.")
     return bool(found)
-
-
-def _taken(saga_id: str) -> SagaExists:
-    return SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Nothing was imported.")
 
 
 def _refuse_too_large(most: int | None, saga_id: str, events: Sequence[AnyEvent]) -> None:
