@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -39,7 +40,7 @@ from saga import (
     compensable,
     nested,
 )
-from saga.events import SagaEnded, SagaResumed, SagaTurnedBack, StageCompleted, StageStarted
+from saga.events import AnyEvent, SagaEnded, SagaResumed, SagaTurnedBack, StageCompleted, StageStarted
 from saga.ledger import Entry
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.listeners.logs import log_events
@@ -433,6 +434,29 @@ def test_a_child_that_is_stuck_does_not_go_forward_when_its_stage_is_tried_again
     assert report.status is SagaStatus.STUCK
     assert report.stages["child"].attempts == 2
     assert world.log == ["+a"]
+
+
+@pytest.mark.parametrize("many", [1, 8])
+def test_a_saga_is_not_read_anew_for_each_child_that_it_undoes(many: int) -> None:
+    """The more children, the longer what their parent has recorded: to undo twice as many would take four times as long."""
+    reads: Counter[str] = Counter()
+
+    class Counting(MemoryLedger):
+        async def read(self, saga_id: str) -> Sequence[AnyEvent]:
+            reads[saga_id] += 1
+            return await super().read(saga_id)
+
+    families = {f"child{number}": scene({"a": ()}) for number in range(many)}
+    parent = Pipeline(name="parent")
+    for name, (_, child) in families.items():
+        parent = parent.with_stage(name, nested(child))
+    parent = parent.with_stage("fail", fail, "work", dependencies=tuple(families))
+
+    report = run(SagaCoordinator(ledger=Counting()).run(parent, saga_id="s"))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert [world.log for world, _ in families.values()] == [["+a", "-a"]] * many
+    assert reads["s"] == 1
 
 
 def test_every_attempts_child_is_undone() -> None:
