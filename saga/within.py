@@ -62,7 +62,7 @@ async def _told(ledger: Ledger, saga_id: str, *, goes_on: bool | None = None) ->
     events = [*await events_of(ledger, saga_id)]
     state = SagaState(events)
     if goes_on is None:
-        goes_on = not await is_turned_back(ledger, await run_by(ledger, state), saga_id)
+        goes_on = await _goes_on(ledger, state)
     children, unread = await _within(ledger, saga_id, state if goes_on else None)
     news: list[StageProbed | StageSettled] = []
     for child in children if state.ended_at is not None else ():
@@ -74,6 +74,15 @@ async def _told(ledger: Ledger, saga_id: str, *, goes_on: bool | None = None) ->
         state.apply(SagaEnded(status=status_at_rest(state), at=max(event.at for event in news)))
     report = _report(state, children, unread, goes_on=goes_on)
     return _Told(state, report, _came_late_at(saga_id, [*events, *news]))
+
+
+async def _goes_on(ledger: Ledger, state: SagaState) -> bool:
+    """Whether those above a saga let it go forward."""
+    try:
+        return not await is_turned_back(ledger, await run_by(ledger, state), state.started.saga_id)
+    except LedgerCorrupt:
+        # What the saga did is known all the same, and nobody takes it forward from there.
+        return False
 
 
 async def _within(ledger: Ledger, saga_id: str, state: SagaState | None) -> tuple[list[_Told], dict[str, dict[str, str]]]:

@@ -420,6 +420,20 @@ def test_a_child_that_cannot_be_read_hides_nothing_of_its_parent_which_is_not_cl
         assert text.splitlines()[-1] == "Not known what stands of saga s/trip/hotel: saga s/trip/hotel is damaged"
 
 
+def test_a_saga_above_that_cannot_be_read_hides_no_report_of_those_within() -> None:
+    """What they did is what a person has to know who puts right by hand what that saga did."""
+    _, pipeline = trip({"room": Script("raise")})
+    ledger = Damaged()
+    coordinator = SagaCoordinator(IMPATIENT, ledger=ledger)
+    run(coordinator.run(Pipeline(name="top").with_stage("trip", nested(pipeline)), saga_id="s"))
+    before = {saga_id: run(coordinator.report(saga_id)) for saga_id in ("s/trip", "s/trip/hotel")}
+    ledger.damaged = "s"
+
+    after = {saga_id: run(coordinator.report(saga_id)) for saga_id in before}
+
+    assert after == before
+
+
 def test_beside_a_saga_that_cannot_be_read_another_one_of_its_stage_keeps_its_path() -> None:
     async def refuse(_: CompensationContext) -> None:
         raise ConnectionError("no line")
