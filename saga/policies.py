@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Final, Literal, Self, TypeGuard
 
 from pydantic import (
@@ -79,7 +80,7 @@ def _refuse_no_kind(name: str, info: ValidationInfo) -> None:
 def _refuse_no_exception(name: str, place: str) -> None:
     module, _, last = name.rpartition(".")
     known = _of_module(module or "builtins")
-    if known is None or "__getattr__" in known or _is_exception(known.get(last)):
+    if known is None or "__getattr__" in known or _is_being_loaded(known) or _is_exception(known.get(last)):
         return  # it, or what would know it, may be loaded later
     if not module:
         wanted = f"an exception of Python's own, or one with its module, for Retry.retry_on{place}"
@@ -96,9 +97,13 @@ def _meant(name: str) -> str:
 
 
 def _of_module(name: str) -> Mapping[str, Any] | None:
-    """What a module has; None if nobody has imported it: what data names is not."""
+    """What a module has; None if nobody has imported it, which what data names is not, or if what stands in for it has its own ways."""
     module = sys.modules.get(name)
-    return None if module is None else vars(module)
+    return vars(module) if type(module) is ModuleType else None
+
+
+def _is_being_loaded(module: Mapping[str, Any]) -> bool:
+    return getattr(module.get("__spec__"), "_initializing", False)
 
 
 def _is_exception(value: object) -> TypeGuard[type[BaseException]]:
@@ -186,7 +191,8 @@ class Retry(_Frozen):
         names = {failure.kind.value, failure.type}
         if failure.exception is not None:
             names.update(qualified(base) for base in type(failure.exception).__mro__)
-        return not names.isdisjoint(_meant(str(name)) for name in self.retry_on)
+        # As it is written, too: what was given as a type is meant itself, whatever its module has under that name.
+        return not names.isdisjoint({*self.retry_on, *(_meant(str(name)) for name in self.retry_on)})
 
     def wait_before_next(self, failure: Failure, *, attempt: int, elapsed: float, asked: bool = False) -> float | None:
         """Seconds to wait after this failed attempt, or None when it was the last.

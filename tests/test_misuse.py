@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 import re
 import sys
 import weakref
@@ -26,6 +27,7 @@ from saga import (
     CompensationContext,
     ContinueWithFallback,
     FailFast,
+    Failure,
     GraphChanged,
     MemoryLedger,
     MisuseError,
@@ -426,6 +428,37 @@ def test_a_file_may_name_exceptions_that_are_not_loaded_yet(tmp_path: Any, monke
     (tmp_path / "policy.json").write_text(FailFast(retry=Retry(retry_on=names)).model_dump_json())
 
     assert load_policy(tmp_path / "policy.json").retry.retry_on == names
+
+
+def test_a_file_may_name_exceptions_of_what_stands_in_for_a_module(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found(ModuleType):
+        CardDeclined = CardDeclined
+
+    class Bare:
+        __slots__ = ()
+        CardDeclined = CardDeclined
+
+    monkeypatch.setitem(sys.modules, "found", Found("found"))
+    monkeypatch.setitem(sys.modules, "bare", untyped(Bare()))
+    names = ("bare.CardDeclined", "found.CardDeclined")
+    (tmp_path / "policy.json").write_text(FailFast(retry=Retry(retry_on=names)).model_dump_json())
+
+    policy = load_policy(tmp_path / "policy.json")
+
+    assert policy.retry.retry_on == names
+    assert not policy.retry.is_worth(Failure.raised("pay", ConnectionError("no line"), attempt=1))
+
+
+def test_a_file_may_name_exceptions_of_a_module_that_reads_it_before_it_has_them(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "policy.json").write_text(FailFast(retry=Retry(retry_on="fresh_shop.Declined")).model_dump_json())
+    (tmp_path / "fresh_shop.py").write_text(
+        f"import saga\nPOLICY = saga.load_policy({str(tmp_path / 'policy.json')!r})\nclass Declined(Exception): ..."
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    shop = importlib.import_module("fresh_shop")
+
+    assert shop.POLICY.retry.is_worth(Failure.raised("pay", shop.Declined("no money"), attempt=1))
 
 
 @pytest.mark.parametrize("name", ["policy.toml", "policy.json", "policy.yaml"])

@@ -380,6 +380,21 @@ def test_an_exception_is_tried_again_under_each_name_that_it_is_known_by(name: s
     assert report.ok
 
 
+def test_an_exception_that_is_given_itself_is_tried_again_though_its_module_has_another_one_by_its_name() -> None:
+    kind = type("JSONDecodeError", (Exception,), {"__module__": "json"})
+    attempts: list[int] = []
+
+    async def call(ctx: Any) -> None:
+        attempts.append(ctx.attempt)
+        raise kind
+
+    pipeline = Pipeline(name="p").with_stage("call", compensable(call, nothing))
+
+    run(SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0, retry_on=kind))).run(pipeline))
+
+    assert attempts == [1, 2]
+
+
 def test_an_exception_of_which_nobody_has_imported_the_module_is_worth_nothing() -> None:
     script = Script("raise", then=("ok",))
     _, pipeline = scene({"a": ()}, {"a": script})
