@@ -91,7 +91,7 @@ class StageReport:
         compensation: What became of its compensation; None if neither it nor a probe was tried.
         dependencies: The stages that it waits for.
         tries: Each attempt: its start, its end and in what way it failed.
-        verdicts: What a person may say of it; empty where nobody's word is asked for.
+        verdicts: What a person may say of it; empty where nobody's word is asked for, or while what it has run has not come to rest.
     """
 
     state: StageState
@@ -188,9 +188,20 @@ class StageReport:
             compensation=undo,
             dependencies=dependencies,
             tries=record.tries,
-            # That nothing stands is not for a person to say while something is open within.
-            verdicts=tuple([verdict for verdict in verdicts if verdict is not Verdict.UNDONE or all(child.clean for child in children)]),
+            verdicts=tuple(verdict for verdict in verdicts if _may_be_said(verdict, children)),
         )
+
+
+def _may_be_said(verdict: Verdict, within: tuple[SagaReport, ...]) -> bool:
+    """Whether it is for a person to say so of a stage: what stands of it is not as long as it is still being found out within."""
+    if verdict is Verdict.RETRY:
+        return True
+    return not any(map(_is_alive, within)) and (verdict is Verdict.KEPT or all(child.clean for child in within))
+
+
+def _is_alive(report: SagaReport) -> bool:
+    """Whether a saga, or one within it, has not come to rest."""
+    return report.ended_at is None or any(_is_alive(child) for stage in report.stages.values() for child in stage.children)
 
 
 class SagaReport(BaseModel):

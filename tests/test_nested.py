@@ -1107,6 +1107,11 @@ def test_a_child_left_behind_by_a_saga_at_rest_is_stopped_and_never_goes_forward
     stuck, refused, report = run(play())
 
     assert stuck.status is SagaStatus.STUCK
+    assert stuck.stages["book"].verdicts == ()
+    assert str(stuck).splitlines()[-1] == (
+        "To do: what book has run has not come to rest: it is running, or its process is gone. "
+        "saga list says which, saga recover goes on with it."
+    )
     assert "a stage whose own sagas have come to rest, for stage 'book', got saga s/book, which is running" in refused
     assert "coordinator.recover, with its pipeline 'hotel'" in refused
     assert report.status is SagaStatus.COMPENSATED
@@ -1182,6 +1187,8 @@ def test_a_word_on_a_stage_waits_for_all_sagas_below_it(verdict: str) -> None:
     stuck, refused = run(play())
 
     assert [*stuck.stuck, *stuck.in_doubt] == ["seat", "hotel", "hotel/book"]
+    assert stuck.stages["hotel"].verdicts == ("retry",)
+    assert "To do: what hotel/book has run has not come to rest: " in str(stuck)
     assert "a stage whose own sagas have come to rest, for stage 'hotel', got saga s/hotel/book, which is running" in refused
     assert world.log == ["+pay", "-pay"]
 

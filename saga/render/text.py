@@ -218,12 +218,15 @@ def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
     if not to_say:
         commands = dict.fromkeys(command for left in unclear.values() for command in left) or _unfinished(report, reach)
         return [f"To do: it was not undone to the end; go on with: {command}" for command in commands]
+    if alive := [name for name in to_say if Verdict.KEPT not in _verdicts(name, report)]:
+        names = ", ".join(map(printable, alive))
+        return [f"To do: what {names} has run has not come to rest: {_going_on(reach._replace(pipeline=''))}"]
     # What has come to rest otherwise goes on with nothing: resumed, it would run once more.
     waits = report.status in {SagaStatus.STUCK, SagaStatus.HALTED}
     # Where a stage around waits for a word of its own, that is told next: the saga can't go on before.
     then_goes_on = waits and all(name in innermost or not _waits_for_a_word(name, report) for name in open_ones)
     told = {name: _word(name, report) for name in to_say}
-    may_retry = [name for name, word in told.items() if word == "retry" or (waits and _may_be_tried(name, report))]
+    may_retry = [name for name, word in told.items() if word == "retry" or (waits and Verdict.RETRY in _verdicts(name, report))]
     words, then = _words(to_say, may_retry), "; then go on" if then_goes_on else ""
     return [
         f"To do: look at the outside world, put it right by hand, and say so ({words}){then}:",
@@ -243,10 +246,10 @@ def _words(to_say: Sequence[str], may_retry: Sequence[str]) -> str:
     return f"undone, kept or retry{some}"
 
 
-def _may_be_tried(path: str, report: SagaReport) -> bool:
-    """Whether to try a stage once more may tell something."""
+def _verdicts(path: str, report: SagaReport) -> tuple[Verdict, ...]:
+    """What a person may say of a stage."""
     *_, (saga, name) = _way(path, report)
-    return Verdict.RETRY in saga.stages[name].verdicts
+    return saga.stages[name].verdicts
 
 
 def _waits_for_a_word(path: str, report: SagaReport) -> bool:
@@ -362,6 +365,12 @@ def _kept_within(report: SagaReport) -> Iterator[str]:
                 yield from (f"{path}/{inner}" for inner in (*child.kept, *_kept_within(child)))
 
 
+def _going_on(reach: Reach) -> str:
+    """What to do about a saga that is alive."""
+    which, recover = next_command("list", options=reach.options), recover_command(reach)
+    return f"it is running, or its process is gone. {which} says which, {recover} goes on with it."
+
+
 def what_to_do(report: SagaReport, reach: Reach = BY_ITSELF) -> list[str]:
     """What is still in effect, and what a person has to do, a line each."""
     lines = []
@@ -382,8 +391,7 @@ def what_to_do(report: SagaReport, reach: Reach = BY_ITSELF) -> list[str]:
                 "To do: put right by hand what should not stand. The ledger was in memory, and no command finds the saga any more."
             )
         case SagaStatus.RUNNING | SagaStatus.COMPENSATING:
-            which, recover = next_command("list", options=reach.options), recover_command(reach)
-            lines.append(f"It has not come to rest: it is running, or its process is gone. {which} says which, {recover} goes on with it.")
+            lines.append(f"It has not come to rest: {_going_on(reach)}")
         case _ if report.status is SagaStatus.STUCK or report.stuck or report.blocked or report.in_doubt:
             # Also one that was cancelled while something was in doubt, or whose stage passed over what its own saga could not undo.
             lines += _how_to_settle(report, reach)
