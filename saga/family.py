@@ -101,10 +101,13 @@ async def is_turned_back(ledger: Ledger, above: Sequence[tuple[str, str]], saga_
         ledger: The ledger.
         above: The sagas and stages that run it, the outermost first.
         saga_id: Its id.
+
+    Raises:
+        SagaNotFound: One of those is no longer in the ledger.
     """
     ids = [*(parent for parent, _ in above), saga_id]
     for (parent, stage), child in zip(above, ids[1:], strict=True):
-        if turns_back(SagaState(await recorded(ledger, parent)), stage, child):
+        if turns_back(SagaState(await events_of(ledger, parent)), stage, child):
             return True
     return False
 

@@ -80,8 +80,8 @@ async def _goes_on(ledger: Ledger, state: SagaState) -> bool:
     """Whether those above a saga let it go forward."""
     try:
         return not await is_turned_back(ledger, await run_by(ledger, state), state.started.saga_id)
-    except LedgerCorrupt:
-        # What the saga did is known all the same, and nobody takes it forward from there.
+    except (LedgerCorrupt, SagaNotFound):
+        # Damaged, or just forgotten: what the saga did is known all the same, and nobody takes it forward from there.
         return False
 
 

@@ -202,6 +202,26 @@ def test_a_family_that_is_forgotten_as_soon_as_it_has_come_to_rest_has_its_repor
     assert run(ledger.read("s/child")) == ()
 
 
+def test_a_child_whose_family_is_forgotten_while_it_is_reported_has_its_report_all_the_same() -> None:
+    class Forgetful(MemoryLedger):
+        """Somebody prunes it each time that the outermost saga has been read."""
+
+        async def read(self, saga_id: str) -> Sequence[AnyEvent]:
+            events = await super().read(saga_id)
+            if saga_id == "s":
+                await self.prune(timedelta(days=-1))
+            return events
+
+    *_, parent = family({}, {})
+    coordinator = SagaCoordinator(ledger=Forgetful())
+    run(coordinator.run(parent, saga_id="s"))
+
+    report = run(coordinator.report("s/child"))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert run(coordinator.ledger.read("s")) == ()
+
+
 def test_a_child_that_fails_undoes_itself_and_fails_the_parents_stage() -> None:
     child_world, parent_world, parent = family({"c": Script("raise")}, {})
     coordinator = SagaCoordinator()
