@@ -782,6 +782,33 @@ def test_the_summary_says_which_stages_may_be_tried_once_more() -> None:
         assert "and say so (undone, kept or retry, that of a alone); then go on:" in str(report)
 
 
+def test_a_stage_in_doubt_is_in_nobodys_question_while_it_runs_once_more_or_is_undone() -> None:
+    seen: list[tuple[StageState, int]] = []
+
+    class Unanswered(CompensableStage):
+        timeout = 1.0
+        retry = Retry(attempts=2, wait=0)
+        idempotent = compensate_in_doubt = True
+
+        async def execute(self, ctx: SagaContext) -> None:
+            await self.look()
+            await elapse(1000)
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            assert ctx.in_doubt
+            await self.look()
+
+        async def look(self) -> None:
+            stage = (await coordinator.report("s")).stages["pay"]
+            seen.append((stage.state, len(stage.verdicts)))
+
+    coordinator = SagaCoordinator()
+
+    run(coordinator.run(Pipeline().with_stage("pay", Unanswered()), saga_id="s"))
+
+    assert seen == [(StageState.RUNNING, 0), (StageState.RUNNING, 0), (StageState.COMPENSATING, 0)]
+
+
 def test_a_retry_within_a_saga_that_goes_backward_is_refused_where_nothing_can_be_tried() -> None:
     """The saga within had halted, and was to go on forward; the report then told to undo it by itself, which is refused."""
     halts = FailFast(timeout=1, on_failure="halt")
