@@ -1129,7 +1129,7 @@ def test_a_child_left_behind_by_a_saga_at_rest_is_stopped_and_never_goes_forward
     assert stuck.status is SagaStatus.STUCK
     assert stuck.stages["book"].verdicts == ()
     assert str(stuck).splitlines()[-1] == (
-        "To do: what book has run has not come to rest: it is running, or its process is gone. "
+        "To do: a saga within has not come to rest: it is running, or its process is gone. "
         "saga list says which, saga recover goes on with it."
     )
     assert "a stage whose own sagas have come to rest, for stage 'book', got saga s/book, which is running" in refused
@@ -1208,9 +1208,46 @@ def test_a_word_on_a_stage_waits_for_all_sagas_below_it(verdict: str) -> None:
 
     assert [*stuck.stuck, *stuck.in_doubt] == ["seat", "hotel", "hotel/book"]
     assert stuck.stages["hotel"].verdicts == ("retry",)
-    assert "To do: what hotel/book has run has not come to rest: " in str(stuck)
+    to_do = str(stuck).partition("To do: ")[2].splitlines()
+    assert to_do[0].startswith("a saga within has not come to rest: it is running, or its process is gone. ")
+    assert to_do[1:] == [
+        "To do: look at the outside world, put it right by hand, and say so (undone, kept or retry):",
+        "  saga settle s seat undone --note '...'",
+    ]
     assert "a stage whose own sagas have come to rest, for stage 'hotel', got saga s/hotel/book, which is running" in refused
     assert world.log == ["+pay", "-pay"]
+
+
+def test_no_word_is_proposed_on_a_stage_of_a_saga_that_has_not_come_to_rest() -> None:
+    class Unanswered(CompensableStage):
+        timeout = 1.0
+
+        async def execute(self, ctx: SagaContext) -> None:
+            await elapse(1000)
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    _, hotel = scene({"room": ()}, {"room": Script(before=20)})
+    hotel = hotel.with_stage("pay", Unanswered())
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(hotel)
+
+    trip = Pipeline(name="trip").with_stage("book", compensable(book, undo_each([hotel]), timeout=3))
+    coordinator = SagaCoordinator(FailFast(cancel_grace=1))
+
+    async def play() -> tuple[SagaReport, SagaReport]:
+        early = await coordinator.run(trip, saga_id="s")
+        with pytest.raises(MisuseError, match="a saga that has come to rest"):
+            await coordinator.settle("s", "book/pay", "kept", "looked")
+        await elapse(60)
+        return early, await coordinator.report("s")
+
+    early, late = run(play())
+
+    assert [*early.in_doubt] == [*late.in_doubt] == ["book", "book/pay"]
+    assert "To do: a saga within has not come to rest: it is running, or its process is gone. " in str(early)
+    assert "saga settle s book/pay undone" in str(late)
 
 
 def test_a_compensation_that_passes_over_what_a_child_left_standing_has_failed() -> None:

@@ -218,17 +218,20 @@ def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
     if not to_say:
         commands = dict.fromkeys(command for left in unclear.values() for command in left) or _unfinished(report, reach)
         return [f"To do: it was not undone to the end; go on with: {command}" for command in commands]
-    if alive := [name for name in to_say if Verdict.KEPT not in _verdicts(name, report)]:
-        names = ", ".join(map(printable, alive))
-        return [f"To do: what {names} has run has not come to rest: {_going_on(reach._replace(pipeline=''))}"]
+    alive = [name for name in to_say if Verdict.KEPT not in _verdicts(name, report)]
+    first = [f"To do: a saga within has not come to rest: {_going_on(reach._replace(pipeline=''))}"] if alive else []
+    to_say = [name for name in to_say if name not in alive]
+    if not to_say:
+        return first
     # What has come to rest otherwise goes on with nothing: resumed, it would run once more.
     waits = report.status in {SagaStatus.STUCK, SagaStatus.HALTED}
     # Where a stage around waits for a word of its own, that is told next: the saga can't go on before.
-    then_goes_on = waits and all(name in innermost or not _waits_for_a_word(name, report) for name in open_ones)
+    then_goes_on = waits and not alive and all(name in innermost or not _waits_for_a_word(name, report) for name in open_ones)
     told = {name: _word(name, report) for name in to_say}
     may_retry = [name for name, word in told.items() if word == "retry" or (waits and Verdict.RETRY in _verdicts(name, report))]
     words, then = _words(to_say, may_retry), "; then go on" if then_goes_on else ""
     return [
+        *first,
         f"To do: look at the outside world, put it right by hand, and say so ({words}){then}:",
         *(
             "  " + next_command("settle", saga_id, f"{path}{name}", word, options=f"--note '...' {reach.options}".rstrip())
