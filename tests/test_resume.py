@@ -56,7 +56,7 @@ from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk
 from tests.test_hard_cases import Recorder
-from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Pivot, Probed, Script, Scripted, World, scene
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Pivot, Probed, Script, Scripted, World, nothing, scene
 
 HALT = FailFast(on_failure="halt")
 IMPATIENT = Compensation(retry=Retry(attempts=1))
@@ -829,6 +829,31 @@ def test_a_retry_within_a_saga_that_goes_backward_is_refused_where_nothing_can_b
     for saga_id in ("s", "s/child"):
         assert "and say so (undone or kept); then go on:" in str(run(coordinator.report(saga_id)))
     assert "and say so (undone or kept); then go on:" in str(first)
+
+
+def test_a_retry_within_a_saga_that_is_stuck_and_has_not_turned_back_is_taken() -> None:
+    """Resumed, that goes forward, and so does what is within it."""
+    _, hotel = scene({"pay": ()}, {"pay": Script("hang")})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(hotel, policy=FailFast(timeout=1, on_failure="halt"))
+        await elapse(1000)
+
+    async def probe(_: CompensationContext) -> None:
+        raise ConnectionError("no line")
+
+    trip = Pipeline(name="trip").with_stage("book", compensable(book, nothing, probe=probe, timeout=5))
+    coordinator = SagaCoordinator(ContinueWithFallback(without_fallback="skip_branch", compensation=IMPATIENT))
+    stuck = run(coordinator.run(trip, saga_id="s"))
+
+    report = run(coordinator.settle("s", "book/pay", "retry", "once more"))
+
+    assert (stuck.status, stuck.compensation_order) == (SagaStatus.STUCK, ())
+    for told in (stuck, run(coordinator.report("s"))):
+        assert told.stages["book"].children[0].stages["pay"].verdicts == ("undone", "kept", "retry")
+    said = report.stages["book"].children[0].stages["pay"].settled
+    assert said is not None
+    assert said.verdict == "retry"
 
 
 def test_a_retry_is_accepted_for_a_stage_whose_probe_has_failed() -> None:
