@@ -528,11 +528,21 @@ def test_a_file_that_was_taken_away_is_not_written_to_any_more(whole: bytes, pat
         if is_replaced:
             await asyncio.to_thread(path.write_bytes, whole)
 
-    *_, appended, events = on(SQLiteLedger(path), create(), read(), move, append(FIRST), read())
+    async def take_its_log_away(_: Any) -> None:
+        await asyncio.to_thread(path.with_name(f"{path.name}-wal").rename, moved.with_name(f"{moved.name}-wal"))
 
-    for answer in (appended, events):
-        assert isinstance(answer, LedgerError)
-        assert "was moved, deleted or replaced while it was in use; nothing was recorded" in str(answer)
+    *_, appended, unread, _, events = on(SQLiteLedger(path), create(), read(), move, append(FIRST), read(), take_its_log_away, read())
+
+    assert isinstance(appended, LedgerError)
+    assert "was moved, deleted or replaced while it was in use; nothing was recorded" in str(appended)
+    if is_replaced:
+        assert "was replaced, but its log sagas.db-wal is of the one before; move it away. Nothing was changed." in str(unread)
+        assert events == EVENTS
+        assert path.read_bytes() == whole
+    else:
+        assert "is gone; put it back" in str(unread)
+        assert "is gone; put it back" in str(events)
+    assert on(SQLiteLedger(moved), read()) == [(started(),)]
 
 
 def test_in_the_place_of_a_ledger_that_was_taken_away_no_other_one_is_made_and_it_goes_on_when_it_is_back(path: Path) -> None:
@@ -583,6 +593,40 @@ def test_a_log_that_another_process_took_away_is_not_written_to_any_more(path: P
     )
     assert recorded is None
     assert [*map(type, events)] == [SagaStarted, StageStarted]
+
+
+@pytest.mark.parametrize("taken", [("shm",), ("wal", "shm")], ids=["the index of the log", "both, as by who takes itself for the last"])
+def test_what_processes_record_on_both_sides_of_a_log_that_was_taken_away_is_all_there(path: Path, taken: Sequence[str]) -> None:
+    command = [sys.executable, "-m", "tests.scripts.appending", str(path)]
+    others: list[subprocess.Popen[str]] = []
+    told: list[str] = []
+
+    def begin_another() -> None:
+        execute(path, "PRAGMA wal_checkpoint(TRUNCATE)")
+        for suffix in taken:
+            path.with_name(f"{path.name}-{suffix}").unlink()
+        others.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+
+    async def take_away(_: Any) -> None:
+        await asyncio.to_thread(begin_another)
+
+    async def hear(_: Any) -> None:
+        stdout = others[0].stdout
+        assert stdout is not None
+        told.extend([await asyncio.to_thread(stdout.readline) for _ in range(20)])
+
+    *_, refused, one, _, two = on(
+        SQLiteLedger(path), create(), read(), take_away, hear, append(FIRST), append(FIRST), hear, append(SECOND, version=2)
+    )
+    with others[0] as other:
+        other.kill()
+
+    assert "was moved, deleted or replaced while it was in use; nothing was recorded" in str(refused)
+    assert (one, two) == (None, None)
+    assert on(SQLiteLedger(path), read()) == [(started(), FIRST, SECOND)]
+    for saga_id, version in map(str.split, told):
+        (events,) = on(SQLiteLedger(path), read(saga_id))
+        assert len(events) >= int(version)
 
 
 def test_a_link_that_leads_to_another_file_since_is_noticed(whole: bytes, path: Path) -> None:
@@ -719,7 +763,7 @@ def test_an_event_loop_that_is_gone_before_its_answer_keeps_nobody_else_from_the
 
 
 def test_an_append_is_synced_before_it_is_acknowledged(path: Path) -> None:
-    store = sqlite._Store(path, 30.0, 10.0, time.time, threading.Event())
+    store = sqlite._Store(path, 30.0, 10.0, time.time, [])
     connection = store._connection()
 
     assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -739,7 +783,7 @@ def test_to_forget_many_owners_takes_one_look_at_every_saga_and_only_at_the_end(
         )
         connection.execute(f"INSERT INTO owners {numbers} SELECT iif(n % 10, 'gone', 'holder') || n, 0 FROM numbers")  # noqa: S608 - as above
         connection.execute("UPDATE sagas SET status = ? WHERE id = 's'", (status,))
-    store, steps = sqlite._Store(path, 30.0, 10.0, time.time, threading.Event()), [0]
+    store, steps = sqlite._Store(path, 30.0, 10.0, time.time, []), [0]
 
     def count() -> None:
         steps[0] += 1

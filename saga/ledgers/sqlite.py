@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from threading import Event
+from threading import RLock
 from typing import Any, Final
 
 from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
@@ -155,7 +155,7 @@ class SQLiteLedger(DurableLedger):
         self.path: Final = Path(path).absolute()
         super().__init__(
             f"SQLiteLedger({str(path)!r})",
-            partial(_Store, self.path, lease, patience, clock, Event()),
+            partial(_Store, self.path, lease, patience, clock, []),
             lease=lease,
             patience=patience,
             max_event_bytes=max_event_bytes,
@@ -164,14 +164,16 @@ class SQLiteLedger(DurableLedger):
 
 
 class _Store:
-    def __init__(self, path: Path, lease: float, patience: float, clock: Callable[[], float], was_there: Event) -> None:
+    def __init__(self, path: Path, lease: float, patience: float, clock: Callable[[], float], stores: list[_Store]) -> None:
         self._path = path
-        self._was_there = was_there
+        self._stores = stores
+        stores.append(self)
+        self._in_use = RLock()
         self._lease = lease
         self._patience = patience
         self._clock = clock
         self._opened: sqlite3.Connection | None = None
-        self._log = _log_of(path)
+        self._paths: Sequence[Path] = ()
         self._files: Sequence[tuple[int, int] | None] = ()
         self._beaten: set[str] = set()
 
@@ -179,12 +181,13 @@ class _Store:
 
     def write(self, requests: Sequence[Request]) -> Sequence[Any]:
         try:
-            return self._transaction(requests)
+            with self._in_use:
+                return self._transaction(requests)
         except LedgerError:
-            self.close()
+            self._give_up()
             raise
         except sqlite3.Error as error:
-            self.close()
+            self._give_up()
             if len(requests) > 1 and not isinstance(error, sqlite3.OperationalError):
                 # It is about one of them, and each in a transaction of its own shows which.
                 return [self._alone(request) for request in requests]
@@ -317,19 +320,29 @@ class _Store:
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         try:
-            yield self._connection()
+            with self._in_use:
+                yield self._connection()
         except LedgerError:
-            self.close()
+            self._give_up()
             raise
         except sqlite3.Error as error:
-            self.close()
+            self._give_up()
             raise _told(error, self._path, self._patience) from error
 
+    def _give_up(self) -> None:
+        """Disconnect; of files that were taken away nobody here may keep one: SQLite has a process's connections share the log's index."""
+        is_taken_away = self._opened is not None and self._identities() != self._files
+        self.close()
+        for other in self._stores if is_taken_away else ():
+            if other._opened is not None:  # noqa: SLF001 - one of us
+                other.close()
+
     def close(self) -> None:
-        if self._opened is not None:
-            with suppress(sqlite3.Error):
-                self._opened.close()
-            self._opened = None
+        with self._in_use:
+            if self._opened is not None:
+                with suppress(sqlite3.Error):
+                    self._opened.close()
+                self._opened = None
 
     # -- the file ------------------------------------------------------------------------------------------------
 
@@ -337,28 +350,37 @@ class _Store:
         if self._opened is None:
             # SQLite follows links: the log is beside the file itself.
             file = Path(os.path.realpath(self._path))
-            if self._was_there.is_set() and not file.exists():
-                # Sagas that run know of what is in it, and whoever puts it back would lose what was recorded in a new one meanwhile.
-                raise LedgerError(f"the ledger {self._path} is gone; put it back, or restart to begin a new one. Nothing was recorded")
+            # The last one is the log's index: through it the processes that use the file know of each other's locks and commits.
+            self._paths = (self._path, _log_of(file), file.with_name(f"{file.name}-shm"))
+            self._refuse_another(file)
             self._opened = _open(self._path, file, self._patience)
-            self._was_there.set()
-            self._log = _log_of(file)
             self._files = self._identities()
         elif self._identities() != self._files:
             # SQLite would go on to write to files that nobody can find any more.
             raise LedgerError(f"{self._replaced()}; nothing was recorded")
         return self._opened
 
+    def _refuse_another(self, file: Path) -> None:
+        used = [store._files for store in self._stores if store._files]  # noqa: SLF001 - one of us
+        if used and not file.exists():
+            # Sagas that run know of what is in it, and whoever puts it back would lose what was recorded in a new one meanwhile.
+            raise LedgerError(f"the ledger {self._path} is gone; put it back, or restart to begin a new one. Nothing was recorded")
+        found, log, _ = self._identities()
+        if log is not None and any(files[0] != found and files[1] == log for files in used):
+            # SQLite would write into the one that was put there what the log has of the other one.
+            name = _log_of(file).name
+            raise LedgerError(f"the ledger {self._path} was replaced, but its log {name} is of the one before; move it away. {_UNCHANGED}")
+
     def _replaced(self) -> str:
         return f"the ledger {self._path}, or its log beside it, was moved, deleted or replaced while it was in use"
 
     def _identities(self) -> Sequence[tuple[int, int] | None]:
-        """Which file it is, and which its log.
+        """Which file it is, and which those beside it.
 
         Where any code of a process opens and closes the file, POSIX drops the locks that the process has on it: the next process that
         closes the ledger then takes itself for the last one, and the log away.
         """
-        return _identity(self._path), _identity(self._log)
+        return [_identity(path) for path in self._paths]
 
 
 def _log_of(file: Path) -> Path:
@@ -392,7 +414,8 @@ def _open(path: Path, file: Path, patience: float) -> sqlite3.Connection:
         _make(file, patience)
     if not file.stat().st_size:
         raise LedgerCorrupt(f"expected a ledger in {path}, got an empty file; delete it to begin a new ledger. {_UNCHANGED}")
-    connection = sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=patience)
+    # Not of this thread alone: whoever finds that its files were taken away closes it.
+    connection = sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=patience, check_same_thread=False)
     # A text that was damaged is one saga's, and no reason to fail all that are read with it.
     connection.text_factory = partial(str, encoding="utf-8", errors="backslashreplace")
     try:
