@@ -493,12 +493,15 @@ def test_a_disk_that_has_no_links_is_named_in_the_error_and_left_clean(path: Pat
     assert list(path.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("mode", ["as it was made", "as VACUUM INTO makes it"])
 @pytest.mark.parametrize("what", ["file", "directory"])
-def test_a_ledger_that_may_not_be_written_to_says_so(whole: bytes, what: str) -> None:
+def test_a_ledger_that_may_not_be_written_to_says_so(whole: bytes, what: str, mode: str) -> None:
     # Not under pytest's own directory, which is its owner's alone: root may write anywhere, so it becomes somebody else.
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "sagas.db"
         path.write_bytes(whole)
+        if mode != "as it was made":
+            execute(path, "PRAGMA journal_mode = DELETE")
         path.chmod(0o444 if what == "file" else 0o666)
         path.parent.chmod(0o777 if what == "file" else 0o555)
         try:
@@ -508,7 +511,8 @@ def test_a_ledger_that_may_not_be_written_to_says_so(whole: bytes, what: str) ->
 
     found, refused = told.splitlines()
     assert "attempt to write a readonly database (it or its directory can't be written to; see to their permissions)" in refused
-    assert found == (str(len(EVENTS)) if what == "file" else refused), "a file can be read where a log may be made beside it"
+    needs_log = mode == "as it was made"
+    assert found == (refused if what == "directory" and needs_log else str(len(EVENTS))), "it can be read where a log may be made beside it"
 
 
 @pytest.mark.parametrize("where", ["", "missing/sagas.db"])
@@ -569,6 +573,16 @@ def test_in_the_place_of_a_ledger_that_was_taken_away_no_other_one_is_made_and_i
     assert made == []
     assert recorded is None
     assert [*map(type, events)] == [SagaStarted, StageStarted]
+
+
+def test_processes_that_open_a_copy_in_another_journal_mode_at_once_all_append_to_it(path: Path) -> None:
+    on(SQLiteLedger(path), create())
+    execute(path, "PRAGMA journal_mode = DELETE")
+    command = [sys.executable, "-m", "tests.scripts.appending", str(path), "1"]
+
+    processes = [subprocess.Popen([*command, prefix], stdout=subprocess.DEVNULL) for prefix in "wxyz"]
+
+    assert [process.wait(60) for process in processes] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("is_linked", [False, True])
@@ -762,7 +776,12 @@ def test_an_event_loop_that_is_gone_before_its_answer_keeps_nobody_else_from_the
 # -- on disk ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_append_is_synced_before_it_is_acknowledged(path: Path) -> None:
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_an_append_is_synced_before_it_is_acknowledged(path: Path, is_copy: bool) -> None:
+    if is_copy:
+        original = path.with_name("original.db")
+        on(SQLiteLedger(original), create())
+        execute(original, f"VACUUM INTO '{path}'")
     store = sqlite._Store(path, 30.0, 10.0, time.time, [])
     connection = store._connection()
 

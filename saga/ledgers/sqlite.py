@@ -439,6 +439,14 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     if missing:
         names = ", ".join(sorted(name for name, _ in missing))
         raise LedgerCorrupt(f"the ledger {path} is damaged, or was changed by hand: {names} is not as it was made. {_UNCHANGED}")
+    try:
+        # A copy that VACUUM INTO made is in another mode, in which a power loss may take back what was committed.
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA user_version")  # the log is made when something is read
+    except sqlite3.OperationalError as error:
+        # Nobody commits anything to it then; it can be read.
+        if not error.sqlite_errorname.startswith("SQLITE_READONLY"):
+            raise
 
 
 def _make(path: Path, patience: float) -> None:
