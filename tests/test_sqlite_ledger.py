@@ -437,6 +437,22 @@ def test_a_ledger_whose_lock_another_program_holds_fails_in_time_and_works_again
     assert events == (started(), FIRST)
 
 
+@pytest.mark.parametrize("patience", [10**7, float("inf")])
+def test_however_long_the_patience_it_is_not_over_at_once(path: Path, patience: float) -> None:
+    on(SQLiteLedger(path), create())
+
+    async def wait(ledger: Any) -> None:
+        with locked(path):
+            appending = asyncio.ensure_future(append(FIRST)(ledger))
+            for _ in range(20):  # by then, who doesn't wait for the lock has failed
+                await ledger.read("s")
+        await appending
+
+    _, events = on(SQLiteLedger(path, patience=patience), wait, read())
+
+    assert events == (started(), FIRST)
+
+
 def test_a_ledger_that_nobody_else_may_even_read_fails_in_time_and_works_again_afterwards(whole: bytes, path: Path) -> None:
     path.write_bytes(whole)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:

@@ -68,6 +68,8 @@ MIGRATIONS: Final = (
 
 _APPLICATION: Final = int.from_bytes(b"saga")
 _CHUNK: Final = 500
+_LONGEST: Final = 2**31 // 1000
+"""Seconds; SQLite counts the milliseconds that it waits for a lock in 32 bits, and takes more than they hold for none."""
 _FORGETTABLE: Final = ", ".join(f"'{status.value}'" for status in sorted(FORGETTABLE))
 
 _CREATE: Final = """
@@ -170,7 +172,7 @@ class _Store:
         stores.append(self)
         self._in_use = RLock()
         self._lease = lease
-        self._patience = patience
+        self._patience = min(patience, _LONGEST)
         self._clock = clock
         self._opened: sqlite3.Connection | None = None
         self._paths: Sequence[Path] = ()
