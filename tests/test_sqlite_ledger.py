@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import platform
 import re
 import resource
 import shutil
@@ -39,6 +40,7 @@ from saga.ledgers.rows import Prune, checksum
 from saga.ledgers.sqlite import MIGRATIONS, SQLiteLedger
 from tests.places import SQLiteFile
 from tests.scripts.appending import AT_ONCE, SAGAS
+from tests.scripts.unsynced import SYNCS
 from tests.test_ledger_contract import DONE, FIRST, SECOND, append, create, fork, forks, listed, on, prune, read, started
 from tests.world import SEQUENCE, Script, nothing, scene
 
@@ -691,6 +693,16 @@ def test_of_a_log_that_is_taken_away_at_the_moment_of_a_write_nobody_says_what_b
 
     assert type(unknown) is LedgerError
     assert str(unknown).endswith("was moved, deleted or replaced while it was in use; whether this was recorded is not known")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in SYNCS, reason="has the kernel fail for a disk")
+def test_of_what_the_disk_failed_to_sync_nobody_says_what_became_of_it(path: Path) -> None:
+    """It is in the log: where the process is killed before anything else is written, it is recorded."""
+    told = subprocess.run([sys.executable, "-m", "tests.scripts.unsynced", path], check=False, capture_output=True, text=True)
+
+    assert told.returncode == -signal.SIGKILL, told.stderr
+    assert told.stdout == f"the ledger {path} failed: disk I/O error (the disk failed to sync); whether this was recorded is not known\n"
+    assert on(SQLiteLedger(path), listed()) == [["s", "t"]]
 
 
 @contextmanager

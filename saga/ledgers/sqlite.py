@@ -207,14 +207,23 @@ class _Store:
         connection.execute("BEGIN IMMEDIATE")
         try:
             answers = [self._carry_out(connection, request) for request in requests]
-            connection.execute("COMMIT")
+            self._commit(connection)
         except BaseException:
             with suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
             raise
         if self._identities() != self._files:
-            raise LedgerError(f"{self._replaced()}; whether this was recorded is not known")
+            raise LedgerError(f"{self._replaced()}; {_UNKNOWN}")
         return answers
+
+    def _commit(self, connection: sqlite3.Connection) -> None:
+        try:
+            connection.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorname != "SQLITE_IOERR_FSYNC":
+                raise
+            # It is in the log, whole: whoever opens that after a crash finds it, unless something else was written over it before.
+            raise LedgerError(f"the ledger {self._path} failed: {error} (the disk failed to sync); {_UNKNOWN}") from error
 
     def _carry_out(self, connection: sqlite3.Connection, request: Request) -> Any:
         try:
@@ -517,6 +526,7 @@ def _when(seconds: float | None) -> datetime | None:
 
 
 _UNCHANGED: Final = "Nothing was changed."
+_UNKNOWN: Final = "whether this was recorded is not known"
 
 
 def _told(error: sqlite3.Error, path: Path, patience: float) -> LedgerError:
