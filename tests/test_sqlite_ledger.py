@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -496,6 +497,19 @@ def test_a_disk_without_room_for_a_new_ledger_is_left_clean(path: Path) -> None:
     assert isinstance(refused[0], LedgerError)
     assert list(path.parent.iterdir()) == []
     assert on(SQLiteLedger(path), create()) == [1]
+
+
+def test_a_disk_that_is_full_before_a_new_ledger_is_whole_has_none(tmp_path: Path) -> None:
+    size = 256 * 1024
+    mounting = f"mount -t tmpfs -o size={size} tmpfs {shlex.quote(str(tmp_path))}"
+    by_itself = [shutil.which("unshare") or "false", "-rm", "sh", "-c"]
+    if subprocess.run([*by_itself, mounting], check=False, capture_output=True).returncode:
+        pytest.skip("nobody may mount a small disk here")
+    making = shlex.join([sys.executable, "-m", "tests.scripts.cramped", str(tmp_path), str(size)])
+
+    told = subprocess.run([*by_itself, f"{mounting} && {making}"], check=True, capture_output=True, text=True).stdout
+
+    assert set(told.splitlines()) == {"['s']"}
 
 
 def test_a_disk_that_has_no_links_is_named_in_the_error_and_left_clean(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -468,6 +468,8 @@ def _make(path: Path, patience: float) -> None:
             for pragma in ("journal_mode = WAL", "synchronous = FULL", "fullfsync = ON", f"application_id = {_APPLICATION}"):
                 connection.execute(f"PRAGMA {pragma}")
             _migrate(connection, new)
+            # Not left to the closing, which says nothing when there is no room to take all out of the log.
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         with suppress(FileExistsError):  # another process was faster
             os.link(new, path)
         _sync(path.parent)
