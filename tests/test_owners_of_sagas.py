@@ -408,8 +408,8 @@ def test_a_saga_that_is_forgotten_while_it_is_taken_over_is_not_there() -> None:
 
 async def left_behind(ledger: MemoryLedger, pipeline: Pipeline, saga_id: str, parent: str | None = None) -> None:
     """A saga whose process is gone."""
-
-    started = SagaStarted(saga_id=saga_id, pipeline=pipeline.name, graph=Blueprint.of(pipeline).graph, policy=FailFast(), parent=parent)
+    graph, stage = Blueprint.of(pipeline).graph, None if parent is None else "a"
+    started = SagaStarted(saga_id=saga_id, pipeline=pipeline.name, graph=graph, policy=FailFast(), parent=parent, parent_stage=stage)
     token = await ledger.create(saga_id, "gone", [started])
     await ledger.release(saga_id, token)
 
