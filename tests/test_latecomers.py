@@ -2121,12 +2121,13 @@ def test_a_retry_within_a_child_of_an_execution_before_is_refused_where_nothing_
     assert world.standing == {"s/child/deaf": 1, "s/child~2/deaf": 1}
 
 
-def test_to_hear_of_a_saga_of_one_execution_is_not_to_have_heard_of_that_of_another() -> None:
+@pytest.mark.parametrize("is_undone", [False, True], ids=["stuck", "undone"])
+def test_to_hear_of_a_saga_of_one_execution_is_not_to_have_heard_of_that_of_another(is_undone: bool) -> None:
     """Promise 5: what had come late in the first one, whose process died before that was told, stood, and there was nothing to settle."""
     world = World({})
     ledger = StopsAtWord()
 
-    async def main() -> tuple[SagaReport, SagaReport]:
+    async def main() -> tuple[SagaReport, SagaReport, SagaReport]:
         first, second = DeafByKey(world), DeafByKey(world)
         trip, again = nested_in(first, "child"), nested_in(second, "child")
         coordinator = SagaCoordinator(ledger=ledger)
@@ -2134,6 +2135,9 @@ def test_to_hear_of_a_saga_of_one_execution_is_not_to_have_heard_of_that_of_anot
         await coordinator.settle("s", "child/deaf", "undone", "not in their books")
         await coordinator.resume("s", trip)
         await coordinator.resume("s", again, forward=True)
+        if is_undone:
+            await coordinator.settle("s", "child~2/deaf", "undone", "nor in their books")
+            assert (await coordinator.resume("s", again)).status is SagaStatus.COMPENSATED
         ledger.stage = "child"
         first.released.set()
         await settled_down()
@@ -2141,15 +2145,52 @@ def test_to_hear_of_a_saga_of_one_execution_is_not_to_have_heard_of_that_of_anot
         second.released.set()
         await settled_down()
         late = await coordinator.report("s")
-        return late, await SagaCoordinator(ledger=ledger).resume("s", again)
+        resumed = await SagaCoordinator(ledger=ledger).resume("s", again)
+        return late, resumed, await coordinator.report("s")
 
-    late, resumed = run(main())
+    late, resumed, asked_again = run(main())
 
     assert world.standing == {"s/child/deaf": 1, "s/child~2/deaf": 1}
     for report in (late, resumed):
         assert report.status is SagaStatus.STUCK
-        assert FailureKind.LATE in {failure.kind for failure in report.failures}
+        assert report.ended_at is not None
+        assert [failure.kind for failure in report.failures].count(FailureKind.LATE) == 1
         assert {*report.in_doubt} >= {"child", "child/deaf"}
+    assert asked_again == resumed
+
+
+def test_a_retry_within_a_child_is_proposed_and_taken_in_the_execution_that_goes_on_with_it() -> None:
+    """Also in a later one than the first: of what is within that, nothing has turned back."""
+    world = World({})
+
+    class Patient(DeafByKey):
+        async def _wait(self) -> None:
+            await self.released.wait()
+
+    stage = Patient(world)
+    halts = FailFast(on_failure="halt")
+    middle = nested_in(stage, "grandchild", policy=PROMPT.model_copy(update={"on_failure": "halt"}))
+    trip = Pipeline(name="outer").with_stage("child", nested(middle, halts))
+    coordinator = SagaCoordinator(halts)
+
+    async def main() -> tuple[SagaReport, SagaReport, SagaReport, SagaReport]:
+        stage.is_deaf = False
+        await coordinator.run(trip, saga_id="s")
+        await coordinator.compensate("s", trip)
+        stage.is_deaf = True
+        halted = await coordinator.resume("s", trip, forward=True)
+        asked, within = await coordinator.report("s"), await coordinator.report("s/child~2/grandchild")
+        stage.is_deaf = False
+        await coordinator.settle("s", "child~2/grandchild/deaf", "retry", "they have not heard of it")
+        return halted, asked, within, await coordinator.resume("s", trip, forward=True)
+
+    halted, asked, within, resumed = run(main())
+
+    assert halted == asked
+    assert asked.stages["child"].children[-1].stages["grandchild"].children[0] == within
+    assert within.stages["deaf"].verdicts == ("undone", "kept", "retry")
+    assert resumed.ok
+    assert world.standing == {"s/child~2/grandchild/deaf": 1}
 
 
 def test_no_saga_is_compensated_while_something_of_an_execution_before_is_stuck() -> None:

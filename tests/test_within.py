@@ -147,7 +147,7 @@ def test_what_came_late_within_a_stage_that_was_done_with_it_has_it_undone_or_as
 
     assert isinstance(news, StageProbed)
     assert news.failure is not None
-    assert (news.failure.kind, news.failure.attempt) == (FailureKind.COMPENSATION, 1)
+    assert (news.failure.stage, news.failure.kind, news.failure.attempt) == ("book", FailureKind.COMPENSATION, 1)
     assert news.held is (below.stages["charge"].held is not None)
 
 
