@@ -387,7 +387,7 @@ def test_a_file_may_hold_what_a_policy_was_written_as(tmp_path: Any) -> None:
         (
             "m.toml",
             'policy = "fail_fast"\nretry.retry_on = ["ConnectionError", "CardDeclined"]',
-            "expected an exception of Python's own, or one with its module, for Retry.retry_on, in m.toml, got 'CardDeclined'",
+            "or one with its module, for Retry.retry_on, in m.toml, got 'CardDeclined'. As in payments.CardDeclined.",
         ),
         (
             "m.json",
@@ -402,6 +402,7 @@ def test_a_file_may_hold_what_a_policy_was_written_as(tmp_path: Any) -> None:
         ("l.toml", 'policy = "fail_fast"\nretry.retry_on = [3]', "qualified names for Retry.retry_on, in l.toml, got [3]"),
         ("m.toml", b'policy = "\xff"', "expected UTF-8 in m.toml, got 0xff at byte 10"),
         ("n.json", b'{"policy": "\xe9t\xe9"}', "expected UTF-8 in n.json, got 0xe9 at byte 12"),
+        ("o.json", "[" * 100_000, "expected JSON in o.json, got recursion limit exceeded"),
     ],
 )
 def test_a_file_that_holds_no_policy_is_refused_by_its_name(tmp_path: Any, name: str, text: str | bytes, message: str) -> None:
