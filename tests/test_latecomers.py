@@ -1290,6 +1290,8 @@ async def resumed_while_it_comes_late(coordinator: SagaCoordinator, stage: Deaf,
     running = asyncio.create_task(coordinator.resume("s", pipeline, forward=True))
     await elapse(5)
     stage.released.set()
+    await settled_down()
+    assert (await coordinator.report("s")).status is SagaStatus.RUNNING
     return await running
 
 
