@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable
 from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -18,7 +19,7 @@ from saga.quick import members
 from saga.record import Step, undo_step
 from saga.recovery import Rollback
 from saga.report import NestedSagaFailed
-from saga.text import reason_in, shown
+from saga.text import glimpse, qualified, reason_in, shown
 from saga.watch import Crew, Employer, Watched, closes, instead_of_cancel, outlast, start
 
 if TYPE_CHECKING:
@@ -300,6 +301,9 @@ class Backward(Employer):
 
 def _refusal(stage: str, attempt: int, returned: object) -> Failure | None:
     """What a compensation returned that says it has not undone its stage; other things that it may return say nothing."""
+    if isinstance(returned, Awaitable):
+        message = f"it returned {glimpse(returned)}, which nobody has awaited. Write await before its call"
+        return Failure.of(stage, FailureKind.COMPENSATION, message, type=qualified(type(returned)), attempt=attempt)
     if not isinstance(returned, StageOutput) or any(returned.status == fine for fine in (StageStatus.OK, StageStatus.SKIP)):
         return None
     status = returned.status.value if isinstance(returned.status, StageStatus) else shown(returned.status)

@@ -236,7 +236,8 @@ class CompensableStage(SagaStage):
     async def compensate(self, ctx: CompensationContext) -> StageOutput | None:
         """Undo the effect. It may be called again with the same key, so it must bear repetition.
 
-        It fails by raising, or by returning FAIL, RETRY or CANCEL; whatever else it returns, False too, says that it is undone.
+        It fails by raising, or by returning FAIL, RETRY, CANCEL or what is still to be awaited; whatever else it returns, False too, says
+        that it is undone.
         """
 
 

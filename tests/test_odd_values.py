@@ -221,6 +221,31 @@ def test_a_compensation_that_answers_with_a_status_that_is_none_has_undone_nothi
     assert report.failures[-1].message == "it returned ['FAILED']: no reason given"
 
 
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+def test_a_compensation_that_returns_what_nobody_has_awaited_has_undone_nothing() -> None:
+    standing = set()
+
+    async def charge(_: Any) -> None:
+        standing.add("charge")
+
+    async def refund() -> None:
+        standing.remove("charge")
+
+    async def forgets_await(_: CompensationContext) -> Any:
+        return refund()
+
+    async def fail(_: Any) -> None:
+        raise ValueError("no")
+
+    pipeline = Pipeline().with_stage("a", compensable(charge, forgets_await)).with_stage("b", fail, "work", dependencies=("a",))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert standing == {"charge"}
+    assert (report.status, [*report.stuck]) == (SagaStatus.STUCK, ["a"])
+    assert report.failures[-1].message.endswith("which nobody has awaited. Write await before its call")
+
+
 def test_a_defect_of_ours_ends_the_saga_with_an_error_instead_of_hanging_it(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fine(_: Any) -> None: ...
 
