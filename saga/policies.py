@@ -163,8 +163,8 @@ class Retry(_Frozen):
             [0, min(wait_max, wait * multiplier**(n - 1))]; without it, the wait is the upper end.
         max_elapsed: Seconds since the first attempt began; after them no further attempt starts.
         retry_on: Which failures are worth another attempt: `FailureKind`s, exception types (a subclass counts) or their
-            qualified names. None: all but cancellation, interruption and a broken contract. In whatever way a compensation or a probe
-            fails, its kind is `compensation`.
+            qualified names; who runs out of time counts as having raised a `TimeoutError`. None: all but cancellation, interruption and a
+            broken contract. In whatever way a compensation or a probe fails, its kind is `compensation`.
 
     Source: Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015.
     """
@@ -188,9 +188,9 @@ class Retry(_Frozen):
             return False
         if self.retry_on is None:
             return True
-        names = {failure.kind.value, failure.type}
-        if failure.exception is not None:
-            names.update(qualified(base) for base in type(failure.exception).__mro__)
+        # What ran out of time has raised nothing, and is a TimeoutError to whoever asked for the timeout.
+        raised = TimeoutError if failure.kind is FailureKind.TIMEOUT else type(failure.exception)
+        names = {failure.kind.value, failure.type, *map(qualified, raised.__mro__)}
         # As it is written, too: what was given as a type is meant itself, whatever its module has under that name.
         return not names.isdisjoint({*self.retry_on, *(_meant(str(name)) for name in self.retry_on)})
 

@@ -404,6 +404,27 @@ def test_an_exception_of_which_nobody_has_imported_the_module_is_worth_nothing()
     assert script.attempts == ["raise"]
 
 
+@pytest.mark.parametrize("retry_on", [TimeoutError, "TimeoutError", "asyncio.TimeoutError", OSError, "timeout"])
+def test_a_stage_that_runs_out_of_time_is_tried_again_where_a_timeout_error_is(retry_on: Any) -> None:
+    script = Script("hang", then=("ok",))
+    world, pipeline = scene({"a": ()}, {"a": script})
+
+    report = run(SagaCoordinator(FailFast(timeout=1, retry=Retry(attempts=2, wait=0, retry_on=(retry_on,)))).run(pipeline))
+
+    assert script.attempts == ["hang", "ok"]
+    assert report.ok
+    assert set(world.standing) == {"a"}
+
+
+def test_a_stage_that_runs_out_of_time_is_not_tried_again_for_another_exception() -> None:
+    script = Script("hang", then=("ok",))
+    _, pipeline = scene({"a": ()}, {"a": script})
+
+    run(SagaCoordinator(FailFast(timeout=1, retry=Retry(attempts=2, wait=0, retry_on=(ConnectionError,)))).run(pipeline))
+
+    assert script.attempts == ["hang"]
+
+
 def test_a_wrong_return_type_is_not_tried_again() -> None:
     script = Script("wrong", then=("ok",))
     _, pipeline = scene({"a": ()}, {"a": script})
