@@ -19,7 +19,7 @@ from saga.compensable import PivotStage
 from saga.errors import MisuseError, PipelineInvalid, PolicyInvalid
 from saga.graph import Graph, Node, Role
 from saga.models import restored, warn_of_misfit
-from saga.policies import Compensation, ContinueWithFallback, FailFast, Retry
+from saga.policies import Compensation, ContinueWithFallback, FailFast, Retry, declared
 from saga.text import did_you_mean, shown, written
 
 if TYPE_CHECKING:
@@ -42,11 +42,13 @@ class Runner(Protocol):
 
 
 class _Callable:
-    """A plain async callable as a stage."""
+    """An async callable as a stage, which says of itself what the callable does."""
 
     def __init__(self, execute: Callable[[Any], Any]) -> None:
         self.execute = execute
-        self.has_effect = getattr(execute, "has_effect", None)
+
+    def __getattr__(self, part: str) -> Any:
+        return declared(self.execute, part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,12 +235,13 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         wrapped: Any = _Callable(runner)
         make = lambda: wrapped  # noqa: E731 - as above
     sample = _instance(name, make)
-    for hook, arguments in _HOOKS.items():
-        _refuse_sync(name, hook, getattr(sample, hook, None))
-        _refuse_signature(name, hook, getattr(sample, hook, None), arguments)
     if not callable(getattr(sample, "execute", None)):
         raise PipelineInvalid("a stage with an async execute", got=repr(runner), stage=name)
-    can_compensate = callable(getattr(sample, "compensate", None))
+    offered = {hook: function for hook in _HOOKS if (function := getattr(sample, hook, None)) is not None}
+    for hook, function in offered.items():
+        _refuse_sync(name, hook, function)
+        _refuse_signature(name, hook, function, _HOOKS[hook])
+    can_compensate = "compensate" in offered
     is_pivot = isinstance(sample, PivotStage)
     if is_pivot and can_compensate:
         raise PipelineInvalid("a pivot without compensate(): it is the point of no return", got="one with it", stage=name)
@@ -249,11 +252,11 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         kind=str(getattr(spec.kind, "value", spec.kind)),
         role=role,
         conditional=spec.conditional,
-        can_probe=role is not Role.PLAIN and callable(getattr(sample, "probe", None)),
-        undo_in_doubt=role is Role.COMPENSABLE and bool(getattr(sample, "compensate_in_doubt", False)),
-        idempotent=bool(getattr(sample, "idempotent", False)),
+        can_probe=role is not Role.PLAIN and "probe" in offered,
+        undo_in_doubt=bool(_declared(name, sample, "compensate_in_doubt", bool)) and role is Role.COMPENSABLE,
+        idempotent=bool(_declared(name, sample, "idempotent", bool)),
         holds_pivot=bool(getattr(sample, "holds_pivot", False)),
-        has_fallback=callable(getattr(sample, "fallback", None)),
+        has_fallback="fallback" in offered,
     )
     plan = StagePlan(
         spec=spec,
@@ -287,7 +290,9 @@ def _refuse_abstract(name: str, runner: type) -> None:
 
 
 def _refuse_sync(name: str, hook: str, function: object) -> None:
-    if function is None or not callable(function) or _is_async(function):
+    if not callable(function):
+        raise PipelineInvalid(f"an async {hook}", got=shown(function), stage=name)
+    if _is_async(function):
         return
     name_of_it = getattr(function, "__qualname__", repr(function))
     if inspect.isasyncgenfunction(function):

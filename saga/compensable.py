@@ -11,7 +11,7 @@ from stageflow.api import StageContext, StageKind, StageOutput
 
 from saga.errors import MisuseError, PipelineInvalid
 from saga.failures import Failure
-from saga.policies import Compensation, Policy, Retry
+from saga.policies import Compensation, Policy, Retry, declared
 from saga.quick import frozen
 from saga.text import shown
 
@@ -285,7 +285,7 @@ class _Composed:
         self.kind = _kind(runner, given)
         for part in _PARTS:
             value = given.get(part)
-            value = getattr(runner, part, None) if value is None else value
+            value = declared(runner, part) if value is None else value
             if value is not None:
                 setattr(self, part, value)
 
@@ -303,8 +303,8 @@ def compensable(
     retry: Retry | None = None,
     timeout: float | None = None,
     compensation: Compensation | None = None,
-    compensate_in_doubt: bool = False,
-    idempotent: bool = False,
+    compensate_in_doubt: bool | None = None,
+    idempotent: bool | None = None,
     kind: StageKind | str | None = None,
 ) -> Any:
     """Make a stage of functions, or give a compensation to a stage that can't be edited.
@@ -318,8 +318,8 @@ def compensable(
         retry: How often it is attempted; None: what the runner says, else the policy.
         timeout: Seconds for one attempt; None: what the runner says, else the policy.
         compensation: Its own retry and timeout for undoing.
-        compensate_in_doubt: The compensation copes with not knowing.
-        idempotent: It may run again with the same key and has its effect once all the same.
+        compensate_in_doubt: The compensation copes with not knowing; None: what the runner says.
+        idempotent: It may run again with the same key and has its effect once all the same; None: what the runner says.
         kind: stageflow's category; None: the runner's, else WORK.
 
     Raises:
@@ -332,8 +332,8 @@ def compensable(
         "retry": retry,
         "timeout": timeout,
         "compensation": compensation,
-        "compensate_in_doubt": compensate_in_doubt or None,
-        "idempotent": idempotent or None,
+        "compensate_in_doubt": compensate_in_doubt,
+        "idempotent": idempotent,
         "kind": kind,
     }
     if not callable(given["compensate"]):

@@ -6,6 +6,7 @@ saga makes it, because between two attempts a probe may be asked and a ledger wr
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import tomllib
@@ -30,7 +31,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from tenacity import RetryCallState, wait_exponential, wait_random_exponential
+from tenacity import BaseRetrying, RetryCallState, wait_exponential, wait_random_exponential
 
 from saga.errors import PolicyInvalid
 from saga.failures import Failure, FailureKind
@@ -218,6 +219,15 @@ class Retry(_Frozen):
         call = RetryCallState(retry_object=None, fn=None, args=(), kwargs={})  # type: ignore[arg-type] # waits read only the number
         call.attempt_number = attempt
         return kind(multiplier=self.wait, exp_base=self.multiplier, max=self.wait_max)(call)
+
+
+def declared(by: object, part: str) -> Any:
+    """What a callable or a stage says of itself under that name; None: nothing.
+
+    tenacity's decorator leaves a `retry` of its own on the function that it wraps, which says nothing to a saga.
+    """
+    value = getattr(by, part, None)
+    return None if isinstance(value, BaseRetrying) and inspect.isroutine(by) else value
 
 
 class Compensation(_Frozen):

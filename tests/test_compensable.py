@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tenacity
 from pydantic import BaseModel
 from stageflow.api import Pipeline, StageContext, StageOutput, stage
 
@@ -94,6 +95,79 @@ def test_what_a_class_says_of_itself_when_it_is_made_counts() -> None:
         True,
     )
     assert (blueprint.stages["b"].timeout, blueprint.stages["b"].retry) == (3.0, Retry(attempts=2))
+
+
+@pytest.mark.parametrize("runner", [Patient, Patient()], ids=["class", "instance"])
+def test_what_is_denied_beside_a_runner_counts_before_what_the_runner_says(runner: Any) -> None:
+    """A stage that is not idempotent after all would be run again when its process died, and charge twice."""
+    made = compensable(runner, nothing, idempotent=False)
+
+    assert not Blueprint.of(Pipeline(name="p").with_stage("a", made)).graph["a"].idempotent
+
+
+class Charge:
+    """A stage that is an object to be called."""
+
+    retry = Retry(attempts=2, wait=0)
+
+    def __init__(self) -> None:
+        self.charged: list[int] = []
+
+    async def __call__(self, ctx: Any) -> None:
+        if ctx.attempt == 1:
+            raise ConnectionError
+        self.charged.append(5)
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        self.charged.append(-5)
+
+
+async def declines(_: Any) -> None:
+    raise ValueError("no")
+
+
+def test_what_an_object_that_is_called_declares_counts_as_it_does_of_any_other() -> None:
+    charge = Charge()
+    pipeline = Pipeline().with_stage("charge", charge, "work").with_stage("ship", declines, "work", dependencies=("charge",))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert charge.charged == [5, -5]
+    assert list(report.undone) == ["charge"]
+
+
+def test_what_is_set_on_a_function_counts_as_it_does_of_an_object() -> None:
+    charged = []
+
+    async def charge(_: Any) -> None:
+        charged.append(5)
+
+    async def refund(_: CompensationContext) -> None:
+        charged.append(-5)
+
+    charge.compensate = refund  # type: ignore[attr-defined] # a function may have any
+    pipeline = Pipeline().with_stage("charge", charge, "work").with_stage("ship", declines, "work", dependencies=("charge",))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert charged == [5, -5]
+    assert list(report.undone) == ["charge"]
+
+
+@pytest.mark.parametrize("made", [lambda runner: runner, lambda runner: compensable(runner, nothing)], ids=["plain", "compensable"])
+def test_a_function_that_tenacity_retries_is_a_stage_like_any_other(made: Callable[[Any], Any]) -> None:
+    calls: list[int] = []
+
+    @tenacity.retry(stop=tenacity.stop_after_attempt(2))
+    async def call(_: Any) -> None:
+        calls.append(len(calls))
+        if len(calls) == 1:
+            raise ConnectionError
+
+    report = run(SagaCoordinator().run(Pipeline().with_stage("call", made(call), "work")))
+
+    assert calls == [0, 1]
+    assert report.ok
 
 
 class Send(PivotStage):

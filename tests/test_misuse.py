@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from stageflow import BaseInterceptor
@@ -92,6 +92,33 @@ class OddRetry(Good):
     retry = 3  # type: ignore[assignment] # what the test is about
 
 
+class NamesItsCompensation:
+    compensate = "refund"
+
+    async def execute(self, ctx: SagaContext) -> None: ...
+
+    async def refund(self, ctx: CompensationContext) -> None: ...
+
+
+class KnowsItsFallback(Good):
+    fallback: ClassVar = {"amount": 0}
+
+
+class AnswersWhetherIdempotent(Good):
+    def idempotent(self) -> bool:  # type: ignore[override] # what the test is about
+        return False
+
+
+class CopesWithNo(Good):
+    compensate_in_doubt = "no"  # type: ignore[assignment] # what the test is about
+
+
+class SyncUndoOfCallable:
+    async def __call__(self, ctx: SagaContext) -> None: ...
+
+    def compensate(self, ctx: CompensationContext) -> None: ...
+
+
 class Abstract(CompensableStage):
     async def execute(self, ctx: SagaContext) -> None: ...
 
@@ -168,6 +195,20 @@ PIPELINES: dict[str, tuple[Pipeline, str]] = {
         pipeline(spec("pay", NegativeTimeout)),
         "expected timeout to be None or more than 0 seconds, for stage 'pay', got -1.0",
     ),
+    "name of a compensation": (
+        pipeline(spec("pay", NamesItsCompensation)),
+        "expected an async compensate, for stage 'pay', got 'refund'",
+    ),
+    "fallback that is known": (pipeline(spec("pay", KnowsItsFallback)), "expected an async fallback, for stage 'pay', got {'amount': 0}"),
+    "idempotent that is asked": (
+        pipeline(spec("pay", AnswersWhetherIdempotent)),
+        "expected idempotent to be a bool or None, for stage 'pay', got <bound method AnswersWhetherIdempotent.idempotent",
+    ),
+    "compensate_in_doubt in words": (
+        pipeline(spec("pay", CopesWithNo)),
+        "expected compensate_in_doubt to be a bool or None, for stage 'pay', got 'no'",
+    ),
+    "sync compensate of a callable": (pipeline(spec("pay", SyncUndoOfCallable())), "expected an async compensate, for stage 'pay', got"),
     "odd retry": (pipeline(spec("pay", OddRetry)), "expected retry to be a Retry or None, for stage 'pay', got 3"),
     "abstract": (pipeline(spec("pay", Abstract)), "expected Abstract to define compensate(), for stage 'pay', got a class without"),
     "pivot with compensation": (pipeline(spec("pay", UndoablePivot)), "expected a pivot without compensate()"),
