@@ -263,7 +263,7 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         make=make,
         retry=_declared(name, sample, "retry", Retry),
         timeout=_declared_seconds(name, sample),
-        compensation=_declared(name, sample, "compensation", Compensation),
+        compensation=_declared_compensation(name, sample),
         output_model=_declared_model(name, sample),
         patient=bool(getattr(sample, "bounds_itself", False)),
         has_effect=_declared(name, sample, "has_effect", bool),
@@ -334,6 +334,16 @@ def _declared_seconds(name: str, stage: object) -> float | None:
     raise PipelineInvalid("timeout to be None or more than 0 seconds", got=repr(value), stage=name)
 
 
+def _declared_compensation(name: str, stage: object) -> Compensation | None:
+    own = _declared(name, stage, "compensation", Compensation)
+    # Of the whole way back only the policy decides.
+    passed_over = [] if own is None else [key for key, value in _OF_ALL if getattr(own, key) != value]
+    if passed_over:
+        hint = "The rest is said of all stages, in the policy's: FailFast(compensation=Compensation(...))."
+        raise PipelineInvalid("compensation to say its retry and timeout", got=", ".join(passed_over), stage=name, hint=hint)
+    return own
+
+
 def _declared_model(name: str, stage: object) -> Any:
     model = getattr(stage, "output_model", None)
     if model is None or (isinstance(model, type) and (issubclass(model, BaseModel) or is_dataclass(model))):
@@ -342,6 +352,8 @@ def _declared_model(name: str, stage: object) -> Any:
 
 
 _AMBIGUOUS: Final = re.compile(r"/|~\d+$|#\d+(\.\d+)?$")
+_OF_ALL: Final = [(key, value) for key, value in Compensation() if key not in {"retry", "timeout"}]
+"""What a stage can't say for itself of how it is undone, and what it is by default."""
 _MOST_KNOWN: Final = 1000
 _KNOWN: Final[dict[int, tuple[weakref.ref[Pipeline], Blueprint]]] = {}
 """What was read of the pipelines that are alive, by identity: a pipeline has no hash."""

@@ -225,7 +225,8 @@ class CompensableStage(SagaStage):
     `ContinueWithFallback`.
 
     Attributes:
-        compensation: This stage's own retry and timeout for undoing; None: as the policy says.
+        compensation: This stage's own retry and timeout for undoing; None: as the policy says. What is said there of all compensations, as
+            `on_failure`, is the policy's to say.
         compensate_in_doubt: The compensation copes with not knowing whether there is anything to undo.
     """
 

@@ -66,8 +66,8 @@ def _names(value: Any, info: ValidationInfo) -> tuple[str, ...] | None:
 
 
 def _refuse_no_kind(name: str, info: ValidationInfo) -> None:
-    # No exception has such a name: it would match nothing, and nobody would notice.
-    if name in set(FailureKind):
+    # Of no failure that may be tried again: it would match nothing, and nobody would notice.
+    if name in _RETRIED:
         return
     if "." in name or not name.islower():
         # Of a policy out of a ledger, another Python may have written the name of an exception that this one lacks.
@@ -156,10 +156,10 @@ class Retry(_Frozen):
     """How patiently one action is attempted.
 
     Attributes:
-        attempts: Executions in total, the first included; at least 1.
+        attempts: Executions in total, the first included; at least 1. It has to be given where anything else is.
         wait: Seconds before the second attempt; grows by `multiplier` up to `wait_max`.
         multiplier: What the wait is multiplied with after each attempt; at least 1.
-        wait_max: Seconds; no wait is longer.
+        wait_max: Seconds; no wait is longer, the first not either.
         jitter: Full jitter: the wait before attempt n + 1 is uniform in
             [0, min(wait_max, wait * multiplier**(n - 1))]; without it, the wait is the upper end.
         max_elapsed: Seconds since the first attempt began; after them no further attempt starts.
@@ -182,6 +182,15 @@ class Retry(_Frozen):
         PlainSerializer(lambda names: names),
         WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
     ] = None
+
+    @model_validator(mode="after")
+    def _refuse_what_is_never_heeded(self, info: ValidationInfo) -> Self:
+        if self.model_fields_set and "attempts" not in self.model_fields_set:
+            hint = "Without it there is one attempt, whatever else is said of others."
+            raise PolicyInvalid(f"attempts in Retry{_place(info)}", got=f"{', '.join(sorted(self.model_fields_set))} alone", hint=hint)
+        if self.wait > self.wait_max:
+            raise PolicyInvalid(f"at least wait, {self.wait:g}, for Retry.wait_max{_place(info)}", got=f"{self.wait_max:g}")
+        return self
 
     def is_worth(self, failure: Failure) -> bool:
         """Whether this failure is one that another attempt may mend."""
@@ -249,6 +258,15 @@ class Compensation(_Frozen):
     max_concurrency: Count | None = None
     on_failure: Literal["isolate", "continue", "halt"] = "isolate"
     deadline: Seconds | None = None
+
+    @model_validator(mode="after")
+    def _refuse_kinds_of_stages(self, info: ValidationInfo) -> Self:
+        kinds = set(self.retry.retry_on or ()) & set(_RETRIED) - {FailureKind.COMPENSATION.value}
+        if kinds:
+            expected = f"the kind compensation, or exceptions, for Compensation.retry.retry_on{_place(info)}"
+            hint = "It is of that kind in whatever way a compensation fails; one that runs out of time is a TimeoutError."
+            raise PolicyInvalid(expected, got=", ".join(sorted(map(repr, kinds))), hint=hint)
+        return self
 
 
 class _Policy(_Frozen):

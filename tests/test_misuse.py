@@ -113,6 +113,10 @@ class CopesWithNo(Good):
     compensate_in_doubt = "no"  # type: ignore[assignment] # what the test is about
 
 
+class SpeaksForAll(Good):
+    compensation = Compensation(timeout=5, deadline=60, on_failure="halt")
+
+
 class SyncUndoOfCallable:
     async def __call__(self, ctx: SagaContext) -> None: ...
 
@@ -208,6 +212,10 @@ PIPELINES: dict[str, tuple[Pipeline, str]] = {
         pipeline(spec("pay", CopesWithNo)),
         "expected compensate_in_doubt to be a bool or None, for stage 'pay', got 'no'",
     ),
+    "compensation of all stages": (
+        pipeline(spec("pay", SpeaksForAll)),
+        "expected compensation to say its retry and timeout, for stage 'pay', got on_failure, deadline. The rest is",
+    ),
     "sync compensate of a callable": (pipeline(spec("pay", SyncUndoOfCallable())), "expected an async compensate, for stage 'pay', got"),
     "odd retry": (pipeline(spec("pay", OddRetry)), "expected retry to be a Retry or None, for stage 'pay', got 3"),
     "abstract": (pipeline(spec("pay", Abstract)), "expected Abstract to define compensate(), for stage 'pay', got a class without"),
@@ -280,6 +288,26 @@ POLICIES: dict[str, tuple[Callable[[], Any], str]] = {
     "a word that is no failure kind in retry_on": (
         lambda: Retry(retry_on="rain"),
         "expected one of exception, reported, timeout, compensation, or the name of an exception for Retry.retry_on, got 'rain'",
+    ),
+    "a kind of failure that is never tried again": (
+        lambda: Retry(attempts=2, retry_on="crashed"),
+        "expected one of exception, reported, timeout, compensation, or the name of an exception for Retry.retry_on, got 'crashed'",
+    ),
+    "how to wait for no further attempt": (
+        lambda: Retry(wait=5, max_elapsed=60),
+        "expected attempts in Retry, got max_elapsed, wait alone. Without it there is one attempt, whatever else is said of others.",
+    ),
+    "how to wait for a compensation, and how often no more": (
+        lambda: Compensation(retry={"wait": 5}),
+        "expected attempts in Retry, got wait alone",
+    ),
+    "a wait beyond the longest one": (
+        lambda: Retry(attempts=2, wait=60),
+        "expected at least wait, 60, for Retry.wait_max, got 30",
+    ),
+    "a stage's kinds of failure for a compensation": (
+        lambda: Compensation(retry=Retry(attempts=2, retry_on=["timeout", "reported", "ConnectionError"])),
+        "expected the kind compensation, or exceptions, for Compensation.retry.retry_on, got 'reported', 'timeout'",
     ),
     "a boolean for seconds": (lambda: FailFast(timeout=True), "expected a valid number for FailFast.timeout, got True"),
     "a boolean for seconds that may be none": (lambda: Retry(wait=False), "expected a valid number for Retry.wait, got False"),
@@ -395,9 +423,9 @@ def test_a_policy_is_read_from_a_file(tmp_path: Any, suffix: str) -> None:
 
 
 def test_exceptions_may_have_any_name_in_retry_on() -> None:
-    retry = Retry(retry_on=[KeyError, "TimeoutError", "CardDeclined", "payments.declined", "crashed"])
+    retry = Retry(attempts=2, retry_on=[KeyError, "TimeoutError", "CardDeclined", "payments.declined", "timeout"])
 
-    assert retry.retry_on == ("CardDeclined", "KeyError", "TimeoutError", "crashed", "payments.declined")
+    assert retry.retry_on == ("CardDeclined", "KeyError", "TimeoutError", "payments.declined", "timeout")
 
 
 CHOICE = "expected policy = 'fail_fast' or 'continue_with_fallback', in"
@@ -440,6 +468,7 @@ def test_a_file_may_hold_what_a_policy_was_written_as(tmp_path: Any) -> None:
             'policy = "fail_fast"\ncompensation.retry.retry_on = ["json.loads"]',
             "expected an exception of json for Retry.retry_on, in m.toml, got 'json.loads'",
         ),
+        ("o.toml", 'policy = "fail_fast"\nretry.wait = 5', "expected attempts in Retry, in o.toml, got wait alone"),
         ("l.toml", 'policy = "fail_fast"\nretry.retry_on = [3]', "qualified names for Retry.retry_on, in l.toml, got [3]"),
         ("m.toml", b'policy = "\xff"', "expected UTF-8 in m.toml, got 0xff at byte 10"),
         ("n.json", b'{"policy": "\xe9t\xe9"}', "expected UTF-8 in n.json, got 0xe9 at byte 12"),
@@ -467,7 +496,7 @@ def test_a_file_may_name_exceptions_that_are_not_loaded_yet(tmp_path: Any, monke
     monkeypatch.setattr(lazy, "__getattr__", lambda _: CardDeclined, raising=False)
     monkeypatch.setitem(sys.modules, "lazy", lazy)
     names = ("json.JSONDecodeError", "json.errors.Other", "lazy.CardDeclined", "no_such_package.CardDeclined")
-    (tmp_path / "policy.json").write_text(FailFast(retry=Retry(retry_on=names)).model_dump_json())
+    (tmp_path / "policy.json").write_text(FailFast(retry=Retry(attempts=2, retry_on=names)).model_dump_json())
 
     assert load_policy(tmp_path / "policy.json").retry.retry_on == names
 

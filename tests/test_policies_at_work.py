@@ -709,9 +709,7 @@ def test_what_stops_a_saga_first_decides_also_when_its_caller_goes_away_meanwhil
     assert set(world.standing) == (set() if status is SagaStatus.COMPENSATED else {"a", "c"})
 
 
-@pytest.mark.parametrize(
-    ("retry_on", "attempts"), [("compensation", 2), ("TimeoutError", 2), ("timeout", 1), ("exception", 1), ("reported", 1)]
-)
+@pytest.mark.parametrize(("retry_on", "attempts"), [("compensation", 2), ("TimeoutError", 2), ("ConnectionError", 1)])
 def test_a_compensation_that_runs_out_of_time_is_retried_under_the_names_in_the_docs(retry_on: str, attempts: int) -> None:
     _, pipeline = scene({"a": (), "b": ("a",)}, {"a": Script(undo_takes=60), "b": Script("raise")})
     compensation = Compensation(timeout=1, retry=Retry(attempts=2, retry_on=(retry_on,)))

@@ -247,7 +247,7 @@ def test_a_stage_that_is_cancelled_in_flight() -> None:
 
 def test_no_time_is_spent_on_waiting_for_the_next_attempt() -> None:
     town, pipeline = trip()
-    patient = Retry(attempts=3, wait=3600, jitter=False)
+    patient = Retry(attempts=3, wait=3600, wait_max=3600, jitter=False)
     policy = FailFast(retry=patient, compensation=Compensation(retry=patient))
 
     verification = asyncio.run(asyncio.wait_for(verify(pipeline, policy, town, faults=[Fault.RAISES_BEFORE, Fault.UNDO_FAILS]), 60))
