@@ -292,7 +292,7 @@ def _refuse_abstract(name: str, runner: type) -> None:
 def _refuse_sync(name: str, hook: str, function: object) -> None:
     if not callable(function):
         raise PipelineInvalid(f"an async {hook}", got=shown(function), stage=name)
-    if _is_async(function):
+    if is_async(function):
         return
     name_of_it = getattr(function, "__qualname__", repr(function))
     if inspect.isasyncgenfunction(function):
@@ -316,8 +316,18 @@ def _refuse_signature(name: str, hook: str, function: Any, arguments: tuple[str,
         raise PipelineInvalid(f"{hook} to be called with {' and '.join(arguments)}", got=f"{hook}{signature}", stage=name) from None
 
 
-def _is_async(function: Callable[..., object]) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 - asks for its code, not whether it is callable
+def is_async(function: object) -> bool:
+    """Whether to call it gives something to await."""
+    return any(map(inspect.iscoroutinefunction, _codes(function)))
+
+
+def is_generator(function: object) -> bool:
+    """Whether to call it runs nothing before somebody iterates over what it gives."""
+    return any(inspect.isgeneratorfunction(code) or inspect.isasyncgenfunction(code) for code in _codes(function))
+
+
+def _codes(function: object) -> tuple[object, object]:
+    return function, getattr(function, "__call__", None)  # noqa: B004 - asks for its code, not whether it is callable
 
 
 def _declared(name: str, stage: object, attribute: str, kind: type[T]) -> T | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from stageflow.api import Pipeline, PipelineContext, StageOutput
 
-from saga.blueprint import by_name, refuse_no_policy
+from saga.blueprint import by_name, is_async, is_generator, refuse_no_policy
 from saga.errors import (
     GraphChanged,
     LedgerConflict,
@@ -339,14 +338,17 @@ def _checked(given: Sequence[T], what: str) -> tuple[T, ...]:
 
 
 def _refuse_no_interceptor(interceptor: object) -> None:
-    # stageflow logs that its hooks can't be called, and runs every stage as if there were none.
+    # stageflow logs that its hooks can't be called, or awaited, and runs every stage as if there were none.
     if isinstance(interceptor, type):
         name = interceptor.__qualname__
         raise MisuseError("an interceptor", got=f"the class {name}", hint=f"Write {name}(...).")
+    for hook in ("before", "after", "on_error"):
+        if not is_async(getattr(interceptor, hook, None)):
+            raise MisuseError(f"an interceptor with an async {hook}", got=shown(interceptor))
 
 
 def _refuse_no_listener(listener: object) -> None:
-    if not callable(listener) or isinstance(listener, type) or inspect.iscoroutinefunction(listener):
+    if not callable(listener) or isinstance(listener, type) or is_async(listener) or is_generator(listener):
         raise MisuseError("a listener to be a plain function, or an object that can be called as one", got=shown(listener))
 
 

@@ -19,6 +19,7 @@ import pytest
 from stageflow import BaseInterceptor
 from stageflow.api import Pipeline, PipelineContext, StageKind
 from stageflow.pipeline.guard_retry import GuardRetryStrategy
+from stageflow.pipeline.interceptors import InterceptorResult
 from stageflow.pipeline.pipeline import UnifiedStageSpec
 
 from saga import (
@@ -722,6 +723,32 @@ def test_a_pipeline_that_was_changed_after_its_first_run_is_read_again() -> None
     assert report.cause.stage == "c"
 
 
+class ToldAsync:
+    async def __call__(self, saga_id: str, event: Any) -> None: ...
+
+
+class ToldInParts:
+    def tell(self, saga_id: str, event: Any) -> Any:
+        yield
+
+
+class DeniesSync(BaseInterceptor):
+    """stageflow can't await what it answers, logs that, and runs the stage."""
+
+    def before(self, stage_name: str, ctx: PipelineContext) -> Any:
+        return InterceptorResult(stage_ran=False)
+
+    async def after(self, stage_name: str, result: Any, ctx: PipelineContext) -> None: ...
+
+
+class NotesSync(BaseInterceptor):
+    async def before(self, stage_name: str, ctx: PipelineContext) -> None: ...
+
+    async def after(self, stage_name: str, result: Any, ctx: PipelineContext) -> None: ...
+
+    def on_error(self, stage_name: str, error: Exception, ctx: PipelineContext) -> Any: ...
+
+
 def untyped(value: Any) -> Any:
     """What a type checker would refuse."""
     return value
@@ -740,6 +767,12 @@ def untyped(value: Any) -> Any:
         ),
         (lambda: SagaCoordinator(listeners=untyped([nothing])), "expected a listener to be a plain function"),
         (lambda: SagaCoordinator(listeners=untyped([dict])), "expected a listener to be a plain function"),
+        (lambda: SagaCoordinator(listeners=untyped([ToldAsync()])), "expected a listener to be a plain function"),
+        (lambda: SagaCoordinator(listeners=untyped([ToldInParts().tell])), "expected a listener to be a plain function"),
+        (lambda: SagaCoordinator(listeners=untyped([yields])), "expected a listener to be a plain function"),
+        (lambda: SagaCoordinator(interceptors=[DeniesSync()]), "expected an interceptor with an async before, got <.*DeniesSync"),
+        (lambda: SagaCoordinator(interceptors=[NotesSync()]), "expected an interceptor with an async on_error, got <.*NotesSync"),
+        (lambda: SagaCoordinator(interceptors=untyped([print])), "expected an interceptor with an async before, got <built-in"),
         (lambda: nested(untyped(nothing)), "expected a stageflow Pipeline"),
     ],
 )
