@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, Final
 
 from stageflow.api import PipelineContext
@@ -12,6 +13,8 @@ from saga.outputs import copied
 from saga.policies import ContinueWithFallback
 from saga.text import did_you_mean, shown
 
+_TIMEOUT: Final = "_timeout_ms"
+"""Under which stageflow's interceptor looks for a stage's timeout in the context's data."""
 _RECORDED: Final = (
     "pipeline_run_id",
     "request_id",
@@ -83,6 +86,17 @@ def refuse_both(context: PipelineContext | None, fields: dict[str, Any]) -> None
     """
     if context is not None and fields:
         raise MisuseError("either a context or its fields", got=f"both, the fields being {', '.join(fields)}")
+
+
+def refuse_timeout(context: PipelineContext) -> None:
+    """Refuse a context that sets stageflow's own timeout, which is off in a saga.
+
+    Raises:
+        MisuseError: It does.
+    """
+    if isinstance(context.data, Mapping) and context.data.get(_TIMEOUT):
+        hint = "It is in seconds: FailFast(timeout=...) is for all stages, and each may have a timeout of its own."
+        raise MisuseError("a timeout in the policy", got=f"{shown(context.data[_TIMEOUT])} as {_TIMEOUT} in the context's data", hint=hint)
 
 
 def recorded_input(context: PipelineContext) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from saga.failures import Failure
 from saga.family import differences_from, events_of
 from saga.forward import Forward
 from saga.held import Held
-from saga.inputs import recorded_input, refuse_both
+from saga.inputs import recorded_input, refuse_both, refuse_timeout
 from saga.journal import Journal, Listener
 from saga.ledger import A_NAME, LONGEST_NAME, Ledger, is_name, recorded
 from saga.policies import ContinueWithFallback, FailFast, Policy
@@ -155,6 +155,7 @@ class SagaKeeper:
     ) -> LiveSaga:
         if saga_id is not None and (not isinstance(saga_id, str) or not saga_id.strip()):
             raise MisuseError("a saga id with at least one visible character", got=repr(saga_id))
+        refuse_timeout(context)
         if self._ledger.durable:
             # The ledger would refuse them, too, but with the error of one that has failed.
             _refuse_names({"saga id": saga_id or "", "pipeline name": blueprint.name})

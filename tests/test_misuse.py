@@ -631,6 +631,29 @@ def test_arguments_of_pipeline_run_that_do_not_belong_here_are_refused() -> None
         run(coordinator.run(one, "text"))  # type: ignore[arg-type] # what the test is about
 
 
+def test_stageflows_timeout_in_a_contexts_data_is_refused_as_it_is_off_in_a_saga() -> None:
+    """Nothing would ever be cut off, also with stageflow's interceptor for it."""
+    world, three = scene(SEQUENCE)
+    within = Pipeline(name="p").with_stage("book", nested(three, fields=lambda _: {"data": {"_timeout_ms": 50}}))
+    said = "expected a timeout in the policy, got 50 as _timeout_ms in the context's data. It is in seconds: FailFast(timeout=...)"
+
+    with pytest.raises(MisuseError, match=re.escape(said)):
+        run(SagaCoordinator().run(three, data={"_timeout_ms": 50}))
+    with pytest.raises(MisuseError, match=re.escape(said)):
+        run(SagaCoordinator().run(three, PipelineContext.create(data={"_timeout_ms": 50})))
+    report = run(SagaCoordinator().run(within))
+
+    assert report.cause is not None
+    assert said in report.cause.message
+    assert world.log == []
+
+
+def test_stageflows_timeout_that_is_off_is_let_pass() -> None:
+    _, three = scene(SEQUENCE)
+
+    assert run(SagaCoordinator().run(three, data={"_timeout_ms": 0})).ok
+
+
 def test_recording_an_effect_that_nothing_would_undo_is_refused() -> None:
     async def plain(ctx: Any) -> None:
         await ctx.record("seat")
