@@ -32,6 +32,21 @@ _HOOKS: Final = {"execute": ("ctx",), "compensate": ("ctx",), "probe": ("ctx",),
 """What stages are called for, and with what."""
 
 
+DECLARABLE: Final = (
+    "retry",
+    "timeout",
+    "idempotent",
+    "output_model",
+    "has_effect",
+    "compensation",
+    "compensate_in_doubt",
+    "compensate",
+    "probe",
+    "fallback",
+)
+"""What a saga reads of a stage besides its `execute`, without which it is refused."""
+
+
 class Runner(Protocol):
     """A stage as the saga calls it; only `execute` is always there."""
 
@@ -92,7 +107,8 @@ class Blueprint:
         name: The pipeline's.
         graph: Its stages and what each offers, in topological order.
         stages: What the graph can't hold, in topological order.
-        specs: The pipeline's own specs, by which a later change is noticed.
+        specs: The pipeline's own specs, by which a later change is noticed,
+        said: and what the class, object or function of each said of itself.
         without_timeouts: What turns stageflow's own timeouts off, in its context's data.
     """
 
@@ -100,11 +116,12 @@ class Blueprint:
     graph: Graph
     stages: dict[str, StagePlan]
     specs: tuple[UnifiedStageSpec, ...]
+    said: list[tuple[Any, ...]]
     without_timeouts: dict[str, int]
 
     @classmethod
     def of(cls, pipeline: Pipeline) -> Blueprint:
-        """Read a pipeline, or remember what was read of it as long as its stages are the same.
+        """Read a pipeline, or remember what was read of it as long as its stages are the same, and say the same of themselves.
 
         Raises:
             PipelineInvalid: It, or one of its stages, can't be run as a saga; the error names the stage.
@@ -112,10 +129,10 @@ class Blueprint:
         if not isinstance(pipeline, Pipeline):
             raise PipelineInvalid("a stageflow Pipeline", got=repr(pipeline))
         key, specs = id(pipeline), tuple(pipeline.stages.values())
-        known = _KNOWN.get(key)
-        if known is not None and known[1].specs == specs:
+        known, said = _KNOWN.get(key), [_said(spec.runner) for spec in specs]
+        if known is not None and known[1].specs == specs and known[1].said == said:
             return known[1]
-        blueprint = cls._read(pipeline, specs)
+        blueprint = cls._read(pipeline, specs, said)
         if len(_KNOWN) >= _MOST_KNOWN:
             # A pipeline that a stage of its own refers to is kept alive by what was read of it.
             _KNOWN.pop(next(iter(_KNOWN)), None)  # its pipeline may be gone just now
@@ -124,7 +141,7 @@ class Blueprint:
         return blueprint
 
     @classmethod
-    def _read(cls, pipeline: Pipeline, specs: tuple[UnifiedStageSpec, ...]) -> Blueprint:
+    def _read(cls, pipeline: Pipeline, specs: tuple[UnifiedStageSpec, ...], said: list[tuple[Any, ...]]) -> Blueprint:
         read = {name: _read(name, spec) for name, spec in pipeline.stages.items()}
         for name, spec in pipeline.stages.items():
             _refuse_str(name, spec.dependencies, pipeline.stages)
@@ -134,6 +151,7 @@ class Blueprint:
             graph=graph,
             stages={name: read[name][1] for name in graph.names},
             specs=specs,
+            said=said,
             without_timeouts={"_timeout_ms": 0} | {f"_timeout.{name}": 0 for name in graph.names},
         )
 
@@ -270,6 +288,10 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         nested_pipeline=getattr(sample, "nested_pipeline", None),
     )
     return node, plan
+
+
+def _said(runner: object) -> tuple[Any, ...]:
+    return tuple([getattr(runner, part, None) for part in DECLARABLE])
 
 
 def _instance(name: str, make: Callable[[], Any]) -> Any:

@@ -13,7 +13,7 @@ from typing import Final, Literal, Self
 
 from stageflow.api import Pipeline, StageKind, StageOutput
 
-from saga.blueprint import Blueprint, StagePlan
+from saga.blueprint import DECLARABLE, Blueprint, StagePlan
 from saga.errors import MisuseError
 from saga.events import (
     AnyEvent,
@@ -307,19 +307,6 @@ class _Design:
 
 
 _CHANGES_THINGS: Final = frozenset({StageKind.WORK.value, StageKind.AGENT.value})
-_DECLARABLE: Final = (
-    "retry",
-    "timeout",
-    "idempotent",
-    "output_model",
-    "has_effect",
-    "compensation",
-    "compensate_in_doubt",
-    "compensate",
-    "probe",
-    "fallback",
-)
-"""What a saga reads of a stage besides its `execute`, without which it is refused."""
 
 
 # -- what may be wrong -----------------------------------------------------------------------------------------------
@@ -443,10 +430,10 @@ def _misspelt(design: _Design) -> Iterator[Finding]:
 
 def _nearly_declared(stage: type) -> dict[str, str]:
     """What the class has under a name that is nearly one of those that it lacks, and that one."""
-    lacking = [name for name in _DECLARABLE if not getattr(stage, name, None)]
+    lacking = [name for name in DECLARABLE if not getattr(stage, name, None)]
     found = {}
     for name in dir(stage):
-        if name.startswith("_") or name in _DECLARABLE:
+        if name.startswith("_") or name in DECLARABLE:
             continue
         close = difflib.get_close_matches(name, lacking, n=1, cutoff=0.8)
         # A word more is no slip: `timeout_ms` is the stage's own.

@@ -746,6 +746,34 @@ def test_a_pipeline_that_was_changed_after_its_first_run_is_read_again() -> None
     assert report.cause.stage == "c"
 
 
+@pytest.mark.parametrize("of", ["class", "object", "function"])
+def test_what_a_stage_says_of_itself_after_its_first_run_counts_from_then_on(of: str) -> None:
+    """As a setting that is read later, or a test's monkeypatch."""
+    calls = []
+
+    class Call(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> None:
+            calls.append(ctx.attempt)
+            raise ConnectionError
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    async def call(_: Any) -> None:
+        calls.append(len(calls))
+        raise ConnectionError
+
+    runner: Any = {"class": Call, "object": Call(), "function": call}[of]
+    one = pipeline(spec("a", runner))
+    coordinator = SagaCoordinator()
+    run(coordinator.run(one))
+    calls.clear()
+
+    runner.retry = Retry(attempts=3, wait=0)
+    run(coordinator.run(one))
+
+    assert len(calls) == 3
+
+
 class ToldAsync:
     async def __call__(self, saga_id: str, event: Any) -> None: ...
 
