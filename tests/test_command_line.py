@@ -396,6 +396,14 @@ def test_a_run_in_memory_needs_no_file(shop: Shop) -> None:
     assert not (shop.folder / "sagas.db").exists()
 
 
+def test_an_empty_ledger_is_not_taken_for_memory(shop: Shop) -> None:
+    """As `--ledger "$LEDGER"` of a variable that is not set: what was run would be gone."""
+    ran = shop.saga("run", "shop:order", "--ledger", "")
+
+    assert ran.code == Exit.MISUSE
+    assert ran.err == "saga: expected a ledger's URL: memory:, sqlite:///path or postgresql://..., got ''\n"
+
+
 # -- misuse ------------------------------------------------------------------------------------------------------
 
 
@@ -1384,9 +1392,13 @@ import os, signal
 from shop import Reserve, Pipeline
 
 class Rude(Reserve):
+    is_done = False
+
     @property
     def retry(self):
-        os.kill(os.getpid(), signal.SIGINT)
+        if not self.is_done:
+            self.is_done = True
+            os.kill(os.getpid(), signal.SIGINT)
 
 pipeline = Pipeline(name="rude").with_stage("rude", Rude())
 """
@@ -1409,7 +1421,7 @@ def test_an_interruption_before_the_saga_has_begun_leaves_no_trace(shop: Shop) -
         ("sqlite:///sagas.db", ""),
         ("sqlite:///other.db", " --ledger sqlite:///other.db"),
         ("sqlite:///ann:secret@host.db", " --ledger URL"),
-        ("sqlite:///a?password=secret", " --ledger URL"),
+        ("sqlite:///a password=secret", " --ledger URL"),
     ],
 )
 def test_the_command_that_goes_on_names_the_ledger_where_it_has_to_and_no_password(shop: Shop, ledger: str, option: str) -> None:

@@ -68,6 +68,15 @@ def test_a_url_of_sqlite_with_too_few_slashes_is_told_how_many_it_takes(url: str
         open_ledger(url)
 
 
+@pytest.mark.parametrize("url", ["sqlite:///sagas.db?password=s3cret", "sqlite:///sagas.db\n", "sqlite:////var/lib/sagas.db "])
+def test_a_url_that_would_be_another_file_than_it_looks_is_refused(url: str) -> None:
+    """As one with the options that other libraries take, or one read from a file with its line's end."""
+    with pytest.raises(MisuseError, match=r"^expected a path without options, and without spaces around it, behind sqlite:///") as caught:
+        open_ledger(url)
+
+    assert "s3cret" not in str(caught.value)
+
+
 @pytest.mark.parametrize("url", ["sqlite:///sagas.db", "sqlite://sagas.db", "SQLite:///sagas.db", "postgresql://ann:s3cret@db/shop"])
 def test_a_url_in_place_of_a_path_is_refused_and_kept_secret(url: str) -> None:
     with pytest.raises(MisuseError, match=r"^expected the path of a file, got a URL\. saga\.ledgers\.open_ledger\(url\) opens it\.$"):

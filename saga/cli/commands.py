@@ -153,7 +153,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 @command("run")
 def run(
     target: Target,
-    text: Annotated[str, typer.Option("--input", metavar="TEXT|@FILE", help="The input text, or a JSON object of context fields.")] = "",
+    text: Annotated[str, typer.Option("--input", metavar="TEXT|@FILE", help="The text, or a file: a JSON object of context fields.")] = "",
     policy: PolicyFile = None,
     ledger: LedgerUrl = None,
     saga_id: Annotated[str | None, typer.Option("--id", metavar="ID", help="The saga's id; a new one by default.")] = None,
@@ -601,7 +601,9 @@ async def _opened(url: str) -> AsyncIterator[Ledger]:
 
 
 def _url(given: str | None) -> str:
-    return given or settings(Path.cwd()).ledger or MEMORY
+    # An empty one, as that of a variable that is not set, is no word for memory: what was run there is gone.
+    said = given if given is not None else settings(Path.cwd()).ledger
+    return said if said is not None else MEMORY
 
 
 def _durable(given: str | None, *, exists: bool = True) -> str:

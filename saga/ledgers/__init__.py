@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def open_ledger(url: str) -> MemoryLedger | SQLiteLedger | PostgresLedger:
-    """The ledger at a URL: `memory:`, `sqlite:///path/to/file` (with four slashes from the root) or `postgresql://...`.
+    """The ledger at a URL: `memory:`, `sqlite:///path/to/file` (with four slashes from the root, without options) or `postgresql://...`.
 
     `async with open_ledger(url) as ledger:` closes it at the end.
 
@@ -32,6 +32,10 @@ def open_ledger(url: str) -> MemoryLedger | SQLiteLedger | PostgresLedger:
     if url == "memory:":
         return MemoryLedger()
     if scheme == "sqlite" and rest.startswith("///") and rest != "///":
+        if "?" in rest or rest != rest.strip():
+            # It would be another file, beside the one with the sagas.
+            hint = "SQLiteLedger(...) takes any path."
+            raise MisuseError("a path without options, and without spaces around it, behind sqlite:///", got="one with them", hint=hint)
         from saga.ledgers.sqlite import SQLiteLedger  # noqa: PLC0415 - see above
 
         return SQLiteLedger(rest.removeprefix("///"))
