@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from pydantic import BaseModel
 from stageflow.api import Pipeline, StageOutput
 
-from saga.compensable import PivotStage
+from saga.compensable import CompensableStage, PivotStage, SagaStage
 from saga.errors import MisuseError, PipelineInvalid, PolicyInvalid
 from saga.graph import Graph, Node, Role
 from saga.models import restored, warn_of_misfit
@@ -253,6 +253,7 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         wrapped: Any = _Callable(runner)
         make = lambda: wrapped  # noqa: E731 - as above
     sample = _instance(name, make)
+    _refuse_shadowed(name, type(sample))
     if not callable(getattr(sample, "execute", None)):
         raise PipelineInvalid("a stage with an async execute", got=repr(runner), stage=name)
     offered = {hook: function for hook in _HOOKS if (function := getattr(sample, hook, None)) is not None}
@@ -309,6 +310,16 @@ def _refuse_abstract(name: str, runner: type) -> None:
         raise PipelineInvalid(
             f"{runner.__name__} to define {' and '.join(f'{method}()' for method in missing)}", got="a class without", stage=name
         )
+
+
+def _refuse_shadowed(name: str, stage: type) -> None:
+    """Refuse a mixin behind our own base class, whose defaults come first."""
+    for part in DECLARABLE:
+        first, *others = [base for base in stage.__mro__ if part in vars(base)] or [stage]
+        if others and first in {SagaStage, CompensableStage}:
+            mixin = others[0].__name__
+            hint = f"Name {mixin} first among the bases of {stage.__name__}."
+            raise PipelineInvalid(f"the {part} of {mixin} to count", got=f"the default of {first.__name__}", stage=name, hint=hint)
 
 
 def _refuse_sync(name: str, hook: str, function: object) -> None:

@@ -45,6 +45,7 @@ from saga import (
     compensable,
     nested,
 )
+from saga.blueprint import Blueprint
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.policies import load_policy
 from tests.controlled import elapse, run
@@ -116,6 +117,13 @@ class CopesWithNo(Good):
 
 class SpeaksForAll(Good):
     compensation = Compensation(timeout=5, deadline=60, on_failure="halt")
+
+
+class Twice:
+    retry: Retry | None = Retry(attempts=2, wait=0)
+
+
+class TwiceTooLate(Good, Twice): ...
 
 
 class SyncUndoOfCallable:
@@ -213,6 +221,10 @@ PIPELINES: dict[str, tuple[Pipeline, str]] = {
         pipeline(spec("pay", CopesWithNo)),
         "expected compensate_in_doubt to be a bool or None, for stage 'pay', got 'no'",
     ),
+    "mixin behind the base": (
+        pipeline(spec("pay", TwiceTooLate)),
+        "expected the retry of Twice to count, for stage 'pay', got the default of SagaStage. Name Twice first among the bases of T",
+    ),
     "compensation of all stages": (
         pipeline(spec("pay", SpeaksForAll)),
         "expected compensation to say its retry and timeout, for stage 'pay', got on_failure, deadline. The rest is",
@@ -234,6 +246,12 @@ def test_a_pipeline_that_cannot_work_is_refused(case: str) -> None:
 
     assert str(caught.value).startswith(message)
     assert run(coordinator.ledger.list()) == ()
+
+
+def test_a_mixin_before_the_base_counts() -> None:
+    class TwiceInTime(Twice, Good): ...
+
+    assert Blueprint.of(pipeline(spec("pay", TwiceInTime))).stages["pay"].retry == Twice.retry
 
 
 def test_what_is_no_pipeline_is_refused() -> None:
