@@ -149,7 +149,7 @@ class SagaCoordinator:
             LedgerConflict: Another coordinator holds it.
         """
         await self._refuse_other(saga_id, pipeline, undoes=False, forward=forward)
-        return await self._keeper.go_on(saga_id, pipeline, partial(resumption, policy=policy, forward=forward, by=by or user()), policy)
+        return await self._keeper.go_on(saga_id, pipeline, partial(resumption, policy=policy, forward=forward, by=_who(by)), policy)
 
     async def compensate(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo a saga that nobody is running: one that has come to rest, or whose process is gone.
@@ -196,7 +196,7 @@ class SagaCoordinator:
             stage=stage,
             verdict=Verdict(verdict),
             note=note,
-            by=by or user(),
+            by=_who(by),
             output=None if output is None else StageOutput.ok(copied(output)),
         )
         cancels = this_task().cancelling()
@@ -231,7 +231,7 @@ class SagaCoordinator:
         entries, damaged = await listed(self.ledger, ALIVE)
         recovery = Recovery()
         limit = asyncio.Semaphore(concurrency)
-        decide = partial(recovering, by=by or user())
+        decide = partial(recovering, by=_who(by))
 
         async def go_on(entry: Entry) -> None:
             async with limit:
@@ -329,6 +329,13 @@ def _name_all_anew() -> None:
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch - where processes don't fork, there is nothing to see to
     os.register_at_fork(after_in_child=_name_all_anew)
+
+
+def _who(by: str | None) -> str:
+    if by is not None and not isinstance(by, str):
+        # It would be recorded, and nobody could read the saga again.
+        raise MisuseError("a text that says by whom", got=shown(by))
+    return by or user()
 
 
 def _checked(given: Sequence[T], what: str) -> tuple[T, ...]:

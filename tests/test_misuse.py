@@ -884,6 +884,26 @@ def test_a_pipeline_may_be_given_to_a_recovery_in_any_way(pipelines: Any) -> Non
     assert str(run(SagaCoordinator().recover(pipelines))) == "No saga has lost its process."
 
 
+def test_who_settles_or_resumes_is_told_by_a_text(tmp_path: Path) -> None:
+    """A number was recorded, and no durable ledger could read that saga again."""
+    _, three = scene(SEQUENCE, {"b": Script(undo_fails=9), "c": Script("raise")})
+
+    async def settled_by_a_number() -> SagaStatus:
+        async with SQLiteLedger(tmp_path / "sagas.db") as ledger:
+            coordinator = SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1))), ledger=ledger)
+            await coordinator.run(three, saga_id="s")
+            for call in (
+                coordinator.settle("s", "b", "undone", "by hand", by=untyped(4711)),
+                coordinator.resume("s", three, by=untyped(4711)),
+                coordinator.recover(three, by=untyped(4711)),
+            ):
+                with pytest.raises(MisuseError, match="expected a text that says by whom, got 4711"):
+                    await call
+            return (await coordinator.report("s")).status
+
+    assert asyncio.run(settled_by_a_number()) is SagaStatus.STUCK
+
+
 def test_an_output_that_a_person_gives_has_to_be_a_dict() -> None:
     async def hangs(_: Any) -> None:
         await elapse(60.0)
