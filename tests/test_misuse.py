@@ -531,7 +531,7 @@ def test_a_file_may_name_exceptions_of_what_stands_in_for_a_module(tmp_path: Any
     monkeypatch.setitem(sys.modules, "found", Found("found"))
     monkeypatch.setitem(sys.modules, "bare", untyped(Bare()))
     names = ("bare.CardDeclined", "found.CardDeclined")
-    (tmp_path / "policy.json").write_text(FailFast(retry=Retry(retry_on=names)).model_dump_json())
+    (tmp_path / "policy.json").write_text(FailFast(retry=Retry(attempts=2, retry_on=names)).model_dump_json())
 
     policy = load_policy(tmp_path / "policy.json")
 
@@ -540,7 +540,7 @@ def test_a_file_may_name_exceptions_of_what_stands_in_for_a_module(tmp_path: Any
 
 
 def test_a_file_may_name_exceptions_of_a_module_that_reads_it_before_it_has_them(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "policy.json").write_text(FailFast(retry=Retry(retry_on="fresh_shop.Declined")).model_dump_json())
+    (tmp_path / "policy.json").write_text(FailFast(retry=Retry(attempts=2, retry_on="fresh_shop.Declined")).model_dump_json())
     (tmp_path / "fresh_shop.py").write_text(
         f"import saga\nPOLICY = saga.load_policy({str(tmp_path / 'policy.json')!r})\nclass Declined(Exception): ..."
     )
