@@ -293,3 +293,17 @@ def test_each_object_of_a_stage_may_declare_for_itself_and_a_type_checker_knows(
         "stage 'hold' ran out of time: no answer within 3 s",
         "stage 'hold' ran out of time at attempt 2: no answer within 5 s",
     ]
+
+
+def test_code_that_says_nothing_of_its_arguments_is_called_as_any_other() -> None:
+    called: list[str] = []
+
+    async def pay(ctx: StageContext) -> None:
+        called.append(ctx.stage_name)
+
+    pay.__signature__ = "pay(ctx)"  # type: ignore[attr-defined] # what some binding generators leave there
+
+    report = run(SagaCoordinator().run(Pipeline(name="p").with_stage("pay", pay, "work")))
+
+    assert report.ok
+    assert called == ["pay"]

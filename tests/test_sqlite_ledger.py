@@ -833,6 +833,27 @@ def test_an_append_is_synced_before_it_is_acknowledged(path: Path, is_copy: bool
     store.close()
 
 
+def test_a_copy_that_somebody_reads_is_not_used_before_it_has_its_log(path: Path) -> None:
+    """Whoever used it without would do so for as long as it is connected, and a power loss could take back what it was told."""
+    original = path.with_name("original.db")
+    on(SQLiteLedger(original), create("s"))
+    execute(original, f"VACUUM INTO '{path}'")
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM sagas").fetchall()
+
+        async def when_nobody_reads_it(ledger: Any) -> Any:
+            reader.execute("COMMIT")
+            return await create("t")(ledger)
+
+        refused, token = on(SQLiteLedger(path, patience=0.1), append(DONE, version=99), when_nobody_reads_it)
+
+    assert "locked" in str(refused)
+    assert token == 1
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
 @pytest.mark.parametrize(("status", "owners"), [("completed", 1000), ("running", 100)], ids=["a step", "the last step"])
 def test_to_forget_many_owners_takes_one_look_at_every_saga_and_only_at_the_end(path: Path, status: str, owners: int) -> None:
     on(SQLiteLedger(path), create())
