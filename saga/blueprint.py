@@ -330,12 +330,10 @@ def _refuse_sync(name: str, hook: str, function: object) -> None:
     name_of_it = getattr(function, "__qualname__", repr(function))
     if inspect.isasyncgenfunction(function):
         raise PipelineInvalid(f"an async {hook}", got=f"the async generator {name_of_it}", stage=name, hint="Return, and don't yield.")
-    raise PipelineInvalid(
-        f"an async {hook}",
-        got=f"the plain def {name_of_it}",
-        stage=name,
-        hint="Write async def, and take blocking work to a thread (asyncio.to_thread).",
-    )
+    hint = "Write async def, and take blocking work to a thread (asyncio.to_thread)."
+    if is_async(inspect.unwrap(function)):
+        hint = "It is async below its decorator: write async def, and await, there, too."
+    raise PipelineInvalid(f"an async {hook}", got=f"the plain def {name_of_it}", stage=name, hint=hint)
 
 
 def _refuse_signature(name: str, hook: str, function: Any, arguments: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -62,6 +63,11 @@ class Good(CompensableStage):
 
 async def good(_: Any) -> None:
     raise AssertionError("nothing may run")
+
+
+@wraps(good)
+def timed(ctx: Any) -> Any:
+    return good(ctx)
 
 
 async def yields(_: Any) -> Any:
@@ -198,6 +204,10 @@ PIPELINES: dict[str, tuple[Pipeline, str]] = {
     "async generator": (
         pipeline(spec("pay", yields)),
         "expected an async execute, for stage 'pay', got the async generator yields. Return, and don't yield.",
+    ),
+    "async below a sync decorator": (
+        pipeline(spec("pay", timed)),
+        "expected an async execute, for stage 'pay', got the plain def good. It is async below its decorator: write async def",
     ),
     "sync callable": (pipeline(spec("pay", print)), "expected an async execute, for stage 'pay', got the plain def print"),
     "sync compensate": (pipeline(spec("pay", SyncCompensate)), "expected an async compensate, for stage 'pay', got the plain def"),
