@@ -157,7 +157,7 @@ class SQLiteLedger(DurableLedger):
         self.path: Final = Path(path).absolute()
         super().__init__(
             f"SQLiteLedger({str(path)!r})",
-            partial(_Store, self.path, lease, patience, clock, []),
+            partial(_Store, self.path, lease, patience, clock, _Shared()),
             lease=lease,
             patience=patience,
             max_event_bytes=max_event_bytes,
@@ -165,11 +165,24 @@ class SQLiteLedger(DurableLedger):
         )
 
 
+class _Shared:
+    """What the stores of a ledger know of each other.
+
+    Attributes:
+        stores: All of them.
+        files: Which file, and which beside it, one of them has opened last.
+    """
+
+    def __init__(self) -> None:
+        self.stores: Final[list[_Store]] = []
+        self.files: Sequence[tuple[int, int] | None] = ()
+
+
 class _Store:
-    def __init__(self, path: Path, lease: float, patience: float, clock: Callable[[], float], stores: list[_Store]) -> None:
+    def __init__(self, path: Path, lease: float, patience: float, clock: Callable[[], float], shared: _Shared) -> None:
         self._path = path
-        self._stores = stores
-        stores.append(self)
+        self._shared = shared
+        shared.stores.append(self)
         self._in_use = RLock()
         self._lease = lease
         self._patience = min(patience, _LONGEST)
@@ -344,7 +357,7 @@ class _Store:
         """Disconnect; of files that were taken away nobody here may keep one: SQLite has a process's connections share the log's index."""
         is_taken_away = self._opened is not None and self._identities() != self._files
         self.close()
-        for other in self._stores if is_taken_away else ():
+        for other in self._shared.stores if is_taken_away else ():
             if other._opened is not None:  # noqa: SLF001 - one of us
                 other.close()
 
@@ -365,19 +378,20 @@ class _Store:
             self._paths = (self._path, _log_of(file), file.with_name(f"{file.name}-shm"))
             self._refuse_another(file)
             self._opened = _open(self._path, file, self._patience)
-            self._files = self._identities()
+            self._files = self._shared.files = self._identities()
         elif self._identities() != self._files:
             # SQLite would go on to write to files that nobody can find any more.
             raise LedgerError(f"{self._replaced()}; nothing was recorded")
         return self._opened
 
     def _refuse_another(self, file: Path) -> None:
-        used = [store._files for store in self._stores if store._files]  # noqa: SLF001 - one of us
+        # Of the last one only: when a file is deleted, the next one may get its number.
+        used = self._shared.files
         if used and not file.exists():
             # Sagas that run know of what is in it, and whoever puts it back would lose what was recorded in a new one meanwhile.
             raise LedgerError(f"the ledger {self._path} is gone; put it back, or restart to begin a new one. Nothing was recorded")
         found, log, _ = self._identities()
-        if log is not None and any(files[0] != found and files[1] == log for files in used):
+        if used and log is not None and used[0] != found and used[1] == log:
             # SQLite would write into the one that was put there what the log has of the other one.
             name = _log_of(file).name
             raise LedgerError(f"the ledger {self._path} was replaced, but its log {name} is of the one before; move it away. {_UNCHANGED}")
