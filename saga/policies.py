@@ -67,7 +67,7 @@ def _names(value: Any, info: ValidationInfo) -> tuple[str, ...] | None:
 
 def _refuse_no_kind(name: str, info: ValidationInfo) -> None:
     # Of no failure that may be tried again: it would match nothing, and nobody would notice.
-    if name in _RETRIED:
+    if name in (set(FailureKind) if _is_recorded(info) else _RETRIED):
         return
     if "." in name or not name.islower():
         # Of a policy out of a ledger, another Python may have written the name of an exception that this one lacks.
@@ -152,6 +152,11 @@ def _place(info: ValidationInfo) -> str:
     return f", in {info.context}" if info.context is not None else ""
 
 
+def _is_recorded(info: ValidationInfo) -> bool:
+    """Whether it comes out of a ledger: what was once recorded has to be read for ever, whatever is refused by now."""
+    return info.mode == "json" and info.context is None
+
+
 class Retry(_Frozen):
     """How patiently one action is attempted.
 
@@ -188,7 +193,7 @@ class Retry(_Frozen):
         if self.model_fields_set and "attempts" not in self.model_fields_set:
             hint = "Without it there is one attempt, whatever else is said of others."
             raise PolicyInvalid(f"attempts in Retry{_place(info)}", got=f"{', '.join(sorted(self.model_fields_set))} alone", hint=hint)
-        if self.wait > self.wait_max:
+        if "wait_max" not in self.model_fields_set and self.wait > self.wait_max:
             raise PolicyInvalid(f"at least wait, {self.wait:g}, for Retry.wait_max{_place(info)}", got=f"{self.wait_max:g}")
         return self
 
@@ -262,7 +267,7 @@ class Compensation(_Frozen):
     @model_validator(mode="after")
     def _refuse_kinds_of_stages(self, info: ValidationInfo) -> Self:
         kinds = set(self.retry.retry_on or ()) & set(_RETRIED) - {FailureKind.COMPENSATION.value}
-        if kinds:
+        if kinds and not _is_recorded(info):
             expected = f"the kind compensation, or exceptions, for Compensation.retry.retry_on{_place(info)}"
             hint = "It is of that kind in whatever way a compensation fails; one that runs out of time is a TimeoutError."
             raise PolicyInvalid(expected, got=", ".join(sorted(map(repr, kinds))), hint=hint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib
+import json
 import re
 import sys
 import weakref
@@ -47,6 +48,8 @@ from saga import (
     nested,
 )
 from saga.blueprint import Blueprint
+from saga.events import SagaStarted, event_from_json, event_to_json
+from saga.graph import Graph, Node
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.policies import load_policy
 from tests.controlled import elapse, run
@@ -528,6 +531,20 @@ def test_a_file_may_name_exceptions_that_are_not_loaded_yet(tmp_path: Any, monke
     (tmp_path / "policy.json").write_text(FailFast(retry=Retry(attempts=2, retry_on=names)).model_dump_json())
 
     assert load_policy(tmp_path / "policy.json").retry.retry_on == names
+
+
+def test_a_policy_that_was_recorded_is_read_also_when_it_would_be_refused_by_now() -> None:
+    """Else nobody could read that saga again, let alone undo it."""
+    started = SagaStarted(saga_id="s", pipeline="p", graph=Graph.of([Node(name="a")]), policy=FailFast(retry=Retry(attempts=2), deadline=5))
+    document = json.loads(event_to_json(started))
+    document["policy"]["retry"] |= {"wait": 60.0, "wait_max": 30.0, "retry_on": ["crashed", "exception"]}
+    document["policy"]["compensation"]["retry"]["retry_on"] = ["timeout"]
+
+    read = event_from_json(json.dumps(document))
+
+    assert isinstance(read, SagaStarted)
+    assert (read.policy.retry.wait, read.policy.retry.retry_on) == (60, ("crashed", "exception"))
+    assert read.policy.compensation.retry.retry_on == ("timeout",)
 
 
 def test_a_file_may_name_exceptions_of_what_stands_in_for_a_module(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -486,6 +486,13 @@ def test_waits_grow_by_the_multiplier_up_to_the_maximum() -> None:
     assert [retry.wait_before_next(failure, attempt=n, elapsed=0) for n in range(1, 7)] == [1, 3, 9, 20, 20, None]
 
 
+def test_a_maximum_below_the_default_wait_is_the_wait() -> None:
+    retry = Retry(attempts=3, wait_max=0.01, jitter=False)
+    failure = Failure.of("a", FailureKind.REPORTED, "no")
+
+    assert [retry.wait_before_next(failure, attempt=n, elapsed=0) for n in (1, 2)] == [0.01, 0.01]
+
+
 def test_a_retry_that_does_not_wait_never_does() -> None:
     """tenacity's power of two overflows after a thousand attempts, and stands for the longest wait then."""
     tireless = Retry(attempts=5000, wait=0.0, jitter=False)
