@@ -253,7 +253,7 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         wrapped: Any = _Callable(runner)
         make = lambda: wrapped  # noqa: E731 - as above
     sample = _instance(name, make)
-    _refuse_shadowed(name, type(sample))
+    _refuse_shadowed(name, sample)
     if not callable(getattr(sample, "execute", None)):
         raise PipelineInvalid("a stage with an async execute", got=repr(runner), stage=name)
     offered = {hook: function for hook in _HOOKS if (function := getattr(sample, hook, None)) is not None}
@@ -312,14 +312,18 @@ def _refuse_abstract(name: str, runner: type) -> None:
         )
 
 
-def _refuse_shadowed(name: str, stage: type) -> None:
+def _refuse_shadowed(name: str, sample: object) -> None:
     """Refuse a mixin behind our own base class, whose defaults come first."""
+    stage = type(sample)
     for part in DECLARABLE:
         first, *others = [base for base in stage.__mro__ if part in vars(base)] or [stage]
-        if others and first in {SagaStage, CompensableStage}:
-            mixin = others[0].__name__
-            hint = f"Name {mixin} first among the bases of {stage.__name__}."
-            raise PipelineInvalid(f"the {part} of {mixin} to count", got=f"the default of {first.__name__}", stage=name, hint=hint)
+        if not others or first not in {SagaStage, CompensableStage}:
+            continue
+        mixin, default = others[0], vars(first)[part]
+        # The object may have its own, as that of a dataclass.
+        if getattr(sample, part) is default and vars(mixin)[part] is not default:
+            hint = f"Name {mixin.__name__} first among the bases of {stage.__name__}."
+            raise PipelineInvalid(f"the {part} of {mixin.__name__} to count", got=f"the default of {first.__name__}", stage=name, hint=hint)
 
 
 def _refuse_sync(name: str, hook: str, function: object) -> None:

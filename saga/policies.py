@@ -235,13 +235,14 @@ class Retry(_Frozen):
         return kind(multiplier=self.wait, exp_base=self.multiplier, max=self.wait_max)(call)
 
 
-def declared(by: object, part: str) -> Any:
+def declared(by: Any, part: str) -> Any:
     """What a callable or a stage says of itself under that name; None: nothing.
 
-    tenacity's decorator leaves a `retry` of its own on the function that it wraps, which says nothing to a saga.
+    tenacity's decorator leaves a `retry` of its own on the function that it wraps, and functools hands that on to what wraps it:
+    it says nothing to a saga.
     """
     value = getattr(by, part, None)
-    return None if isinstance(value, BaseRetrying) and inspect.isroutine(by) else value
+    return None if isinstance(value, BaseRetrying) and inspect.isroutine(inspect.unwrap(by)) else value
 
 
 class Compensation(_Frozen):

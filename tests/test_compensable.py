@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,22 @@ def test_what_is_set_on_a_function_counts_as_it_does_of_an_object() -> None:
     assert list(report.undone) == ["charge"]
 
 
-@pytest.mark.parametrize("made", [lambda runner: runner, lambda runner: compensable(runner, nothing)], ids=["plain", "compensable"])
+class Traced:
+    """As a decorator makes it that is a class."""
+
+    def __init__(self, wrapped: Callable[[Any], Any]) -> None:
+        functools.update_wrapper(self, wrapped)
+        self.wrapped = wrapped
+
+    async def __call__(self, ctx: SagaContext) -> Any:
+        return await self.wrapped(ctx)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [lambda runner: runner, Traced, lambda runner: compensable(runner, nothing), lambda runner: compensable(Traced(runner), nothing)],
+    ids=["plain", "wrapped", "compensable", "wrapped and compensable"],
+)
 def test_a_function_that_tenacity_retries_is_a_stage_like_any_other(made: Callable[[Any], Any]) -> None:
     calls: list[int] = []
 

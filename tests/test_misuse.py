@@ -10,12 +10,13 @@ import re
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import pytest
 from stageflow import BaseInterceptor
@@ -265,6 +266,25 @@ def test_a_mixin_before_the_base_counts() -> None:
     class TwiceInTime(Twice, Good): ...
 
     assert Blueprint.of(pipeline(spec("pay", TwiceInTime))).stages["pay"].retry == Twice.retry
+
+
+def test_a_mixin_behind_the_base_counts_with_what_its_objects_have_of_their_own() -> None:
+    @dataclass
+    class Patient:
+        timeout: float | None = 3.0
+
+    class PatientLast(Good, Patient): ...
+
+    assert Blueprint.of(pipeline(spec("pay", PatientLast))).stages["pay"].timeout == 3
+
+
+def test_a_mixin_behind_the_base_may_say_what_that_says() -> None:
+    class MayRetry(Protocol):
+        retry: Retry | None = None
+
+    class RetryLast(Good, MayRetry): ...
+
+    assert Blueprint.of(pipeline(spec("pay", RetryLast))).stages["pay"].retry is None
 
 
 def test_what_is_no_pipeline_is_refused() -> None:
