@@ -676,8 +676,12 @@ def test_a_log_that_another_process_took_away_is_not_written_to_any_more(path: P
     assert [*map(type, events)] == [SagaStarted, StageStarted]
 
 
+@pytest.mark.parametrize("is_alone", [True, False], ids=["one ledger", "beside an idle one of the process"])
 @pytest.mark.parametrize("taken", [("shm",), ("wal", "shm")], ids=["the index of the log", "both, as by who takes itself for the last"])
-def test_what_processes_record_on_both_sides_of_a_log_that_was_taken_away_is_all_there(path: Path, taken: Sequence[str]) -> None:
+def test_what_processes_record_on_both_sides_of_a_log_that_was_taken_away_is_all_there(
+    path: Path, taken: Sequence[str], is_alone: bool
+) -> None:
+    idle = SQLiteLedger(path)
     command = [sys.executable, "-m", "tests.scripts.appending", str(path)]
     others: list[subprocess.Popen[str]] = []
     told: list[str] = []
@@ -696,9 +700,14 @@ def test_what_processes_record_on_both_sides_of_a_log_that_was_taken_away_is_all
         assert stdout is not None
         told.extend([await asyncio.to_thread(stdout.readline) for _ in range(20)])
 
-    *_, refused, one, _, two = on(
-        SQLiteLedger(path), create(), read(), take_away, hear, append(FIRST), append(FIRST), hear, append(SECOND, version=2)
-    )
+    async def begin(ledger: Any) -> None:
+        await (ledger if is_alone else idle).read("s")
+
+    async def end(_: Any) -> None:
+        await idle.close()
+
+    acts = [create(), read(), begin, take_away, hear, append(FIRST), append(FIRST), hear, append(SECOND, version=2), end]
+    *_, refused, one, _, two, _ = on(SQLiteLedger(path), *acts)
     with others[0] as other:
         other.kill()
 

@@ -117,6 +117,11 @@ _ENTRIES: Final = """
 """
 
 
+_OPEN: Final[set[_Store]] = set()
+"""Those of the process that are connected, whichever ledger's they are: SQLite has all connections to a file share its log's index. A new
+one would take over that of one whose log was taken away, and what other processes have recorded with the new index would be lost."""
+
+
 class SQLiteLedger(DurableLedger):
     """Keeps sagas in an SQLite file.
 
@@ -169,12 +174,10 @@ class _Shared:
     """What the stores of a ledger know of each other.
 
     Attributes:
-        stores: All of them.
         files: Which file, and which beside it, one of them has opened last.
     """
 
     def __init__(self) -> None:
-        self.stores: Final[list[_Store]] = []
         self.files: Sequence[tuple[int, int] | None] = ()
 
 
@@ -182,7 +185,6 @@ class _Store:
     def __init__(self, path: Path, lease: float, patience: float, clock: Callable[[], float], shared: _Shared) -> None:
         self._path = path
         self._shared = shared
-        shared.stores.append(self)
         self._in_use = RLock()
         self._lease = lease
         self._patience = min(patience, _LONGEST)
@@ -354,12 +356,10 @@ class _Store:
             raise _told(error, self._path, self._patience) from error
 
     def _give_up(self) -> None:
-        """Disconnect; of files that were taken away nobody here may keep one: SQLite has a process's connections share the log's index."""
-        is_taken_away = self._opened is not None and self._identities() != self._files
+        """Disconnect, and whoever is left with files that were taken away, too."""
         self.close()
-        for other in self._shared.stores if is_taken_away else ():
-            if other._opened is not None:  # noqa: SLF001 - one of us
-                other.close()
+        for other in _taken_away():
+            other.close()
 
     def close(self) -> None:
         with self._in_use:
@@ -367,6 +367,7 @@ class _Store:
                 with suppress(sqlite3.Error):
                     self._opened.close()
                 self._opened = None
+                _OPEN.discard(self)
 
     # -- the file ------------------------------------------------------------------------------------------------
 
@@ -376,13 +377,27 @@ class _Store:
             file = Path(os.path.realpath(self._path))
             # The last one is the log's index: through it the processes that use the file know of each other's locks and commits.
             self._paths = (self._path, _log_of(file), file.with_name(f"{file.name}-shm"))
+            self._let_go_of_others()
             self._refuse_another(file)
             self._opened = _open(self._path, file, self._patience)
             self._files = self._shared.files = self._identities()
-        elif self._identities() != self._files:
+            _OPEN.add(self)
+        elif self.is_taken_away():
             # SQLite would go on to write to files that nobody can find any more.
             raise LedgerError(f"{self._replaced()}; nothing was recorded")
         return self._opened
+
+    def _let_go_of_others(self) -> None:
+        for other in _taken_away():
+            # Not waited for: it may be doing the same. It finds out by itself, and this one is opened when it is next used.
+            if not other._in_use.acquire(blocking=False):  # noqa: SLF001 - one of us
+                raise LedgerError(f"{other._replaced()}; nothing was recorded")  # noqa: SLF001 - one of us
+            other.close()
+            other._in_use.release()  # noqa: SLF001 - one of us
+
+    def is_taken_away(self) -> bool:
+        """Whether the files that it has open are no longer those that others find."""
+        return self._opened is not None and self._identities() != self._files
 
     def _refuse_another(self, file: Path) -> None:
         # Of the last one only: when a file is deleted, the next one may get its number.
@@ -406,6 +421,10 @@ class _Store:
         closes the ledger then takes itself for the last one, and the log away.
         """
         return [_identity(path) for path in self._paths]
+
+
+def _taken_away() -> list[_Store]:
+    return [store for store in list(_OPEN) if store.is_taken_away()]
 
 
 def _log_of(file: Path) -> Path:
