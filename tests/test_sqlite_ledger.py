@@ -37,7 +37,7 @@ from saga.events import AnyEvent, EffectRecorded, SagaResumed, SagaStarted, Stag
 from saga.ledger import ALIVE
 from saga.ledgers import open_ledger, sqlite, workers
 from saga.ledgers.postgres import PostgresLedger
-from saga.ledgers.rows import Prune, checksum
+from saga.ledgers.rows import Prune, Writer, checksum
 from saga.ledgers.sqlite import MIGRATIONS, SQLiteLedger
 from tests.places import SQLiteFile
 from tests.scripts.appending import AT_ONCE, SAGAS
@@ -875,6 +875,108 @@ def test_an_append_is_synced_before_it_is_acknowledged(path: Path, is_copy: bool
     assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
     assert connection.execute("PRAGMA fullfsync").fetchone() == (1,)
     store.close()
+
+
+def test_whoever_opens_a_ledger_whose_log_was_taken_away_has_the_whole_process_let_go_of_it(path: Path) -> None:
+    command = [sys.executable, "-m", "tests.scripts.appending", str(path), "20"]
+
+    async def main() -> list[str]:
+        idle, anew = SQLiteLedger(path), SQLiteLedger(path)
+        await create()(idle)
+        await idle.read("s")
+        execute(path, "PRAGMA wal_checkpoint(TRUNCATE)")
+        for suffix in ("wal", "shm"):
+            path.with_name(f"{path.name}-{suffix}").unlink()
+        with await asyncio.to_thread(partial(subprocess.Popen, command, stdout=subprocess.PIPE, text=True)) as other:
+            assert other.stdout is not None
+            told = [await asyncio.to_thread(other.stdout.readline) for _ in range(20)]
+            await create("t")(anew)
+            told += await asyncio.to_thread(other.stdout.readlines)
+        await append(FIRST)(idle)
+        await idle.close()
+        await anew.close()
+        return told
+
+    told = asyncio.run(main())
+
+    assert len(told) == 20 * len(SAGAS)
+    assert on(SQLiteLedger(path), read("s"), read("t")) == [(started(), FIRST), (started("t"),)]
+    for saga_id in SAGAS:
+        (events,) = on(SQLiteLedger(path), read(saga_id))
+        assert len(events) == 1 + 20 * AT_ONCE
+
+
+class Asked:
+    """A lock that says so when somebody asked for it in vain, and did not wait."""
+
+    def __init__(self, lock: Any, say: Callable[[], None]) -> None:
+        self.lock, self.say = lock, say
+
+    def acquire(self, *, blocking: bool) -> bool:
+        is_mine: bool = self.lock.acquire(blocking=blocking)
+        if not is_mine:
+            self.say()
+        return is_mine
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+def test_files_that_were_taken_away_are_not_opened_anew_while_somebody_of_the_process_is_busy_with_them(path: Path) -> None:
+    on(SQLiteLedger(path), create())
+    busy, anew = (sqlite._Store(path, 30.0, 10.0, time.time, sqlite._Shared()) for _ in range(2))
+    busy._connection()
+    path.with_name(f"{path.name}-shm").unlink()
+    is_busy, is_over = threading.Event(), threading.Event()
+    in_use: Any = Asked(busy._in_use, is_over.set)
+    busy._in_use = in_use
+
+    def work() -> None:
+        with busy._in_use:
+            is_busy.set()
+            is_over.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    is_busy.wait()
+
+    with pytest.raises(LedgerError, match="was moved, deleted or replaced while it was in use; nothing was recorded"):
+        anew.read("s")
+    thread.join()
+
+    assert anew.read("s") == (started(),)
+    assert busy._opened is None
+    anew.close()
+
+
+def test_a_commit_that_fails_otherwise_records_nothing(path: Path) -> None:
+    store = sqlite._Store(path, 30.0, 10.0, time.time, sqlite._Shared())
+    begun = Writer(2**24, None).create("s", "me", (started(),), None)
+    statements = [""]
+    connection = store._connection()
+    connection.set_trace_callback(statements.append)
+    connection.set_progress_handler(lambda: statements[-1] == "COMMIT", 1)
+
+    with pytest.raises(LedgerError, match="interrupted; nothing was recorded"):
+        store.write([begun])
+
+    assert store.read("s") == ()
+    assert store.write([begun]) == [1]
+    store.close()
+
+
+def test_what_may_only_be_read_keeps_its_journal_mode(path: Path) -> None:
+    on(SQLiteLedger(path), create())
+    execute(path, "PRAGMA journal_mode = DELETE")
+
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+        sqlite._prepare(connection, path)
+
+        assert connection.execute("SELECT id FROM sagas").fetchall() == [("s",)]
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
 def test_a_copy_that_somebody_reads_is_not_used_before_it_has_its_log(path: Path) -> None:
