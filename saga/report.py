@@ -188,7 +188,7 @@ class StageReport:
             compensation=undo,
             dependencies=dependencies,
             tries=record.tries,
-            verdicts=tuple(verdict for verdict in verdicts if _may_be_said(verdict, children)),
+            verdicts=verdicts and tuple([verdict for verdict in verdicts if _may_be_said(verdict, children)]),
         )
 
 
