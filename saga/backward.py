@@ -299,9 +299,14 @@ class Backward(Employer):
         self._put_to_work()
 
 
+def _is_done(returned: Awaitable[object]) -> bool:
+    """Whether it is a task that has come to its end, and that well."""
+    return isinstance(returned, asyncio.Future) and returned.done() and not returned.cancelled() and returned.exception() is None
+
+
 def _refusal(stage: str, attempt: int, returned: object) -> Failure | None:
     """What a compensation returned that says it has not undone its stage; other things that it may return say nothing."""
-    if isinstance(returned, Awaitable):
+    if isinstance(returned, Awaitable) and not _is_done(returned):
         message = f"it returned {glimpse(returned)}, which nobody has awaited. Write await before its call"
         return Failure.of(stage, FailureKind.COMPENSATION, message, type=qualified(type(returned)), attempt=attempt)
     if not isinstance(returned, StageOutput) or any(returned.status == fine for fine in (StageStatus.OK, StageStatus.SKIP)):

@@ -857,6 +857,11 @@ class DeniesSync(BaseInterceptor):
     async def after(self, stage_name: str, result: Any, ctx: PipelineContext) -> None: ...
 
 
+class ChecksSync(BaseInterceptor):
+    async def before(self, *_: Any) -> None: ...
+    def after(self, *_: Any) -> None: ...  # type: ignore[override] # what the test is about
+
+
 class NotesSync(BaseInterceptor):
     async def before(self, stage_name: str, ctx: PipelineContext) -> None: ...
 
@@ -887,6 +892,7 @@ def untyped(value: Any) -> Any:
         (lambda: SagaCoordinator(listeners=untyped([ToldInParts().tell])), "expected a listener to be a plain function"),
         (lambda: SagaCoordinator(listeners=untyped([yields])), "expected a listener to be a plain function"),
         (lambda: SagaCoordinator(interceptors=[DeniesSync()]), "expected an interceptor with an async before, got <.*DeniesSync"),
+        (lambda: SagaCoordinator(interceptors=[ChecksSync()]), "expected an interceptor with an async after, got <.*ChecksSync"),
         (lambda: SagaCoordinator(interceptors=[NotesSync()]), "expected an interceptor with an async on_error, got <.*NotesSync"),
         (lambda: SagaCoordinator(interceptors=untyped([print])), "expected an interceptor with an async before, got <built-in"),
         (lambda: nested(untyped(nothing)), "expected a stageflow Pipeline"),

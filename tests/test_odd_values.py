@@ -246,6 +246,38 @@ def test_a_compensation_that_returns_what_nobody_has_awaited_has_undone_nothing(
     assert report.failures[-1].message.endswith("which nobody has awaited. Write await before its call")
 
 
+@pytest.mark.parametrize(
+    ("refunds", "status"), [("at once", SagaStatus.COMPENSATED), ("never", SagaStatus.STUCK), ("not", SagaStatus.STUCK)]
+)
+def test_a_compensation_may_return_the_task_that_it_has_waited_for(refunds: str, status: SagaStatus) -> None:
+    standing = set()
+
+    async def charge(_: Any) -> None:
+        standing.add("charge")
+
+    async def refund() -> None:
+        if refunds == "not":
+            raise ConnectionError("no line to the bank")
+        standing.discard("charge")
+
+    async def waits_for_it(_: CompensationContext) -> Any:
+        task = asyncio.ensure_future(refund())
+        if refunds == "never":
+            task.cancel()
+        await asyncio.wait([task])
+        return task
+
+    async def fail(_: Any) -> None:
+        raise ValueError("no")
+
+    pipeline = Pipeline().with_stage("a", compensable(charge, waits_for_it)).with_stage("b", fail, "work", dependencies=("a",))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert standing == (set() if status is SagaStatus.COMPENSATED else {"charge"})
+    assert report.status is status
+
+
 def test_a_defect_of_ours_ends_the_saga_with_an_error_instead_of_hanging_it(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fine(_: Any) -> None: ...
 
