@@ -107,8 +107,8 @@ class Blueprint:
         name: The pipeline's.
         graph: Its stages and what each offers, in topological order.
         stages: What the graph can't hold, in topological order.
-        specs: The pipeline's own specs, by which a later change is noticed,
-        said: and what the class, object or function of each said of itself.
+        specs: The pipeline's own specs, by which a later change is noticed.
+        said: What the class, object or function of each said of itself, in the order of the specs and of `DECLARABLE`; as above.
         without_timeouts: What turns stageflow's own timeouts off, in its context's data.
     """
 
