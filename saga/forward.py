@@ -6,8 +6,6 @@ import asyncio
 import logging
 import warnings
 from collections.abc import Coroutine
-from dataclasses import dataclass
-from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from stageflow.api import StageCancellationRequested, StageOutput, StageStatus
@@ -20,13 +18,14 @@ from saga.events import FallbackFailed, FallbackUsed, SagaStopped, StageComplete
 from saga.failures import Failure, FailureKind
 from saga.graph import Node, Role
 from saga.ledger import StageState
+from saga.outcomes import Outcome
 from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
 from saga.quick import members
 from saga.report import NestedSagaFailed
 from saga.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
 from saga.storable import refuse_unstorable
-from saga.text import brief, glimpse, reason_in, said
+from saga.text import brief, reason_in
 from saga.watch import Crew, Employer, Watched, bounded, closes, cut_short_by, instead_of_cancel, is_of_signal, leave_loop, this_task
 
 if TYPE_CHECKING:
@@ -45,19 +44,6 @@ _STATUS: Final = members(StageStatus)
 _ENDED_WELL: Final = frozenset({_S.KEPT, _S.FALLBACK, _S.SKIPPED})
 _SAID_NOTHING: Final = frozenset({FailureKind.EXCEPTION, FailureKind.REPORTED, FailureKind.CONTRACT})
 """Of an attempt that failed so it is taken that it had no effect, and nobody has asked."""
-
-
-@dataclass(slots=True)
-class _Outcome:
-    """What one attempt came to.
-
-    Attributes:
-        output: What the stage returned.
-        failure: How it failed; None if it did not.
-    """
-
-    output: StageOutput | None = None
-    failure: Failure | None = None
 
 
 class _StageRun(Watched):
@@ -273,7 +259,7 @@ class Forward(Stages, Employer):
             return outcome.output
         return await self._absorb(run, outcome.failure)
 
-    def _came_late(self, run: _StageRun, outcome: _Outcome) -> None:
+    def _came_late(self, run: _StageRun, outcome: Outcome) -> None:
         """Hand over what code came to that nobody waited for any more."""
         if outcome.failure is None and outcome.output is not None and outcome.output.status is _STATUS.OK:
             self._saga.comes_late(StageCompleted(stage=run.name, output=copied_output(outcome.output), late=True))
@@ -304,12 +290,12 @@ class Forward(Stages, Employer):
         await self._record(StageSkipped(stage=run.name, reason=str(output.data["reason"]), output=output, with_branch=True))
         return output
 
-    async def _left_open(self, run: _StageRun) -> _Outcome | None:
+    async def _left_open(self, run: _StageRun) -> Outcome | None:
         """What an earlier process left to be decided; None if the stage is to run."""
         record, node = run.record, run.node
         if record.state in {_S.FAILED, _S.IN_DOUBT} and not record.again:
             # It died before what follows from this failure was recorded.
-            return _Outcome(failure=record.failure)
+            return Outcome(failure=record.failure)
         if not record.doubt:
             return None
         failure = record.failure
@@ -321,7 +307,7 @@ class Forward(Stages, Employer):
         if node.can_probe:
             landed = await ask(self._saga, run.name, stop=self._interrupted)
             if landed is not None:
-                return _Outcome(output=landed)
+                return Outcome(output=landed)
             may_repeat = may_repeat or record.answer is False
         elif not may_repeat:
             retry = run.plan.retry or self._policy.retry
@@ -333,9 +319,9 @@ class Forward(Stages, Employer):
             return None
         if record.state is _S.RUNNING:
             await self._record(StageFailed(stage=run.name, failure=failure, in_doubt=True))
-        return _Outcome(failure=failure)
+        return Outcome(failure=failure)
 
-    async def _attempts(self, run: _StageRun) -> _Outcome:
+    async def _attempts(self, run: _StageRun) -> Outcome:
         """Attempt the stage as often as its retry allows; the outcome is in the ledger when this returns."""
         retry = run.plan.retry or self._policy.retry
         seconds = run.plan.timeout or self._policy.timeout
@@ -349,7 +335,7 @@ class Forward(Stages, Employer):
             if self.is_stopping():
                 failure = Failure.of(name, FailureKind.INTERRUPTED, "the saga stopped before it ran")
                 await self._record(StageFailed(stage=name, failure=failure))
-                return _Outcome(failure=failure)
+                return Outcome(failure=failure)
             outcome = await self._attempt(run, seconds)
             if not run.given_up:
                 outcome = await self._wound_up(run, outcome)
@@ -384,7 +370,7 @@ class Forward(Stages, Employer):
             if run.record.doubt and node.can_probe:
                 landed = await ask(self._saga, run.name, stop=self._interrupted)
                 if landed is not None:
-                    return _Outcome(output=landed)
+                    return Outcome(output=landed)
                 if run.record.unanswered and not node.idempotent:
                     wait = None
             goes_on = wait is not None and await self._pause(wait)
@@ -392,7 +378,7 @@ class Forward(Stages, Employer):
         await self._record(StageFailed(stage=name, failure=failure, in_doubt=run.record.doubt, output=output))
         return outcome
 
-    async def _wound_up(self, run: _StageRun, outcome: _Outcome) -> _Outcome:
+    async def _wound_up(self, run: _StageRun, outcome: Outcome) -> Outcome:
         """The outcome of an attempt of which nothing runs any more, seen against all that is known."""
         is_well = outcome.failure is None and outcome.output is not None and outcome.output.status is _STATUS.OK
         if not is_well:
@@ -401,13 +387,13 @@ class Forward(Stages, Employer):
             outcome = await self._catch_up(run, recording, outcome)
         return outcome if is_well else await self._checked(run, outcome)
 
-    async def _catch_up(self, run: _StageRun, recording: Coroutine[Any, Any, None], outcome: _Outcome) -> _Outcome:
+    async def _catch_up(self, run: _StageRun, recording: Coroutine[Any, Any, None], outcome: Outcome) -> Outcome:
         """Record what the stage has recorded without `await`; the attempt's outcome with that."""
         try:
             await recording
             warnings.warn(f"stage {run.name!r} called ctx.record(...) without await", RuntimeWarning, stacklevel=2)
         except (MisuseError, NotStorable, RuntimeWarning) as error:
-            return _Outcome(failure=outcome.failure or Failure.raised(run.name, error, attempt=run.record.attempts))
+            return Outcome(failure=outcome.failure or Failure.raised(run.name, error, attempt=run.record.attempts))
         return outcome
 
     def _start_of(self, run: _StageRun) -> StageStarted:
@@ -415,7 +401,7 @@ class Forward(Stages, Employer):
         attempt = 1 if record.is_due_anew else record.attempts + 1
         return StageStarted(stage=run.name, attempt=attempt, execution=record.next_execution)
 
-    def _end_of(self, run: _StageRun, outcome: _Outcome) -> StageCompleted | StageSkipped:
+    def _end_of(self, run: _StageRun, outcome: Outcome) -> StageCompleted | StageSkipped:
         output = outcome.output
         assert output is not None  # without a failure there is one
         copy = copied_output(output)
@@ -443,7 +429,7 @@ class Forward(Stages, Employer):
             return False
         return False
 
-    async def _attempt(self, run: _StageRun, seconds: float | None) -> _Outcome:
+    async def _attempt(self, run: _StageRun, seconds: float | None) -> Outcome:
         context = self._context(run)
         run.begin(seconds, None if run.plan.patient else self._policy.cancel_grace)
         try:
@@ -457,9 +443,9 @@ class Forward(Stages, Employer):
         run.end()
         # A cancel that it did not heed was the stage's, and strikes nothing that comes after it.
         await run.absorb()
-        return normalised(run.name, run.record.attempts, returned)
+        return Outcome.of(run.name, run.record.attempts, returned)
 
-    async def _checked(self, run: _StageRun, outcome: _Outcome) -> _Outcome:
+    async def _checked(self, run: _StageRun, outcome: Outcome) -> Outcome:
         """The outcome of a stage that says that it has had no effect, seen against what its attempts before have come to."""
         record, output = run.record, outcome.output
         if output is None or output.status not in {_STATUS.SKIP, _STATUS.CANCEL}:
@@ -468,7 +454,7 @@ class Forward(Stages, Employer):
             # They are taken at their word where nothing else is known; where it can be asked, it is asked before the word counts.
             landed = await ask(self._saga, run.name, stop=self._interrupted)
             if landed is not None:
-                return _Outcome(output=landed, failure=outcome.failure)
+                return Outcome(output=landed, failure=outcome.failure)
         if output.status is not _STATUS.SKIP:
             return outcome
         left_within = await self._saga.left_within(run.name)
@@ -481,7 +467,7 @@ class Forward(Stages, Employer):
                 message = "expected a stage that skips itself to have left nothing standing, got a SKIP and sagas that stand"
             elif not record.effects:
                 message = "expected a stage that skips itself to have had no effect, got a SKIP after an attempt that may have had one"
-            return _Outcome(output, Failure.of(run.name, FailureKind.CONTRACT, message, attempt=record.attempts))
+            return Outcome(output, Failure.of(run.name, FailureKind.CONTRACT, message, attempt=record.attempts))
         return outcome
 
     def _context(self, run: _StageRun) -> SagaContext:
@@ -502,25 +488,25 @@ class Forward(Stages, Employer):
             _host=run.host,
         )
 
-    async def _raised(self, run: _StageRun, error: BaseException, seconds: float | None) -> _Outcome:
+    async def _raised(self, run: _StageRun, error: BaseException, seconds: float | None) -> Outcome:
         name, attempt = run.name, run.record.attempts
         self._saga.heed_signal(error)
         was_cancelled = await run.absorb()
         if run.reason is FailureKind.TIMEOUT:
-            return _Outcome(
+            return Outcome(
                 failure=Failure.of(
                     name, FailureKind.TIMEOUT, f"no answer within {seconds:g} s", attempt=attempt, instead=instead_of_cancel(error)
                 )
             )
         if run.reason is FailureKind.INTERRUPTED or (was_cancelled and isinstance(error, asyncio.CancelledError)):
             why = "it was cancelled because the saga stopped" if self.cause is not None else "its task was cancelled from outside"
-            return _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt, instead=instead_of_cancel(error)))
+            return Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt, instead=instead_of_cancel(error)))
         if isinstance(error, StageCancellationRequested):
-            return normalised(name, attempt, StageOutput.cancel(error.reason))
+            return Outcome.of(name, attempt, StageOutput.cancel(error.reason))
         if is_of_signal(error):
             why = f"a {type(error).__name__} struck while it ran"
-            return _Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt))
-        return _Outcome(failure=Failure.raised(name, error, attempt=attempt))
+            return Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt))
+        return Outcome(failure=Failure.raised(name, error, attempt=attempt))
 
     def gives_up(self, run: _StageRun, /) -> None:
         """Go on without a stage that ignored its cancel."""
@@ -580,7 +566,7 @@ class Forward(Stages, Employer):
         try:
             call = self._saga.actions.fallback(self._context(run), failure)
             returned = await bounded(call, seconds=seconds, grace=self._policy.cancel_grace, stop=self._interrupted)
-            outcome = normalised(run.name, attempt, returned)
+            outcome = Outcome.of(run.name, attempt, returned)
             if outcome.failure is None and outcome.output is not None:
                 refuse_unstorable(self._saga.journal.ledger, FallbackUsed(stage=run.name, output=outcome.output, source="stage"))
         except BaseException as error:
@@ -588,47 +574,10 @@ class Forward(Stages, Employer):
                 raise
             # A fallback's failure is data.
             self._saga.heed_signal(error)
-            outcome = _Outcome(failure=Failure.raised(run.name, error, attempt=attempt))
+            outcome = Outcome(failure=Failure.raised(run.name, error, attempt=attempt))
         if outcome.failure is not None:
             await run.host.wind_up()
             left_within = await self._saga.left_within(run.name)
             await self._record(FallbackFailed(stage=run.name, failure=outcome.failure, left_within=left_within))
             return None
         return outcome.output
-
-
-def normalised(stage: str, attempt: int, returned: object) -> _Outcome:
-    """Sort what a stage returned into an output or a failure."""
-    match returned:
-        case None:
-            return _Outcome(output=StageOutput.ok())
-        case dict():
-            return _Outcome(output=StageOutput.ok(returned))
-        case StageOutput(data=dict(), status=StageStatus()):
-            return _by_status(stage, attempt, returned)
-        case StageOutput(data=data, status=StageStatus()):
-            return _Outcome(failure=_broken_contract(stage, attempt, f"StageOutput(data={glimpse(data)})", type(data)))
-        case _:
-            return _Outcome(failure=_broken_contract(stage, attempt, glimpse(returned), type(returned)))
-
-
-def _broken_contract(stage: str, attempt: int, got: str, kind: type) -> Failure:
-    hint = ". Write await before its call" if issubclass(kind, CoroutineType) else ""
-    message = f"expected a StageOutput with a dict as data, a dict or None, got {got}{hint}"
-    return Failure.of(stage, FailureKind.CONTRACT, message, type=kind.__qualname__, attempt=attempt)
-
-
-def _by_status(stage: str, attempt: int, output: StageOutput) -> _Outcome:
-    status = output.status.value
-    match output.status:
-        case _STATUS.OK | _STATUS.SKIP:
-            return _Outcome(output=output)
-        case _STATUS.CANCEL:
-            reason = reason_in(output.data.get("cancel_reason"), "no reason given")
-            return _Outcome(output, Failure.of(stage, FailureKind.CANCELLED, reason, type=status, attempt=attempt))
-        case _STATUS.FAIL:
-            message = reason_in(output.error, "no error given")
-            return _Outcome(output, Failure.of(stage, FailureKind.REPORTED, message, type=status, attempt=attempt))
-        case _:
-            message = f"it asked for a retry and no attempt is left: {said(output.error)}"
-            return _Outcome(output, Failure.of(stage, FailureKind.CONTRACT, message, type=status, attempt=attempt))
