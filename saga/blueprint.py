@@ -116,7 +116,7 @@ class Blueprint:
     graph: Graph
     stages: dict[str, StagePlan]
     specs: tuple[UnifiedStageSpec, ...]
-    said: list[tuple[Any, ...]]
+    said: list[Any]
     without_timeouts: dict[str, int]
 
     @classmethod
@@ -129,7 +129,7 @@ class Blueprint:
         if not isinstance(pipeline, Pipeline):
             raise PipelineInvalid("a stageflow Pipeline", got=repr(pipeline))
         key, specs = id(pipeline), tuple(pipeline.stages.values())
-        known, said = _KNOWN.get(key), [_said(spec.runner) for spec in specs]
+        known, said = _KNOWN.get(key), [getattr(spec.runner, part, None) for spec in specs for part in DECLARABLE]
         if known is not None and known[1].specs == specs and known[1].said == said:
             return known[1]
         blueprint = cls._read(pipeline, specs, said)
@@ -141,7 +141,7 @@ class Blueprint:
         return blueprint
 
     @classmethod
-    def _read(cls, pipeline: Pipeline, specs: tuple[UnifiedStageSpec, ...], said: list[tuple[Any, ...]]) -> Blueprint:
+    def _read(cls, pipeline: Pipeline, specs: tuple[UnifiedStageSpec, ...], said: list[Any]) -> Blueprint:
         read = {name: _read(name, spec) for name, spec in pipeline.stages.items()}
         for name, spec in pipeline.stages.items():
             _refuse_str(name, spec.dependencies, pipeline.stages)
@@ -289,10 +289,6 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         nested_pipeline=getattr(sample, "nested_pipeline", None),
     )
     return node, plan
-
-
-def _said(runner: object) -> tuple[Any, ...]:
-    return tuple([getattr(runner, part, None) for part in DECLARABLE])
 
 
 def _instance(name: str, make: Callable[[], Any]) -> Any:
