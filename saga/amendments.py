@@ -20,8 +20,8 @@ from saga.graph import Role
 from saga.journal import named, tell
 from saga.ledger import ALIVE, StageState, answering, recorded
 from saga.record import StageRecord, Step, undo_step
-from saga.recovery import SagaState
 from saga.resumption import refusal, status_at_rest
+from saga.state import SagaState
 from saga.storable import storable
 from saga.text import glimpse
 from saga.watch import outlast, start

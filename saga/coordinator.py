@@ -31,9 +31,9 @@ from saga.keeper import SagaKeeper, read, user
 from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, listed, recorded, refuse_no_ledger
 from saga.outputs import copied
 from saga.policies import ContinueWithFallback, FailFast, Policy
-from saga.recovery import SagaState
 from saga.report import Recovery, SagaReport
 from saga.resumption import recovering, resumption, undoing
+from saga.state import SagaState
 from saga.text import shown
 from saga.watch import this_task
 from saga.within import report_of

@@ -12,7 +12,7 @@ from saga.errors import LedgerCorrupt, MisuseError, SagaNotFound
 from saga.events import SagaStarted, SagaStatus
 from saga.ledger import MemoryLedger, StageState, answering, is_name, listed, recorded
 from saga.record import Step, undo_step
-from saga.recovery import SagaState
+from saga.state import SagaState
 from saga.text import shown
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from saga.events import (
 )
 from saga.ledger import Ledger
 from saga.record import Step, undo_step
-from saga.recovery import SagaState
+from saga.state import SagaState
 from saga.storable import storable
 from saga.turns import Turns, turns
 from saga.watch import Answer, outlasting

@@ -30,9 +30,10 @@ from saga.journal import Journal, Listener
 from saga.ledger import A_NAME, LONGEST_NAME, Ledger, is_name, recorded
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.record import Step, undo_step
-from saga.recovery import SagaState, conclude, final_status, status_of_cancelled
+from saga.recovery import conclude, final_status, status_of_cancelled
 from saga.report import SagaReport
 from saga.resumption import Chapter, Decision, Direction, recovering, resumption, undoing
+from saga.state import SagaState
 from saga.storable import refuse_unstorable
 from saga.watch import outlast, start
 from saga.within import report_of, report_with_children

@@ -35,11 +35,13 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Graph, Node, Role
 from saga.ledger import StageState
 from saga.policies import ContinueWithFallback, FailFast
-from saga.recovery import Rollback, SagaState, conclude, final_status, stage_states, unabsorbed, undo_scope
+from saga.recovery import Rollback, conclude, final_status, stage_states, unabsorbed
 from saga.render.drawing import Drawing
 from saga.render.explained import drawing_if, page
 from saga.render.graph import graph_svg
 from saga.render.mermaid import graph_mermaid
+from saga.scope import undo_scope
+from saga.state import SagaState
 from saga.text import printable
 
 

@@ -25,7 +25,8 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Graph, Role
 from saga.ledger import StageState
 from saga.policies import ContinueWithFallback, Policy
-from saga.recovery import Rollback, SagaState, final_status, stage_states, status_of_cancelled, stopping, verdicts_on
+from saga.recovery import Rollback, final_status, stage_states, status_of_cancelled, stopping, verdicts_on
+from saga.state import SagaState
 
 _S = StageState
 

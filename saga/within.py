@@ -15,9 +15,9 @@ from saga.family import events_of, is_turned_back, run_by, run_in, run_within, t
 from saga.graph import Role
 from saga.ledger import StageState
 from saga.record import Step, undo_step
-from saga.recovery import SagaState
 from saga.report import NestedSagaFailed, SagaReport
 from saga.resumption import status_at_rest
+from saga.state import SagaState
 
 if TYPE_CHECKING:
     from saga.events import AnyEvent

@@ -52,7 +52,8 @@ from saga.events import (
 )
 from saga.graph import Graph, Node, Role
 from saga.ledger import TRANSITIONS
-from saga.recovery import Rollback, SagaState
+from saga.recovery import Rollback
+from saga.state import SagaState
 from tests.controlled import run
 from tests.slow import SlowLedger
 from tests.world import DIAMOND, SEQUENCE, Script, World, scene

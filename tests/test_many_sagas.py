@@ -30,7 +30,7 @@ from saga.events import Event
 from saga.forward import Forward
 from saga.journal import Journal
 from saga.record import StageRecord
-from saga.recovery import SagaState
+from saga.state import SagaState
 from tests.controlled import elapse, run
 from tests.world import CardDeclined
 

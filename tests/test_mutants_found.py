@@ -53,9 +53,11 @@ from saga.events import (
 )
 from saga.graph import Graph, Node, Role
 from saga.record import Step, Try, undo_step
-from saga.recovery import Move, Rollback, SagaState, conclude, protected, stage_states
+from saga.recovery import Move, Rollback, conclude, stage_states
 from saga.report import NestedSagaFailed
 from saga.resumption import Direction, recovering, refusal, resumption, undoing
+from saga.scope import protected
+from saga.state import SagaState
 from tests.controlled import elapse, run
 from tests.slow import SlowLedger
 from tests.test_hard_cases import by_cancelling_every_task, deaf

@@ -47,8 +47,9 @@ from saga.events import (
 )
 from saga.failures import FailureKind
 from saga.graph import Role
-from saga.recovery import Rollback, SagaState
+from saga.recovery import Rollback
 from saga.render.text import explanation
+from saga.state import SagaState
 from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk

@@ -51,7 +51,7 @@ from saga.events import (
     StageCompleted,
     StageStarted,
 )
-from saga.recovery import SagaState
+from saga.state import SagaState
 from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk

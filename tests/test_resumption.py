@@ -28,8 +28,8 @@ from saga.events import (
     Verdict,
 )
 from saga.graph import Graph, Node, Role
-from saga.recovery import SagaState
 from saga.resumption import Direction, crashed, resumption, status_at_rest, undoing
+from saga.state import SagaState
 from tests.test_ledger import FAILURE, HALTED, PATHS, RUNS_ON, STARTED
 
 GONE = "its process is gone; what became of it is not in the ledger"

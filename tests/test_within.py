@@ -27,7 +27,7 @@ from saga.events import (
     Verdict,
 )
 from saga.graph import Graph, Node, Role
-from saga.recovery import SagaState
+from saga.state import SagaState
 from saga.within import heard
 
 FAILURE = Failure.of("book", FailureKind.EXCEPTION, "no")

@@ -10,7 +10,9 @@ from saga.events import AnyEvent, SagaStarted, SagaStatus
 from saga.graph import Role
 from saga.ledger import Ledger, StageState
 from saga.record import Step, undo_step
-from saga.recovery import SagaState, stage_states, undo_scope
+from saga.recovery import stage_states
+from saga.scope import undo_scope
+from saga.state import SagaState
 
 _S = StageState
 

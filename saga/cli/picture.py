@@ -17,8 +17,9 @@ from saga.events import SagaStatus
 from saga.graph import Graph
 from saga.ledger import StageState
 from saga.record import StageRecord
-from saga.recovery import SagaState, stage_states
+from saga.recovery import stage_states
 from saga.render.text import SIGNS, seconds
+from saga.state import SagaState
 from saga.text import printable
 
 _S = StageState

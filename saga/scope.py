@@ -1,0 +1,87 @@
+"""What going backward is about, and what stays: pure, a matter of the graph and of where its stages stand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from saga.events import TurnReason
+from saga.graph import Role
+from saga.ledger import StageState
+from saga.policies import ContinueWithFallback
+from saga.quick import members
+from saga.record import Step, undo_step
+
+if TYPE_CHECKING:
+    from saga.state import SagaState
+
+_S: Final = members(StageState)
+_ROLE: Final = members(Role)
+_STEP: Final = members(Step)
+
+
+def protected(state: SagaState) -> frozenset[str]:
+    """What is never compensated: completed pivots, what a person said is to be kept, and everything that they depend on (promise 10)."""
+    pivots = state.graph.points_of_no_return
+    records = state.stages.items()
+    stays = [name for name, record in records if record.past_pivot or (record.landed and (name in pivots or record.is_kept_by_word))]
+    return state.graph.with_ancestors(stays)
+
+
+def orphans(state: SagaState) -> frozenset[str]:
+    """Stages that completed and serve nothing that is kept: all that depends on them failed or fell away with them."""
+    useless: set[str] = set()
+    lost: set[str] = set()
+    for name in reversed(state.graph.names):
+        record = state.stages[name]
+        dependents = state.graph.dependents[name]
+        if record.with_branch or (record.failed and not record.fell_back):
+            useless.add(name)
+        elif dependents and useless.issuperset(dependents):
+            useless.add(name)
+            lost.add(name)
+    return frozenset(lost) - protected(state)
+
+
+def groundless(state: SagaState) -> set[str]:
+    """What depends on a stage that failed, and that nothing stands in for: it stands on it only if that ran anew beneath it."""
+    found: set[str] = set()
+    for node in state.graph.nodes:
+        below = (state.stages[name] for name in node.dependencies)
+        if not found.isdisjoint(node.dependencies) or any(record.failed and not record.fell_back for record in below):
+            found.add(node.name)
+    return found
+
+
+def undo_scope(state: SagaState, reason: TurnReason) -> frozenset[str]:
+    """The stages that going backward for this reason is about; the others stand and hold nothing up."""
+    records = state.stages.items()
+    if reason is TurnReason.ORPHANS:
+        # Read off what happened forward, which stays: a stage that is undone or stuck meanwhile is still in the scope.
+        useless = orphans(state) if isinstance(state.policy, ContinueWithFallback) and state.policy.orphans == "compensate" else frozenset()
+        asked = {name for name, record in records if record.failed or record.skip_reason is not None}
+        asked |= useless | (groundless(state) - protected(state))
+    else:
+        # What a fallback stands in for is no foundation of what followed, so nothing protects its remains; nor does a stage's own point
+        # of no return protect what is within it, where that can be undone all the same, or a person has to say what stands.
+        asked = set(state.graph.names) - protected(state)
+        asked |= {name for name, record in records if record.fell_back or record.past_pivot}
+    # Whatever is known since of what protects it: its undoing may have got through when its process died, so to repeat it is to know.
+    begun = {name for name, record in records if record.state is _S.COMPENSATING and record.undo_in_question}
+    return frozenset((asked - _standing(state)) | begun)
+
+
+def _standing(state: SagaState) -> set[str]:
+    """What stands for good: by a person's word, or because nobody can undo it and a person can say nothing new of it."""
+    standing, kept = set(), set()
+    for name, record in state.stages.items():
+        node = state.graph[name]
+        if record.is_kept_by_word:
+            kept.add(name)
+        elif node.role is _ROLE.PIVOT and record.landed:
+            # Behind its fallback it serves nothing, but it has landed.
+            standing.add(name)
+        elif record.past_pivot and undo_step(node, record) is _STEP.HOLD and not record.is_in_question:
+            standing.add(name)
+    # A word keeps what it is about and all that this stands on, which the remains of a replaced stage are not.
+    below = {name for name in state.graph.with_ancestors(kept) if not state.stages[name].fell_back}
+    return standing | kept | below
