@@ -18,12 +18,19 @@ from saga import (
     FailureKind,
     MemoryLedger,
     Retry,
+    SagaContext,
     SagaCoordinator,
     SagaReport,
+    SagaStatus,
     StageState,
 )
-from saga.events import AnyEvent, StageProbed
+from saga.events import (
+    AnyEvent,
+    StageProbed,
+)
 from tests.controlled import elapse, run
+from tests.test_ledger import OUTPUT
+from tests.world import SEQUENCE, CardDeclined, Script, scene
 
 Answers = Callable[[CompensationContext], Awaitable[StageOutput | None]]
 
@@ -134,3 +141,51 @@ def test_a_probe_before_a_retry_gives_way_to_the_deadline(waits: bool) -> None:
     assert [one.landed for one in probed] == [None, False]
     assert took == 2.5
     assert report.stages["silent"].state is StageState.FAILED
+
+
+def test_a_retry_that_is_called_off_after_the_probe_found_nothing_leaves_nothing_in_doubt() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("hang")}, {"b": "probed"})
+    coordinator = SagaCoordinator(FailFast(timeout=1, retry=Retry(attempts=2, wait=10, jitter=False)))
+
+    async def play() -> SagaReport:
+        running = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        await elapse(5)
+        await coordinator.cancel("s")
+        return await running
+
+    report = run(play())
+
+    assert report.stages["b"].probed is False
+    assert report.stages["b"].state is StageState.FAILED
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+@pytest.mark.parametrize("last", ["hang", "raise"])
+def test_the_last_attempt_is_asked_for_although_the_one_before_it_was(last: str) -> None:
+    asked: list[int] = []
+
+    class Asked(CompensableStage):
+        timeout = 1.0
+        landed = False
+
+        async def execute(self, ctx: SagaContext) -> None:
+            if ctx.attempt == 2:
+                self.landed = True
+                if last == "raise":
+                    raise CardDeclined
+            await asyncio.Event().wait()
+
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            asked.append(ctx.attempt)
+            return OUTPUT if self.landed else None
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            self.landed = False
+
+    stage = Asked()
+    report = run(SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=1))).run(Pipeline().with_stage("a", stage)))
+
+    assert len(asked) == 2
+    assert report.stages["a"].state is StageState.UNDONE
+    assert not stage.landed

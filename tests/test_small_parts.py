@@ -34,8 +34,12 @@ from saga import (
     StageState,
     compensable,
 )
-from saga.events import StageSettled, StageSkipped, Verdict
-from saga.graph import Graph, Node
+from saga.events import (
+    StageSettled,
+    StageSkipped,
+    Verdict,
+)
+from saga.graph import Graph, Node, Role
 from saga.policies import Policy
 from saga.text import printable
 from saga.watch import bounded
@@ -850,3 +854,15 @@ def test_the_graph_reaches_ancestors_once_however_many_ways_lead_there() -> None
     assert graph.names[0] == "a"
     assert graph["d"].dependencies == ("b", "c")
     assert graph.differences(graph) == []
+
+
+def test_a_difference_is_told_for_every_stage_also_behind_one_that_is_gone() -> None:
+    before = Graph.of([Node(name="a"), Node(name="b", role=Role.COMPENSABLE), Node(name="c", dependencies=("b", "a"))])
+    after = Graph.of([Node(name="b"), Node(name="c", dependencies=("b",)), Node(name="d")])
+
+    assert before.differences(after) == [
+        "stage 'a' is gone",
+        "stage 'd' is new",
+        "stage 'b': role was 'compensable', is 'plain'",
+        "stage 'c': dependencies was ['a', 'b'], is ['b']",
+    ]

@@ -1,0 +1,339 @@
+"""What a saga's events come to: times, places, causes and words of the record."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from stageflow.api import StageOutput
+
+from saga import (
+    Failure,
+    FailureKind,
+    LedgerCorrupt,
+    SagaStatus,
+    StageState,
+)
+from saga.events import (
+    AnyEvent,
+    CompensationCompleted,
+    CompensationFailed,
+    CompensationStarted,
+    EffectRecorded,
+    FallbackFailed,
+    SagaEnded,
+    SagaResumed,
+    SagaStopped,
+    SagaTurnedBack,
+    StageCompleted,
+    StageFailed,
+    StageProbed,
+    StageSettled,
+    StageSkipped,
+    StageStarted,
+    TurnReason,
+    Verdict,
+)
+from saga.graph import Node, Role
+from saga.record import Step, Try, undo_step
+from saga.recovery import stage_states
+from saga.scope import protected
+from saga.state import SagaState
+from tests.test_ledger import BACK, CONTRADICTIONS, FAILURE, LATE, OUTPUT, PATHS, STARTED, STUCK_WITH_REMAINS
+
+LOST = Failure.of("a", FailureKind.CRASHED, "gone")
+
+
+def at(second: int) -> datetime:
+    return datetime(2024, 1, 1, tzinfo=UTC) + timedelta(seconds=second)
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_contradiction_names_the_saga_the_event_what_it_met_and_what_to_do(case: str) -> None:
+    path, event, message = CONTRADICTIONS[case]
+
+    with pytest.raises(LedgerCorrupt) as caught:
+        SagaState([STARTED, *path, event])
+
+    met = message.rpartition("can't follow on ")[2]
+    assert str(caught.value) == (
+        f"saga s: {type(event).__name__} can't follow on {met}; the saga is left as it is. "
+        "Compare its ledger with a backup before you go on."
+    )
+
+
+def test_a_stage_keeps_the_place_and_the_time_of_its_first_start_and_of_its_first_compensation() -> None:
+    failed = CompensationFailed(stage="a", failure=FAILURE, will_retry=True)
+    state = SagaState(
+        [
+            STARTED,
+            StageStarted(stage="a", attempt=1, at=at(1)),
+            StageFailed(stage="a", failure=FAILURE, will_retry=True, at=at(2)),
+            StageStarted(stage="a", attempt=2, at=at(3)),
+            StageCompleted(stage="a", output=OUTPUT, at=at(4)),
+            StageStarted(stage="b", attempt=1, at=at(5)),
+            StageCompleted(stage="b", output=OUTPUT, at=at(6)),
+            BACK,
+            CompensationStarted(stage="a", attempt=1, at=at(7)),
+            failed,
+            CompensationStarted(stage="b", attempt=1, at=at(8)),
+            CompensationStarted(stage="a", attempt=2, at=at(9)),
+            CompensationCompleted(stage="b", at=at(10)),
+            CompensationFailed(stage="a", failure=FAILURE, at=at(11)),
+        ]
+    )
+
+    a, b = state.stages["a"], state.stages["b"]
+    assert (a.attempts, a.order, a.started_at, a.ended_at) == (2, 0, at(1), at(4))
+    assert (b.attempts, b.order, b.started_at, b.ended_at) == (1, 1, at(5), at(6))
+    assert (a.undo_attempts, a.undo_order, a.undo_started_at, a.undo_ended_at) == (2, 0, at(7), at(11))
+    assert (b.undo_attempts, b.undo_order, b.undo_started_at, b.undo_ended_at) == (1, 1, at(8), at(10))
+
+
+def test_a_stage_that_skips_itself_ended_then_and_one_that_never_started_never_ended() -> None:
+    skip = StageSkipped(stage="a", reason="nothing to do", output=OUTPUT, at=at(2))
+
+    itself = SagaState([STARTED, StageStarted(stage="a", attempt=1, at=at(1)), skip]).stages["a"]
+    unstarted = SagaState([STARTED, skip]).stages["a"]
+
+    assert (itself.started_at, itself.ended_at) == (at(1), at(2))
+    assert itself.tries == (Try(at(1), at(2)),)
+    assert (unstarted.started_at, unstarted.ended_at) == (None, None)
+
+
+def test_a_failed_stage_whose_probe_fails_for_good_is_in_doubt_and_tells_why() -> None:
+    probing = Failure.of("a", FailureKind.COMPENSATION, "no line")
+    state = SagaState([STARTED, *PATHS[StageState.FAILED], StageProbed(stage="a", landed=None, failure=probing)])
+
+    record = state.stages["a"]
+    assert record.state is StageState.IN_DOUBT
+    assert record.undo_failure == probing
+    assert state.failures == [FAILURE_OF_THE_PATH, probing]
+
+
+(FAILURE_OF_THE_PATH,) = (event.failure for event in PATHS[StageState.FAILED] if isinstance(event, StageFailed))
+
+
+def test_what_stopped_a_saga_that_did_not_turn_back_is_among_its_failures_once() -> None:
+    late = Failure.of(None, FailureKind.TIMEOUT, "too late")
+
+    state = SagaState([STARTED, *PATHS[StageState.FAILED], SagaEnded(status=SagaStatus.HALTED, cause=late)])
+    known = SagaState([STARTED, *PATHS[StageState.FAILED], SagaEnded(status=SagaStatus.HALTED, cause=FAILURE_OF_THE_PATH)])
+
+    assert (state.cause, state.failures) == (late, [FAILURE_OF_THE_PATH, late])
+    assert known.failures == [FAILURE_OF_THE_PATH]
+
+
+def test_what_stopped_a_saga_beside_its_stages_is_its_cause_and_among_its_failures() -> None:
+    late = Failure.of(None, FailureKind.TIMEOUT, "too late")
+
+    state = SagaState([STARTED, *PATHS[StageState.KEPT], SagaStopped(cause=late)])
+
+    assert (state.stop, state.cause, state.failures) == (late, late, [late])
+
+
+def test_what_turned_a_saga_back_is_its_cause_and_among_its_failures_once() -> None:
+    late = Failure.of(None, FailureKind.TIMEOUT, "too late")
+
+    state = SagaState([STARTED, *PATHS[StageState.KEPT], SagaTurnedBack(reason=TurnReason.FAILURE, cause=late)])
+    known = SagaState([STARTED, *PATHS[StageState.FAILED], SagaTurnedBack(reason=TurnReason.FAILURE, cause=FAILURE_OF_THE_PATH)])
+
+    assert (state.cause, state.failures) == (late, [late])
+    assert known.failures == [FAILURE_OF_THE_PATH]
+
+
+def test_a_saga_is_spotless_until_a_stage_fails_or_skips_what_it_has_begun() -> None:
+    assert SagaState([STARTED, *PATHS[StageState.KEPT]]).is_spotless is True
+    assert SagaState([STARTED, *PATHS[StageState.SKIPPED]]).is_spotless is True
+    recorded: list[AnyEvent] = [PATHS[StageState.RUNNING][0], EffectRecorded(stage="a", effect=1), *PATHS[StageState.SKIPPED]]
+    assert SagaState([STARTED, *recorded]).is_spotless is False
+    retried: list[AnyEvent] = [StageFailed(stage="a", failure=FAILURE, will_retry=True), StageStarted(stage="a", attempt=2)]
+    mended = SagaState([STARTED, PATHS[StageState.RUNNING][0], *retried, StageCompleted(stage="a", output=OUTPUT)])
+    assert mended.is_spotless is False
+
+
+STUCK_IN_DOUBT: list[AnyEvent] = [
+    *PATHS[StageState.IN_DOUBT],
+    BACK,
+    CompensationStarted(stage="a", attempt=1),
+    CompensationFailed(stage="a", failure=FAILURE),
+]
+COMPLETED_LATE = StageCompleted(stage="a", output=OUTPUT, late=True, at=at(9))
+
+
+@pytest.mark.parametrize(
+    ("ended", "failed"),
+    [(CompensationCompleted(stage="a", at=at(2)), None), (CompensationFailed(stage="a", failure=FAILURE, at=at(2)), FAILURE.kind)],
+    ids=["completed", "failed"],
+)
+def test_an_attempt_to_undo_ends_when_its_outcome_is_recorded(ended: AnyEvent, failed: FailureKind | None) -> None:
+    began = CompensationStarted(stage="a", attempt=1, at=at(1))
+
+    record = SagaState([STARTED, *PATHS[StageState.KEPT], BACK, began, ended]).stages["a"]
+
+    assert record.undo_tries == (Try(at(1), at(2), failed),)
+
+
+@pytest.mark.parametrize(
+    ("ended", "tried"),
+    [
+        (StageCompleted(stage="a", output=OUTPUT, at=at(2)), Try(at(1), at(2))),
+        (StageFailed(stage="a", failure=FAILURE, at=at(2)), Try(at(1), at(2), FAILURE.kind)),
+        (StageFailed(stage="a", failure=LOST, at=at(2)), Try(at(1), None, LOST.kind)),
+    ],
+    ids=["completed", "failed", "lost with its process"],
+)
+def test_an_attempt_ends_when_its_outcome_is_recorded_unless_it_was_lost_with_its_process(ended: AnyEvent, tried: Try) -> None:
+    record = SagaState([STARTED, StageStarted(stage="a", attempt=1, at=at(1)), ended]).stages["a"]
+
+    assert record.tries == (tried,)
+
+
+def test_a_stage_and_its_compensation_keep_all_their_attempts_the_oldest_first() -> None:
+    failed = StageFailed(stage="a", failure=FAILURE, will_retry=True, at=at(2))
+    completed = StageCompleted(stage="a", output=OUTPUT, at=at(4))
+    not_undone = CompensationFailed(stage="a", failure=FAILURE, will_retry=True, at=at(6))
+    events: list[AnyEvent] = [
+        StageStarted(stage="a", attempt=1, at=at(1)), failed, StageStarted(stage="a", attempt=2, at=at(3)), completed, BACK,
+        CompensationStarted(stage="a", attempt=1, at=at(5)), not_undone, CompensationStarted(stage="a", attempt=2, at=at(7)),
+        CompensationCompleted(stage="a", at=at(8)),
+    ]  # fmt: skip
+
+    record = SagaState([STARTED, *events]).stages["a"]
+
+    assert record.tries == (Try(at(1), at(2), FAILURE.kind), Try(at(3), at(4)))
+    assert record.undo_tries == (Try(at(5), at(6), FAILURE.kind), Try(at(7), at(8)))
+
+
+def test_an_attempt_that_was_lost_with_its_process_stays_lost_when_the_next_one_is_called_off() -> None:
+    lost = StageFailed(stage="a", failure=LOST, will_retry=True, at=at(2))
+    called_off = StageFailed(stage="a", failure=FAILURE, at=at(3))
+
+    record = SagaState([STARTED, StageStarted(stage="a", attempt=1, at=at(1)), lost, called_off]).stages["a"]
+
+    assert record.tries == (Try(at(1), None, LOST.kind),)
+
+
+def test_a_stage_that_has_gone_beyond_its_own_point_of_no_return_stays_beyond_it() -> None:
+    failed = StageFailed(stage="a", failure=FAILURE, past_pivot=True, will_retry=True)
+    failed_again = StageFailed(stage="a", failure=FAILURE)
+
+    state = SagaState([STARTED, StageStarted(stage="a", attempt=1), failed, StageStarted(stage="a", attempt=2), failed_again])
+
+    assert protected(state) == {"a"}
+
+
+@pytest.mark.parametrize("before", [StageState.KEPT, StageState.IN_DOUBT])
+def test_what_has_gone_beyond_its_own_point_of_no_return_is_kept_only_if_it_had_landed(before: StageState) -> None:
+    began = CompensationStarted(stage="a", attempt=1)
+    failed = CompensationFailed(stage="a", failure=FAILURE, past_pivot=True)
+
+    record = SagaState([STARTED, *PATHS[before], BACK, began, failed]).stages["a"]
+
+    assert (record.past_pivot, record.doubt) == (True, False)
+    assert record.state is (StageState.KEPT if before is StageState.KEPT else StageState.FAILED)
+
+
+def test_a_stage_in_doubt_that_completes_late_has_not_failed() -> None:
+    record = SagaState([STARTED, *PATHS[StageState.IN_DOUBT], COMPLETED_LATE]).stages["a"]
+
+    assert (record.state, record.landed, record.doubt, record.failed) == (StageState.KEPT, True, False, False)
+
+
+def test_a_stuck_stage_that_completes_late_stays_stuck_and_is_known_to_have_landed() -> None:
+    record = SagaState([STARTED, *STUCK_IN_DOUBT, COMPLETED_LATE]).stages["a"]
+
+    assert (record.state, record.landed, record.doubt) == (StageState.STUCK, True, False)
+    assert (record.output, record.late_output, record.ended_at) == (OUTPUT, OUTPUT, at(9))
+
+
+def test_what_came_late_of_another_execution_waits_for_a_person_also_when_this_one_is_undone_late() -> None:
+    state = SagaState([STARTED, *PATHS[StageState.STUCK], LATE, CompensationCompleted(stage="a", late=True)])
+
+    assert state.stages["a"].state is StageState.UNDONE
+    assert undo_step(state.graph["a"], state.stages["a"]) is Step.HOLD
+    assert stage_states(state)["a"] is StageState.IN_DOUBT
+
+
+def said(verdict: Verdict) -> list[AnyEvent]:
+    """A person's word on stage a, when the saga has come to rest."""
+    return [SagaEnded(status=SagaStatus.STUCK), StageSettled(stage="a", verdict=verdict, note="looked", by="ann", at=at(9))]
+
+
+def test_what_a_person_says_is_undone_has_not_landed_and_ended_then() -> None:
+    record = SagaState([STARTED, *PATHS[StageState.STUCK], *said(Verdict.UNDONE)]).stages["a"]
+
+    assert (record.state, record.landed, record.undo_ended_at) == (StageState.UNDONE, False, at(9))
+
+
+def test_what_a_person_says_is_kept_keeps_its_output_but_not_what_it_returned_beside_a_failure() -> None:
+    failed = StageFailed(stage="a", failure=FAILURE, in_doubt=True, output=OUTPUT)
+
+    stuck = SagaState([STARTED, *PATHS[StageState.STUCK], *said(Verdict.KEPT)]).stages["a"]
+    unsure = SagaState([STARTED, StageStarted(stage="a", attempt=1), failed, *said(Verdict.KEPT)]).stages["a"]
+
+    assert stuck.output == OUTPUT
+    assert unsure.output == StageOutput.ok()
+
+
+@pytest.mark.parametrize(
+    ("stuck", "state"),
+    [(PATHS[StageState.STUCK], StageState.KEPT), (STUCK_IN_DOUBT, StageState.IN_DOUBT), (STUCK_WITH_REMAINS, StageState.FAILED)],
+    ids=["landed", "in doubt", "remains"],
+)
+def test_what_is_to_be_tried_again_stands_where_it_stood_before_it_was_stuck(stuck: list[AnyEvent], state: StageState) -> None:
+    record = SagaState([STARTED, *stuck, *said(Verdict.RETRY)]).stages["a"]
+
+    assert record.state is state
+
+
+def test_a_probe_that_gave_no_answer_is_asked_again_when_a_person_says_so() -> None:
+    node = Node(name="a", role=Role.COMPENSABLE, can_probe=True)
+    unanswered = StageProbed(stage="a", landed=None, failure=FAILURE)
+
+    record = SagaState([STARTED, *PATHS[StageState.IN_DOUBT], unanswered, *said(Verdict.RETRY)]).stages["a"]
+
+    assert undo_step(node, record) is Step.PROBE
+
+
+@pytest.mark.parametrize(("answer", "stands"), [(None, True), (True, True), (False, False)])
+def test_what_a_look_within_has_found_holds_until_somebody_has_looked_again(answer: bool | None, stands: bool) -> None:
+    state = SagaState(
+        [
+            STARTED,
+            StageStarted(stage="a", attempt=1),
+            StageFailed(stage="a", failure=FAILURE, left_within=True),
+            StageProbed(stage="a", landed=False, left_within=answer),
+        ]
+    )
+
+    assert undo_step(state.graph["a"], state.stages["a"]) is (Step.COMPENSATE if stands else Step.CLEAR)
+
+
+def test_each_time_that_something_comes_late_within_what_was_undone_it_is_undone_under_another_key() -> None:
+    late = StageProbed(stage="a", landed=None, failure=FAILURE)
+    undone: list[AnyEvent] = [CompensationStarted(stage="a", attempt=1), CompensationCompleted(stage="a")]
+    done = SagaEnded(status=SagaStatus.COMPENSATED)
+    stuck = SagaEnded(status=SagaStatus.STUCK)
+    again = SagaResumed(forward=False, by="ann")
+    began: list[AnyEvent] = [STARTED, StageStarted(stage="a", attempt=1), StageCompleted(stage="a", output=OUTPUT), BACK]
+
+    state = SagaState([*began, *undone, done, late, stuck, again, *undone, done, late, stuck])
+
+    record = state.stages["a"]
+    assert record.undone_too_soon == 2
+    assert (record.doubt, undo_step(state.graph["a"], record)) == (False, Step.COMPENSATE)
+
+
+@pytest.mark.parametrize(("answer", "stands"), [(None, True), (True, True), (False, False)])
+def test_a_fallback_that_fails_and_has_not_looked_within_leaves_standing_what_its_stage_left(answer: bool | None, stands: bool) -> None:
+    state = SagaState(
+        [
+            STARTED,
+            StageStarted(stage="a", attempt=1),
+            StageFailed(stage="a", failure=FAILURE, left_within=True),
+            FallbackFailed(stage="a", failure=FAILURE, left_within=answer),
+        ]
+    )
+
+    assert undo_step(state.graph["a"], state.stages["a"]) is (Step.COMPENSATE if stands else Step.CLEAR)
