@@ -60,9 +60,9 @@ from saga.failures import Failure, FailureKind
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.listeners.otel import OpenTelemetryListener
 from tests.controlled import elapse, run
+from tests.late import Doubtful
 from tests.places import SQLiteFile
 from tests.stories import Story
-from tests.test_latecomers import Doubtful
 from tests.test_properties import cases
 from tests.world import SEQUENCE, Probed, Script, WithFallback, scene
 
