@@ -10,6 +10,7 @@ import re
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from pydantic import BaseModel
@@ -337,6 +338,8 @@ def _refuse_sync(name: str, hook: str, function: object) -> None:
 
 
 def _refuse_signature(name: str, hook: str, function: Any, arguments: tuple[str, ...]) -> None:
+    if _takes(function, len(arguments)):
+        return
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -345,6 +348,16 @@ def _refuse_signature(name: str, hook: str, function: Any, arguments: tuple[str,
         signature.bind(*arguments)
     except TypeError:
         raise PipelineInvalid(f"{hook} to be called with {' and '.join(arguments)}", got=f"{hook}{signature}", stage=name) from None
+
+
+def _takes(function: Any, count: int) -> bool:
+    """Whether its own code says that it takes so many arguments and no others: to have its signature made takes many times as long."""
+    if type(function) is MethodType:
+        function, count = function.__func__, count + 1
+    if type(function) is not FunctionType or function.__dict__:
+        return False  # what a decorator has left there may say something else
+    code = function.__code__
+    return code.co_argcount == count and not (code.co_kwonlyargcount or code.co_flags & inspect.CO_VARARGS)
 
 
 def is_async(function: object) -> bool:
