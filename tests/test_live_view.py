@@ -216,6 +216,22 @@ def test_in_a_narrow_terminal_stages_keep_their_names() -> None:
     assert shown(family, width=45)[1:3] == ["├ reserve_seat  + kept            500.0 ms", "└ reserve_room  · not run"]
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_long_message_and_a_long_name_are_cut_and_take_nothing_from_what_stands_beside_them(width: int) -> None:
+    long = "reserve_" + "the_very_best_" * 5 + "seat"
+    failed_at_length = StageFailed(at=at(1), stage="pay", failure=failure("pay", message="declined, " * 60))
+    family = family_of({"pay": (), long: ()}, StageStarted(at=at(0), stage="pay", attempt=1), failed_at_length, *completed(long))
+
+    _, pay, seat, _ = shown(family, width=width)
+
+    note = [] if width < 80 else ["reported"]
+    assert pay.split()[:8] == ["├", "pay", "x", "failed", "attempt", "1", "1.00", "s"]
+    assert pay.split()[8:9] == note
+    assert seat.startswith("└ reserve_the_")
+    assert seat.split()[2:] == ["+", "kept", "attempt", "1", "500.0", "ms"]
+    assert max(len(pay), len(seat)) <= width
+
+
 def test_a_failure_that_a_later_attempt_has_mended_is_told_as_one() -> None:
     again = (StageStarted(at=at(1), stage="a", attempt=2), StageCompleted(at=at(2), stage="a", output=StageOutput.ok()))
     family = family_of(SEQUENCE, *failed("a", will_retry=True), *again)

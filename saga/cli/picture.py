@@ -77,19 +77,20 @@ def picture(family: Family, now: datetime, width: int, height: int, focus: str =
         return Text("")
     shown, above, below = _window(list(rows(family, family.head, now)), max(height - 6, 3), focus)
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, overflow="ellipsis")
+    # rich takes what is too much from the columns that may wrap, the widest first; so names and notes may, and their texts don't.
+    table.add_column(overflow="ellipsis")
     table.add_column(no_wrap=True, min_width=_STATE)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, justify="right")
-    table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column(overflow="ellipsis")
     for row in shown:
         colour = COLOURS[row.state]
         table.add_row(
-            Text(row.guide, style="dim").append(row.name, style="default not dim"),
+            Text(row.guide, style="dim", no_wrap=True).append(row.name, style="default not dim"),
             Text(f"{SIGNS[row.state]} {row.label}", style=colour),
             Text(f"attempt {row.attempt}" if row.attempt and width >= _CRAMPED else "", style="default" if row.attempt > 1 else "dim"),
             Text(row.time),
-            Text(row.note if width >= _NARROW else "", style="dim"),
+            Text(row.note if width >= _NARROW else "", style="dim", no_wrap=True),
         )
     parts: list[RenderableType] = [_title(state, now)]
     if above:
