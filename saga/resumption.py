@@ -96,7 +96,7 @@ def resumption(
         return Chapter(Direction.BACKWARD, (back,), state.reason)
     if state.status is SagaStatus.COMPENSATED and not forward:
         # Whoever has just settled the last stage that was stuck wants it undone, not begun again.
-        return Chapter(Direction.NOWHERE, why_not="it is undone; forward=True runs it once more")
+        return Chapter(Direction.NOWHERE, why_not="it is undone, and runs once more only when it is told to go forward")
     if state.status in {SagaStatus.COMPLETED, SagaStatus.DEGRADED}:
         trial = SagaState([*events, ahead])
         if not any(record.again for record in trial.stages.values()):
@@ -121,7 +121,7 @@ def undoing(events: Sequence[AnyEvent], graph: Graph | None = None, *, by: str) 
     turned = SagaTurnedBack(reason=TurnReason.REQUEST, graph=graph)
     begun = (*crashed(state, goes_on=False), turned)
     if state.ended_at is not None and not len(Rollback(SagaState([*events, *begun]), TurnReason.REQUEST)):
-        return Chapter(Direction.NOWHERE, why_not="nothing is left to undo")
+        return Chapter(Direction.NOWHERE, why_not="nothing that can be undone is left")
     return Chapter(Direction.BACKWARD, begun, TurnReason.REQUEST)
 
 

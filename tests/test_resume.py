@@ -449,7 +449,7 @@ def test_a_saga_that_was_undone_is_not_begun_again_unless_somebody_says_so(caplo
     assert settled.status is SagaStatus.COMPENSATED
     assert resumed == settled
     assert world.log == ["+a", "+b", "-b", "-a"]
-    assert "it is undone; forward=True runs it once more" in caplog.text
+    assert "it is undone, and runs once more only when it is told to go forward" in caplog.text
     assert "undone 2nd" not in str(settled)
 
 
@@ -473,6 +473,17 @@ def test_after_the_pivot_a_redrive_goes_on_from_there() -> None:
 
     assert report.status is SagaStatus.COMPLETED
     assert world.log == ["+before", "+aside", "+pivot", "-aside", "+aside", "+after"]
+
+
+def test_a_saga_that_was_undone_on_demand_as_far_as_its_pivot_asks_for_nothing_more() -> None:
+    world, pipeline = scene(PAST, {}, {"pivot": "pivot"})
+    coordinator, _ = first_run(pipeline)
+
+    report = run(coordinator.compensate("s", pipeline))
+
+    assert report.status is SagaStatus.HALTED
+    assert str(report).splitlines()[-1] == "What is kept stays. To run once more what was undone: saga resume s"
+    assert set(world.standing) == {"before", "pivot"}
 
 
 TWO_PIVOTS = {"root": (), "left": ("root",), "right": ("root",), "p": ("left",), "q": ("right",)}
@@ -967,7 +978,7 @@ def test_a_second_undo_on_demand_does_nothing_and_says_so(caplog: pytest.LogCapt
     assert run(coordinator.ledger.read("s")) == before
     assert first.status is SagaStatus.COMPENSATED
     assert world.standing == {}
-    assert "saga s: nothing is left to undo" in caplog.text
+    assert "saga s: nothing that can be undone is left" in caplog.text
     assert "Nothing is left to do." in str(second)
 
 

@@ -338,10 +338,10 @@ COMPLETED = SagaEnded(status=SagaStatus.COMPLETED)
     ("decide", "path", "why"),
     [
         (resumption, [*PATHS[StageState.STUCK], STUCK], "nothing can be undone before what is stuck or in doubt is settled"),
-        (resumption, [*PATHS[StageState.UNDONE], COMPENSATED], "it is undone; forward=True runs it once more"),
+        (resumption, [*PATHS[StageState.UNDONE], COMPENSATED], "it is undone, and runs once more only when it is told to go forward"),
         (resumption, [*PATHS[StageState.KEPT], COMPLETED], "it is completed, nothing is left to run"),
         (recovering, [*PATHS[StageState.FAILED], HALTED], "it has come to rest meanwhile"),
-        (undoing, [*PATHS[StageState.UNDONE], COMPENSATED], "nothing is left to undo"),
+        (undoing, [*PATHS[StageState.UNDONE], COMPENSATED], "nothing that can be undone is left"),
     ],
 )
 def test_of_a_saga_that_is_left_as_it_is_the_log_says_why(decide: Any, path: list[AnyEvent], why: str) -> None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, redirect_stdout, suppress
 from datetime import UTC, datetime, timedelta
-from functools import wraps
+from functools import partial, wraps
 from hashlib import sha256
 from heapq import merge
 from importlib.metadata import PackageNotFoundError, version
@@ -45,6 +45,7 @@ from saga.owners import is_gone
 from saga.policies import Policy, load_policy
 from saga.render.text import Reach, command_for, next_command, recover_command, summary
 from saga.report import Recovery, SagaReport
+from saga.resumption import Decision, resumption, undoing
 from saga.state import SagaState
 from saga.text import bytes_of, did_you_mean, printable
 
@@ -193,7 +194,8 @@ def resume(
         pipeline = await _pipeline_of(coordinator.ledger, saga_id, target, command_for("resume", saga_id, _reach(_TARGET, ledger)))
         return await coordinator.resume(saga_id, pipeline, policy=chosen, forward=forward or None)
 
-    asyncio.run(_conduct(url, saga_id, work, _reach(target, ledger), as_json=as_json))
+    decision = partial(resumption, policy=chosen, forward=forward or None, by="")
+    asyncio.run(_conduct(url, saga_id, work, _reach(target, ledger), decision=decision, as_json=as_json))
 
 
 @command("compensate")
@@ -205,7 +207,7 @@ def compensate(saga_id: SagaId, target: KnownTarget = None, ledger: LedgerUrl = 
         pipeline = await _pipeline_of(coordinator.ledger, saga_id, target, command_for("compensate", saga_id, _reach(_TARGET, ledger)))
         return await coordinator.compensate(saga_id, pipeline)
 
-    asyncio.run(_conduct(url, saga_id, work, _reach(target, ledger), as_json=as_json))
+    asyncio.run(_conduct(url, saga_id, work, _reach(target, ledger), decision=partial(undoing, by=""), as_json=as_json))
 
 
 async def _conduct(
@@ -215,11 +217,14 @@ async def _conduct(
     reach: Reach,
     *,
     policy: Policy | None = None,
+    decision: Decision | None = None,
     as_json: bool,
 ) -> NoReturn:
     goes_on = command_for("resume", saga_id, reach)
     async with _opened(url) as ledger:
         outcome = await conduct(ledger, saga_id, work, console=Stderr(), goes_on=goes_on, policy=policy)
+        if outcome.idle and decision is not None and (why_not := decision(await ledger.read(saga_id), None).why_not):
+            typer.echo(f"Nothing was done: {why_not}.", err=True)
     if outcome.report is None:
         raise typer.Exit(Exit.INTERRUPTED)
     _print_report(outcome.report, reach, as_json=as_json)

@@ -33,10 +33,12 @@ class Outcome:
     Attributes:
         report: The saga's; None if it was interrupted before there was one.
         interrupted: Whether somebody pressed Ctrl-C.
+        idle: Whether there was nothing to do: the saga is as it was.
     """
 
     report: SagaReport | None
     interrupted: bool
+    idle: bool = False
 
 
 async def conduct(
@@ -61,6 +63,8 @@ async def conduct(
         policy: The coordinator's.
     """
     family = await Family.read(ledger, saga_id)
+    before = family.sagas.get(family.head)
+    ended = None if before is None else before.ended_at
     with contextlib.redirect_stdout(sys.stderr):
         async with view(family, console) as hear:
             coordinator = SagaCoordinator(policy, ledger=ledger, listeners=[hear])
@@ -68,7 +72,8 @@ async def conduct(
             task = asyncio.create_task(work(coordinator))
             with interruptible(task, warning.first, warning.second):
                 try:
-                    return Outcome(await task, interrupted=False)
+                    report = await task
+                    return Outcome(report, interrupted=False, idle=report.ended_at == ended)
                 except asyncio.CancelledError:
                     with contextlib.suppress(SagaNotFound):
                         return Outcome(await coordinator.report(saga_id), interrupted=True)
