@@ -41,6 +41,7 @@ from saga.events import (
 )
 from saga.graph import Graph, Node, Role
 from saga.policies import Policy
+from saga.render.lettering import cells
 from saga.text import printable
 from saga.watch import bounded
 from tests.controlled import elapse, run
@@ -239,6 +240,15 @@ def test_the_summary_puts_the_cause_first_then_every_stage_then_what_to_do() -> 
     assert re.fullmatch(r"b x failed 1 attempt \d+\.\d+ m?s raised: CardDeclined: b was declined", lines[4])
     assert lines[5] == "c · not run"
     assert lines[7] == "Nothing is left to do."
+
+
+def test_the_columns_of_the_summary_stand_below_each_other_whatever_script_the_names_are_in() -> None:
+    names = ("seat", "座席を予約する", "réserver", "de\u0301ja\u0300")
+    _, pipeline = scene(dict.fromkeys(names, ()), {})
+
+    rows = str(run(SagaCoordinator().run(pipeline))).splitlines()[2:6]
+
+    assert {cells(row.partition("+")[0]) for row in rows} == {2 + 2 * 7 + 2}
 
 
 def test_the_summary_tells_what_a_retry_mended_and_what_a_probe_found() -> None:

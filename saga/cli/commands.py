@@ -43,6 +43,8 @@ from saga.lint import check as find
 from saga.lint import explain as consequences
 from saga.owners import is_gone
 from saga.policies import Policy, load_policy
+from saga.recovery import SagaState
+from saga.render.lettering import aligned
 from saga.render.text import Reach, command_for, next_command, recover_command, summary
 from saga.report import Recovery, SagaReport
 from saga.resumption import Decision, resumption, undoing
@@ -306,7 +308,7 @@ def list_(
             (printable(entry.saga_id), printable(entry.pipeline), entry.status.value, _when(entry.started_at), _runs(entry))
             for entry in found
         ]
-        for line in _columns([("ID", "PIPELINE", "STATUS", "STARTED", ""), *cells]):
+        for line in aligned([("ID", "PIPELINE", "STATUS", "STARTED", ""), *cells]):
             typer.echo(line)
     if damaged:
         raise SagasDamaged(damaged, found)
@@ -327,12 +329,6 @@ def _is_held(entry: Entry) -> bool:
     if entry.owner is None or entry.until is None or is_gone(entry.owner):
         return False
     return entry.until >= datetime.now(UTC)
-
-
-def _columns(cells: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 @command("show")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
+from collections.abc import Collection, Iterator, Sequence
 from typing import Final
 
 # XML 1.0 has no way to write these, not even as a reference; and a lone surrogate can't be stored as UTF-8.
@@ -32,7 +33,22 @@ def one_line(text: str) -> str:
 
 def cells(text: str) -> int:
     """How many columns of a fixed-width font the text takes: an ideograph or an emoji takes two, an accent on a letter none."""
-    return sum(_cells(character) for character in text)
+    return len(text) if text.isascii() else sum(_cells(character) for character in text)
+
+
+def aligned(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> Iterator[str]:
+    """The rows of a table as lines, for a terminal.
+
+    Args:
+        rows: At least one, all with as many cells.
+        right: The columns whose cells end at the same place, of all but the last; in the others they begin there.
+    """
+    # Behind the last column stands nothing: what it holds may be long, and is not measured.
+    widths = [*(max(map(cells, column)) for column in [*zip(*rows, strict=True)][:-1]), 0]
+    for row in rows:
+        gaps = [" " * (width and width - cells(cell)) for cell, width in zip(row, widths, strict=True)]
+        line = (gap + cell if column in right else cell + gap for column, (cell, gap) in enumerate(zip(row, gaps, strict=True)))
+        yield "  ".join(line).rstrip()
 
 
 def _cells(character: str) -> int:

@@ -11,6 +11,7 @@ from saga.compensable import is_within
 from saga.events import SagaStatus, Verdict
 from saga.failures import Failure, FailureKind
 from saga.ledger import StageState
+from saga.render.lettering import aligned
 from saga.text import printable, quoted
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ SIGNS: Final = {
 
 
 _MINUTE: Final = 60
+_TIME: Final = 3
+"""The column of a row that has its time."""
 _NO_FALLBACKS: Final = frozenset({FailureKind.COMPENSATION, FailureKind.INTERRUPTED, FailureKind.CRASHED, FailureKind.LATE})
 """How compensations and probes fail, and no fallback does; and what is no failure of its code's."""
 _SAID_OTHERWISE: Final = frozenset({StageState.RUNNING, StageState.COMPENSATING, StageState.STUCK, StageState.BLOCKED})
@@ -91,11 +94,7 @@ def summary(report: SagaReport, reach: Reach = BY_ITSELF) -> str:
     if report.cause is not None:
         lines.append(f"Cause: {printable(str(report.cause))}")
     lines.append("")
-    rows = [_row(name, report) for name in report.stages]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for name, state, tries, time, why in rows:
-        cells = (name.ljust(widths[0]), state.ljust(widths[1]), tries.ljust(widths[2]), time.rjust(widths[3]), why)
-        lines.append(("  " + "  ".join(cells)).rstrip())
+    lines += [f"  {line}" for line in aligned([_row(name, report) for name in report.stages], right={_TIME})]
     lines += ["", *what_to_do(report, reach)]
     return "\n".join(lines)
 

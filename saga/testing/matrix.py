@@ -8,6 +8,7 @@ from pprint import pformat
 from typing import TYPE_CHECKING, Final
 
 from saga.events import SagaStatus
+from saga.render.lettering import aligned
 from saga.testing.faults import KILLS, Fault
 
 if TYPE_CHECKING:
@@ -60,9 +61,7 @@ def matrix(verification: Verification) -> str:
     rows = list(dict.fromkeys([*verification.stages, *sorted(row for row, _ in cells if row != _WHOLE), *(row for row, _ in cells)]))
     table = [["", *(_header(fault)[part] for fault in faults)] for part in (0, 1)]
     table += [[row, *(" ".join(cells.get((row, fault), ())) for fault in faults)] for row in rows]
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    lines = [f"{verification.pipeline}: {_verdict(verification)}", ""]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    lines = [f"{verification.pipeline}: {_verdict(verification)}", "", *aligned(table)]
     lines += ["", *_legend(sign for signs in cells.values() for sign in signs)]
     lines += _problems(trial for trial in verification.trials if not trial.ok)
     return "\n".join(lines)
