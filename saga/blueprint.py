@@ -21,7 +21,7 @@ from saga.errors import MisuseError, PipelineInvalid, PolicyInvalid
 from saga.graph import Graph, Node, Role
 from saga.models import restored, warn_of_misfit
 from saga.policies import Compensation, ContinueWithFallback, FailFast, Retry, declared
-from saga.text import did_you_mean, shown, written
+from saga.text import did_you_mean, glimpse, shown, written
 
 if TYPE_CHECKING:
     from stageflow.pipeline.pipeline import UnifiedStageSpec
@@ -256,7 +256,8 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
     sample = _instance(name, make)
     _refuse_shadowed(name, sample)
     if not callable(getattr(sample, "execute", None)):
-        raise PipelineInvalid("a stage with an async execute", got=repr(runner), stage=name)
+        hint = "A pipeline becomes a stage by nested(pipeline)." if isinstance(runner, Pipeline) else ""
+        raise PipelineInvalid("a stage with an async execute", got=glimpse(runner), stage=name, hint=hint)
     offered = {hook: function for hook in _HOOKS if (function := getattr(sample, hook, None)) is not None}
     for hook, function in offered.items():
         _refuse_sync(name, hook, function)

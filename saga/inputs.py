@@ -33,7 +33,8 @@ _RECORDED: Final = (
     "data",
 )
 """What of stageflow's context is recorded, so that a saga can go on without its caller."""
-
+_WIDE_EVENTS: Final = ("emit_stage_wide_events", "emit_pipeline_wide_event", "wide_event_emitter")
+"""With which `Pipeline.run` is asked for stageflow's wide events."""
 _ELSEWHERE: Final = {
     "A policy is given to SagaCoordinator(...).": frozenset(ContinueWithFallback.model_fields),
     "It is given to SagaCoordinator(...).": frozenset({"ledger", "listeners"}),
@@ -56,6 +57,10 @@ def context_of(name: str, context: PipelineContext | None, fields: dict[str, Any
         )
     if "interceptors" in fields:
         raise MisuseError("interceptors at SagaCoordinator(..., interceptors=)", got="interceptors at run()")
+    for option in _WIDE_EVENTS:
+        if option in fields:
+            hint = "The coordinator's listeners are told of all that happens: SagaCoordinator(listeners=[SinkListener()])."
+            raise MisuseError("none of stageflow's wide events", got=f"{option}={shown(fields[option])}", hint=hint)
     if context is None:
         try:
             return PipelineContext.create(**{"topology": name} | fields)

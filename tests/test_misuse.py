@@ -217,6 +217,13 @@ PIPELINES: dict[str, tuple[Pipeline, str]] = {
     "sync compensate": (pipeline(spec("pay", SyncCompensate)), "expected an async compensate, for stage 'pay', got the plain def"),
     "sync probe": (pipeline(spec("pay", SyncProbe)), "expected an async probe, for stage 'pay'"),
     "no stage at all": (pipeline(spec("pay", 42)), "expected a stage with an async execute, for stage 'pay', got 42"),
+    "a pipeline as a stage": (
+        pipeline(spec("pay", Pipeline(name="card"))),
+        (
+            "expected a stage with an async execute, for stage 'pay', got Pipeline(name='card', stages={}). "
+            "A pipeline becomes a stage by nested(pipeline)."
+        ),
+    ),
     "missing config": (pipeline(spec("pay", NeedsConfig)), "expected a stage that can be built, for stage 'pay', got TypeError"),
     "negative timeout": (
         pipeline(spec("pay", NegativeTimeout)),
@@ -665,6 +672,22 @@ def test_a_guard_retry_strategy_is_refused_and_the_error_says_why() -> None:
     with pytest.raises(MisuseError, match="effects would land twice and be undone once"):
         run(coordinator.run(pipeline(spec("a")), guard_retry_strategy=GuardRetryStrategy()))
 
+    assert run(coordinator.ledger.list()) == ()
+
+
+@pytest.mark.parametrize("option", ["emit_stage_wide_events", "emit_pipeline_wide_event", "wide_event_emitter"])
+@pytest.mark.parametrize("context", [None, PipelineContext.create()])
+def test_stageflows_wide_events_are_refused_and_the_error_says_who_is_told_instead(context: PipelineContext | None, option: str) -> None:
+    coordinator = SagaCoordinator()
+    asked: dict[str, Any] = {option: True}
+
+    with pytest.raises(MisuseError) as caught:
+        run(coordinator.run(pipeline(spec("a")), context, **asked))
+
+    assert str(caught.value) == (
+        f"expected none of stageflow's wide events, got {option}=True. "
+        "The coordinator's listeners are told of all that happens: SagaCoordinator(listeners=[SinkListener()])."
+    )
     assert run(coordinator.ledger.list()) == ()
 
 
