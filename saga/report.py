@@ -407,9 +407,9 @@ class SagaReport(BaseModel):
             if stage.state in {_S.KEPT, _S.FALLBACK, _S.SKIPPED} and stage.output is not None:
                 results[name] = stage.output
             elif stage.state is _S.CANCELLED and stage.failure is not None:
-                results[name] = StageOutput.cancel(stage.failure.message)
+                results[name] = _own(stage, StageOutput.cancel(stage.failure.message))
             elif name in self.failed and stage.failure is not None:
-                results[name] = StageOutput.fail(stage.failure.message)
+                results[name] = _own(stage, StageOutput.fail(stage.failure.message))
         return results
 
     def __str__(self) -> str:
@@ -505,6 +505,11 @@ def _of_children(stages: Iterable[StageReport], exceptions: Mapping[Failure, Bas
         for path, report in stage.children_by_path.items()
         for failure in report.failures
     ]
+
+
+def _own(stage: StageReport, made: StageOutput) -> StageOutput:
+    """What a stage gave itself when it ended so, with its data; else what is made of its failure."""
+    return stage.output if stage.output is not None and stage.output.status is made.status else made
 
 
 class NestedSagaFailed(SagaError):

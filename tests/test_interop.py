@@ -12,7 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from stageflow.api import Pipeline, PipelineResults, StageOutput
+from stageflow.api import Pipeline, PipelineResults, StageContext, StageOutput
 
 from saga import (
     Compensation,
@@ -164,6 +164,16 @@ def test_a_fallback_is_a_result_and_a_cancelled_stage_a_cancelled_one() -> None:
     assert list(with_fallback) == ["a", "b", "c"]
     assert until_cancel["b"] == StageOutput.cancel("b cancels")
     assert list(until_cancel) == ["a", "b"]
+
+
+@pytest.mark.parametrize("end", [StageOutput.fail("declined", data={"code": 51}), StageOutput.cancel("sold out", data={"code": 52})])
+def test_the_data_of_a_fail_or_a_cancel_is_among_the_results(end: StageOutput) -> None:
+    async def ends(_ctx: StageContext) -> StageOutput:
+        return end
+
+    report = run(SagaCoordinator().run(Pipeline(name="trip").with_stage("a", ends, "work")))
+
+    assert dict(report.to_pipeline_results()) == {"a": end}
 
 
 # -- schemas -----------------------------------------------------------------------------------------------------
