@@ -53,6 +53,7 @@ class StageRecord:
     Attributes:
         state: Where it stands; never BLOCKED, which is read off the other stages.
         attempts: Attempts of this execution that started.
+        never_ran: How many of them were stopped before their code ran.
         execution: How often it was executed; one more each time that it ran again after it, or what it depends on, was undone.
         again: The saga was resumed, and the stage is to run once more.
         anew: With `again`: as a new execution.
@@ -92,6 +93,7 @@ class StageRecord:
 
     state: StageState = _S.NOT_RUN
     attempts: int = 0
+    never_ran: int = 0
     execution: int = 0
     again: bool = False
     anew: bool = False
@@ -236,7 +238,7 @@ def undo_step(node: Node, record: StageRecord) -> Step:
         return _STEP.HOLD
     if record.state is _S.UNDONE:
         return _STEP.CLEAR
-    unsure = record.doubt or record.state is _S.FAILED
+    unsure = record.doubt or (record.state is _S.FAILED and record.attempts > record.never_ran)
     if unsure and node.can_probe and record.answer is None and not record.unanswered:
         return _STEP.PROBE
     if record.past_pivot:

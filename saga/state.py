@@ -311,6 +311,9 @@ class SagaState:
         # A retry that is called off repeats the failure that it was meant to mend.
         self._note(event.failure)
         record.failure = event.failure
+        if record.tries and record.tries[-1].is_open and event.failure.kind is FailureKind.INTERRUPTED and not event.in_doubt:
+            # Interrupted while its code ran it is in doubt, unless it is plain, and of that nobody asks.
+            record.never_ran += 1
         record.tries = ended(record.tries, event.at, event.failure.kind)
         # An attempt that may have landed is not answered for by a later one that did not, unless that one says so and the outside
         # world would have recognised the request. One that raised, or never ran, may not have got through to it.

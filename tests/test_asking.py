@@ -17,6 +17,7 @@ from saga import (
     FailFast,
     FailureKind,
     MemoryLedger,
+    PivotStage,
     Retry,
     SagaContext,
     SagaCoordinator,
@@ -24,11 +25,13 @@ from saga import (
     SagaStatus,
     StageState,
 )
+from saga.compensable import SagaStage
 from saga.events import (
     AnyEvent,
     StageProbed,
 )
 from tests.controlled import elapse, run
+from tests.slow import SlowDisk
 from tests.test_ledger import OUTPUT
 from tests.world import SEQUENCE, CardDeclined, Script, scene
 
@@ -189,3 +192,35 @@ def test_the_last_attempt_is_asked_for_although_the_one_before_it_was(last: str)
     assert len(asked) == 2
     assert report.stages["a"].state is StageState.UNDONE
     assert not stage.landed
+
+
+class Unreachable:
+    """Nobody can say what became of it."""
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        raise AssertionError("it was to be kept from running")
+
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        raise ConnectionError("the bank is down")
+
+
+class Charge(Unreachable, CompensableStage):
+    async def compensate(self, ctx: CompensationContext) -> None: ...
+
+
+class Payout(Unreachable, PivotStage): ...
+
+
+@pytest.mark.parametrize("kept_from_running", [Charge, Payout])
+def test_a_stage_that_was_kept_from_running_is_not_asked_whether_its_effect_landed(kept_from_running: type[SagaStage]) -> None:
+    """The saga was stuck for an effect that nobody had begun, when what had failed beside it left its probe without an answer, too."""
+    world, pipeline = scene({"seat": (), "check": ("seat",)}, {"check": Script("raise")}, {"check": "plain"})
+    pipeline = pipeline.with_stage("pay", kept_from_running, dependencies=("seat",))
+
+    report = run(SagaCoordinator(ledger=SlowDisk()).run(pipeline))
+
+    pay = report.stages["pay"]
+    assert pay.failure is not None
+    assert (pay.attempts, pay.failure.message) == (1, "the saga stopped before it ran")
+    assert (pay.state, report.status) == (StageState.FAILED, SagaStatus.COMPENSATED)
+    assert world.standing == {}

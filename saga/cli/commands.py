@@ -43,7 +43,6 @@ from saga.lint import check as find
 from saga.lint import explain as consequences
 from saga.owners import is_gone
 from saga.policies import Policy, load_policy
-from saga.recovery import SagaState
 from saga.render.lettering import aligned
 from saga.render.text import Reach, command_for, next_command, recover_command, summary
 from saga.report import Recovery, SagaReport
