@@ -2350,3 +2350,13 @@ def test_a_stage_that_turns_to_a_saga_that_is_not_its_own_fails_and_holds_up_not
     assert world.standing == {}
     assert strange.log == ["+room"]
     assert run(coordinator.report(stranger)).status is SagaStatus.COMPLETED
+
+
+def test_a_child_whose_every_branch_fell_says_why_to_the_stage_that_ran_it() -> None:
+    _, within = scene({"room": (), "breakfast": ("room",)}, {"breakfast": Script("raise")})
+    pipeline = Pipeline(name="trip").with_stage("hotel", nested(within, ContinueWithFallback(without_fallback="skip_branch")))
+
+    report = run(SagaCoordinator().run(pipeline, saga_id="s"))
+
+    assert report.cause is not None
+    assert report.cause.message == ("its saga s/hotel is compensated: stage 'breakfast' raised: CardDeclined: breakfast was declined")
