@@ -356,6 +356,9 @@ def load_policy(path: str | Path) -> FailFast | ContinueWithFallback:
         raise PolicyInvalid(f"UTF-8 in {path.name}", got=f"{content[error.start]:#x} at byte {error.start}") from None
     except tomllib.TOMLDecodeError as error:
         raise PolicyInvalid(f"TOML in {path.name}", got=str(error)) from None
+    except RecursionError:
+        # tomllib calls itself for each level.
+        raise PolicyInvalid(f"TOML in {path.name}", got="values that are nested too deeply") from None
     except ValidationError as error:
         raise _no_policy(path.name, error) from None
 

@@ -532,6 +532,7 @@ def test_a_file_may_hold_what_a_policy_was_written_as(tmp_path: Any) -> None:
         ("m.toml", b'policy = "\xff"', "expected UTF-8 in m.toml, got 0xff at byte 10"),
         ("n.json", b'{"policy": "\xe9t\xe9"}', "expected UTF-8 in n.json, got 0xe9 at byte 12"),
         ("o.json", "[" * 100_000, "expected JSON in o.json, got recursion limit exceeded"),
+        ("p.toml", f"policy = {'[' * 100_000}", "expected TOML in p.toml, got values that are nested too deeply"),
     ],
 )
 def test_a_file_that_holds_no_policy_is_refused_by_its_name(tmp_path: Any, name: str, text: str | bytes, message: str) -> None:
