@@ -22,8 +22,10 @@ A failing stage raises none of these: `SagaCoordinator.run` answers with a repor
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from traceback import format_exception
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -215,13 +217,29 @@ class NotStorable(SagaError, ValueError):
 class SagaFailed(ExceptionGroup, SagaError):
     """A saga did not complete; its members are the stages' own exceptions, the cause first.
 
-    Raised by `SagaReport.raise_for_status()`, which sets `report`.
+    Raised by `SagaReport.raise_for_status()`, which sets `report`. Where a member can't be made again from what it pickles, a stand-in with
+    its words and its traceback is pickled.
     """
 
     report: object
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Be made again with all members: for one that can't be, the pool of processes to which they are sent breaks, or waits for ever."""
+        return _made_again, (type(self), self.message, [*map(_that_travels, self.exceptions)]), self.__dict__
 
     def derive(self, excs: Sequence[Exception], /) -> SagaFailed:  # type: ignore[override] # typeshed's overloads can't be met by a subclass
         """Keep the type when `except*` splits the group."""
         part = SagaFailed(self.message, excs)
         part.report = self.report
         return part
+
+
+def _that_travels(error: Exception) -> Exception:
+    """An exception as it is, if it can be made again from what it pickles; else one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+    except Exception:  # noqa: BLE001 - whatever the user's constructor raises
+        stand_in = SagaError(f"it raised {type(error).__qualname__}")
+        stand_in.add_note("".join(format_exception(error)).rstrip())
+        return stand_in
+    return error

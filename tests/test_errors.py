@@ -134,6 +134,21 @@ def test_a_report_comes_back_from_a_worker_process_whatever_its_stages_raised() 
     assert ["Unavailable: no answer to charge" in note for error in failed.value.exceptions for note in error.__notes__] == [True, True]
 
 
+def fail_in_a_worker() -> None:
+    run_in_a_worker().raise_for_status()
+
+
+def test_a_failed_saga_comes_back_from_a_worker_process_whatever_its_stages_raised() -> None:
+    with ProcessPoolExecutor(1, get_context("spawn")) as workers, pytest.raises(SagaFailed) as failed:
+        workers.submit(fail_in_a_worker).result()
+
+    _, declined = failed.value.exceptions
+    assert isinstance(failed.value.report, SagaReport)
+    assert failed.value.report.status is SagaStatus.COMPENSATED
+    assert str(declined) == "it raised Unavailable"
+    assert "Unavailable: no answer to charge" in declined.__notes__[0]
+
+
 def test_a_report_is_copied_whatever_its_stages_raised() -> None:
     here = run_in_a_worker()
 
