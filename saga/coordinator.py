@@ -10,6 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from stageflow.api import Pipeline, PipelineContext, StageOutput
+from stageflow.pipeline.interceptors import TimeoutInterceptor
+from stageflow.pipeline.retry import RetryInterceptor
 
 from saga.blueprint import by_name, is_async, is_generator, refuse_no_policy
 from saga.errors import (
@@ -344,14 +346,24 @@ def _checked(given: Sequence[T], what: str) -> tuple[T, ...]:
     return tuple(given)
 
 
+_WITHOUT_EFFECT: Final[Mapping[object, str]] = {
+    TimeoutInterceptor.before: "stageflow's timeouts are off: FailFast(timeout=...), in seconds, is for all, and a stage may have its own.",
+    RetryInterceptor.on_error: "It only waits: FailFast(retry=Retry(attempts=3)) is for all, and a stage may have its own.",
+}
+"""stageflow's hooks that do nothing in a saga, and what does it there; an interceptor that is derived may have one that does."""
+
+
 def _refuse_no_interceptor(interceptor: object) -> None:
     # stageflow logs that its hooks can't be called, or awaited, and runs every stage as if there were none.
     if isinstance(interceptor, type):
         name = interceptor.__qualname__
         raise MisuseError("an interceptor", got=f"the class {name}", hint=f"Write {name}(...).")
     for hook in ("before", "after", "on_error"):
-        if not is_async(getattr(interceptor, hook, None)):
+        function = getattr(interceptor, hook, None)
+        if not is_async(function):
             raise MisuseError(f"an interceptor with an async {hook}", got=shown(interceptor))
+        if (hint := _WITHOUT_EFFECT.get(getattr(function, "__func__", None))) is not None:
+            raise MisuseError("interceptors that have an effect in a saga", got=shown(interceptor), hint=hint)
 
 
 def _refuse_no_listener(listener: object) -> None:

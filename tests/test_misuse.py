@@ -22,8 +22,9 @@ import pytest
 from stageflow import BaseInterceptor
 from stageflow.api import Pipeline, PipelineContext, StageKind
 from stageflow.pipeline.guard_retry import GuardRetryStrategy
-from stageflow.pipeline.interceptors import InterceptorResult
+from stageflow.pipeline.interceptors import InterceptorResult, TimeoutInterceptor
 from stageflow.pipeline.pipeline import UnifiedStageSpec
+from stageflow.pipeline.retry import RetryInterceptor
 
 from saga import (
     CompensableStage,
@@ -721,7 +722,7 @@ def test_arguments_of_pipeline_run_that_do_not_belong_here_are_refused() -> None
 
 
 def test_stageflows_timeout_in_a_contexts_data_is_refused_as_it_is_off_in_a_saga() -> None:
-    """Nothing would ever be cut off, also with stageflow's interceptor for it."""
+    """Nothing would ever be cut off."""
     world, three = scene(SEQUENCE)
     within = Pipeline(name="p").with_stage("book", nested(three, fields=lambda _: {"data": {"_timeout_ms": 50}}))
     said = "expected a timeout in the policy, got 50 as _timeout_ms in the context's data. It is in seconds: FailFast(timeout=...)"
@@ -734,6 +735,17 @@ def test_stageflows_timeout_in_a_contexts_data_is_refused_as_it_is_off_in_a_saga
 
     assert report.cause is not None
     assert said in report.cause.message
+    assert world.log == []
+
+
+def test_an_interceptor_made_of_stageflows_may_have_a_hook_that_has_an_effect() -> None:
+    class Denies(TimeoutInterceptor):
+        async def before(self, stage_name: str, ctx: PipelineContext) -> InterceptorResult:
+            return InterceptorResult(stage_ran=False)
+
+    world, three = scene(SEQUENCE)
+
+    assert run(SagaCoordinator(interceptors=[Denies()]).run(three)).ok
     assert world.log == []
 
 
@@ -919,6 +931,14 @@ def untyped(value: Any) -> Any:
         (lambda: SagaCoordinator(interceptors=[ChecksSync()]), "expected an interceptor with an async after, got <.*ChecksSync"),
         (lambda: SagaCoordinator(interceptors=[NotesSync()]), "expected an interceptor with an async on_error, got <.*NotesSync"),
         (lambda: SagaCoordinator(interceptors=untyped([print])), "expected an interceptor with an async before, got <built-in"),
+        (
+            lambda: SagaCoordinator(interceptors=[TimeoutInterceptor()]),
+            r"expected interceptors that have an effect in a saga, got <.*TimeoutInterceptor.*stageflow's timeouts are off: FailFast\(time",
+        ),
+        (
+            lambda: SagaCoordinator(interceptors=[RetryInterceptor()]),
+            r"got <.*RetryInterceptor.*>\. It only waits: FailFast\(retry=Retry\(",
+        ),
         (lambda: nested(untyped(nothing)), "expected a stageflow Pipeline"),
     ],
 )
