@@ -60,6 +60,8 @@ class FindingCode(StrEnum):
     """Two points of no return, of which one may be passed and the other not."""
     UNUSABLE_FALLBACK = "unusable-fallback"
     """Its fallback is never used."""
+    NEVER_READ = "never-read"
+    """It has something that is read only of a stage with a compensation, and has none."""
     MISSPELT = "misspelt"
     """It has something under a name that is nearly one that a saga reads."""
 
@@ -80,6 +82,7 @@ _SEVERITIES: Final = {
     FindingCode.IRREVERSIBLE_BEFORE_FALLIBLE: Severity.ERROR,
     FindingCode.INDEPENDENT_PIVOTS: Severity.ERROR,
     FindingCode.UNUSABLE_FALLBACK: Severity.WARNING,
+    FindingCode.NEVER_READ: Severity.WARNING,
     FindingCode.MISSPELT: Severity.WARNING,
 }
 
@@ -417,6 +420,26 @@ def _unusable_fallbacks(design: _Design) -> Iterator[Finding]:
             )
 
 
+def _never_read(design: _Design) -> Iterator[Finding]:
+    for node in design.graph.nodes:
+        if node.role is Role.COMPENSABLE:
+            continue
+        # A pivot is asked by its probe, as often and as long as its compensation says.
+        read = {"probe", "compensation"} if node.can_probe else set()
+        runner = design.plan(node.name).spec.runner
+        passed_over = [part for part in _OF_UNDOING if part not in read and getattr(runner, part, None)]
+        if passed_over:
+            yield Finding.of(
+                FindingCode.NEVER_READ,
+                node.name,
+                f"it has {_named(passed_over)}, which a saga reads only of a stage with a compensation, and has none",
+                "Take it away" if node.role is Role.PIVOT else "Give it a compensate(), or take it away",
+            )
+
+
+_OF_UNDOING: Final = ("probe", "compensation", "compensate_in_doubt")
+
+
 def _misspelt(design: _Design) -> Iterator[Finding]:
     for name in design.graph.names:
         runner = design.plan(name).spec.runner
@@ -451,6 +474,7 @@ _RULES: Final = (
     _irreversible_before_fallible,
     _independent_pivots,
     _unusable_fallbacks,
+    _never_read,
     _misspelt,
 )
 

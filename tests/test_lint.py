@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -385,6 +386,40 @@ def test_a_fallback_is_never_used_under_fail_fast() -> None:
 
 def test_the_policys_fallback_is_of_use_when_the_stages_own_fails() -> None:
     assert found(pipeline(hold=a(Hold, fallback=fallback)), ContinueWithFallback(fallbacks={"hold": {}})) == []
+
+
+# -- never-read --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_the_undoing_of_a_stage_that_nothing_undoes_is_never_read() -> None:
+    said = {"probe": probe, "compensation": Compensation(timeout=5), "compensate_in_doubt": True}
+
+    (finding,) = check(pipeline(hold=a(Plain, has_effect=True, **said)))
+
+    assert (finding.stage, finding.code, finding.severity) == ("hold", FindingCode.NEVER_READ, Severity.WARNING)
+    assert finding.message.startswith("it has 'probe', 'compensation' and 'compensate_in_doubt', which a saga reads only of a s")
+    assert finding.advice == "Give it a compensate(), or take it away"
+    assert found(pipeline(hold=a(Hold, **said))) == []
+
+
+def test_a_pivot_is_asked_and_never_undone() -> None:
+    asked = a(Charge, probe=probe, compensation=Compensation(timeout=5))
+
+    (finding,) = check(pipeline(charge=a(asked, compensate_in_doubt=True)))
+
+    assert (finding.code, finding.advice) == (FindingCode.NEVER_READ, "Take it away")
+    assert "'compensate_in_doubt'" in finding.message
+    assert found(pipeline(charge=asked)) == []
+    assert found(pipeline(charge=a(asked, probe=None))) == [("charge", "never-read")]
+
+
+def test_a_plain_function_with_a_probe_is_never_asked() -> None:
+    async def fetch(_: Any) -> None: ...
+
+    fetch.has_effect = False  # type: ignore[attr-defined]
+    fetch.probe = partial(probe, None)  # type: ignore[attr-defined]
+
+    assert found(Pipeline(name="p").with_stage("fetch", fetch, "work")) == [("fetch", "never-read")]
 
 
 # -- misspelt ----------------------------------------------------------------------------------------------------
