@@ -48,15 +48,23 @@ _NEVER_RETRIED: Final = frozenset({FailureKind.CANCELLED, FailureKind.INTERRUPTE
 _RETRIED: Final = tuple(kind.value for kind in FailureKind if kind not in {*_NEVER_RETRIED, FailureKind.CRASHED, FailureKind.LATE})
 
 
+class _OfType(str):
+    """The name of an exception that was given itself: that is meant, whatever its module has under that name."""
+
+    __slots__ = ()
+
+
 def _names(value: Any, info: ValidationInfo) -> tuple[str, ...] | None:
     if value is None:
         return None
     if isinstance(value, str) or not hasattr(value, "__iter__"):
         value = (value,)
-    names = []
+    names: list[str] = []
     for item in value:
         if _is_exception(item):
-            names.append(qualified(item))
+            names.append(_OfType(qualified(item)))
+        elif isinstance(item, _OfType):
+            names.append(item)
         elif isinstance(item, str) and item:
             _refuse_no_kind(str(item), info)
             names.append(str(item))
@@ -70,8 +78,8 @@ def _refuse_no_kind(name: str, info: ValidationInfo) -> None:
     if name in (set(FailureKind) if _is_recorded(info) else _RETRIED):
         return
     if "." in name or not name.islower():
-        # Of a policy out of a ledger, another Python may have written the name of an exception that this one lacks.
-        if info.context is not None:
+        # Another Python may have recorded the name of an exception that this one lacks.
+        if not _is_recorded(info):
             _refuse_no_exception(name, _place(info))
         return
     wanted = f"one of {', '.join(_RETRIED)}, or the name of an exception"
@@ -81,13 +89,14 @@ def _refuse_no_kind(name: str, info: ValidationInfo) -> None:
 def _refuse_no_exception(name: str, place: str) -> None:
     module, _, last = name.rpartition(".")
     known = _of_module(module or "builtins")
-    if known is None or "__getattr__" in known or _is_being_loaded(known) or _is_exception(known.get(last)):
+    if module == "__main__" or known is None or "__getattr__" in known or _is_being_loaded(known) or _is_exception(known.get(last)):
         return  # it, or what would know it, may be loaded later
+    exceptions = [f"{module}.{each}".lstrip(".") for each, value in known.items() if _is_exception(value)]
+    hint = did_you_mean(name, exceptions)
     if not module:
         wanted = f"an exception of Python's own, or one with its module, for Retry.retry_on{place}"
-        raise PolicyInvalid(wanted, got=repr(name), hint=f"As in payments.{name}.")
-    exceptions = [f"{module}.{each}" for each, value in known.items() if _is_exception(value)]
-    raise PolicyInvalid(f"an exception of {module} for Retry.retry_on{place}", got=repr(name), hint=did_you_mean(name, exceptions))
+        raise PolicyInvalid(wanted, got=repr(name), hint=hint or f"As in payments.{name}.")
+    raise PolicyInvalid(f"an exception of {module} for Retry.retry_on{place}", got=repr(name), hint=hint)
 
 
 def _meant(name: str) -> str:
@@ -184,7 +193,7 @@ class Retry(_Frozen):
     retry_on: Annotated[
         tuple[FailureKind | type[BaseException] | str, ...] | None,
         PlainValidator(_names),
-        PlainSerializer(lambda names: names),
+        PlainSerializer(lambda names: names if names is None else tuple(map(str, names))),
         WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
     ] = None
 

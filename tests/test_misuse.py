@@ -345,6 +345,18 @@ POLICIES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Retry(retry_on=["timeout", "exeption"]),
         "or the name of an exception for Retry.retry_on, got 'exeption'. Did you mean 'exception'?",
     ),
+    "a misspelt exception in retry_on": (
+        lambda: Retry(attempts=3, retry_on="ConectionError"),
+        "expected an exception of Python's own, or one with its module, for Retry.retry_on, got 'ConectionError'. Did you mean 'Conn",
+    ),
+    "an exception without its module in retry_on": (
+        lambda: Retry(attempts=3, retry_on="CardDeclined"),
+        "expected an exception of Python's own, or one with its module, for Retry.retry_on, got 'CardDeclined'. As in payments.CardD",
+    ),
+    "a misspelt exception of a module in retry_on": (
+        lambda: Retry(attempts=3, retry_on=["json.JSONDecodeEror"]),
+        "expected an exception of json for Retry.retry_on, got 'json.JSONDecodeEror'. Did you mean 'json.JSONDecodeError'?",
+    ),
     "a word that is no failure kind in retry_on": (
         lambda: Retry(retry_on="rain"),
         "expected one of exception, reported, timeout, compensation, or the name of an exception for Retry.retry_on, got 'rain'",
@@ -482,10 +494,22 @@ def test_a_policy_is_read_from_a_file(tmp_path: Any, suffix: str) -> None:
     assert policy == ContinueWithFallback(timeout=5, fallbacks={"price": {"amount": 1}}, compensation=Compensation(max_concurrency=2))
 
 
-def test_exceptions_may_have_any_name_in_retry_on() -> None:
-    retry = Retry(attempts=2, retry_on=[KeyError, "TimeoutError", "CardDeclined", "payments.declined", "timeout"])
+def test_exceptions_may_have_the_name_of_any_module_that_is_not_loaded_in_retry_on() -> None:
+    retry = Retry(attempts=2, retry_on=[KeyError, "TimeoutError", "__main__.CardDeclined", "payments.declined", "timeout"])
 
-    assert retry.retry_on == ("CardDeclined", "KeyError", "TimeoutError", "payments.declined", "timeout")
+    assert retry.retry_on == ("KeyError", "TimeoutError", "__main__.CardDeclined", "payments.declined", "timeout")
+
+
+def test_an_exception_that_was_given_itself_is_meant_also_in_a_copy_though_its_module_lacks_it() -> None:
+    """As those that botocore makes for each client."""
+    made = type("Throttled", (Exception,), {"__module__": "json"})
+    retry = Retry(attempts=2, retry_on=made)
+
+    copy = retry.model_copy(update={"attempts": 3})
+
+    assert copy.is_worth(Failure.raised("pay", made("slow down"), attempt=1))
+    assert [type(name) for name in copy.model_dump()["retry_on"]] == [str]
+    assert Retry.model_validate_json(copy.model_dump_json()) == copy
 
 
 CHOICE = "expected policy = 'fail_fast' or 'continue_with_fallback', in"

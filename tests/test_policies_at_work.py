@@ -399,7 +399,7 @@ def test_an_exception_of_which_nobody_has_imported_the_module_is_worth_nothing()
     script = Script("raise", then=("ok",))
     _, pipeline = scene({"a": ()}, {"a": script})
 
-    run(SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0, retry_on=("no_such_package.CardDeclined", "json.loads")))).run(pipeline))
+    run(SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0, retry_on="no_such_package.CardDeclined"))).run(pipeline))
 
     assert script.attempts == ["raise"]
 
