@@ -277,18 +277,34 @@ _PARTS: Final = (
 """What a stage may declare beside its kind."""
 
 
+def _part(composed: Any, part: str) -> Any:
+    """What was given as a part, else what the runner says now: as of any other stage, it may be set later."""
+    if part not in _PARTS:
+        raise AttributeError(f"{composed!r} has no {part}")
+    given = composed.given.get(part)
+    return declared(composed.runner, part) if given is None else given
+
+
+class _OfClass(type):
+    """The type of a class that is made of somebody's: it says of itself what that says."""
+
+    __getattr__ = _part
+
+
 class _Composed:
     """A stage made of parts: somebody's runner, and what is given beside it, which counts before what the runner says itself."""
 
     def __init__(self, runner: Any, given: Mapping[str, Any]) -> None:
-        self.execute = getattr(runner, "execute", runner)
+        self.runner = runner
+        self.given = given
         self.compensate = given["compensate"]
         self.kind = _kind(runner, given)
-        for part in _PARTS:
-            value = given.get(part)
-            value = declared(runner, part) if value is None else value
-            if value is not None:
-                setattr(self, part, value)
+
+    __getattr__ = _part
+
+    @property
+    def execute(self) -> Any:
+        return getattr(self.runner, "execute", self.runner)
 
 
 def _kind(runner: Any, given: Mapping[str, Any]) -> Any:
@@ -349,11 +365,12 @@ def compensable(
     if isinstance(runner, type):
         made: Any = runner
 
-        class Compensable(_Composed):
+        class Compensable(_Composed, metaclass=_OfClass):
             def __init__(self, **config: Any) -> None:
                 super().__init__(made(**config), given)
 
         Compensable.__name__ = Compensable.__qualname__ = f"compensable({runner.__name__})"
+        Compensable.runner, Compensable.given = runner, given
         Compensable.kind = _kind(runner, given)  # stageflow reads it off the class
         return Compensable
     if not callable(getattr(runner, "execute", runner)):

@@ -106,6 +106,22 @@ def test_what_is_denied_beside_a_runner_counts_before_what_the_runner_says(runne
     assert not Blueprint.of(Pipeline(name="p").with_stage("a", made)).graph["a"].idempotent
 
 
+@pytest.mark.parametrize("runner", [Patient, Patient()], ids=["class", "instance"])
+def test_what_a_test_puts_in_the_place_of_a_wrapped_stages_code_is_run(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    async def told(_: Any, ctx: Any) -> None:
+        calls.append(ctx.stage_name)
+
+    pipeline = Pipeline(name="p").with_stage("a", compensable(runner, nothing))
+    run(SagaCoordinator().run(pipeline))
+
+    monkeypatch.setattr(Patient, "execute", told)
+    run(SagaCoordinator().run(pipeline))
+
+    assert calls == ["a"]
+
+
 class Charge:
     """A stage that is an object to be called."""
 

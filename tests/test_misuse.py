@@ -871,8 +871,9 @@ def test_a_pipeline_that_was_changed_after_its_first_run_is_read_again() -> None
     assert report.cause.stage == "c"
 
 
+@pytest.mark.parametrize("wrap", [lambda runner: runner, lambda runner: compensable(runner, nothing)], ids=["plain", "compensable"])
 @pytest.mark.parametrize("of", ["class", "object", "function"])
-def test_what_a_stage_says_of_itself_after_its_first_run_counts_from_then_on(of: str) -> None:
+def test_what_a_stage_says_of_itself_after_its_first_run_counts_from_then_on(of: str, wrap: Any) -> None:
     """As a setting that is read later, or a test's monkeypatch."""
     calls = []
 
@@ -888,7 +889,7 @@ def test_what_a_stage_says_of_itself_after_its_first_run_counts_from_then_on(of:
         raise ConnectionError
 
     runner: Any = {"class": Call, "object": Call(), "function": call}[of]
-    one = pipeline(spec("a", runner))
+    one = pipeline(spec("a", wrap(runner)))
     coordinator = SagaCoordinator()
     run(coordinator.run(one))
     calls.clear()
