@@ -10,6 +10,7 @@ import re
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
+from functools import partial
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -130,7 +131,9 @@ class Blueprint:
         if not isinstance(pipeline, Pipeline):
             raise PipelineInvalid("a stageflow Pipeline", got=repr(pipeline))
         key, specs = id(pipeline), tuple(pipeline.stages.values())
-        known, said = _KNOWN.get(key), [getattr(spec.runner, part, None) for spec in specs for part in DECLARABLE]
+        runners = [spec.runner for spec in specs]
+        runners += [runner.func for runner in runners if isinstance(runner, partial)]
+        known, said = _KNOWN.get(key), [getattr(runner, part, None) for runner in runners for part in DECLARABLE]
         if known is not None and known[1].specs == specs and known[1].said == said:
             return known[1]
         blueprint = cls._read(pipeline, specs, said)

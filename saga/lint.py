@@ -34,7 +34,7 @@ from saga.events import (
 from saga.failures import Failure, FailureKind
 from saga.graph import Graph, Node, Role
 from saga.ledger import StageState
-from saga.policies import ContinueWithFallback, FailFast
+from saga.policies import ContinueWithFallback, FailFast, declared
 from saga.recovery import Rollback, conclude, final_status, stage_states, unabsorbed
 from saga.render.drawing import Drawing
 from saga.render.explained import drawing_if, page
@@ -427,7 +427,7 @@ def _never_read(design: _Design) -> Iterator[Finding]:
         # A pivot is asked by its probe, as often and as long as its compensation says.
         read = {"probe", "compensation"} if node.can_probe else set()
         runner = design.plan(node.name).spec.runner
-        passed_over = [part for part in _OF_UNDOING if part not in read and getattr(runner, part, None)]
+        passed_over = [part for part in _OF_UNDOING if part not in read and declared(runner, part)]
         if passed_over:
             yield Finding.of(
                 FindingCode.NEVER_READ,

@@ -12,7 +12,7 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Final, Literal, Self, TypeGuard
@@ -245,12 +245,14 @@ class Retry(_Frozen):
 
 
 def declared(by: Any, part: str) -> Any:
-    """What a callable or a stage says of itself under that name; None: nothing.
+    """What a callable or a stage says of itself under that name; None: nothing. A partial one says what the whole one does.
 
     tenacity's decorator leaves a `retry` of its own on the function that it wraps, and functools hands that on to what wraps it:
     it says nothing to a saga.
     """
     value = getattr(by, part, None)
+    if value is None and isinstance(by, partial):
+        return declared(by.func, part)
     return None if isinstance(value, BaseRetrying) and inspect.isroutine(inspect.unwrap(by)) else value
 
 

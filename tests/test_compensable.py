@@ -171,6 +171,27 @@ def test_what_is_set_on_a_function_counts_as_it_does_of_an_object() -> None:
     assert list(report.undone) == ["charge"]
 
 
+def test_what_a_function_says_of_itself_counts_also_where_some_of_its_arguments_are_given() -> None:
+    """As no config= is taken for a function, that is how one is told what to do."""
+    charged = []
+
+    async def charge(_: Any, amount: int) -> None:
+        charged.append(amount)
+
+    async def refund(_: CompensationContext) -> None:
+        charged.append(-5)
+
+    pipeline = Pipeline().with_stage("charge", functools.partial(charge, amount=5), "work")
+    pipeline = pipeline.with_stage("ship", declines, "work", dependencies=("charge",))
+    Blueprint.of(pipeline)
+
+    charge.compensate = refund  # type: ignore[attr-defined] # a function may have any
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert charged == [5, -5]
+    assert list(report.undone) == ["charge"]
+
+
 class Traced:
     """As a decorator makes it that is a class."""
 
