@@ -150,6 +150,8 @@ class SagaCoordinator:
             MisuseError: The saga is alive here, has stages in doubt that a person has to settle first, or is run by another one.
             LedgerConflict: Another coordinator holds it.
         """
+        if not isinstance(forward, bool | None):
+            raise MisuseError("forward to be True, False or None", got=shown(forward))
         await self._refuse_other(saga_id, pipeline, undoes=False, forward=forward)
         return await self._keeper.go_on(saga_id, pipeline, partial(resumption, policy=policy, forward=forward, by=_who(by)), policy)
 

@@ -368,7 +368,7 @@ class MemoryLedger(Ledger):
     max_event_bytes: int | None = None
 
     def __init__(self, keep: int = 10_000) -> None:
-        if not isinstance(keep, int | float) or not keep >= 0:
+        if isinstance(keep, bool) or not isinstance(keep, int | float) or not keep >= 0:
             raise MisuseError("a number of sagas to keep, at least 0", got=shown(keep))
         self._keep = keep
         self._sagas: dict[str, _Kept] = {}

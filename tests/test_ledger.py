@@ -363,7 +363,7 @@ def test_a_memory_ledger_keeps_so_many_sagas_about_which_nothing_is_left_to_do_a
     assert run(play()) == ["b", "d", "e", "f"]
 
 
-@pytest.mark.parametrize("keep", [None, "10", -1, float("nan")])
+@pytest.mark.parametrize("keep", [None, "10", -1, float("nan"), True])
 def test_a_memory_ledger_that_is_to_keep_what_is_no_number_of_sagas_is_refused_when_it_is_made(keep: Any) -> None:
     with pytest.raises(MisuseError, match=f"^expected a number of sagas to keep, at least 0, got {keep!r}$"):
         MemoryLedger(keep=keep)

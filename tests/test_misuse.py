@@ -1026,6 +1026,20 @@ def test_who_settles_or_resumes_is_told_by_a_text(tmp_path: Path) -> None:
     assert asyncio.run(settled_by_a_number()) is SagaStatus.STUCK
 
 
+def test_a_word_is_no_answer_to_whether_a_saga_goes_forward() -> None:
+    """Each is true, "false" too: a saga that was to be undone ran on."""
+    world, three = scene(SEQUENCE, {"b": Script(undo_fails=1), "c": Script("raise")})
+    coordinator = SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1))))
+    run(coordinator.run(three, saga_id="s"))
+    run(coordinator.settle("s", "b", "retry", "the bank is open again"))
+
+    with pytest.raises(MisuseError, match="expected forward to be True, False or None, got 'false'"):
+        run(coordinator.resume("s", three, forward=untyped("false")))
+
+    assert run(coordinator.resume("s", three, forward=False)).status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
 def test_an_output_that_a_person_gives_has_to_be_a_dict() -> None:
     async def hangs(_: Any) -> None:
         await elapse(60.0)

@@ -1497,7 +1497,7 @@ def test_a_path_that_is_none_is_refused(path_: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["lease", "patience", "max_event_bytes"])
-@pytest.mark.parametrize("number", [0, -1, float("nan"), "30"])
+@pytest.mark.parametrize("number", [0, -1, float("nan"), "30", True])
 def test_an_option_that_makes_no_sense_is_refused(path: Path, option: str, number: Any) -> None:
     make = partial(SQLiteLedger, path)
 

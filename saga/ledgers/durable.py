@@ -63,7 +63,7 @@ class DurableLedger(Ledger):
         self, name: str, store: Callable[[], Store], *, lease: float, patience: float, max_event_bytes: int, redact: Redact | None
     ) -> None:
         for what, number in (("lease", lease), ("patience", patience), ("max_event_bytes", max_event_bytes)):
-            if not isinstance(number, int | float) or not number > 0:
+            if isinstance(number, bool) or not isinstance(number, int | float) or not number > 0:
                 raise MisuseError(f"a number above 0 for {what}", got=repr(number))
         if lease > _LONGEST_LEASE:
             raise MisuseError(f"a lease of at most {_LONGEST_LEASE:,} seconds", got=repr(lease))
