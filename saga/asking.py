@@ -31,7 +31,7 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
         The output if the effect landed; None if it did not, or if the probe failed for good, be it with an output that a durable
         ledger can't keep.
     """
-    settings = saga.blueprint.stages[stage].compensation or saga.policy.compensation
+    settings = saga.blueprint.stages[stage].undone_under(saga.policy.compensation)
     loop, task = asyncio.get_running_loop(), this_task()
     began, attempt = loop.time(), 0
     while True:

@@ -147,7 +147,7 @@ class Backward(Employer):
         """Bring one stage as far as it goes: until nothing of it stands, or it is known to stand."""
         stage = worker.stage
         node, record = self._state.graph[stage], self._state.stages[stage]
-        settings = self._saga.blueprint.stages[stage].compensation or self._settings
+        settings = self._saga.blueprint.stages[stage].undone_under(self._settings)
         while True:
             await self._heed_late(worker)
             match undo_step(node, record):

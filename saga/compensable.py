@@ -225,8 +225,8 @@ class CompensableStage(SagaStage):
     `ContinueWithFallback`.
 
     Attributes:
-        compensation: This stage's own retry and timeout for undoing; None: as the policy says. What is said there of all compensations, as
-            `on_failure`, is the policy's to say.
+        compensation: This stage's own retry and timeout for undoing; where it says nothing of one of them: as the policy says. What is said
+            there of all compensations, as `on_failure`, is the policy's to say.
         compensate_in_doubt: The compensation copes with not knowing whether there is anything to undo.
     """
 
@@ -334,7 +334,7 @@ def compensable(
         fallback: Gives an output in place of the failed stage's.
         retry: How often it is attempted; None: what the runner says, else the policy.
         timeout: Seconds for one attempt; None: what the runner says, else the policy.
-        compensation: Its own retry and timeout for undoing.
+        compensation: Its own retry and timeout for undoing; where it says nothing of one of them: what the policy says.
         compensate_in_doubt: The compensation copes with not knowing; None: what the runner says.
         idempotent: It may run again with the same key and has its effect once all the same; None: what the runner says.
         kind: stageflow's category; None: the runner's, else WORK.

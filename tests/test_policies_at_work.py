@@ -19,6 +19,7 @@ from saga import (
     FailFast,
     Failure,
     FailureKind,
+    PivotStage,
     Retry,
     SagaContext,
     SagaCoordinator,
@@ -448,6 +449,51 @@ def test_an_output_whose_data_is_no_dict_breaks_the_contract(value: object) -> N
     assert cause is not None
     assert (cause.stage, cause.kind, cause.type, cause.attempt) == ("odd", FailureKind.CONTRACT, type(value).__name__, 1)
     assert cause.message == f"expected a StageOutput with a dict as data, a dict or None, got StageOutput(data={value!r})"
+
+
+@pytest.mark.parametrize(
+    ("own", "policys", "attempts"),
+    [
+        (Compensation(timeout=9.0), Compensation(retry=Retry(attempts=5, wait=0)), 5),
+        (Compensation(retry=Retry(attempts=2, wait=0)), Compensation(timeout=1.0, retry=Retry(attempts=9)), 2),
+    ],
+    ids=["timeout", "retry"],
+)
+def test_what_a_stage_does_not_say_of_its_undoing_the_policy_says(own: Compensation, policys: Compensation, attempts: int) -> None:
+    """A refund that was given more time was tried three times, where the policy said five."""
+    asked: list[int] = []
+    tried: list[int] = []
+
+    class Charge(CompensableStage):
+        compensation = own
+
+        async def execute(self, ctx: SagaContext) -> None: ...
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            tried.append(ctx.attempt)
+            await elapse(60)
+
+    class Send(PivotStage):
+        compensation = own
+
+        async def execute(self, ctx: SagaContext) -> None:
+            await elapse(60)
+
+        async def probe(self, ctx: CompensationContext) -> None:
+            asked.append(ctx.attempt)
+            await elapse(60)
+
+    async def decline(_: Any) -> None:
+        raise CardDeclined
+
+    coordinator = SagaCoordinator(FailFast(timeout=5.0, compensation=policys))
+    charge = Pipeline(name="p").with_stage("charge", Charge).with_stage("ship", decline, "work", dependencies=("charge",))
+
+    charged, sent = run(coordinator.run(charge)), run(coordinator.run(Pipeline(name="q").with_stage("send", Send)))
+
+    assert len(asked) == len(tried) == attempts
+    seconds = own.timeout if "timeout" in own.model_fields_set else policys.timeout
+    assert [f"no answer within {seconds:g} s" in str(report.failures[-1]) for report in (charged, sent)] == [True, True]
 
 
 def test_a_stage_has_its_own_retry_and_timeout() -> None:

@@ -73,17 +73,17 @@ class _Rehearsing(SagaKeeper):
         self._nodes |= {prefix + node.name: node for node in blueprint.graph.nodes}
         # On a busy machine, too, the same events go into the same writes.
         journal.linger = PATIENCE
-        stages = {name: self._hurried(plan, prefix + name) for name, plan in blueprint.stages.items()}
+        stages = {name: self._hurried(plan, prefix + name, policy) for name, plan in blueprint.stages.items()}
         return super().lives(replace(blueprint, stages=stages), _without_waits(policy), journal, context)
 
-    def _hurried(self, plan: StagePlan, path: str) -> StagePlan:
+    def _hurried(self, plan: StagePlan, path: str, policy: Policy) -> StagePlan:
         return replace(
             plan,
             retry=None if plan.retry is None else _at_once(plan.retry),
             timeout=PATIENCE if path in self._impatient_of else plan.timeout,
             # Its effect is to land before anybody asks for it, however long it takes.
             patient=plan.patient or path in self._impatient_of,
-            compensation=None if plan.compensation is None else _undone_at_once(plan.compensation),
+            compensation=None if plan.compensation is None else _undone_at_once(plan.undone_under(policy.compensation)),
             # What stands in for the output of a stage that is not to run fits no model; and only a durable ledger asks for one.
             output_model=plan.output_model if self._ledger.durable else None,
         )
