@@ -404,6 +404,19 @@ def test_an_empty_ledger_is_not_taken_for_memory(shop: Shop) -> None:
     assert ran.err == "saga: expected a ledger's URL: memory:, sqlite:///path or postgresql://..., got ''\n"
 
 
+@pytest.mark.parametrize("command", ["run", "list"])
+def test_an_empty_variable_is_not_taken_for_memory_nor_for_the_projects_ledger(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    shop.write("pyproject.toml", '[tool.saga]\nledger = "sqlite:///others.db"')
+    monkeypatch.setenv("SAGA_LEDGER", "")
+
+    done = shop.saga(command, *(["shop:order"] if command == "run" else []))
+
+    assert done.code == Exit.MISUSE
+    assert done.err == "saga: expected a ledger's URL: memory:, sqlite:///path or postgresql://..., got ''\n"
+
+
 # -- misuse ------------------------------------------------------------------------------------------------------
 
 

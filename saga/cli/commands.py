@@ -51,6 +51,7 @@ from saga.state import SagaState
 from saga.text import bytes_of, did_you_mean, printable
 
 MEMORY: Final = "memory:"
+_VARIABLE: Final = "SAGA_LEDGER"
 _TARGET: Final = "MODULE:PIPELINE"
 _LOOKS: Final = 0.25
 """Seconds between two looks of `saga watch` into the ledger."""
@@ -143,7 +144,7 @@ KnownTarget = Annotated[
 ]
 LedgerUrl = Annotated[
     str | None,
-    typer.Option("--ledger", metavar="URL", envvar="SAGA_LEDGER", help="memory:, sqlite:///path or postgresql://...", show_default=False),
+    typer.Option("--ledger", metavar="URL", envvar=_VARIABLE, help="memory:, sqlite:///path or postgresql://...", show_default=False),
 ]
 PolicyFile = Annotated[Path | None, typer.Option("--policy", metavar="FILE", help="A policy, in TOML or JSON.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
@@ -601,8 +602,9 @@ async def _opened(url: str) -> AsyncIterator[Ledger]:
 
 
 def _url(given: str | None) -> str:
-    # An empty one, as that of a variable that is not set, is no word for memory: what was run there is gone.
-    said = given if given is not None else settings(Path.cwd()).ledger
+    # An empty one, as that of a variable that is not set, is no word for memory: what was run there is gone. click passes over an empty
+    # SAGA_LEDGER.
+    said = given if given is not None else os.environ.get(_VARIABLE, settings(Path.cwd()).ledger)
     return said if said is not None else MEMORY
 
 
@@ -685,7 +687,7 @@ def _reach(target: str | None, ledger: str | None) -> Reach:
     """How the next command gets at a saga of this command's."""
     # What the environment says it will say again; and a URL may hold a password.
     url = "URL" if ledger is not None and _HIDDEN.search(ledger) else ledger
-    option = [] if url is None or ledger == os.environ.get("SAGA_LEDGER") else ["--ledger", url]
+    option = [] if url is None or ledger == os.environ.get(_VARIABLE) else ["--ledger", url]
     pipeline = target or ("" if settings(Path.cwd()).pipelines else _TARGET)
     return Reach(pipeline, shlex.join(option), is_lost=_url(ledger) == MEMORY)
 
