@@ -19,7 +19,7 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Node, Role
 from saga.ledger import StageState
 from saga.outcomes import Outcome
-from saga.outputs import copied_output
+from saga.outputs import copied, copied_output
 from saga.policies import ContinueWithFallback
 from saga.quick import members
 from saga.report import NestedSagaFailed
@@ -556,7 +556,7 @@ class Forward(Stages, Employer):
             output = await self._fallback(run, failure)
         source: Literal["stage", "policy"] = "stage" if output is not None else "policy"
         if output is None and run.name in policy.fallbacks:
-            output = StageOutput.ok(dict(policy.fallbacks[run.name]))
+            output = StageOutput.ok(copied(policy.fallbacks[run.name]))
         if output is not None:
             await self._record(FallbackUsed(stage=run.name, output=copied_output(output), source=source))
         return output

@@ -451,6 +451,29 @@ def test_an_output_whose_data_is_no_dict_breaks_the_contract(value: object) -> N
     assert cause.message == f"expected a StageOutput with a dict as data, a dict or None, got StageOutput(data={value!r})"
 
 
+def test_a_stage_that_changes_what_the_policy_gave_changes_it_for_no_other_saga() -> None:
+    """A service runs all its sagas under one policy, and the next customer's had the extras of the one before."""
+    extras: list[str] = []
+    ordered: list[list[str]] = []
+
+    async def fail(_: Any) -> None:
+        raise CardDeclined
+
+    async def order(ctx: Any) -> None:
+        chosen = ctx.inputs.get_from("offer", "extras")
+        chosen.append("breakfast")
+        ordered.append(list(chosen))
+
+    coordinator = SagaCoordinator(ContinueWithFallback(fallbacks={"offer": {"extras": extras}}))
+    pipeline = Pipeline(name="p").with_stage("offer", fail, "work").with_stage("order", order, "work", dependencies=("offer",))
+
+    reports = [run(coordinator.run(pipeline)) for _ in range(2)]
+
+    assert [report.fallbacks for report in reports] == [("offer",)] * 2
+    assert ordered == [["breakfast"], ["breakfast"]]
+    assert extras == []
+
+
 @pytest.mark.parametrize(
     ("own", "policys", "attempts"),
     [
