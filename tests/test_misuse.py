@@ -10,7 +10,7 @@ import re
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import wraps
@@ -869,6 +869,27 @@ def test_a_pipeline_that_was_changed_after_its_first_run_is_read_again() -> None
     assert world.log[:3] == ["+a", "+b", "+c"]
     assert report.cause is not None
     assert report.cause.stage == "c"
+
+
+def test_a_stage_that_was_replaced_after_its_first_run_is_the_one_that_runs_also_if_it_equals_the_other() -> None:
+    """As by a test, which then charged at the real bank."""
+
+    @dataclass
+    class Charge:
+        bank: list[str] = field(compare=False)
+        retry: Retry | None = None
+
+        async def execute(self, ctx: Any) -> None:
+            self.bank.append(ctx.stage_name)
+
+    real, fake = list[str](), list[str]()
+    one = pipeline(spec("a", Charge(real)))
+    run(SagaCoordinator().run(one))
+
+    one.stages["a"] = spec("a", Charge(fake))
+    run(SagaCoordinator().run(one))
+
+    assert (real, fake) == (["a"], ["a"])
 
 
 @pytest.mark.parametrize("wrap", [lambda runner: runner, lambda runner: compensable(runner, nothing)], ids=["plain", "compensable"])
