@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Generator
 from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -308,6 +308,9 @@ def _refusal(stage: str, attempt: int, returned: object) -> Failure | None:
     """What a compensation returned that says it has not undone its stage; other things that it may return say nothing."""
     if isinstance(returned, Awaitable) and not _is_done(returned):
         message = f"it returned {glimpse(returned)}, which nobody has awaited. Write await before its call"
+        return Failure.of(stage, FailureKind.COMPENSATION, message, type=qualified(type(returned)), attempt=attempt)
+    if isinstance(returned, Generator | AsyncGenerator):
+        message = f"it returned {glimpse(returned)}, which nobody has gone through to its end. Write return, and not yield, in it"
         return Failure.of(stage, FailureKind.COMPENSATION, message, type=qualified(type(returned)), attempt=attempt)
     if not isinstance(returned, StageOutput) or any(returned.status == fine for fine in (StageStatus.OK, StageStatus.SKIP)):
         return None

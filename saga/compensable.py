@@ -237,8 +237,8 @@ class CompensableStage(SagaStage):
     async def compensate(self, ctx: CompensationContext) -> StageOutput | None:
         """Undo the effect. It may be called again with the same key, so it must bear repetition.
 
-        It fails by raising, or by returning FAIL, RETRY, CANCEL or what is still to be awaited; whatever else it returns, False too, says
-        that it is undone.
+        It fails by raising, or by returning FAIL, RETRY, CANCEL, what is still to be awaited or a generator; whatever else it returns,
+        False too, says that it is undone.
         """
 
 

@@ -246,6 +246,36 @@ def test_a_compensation_that_returns_what_nobody_has_awaited_has_undone_nothing(
     assert report.failures[-1].message.endswith("which nobody has awaited. Write await before its call")
 
 
+@pytest.mark.parametrize("of", ["async", "plain"])
+def test_a_compensation_that_returns_a_generator_has_undone_nothing(of: str) -> None:
+    standing = set()
+
+    async def charge(_: Any) -> None:
+        standing.add("charge")
+
+    async def refunds() -> Any:
+        standing.remove("charge")
+        yield
+
+    def refunds_at_once() -> Any:
+        standing.remove("charge")
+        yield
+
+    async def goes_through_nothing(_: CompensationContext) -> Any:
+        return refunds() if of == "async" else refunds_at_once()
+
+    async def fail(_: Any) -> None:
+        raise ValueError("no")
+
+    pipeline = Pipeline().with_stage("a", compensable(charge, goes_through_nothing)).with_stage("b", fail, "work", dependencies=("a",))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert standing == {"charge"}
+    assert (report.status, [*report.stuck]) == (SagaStatus.STUCK, ["a"])
+    assert report.failures[-1].message.endswith("which nobody has gone through to its end. Write return, and not yield, in it")
+
+
 @pytest.mark.parametrize(
     ("refunds", "status"), [("at once", SagaStatus.COMPENSATED), ("never", SagaStatus.STUCK), ("not", SagaStatus.STUCK)]
 )
