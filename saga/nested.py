@@ -7,7 +7,7 @@ from typing import Any
 
 from stageflow.api import Pipeline, StageOutput
 
-from saga.blueprint import Blueprint, refuse_no_policy
+from saga.blueprint import Blueprint, is_async, refuse_no_policy
 from saga.compensable import CompensableStage, CompensationContext, SagaContext
 from saga.errors import MisuseError
 from saga.events import SagaStatus
@@ -42,8 +42,8 @@ class NestedSaga(CompensableStage):
         fields: Callable[[SagaContext], Mapping[str, Any]] | None = None,
     ) -> None:
         refuse_no_policy(policy)
-        if fields is not None and not callable(fields):
-            raise MisuseError("a function that gives the child's fields", got=shown(fields), hint="As in fields=lambda ctx: {...}.")
+        if fields is not None and (not callable(fields) or is_async(fields)):
+            raise MisuseError("a plain function that gives the child's fields", got=shown(fields), hint="As in fields=lambda ctx: {...}.")
         self.holds_pivot = any(node.is_point_of_no_return for node in Blueprint.of(pipeline).graph.nodes)
         self.name = pipeline.name
         self.nested_pipeline = pipeline

@@ -1148,7 +1148,8 @@ def test_a_pipeline_in_the_place_of_an_id_is_refused(swapped: str) -> None:
     ("options", "message"),
     [
         ({"policy": "fast"}, "expected a FailFast or a ContinueWithFallback policy, got 'fast'"),
-        ({"fields": {"input_text": "x"}}, "expected a function that gives the child's fields, got {'input_text': 'x'}. As in "),
+        ({"fields": {"input_text": "x"}}, "expected a plain function that gives the child's fields, got {'input_text': 'x'}. As in "),
+        ({"fields": nothing}, "expected a plain function that gives the child's fields, got <function nothing"),
     ],
 )
 def test_a_nested_saga_that_cannot_work_is_refused_when_it_is_built(options: dict[str, Any], message: str) -> None:
