@@ -25,7 +25,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from traceback import format_exception
+from traceback import TracebackException
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -239,7 +239,8 @@ def _that_travels(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
     except Exception:  # noqa: BLE001 - whatever the user's constructor raises
-        stand_in = SagaError(f"it raised {type(error).__qualname__}")
-        stand_in.add_note("".join(format_exception(error)).rstrip())
+        told = TracebackException.from_exception(error)
+        stand_in = SagaError(f"{type(error).__qualname__}: {told}")
+        stand_in.add_note("".join(told.format()).rstrip())
         return stand_in
     return error

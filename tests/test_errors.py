@@ -145,7 +145,7 @@ def test_a_failed_saga_comes_back_from_a_worker_process_whatever_its_stages_rais
     _, declined = failed.value.exceptions
     assert isinstance(failed.value.report, SagaReport)
     assert failed.value.report.status is SagaStatus.COMPENSATED
-    assert str(declined) == "it raised Unavailable"
+    assert str(declined) == "Unavailable: no answer to charge"
     assert "Unavailable: no answer to charge" in declined.__notes__[0]
 
 
