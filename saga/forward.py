@@ -6,6 +6,7 @@ import asyncio
 import logging
 import warnings
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from stageflow.api import StageCancellationRequested, StageOutput, StageStatus
@@ -473,6 +474,10 @@ class Forward(Stages, Employer):
     def _context(self, run: _StageRun) -> SagaContext:
         saga = self._saga
         root = saga.root
+        if hasattr(run, "host"):
+            # The attempt before may have changed what it was given; whoever resumes the saga after a crash gets it as it was.
+            outputs = {name: copied_output(self._state.stages[name].output or given) for name, given in run.inputs.prior_outputs.items()}
+            run.inputs = replace(run.inputs, prior_outputs=outputs)
         run.host = Attempt(saga, run.name, run.record.attempts)
         return SagaContext(
             snapshot=root.snapshot,

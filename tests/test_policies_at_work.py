@@ -474,6 +474,32 @@ def test_a_stage_that_changes_what_the_policy_gave_changes_it_for_no_other_saga(
     assert extras == []
 
 
+@pytest.mark.parametrize("policy", [FailFast(retry=Retry(attempts=2, wait=0)), ContinueWithFallback()], ids=["retry", "fallback"])
+def test_each_attempt_and_the_fallback_read_what_was_given_whatever_the_one_before_has_taken_of_it(policy: Any) -> None:
+    """Promise 11: as it is after a crash. A retry shipped only what the attempt before had not come to."""
+    seen: list[list[str]] = []
+
+    async def pick(_: Any) -> dict[str, Any]:
+        return {"items": ["book", "pen"]}
+
+    async def ship(ctx: Any) -> None:
+        items = ctx.inputs.get_from("pick", "items")
+        seen.append(list(items))
+        items.pop()
+        raise ConnectionError("no lorry")
+
+    async def ship_later(ctx: SagaContext, _: Failure) -> None:
+        seen.append(ctx.inputs.get_from("pick", "items"))
+
+    pipeline = Pipeline(name="p").with_stage("pick", pick, "transform")
+    pipeline = pipeline.with_stage("ship", compensable(ship, nothing, fallback=ship_later), dependencies=("pick",))
+
+    report = run(SagaCoordinator(policy).run(pipeline))
+
+    assert seen == [["book", "pen"]] * 2
+    assert report.stages["pick"].output == StageOutput.ok(items=["book", "pen"])
+
+
 @pytest.mark.parametrize(
     ("own", "policys", "attempts"),
     [
