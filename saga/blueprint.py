@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from pydantic import BaseModel
 from stageflow.api import Pipeline, StageOutput
 
-from saga.compensable import CompensableStage, PivotStage, SagaStage
+from saga.compensable import CompensableStage, PivotStage, SagaStage, wrapped
 from saga.errors import MisuseError, PipelineInvalid, PolicyInvalid
 from saga.graph import Graph, Node, Role
 from saga.models import restored, warn_of_misfit
@@ -262,8 +262,8 @@ def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
     elif hasattr(runner, "execute"):
         make = lambda: runner  # noqa: E731 - a one-line sibling of the branch above
     else:
-        wrapped: Any = _Callable(runner)
-        make = lambda: wrapped  # noqa: E731 - as above
+        called: Any = _Callable(runner)
+        make = lambda: called  # noqa: E731 - as above
     sample = _instance(name, make)
     _refuse_shadowed(name, sample)
     if not callable(getattr(sample, "execute", None)):
@@ -323,14 +323,14 @@ def _refuse_abstract(name: str, runner: type) -> None:
 
 def _refuse_shadowed(name: str, sample: object) -> None:
     """Refuse a mixin behind our own base class, whose defaults come first."""
-    stage = type(sample)
+    stage = type(wrapped(sample))
     for part in DECLARABLE:
         first, *others = [base for base in stage.__mro__ if part in vars(base)] or [stage]
         if not others or first not in {SagaStage, CompensableStage}:
             continue
         mixin, default = others[0], vars(first)[part]
         # The object may have its own, as that of a dataclass.
-        if getattr(sample, part) is default and vars(mixin)[part] is not default:
+        if getattr(sample, part, ...) is default and vars(mixin)[part] is not default:
             hint = f"Name {mixin.__name__} first among the bases of {stage.__name__}."
             raise PipelineInvalid(f"the {part} of {mixin.__name__} to count", got=f"the default of {first.__name__}", stage=name, hint=hint)
 

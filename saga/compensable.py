@@ -262,6 +262,7 @@ Fallback = Callable[[SagaContext, Failure], Awaitable[Returned]]
 
 
 _PARTS: Final = (
+    "compensate",
     "probe",
     "fallback",
     "retry",
@@ -288,6 +289,8 @@ def _part(composed: Any, part: str) -> Any:
 class _OfClass(type):
     """The type of a class that is made of somebody's: it says of itself what that says."""
 
+    runner: Any
+    given: Any
     __getattr__ = _part
 
 
@@ -297,7 +300,6 @@ class _Composed:
     def __init__(self, runner: Any, given: Mapping[str, Any]) -> None:
         self.runner = runner
         self.given = given
-        self.compensate = given["compensate"]
         self.kind = _kind(runner, given)
 
     __getattr__ = _part
@@ -305,6 +307,11 @@ class _Composed:
     @property
     def execute(self) -> Any:
         return getattr(self.runner, "execute", self.runner)
+
+
+def wrapped(stage: Any) -> Any:
+    """What `compensable` has wrapped in this stage, or else the stage itself."""
+    return stage.runner if isinstance(stage, _Composed | _OfClass) else stage
 
 
 def _kind(runner: Any, given: Mapping[str, Any]) -> Any:

@@ -14,6 +14,7 @@ from typing import Final, Literal, Self
 from stageflow.api import Pipeline, StageKind, StageOutput
 
 from saga.blueprint import DECLARABLE, Blueprint, StagePlan
+from saga.compensable import wrapped
 from saga.errors import MisuseError
 from saga.events import (
     AnyEvent,
@@ -442,8 +443,7 @@ _OF_UNDOING: Final = ("probe", "compensation", "compensate_in_doubt")
 
 def _misspelt(design: _Design) -> Iterator[Finding]:
     for name in design.graph.names:
-        runner = design.plan(name).spec.runner
-        meant = _nearly_declared(runner if isinstance(runner, type) else type(runner))
+        meant = _nearly_declared(design.plan(name).spec.runner)
         if meant:
             yield Finding.of(
                 FindingCode.MISSPELT,
@@ -453,11 +453,12 @@ def _misspelt(design: _Design) -> Iterator[Finding]:
             )
 
 
-def _nearly_declared(stage: type) -> dict[str, str]:
-    """What the class has under a name that is nearly one of those that it lacks, and that one."""
+def _nearly_declared(stage: object) -> dict[str, str]:
+    """What the stage's class has under a name that is nearly one of those that it lacks, and that one."""
     lacking = [name for name in DECLARABLE if not getattr(stage, name, None)]
+    code = wrapped(stage)
     found = {}
-    for name in dir(stage):
+    for name in dir(code if isinstance(code, type) else type(code)):
         if name.startswith("_") or name in DECLARABLE:
             continue
         close = difflib.get_close_matches(name, lacking, n=1, cutoff=0.8)

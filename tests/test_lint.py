@@ -27,12 +27,13 @@ from saga import (
     SagaCoordinator,
     SagaReport,
     SagaStatus,
+    compensable,
     nested,
 )
 from saga.lint import Consequence, FindingCode, Severity, check, explain
 from tests.controlled import run
 from tests.test_properties import shapes
-from tests.world import Script, World, scene
+from tests.world import Script, World, nothing, scene
 
 CASES = int(os.environ.get("SAGA_CASES", "200"))
 TWICE = Retry(attempts=2)
@@ -448,6 +449,13 @@ def test_what_a_stage_says_under_a_name_that_is_nearly_right_is_asked_about(writ
 def test_a_misspelt_compensation_of_a_plain_stage_is_asked_about() -> None:
     assert found(pipeline(hold=a(Plain, has_effect=True, compensat=Hold.compensate))) == [("hold", "misspelt")]
     assert found(pipeline(hold=a(Plain, has_efect=True))) == [("hold", "undeclared-effect"), ("hold", "misspelt")]
+
+
+@pytest.mark.parametrize("made", [lambda stage: stage, lambda stage: stage()], ids=["class", "object"])
+def test_what_is_misspelt_in_a_stage_that_is_wrapped_is_asked_about(made: Any) -> None:
+    wrapped = compensable(made(a(Plain, timeuot=5.0, compensation=Compensation(timeout=5))), nothing)
+
+    assert found(pipeline(hold=wrapped)) == [("hold", "misspelt")]
 
 
 def test_all_that_is_misspelt_in_a_stage_and_its_bases_is_one_finding_also_of_an_instance() -> None:

@@ -51,7 +51,7 @@ from saga import (
 )
 from saga.blueprint import Blueprint
 from saga.events import SagaStarted, event_from_json, event_to_json
-from saga.graph import Graph, Node
+from saga.graph import Graph, Node, Role
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.policies import load_policy
 from tests.controlled import elapse, run
@@ -243,6 +243,10 @@ PIPELINES: dict[str, tuple[Pipeline, str]] = {
         pipeline(spec("pay", CopesWithNo)),
         "expected compensate_in_doubt to be a bool or None, for stage 'pay', got 'no'",
     ),
+    "mixin behind the base of a wrapped stage": (
+        pipeline(spec("pay", compensable(TwiceTooLate, good))),
+        "expected the retry of Twice to count, for stage 'pay', got the default of SagaStage. Name Twice first among the bases of T",
+    ),
     "mixin behind the base": (
         pipeline(spec("pay", TwiceTooLate)),
         "expected the retry of Twice to count, for stage 'pay', got the default of SagaStage. Name Twice first among the bases of T",
@@ -274,6 +278,15 @@ def test_a_mixin_before_the_base_counts() -> None:
     class TwiceInTime(Twice, Good): ...
 
     assert Blueprint.of(pipeline(spec("pay", TwiceInTime))).stages["pay"].retry == Twice.retry
+
+
+def test_a_mixin_behind_the_base_of_a_wrapped_stage_may_say_what_nobody_reads_of_it() -> None:
+    class Harmless:
+        has_effect: bool | None = False
+
+    class HarmlessLast(Good, Harmless): ...
+
+    assert Blueprint.of(pipeline(spec("pay", compensable(HarmlessLast, good)))).graph["pay"].role is Role.COMPENSABLE
 
 
 def test_a_mixin_behind_the_base_counts_with_what_its_objects_have_of_their_own() -> None:
