@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from saga.alive import LiveSaga
     from saga.blueprint import StagePlan
     from saga.record import StageRecord
+    from saga.state import SagaState
 
 _LOG: Final = logging.getLogger("saga")
 _S: Final = members(StageState)
@@ -60,6 +61,11 @@ class _StageRun(Watched):
         self.record = record
         self.inputs = inputs
         self.host: Attempt
+
+    def give_anew(self, state: SagaState) -> None:
+        """Give the code what the stages before gave, as it was given: an attempt may have changed it, and no crash would show that."""
+        outputs = {name: copied_output(state.stages[name].output or given) for name, given in self.inputs.prior_outputs.items()}
+        self.inputs = replace(self.inputs, prior_outputs=outputs)
 
 
 class Forward(Stages, Employer):
@@ -375,6 +381,8 @@ class Forward(Stages, Employer):
                 if run.record.unanswered and not node.idempotent:
                     wait = None
             goes_on = wait is not None and await self._pause(wait)
+            if goes_on:
+                run.give_anew(self._state)
         # Called off: the failure that was to be mended stands.
         await self._record(StageFailed(stage=name, failure=failure, in_doubt=run.record.doubt, output=output))
         return outcome
@@ -474,10 +482,6 @@ class Forward(Stages, Employer):
     def _context(self, run: _StageRun) -> SagaContext:
         saga = self._saga
         root = saga.root
-        if hasattr(run, "host"):
-            # The attempt before may have changed what it was given; whoever resumes the saga after a crash gets it as it was.
-            outputs = {name: copied_output(self._state.stages[name].output or given) for name, given in run.inputs.prior_outputs.items()}
-            run.inputs = replace(run.inputs, prior_outputs=outputs)
         run.host = Attempt(saga, run.name, run.record.attempts)
         return SagaContext(
             snapshot=root.snapshot,
@@ -568,6 +572,7 @@ class Forward(Stages, Employer):
 
     async def _fallback(self, run: _StageRun, failure: Failure) -> StageOutput | None:
         seconds, attempt = run.plan.timeout or self._policy.timeout, run.record.attempts
+        run.give_anew(self._state)
         try:
             call = self._saga.actions.fallback(self._context(run), failure)
             returned = await bounded(call, seconds=seconds, grace=self._policy.cancel_grace, stop=self._interrupted)
