@@ -41,7 +41,7 @@ from saga.ledgers.rows import Prune, Writer, checksum
 from saga.ledgers.sqlite import MIGRATIONS, SQLiteLedger
 from tests.places import SQLiteFile
 from tests.scripts.appending import AT_ONCE, SAGAS
-from tests.scripts.unsynced import SYNCS
+from tests.scripts.unsynced import CALLS
 from tests.test_ledger_contract import DONE, FIRST, SECOND, append, create, fork, forks, listed, on, prune, read, started
 from tests.world import SEQUENCE, Script, nothing, scene
 
@@ -753,14 +753,18 @@ def test_of_a_log_that_is_taken_away_at_the_moment_of_a_write_nobody_says_what_b
     assert str(unknown).endswith("was moved, deleted or replaced while it was in use; whether this was recorded is not known")
 
 
-@pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in SYNCS, reason="has the kernel fail for a disk")
-def test_of_what_the_disk_failed_to_sync_nobody_says_what_became_of_it(path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in CALLS, reason="has the kernel fail for a disk")
+@pytest.mark.parametrize(
+    ("call", "why"), [("sync", "the disk failed to sync"), ("index", "there is no room left for the index of its log")]
+)
+def test_of_what_the_disk_failed_to_keep_behind_the_log_nobody_says_what_became_of_it(path: Path, call: str, why: str) -> None:
     """It is in the log: where the process is killed before anything else is written, it is recorded."""
-    told = subprocess.run([sys.executable, "-m", "tests.scripts.unsynced", path], check=False, capture_output=True, text=True)
+    told = subprocess.run([sys.executable, "-m", "tests.scripts.unsynced", path, call], check=False, capture_output=True, text=True)
 
     assert told.returncode == -signal.SIGKILL, told.stderr
-    assert told.stdout == f"the ledger {path} failed: disk I/O error (the disk failed to sync); whether this was recorded is not known\n"
-    assert on(SQLiteLedger(path), listed()) == [["s", "t"]]
+    saga_id, _, said = told.stdout.partition(" ")
+    assert said == f"the ledger {path} failed: disk I/O error ({why}); whether this was recorded is not known\n"
+    assert on(SQLiteLedger(path), listed())[0][-1] == saga_id
 
 
 @contextmanager

@@ -235,10 +235,11 @@ class _Store:
         try:
             connection.execute("COMMIT")
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorname != "SQLITE_IOERR_FSYNC":
+            if not error.sqlite_errorname.startswith("SQLITE_IOERR") or error.sqlite_errorname == "SQLITE_IOERR_WRITE":
                 raise
-            # It is in the log, whole: whoever opens that after a crash finds it, unless something else was written over it before.
-            raise LedgerError(f"the ledger {self._path} failed: {error} (the disk failed to sync); {_UNKNOWN}") from error
+            # It may be in the log, whole, and that was then not synced, or not entered in its index: whoever opens it after a crash finds
+            # it there, unless something else was written over it before.
+            raise _told(error, self._path, self._patience, _UNKNOWN) from error
 
     def _carry_out(self, connection: sqlite3.Connection, request: Request) -> Any:
         try:
@@ -564,7 +565,7 @@ _UNCHANGED: Final = "Nothing was changed."
 _UNKNOWN: Final = "whether this was recorded is not known"
 
 
-def _told(error: sqlite3.Error, path: Path, patience: float) -> LedgerError:
+def _told(error: sqlite3.Error, path: Path, patience: float, outcome: str = "nothing was recorded") -> LedgerError:
     """Say what SQLite says, and what to do."""
     name = getattr(error, "sqlite_errorname", "") or ""
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
@@ -577,7 +578,9 @@ def _told(error: sqlite3.Error, path: Path, patience: float) -> LedgerError:
         "SQLITE_FULL": "there is no room left for it",
         "SQLITE_READONLY": "it or its directory can't be written to; see to their permissions",
         "SQLITE_CANTOPEN": "it, or its log beside it, can't be opened; see to the directory and its permissions",
+        "SQLITE_IOERR_FSYNC": "the disk failed to sync",
+        "SQLITE_IOERR_SHMSIZE": "there is no room left for the index of its log",
         "SQLITE_IOERR": "the disk failed",
     }
     hint = next((f" ({hint})" for start, hint in hints.items() if name.startswith(start)), "")
-    return LedgerError(f"the ledger {path} failed: {error}{hint}; nothing was recorded")
+    return LedgerError(f"the ledger {path} failed: {error}{hint}; {outcome}")
