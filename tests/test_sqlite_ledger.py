@@ -719,6 +719,34 @@ def test_what_processes_record_on_both_sides_of_a_log_that_was_taken_away_is_all
         assert len(events) >= int(version)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="there SQLite can't be kept from writing its log into the file when it is closed")
+@pytest.mark.parametrize("is_written", [True, False], ids=["a log that was written into the file", "a log that was not"])
+def test_what_others_recorded_since_a_log_was_taken_away_is_there_when_the_one_that_had_it_lets_go(path: Path, is_written: bool) -> None:
+    """Though nobody of them is there any more, so that it is the last one."""
+    command = [sys.executable, "-m", "tests.scripts.appending", str(path), "200"]
+    told: list[str] = []
+
+    def take_away() -> None:
+        if is_written:
+            execute(path, "PRAGMA wal_checkpoint(TRUNCATE)")
+        for suffix in ("wal", "shm"):
+            path.with_name(f"{path.name}-{suffix}").unlink()
+        told.extend(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines())
+
+    async def act(_: Any) -> None:
+        await asyncio.to_thread(take_away)
+
+    *_, refused, recorded = on(SQLiteLedger(path), create("s"), read("s"), act, append(FIRST), create("t"))
+
+    assert "was moved, deleted or replaced while it was in use; nothing was recorded" in str(refused)
+    assert recorded == 1
+    assert len(told) == 200 * len(SAGAS)
+    assert on(SQLiteLedger(path), read("t")) == [(started("t"),)]
+    for saga_id in SAGAS:
+        (events,) = on(SQLiteLedger(path), read(saga_id))
+        assert len(events) == 1 + 200 * AT_ONCE
+
+
 def test_a_link_that_leads_to_another_file_since_is_noticed(whole: bytes, path: Path) -> None:
     link, other = path.with_name("link.db"), path.with_name("other.db")
     link.symlink_to(path.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -365,6 +366,9 @@ class _Store:
     def close(self) -> None:
         with self._in_use:
             if self._opened is not None:
+                if self._is_recorded_elsewhere() and sys.version_info >= (3, 12):  # pragma: no cover - can't be said on 3.11
+                    # Else SQLite writes into the file what its log has, which fits no longer, and then takes the other log away.
+                    self._opened.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
                 with suppress(sqlite3.Error):
                     self._opened.close()
                 self._opened = None
@@ -399,6 +403,13 @@ class _Store:
     def is_taken_away(self) -> bool:
         """Whether the files that it has open are no longer those that others find."""
         return self._opened is not None and self._identities() != self._files
+
+    def _is_recorded_elsewhere(self) -> bool:
+        """Whether there is something in a log that is not the one it has open."""
+        with suppress(FileNotFoundError):
+            log = self._paths[1].stat()
+            return (log.st_dev, log.st_ino) != self._files[1] and log.st_size > 0
+        return False
 
     def _refuse_another(self, file: Path) -> None:
         # Of the last one only: when a file is deleted, the next one may get its number.
