@@ -1102,6 +1102,23 @@ def test_several_processes_append_to_one_file(path: Path) -> None:
         assert [event.attempt for event in events[1:]] == list(range(1, 1 + 20 * AT_ONCE))
 
 
+def test_a_copy_made_as_the_docs_say_while_a_process_appends_holds_all_that_was_recorded_before(path: Path) -> None:
+    page = Path(__file__).parents[1] / "docs" / "how-to" / "look-after-a-ledger.md"
+    (statement,) = re.findall(r'`sqlite3 trips\.db "(.+?)"`', page.read_text(encoding="utf-8"))
+    copy = path.with_name("copy.db")
+    command = [sys.executable, "-m", "tests.scripts.appending", str(path)]
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        told = [process.stdout.readline() for _ in range(40)]
+        execute(path, statement.replace("copy.db", str(copy)))
+        process.kill()
+
+    recorded = dict(zip(SAGAS, on(SQLiteLedger(copy), *map(read, SAGAS)), strict=True))
+    for saga_id, version in map(str.split, told):
+        assert len(recorded[saga_id]) >= int(version)
+
+
 # -- threads ---------------------------------------------------------------------------------------------------------
 
 
