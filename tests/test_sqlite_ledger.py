@@ -540,11 +540,39 @@ def test_a_ledger_that_may_not_be_written_to_says_so(whole: bytes, what: str, mo
             told = subprocess.run([sys.executable, "-m", "tests.scripts.reading", path], check=True, capture_output=True, text=True).stdout
         finally:
             path.parent.chmod(0o755)
+        left = [file.name for file in path.parent.iterdir()]
 
     found, refused = told.splitlines()
-    assert "attempt to write a readonly database (it or its directory can't be written to; see to their permissions)" in refused
+    assert "attempt to write a readonly database (it, its log or its directory can't be written to; see to their owners" in refused
     needs_log = mode == "as it was made"
-    assert found == (refused if what == "directory" and needs_log else str(len(EVENTS))), "it can be read where a log may be made beside it"
+    assert found == (refused if what == "directory" and needs_log else str(len(EVENTS))), "who may write to it needs a log to read it"
+    assert left == ["sagas.db"], "a log of somebody else's would keep out who may write to it"
+
+
+def test_who_may_only_read_a_ledger_sees_what_others_have_recorded_since(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(SQLiteLedger(path), create("s"))
+    command = [sys.executable, "-m", "tests.scripts.appending", str(path), "1"]
+    monkeypatch.setattr(os, "access", lambda *_: False)
+
+    async def record(_: Any) -> None:
+        await asyncio.to_thread(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
+
+    before, _, after = on(SQLiteLedger(path), listed(), record, listed())
+
+    assert before == ["s"]
+    assert sorted(after) == [*SAGAS, "s"]
+
+
+def test_who_may_only_read_a_ledger_is_told_when_others_have_written_to_it_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(SQLiteLedger(path), create("s"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    store = sqlite._Store(path, 30.0, 10.0, time.time, sqlite._Shared())
+
+    with closing(sqlite3.connect(path)) as other, pytest.raises(LedgerError, match="while it was read; read it again"), store._reading():
+        other.execute("UPDATE sagas SET status = 'stuck'")
+
+    assert store.read("s") == (started(),)
+    store.close()
 
 
 @pytest.mark.parametrize("where", ["", "missing/sagas.db"])

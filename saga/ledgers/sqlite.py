@@ -350,6 +350,7 @@ class _Store:
         try:
             with self._in_use:
                 yield self._connection()
+                self._refuse_used()
         except LedgerError:
             self._give_up()
             raise
@@ -377,6 +378,9 @@ class _Store:
     # -- the file ------------------------------------------------------------------------------------------------
 
     def _connection(self) -> sqlite3.Connection:
+        if self._opened is not None and self._has_no_log:
+            # It would not see what others have recorded since.
+            self.close()
         if self._opened is None:
             # SQLite follows links: the log is beside the file itself.
             file = Path(os.path.realpath(self._path))
@@ -399,6 +403,16 @@ class _Store:
                 raise LedgerError(f"{other._replaced()}; nothing was recorded")  # noqa: SLF001 - one of us
             other.close()
             other._in_use.release()  # noqa: SLF001 - one of us
+
+    def _refuse_used(self) -> None:
+        if self._has_no_log and self.is_taken_away():
+            # It may be some from before and some from after they wrote.
+            raise LedgerError(f"others have begun to use the ledger {self._path} while it was read; read it again. {_UNCHANGED}")
+
+    @property
+    def _has_no_log(self) -> bool:
+        """Whether there was no log when it was opened, and none could be made: it can be read then."""
+        return not self._files[1]
 
     def is_taken_away(self) -> bool:
         """Whether the files that it has open are no longer those that others find."""
@@ -470,8 +484,10 @@ def _open(path: Path, file: Path, patience: float) -> sqlite3.Connection:
         _make(file, patience)
     if not file.stat().st_size:
         raise LedgerCorrupt(f"expected a ledger in {path}, got an empty file; delete it to begin a new ledger. {_UNCHANGED}")
+    # Who may only read the file would make a log that is theirs, and that who may write to the file can't write to.
+    how = "mode=rw" if log.exists() or os.access(file, os.W_OK) else "mode=ro&immutable=1"
     # Not of this thread alone: whoever finds that its files were taken away closes it.
-    connection = sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=patience, check_same_thread=False)
+    connection = sqlite3.connect(f"{file.as_uri()}?{how}", uri=True, isolation_level=None, timeout=patience, check_same_thread=False)
     # A text that was damaged is one saga's, and no reason to fail all that are read with it.
     connection.text_factory = partial(str, encoding="utf-8", errors="backslashreplace")
     try:
@@ -587,7 +603,7 @@ def _told(error: sqlite3.Error, path: Path, patience: float, outcome: str = "not
     hints = {
         "SQLITE_BUSY": f"another process or program has held its lock for more than {patience:g} s",
         "SQLITE_FULL": "there is no room left for it",
-        "SQLITE_READONLY": "it or its directory can't be written to; see to their permissions",
+        "SQLITE_READONLY": "it, its log or its directory can't be written to; see to their owners and permissions",
         "SQLITE_CANTOPEN": "it, or its log beside it, can't be opened; see to the directory and its permissions",
         "SQLITE_IOERR_FSYNC": "the disk failed to sync",
         "SQLITE_IOERR_SHMSIZE": "there is no room left for the index of its log",
