@@ -1086,6 +1086,23 @@ def test_to_forget_many_owners_takes_one_look_at_every_saga_and_only_at_the_end(
     assert steps[0] < 100_000  # of SQLite's own; 1,000 looks at 1,000 sagas were millions
 
 
+def test_to_forget_sagas_that_hold_much_takes_many_steps_and_takes_each_with_its_family(path: Path) -> None:
+    for name in "abcd":
+        on(SQLiteLedger(path), create(name, "me", large(10 * 2**20), DONE), create(f"{name}/c", "me", DONE, parent=name))
+    store = sqlite._Store(path, 30.0, 10.0, lambda: time.time() + 60, sqlite._Shared())
+    steps: list[set[str]] = []
+    step: int | None = 0
+
+    while step is not None:
+        (pruned,) = store.write([Prune(DONE.at.replace(year=9999).isoformat(), step)])
+        steps.append(set(pruned.saga_ids))
+        step = pruned.last
+
+    assert steps == [{"a", "a/c", "b", "b/c"}, {"c", "c/c", "d", "d/c"}, set()]
+    assert store.list(None, None) == ()
+    store.close()
+
+
 def commits_in(path: Path) -> int:
     """How many commits are in the log beside a ledger: of the frames, one that ends a commit says how many pages the file then has."""
     log = path.with_name(f"{path.name}-wal").read_bytes()

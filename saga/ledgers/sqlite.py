@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from threading import RLock
 from typing import Any, Final
@@ -69,6 +70,8 @@ MIGRATIONS: Final = (
 
 _APPLICATION: Final = int.from_bytes(b"saga")
 _CHUNK: Final = 500
+_MOST_FREED: Final = 4_000
+"""Pages; a step of forgetting ends when it has freed so many: each is read, and written anew where SQLite was built with SECURE_DELETE."""
 _LONGEST: Final = 2**31 // 1000
 """Seconds; SQLite counts the milliseconds that it waits for a lock in 32 bits, and takes more than they hold for none."""
 _FORGETTABLE: Final = ", ".join(f"'{status.value}'" for status in sorted(FORGETTABLE))
@@ -317,14 +320,26 @@ class _Store:
 
     def _prune(self, connection: sqlite3.Connection, request: Prune) -> Pruned:
         found = connection.execute(_OLD, {"after": request.after, "before": request.before, "now": self._clock()}).fetchall()
-        forgotten = [(saga_id,) for _, saga_id, is_over in found if is_over]
-        connection.executemany("DELETE FROM events WHERE saga = ?", forgotten)
-        connection.executemany("DELETE FROM sagas WHERE id = ?", forgotten)
+        before = self._free_pages(connection)
+        forgotten: list[tuple[str]] = []
+        last = None
+        for root, family in groupby(found, itemgetter(0)):
+            over = [(saga_id,) for _, saga_id, is_over in family if is_over]
+            connection.executemany("DELETE FROM events WHERE saga = ?", over)
+            connection.executemany("DELETE FROM sagas WHERE id = ?", over)
+            forgotten += over
+            last = root
+            if self._free_pages(connection) - before > _MOST_FREED:
+                break
         if not found:
             # Once, at the end: it looks at every saga. NOT EXISTS would do so for every owner, because sagas have no index by owner.
             holders = "SELECT owner FROM sagas WHERE owner IS NOT NULL"
             connection.execute(f"DELETE FROM owners WHERE until < ? AND id NOT IN ({holders})", (self._clock(),))  # noqa: S608 - a constant
-        return Pruned(tuple(saga_id for (saga_id,) in forgotten), found[-1][0] if found else None)
+        return Pruned(tuple(saga_id for (saga_id,) in forgotten), last)
+
+    def _free_pages(self, connection: sqlite3.Connection) -> int:
+        pages: int = connection.execute("PRAGMA freelist_count").fetchone()[0]
+        return pages
 
     def read(self, saga_id: str) -> Sequence[AnyEvent]:
         with self._reading() as connection:
