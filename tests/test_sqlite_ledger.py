@@ -1103,6 +1103,30 @@ def test_to_forget_sagas_that_hold_much_takes_many_steps_and_takes_each_with_its
     store.close()
 
 
+def test_a_log_that_grew_while_somebody_read_is_small_again_when_they_are_done(path: Path) -> None:
+    log = path.with_name(f"{path.name}-wal")
+    sizes: list[int] = []
+
+    async def look(_: Any) -> None:
+        sizes.append((await asyncio.to_thread(log.stat)).st_size)
+
+    def more(first: int) -> list[Any]:
+        return [*(append(large(2**23), version=version) for version in range(first, first + 10)), look]
+
+    on(SQLiteLedger(path), create())
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+
+        async def end(_: Any) -> None:
+            reader.execute("COMMIT")
+
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM sagas").fetchall()
+        on(SQLiteLedger(path), *more(1), end, *more(11))
+
+    assert sizes[0] > 10 * 2**23
+    assert sizes[1] <= 2**26
+
+
 def commits_in(path: Path) -> int:
     """How many commits are in the log beside a ledger: of the frames, one that ends a commit says how many pages the file then has."""
     log = path.with_name(f"{path.name}-wal").read_bytes()

@@ -518,8 +518,11 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     if found != _APPLICATION:
         raise LedgerError(f"expected a ledger in {path}, got another program's database (application_id {found}). {_UNCHANGED}")
     # FULL: a commit is on disk when it returns; fullfsync: on macOS, too. cell_size_check: look for damage when a page is read.
-    # The log is begun anew after so many pages: to write over what is there takes the disk half as long as to let a file grow.
-    for pragma in ("synchronous = FULL", "fullfsync = ON", "checkpoint_fullfsync = ON", "cell_size_check = ON", "wal_autocheckpoint = 250"):
+    for pragma in ("synchronous = FULL", "fullfsync = ON", "checkpoint_fullfsync = ON", "cell_size_check = ON"):
+        connection.execute(f"PRAGMA {pragma}")
+    # The log is begun anew after so many pages: to write over what is there takes the disk half as long as to let a file grow. It grows
+    # as long as somebody reads, for a copy, say; then it is cut to so many bytes.
+    for pragma in ("wal_autocheckpoint = 250", f"journal_size_limit = {2**26}"):
         connection.execute(f"PRAGMA {pragma}")
     _migrate(connection, path)
     missing = _schema(len(MIGRATIONS)) - set(connection.execute(_SCHEMA))
