@@ -549,10 +549,20 @@ def test_a_ledger_that_may_not_be_written_to_says_so(whole: bytes, what: str, mo
     assert left == ["sagas.db"], "a log of somebody else's would keep out who may write to it"
 
 
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root may become somebody with the rights of another user")
+def test_who_has_the_rights_of_another_user_may_write_to_what_is_theirs(path: Path) -> None:
+    on(SQLiteLedger(path), create())
+    becoming = "import os, runpy; os.setresuid(65534, 0, 0); runpy.run_module('tests.scripts.appending', run_name='__main__')"
+
+    told = subprocess.run([sys.executable, "-c", becoming, path, "1"], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    assert len(told.splitlines()) == len(SAGAS)
+
+
 def test_who_may_only_read_a_ledger_sees_what_others_have_recorded_since(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on(SQLiteLedger(path), create("s"))
     command = [sys.executable, "-m", "tests.scripts.appending", str(path), "1"]
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
 
     async def record(_: Any) -> None:
         await asyncio.to_thread(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
@@ -565,7 +575,7 @@ def test_who_may_only_read_a_ledger_sees_what_others_have_recorded_since(path: P
 
 def test_who_may_only_read_a_ledger_is_told_when_others_have_written_to_it_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on(SQLiteLedger(path), create("s"))
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
     store = sqlite._Store(path, 30.0, 10.0, time.time, sqlite._Shared())
 
     with closing(sqlite3.connect(path)) as other, pytest.raises(LedgerError, match="while it was read; read it again"), store._reading():

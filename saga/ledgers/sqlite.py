@@ -500,7 +500,8 @@ def _open(path: Path, file: Path, patience: float) -> sqlite3.Connection:
     if not file.stat().st_size:
         raise LedgerCorrupt(f"expected a ledger in {path}, got an empty file; delete it to begin a new ledger. {_UNCHANGED}")
     # Who may only read the file would make a log that is theirs, and that who may write to the file can't write to.
-    how = "mode=rw" if log.exists() or os.access(file, os.W_OK) else "mode=ro&immutable=1"
+    may_write = os.access(file, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+    how = "mode=rw" if log.exists() or may_write else "mode=ro&immutable=1"
     # Not of this thread alone: whoever finds that its files were taken away closes it.
     connection = sqlite3.connect(f"{file.as_uri()}?{how}", uri=True, isolation_level=None, timeout=patience, check_same_thread=False)
     # A text that was damaged is one saga's, and no reason to fail all that are read with it.
