@@ -759,7 +759,10 @@ def test_what_processes_record_on_both_sides_of_a_log_that_was_taken_away_is_all
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="there SQLite can't be kept from writing its log into the file when it is closed")
 @pytest.mark.parametrize("is_written", [True, False], ids=["a log that was written into the file", "a log that was not"])
-def test_what_others_recorded_since_a_log_was_taken_away_is_there_when_the_one_that_had_it_lets_go(path: Path, is_written: bool) -> None:
+@pytest.mark.parametrize("taken", [("shm",), ("wal", "shm")], ids=["the index of the log", "both"])
+def test_what_others_recorded_since_a_log_was_taken_away_is_there_when_the_one_that_had_it_lets_go(
+    path: Path, taken: Sequence[str], is_written: bool
+) -> None:
     """Though nobody of them is there any more, so that it is the last one."""
     command = [sys.executable, "-m", "tests.scripts.appending", str(path), "200"]
     told: list[str] = []
@@ -767,7 +770,7 @@ def test_what_others_recorded_since_a_log_was_taken_away_is_there_when_the_one_t
     def take_away() -> None:
         if is_written:
             execute(path, "PRAGMA wal_checkpoint(TRUNCATE)")
-        for suffix in ("wal", "shm"):
+        for suffix in taken:
             path.with_name(f"{path.name}-{suffix}").unlink()
         told.extend(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines())
 

@@ -382,8 +382,8 @@ class _Store:
     def close(self) -> None:
         with self._in_use:
             if self._opened is not None:
-                if self._is_recorded_elsewhere() and sys.version_info >= (3, 12):  # pragma: no cover - can't be said on 3.11
-                    # Else SQLite writes into the file what its log has, which fits no longer, and then takes the other log away.
+                if self.is_taken_away() and _size(self._paths[1]) and sys.version_info >= (3, 12):  # pragma: no cover - not on 3.11
+                    # Else SQLite writes into the file what it knows of its log, which fits no longer, and deletes the log that is there.
                     self._opened.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
                 with suppress(sqlite3.Error):
                     self._opened.close()
@@ -433,13 +433,6 @@ class _Store:
         """Whether the files that it has open are no longer those that others find."""
         return self._opened is not None and self._identities() != self._files
 
-    def _is_recorded_elsewhere(self) -> bool:
-        """Whether there is something in a log that is not the one it has open."""
-        with suppress(FileNotFoundError):
-            log = self._paths[1].stat()
-            return (log.st_dev, log.st_ino) != self._files[1] and log.st_size > 0
-        return False
-
     def _refuse_another(self, file: Path) -> None:
         # Of the last one only: when a file is deleted, the next one may get its number.
         used = self._shared.files
@@ -478,6 +471,13 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _open(path: Path, file: Path, patience: float) -> sqlite3.Connection:
