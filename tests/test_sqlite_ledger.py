@@ -573,14 +573,25 @@ def test_who_may_only_read_a_ledger_sees_what_others_have_recorded_since(path: P
     assert sorted(after) == [*SAGAS, "s"]
 
 
-def test_who_may_only_read_a_ledger_is_told_when_others_have_written_to_it_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("begins", ["when it is opened", "when it is read"])
+def test_who_may_only_read_a_ledger_is_told_when_others_have_written_to_it_meanwhile(
+    path: Path, monkeypatch: pytest.MonkeyPatch, begins: str
+) -> None:
     on(SQLiteLedger(path), create("s"))
-    monkeypatch.setattr(os, "access", lambda *_, **__: False)
     store = sqlite._Store(path, 30.0, 10.0, time.time, sqlite._Shared())
 
-    with closing(sqlite3.connect(path)) as other, pytest.raises(LedgerError, match="while it was read; read it again"), store._reading():
-        other.execute("UPDATE sagas SET status = 'stuck'")
+    with closing(sqlite3.connect(path)) as other:
 
+        def write(*_: Any, **__: Any) -> bool:
+            if begins == "when it is opened":
+                other.execute("UPDATE sagas SET status = 'stuck'")
+            return False
+
+        monkeypatch.setattr(os, "access", write)
+        with pytest.raises(LedgerError, match="while it was read; read it again"), store._reading():
+            other.execute("UPDATE sagas SET status = 'stuck'")
+
+    monkeypatch.undo()
     assert store.read("s") == (started(),)
     store.close()
 

@@ -194,6 +194,7 @@ class _Store:
         self._patience = min(patience, _LONGEST)
         self._clock = clock
         self._opened: sqlite3.Connection | None = None
+        self._is_fixed = False
         self._paths: Sequence[Path] = ()
         self._files: Sequence[tuple[int, int] | None] = ()
         self._beaten: set[str] = set()
@@ -393,7 +394,7 @@ class _Store:
     # -- the file ------------------------------------------------------------------------------------------------
 
     def _connection(self) -> sqlite3.Connection:
-        if self._opened is not None and self._has_no_log:
+        if self._opened is not None and self._is_fixed:
             # It would not see what others have recorded since.
             self.close()
         if self._opened is None:
@@ -403,8 +404,9 @@ class _Store:
             self._paths = (self._path, _log_of(file), file.with_name(f"{file.name}-shm"))
             self._let_go_of_others()
             self._refuse_another(file)
-            self._opened = _open(self._path, file, self._patience)
-            self._files = self._shared.files = self._identities()
+            before = self._identities()
+            self._opened, self._is_fixed = _open(self._path, file, self._patience)
+            self._files = self._shared.files = before if self._is_fixed else self._identities()
             _OPEN.add(self)
         elif self.is_taken_away():
             # SQLite would go on to write to files that nobody can find any more.
@@ -420,14 +422,9 @@ class _Store:
             other._in_use.release()  # noqa: SLF001 - one of us
 
     def _refuse_used(self) -> None:
-        if self._has_no_log and self.is_taken_away():
+        if self._is_fixed and self.is_taken_away():
             # It may be some from before and some from after they wrote.
             raise LedgerError(f"others have begun to use the ledger {self._path} while it was read; read it again. {_UNCHANGED}")
-
-    @property
-    def _has_no_log(self) -> bool:
-        """Whether there was no log when it was opened, and none could be made: it can be read then."""
-        return not self._files[1]
 
     def is_taken_away(self) -> bool:
         """Whether the files that it has open are no longer those that others find."""
@@ -480,8 +477,8 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _open(path: Path, file: Path, patience: float) -> sqlite3.Connection:
-    """Open a ledger, and make it if there is none.
+def _open(path: Path, file: Path, patience: float) -> tuple[sqlite3.Connection, bool]:
+    """Open a ledger, and make it if there is none; whether it is taken for a file that nobody changes, because it can only be read.
 
     Args:
         path: What it is called.
@@ -500,8 +497,8 @@ def _open(path: Path, file: Path, patience: float) -> sqlite3.Connection:
     if not file.stat().st_size:
         raise LedgerCorrupt(f"expected a ledger in {path}, got an empty file; delete it to begin a new ledger. {_UNCHANGED}")
     # Who may only read the file would make a log that is theirs, and that who may write to the file can't write to.
-    may_write = os.access(file, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
-    how = "mode=rw" if log.exists() or may_write else "mode=ro&immutable=1"
+    is_fixed = not (log.exists() or os.access(file, os.W_OK, effective_ids=os.access in os.supports_effective_ids))
+    how = "mode=ro&immutable=1" if is_fixed else "mode=rw"
     # Not of this thread alone: whoever finds that its files were taken away closes it.
     connection = sqlite3.connect(f"{file.as_uri()}?{how}", uri=True, isolation_level=None, timeout=patience, check_same_thread=False)
     # A text that was damaged is one saga's, and no reason to fail all that are read with it.
@@ -511,7 +508,7 @@ def _open(path: Path, file: Path, patience: float) -> sqlite3.Connection:
     except BaseException:
         connection.close()
         raise
-    return connection
+    return connection, is_fixed
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
