@@ -120,7 +120,7 @@ def stage_states(state: SagaState) -> dict[str, StageState]:
     return states
 
 
-def verdicts_on(state: SagaState, stage: str, *, is_turned_back: bool = False) -> tuple[Verdict, ...]:
+def verdicts_on(state: SagaState, stage: str, *, is_turned_back: bool) -> tuple[Verdict, ...]:
     """What a person may say of a stage; nothing where nobody's word is asked for.
 
     Args:
