@@ -114,7 +114,7 @@ async def is_turned_back(ledger: Ledger, above: Sequence[tuple[str, str]], saga_
 
 def turns_back(state: SagaState, stage: str, child_id: str) -> bool:
     """Whether a saga that a stage of this one ran goes forward no more, because of this one."""
-    if state.status is SagaStatus.STUCK and state.reason is not None:
+    if state.status in {SagaStatus.COMPENSATING, SagaStatus.STUCK} and state.reason is not None:
         return True
     record = state.stages.get(stage)  # a damaged row may name another one
     return record is not None and execution_of(child_id, state.started.saga_id, stage) != record.execution

@@ -870,6 +870,27 @@ def test_a_stage_that_was_to_be_tried_again_is_for_a_person_once_its_saga_goes_b
     assert world.standing == {}
 
 
+def test_below_a_saga_that_died_on_its_way_back_no_word_is_taken_that_only_going_forward_could_heed() -> None:
+    """It was taken, and refused when the saga had gone on and come to rest."""
+    _, hotel = scene({"room": (), "breakfast": ("room",)}, {"breakfast": Script("hang", lands=True)})
+    trip = Pipeline().with_stage("hotel", nested(hotel, FailFast(timeout=1, on_failure="halt")))
+    ledger = Dying(10_000)
+    run(SagaCoordinator(FailFast(on_failure="halt"), ledger=ledger).run(trip, saga_id="s"))
+    ledger.left = 1
+    with pytest.raises(LedgerError):
+        run(SagaCoordinator(ledger=ledger).compensate("s", trip))
+    ledger.left = 10_000
+    ledger.forget_owners()
+    coordinator = SagaCoordinator(ledger=ledger)
+
+    report = run(coordinator.report("s"))
+    with pytest.raises(MisuseError, match="expected undone or kept, for stage 'breakfast', got retry"):
+        run(coordinator.settle("s", "hotel/breakfast", "retry", "they answer again"))
+
+    assert report.status is SagaStatus.COMPENSATING
+    assert report.stages["hotel"].children[0].stages["breakfast"].verdicts == ("undone", "kept")
+
+
 def test_what_is_held_back_within_a_stage_in_doubt_that_nothing_can_tell_of_is_undone_through_its_own_saga() -> None:
     """To try the stage again was all that there was to say, and it was refused."""
     shape = {"room": (), "breakfast": ("room",), "tour": ("breakfast",)}
