@@ -89,7 +89,7 @@ class Journal:
         self._is_creating = False
         self._behind: list[tuple[Sequence[AnyEvent], Answer[None]]] = []
         self._released = False
-        self._within: dict[str, LedgerError] = {}
+        self._within: dict[str, list[LedgerError]] = {}
 
     @classmethod
     async def begin(
@@ -110,7 +110,7 @@ class Journal:
     def break_off(self, stage: str, error: LedgerError) -> None:
         """Record nothing more: the ledger has failed a saga that the stage runs, so what this one would say of the stage is not known."""
         self.error = self.error or error
-        self._within.setdefault(stage, error)
+        self._within.setdefault(stage, []).append(error)
 
     async def record(self, *events: AnyEvent, release: bool = False) -> None:
         """Fold the events and have them written, with `release` as the last ones before the lease is given back.
@@ -233,15 +233,16 @@ class Journal:
         never_began = {event.stage for event in self.unwritten if isinstance(event, StageStarted | CompensationStarted)}
         unknown, in_effect = [], []
         for name, record in state.stages.items():
-            node, within = state.graph[name], self._within.get(name)
+            node = state.graph[name]
             step = undo_step(node, record)
             if record.doubt or step is Step.PROBE or (record.is_under_way and name not in never_began):
                 unknown.append(name)
             elif step is not Step.CLEAR:
                 in_effect.append(name)
-            if isinstance(within, SagaUnrecorded):
-                in_effect += [f"{name}/{inner}" for inner in within.in_effect]
-                unknown += [f"{name}/{inner}" for inner in within.unknown]
+            for within in self._within.get(name, ()):
+                if isinstance(within, SagaUnrecorded):
+                    in_effect += [f"{name}/{inner}" for inner in within.in_effect]
+                    unknown += [f"{name}/{inner}" for inner in within.unknown]
         said: BaseException | None = error
         while isinstance(said, SagaUnrecorded):  # by a child
             said = said.__cause__

@@ -111,7 +111,7 @@ def test_when_the_ledger_fails_the_error_names_what_is_unknown_within() -> None:
     assert world.standing.keys() == {"flight", "deposit", "room"}
 
 
-def test_when_the_ledger_fails_two_sagas_of_a_stage_the_error_tells_of_the_first() -> None:
+def test_when_the_ledger_fails_two_sagas_of_a_stage_the_error_tells_of_the_first_and_of_what_is_in_effect_in_both() -> None:
     """Promise 9. The stage asks for both at once, and waits until both have failed."""
 
     class Breaking(MemoryLedger):
@@ -142,7 +142,7 @@ def test_when_the_ledger_fails_two_sagas_of_a_stage_the_error_tells_of_the_first
     assert isinstance(of_car, SagaUnrecorded)
     assert isinstance(of_hotel, SagaUnrecorded)
     assert failed.value.__cause__ is of_hotel
-    assert failed.value.in_effect == ("book/room",)
+    assert failed.value.in_effect == ("book/room", "book/car")
 
 
 def test_when_the_ledger_can_not_note_that_an_undo_starts_the_effect_is_known_to_stand() -> None:
