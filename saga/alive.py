@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import inspect
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
@@ -14,8 +14,9 @@ from stageflow.events import NoOpEventSink
 
 from saga.compensable import CompensationContext, Host, Inputs, UndoHost, child_id, execution_key, refuse_record
 from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
-from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
+from saga.events import CompensationCompleted, EffectRecorded, StageCompleted, TurnReason
 from saga.failures import Failure, FailureKind
+from saga.family import run_within
 from saga.graph import Role
 from saga.inputs import no_such_field
 from saga.outputs import copied, copied_output
@@ -267,8 +268,18 @@ class LiveSaga(UndoHost):
         return await self.heeding(stage, self.keeper.rest_child(self, saga_id, pipeline))
 
     async def child_reports(self, stage: str) -> list[SagaReport]:
-        """The children that this execution of the stage has run, oldest first."""
-        return await self.heeding(stage, reports_of(self.journal.ledger, self.id, stage, self.forward_key(stage)))
+        """The children that this execution of the stage has run, oldest first; without its fallback's while what used that is kept."""
+        return await self.heeding(stage, self._child_reports(stage))
+
+    async def _child_reports(self, stage: str) -> list[SagaReport]:
+        return await reports_of(self.journal.ledger, await self._children_of(stage))
+
+    async def _children_of(self, stage: str, besides: Collection[str] = ()) -> list[str]:
+        state = self.journal.state
+        # When the saga goes back as a whole, what used the fallback is undone before they are.
+        stand_in = state.stages[stage].fallback_ran if state.reason in {None, TurnReason.ORPHANS} else ()
+        children = await run_within(self.journal.ledger, self.id, stage, self.forward_key(stage))
+        return [child for child in children if child not in stand_in and child not in besides]
 
     async def has_child_under_way(self, stage: str) -> bool:
         """Whether the last child that this execution of the stage has run has not come to its end."""
@@ -279,15 +290,23 @@ class LiveSaga(UndoHost):
             return False
         return bool(reports) and reports[-1].ended_at is None
 
-    async def left_within(self, stage: str) -> bool | None:
-        """Whether the children that this execution of the stage has run have left something standing; None: nobody could undo it."""
+    async def left_within(self, stage: str, besides: Collection[str] = ()) -> bool | None:
+        """Whether the children that this execution of the stage has run have left something standing; None: nobody could undo it.
+
+        Args:
+            stage: The stage.
+            besides: Those that are not asked for.
+        """
         if not self.has_children or self.journal.state.graph[stage].role is not Role.COMPENSABLE:
             return None
         try:
-            return await self.heeding(stage, has_left(self.journal.ledger, self.id, stage, self.forward_key(stage)))
+            return await self.heeding(stage, self._has_left(stage, besides))
         except LedgerCorrupt:
             # Nobody knows what stands of a child that can't be read.
             return True
+
+    async def _has_left(self, stage: str, besides: Collection[str]) -> bool:
+        return await has_left(self.journal.ledger, await self._children_of(stage, besides))
 
     def child_context(self, stage: str, pipeline: Pipeline, fields: dict[str, Any]) -> PipelineContext:
         """The input of a child saga: this saga's, with some fields replaced.
@@ -312,7 +331,7 @@ class LiveSaga(UndoHost):
 class Attempt(Host):
     """The saga as the code of one attempt of a stage has it, or of its fallback: it may run others until it has failed, or was given up."""
 
-    __slots__ = ("_asked", "_attempt", "_is_over", "_saga", "_stage")
+    __slots__ = ("_asked", "_attempt", "_is_over", "_ran", "_saga", "_stage")
 
     def __init__(self, saga: LiveSaga, stage: str, attempt: int) -> None:
         self._saga = saga
@@ -320,6 +339,12 @@ class Attempt(Host):
         self._attempt = attempt
         self._asked: set[asyncio.Future[None]] = set()
         self._is_over = False
+        self._ran: list[str] = []
+
+    @property
+    def ran(self) -> tuple[str, ...]:
+        """The sagas that the code has run, or gone on with, and that have come to their ends, or run on."""
+        return (*self._ran, *(child.id for child in self._saga.children if child.journal.state.started.parent_stage == self._stage))
 
     def record_effect(self, effect: Any) -> Coroutine[Any, Any, None]:
         """Write one partial effect to the ledger, when it is awaited."""
@@ -342,7 +367,7 @@ class Attempt(Host):
         """The children that this execution of the stage has run, oldest first."""
         return await self._saga.child_reports(self._stage)
 
-    async def _asks(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _asks(self, call: Callable[[], Awaitable[SagaReport]]) -> SagaReport:
         if self._is_over:
             # asyncio.gather raises what the first of several comes to, and leaves the others running.
             raise MisuseError(
@@ -354,7 +379,10 @@ class Attempt(Host):
         answered = asyncio.get_running_loop().create_future()
         self._asked.add(answered)
         try:
-            return await self._saga.heeding(self._stage, call())
+            report = await self._saga.heeding(self._stage, call())
+            if report.ok:
+                self._ran.append(report.saga_id)
+            return report
         finally:
             self._asked.discard(answered)
             answered.set_result(None)

@@ -173,7 +173,7 @@ class CompensationContext:
         return await self._host.rest_child(self.stage_name, saga_id, pipeline)
 
     async def child_sagas(self) -> list[SagaReport]:
-        """The reports of the child sagas that this execution has run, oldest first."""
+        """The reports of the child sagas that this execution has run, oldest first; without its fallback's while what used that is kept."""
         return await self._host.child_reports(self.stage_name)
 
 

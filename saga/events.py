@@ -201,11 +201,20 @@ class StageSkipped(StageEvent):
 
 @frozen
 class FallbackUsed(StageEvent):
-    """A failed stage's fallback became its output."""
+    """A failed stage's fallback became its output.
+
+    Attributes:
+        output: The output.
+        source: Whose fallback it is.
+        ran: The sagas that it ran, or went on with, and that came to their ends: what is left of the stage is undone without them.
+        left_within: Whether other sagas that the stage ran have left something standing; None: as before, or nobody has looked.
+    """
 
     event: Literal["fallback_used"] = "fallback_used"
     output: Output
     source: Literal["stage", "policy"]
+    ran: tuple[str, ...] = ()
+    left_within: bool | None = None
 
 
 @frozen

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Coroutine
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.api import StageCancellationRequested, StageOutput, StageStatus
 
@@ -563,11 +563,14 @@ class Forward(Stages, Employer):
         output: StageOutput | None = None
         if node.has_fallback:
             output = await self._fallback(run, failure)
-        source: Literal["stage", "policy"] = "stage" if output is not None else "policy"
-        if output is None and run.name in policy.fallbacks:
-            output = StageOutput.ok(copied(policy.fallbacks[run.name]))
         if output is not None:
-            await self._record(FallbackUsed(stage=run.name, output=copied_output(output), source=source))
+            ran = run.host.ran
+            left_within = await self._saga.left_within(run.name, besides=ran)
+            used = FallbackUsed(stage=run.name, output=copied_output(output), source="stage", ran=ran, left_within=left_within)
+            await self._record(used)
+        elif run.name in policy.fallbacks:
+            output = StageOutput.ok(copied(policy.fallbacks[run.name]))
+            await self._record(FallbackUsed(stage=run.name, output=copied_output(output), source="policy"))
         return output
 
     async def _fallback(self, run: _StageRun, failure: Failure) -> StageOutput | None:

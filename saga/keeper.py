@@ -109,8 +109,13 @@ class SagaKeeper:
         refuse_both(context, fields)
         if context is None:
             context = parent.child_context(stage, pipeline, fields)
-        saga = await self._begin(blueprint, policy, context, parent.next_child(stage, attempt), parent, stage)
-        return await self._as_child(parent, saga, self._forward(saga))
+        while True:
+            try:
+                saga = await self._begin(blueprint, policy, context, parent.next_child(stage, attempt), parent, stage)
+            except SagaExists:
+                # A fallback whose process has died is called once more, in the same attempt.
+                continue
+            return await self._as_child(parent, saga, self._forward(saga))
 
     async def resume_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline, *, forward: bool | None) -> SagaReport:
         """Go on with a child of a saga's stage."""

@@ -70,6 +70,7 @@ class StageRecord:
         gave_up: Its execution failed for good, whatever a probe found after that.
         fell_back: Its fallback stands in.
         fallback_failed: Its own fallback failed.
+        fallback_ran: The sagas that its fallback has run, as long as that stands in.
         with_branch: It was skipped because something that it depends on failed.
         past_pivot: It has gone beyond a point of no return of its own, though it did not complete.
         not_kept: What of its output the ledger could not keep, and why: nothing can go on from that.
@@ -111,6 +112,7 @@ class StageRecord:
     gave_up: bool = False
     fell_back: bool = False
     fallback_failed: bool = False
+    fallback_ran: tuple[str, ...] = ()
     with_branch: bool = False
     past_pivot: bool = False
     not_kept: str | None = None
@@ -191,7 +193,7 @@ class StageRecord:
 
     def lose_fallback(self) -> None:
         """What stood in for it, or was to and failed, does so no more: it runs once more, or was kept from it."""
-        self.fell_back, self.fallback_failed = False, False
+        self.fell_back, self.fallback_failed, self.fallback_ran = False, False, ()
 
     def let_go(self) -> None:
         """What came late within waits no more for a person: the stage has found out itself."""

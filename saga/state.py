@@ -344,6 +344,8 @@ class SagaState:
 
     def _fallback_used(self, record: StageRecord, event: FallbackUsed) -> None:
         record.state, record.fell_back, record.again = _S.FALLBACK, True, False
+        record.fallback_ran = event.ran
+        record.note_left(within=event.left_within)
         record.output, record.ended_at = event.output, event.at
 
     def _fallback_failed(self, record: StageRecord, event: FallbackFailed) -> None:

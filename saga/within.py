@@ -11,7 +11,7 @@ from saga.compensable import execution_key, execution_of
 from saga.errors import LedgerCorrupt, SagaNotFound
 from saga.events import SagaEnded, SagaResumed, SagaTurnedBack, StageProbed, StageSettled, StageStarted, TurnReason, Verdict
 from saga.failures import Failure, FailureKind
-from saga.family import events_of, is_turned_back, run_by, run_in, run_within, turns_back
+from saga.family import events_of, is_turned_back, run_by, run_in, turns_back
 from saga.graph import Role
 from saga.ledger import StageState
 from saga.record import Step, undo_step
@@ -119,15 +119,15 @@ def _report(
     return SagaReport.of(state, children, exceptions, unread, is_turned_back=not goes_on)
 
 
-async def reports_of(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> list[SagaReport]:
-    """The children of a stage of a saga that is alive, oldest first; those whose ids begin so."""
+async def reports_of(ledger: Ledger, children: Sequence[str]) -> list[SagaReport]:
+    """The reports of children of a saga that is alive."""
     # It lets them go forward. To read for each of them what it has recorded would take the longer, the more there are.
-    return [(await _told(ledger, child, goes_on=True)).report for child in await run_within(ledger, saga_id, stage, prefix)]
+    return [(await _told(ledger, child, goes_on=True)).report for child in children]
 
 
-async def has_left(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> bool:
-    """Whether anything stands, or may stand, of the children of a saga's stage; of those whose ids begin so."""
-    for child in await run_within(ledger, saga_id, stage, prefix):
+async def has_left(ledger: Ledger, children: Sequence[str]) -> bool:
+    """Whether anything stands, or may stand, of any of these sagas."""
+    for child in children:
         state = SagaState(await events_of(ledger, child))
         if state.ended_at is None or _stands(state):
             return True

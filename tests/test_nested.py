@@ -1023,6 +1023,75 @@ def test_what_the_sagas_of_a_fallback_have_done_is_undone_when_that_then_fails(i
     assert report.stages["book"].children[0].status is SagaStatus.COMPENSATED
 
 
+def with_another_hotel(*, undo_fails: int = 0) -> tuple[World, Pipeline]:
+    """hotel -> taxi: the hotel's saga (room -> pay) fails, and another one (inn) stands in."""
+    shape: dict[str, tuple[str, ...]] = {"room": (), "pay": (), "inn": (), "taxi": ()}
+    scripts = {name: Script(undo_bears_repetition=True) for name in shape} | {"pay": Script("raise")}
+    scripts["room"].undo_fails = undo_fails
+    world, flat = scene(shape, scripts, dict.fromkeys(shape, "probed"))
+    stages: dict[str, Any] = {name: spec.runner for name, spec in flat.stages.items()}
+    hotel = Pipeline(name="hotel").with_stage("room", stages["room"]).with_stage("pay", stages["pay"], dependencies=("room",))
+    other = Pipeline(name="other").with_stage("inn", stages["inn"])
+
+    async def book(ctx: SagaContext) -> None:
+        (await ctx.run_saga(hotel, policy=IMPATIENT)).raise_for_status()
+
+    async def book_other(ctx: SagaContext, _: Any) -> dict[str, Any]:
+        return {"booked": (await ctx.run_saga(other)).saga_id}
+
+    async def release(ctx: CompensationContext) -> None:
+        for child in reversed(await ctx.child_sagas()):
+            await ctx.undo_saga(child.saga_id, other if child.pipeline == "other" else hotel)
+
+    trip = Pipeline(name="trip").with_stage("hotel", compensable(book, release, fallback=book_other, compensate_in_doubt=True))
+    return world, trip.with_stage("taxi", stages["taxi"], dependencies=("hotel",))
+
+
+def test_what_the_sagas_of_a_fallback_have_done_stands_while_what_its_stage_has_left_is_undone() -> None:
+    """Promise 1: the inn was cancelled under the taxi that took people there."""
+    world, trip = with_another_hotel(undo_fails=1)
+    coordinator = SagaCoordinator(ContinueWithFallback())
+    stuck = run(coordinator.run(trip, saga_id="s"))
+    assert (stuck.status, [*stuck.stuck]) == (SagaStatus.STUCK, ["hotel", "hotel/room"])
+    run(coordinator.settle("s", "hotel/room", "retry", "they answer again"))
+
+    report = run(coordinator.resume("s", trip))
+
+    assert (report.status, report.fallbacks) == (SagaStatus.DEGRADED, ("hotel",))
+    assert world.log == ["+room", "+inn", "+taxi", "-room"]
+
+
+def test_what_the_sagas_of_a_fallback_have_done_is_undone_with_what_its_stage_has_left_once_nothing_uses_it() -> None:
+    world, trip = with_another_hotel(undo_fails=1)
+    coordinator = SagaCoordinator(ContinueWithFallback())
+    run(coordinator.run(trip, saga_id="s"))
+    run(coordinator.settle("s", "hotel/room", "retry", "they answer again"))
+
+    report = run(coordinator.compensate("s", trip))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.log == ["+room", "+inn", "+taxi", "-taxi", "-inn", "-room"]
+
+
+def test_killed_at_any_event_a_fallback_that_runs_a_saga_is_called_again_and_one_saga_of_it_stands() -> None:
+    """It failed, as its saga had the id of one that was there: the saga was undone, or stuck."""
+    for kill in range(2, 40):
+        world, trip = with_another_hotel()
+        ledger = Dying(kill)
+        with contextlib.suppress(LedgerError):
+            run(SagaCoordinator(ContinueWithFallback(), ledger=ledger).run(trip, saga_id="s"))
+        is_done, ledger.left = ledger.left >= 0, 10_000
+        ledger.forget_owners()
+
+        report = run(SagaCoordinator(ContinueWithFallback(), ledger=ledger).resume("s", trip))
+
+        assert (report.status, report.fallbacks) == (SagaStatus.DEGRADED, ("hotel",)), kill
+        assert world.standing == {"inn": 1, "taxi": 1}, kill
+        if is_done:
+            break
+    assert kill > 10
+
+
 def test_a_stage_whose_sagas_have_all_undone_themselves_has_failed_and_is_not_undone() -> None:
     world, meal = scene({"cook": (), "serve": ("cook",)}, {"serve": Script("raise")})
 
