@@ -16,7 +16,7 @@ from saga.compensable import CompensationContext, Host, Inputs, UndoHost, child_
 from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
 from saga.events import CompensationCompleted, EffectRecorded, StageCompleted, TurnReason
 from saga.failures import Failure, FailureKind
-from saga.family import run_within
+from saga.family import run_in, run_within
 from saga.graph import Role
 from saga.inputs import no_such_field
 from saga.outputs import copied, copied_output
@@ -72,6 +72,7 @@ class LiveSaga(UndoHost):
         keeper: Whoever keeps it, and the sagas that its stages run.
         children: The sagas that its stages run now.
         failed: The stages whose last attempt, or fallback, has failed, and whose sagas are being stopped.
+        begun: By stage the sagas that it has begun since this one is held here.
         has_children: Whether its stages have run any.
         exceptions: What those that ended have failed with.
         undone_within: By stage the sagas that its compensation has turned to, and what it has made of each.
@@ -106,6 +107,9 @@ class LiveSaga(UndoHost):
         self.is_stopping = False
         self.stopped_by: str | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self.begun: Final[dict[str, list[str]]] = {}
+        # Nobody else runs any meanwhile: to list them for each question would take the longer, the more there are.
+        self._earlier: list[tuple[str, str]] | None = []
         self._begun: Counter[tuple[str, int]] = Counter()
         self._being_undone: Final[dict[str, set[asyncio.Future[None]]]] = {}
         self._recordings: dict[str, list[Coroutine[Any, Any, None]]] = {}
@@ -177,7 +181,13 @@ class LiveSaga(UndoHost):
         """The id of the next saga that an attempt of a stage runs."""
         key = self.forward_key(stage)
         self._begun[key, attempt] += 1
-        return child_id(key, attempt, self._begun[key, attempt])
+        child = child_id(key, attempt, self._begun[key, attempt])
+        self.begun.setdefault(stage, []).append(child)
+        return child
+
+    def goes_on(self) -> None:
+        """It may have run others before, which the ledger knows."""
+        self.has_children, self._earlier = True, None
 
     def compensation_context(self, stage: str, attempt: int) -> CompensationContext:
         """What a compensation or a probe of the stage gets to know."""
@@ -278,7 +288,11 @@ class LiveSaga(UndoHost):
         state = self.journal.state
         # When the saga goes back as a whole, what used the fallback is undone before they are.
         stand_in = state.stages[stage].fallback_ran if state.reason in {None, TurnReason.ORPHANS} else ()
-        children = await run_within(self.journal.ledger, self.id, stage, self.forward_key(stage))
+        if self._earlier is None:
+            self._earlier = await run_in(self.journal.ledger, self.id)
+        earlier = [child for child, runner in self._earlier if runner == stage]
+        known = [*earlier, *(child for child in self.begun.get(stage, ()) if child not in earlier)]
+        children = await run_within(self.journal.ledger, self.id, known, self.forward_key(stage))
         return [child for child in children if child not in stand_in and child not in besides]
 
     async def has_child_under_way(self, stage: str) -> bool:

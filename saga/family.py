@@ -58,10 +58,9 @@ async def differences_from(ledger: Ledger, state: SagaState, blueprint: Blueprin
     return found
 
 
-async def run_within(ledger: Ledger, saga_id: str, stage: str, prefix: str) -> list[str]:
-    """The sagas that a saga's stage ran whose ids begin so, oldest first."""
-    ids = [child for child, runner in await run_in(ledger, saga_id) if runner == stage]
-    found = [child for child in ids if child == prefix or child.startswith(f"{prefix}#")]
+async def run_within(ledger: Ledger, saga_id: str, children: Sequence[str], prefix: str) -> list[str]:
+    """Those of the sagas that a saga's stage ran whose ids begin so."""
+    found = [child for child in children if child == prefix or child.startswith(f"{prefix}#")]
     # One that a damaged ledger does not list would be forgotten, or run a second time: the first is also asked for by its name.
     lost = await recorded(ledger, prefix) if prefix not in found and is_name(prefix) else ()
     return [prefix, *found] if any(isinstance(event, SagaStarted) and event.parent == saga_id for event in lost[:1]) else found

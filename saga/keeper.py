@@ -110,10 +110,12 @@ class SagaKeeper:
         if context is None:
             context = parent.child_context(stage, pipeline, fields)
         while True:
+            child = parent.next_child(stage, attempt)
             try:
-                saga = await self._begin(blueprint, policy, context, parent.next_child(stage, attempt), parent, stage)
+                saga = await self._begin(blueprint, policy, context, child, parent, stage)
             except SagaExists:
                 # A fallback whose process has died is called once more, in the same attempt.
+                parent.begun[stage].remove(child)
                 continue
             return await self._as_child(parent, saga, self._forward(saga))
 
@@ -225,7 +227,7 @@ class SagaKeeper:
             raise
         journal = Journal(self._ledger, saga_id, state, version=len(events), token=token, owner=self.held.owner, listeners=self._listeners)
         saga = self.lives(blueprint, chosen, journal, context)
-        saga.has_children = True
+        saga.goes_on()
         return saga, events
 
     async def _taken_over(

@@ -479,6 +479,32 @@ def test_a_saga_is_not_read_anew_for_each_child_that_it_undoes(many: int) -> Non
     assert reads["s"] == 1
 
 
+def test_the_children_of_a_saga_are_not_listed_anew_for_each_of_them() -> None:
+    """The more there are, the longer the list: to undo twice as many took four times as long."""
+    lists: Counter[str | None] = Counter()
+
+    class Counting(MemoryLedger):
+        async def list(self, **wanted: Any) -> Sequence[Entry]:
+            lists[wanted.get("parent")] += 1
+            return await super().list(**wanted)
+
+    def lists_to_undo(many: int) -> list[int]:
+        """How often the children are listed until so many have run, and until they are undone."""
+        lists.clear()
+        world, child = scene({"a": ()})
+        parent = Pipeline(name="parent")
+        for number in range(many):
+            parent = parent.with_stage(f"child{number}", nested(child))
+        coordinator = SagaCoordinator(ledger=Counting())
+        run(coordinator.run(parent, saga_id="s"))
+        ran = lists["s"]
+        assert run(coordinator.compensate("s", parent)).status is SagaStatus.COMPENSATED
+        assert world.log == ["+a"] * many + ["-a"] * many
+        return [ran, lists["s"]]
+
+    assert lists_to_undo(8) == lists_to_undo(1)
+
+
 def test_every_attempts_child_is_undone() -> None:
     # The first child halts with its effects standing, the second completes, and then the parent fails.
     script = Script("raise", then=("ok",))
