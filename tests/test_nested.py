@@ -879,6 +879,21 @@ def test_when_a_person_has_said_to_try_again_there_is_only_to_go_on_until_that_h
     assert world.standing == {"a": 1}
 
 
+def test_a_stage_that_was_to_run_again_is_for_a_person_once_its_saga_goes_back_without_it() -> None:
+    """To resume was all that there was to do, and it did nothing."""
+    world, pipeline = scene({"a": (), "b": ()}, {"b": Script("hang", lands=True)})
+    coordinator = SagaCoordinator(FailFast(timeout=1, on_failure="halt"))
+    run(coordinator.run(pipeline, saga_id="s"))
+    run(coordinator.settle("s", "b", "retry", "when it goes forward"))
+
+    stuck = run(coordinator.compensate("s", pipeline))
+
+    assert str(stuck).splitlines()[-2:] == ["  saga settle s b undone --note '...'", "  saga resume s"]
+    world.undo("b")
+    assert run(coordinator.settle("s", "b", "undone", "by hand")).status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
 def test_a_stage_that_was_to_be_tried_again_is_for_a_person_once_its_saga_goes_back_and_cannot_try_it() -> None:
     """To resume was all that there was to do, and it did nothing."""
     world, hotel = scene({"room": (), "breakfast": ("room",)}, {"breakfast": Script("hang", lands=True)})

@@ -328,8 +328,12 @@ def goes_on(path: str, report: SagaReport) -> bool:
 
 def _is_to_be_tried(name: str, saga: SagaReport) -> bool:
     """Whether somebody has said to try a stage again, and it has not been since."""
-    said = _word_on(saga.stages[name])
+    stage = saga.stages[name]
+    said = _word_on(stage)
     if said is None or said.verdict is not Verdict.RETRY or _held(name, saga):
+        return False
+    if stage.verdicts and Verdict.RETRY not in stage.verdicts:
+        # The saga has turned back since, where nothing can try it.
         return False
     return all(failure.at <= said.at for failure in saga.failures if failure.stage == name)
 
