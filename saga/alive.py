@@ -20,6 +20,7 @@ from saga.family import run_in, run_within
 from saga.graph import Role
 from saga.inputs import no_such_field
 from saga.outputs import copied, copied_output
+from saga.record import Step, undo_step
 from saga.storable import refuse_unstorable
 from saga.watch import is_of_signal, leave_loop, outlast, retrieved, start
 from saga.within import has_left, reports_of
@@ -286,8 +287,11 @@ class LiveSaga(UndoHost):
 
     async def _children_of(self, stage: str, besides: Collection[str] = ()) -> list[str]:
         state = self.journal.state
-        # When the saga goes back as a whole, what used the fallback is undone before they are.
-        stand_in = state.stages[stage].fallback_ran if state.reason in {None, TurnReason.ORPHANS} else ()
+        stand_in = state.stages[stage].fallback_ran
+        if stand_in and state.reason not in {None, TurnReason.ORPHANS}:
+            # The saga goes back as a whole, and what used the fallback is undone before they are; but for what a pivot or a person keeps.
+            left = [node.name for node in state.graph.nodes if undo_step(node, state.stages[node.name]) is not Step.CLEAR]
+            stand_in = stand_in if stage in state.graph.with_ancestors([name for name in left if name != stage]) else ()
         if self._earlier is None:
             self._earlier = await run_in(self.journal.ledger, self.id)
         earlier = [child for child, runner in self._earlier if runner == stage]

@@ -1064,12 +1064,12 @@ def test_what_the_sagas_of_a_fallback_have_done_is_undone_when_that_then_fails(i
     assert report.stages["book"].children[0].status is SagaStatus.COMPENSATED
 
 
-def with_another_hotel(*, undo_fails: int = 0) -> tuple[World, Pipeline]:
+def with_another_hotel(*, undo_fails: int = 0, taxi: str = "probed") -> tuple[World, Pipeline]:
     """hotel -> taxi: the hotel's saga (room -> pay) fails, and another one (inn) stands in."""
     shape: dict[str, tuple[str, ...]] = {"room": (), "pay": (), "inn": (), "taxi": ()}
     scripts = {name: Script(undo_bears_repetition=True) for name in shape} | {"pay": Script("raise")}
     scripts["room"].undo_fails = undo_fails
-    world, flat = scene(shape, scripts, dict.fromkeys(shape, "probed"))
+    world, flat = scene(shape, scripts, dict.fromkeys(shape, "probed") | {"taxi": taxi})
     stages: dict[str, Any] = {name: spec.runner for name, spec in flat.stages.items()}
     hotel = Pipeline(name="hotel").with_stage("room", stages["room"]).with_stage("pay", stages["pay"], dependencies=("room",))
     other = Pipeline(name="other").with_stage("inn", stages["inn"])
@@ -1100,6 +1100,16 @@ def test_what_the_sagas_of_a_fallback_have_done_stands_while_what_its_stage_has_
 
     assert (report.status, report.fallbacks) == (SagaStatus.DEGRADED, ("hotel",))
     assert world.log == ["+room", "+inn", "+taxi", "-room"]
+
+
+def test_what_the_sagas_of_a_fallback_have_done_stands_below_a_pivot_that_used_it() -> None:
+    world, trip = with_another_hotel(undo_fails=1, taxi="pivot")
+    trip = trip.with_stage("tour", fail, "work", dependencies=("taxi",))
+
+    report = run(SagaCoordinator(ContinueWithFallback()).run(trip, saga_id="s"))
+
+    assert [*report.stuck] == ["hotel", "hotel/room"]
+    assert world.log == ["+room", "+inn", "+taxi"]
 
 
 def test_what_the_sagas_of_a_fallback_have_done_is_undone_with_what_its_stage_has_left_once_nothing_uses_it() -> None:
