@@ -41,6 +41,7 @@ from saga.report import StageReport
 from tests.controlled import elapse, run
 from tests.families import FamilyWorld, Kin, Leaf, Tree, may_fall_back, tokens
 from tests.places import SQLiteFile
+from tests.slow import SlowDisk
 
 CASES = int(os.environ.get("SAGA_CASES", "2000"))
 S = StageState
@@ -84,10 +85,12 @@ def policies(draw: st.DrawFn, names: Sequence[str], *, hurried: bool) -> Policy:
         "timeout": None if hurried else draw(st.sampled_from([None, None, 4.0])),
         "compensation": Compensation(
             retry=Retry(attempts=draw(st.integers(1, 2)), wait=0.0, jitter=False),
-            max_concurrency=draw(st.sampled_from([None, None, 1])),
+            max_concurrency=draw(st.sampled_from([None, None, 1, 2])),
             on_failure=draw(st.sampled_from(["isolate", "isolate", "isolate", "halt"])),
+            deadline=None if hurried else draw(st.sampled_from([None, None, None, 0.5, 1.5])),
         ),
         "in_flight": draw(st.sampled_from(["drain", "cancel"])),
+        "drain_timeout": None if hurried else draw(st.sampled_from([None, None, 0.5])),
         "cancel_grace": 1000.0,
         "on_failure": draw(st.sampled_from(["compensate", "compensate", "halt"])),
         "on_cancel": draw(st.sampled_from(["keep", "compensate"])),
@@ -163,10 +166,13 @@ def deeds(draw: st.DrawFn, root: Tree, *, hurried: bool) -> dict[str, Any]:
 
 @st.composite
 def mishaps(draw: st.DrawFn, *, hurried: bool) -> dict[str, Any]:
-    """After how many writes the process dies, and when the caller is cancelled."""
+    """After how many writes the process dies, when the caller is cancelled, and when which saga of the family is, by its id."""
     return {
         "kills": draw(st.one_of(st.just([]), st.just([]), st.lists(st.integers(0, 25), min_size=1, max_size=2))),
         "cancel_at": None if hurried else draw(st.one_of(st.none(), st.none(), st.sampled_from([0.5, 1.0, 1.5, 2.5, 3.0]))),
+        "stops": ()
+        if hurried
+        else draw(st.one_of(st.just(()), st.just(()), st.tuples(st.sampled_from([0.2, 0.5, 1.5]), st.integers(0, 5)))),
     }
 
 
@@ -177,6 +183,7 @@ def lives(draw: st.DrawFn, *, hurried: bool = False) -> dict[str, Any]:
         "root": root,
         "birth": draw(mishaps(hurried=hurried)),
         "deeds": draw(st.lists(deeds(root, hurried=hurried), max_size=4)),
+        "is_slow": not hurried and draw(st.booleans()),
         "home": draw(st.sampled_from(["forward", "back", "as told"])),
     }
 
@@ -207,13 +214,17 @@ class MortalMemory(Mortal, MemoryLedger):
     pass
 
 
+class MortalSlowDisk(Mortal, SlowDisk):
+    pass
+
+
 class MortalSQLite(Mortal, SQLiteLedger):
     pass
 
 
 class InMemory:
-    def __init__(self) -> None:
-        self.ledger = MortalMemory()
+    def __init__(self, *, is_slow: bool) -> None:
+        self.ledger = MortalSlowDisk() if is_slow else MortalMemory()
 
     async def reopen(self) -> Any:
         for saga in self.ledger._sagas.values():
@@ -269,7 +280,12 @@ class Life:
             await self.come_home(self.case["home"])
 
     async def act(
-        self, deed: Callable[[SagaCoordinator], Coroutine[Any, Any, Any]], *, kills: Sequence[int] = (), cancel_at: float | None = None
+        self,
+        deed: Callable[[SagaCoordinator], Coroutine[Any, Any, Any]],
+        *,
+        kills: Sequence[int] = (),
+        cancel_at: float | None = None,
+        stops: tuple[float, int] | tuple[()] = (),
     ) -> bool:
         """Do something with a new coordinator, whose process may die; then others recover what it left. Whether it was refused."""
         refused = False
@@ -280,7 +296,7 @@ class Life:
             self.world.unsure.clear()
             try:
                 if number == 0:
-                    refused = await self._attempt(coordinator, deed, cancel_at)
+                    refused = await self._attempt(coordinator, deed, cancel_at, stops)
                 else:
                     await self._recover(coordinator)
             except (LedgerError, OSError):
@@ -302,10 +318,31 @@ class Life:
         assert not recovery.failed or self.ledger.left < 0, str(recovery)
 
     async def _attempt(
-        self, coordinator: SagaCoordinator, deed: Callable[[SagaCoordinator], Coroutine[Any, Any, Any]], cancel_at: float | None
+        self,
+        coordinator: SagaCoordinator,
+        deed: Callable[[SagaCoordinator], Coroutine[Any, Any, Any]],
+        cancel_at: float | None,
+        stops: tuple[float, int] | tuple[()],
     ) -> bool:
         before = await self.history()
         task = asyncio.ensure_future(deed(coordinator))
+        stopping = asyncio.ensure_future(self._stop(coordinator, *stops)) if stops else None
+        try:
+            return await self._come_to_rest(coordinator, task, cancel_at, before)
+        finally:
+            if stopping is not None:
+                await stopping
+
+    async def _stop(self, coordinator: SagaCoordinator, at: float, which: int) -> None:
+        """Cancel one of the sagas that are alive by then by its id."""
+        await elapse(at)
+        alive = sorted(saga_id for saga_id, saga in coordinator._keeper.held.sagas.items() if saga is not None)
+        if alive:
+            await coordinator.cancel(alive[which % len(alive)])
+
+    async def _come_to_rest(
+        self, coordinator: SagaCoordinator, task: asyncio.Future[Any], cancel_at: float | None, before: dict[str, int]
+    ) -> bool:
         if cancel_at is not None:
             await elapse(cancel_at)
             task.cancel()
@@ -330,7 +367,7 @@ class Life:
         return await SagaCoordinator(ledger=self.ledger).report("s")
 
     async def do(self, what: str, **how: Any) -> None:
-        mishaps = {"kills": how.get("kills", ()), "cancel_at": how.get("cancel_at")}
+        mishaps = {"kills": how.get("kills", ()), "cancel_at": how.get("cancel_at"), "stops": how.get("stops", ())}
         match what:
             case "resume":
                 await self.act(lambda saga: saga.resume("s", self.pipeline, policy=how["policy"]), **mishaps)
@@ -584,7 +621,7 @@ def left_behind() -> dict[str, Any]:
         "d": Kin(children[2:], at_once=False, asked=False, times=1),
     }
     root = Tree("pa", {"a": (), "b": (), "c": ("a", "b"), "d": ()}, stages, FailFast(on_interrupt="halt", **settings))
-    return {"root": root, "birth": {"kills": [16], "cancel_at": 0.5}, "deeds": [], "home": "forward"}
+    return {"root": root, "birth": {"kills": [16], "cancel_at": 0.5}, "deeds": [], "is_slow": False, "home": "forward"}
 
 
 CHILDREN = (("pe", "e", 0.0), ("pf", "f", 0.0), ("pg", "g", 0.0), ("ph", "h", 1.0))
@@ -594,7 +631,7 @@ CHILDREN = (("pe", "e", 0.0), ("pf", "f", 0.0), ("pg", "g", 0.0), ("ph", "h", 1.
 @given(lives())
 @example(left_behind())
 def test_what_is_promised_holds_for_a_family_of_sagas(case: Mapping[str, Any]) -> None:
-    run(Life(case, InMemory()).live())
+    run(Life(case, InMemory(is_slow=case["is_slow"])).live())
 
 
 @settings(max_examples=max(CASES // 200, 1), deadline=None, suppress_health_check=list(HealthCheck))
