@@ -27,7 +27,7 @@ from saga import (
 from saga.report import NestedSagaFailed
 from tests.controlled import elapse, run
 from tests.test_ill_behaved import compute_for_a_second
-from tests.test_nested import half_undone
+from tests.within import half_undone
 from tests.world import CardDeclined, Probed, Script, nothing, scene
 
 ONCE = Compensation(retry=Retry(attempts=1))

@@ -1,0 +1,286 @@
+"""What a point of no return of a saga within means for the stages around it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from stageflow.api import Pipeline
+
+from saga import (
+    CompensableStage,
+    CompensationContext,
+    ContinueWithFallback,
+    FailFast,
+    Retry,
+    SagaContext,
+    SagaCoordinator,
+    SagaStatus,
+    StageState,
+    compensable,
+    nested,
+)
+from saga.events import StageCompleted
+from saga.report import NestedSagaFailed
+from tests.controlled import run
+from tests.dying import Dying
+from tests.within import (
+    IMPATIENT,
+    fail,
+    generations,
+    killed_while_it_ran,
+    undo_each,
+    with_another_hotel,
+)
+from tests.world import CardDeclined, Script, scene
+
+
+def test_what_the_sagas_of_a_fallback_have_done_stands_below_a_pivot_that_used_it() -> None:
+    world, trip = with_another_hotel(undo_fails=1, taxi="pivot")
+    trip = trip.with_stage("tour", fail, "work", dependencies=("taxi",))
+
+    report = run(SagaCoordinator(ContinueWithFallback()).run(trip, saga_id="s"))
+
+    assert [*report.stuck] == ["hotel", "hotel/room"]
+    assert world.log == ["+room", "+inn", "+taxi"]
+
+
+@pytest.mark.parametrize(("verdict", "status"), [("kept", SagaStatus.HALTED), ("undone", SagaStatus.COMPENSATED)])
+def test_a_stage_in_doubt_beyond_a_pivot_of_its_own_is_for_a_person(verdict: str, status: SagaStatus) -> None:
+    """Promise 5: the saga was called halted, as if it could be redriven."""
+    _, sale = scene({"sell": (), "mail": ("sell",)}, {"mail": Script("raise")}, {"sell": "pivot"})
+
+    class Sell(CompensableStage):
+        holds_pivot = True
+
+        async def execute(self, ctx: SagaContext) -> None:
+            if ctx.attempt == 1:
+                await asyncio.Event().wait()
+            raise NestedSagaFailed(await ctx.run_saga(sale))
+
+        async def compensate(self, _ctx: CompensationContext) -> None:
+            raise AssertionError
+
+    coordinator = SagaCoordinator(FailFast(timeout=1, retry=Retry(attempts=2, wait=0.0)))
+
+    report = run(coordinator.run(Pipeline().with_stage("sell", Sell), saga_id="s"))
+    settled = run(coordinator.settle("s", "sell", verdict, "looked"))
+
+    assert report.status is SagaStatus.STUCK
+    assert [*report.in_doubt] == ["sell"]
+    assert settled.status is status
+
+
+def test_a_compensation_that_passes_over_the_pivot_of_a_child_undoes_nothing_before_it() -> None:
+    """Promise 10: the same as when the child is `nested`, which raises what it was told."""
+    _, before = scene({"before": ()})
+    _, sale = scene({"sale": ()}, kinds={"sale": "pivot"})
+
+    async def sell(ctx: SagaContext) -> None:
+        await ctx.run_saga(sale)
+
+    parent = before.with_stage("sell", compensable(sell, undo_each([sale])), dependencies=("before",))
+    parent = parent.with_stage("fail", fail, "work", dependencies=("sell",))
+
+    report = run(SagaCoordinator(IMPATIENT).run(parent))
+
+    assert report.status is SagaStatus.HALTED
+    assert [*report.kept] == ["before", "sell"]
+
+
+def test_what_a_fallback_stands_in_for_is_undone_when_what_used_that_turns_out_to_be_beyond_the_pivot_of_a_child() -> None:
+    """Promise 12: whoever resumed the saga undid it, and until then a person was asked for."""
+    world, before = scene({"seat": ()}, {"seat": Script("raise", lands=True)}, {"seat": "recording"})
+    _, sale = scene({"sale": ()}, kinds={"sale": "pivot"})
+
+    async def sell(ctx: SagaContext) -> None:
+        await ctx.run_saga(sale)
+
+    trip = before.with_stage("sell", compensable(sell, undo_each([sale])), dependencies=("seat",))
+    trip = trip.with_stage("fail", fail, "work", dependencies=("sell",))
+
+    report = run(SagaCoordinator(ContinueWithFallback(fallbacks={"seat": {}})).run(trip))
+
+    assert report.status is SagaStatus.HALTED
+    assert report.clean, str(report)
+    assert [*report.kept] == ["seat", "sell"]
+    assert report.fallbacks == ("seat",)
+    assert world.undone() == ["seat"]
+
+
+def test_a_compensation_that_takes_what_is_stuck_beyond_the_pivot_of_a_child_for_kept_is_stuck() -> None:
+    """Promise 5: or the saga would be done with the stage, and nobody would be asked for what is stuck within."""
+    world, sale = scene({"sell": (), "mail": ("sell",)}, {"mail": Script(undo_fails=1)}, {"sell": "pivot"})
+
+    async def sell(ctx: SagaContext) -> None:
+        await ctx.run_saga(sale, policy=IMPATIENT)
+
+    async def give_back(ctx: CompensationContext) -> None:
+        for child in await ctx.child_sagas():
+            raise NestedSagaFailed(await ctx.undo_saga(child.saga_id, sale))
+
+    trip = Pipeline().with_stage("sell", compensable(sell, give_back)).with_stage("fail", fail, "work", dependencies=("sell",))
+    coordinator = SagaCoordinator(IMPATIENT)
+
+    stuck = run(coordinator.run(trip, saga_id="s"))
+    run(coordinator.settle("s", "sell/mail", "retry", "they answer again"))
+    report = run(coordinator.resume("s", trip))
+
+    assert stuck.status is SagaStatus.STUCK
+    assert [*stuck.stuck] == ["sell", "sell/mail"]
+    assert report.status is SagaStatus.HALTED
+    assert report.clean, str(report)
+    assert world.standing == {"sell": 1}
+
+
+def test_beside_the_pivot_of_one_child_what_is_stuck_in_another_one_is_still_for_a_person() -> None:
+    """Promise 5: the stage can't be undone any more, but that says nothing of its other sagas."""
+    _, sale = scene({"sale": ()}, kinds={"sale": "pivot"})
+    world, room = scene({"room": ()}, {"room": Script(undo_fails=1)})
+
+    async def book(ctx: SagaContext) -> None:
+        for pipeline in (sale, room):
+            await ctx.run_saga(pipeline, policy=IMPATIENT)
+        raise CardDeclined
+
+    parent = Pipeline(name="trip").with_stage("book", compensable(book, undo_each([sale, room])))
+    coordinator = SagaCoordinator(IMPATIENT)
+
+    stuck = run(coordinator.run(parent, saga_id="s"))
+    assert stuck.status is SagaStatus.STUCK
+    assert [*stuck.stuck] == ["book", "book#1.2/room"]
+    run(coordinator.settle("s", "book#1.2/room", "retry", "they answer again"))
+    report = run(coordinator.resume("s", parent))
+
+    assert report.status is SagaStatus.HALTED
+    assert report.clean, str(report)
+    assert world.standing == {}
+
+
+def test_a_pivot_within_a_child_protects_what_the_child_stands_on() -> None:
+    world, trip = generations({"after": Script("raise", then=("ok",))}, {"pay": "pivot"})
+    coordinator = SagaCoordinator()
+
+    halted = run(coordinator.run(trip, saga_id="s"))
+    report = run(coordinator.resume("s", trip))
+
+    assert halted.status is SagaStatus.HALTED
+    assert halted.past_pivot
+    assert halted.compensation_order == ("aside",)
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+before", "+aside", "+room", "+open", "+pay", "+confirm", "-aside", "+aside", "+after"]
+
+
+def test_a_child_that_fails_after_its_pivot_halts_the_parent_and_both_go_on_from_there() -> None:
+    world, trip = generations({"confirm": Script("raise", then=("ok",))}, {"pay": "pivot"})
+    coordinator = SagaCoordinator()
+
+    halted = run(coordinator.run(trip, saga_id="s"))
+
+    assert halted.status is SagaStatus.HALTED
+    assert halted.stages["book_hotel"].state is StageState.FAILED
+    assert halted.stages["before"].state is StageState.KEPT
+    assert world.standing.keys() == {"before", "room", "open", "pay"}
+
+    report = run(coordinator.resume("s", trip))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.standing.keys() == {"before", "room", "open", "pay", "confirm", "after", "aside"}
+    assert all(count == 1 for count in world.standing.values())
+    assert len(report.stages["book_hotel"].children) == 1
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_what_can_be_undone_beyond_the_pivot_of_a_child_is_undone_when_it_is_settled(fallback: bool) -> None:
+    """Also where a fallback stands in, so that the child never goes forward any more; it was in doubt for good."""
+    shape = {"pay": (), "mail": ("pay",), "fail": ("mail",)}
+    world, child = scene(shape, {"mail": Script(undo_fails=1), "fail": Script("raise", then=("ok",))}, {"pay": "pivot"})
+    before, parent = scene({"before": ()})
+    trip = parent.with_stage("child", nested(child, IMPATIENT), dependencies=("before",))
+    policy: Any = ContinueWithFallback(fallbacks={"child": {}}) if fallback else FailFast()
+    coordinator = SagaCoordinator(policy)
+
+    stuck = run(coordinator.run(trip, saga_id="s"))
+    assert stuck.status is SagaStatus.STUCK
+    assert [*stuck.stuck] == ["child", "child/mail"]
+    run(coordinator.settle("s", "child/mail", "retry", "they answer again"))
+    report = run(coordinator.resume("s", trip))
+
+    assert report.status is (SagaStatus.DEGRADED if fallback else SagaStatus.HALTED)
+    assert report.clean, str(report)
+    assert (world.standing, before.standing) == ({"pay": 1}, {"before": 1})
+    assert "Kept within what did not complete: child/pay." in str(report).splitlines()
+    assert report.stages["child"].state is (StageState.FALLBACK if fallback else StageState.FAILED)
+    assert set(report.kept) == ({"before", "child"} if fallback else {"before"})
+    again = run(coordinator.resume("s", trip))
+    if fallback:
+        assert again == report, "there was nothing left to do"
+    else:
+        assert again.status is SagaStatus.COMPLETED
+        assert world.standing == {"pay": 1, "mail": 1, "fail": 1}
+
+
+def test_what_a_person_undid_beyond_the_pivot_of_a_child_protects_nothing_before_it() -> None:
+    """What was held back by it may be undone then, as the docs say."""
+    world, child = scene({"pay": (), "mail": ("pay",)}, {"mail": Script("hang")}, {"pay": "pivot"})
+    before, parent = scene({"before": ()})
+    trip = parent.with_stage("child", nested(child, FailFast(timeout=1)), dependencies=("before",))
+    coordinator = SagaCoordinator(IMPATIENT)
+    stuck = run(coordinator.run(trip, saga_id="s"))
+    assert [*stuck.stuck, *stuck.in_doubt, *stuck.kept] == ["child", "child/mail", "before"]
+
+    run(coordinator.settle("s", "child/mail", "undone", "nobody got one"))
+    world.undo("pay")
+    run(coordinator.settle("s", "child", "undone", "they gave the money back, too"))
+    report = run(coordinator.resume("s", trip))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.clean, str(report)
+    assert not report.past_pivot
+    assert (world.standing, before.standing) == ({}, {})
+
+
+def test_where_nothing_came_of_a_saga_but_what_is_beyond_the_pivot_of_a_child_it_halts() -> None:
+    """Promise 5: it was said to be compensated, and the pivot stood."""
+    world, child = scene({"pay": (), "mail": ("pay",)}, {"mail": Script("raise", then=("ok",))}, {"pay": "pivot"})
+    aside, parent = scene({"aside": ()})
+    parent = parent.with_stage("child", nested(child))
+    tail = scene({"after": ()})[1].stages["after"].runner
+    parent = parent.with_stage("after", tail, dependencies=("aside", "child"))
+    coordinator = SagaCoordinator(ContinueWithFallback(without_fallback="skip_branch"))
+
+    halted = run(coordinator.run(parent, saga_id="s"))
+
+    assert halted.status is SagaStatus.HALTED
+    assert (world.standing, aside.standing) == ({"pay": 1}, {})
+    assert run(coordinator.resume("s", parent)).status is SagaStatus.COMPLETED
+
+
+def test_a_child_that_fails_before_its_pivot_is_undone_with_its_parent() -> None:
+    world, trip = generations({"pay": Script("raise")}, {"pay": "pivot"})
+
+    report = run(SagaCoordinator().run(trip, saga_id="s"))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+def test_killed_before_it_is_known_that_a_child_is_done_whose_pivot_is_behind_it_the_child_is_not_undone() -> None:
+    """Promises 10 and 11: the probe finds that it has completed, and from then on it stands, with all that it depends on."""
+    world, trip = generations({}, {"pay": "pivot"})
+
+    class Killed(Dying):
+        async def append(self, saga_id: str, events: Any, **how: Any) -> None:
+            if any(isinstance(event, StageCompleted) and event.stage == "book_hotel" for event in events):
+                self.left = 0
+            await super().append(saga_id, events, **how)
+
+    ledger = killed_while_it_ran(trip, Killed(1000))
+    report = run(SagaCoordinator(ledger=ledger).compensate("s", trip))
+
+    assert report.status is SagaStatus.HALTED
+    assert report.clean, str(report)
+    assert report.stages["book_hotel"].state is StageState.KEPT
+    assert report.compensation_order == ("aside",)
+    assert world.standing.keys() == {"before", "room", "open", "pay", "confirm"}

@@ -1,0 +1,467 @@
+"""What the sagas that a stage of ones own has run come to when it fails, is undone, or passes over them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import Any
+
+import pytest
+from stageflow.api import Pipeline, StageOutput
+
+from saga import (
+    Compensation,
+    CompensationContext,
+    ContinueWithFallback,
+    FailFast,
+    MemoryLedger,
+    MisuseError,
+    Policy,
+    Retry,
+    SagaContext,
+    SagaCoordinator,
+    SagaReport,
+    SagaStatus,
+    StageState,
+    compensable,
+    nested,
+)
+from saga.events import SagaEnded
+from saga.nested import NestedSaga
+from tests.controlled import elapse, run
+from tests.dying import Dying
+from tests.within import (
+    IMPATIENT,
+    booking,
+    fail,
+    generations,
+    killed_while_it_ran,
+    nothing_landed,
+    undo_each,
+    with_another_hotel,
+)
+from tests.world import SEQUENCE, CardDeclined, Script, nothing, scene
+
+
+def test_a_parent_that_stops_lets_its_children_start_nothing_more() -> None:
+    world, trip = generations({"room": Script(before=5), "aside": Script("raise", before=1)})
+
+    report = run(SagaCoordinator().run(trip, saga_id="s"))
+
+    assert "+pay" not in world.log
+    assert world.log == ["+before", "+room", "-room", "-before"]
+    assert report.status is SagaStatus.COMPENSATED
+    child = report.stages["book_hotel"].children[0]
+    assert child.status is SagaStatus.COMPENSATED
+    assert child.cause is not None
+    assert child.cause.message == "the saga that runs it is stopping"
+
+
+def test_a_saga_is_undone_by_itself_behind_the_fallback_of_a_stage_in_doubt_that_nothing_can_tell_of() -> None:
+    world, hotel = scene({"room": (), "tour": ("room",)}, {"tour": Script(before=3)})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(hotel, policy=FailFast(on_interrupt="halt"))
+
+    trip = Pipeline().with_stage("book", compensable(book, undo_each([hotel]), timeout=1))
+    coordinator = SagaCoordinator(ContinueWithFallback(fallbacks={"book": {}}))
+    stuck = run(coordinator.run(trip, saga_id="s"))
+    assert (stuck.fallbacks, {*stuck.in_doubt}) == (("book",), {"book"})
+    assert world.standing == {"room": 1, "tour": 1}
+
+    report = run(coordinator.compensate("s/book", hotel))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+    assert run(coordinator.settle("s", "book", "undone", "nothing of it stands")).status is SagaStatus.DEGRADED
+
+
+@pytest.mark.parametrize("probe", [None, nothing_landed])
+@pytest.mark.parametrize(("outcome", "kind"), [("raise", "exception"), ("fail", "reported"), ("skip", "contract"), ("wrong", "contract")])
+def test_what_the_sagas_of_a_stage_have_done_is_undone_when_the_stage_then_fails(outcome: str, kind: str, probe: Any) -> None:
+    """Promise 5: it was taken at its word that it had had no effect, and a child stood that nobody could reach."""
+    world, trip = booking(outcome, probe=probe)
+
+    report = run(SagaCoordinator().run(trip, saga_id="s"))
+
+    assert world.log == ["+take", "+cook", "-cook", "-take"]
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+    assert report.cause.kind == kind
+    assert report.stages["book"].state is StageState.UNDONE
+    assert [child.status for child in report.stages["book"].children] == [SagaStatus.COMPENSATED] * 2
+
+
+def test_what_the_sagas_of_a_stage_have_done_is_kept_with_the_rest_when_the_stage_cancels() -> None:
+    world, trip = booking("cancel", second="ok")
+    coordinator = SagaCoordinator()
+
+    report = run(coordinator.run(trip, saga_id="s"))
+    assert report.status is SagaStatus.CANCELLED
+    assert world.standing == {"take": 1, "cook": 1, "serve": 1}
+
+    assert run(coordinator.compensate("s", trip)).status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+def test_behind_the_fallback_of_a_stage_what_its_sagas_have_done_is_undone() -> None:
+    world, trip = booking("raise", second="ok")
+
+    report = run(SagaCoordinator(ContinueWithFallback(fallbacks={"book": {}})).run(trip))
+
+    assert report.status is SagaStatus.DEGRADED
+    assert world.standing == {"after": 1}
+
+
+@pytest.mark.parametrize("instead", [{}, {"book": {}}])
+def test_what_the_sagas_of_a_fallback_have_done_is_undone_when_that_then_fails(instead: dict[str, Any]) -> None:
+    """Promise 5: a fallback that stands in keeps what it did, but of one that failed nobody has any use."""
+    world, hostel = scene({"bed": ()})
+
+    async def try_elsewhere(ctx: SagaContext, _: Any) -> None:
+        await ctx.run_saga(hostel)
+        raise CardDeclined
+
+    book = compensable(fail, undo_each([hostel]), fallback=try_elsewhere)
+    coordinator = SagaCoordinator(ContinueWithFallback(fallbacks=instead))
+
+    report = run(coordinator.run(Pipeline(name="trip").with_stage("book", book), saga_id="s"))
+
+    assert report.status is (SagaStatus.DEGRADED if instead else SagaStatus.COMPENSATED)
+    assert world.log == ["+bed", "-bed"]
+    assert report.stages["book"].children[0].status is SagaStatus.COMPENSATED
+
+
+def test_what_the_sagas_of_a_fallback_have_done_stands_while_what_its_stage_has_left_is_undone() -> None:
+    """Promise 1: the inn was cancelled under the taxi that took people there."""
+    world, trip = with_another_hotel(undo_fails=1)
+    coordinator = SagaCoordinator(ContinueWithFallback())
+    stuck = run(coordinator.run(trip, saga_id="s"))
+    assert (stuck.status, [*stuck.stuck]) == (SagaStatus.STUCK, ["hotel", "hotel/room"])
+    run(coordinator.settle("s", "hotel/room", "retry", "they answer again"))
+
+    report = run(coordinator.resume("s", trip))
+
+    assert (report.status, report.fallbacks) == (SagaStatus.DEGRADED, ("hotel",))
+    assert world.log == ["+room", "+inn", "+taxi", "-room"]
+
+
+def test_what_the_sagas_of_a_fallback_have_done_is_undone_with_what_its_stage_has_left_once_nothing_uses_it() -> None:
+    world, trip = with_another_hotel(undo_fails=1)
+    coordinator = SagaCoordinator(ContinueWithFallback())
+    run(coordinator.run(trip, saga_id="s"))
+    run(coordinator.settle("s", "hotel/room", "retry", "they answer again"))
+
+    report = run(coordinator.compensate("s", trip))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.log == ["+room", "+inn", "+taxi", "-taxi", "-inn", "-room"]
+
+
+def test_a_stage_whose_sagas_have_all_undone_themselves_has_failed_and_is_not_undone() -> None:
+    world, meal = scene({"cook": (), "serve": ("cook",)}, {"serve": Script("raise")})
+
+    async def book(ctx: SagaContext) -> None:
+        (await ctx.run_saga(meal)).raise_for_status()
+
+    report = run(SagaCoordinator().run(Pipeline().with_stage("book", compensable(book, nothing))))
+
+    assert world.log == ["+cook", "-cook"]
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.stages["book"].state is StageState.FAILED
+    assert report.stages["book"].compensation is None
+
+
+def test_a_stage_that_fails_with_a_saga_that_nobody_can_read_is_not_taken_at_its_word() -> None:
+    world, trip = booking("raise", second="ok")
+
+    class Torn(MemoryLedger):
+        is_torn = True
+
+        async def read(self, saga_id: str) -> Sequence[Any]:
+            events = await super().read(saga_id)
+            return events[1:] if saga_id == "s/book" and self.is_torn else events
+
+    ledger = Torn()
+
+    def mend(saga_id: str, event: object) -> None:
+        if saga_id == "s" and isinstance(event, SagaEnded):
+            ledger.is_torn = False
+
+    coordinator = SagaCoordinator(IMPATIENT, ledger=ledger, listeners=[mend])
+    stuck = run(coordinator.run(trip, saga_id="s"))
+    assert list(stuck.stuck) == ["book"]
+    assert "LedgerCorrupt" in str(stuck)
+    run(coordinator.settle("s", "book", "retry", "it can be read again"))
+
+    assert run(coordinator.resume("s", trip)).status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+def test_a_probe_that_passes_over_the_sagas_of_a_stage_makes_nothing_of_them_undone() -> None:
+    world, room = scene({"room": ()})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(room)
+
+    trip = Pipeline().with_stage("book", compensable(book, fail, probe=nothing_landed))
+    coordinator = SagaCoordinator(IMPATIENT)
+    run(coordinator.run(trip, saga_id="s"))
+
+    report = run(coordinator.compensate("s", trip))
+
+    assert report.stages["book"].compensation is not None
+    assert report.stages["book"].state is StageState.STUCK
+    assert world.standing == {"room": 1}
+
+
+def test_what_a_child_keeps_is_named_where_its_stage_did_not_complete() -> None:
+    _, trip = generations({"confirm": Script("raise")}, {"pay": "pivot"})
+
+    halted = run(SagaCoordinator().run(trip, saga_id="s"))
+
+    within = ["book_hotel/room", "book_hotel/charge_deposit"]
+    assert f"Kept within what did not complete: {', '.join(within)}." in str(halted).splitlines()
+
+
+def test_a_compensation_that_passes_over_what_a_child_left_standing_has_failed() -> None:
+    """Promise 5: compensated means that nothing is stuck, however careless the code of a stage is."""
+    world, room = scene({"room": ()}, {"room": Script(undo_fails=9)})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(room, policy=IMPATIENT)
+
+    parent = Pipeline().with_stage("book", compensable(book, undo_each([room]))).with_stage("fail", fail, "work", dependencies=("book",))
+    coordinator = SagaCoordinator(IMPATIENT)
+
+    stuck = run(coordinator.run(parent, saga_id="s"))
+
+    assert stuck.status is SagaStatus.STUCK
+    assert stuck.stages["book"].state is StageState.STUCK
+    assert "saga.report.NestedSagaFailed" in [failure.type for failure in stuck.failures]
+    world.undo("room")
+    run(coordinator.settle("s", "book/room", "undone", "by hand"))
+    assert run(coordinator.resume("s", parent)).status is SagaStatus.COMPENSATED
+
+
+def test_a_compensation_that_passes_over_a_child_has_failed() -> None:
+    """Promise 5: it undid the first of two, and the saga counted as compensated while the other one stood."""
+    world, room = scene({"room": ()})
+    mended = False
+
+    async def book(ctx: SagaContext) -> None:
+        for _ in range(2):
+            await ctx.run_saga(room)
+
+    async def release(ctx: CompensationContext) -> None:
+        for child in (await ctx.child_sagas())[: 2 if mended else 1]:
+            await ctx.undo_saga(child.saga_id, room)
+
+    parent = Pipeline().with_stage("book", compensable(book, release)).with_stage("fail", fail, "work", dependencies=("book",))
+    coordinator = SagaCoordinator(IMPATIENT)
+
+    stuck = run(coordinator.run(parent, saga_id="s"))
+    assert stuck.status is SagaStatus.STUCK
+    assert [*stuck.stuck] == ["book"]
+    assert world.standing == {"room": 1}
+    mended = True
+    run(coordinator.settle("s", "book", "retry", "it looks for both now"))
+    report = run(coordinator.resume("s", parent))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_a_compensation_that_fails_with_one_of_its_sagas_waits_until_the_others_are_undone(attempts: int) -> None:
+    """Promise 1: asyncio.gather leaves them running, and what they stood on was undone beside them, or another attempt met them."""
+    world, room = scene({"before": (), "room": ("before",)}, {"room": Script(undo_takes=5)})
+    stages = {name: spec.runner for name, spec in room.stages.items()}
+    room = Pipeline(name="room").with_stage("room", stages["room"])
+    answers = iter([CardDeclined(), None])
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(room)
+
+    async def declined_at_first() -> None:
+        if next(answers) is not None:
+            raise CardDeclined
+
+    async def release(ctx: CompensationContext) -> None:
+        await asyncio.gather(declined_at_first(), *(ctx.undo_saga(child.saga_id, room) for child in await ctx.child_sagas()))
+
+    trip = Pipeline(name="trip").with_stage("before", stages["before"])
+    trip = trip.with_stage("book", compensable(book, release), dependencies=("before",))
+    trip = trip.with_stage("fail", fail, "work", dependencies=("book",))
+    policy = FailFast(compensation=Compensation(retry=Retry(attempts=attempts, wait=0.0), on_failure="continue"))
+
+    report = run(SagaCoordinator(policy).run(trip, saga_id="s"))
+
+    assert report.status is (SagaStatus.STUCK if attempts == 1 else SagaStatus.COMPENSATED)
+    assert report.stages["book"].children[0].status is SagaStatus.COMPENSATED
+    assert world.log == ["+before", "+room", "-room", "-before"]
+    assert world.refusals == []
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_a_stage_that_fails_with_one_of_its_sagas_waits_until_the_others_have_stopped(attempts: int) -> None:
+    """Promise 3: asyncio.gather leaves them running, and nothing is undone, or attempted anew, beside them."""
+    world, slow = scene({"a": (), "b": ("a",)}, {"b": Script(before=5, then=("ok",))})
+    _, fast = scene({"x": ()}, {"x": Script("raise", then=("ok",))})
+
+    async def book(ctx: SagaContext) -> None:
+        reports = await asyncio.gather(*(failing_with(ctx.run_saga(pipeline)) for pipeline in (slow, fast)))
+        assert all(report.ok for report in reports)
+
+    async def failing_with(report: Awaitable[SagaReport]) -> SagaReport:
+        (ended := await report).raise_for_status()
+        return ended
+
+    trip = Pipeline(name="trip").with_stage("book", compensable(book, undo_each([slow, fast])))
+    coordinator = SagaCoordinator(FailFast(retry=Retry(attempts=attempts, wait=0.0), compensation=IMPATIENT.compensation))
+
+    report = run(coordinator.run(trip, saga_id="s"))
+
+    assert report.status is (SagaStatus.COMPENSATED if attempts == 1 else SagaStatus.COMPLETED)
+    assert report.clean, str(report)
+    assert "fallback" not in str(report)
+    assert world.log[:4] == ["+a", "+b", "-b", "-a"]
+    assert world.standing == ({} if attempts == 1 else {"a": 1, "b": 1})
+
+
+def test_a_stage_that_fails_stops_none_of_the_sagas_that_others_run() -> None:
+    """What they have begun comes to its end: the failed stage's fallback stands in, and the saga goes on."""
+    world, room = scene({"room": ()}, {"room": Script(before=5)})
+    stages = {name: spec.runner for name, spec in room.stages.items()}
+    suite = Pipeline(name="suite").with_stage("suite", stages["room"])
+
+    async def declined() -> None:
+        await elapse(1)
+        raise CardDeclined
+
+    async def book(ctx: SagaContext) -> None:
+        await asyncio.gather(declined(), ctx.run_saga(suite))
+
+    async def release(ctx: CompensationContext) -> None:
+        for child in await ctx.child_sagas():
+            await ctx.undo_saga(child.saga_id, suite)
+
+    trip = Pipeline(name="trip").with_stage("book", compensable(book, release)).with_stage("other", nested(room))
+
+    report = run(SagaCoordinator(ContinueWithFallback(fallbacks={"book": {}})).run(trip, saga_id="s"))
+
+    assert report.status is SagaStatus.DEGRADED
+    assert [report.stages[name].children[0].status for name in ("book", "other")] == [SagaStatus.COMPENSATED, SagaStatus.COMPLETED]
+    assert world.log == ["+room", "+room", "-room"]
+
+
+def test_a_stage_that_completes_stops_none_of_the_sagas_that_it_has_left_running() -> None:
+    world, room = scene({"a": (), "b": ("a",)}, {"a": Script(before=5)})
+    begun: list[asyncio.Task[SagaReport]] = []
+
+    async def book(ctx: SagaContext) -> None:
+        begun.append(asyncio.create_task(ctx.run_saga(room)))
+        await elapse(1)
+
+    async def takes_long(_: SagaContext) -> None:
+        await elapse(10)
+
+    trip = Pipeline(name="trip").with_stage("book", compensable(book, undo_each([room])))
+    trip = trip.with_stage("pay", compensable(takes_long, nothing), dependencies=("book",))
+
+    report = run(SagaCoordinator().run(trip, saga_id="s"))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert begun[0].result().status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "+b"]
+
+
+class SlowToRead(MemoryLedger):
+    """Looks long for a saga that is about to begin."""
+
+    async def read(self, saga_id: str) -> Any:
+        found = await super().read(saga_id)
+        if not found:
+            await elapse(1)
+        return found
+
+
+@pytest.mark.parametrize("hesitates", [False, True])
+@pytest.mark.parametrize("instead", ["another attempt", "a fallback"])
+def test_a_saga_that_a_failed_stage_was_about_to_run_runs_nothing(instead: str, hesitates: bool) -> None:
+    """Promises 2 and 5: it ran beside the next attempt, which ran one of its own; or behind a fallback, where nobody could undo it."""
+    world, room = scene({"room": ()})
+    answers = iter([CardDeclined(), None])
+
+    async def declined_at_first() -> None:
+        if instead == "a fallback" or next(answers) is not None:
+            raise CardDeclined
+
+    came_to: list[str] = []
+
+    async def begins(ctx: SagaContext) -> None:
+        if hesitates:
+            await elapse(1)
+        try:
+            came_to.append(str((await ctx.run_saga(room)).cause))
+        except MisuseError as refused:
+            came_to.append(str(refused))
+
+    async def book(ctx: SagaContext) -> None:
+        await asyncio.gather(declined_at_first(), begins(ctx))
+
+    async def release(ctx: CompensationContext) -> None:
+        for child in await ctx.child_sagas():
+            await ctx.undo_saga(child.saga_id, room)
+
+    async def rest(_: SagaContext) -> None:
+        await elapse(5)
+
+    trip = (
+        Pipeline(name="trip")
+        .with_stage("book", compensable(book, release))
+        .with_stage("rest", compensable(rest, nothing), dependencies=("book",))
+    )
+    policy: Policy = FailFast(retry=Retry(attempts=2, wait=0.0))
+    if instead == "a fallback":
+        policy = ContinueWithFallback(fallbacks={"book": {}})
+    coordinator = SagaCoordinator(policy, ledger=SlowToRead())
+
+    first = run(coordinator.run(trip, saga_id="s"))
+    assert first.ok
+    assert world.log == ["+room"] * (instead == "another attempt")
+    assert came_to[0] == (
+        "expected a stage that is still running to run a saga, for stage 'book', "
+        "got one of which this attempt has failed, or was given up. "
+        "Whatever it has begun beside, let it end before the stage does: asyncio.TaskGroup sees to that."
+        if hesitates
+        else "the saga was interrupted: the stage that ran it has failed"
+    )
+    undone = run(coordinator.compensate("s", trip))
+
+    assert undone.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+    assert world.refusals == []
+
+
+def test_a_probe_that_lets_a_child_come_to_rest_stops_none_while_its_own_saga_runs_on() -> None:
+    child_world, child = scene(SEQUENCE, kinds=dict.fromkeys("abc", "probed"))
+    seen: list[tuple[SagaStatus, list[str]]] = []
+
+    class Cautious(NestedSaga):
+        idempotent = False
+
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            (known,) = await ctx.child_sagas()
+            rested = await ctx.rest_saga(known.saga_id, child)
+            seen.append((rested.status, [*child_world.log]))
+            return await super().probe(ctx)
+
+    parent = Pipeline(name="parent").with_stage("child", Cautious(child))
+    ledger = killed_while_it_ran(parent, Dying(5))
+
+    report = run(SagaCoordinator(ledger=ledger).resume("s", parent))
+
+    assert seen == [(SagaStatus.RUNNING, ["+a", "+b"])]
+    assert report.status is SagaStatus.COMPENSATED
+    assert child_world.standing == {}
