@@ -149,6 +149,17 @@ def test_a_failed_saga_comes_back_from_a_worker_process_whatever_its_stages_rais
     assert "Unavailable: no answer to charge" in declined.__notes__[0]
 
 
+def test_only_what_can_not_be_made_again_is_replaced_when_a_failed_saga_is_pickled() -> None:
+    with pytest.raises(SagaFailed) as here:
+        fail_in_a_worker()
+
+    there = pickled(here.value)
+
+    assert isinstance(there, SagaFailed)
+    assert [type(error) for error in here.value.exceptions] == [NestedSagaFailed, Unavailable]
+    assert [type(error) for error in there.exceptions] == [NestedSagaFailed, SagaError]
+
+
 def test_a_report_is_copied_whatever_its_stages_raised() -> None:
     here = run_in_a_worker()
 
