@@ -73,7 +73,6 @@ class LiveSaga(UndoHost):
         keeper: Whoever keeps it, and the sagas that its stages run.
         children: The sagas that its stages run now.
         failed: The stages whose last attempt, or fallback, has failed, and whose sagas are being stopped.
-        begun: By stage the sagas that it has begun since this one is held here.
         has_children: Whether its stages have run any.
         exceptions: What those that ended have failed with.
         undone_within: By stage the sagas that its compensation has turned to, and what it has made of each.
@@ -108,9 +107,9 @@ class LiveSaga(UndoHost):
         self.is_stopping = False
         self.stopped_by: str | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self.begun: Final[dict[str, list[str]]] = {}
         # Nobody else runs any meanwhile: to list them for each question would take the longer, the more there are.
-        self._earlier: list[tuple[str, str]] | None = []
+        self._ran_before: dict[str, str] | None = {}
+        self._ran_here: dict[str, str] = {}
         self._begun: Counter[tuple[str, int]] = Counter()
         self._being_undone: Final[dict[str, set[asyncio.Future[None]]]] = {}
         self._recordings: dict[str, list[Coroutine[Any, Any, None]]] = {}
@@ -182,13 +181,23 @@ class LiveSaga(UndoHost):
         """The id of the next saga that an attempt of a stage runs."""
         key = self.forward_key(stage)
         self._begun[key, attempt] += 1
-        child = child_id(key, attempt, self._begun[key, attempt])
-        self.begun.setdefault(stage, []).append(child)
-        return child
+        return child_id(key, attempt, self._begun[key, attempt])
 
     def goes_on(self) -> None:
         """It may have run others before, which the ledger knows."""
-        self.has_children, self._earlier = True, None
+        self.has_children, self._ran_before = True, None
+
+    def takes_in(self, child: LiveSaga, stage: str) -> None:
+        """A stage runs the child from here on."""
+        self.has_children = True
+        self.children.add(child)
+        self._ran_here[child.id] = stage
+
+    def parts_with(self, child: LiveSaga) -> None:
+        """The child has come to rest."""
+        self.children.discard(child)
+        if child.journal.token is None:
+            del self._ran_here[child.id]  # the ledger has never heard of it
 
     def compensation_context(self, stage: str, attempt: int) -> CompensationContext:
         """What a compensation or a probe of the stage gets to know."""
@@ -292,10 +301,12 @@ class LiveSaga(UndoHost):
             # The saga goes back as a whole, and what used the fallback is undone before they are; but for what a pivot or a person keeps.
             left = [node.name for node in state.graph.nodes if undo_step(node, state.stages[node.name]) is not Step.CLEAR]
             stand_in = stand_in if stage in state.graph.with_ancestors([name for name in left if name != stage]) else ()
-        if self._earlier is None:
-            self._earlier = await run_in(self.journal.ledger, self.id)
-        earlier = [child for child, runner in self._earlier if runner == stage]
-        known = [*earlier, *(child for child in self.begun.get(stage, ()) if child not in earlier)]
+        if self._ran_before is None:
+            self._ran_before = dict(await run_in(self.journal.ledger, self.id))
+        # Of one that has just begun a durable ledger learns with its first stage.
+        unheard = {child.id for child in self.children if child.journal.token is None}
+        ran = {**self._ran_before, **self._ran_here}
+        known = [child for child, runner in ran.items() if runner == stage and child not in unheard]
         children = await run_within(self.journal.ledger, self.id, known, self.forward_key(stage))
         return [child for child in children if child not in stand_in and child not in besides]
 

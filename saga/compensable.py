@@ -311,7 +311,7 @@ class _Composed:
 
 def wrapped(stage: Any) -> Any:
     """What `compensable` has wrapped in this stage, or else the stage itself."""
-    return stage.runner if isinstance(stage, _Composed | _OfClass) else stage
+    return stage.runner if isinstance(stage, (_Composed, _OfClass)) else stage
 
 
 def _kind(runner: Any, given: Mapping[str, Any]) -> Any:

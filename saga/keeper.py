@@ -110,12 +110,10 @@ class SagaKeeper:
         if context is None:
             context = parent.child_context(stage, pipeline, fields)
         while True:
-            child = parent.next_child(stage, attempt)
             try:
-                saga = await self._begin(blueprint, policy, context, child, parent, stage)
+                saga = await self._begin(blueprint, policy, context, parent.next_child(stage, attempt), parent, stage)
             except SagaExists:
                 # A fallback whose process has died is called once more, in the same attempt.
-                parent.begun[stage].remove(child)
                 continue
             return await self._as_child(parent, saga, self._forward(saga))
 
@@ -125,16 +123,16 @@ class SagaKeeper:
         return await self._as_child(parent, *await self._taken_over(saga_id, pipeline, decide, parent=parent))
 
     async def _as_child(self, parent: LiveSaga, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
-        parent.has_children = True
-        parent.children.add(saga)
+        stage = str(saga.journal.state.started.parent_stage)
+        parent.takes_in(saga, stage)
         if parent.is_stopping:
             saga.interrupt("the saga that runs it is stopping")
-        elif saga.journal.state.started.parent_stage in parent.failed:
+        elif stage in parent.failed:
             saga.interrupt(STAGE_FAILED)
         try:
             report = await self._unbroken(saga, work)
         finally:
-            parent.children.discard(saga)
+            parent.parts_with(saga)
         parent.exceptions |= {failure: failure.exception for failure in report.failures if failure.exception is not None}
         return report
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -122,21 +121,16 @@ def _report(
 
 async def reports_of(ledger: Ledger, children: Sequence[str]) -> list[SagaReport]:
     """The reports of children of a saga that is alive."""
-    reports = []
-    for child in children:
-        with suppress(SagaNotFound):  # it is only just beginning
-            # It lets them go forward. To read for each of them what it has recorded would take the longer, the more there are.
-            reports.append((await _told(ledger, child, goes_on=True)).report)
-    return reports
+    # It lets them go forward. To read for each of them what it has recorded would take the longer, the more there are.
+    return [(await _told(ledger, child, goes_on=True)).report for child in children]
 
 
 async def has_left(ledger: Ledger, children: Sequence[str]) -> bool:
     """Whether anything stands, or may stand, of any of these sagas."""
     for child in children:
-        with suppress(SagaNotFound):  # it is only just beginning
-            state = SagaState(await events_of(ledger, child))
-            if state.ended_at is None or _stands(state):
-                return True
+        state = SagaState(await events_of(ledger, child))
+        if state.ended_at is None or _stands(state):
+            return True
     return False
 
 

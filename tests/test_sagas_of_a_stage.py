@@ -14,6 +14,7 @@ from saga import (
     CompensationContext,
     ContinueWithFallback,
     FailFast,
+    LedgerConflict,
     MemoryLedger,
     MisuseError,
     Policy,
@@ -26,10 +27,11 @@ from saga import (
     compensable,
     nested,
 )
-from saga.events import SagaEnded
+from saga.events import AnyEvent, SagaEnded
 from saga.nested import NestedSaga
 from tests.controlled import elapse, run
 from tests.dying import Dying
+from tests.slow import SlowDisk
 from tests.within import (
     IMPATIENT,
     booking,
@@ -465,3 +467,46 @@ def test_a_probe_that_lets_a_child_come_to_rest_stops_none_while_its_own_saga_ru
     assert seen == [(SagaStatus.RUNNING, ["+a", "+b"])]
     assert report.status is SagaStatus.COMPENSATED
     assert child_world.standing == {}
+
+
+def test_a_stage_that_asks_for_its_sagas_is_told_of_those_that_the_ledger_knows() -> None:
+    """A durable ledger learns of one with its first stage, and no report can be made of it before."""
+    told: list[list[str]] = []
+    _, room = scene({"room": ()})
+
+    async def book(ctx: SagaContext) -> None:
+        booking = asyncio.create_task(ctx.run_saga(room))
+        await asyncio.sleep(0)
+        told.append([child.saga_id for child in await ctx.child_sagas()])
+        await booking
+        told.append([child.saga_id for child in await ctx.child_sagas()])
+
+    report = run(SagaCoordinator(ledger=SlowDisk()).run(Pipeline().with_stage("book", compensable(book, nothing)), saga_id="s"))
+
+    assert report.status is SagaStatus.COMPLETED, str(report)
+    assert told == [[], ["s/book"]]
+
+
+class Taken(SlowDisk):
+    """Somebody else holds a saga of each id that a stage's would have."""
+
+    async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent], **how: Any) -> int:
+        if saga_id.startswith("s/"):
+            raise LedgerConflict.held(saga_id, holder="somebody else")
+        return await super().create(saga_id, owner, events, **how)
+
+
+def test_a_saga_that_could_not_begin_has_left_nothing() -> None:
+    _, room = scene({"room": ()})
+    world, trip = scene({"before": ()})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(room)
+
+    trip = trip.with_stage("book", compensable(book, nothing), dependencies=("before",))
+
+    report = run(SagaCoordinator(ledger=Taken()).run(trip, saga_id="s"))
+
+    assert report.status is SagaStatus.COMPENSATED, str(report)
+    assert "somebody else" in str(report.cause)
+    assert world.standing == {}
