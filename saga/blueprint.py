@@ -138,7 +138,7 @@ class Blueprint:
         if not isinstance(pipeline, Pipeline):
             raise PipelineInvalid("a stageflow Pipeline", got=repr(pipeline))
         key, specs = id(pipeline), tuple(pipeline.stages.values())
-        runners = [wrapped(spec.runner) for spec in specs]
+        runners = [spec.runner for spec in specs]
         runners += [runner.func for runner in runners if isinstance(runner, partial)]
         known, said = _KNOWN.get(key), [getattr(runner, part, None) for runner in runners for part in DECLARABLE]
         # A stage may equal the one in whose place it was put, as that of a dataclass, and is another one.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from stageflow.api import StageContext, StageKind, StageOutput
 
@@ -261,48 +261,38 @@ Probe = Callable[[CompensationContext], Awaitable[StageOutput | None]]
 Fallback = Callable[[SagaContext, Failure], Awaitable[Returned]]
 
 
-_PARTS: Final = (
-    "compensate",
-    "probe",
-    "fallback",
-    "retry",
-    "timeout",
-    "compensation",
-    "compensate_in_doubt",
-    "idempotent",
-    "output_model",
-    "bounds_itself",
-    "holds_pivot",
-    "nested_pipeline",
-)
-"""What a stage may declare beside its kind."""
-
-
-def _part(composed: Any, part: str) -> Any:
+class _Part:
     """What was given as a part, else what the runner says now: as of any other stage, it may be set later."""
-    if part not in _PARTS:
-        raise AttributeError(f"{composed!r} has no {part}")
-    given = composed.given.get(part)
-    return declared(composed.runner, part) if given is None else given
 
+    def __set_name__(self, _: type, name: str) -> None:
+        self.name = name
 
-class _OfClass(type):
-    """The type of a class that is made of somebody's: it says of itself what that says."""
-
-    runner: Any
-    given: Any
-    __getattr__ = _part
+    def __get__(self, stage: Any, kind: Any) -> Any:
+        composed = kind if stage is None else stage
+        given = composed.given.get(self.name)
+        return declared(composed.runner, self.name) if given is None else given
 
 
 class _Composed:
     """A stage made of parts: somebody's runner, and what is given beside it, which counts before what the runner says itself."""
 
+    compensate = _Part()
+    probe = _Part()
+    fallback = _Part()
+    retry = _Part()
+    timeout = _Part()
+    compensation = _Part()
+    compensate_in_doubt = _Part()
+    idempotent = _Part()
+    output_model = _Part()
+    bounds_itself = _Part()
+    holds_pivot = _Part()
+    nested_pipeline = _Part()
+
     def __init__(self, runner: Any, given: Mapping[str, Any]) -> None:
         self.runner = runner
         self.given = given
         self.kind = _kind(runner, given)
-
-    __getattr__ = _part
 
     @property
     def execute(self) -> Any:
@@ -311,7 +301,8 @@ class _Composed:
 
 def wrapped(stage: Any) -> Any:
     """What `compensable` has wrapped in this stage, or else the stage itself."""
-    return stage.runner if isinstance(stage, (_Composed, _OfClass)) else stage
+    kind = stage if isinstance(stage, type) else type(stage)
+    return stage.runner if issubclass(kind, _Composed) else stage
 
 
 def _kind(runner: Any, given: Mapping[str, Any]) -> Any:
@@ -372,7 +363,7 @@ def compensable(
     if isinstance(runner, type):
         made: Any = runner
 
-        class Compensable(_Composed, metaclass=_OfClass):
+        class Compensable(_Composed):
             def __init__(self, **config: Any) -> None:
                 super().__init__(made(**config), given)
 

@@ -251,8 +251,8 @@ def declared(by: Any, part: str) -> Any:
     it says nothing to a saga.
     """
     value = getattr(by, part, None)
-    if value is None and isinstance(by, partial):
-        return declared(by.func, part)
+    if value is None:
+        return declared(by.func, part) if isinstance(by, partial) else None
     return None if isinstance(value, BaseRetrying) and inspect.isroutine(inspect.unwrap(by)) else value
 
 

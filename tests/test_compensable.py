@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,33 @@ def test_what_a_test_puts_in_the_place_of_a_wrapped_stages_code_is_run(runner: A
     run(SagaCoordinator().run(pipeline))
 
     assert calls == ["a"]
+
+
+@pytest.mark.parametrize("runner", [Patient, Patient()], ids=["class", "instance"])
+def test_what_is_set_on_a_wrapped_stage_itself_counts_from_then_on(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = compensable(runner, nothing)
+    pipeline = Pipeline(name="p").with_stage("a", made)
+    before = Blueprint.of(pipeline).stages["a"].retry
+
+    monkeypatch.setattr(made, "retry", Retry(attempts=9))
+
+    assert (before, Blueprint.of(pipeline).stages["a"].retry) == (Retry(attempts=4, wait=0), Retry(attempts=9))
+
+
+def test_a_class_that_was_made_compensable_may_get_further_bases() -> None:
+    """A base with a metaclass, as an abstract one, was a conflict."""
+
+    class Audited(ABC):
+        @abstractmethod
+        def auditor(self) -> str: ...
+
+    class AuditedPatient(compensable(Patient, nothing), Audited):  # type: ignore[misc] # what compensable() makes is known when it runs
+        def auditor(self) -> str:
+            return "Ada"
+
+    plan = Blueprint.of(Pipeline(name="p").with_stage("a", AuditedPatient)).stages["a"]
+
+    assert plan.retry == Retry(attempts=4, wait=0)
 
 
 class Charge:
