@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from saga.alive import LiveSaga
     from saga.blueprint import StagePlan
     from saga.record import StageRecord
-    from saga.state import SagaState
 
 _LOG: Final = logging.getLogger("saga")
 _S: Final = members(StageState)
@@ -51,21 +50,26 @@ _SAID_NOTHING: Final = frozenset({FailureKind.EXCEPTION, FailureKind.REPORTED, F
 class _StageRun(Watched):
     """One stage on its way through the forward run."""
 
-    __slots__ = ("host", "inputs", "name", "node", "plan", "record")
+    __slots__ = ("_given", "host", "inputs", "name", "node", "plan", "record")
 
-    def __init__(self, node: Node, plan: StagePlan, record: StageRecord, inputs: StageInputs, employer: Employer) -> None:
+    def __init__(self, node: Node, plan: StagePlan, record: StageRecord, inputs: StageInputs, employer: Employer, *, once: bool) -> None:
         super().__init__(employer)
         self.name = node.name
         self.node = node
         self.plan = plan
         self.record = record
         self.inputs = inputs
+        # Not what is recorded: an interceptor may have changed what it lets pass.
+        self._given = inputs if once else _copied_inputs(inputs)
         self.host: Attempt
 
-    def give_anew(self, state: SagaState) -> None:
+    def give_anew(self) -> None:
         """Give the code what the stages before gave, as it was given: an attempt may have changed it, and no crash would show that."""
-        outputs = {name: copied_output(state.stages[name].output or given) for name, given in self.inputs.prior_outputs.items()}
-        self.inputs = replace(self.inputs, prior_outputs=outputs)
+        self.inputs = _copied_inputs(self._given)
+
+
+def _copied_inputs(inputs: StageInputs) -> StageInputs:
+    return replace(inputs, prior_outputs={name: copied_output(output) for name, output in inputs.prior_outputs.items()})
 
 
 class Forward(Stages, Employer):
@@ -219,7 +223,9 @@ class Forward(Stages, Employer):
 
     def begin(self, name: str, inputs: StageInputs) -> None:
         """Start a stage in a task of ours; its schedule is told when it has ended."""
-        run = _StageRun(self._state.graph[name], self._saga.blueprint.stages[name], self._state.stages[name], inputs, self)
+        node, plan = self._state.graph[name], self._saga.blueprint.stages[name]
+        once = not node.has_fallback and (plan.retry or self._policy.retry).attempts == 1
+        run = _StageRun(node, plan, self._state.stages[name], inputs, self, once=once)
         self._running.employ(run, self._see_to(run))
 
     async def _see_to(self, run: _StageRun) -> bool:
@@ -382,7 +388,7 @@ class Forward(Stages, Employer):
                     wait = None
             goes_on = wait is not None and await self._pause(wait)
             if goes_on:
-                run.give_anew(self._state)
+                run.give_anew()
         # Called off: the failure that was to be mended stands.
         await self._record(StageFailed(stage=name, failure=failure, in_doubt=run.record.doubt, output=output))
         return outcome
@@ -575,7 +581,7 @@ class Forward(Stages, Employer):
 
     async def _fallback(self, run: _StageRun, failure: Failure) -> StageOutput | None:
         seconds, attempt = run.plan.timeout or self._policy.timeout, run.record.attempts
-        run.give_anew(self._state)
+        run.give_anew()
         try:
             call = self._saga.actions.fallback(self._context(run), failure)
             returned = await bounded(call, seconds=seconds, grace=self._policy.cancel_grace, stop=self._interrupted)

@@ -17,6 +17,7 @@ from saga import (
     CompensationContext,
     ContinueWithFallback,
     FailFast,
+    Retry,
     SagaContext,
     SagaCoordinator,
     SagaReport,
@@ -75,6 +76,39 @@ def test_a_stage_has_its_inputs_in_the_order_in_which_they_came(context: Pipelin
 
     assert run(SagaCoordinator().run(pipeline, context)).ok
     assert seen == [["second", "first"], "second", "first", "last"]
+
+
+class Masking(BaseInterceptor):
+    """Lets nobody read what a card's number is."""
+
+    name = "masking"
+
+    async def before(self, stage_name: str, ctx: PipelineContext) -> None: ...
+
+    async def after(self, _stage_name: str, result: Any, _ctx: PipelineContext) -> None:
+        if "number" in result.data:
+            result.data["number"] = "****"
+
+
+@pytest.mark.parametrize("policy", [FailFast(retry=Retry(attempts=2, wait=0)), ContinueWithFallback()], ids=["retry", "fallback"])
+def test_a_further_attempt_and_the_fallback_read_what_an_interceptor_has_let_pass_as_the_first_attempt_did(policy: Any) -> None:
+    seen: list[str] = []
+
+    async def read_card(_: Any) -> dict[str, Any]:
+        return {"number": "4711"}
+
+    async def charge(ctx: SagaContext) -> None:
+        seen.append(ctx.inputs.get_from("card", "number"))
+        raise CardDeclined
+
+    async def charge_later(ctx: SagaContext, _: Any) -> None:
+        seen.append(ctx.inputs.get_from("card", "number"))
+
+    pipeline = staged(staged(Pipeline(name="p"), "card", read_card), "charge", compensable(charge, undo, fallback=charge_later), "card")
+
+    run(SagaCoordinator(policy, interceptors=[Masking()]).run(pipeline))
+
+    assert seen == ["****", "****"]
 
 
 @pytest.mark.parametrize("interceptors", [(), (Watching(),)], ids=["by our schedule", "by stageflow's"])
