@@ -363,13 +363,15 @@ def _refuse_signature(name: str, hook: str, function: Any, arguments: tuple[str,
 
 
 def _takes(function: Any, count: int) -> bool:
-    """Whether its own code says that it takes so many arguments and no others: to have its signature made takes many times as long."""
+    """Whether its own code says that it takes so many arguments, whatever its signature does: that of a wrapper is what it has wrapped's.
+
+    To have a signature made takes many times as long, too.
+    """
     if type(function) is MethodType:
         function, count = function.__func__, count + 1
-    if type(function) is not FunctionType or function.__dict__:
-        return False  # what a decorator has left there may say something else
-    code = function.__code__
-    return code.co_argcount == count and not (code.co_kwonlyargcount or code.co_flags & inspect.CO_VARARGS)
+    if type(function) is not FunctionType:
+        return False
+    return bool(function.__code__.co_argcount == count and not function.__code__.co_kwonlyargcount)
 
 
 def is_async(function: object) -> bool:

@@ -379,8 +379,8 @@ def test_each_object_of_a_stage_may_declare_for_itself_and_a_type_checker_knows(
 def test_code_that_says_nothing_of_its_arguments_is_called_as_any_other() -> None:
     called: list[str] = []
 
-    async def pay(ctx: StageContext) -> None:
-        called.append(ctx.stage_name)
+    async def pay(*given: StageContext) -> None:
+        called.append(given[0].stage_name)
 
     pay.__signature__ = "pay(ctx)"  # type: ignore[attr-defined] # what some binding generators leave there
 
@@ -388,3 +388,23 @@ def test_code_that_says_nothing_of_its_arguments_is_called_as_any_other() -> Non
 
     assert report.ok
     assert called == ["pay"]
+
+
+def test_a_wrapper_that_gives_what_it_wraps_a_further_argument_is_called_as_it_says_itself() -> None:
+    paid: list[str] = []
+
+    def with_bank(pay: Callable[[Any, str], Any]) -> Callable[[Any], Any]:
+        @functools.wraps(pay)
+        async def paying(ctx: Any) -> Any:
+            return await pay(ctx, "DNB")
+
+        return paying
+
+    @with_bank
+    async def pay(ctx: Any, bank: str) -> None:
+        paid.append(f"{ctx.stage_name} from {bank}")
+
+    report = run(SagaCoordinator().run(Pipeline(name="p").with_stage("pay", pay, "work")))
+
+    assert report.ok
+    assert paid == ["pay from DNB"]

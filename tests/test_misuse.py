@@ -1202,6 +1202,13 @@ class Careless:
     async def compensate(self) -> None: ...
 
 
-def test_a_compensation_that_takes_no_context_is_refused_before_anything_runs() -> None:
-    with pytest.raises(MisuseError, match=r"expected compensate to be called with ctx, for stage 'a', got compensate\(\) -> 'None'"):
-        run(SagaCoordinator().run(Pipeline(name="p").with_stage("a", untyped(Careless()))))
+class AsksForMore(Careless):
+    async def compensate(self, ctx: Any, *, bank: str) -> None: ...  # type: ignore[override] # what the test is about
+
+
+@pytest.mark.parametrize(
+    ("made", "got"), [(Careless, r"compensate\(\) -> 'None'"), (AsksForMore, r"compensate\(ctx: 'Any', \*, bank: 'str'\) -> 'None'")]
+)
+def test_a_compensation_that_takes_no_context_or_more_than_that_is_refused_before_anything_runs(made: Any, got: str) -> None:
+    with pytest.raises(MisuseError, match=f"expected compensate to be called with ctx, for stage 'a', got {got}"):
+        run(SagaCoordinator().run(Pipeline(name="p").with_stage("a", made())))
