@@ -62,7 +62,7 @@ class FindingCode(StrEnum):
     UNUSABLE_FALLBACK = "unusable-fallback"
     """Its fallback is never used."""
     NEVER_READ = "never-read"
-    """It has something that is read only of a stage with a compensation, and has none."""
+    """It has something that is read only beside a compensate(), and has none."""
     MISSPELT = "misspelt"
     """It has something under a name that is nearly one that a saga reads."""
 
@@ -433,7 +433,7 @@ def _never_read(design: _Design) -> Iterator[Finding]:
             yield Finding.of(
                 FindingCode.NEVER_READ,
                 node.name,
-                f"it has {_named(passed_over)}, which a saga reads only of a stage with a compensation, and has none",
+                f"it has {_named(passed_over)}, which a saga reads only beside a compensate(), and has none",
                 "Take it away" if node.role is Role.PIVOT else "Give it a compensate(), or take it away",
             )
 

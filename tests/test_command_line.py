@@ -672,6 +672,7 @@ def test_a_halted_saga_is_resumed_under_another_policy(shop: Shop) -> None:
     assert resumed.code == Exit.DEGRADED
     assert re.search(r"^s  goes on forward, resumed by .+$", resumed.err, re.MULTILINE)
     assert "charge_card" not in resumed.err
+    assert "Nothing was done" not in resumed.err
 
 
 def test_a_stuck_saga_is_settled_and_then_goes_on(shop: Shop) -> None:

@@ -176,6 +176,17 @@ def test_the_data_of_a_fail_or_a_cancel_is_among_the_results(end: StageOutput) -
     assert dict(report.to_pipeline_results()) == {"a": end}
 
 
+def test_a_retry_that_was_not_granted_is_a_failed_one_among_the_results() -> None:
+    """stageflow takes a RETRY for completed."""
+
+    async def busy(_ctx: StageContext) -> StageOutput:
+        return StageOutput.retry("busy")
+
+    results = run(SagaCoordinator().run(Pipeline(name="trip").with_stage("a", busy, "work"))).to_pipeline_results()
+
+    assert results.failed() == ["a"]
+
+
 # -- schemas -----------------------------------------------------------------------------------------------------
 
 

@@ -73,6 +73,7 @@ def test_a_caller_that_is_cancelled_keeps_everything_when_the_policy_halts() -> 
     assert report.status is SagaStatus.HALTED
     assert set(world.standing) == {"a", "b"}
     assert report.not_run == ("c",)
+    assert str(report).endswith("To do: what was done is kept. Mend the cause, then: saga resume s")
 
 
 def test_a_fallback_of_the_stage_stands_in_and_the_saga_goes_on() -> None:
