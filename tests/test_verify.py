@@ -257,6 +257,21 @@ def test_no_time_is_spent_on_waiting_for_the_next_attempt() -> None:
     assert trial.report.stages["seat"].attempts == 3
 
 
+def test_a_stage_that_has_a_time_limit_of_its_own_for_undoing_is_undone_as_often_as_its_policy_says() -> None:
+    class Patient(Booking):
+        compensation = Compensation(timeout=120)
+
+    town, pipeline = trip(seat=Patient)
+
+    verification = verified(town, pipeline, IN_ONE_ATTEMPT, faults=[Fault.UNDO_FAILS])
+
+    trial = next(trial for trial in verification.trials if trial.stage == "seat")
+    assert trial.report is not None
+    undoing = trial.report.stages["seat"].compensation
+    assert undoing is not None
+    assert undoing.attempts == 1
+
+
 def test_a_world_and_stages_may_be_asynchronous_and_a_stage_may_be_slow() -> None:
     class Slow(Booking):
         async def execute(self, ctx: SagaContext) -> StageOutput:
