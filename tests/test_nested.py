@@ -688,3 +688,15 @@ def test_a_child_whose_every_branch_fell_says_why_to_the_stage_that_ran_it() -> 
 
     assert report.cause is not None
     assert report.cause.message == ("its saga s/hotel is compensated: stage 'breakfast' raised: CardDeclined: breakfast was declined")
+
+
+def test_a_child_whose_every_branch_fell_does_not_blame_a_stage_for_which_a_fallback_stood_in() -> None:
+    shape = {"price": (), "room": ("price",), "breakfast": ("room",)}
+    _, within = scene(shape, {"price": Script("raise"), "breakfast": Script("raise")})
+    policy = ContinueWithFallback(without_fallback="skip_branch", fallbacks={"price": {"amount": 0}})
+    pipeline = Pipeline(name="trip").with_stage("hotel", nested(within, policy))
+
+    report = run(SagaCoordinator().run(pipeline, saga_id="s"))
+
+    assert report.cause is not None
+    assert report.cause.message == "its saga s/hotel is compensated: stage 'breakfast' raised: CardDeclined: breakfast was declined"
