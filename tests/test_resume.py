@@ -486,6 +486,26 @@ def test_a_saga_that_was_undone_on_demand_as_far_as_its_pivot_asks_for_nothing_m
     assert set(world.standing) == {"before", "pivot"}
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [ContinueWithFallback(fallbacks={"extra": {}}), ContinueWithFallback(without_fallback="skip_branch")],
+    ids=["fallback", "branch"],
+)
+def test_a_saga_that_had_gone_on_without_what_failed_asks_for_nothing_more_either_when_it_was_undone_on_demand(
+    policy: ContinueWithFallback,
+) -> None:
+    """Whoever resumed it, as it told, would have done anew what had just been undone."""
+    world, pipeline = scene(PAST | {"extra": ()}, {"extra": Script("raise")}, {"pivot": "pivot"})
+    coordinator, degraded = first_run(pipeline, policy)
+    assert degraded.status is SagaStatus.DEGRADED
+
+    report = run(coordinator.compensate("s", pipeline))
+
+    assert report.status is SagaStatus.HALTED
+    assert str(report).splitlines()[-1] == "What is kept stays. To run once more what was undone: saga resume s"
+    assert set(world.standing) == {"before", "pivot"}
+
+
 TWO_PIVOTS = {"root": (), "left": ("root",), "right": ("root",), "p": ("left",), "q": ("right",)}
 
 

@@ -401,8 +401,9 @@ def what_to_do(report: SagaReport, reach: Reach = BY_ITSELF) -> list[str]:
         case _ if report.status is SagaStatus.STUCK or report.stuck or report.blocked or report.in_doubt:
             # Also one that was cancelled while something was in doubt, or whose stage passed over what its own saga could not undo.
             lines += _how_to_settle(report, reach)
-        case SagaStatus.HALTED if report.cause is None and not report.failed:
-            # It was undone as far as it can be, or somebody said that nothing stands of what would complete it.
+        case SagaStatus.HALTED if report.cause is None and not report.undone.keys() <= {*report.failed}:
+            # It was undone as far as it can be, or somebody said that nothing stands of what would complete it. What failed is undone also
+            # where its branch fell.
             lines.append(f"What is kept stays. To run once more what was undone: {_resume(report, reach)}")
         case SagaStatus.HALTED:
             lines.append(f"To do: what was done is kept. Mend the cause, then: {_resume(report, reach)}")
