@@ -50,26 +50,16 @@ _SAID_NOTHING: Final = frozenset({FailureKind.EXCEPTION, FailureKind.REPORTED, F
 class _StageRun(Watched):
     """One stage on its way through the forward run."""
 
-    __slots__ = ("_given", "host", "inputs", "name", "node", "plan", "record")
+    __slots__ = ("host", "inputs", "name", "node", "plan", "record")
 
-    def __init__(self, node: Node, plan: StagePlan, record: StageRecord, inputs: StageInputs, employer: Employer, *, once: bool) -> None:
+    def __init__(self, node: Node, plan: StagePlan, record: StageRecord, inputs: StageInputs, employer: Employer) -> None:
         super().__init__(employer)
         self.name = node.name
         self.node = node
         self.plan = plan
         self.record = record
         self.inputs = inputs
-        # Not what is recorded: an interceptor may have changed what it lets pass.
-        self._given = inputs if once else _copied_inputs(inputs)
         self.host: Attempt
-
-    def give_anew(self) -> None:
-        """Give the code what the stages before gave, as it was given: an attempt may have changed it, and no crash would show that."""
-        self.inputs = _copied_inputs(self._given)
-
-
-def _copied_inputs(inputs: StageInputs) -> StageInputs:
-    return replace(inputs, prior_outputs={name: copied_output(output) for name, output in inputs.prior_outputs.items()})
 
 
 class Forward(Stages, Employer):
@@ -86,6 +76,9 @@ class Forward(Stages, Employer):
         self._record = saga.journal.record
         self._policy = saga.policy
         by_stageflow = interceptors or saga.needs_stageflow()
+        # What interceptors have let pass is not what is recorded: they may have changed it on its way to the others.
+        self._is_intercepted = bool(interceptors)
+        self._passed: dict[str, StageOutput] = {}
         self._schedule: Schedule = StageflowSchedule(saga, interceptors) if by_stageflow else OwnSchedule(saga)
         self._loop = asyncio.get_running_loop()
         self._running: Crew[_StageRun] = Crew()
@@ -223,10 +216,16 @@ class Forward(Stages, Employer):
 
     def begin(self, name: str, inputs: StageInputs) -> None:
         """Start a stage in a task of ours; its schedule is told when it has ended."""
-        node, plan = self._state.graph[name], self._saga.blueprint.stages[name]
-        once = not node.has_fallback and (plan.retry or self._policy.retry).attempts == 1
-        run = _StageRun(node, plan, self._state.stages[name], inputs, self, once=once)
+        run = _StageRun(self._state.graph[name], self._saga.blueprint.stages[name], self._state.stages[name], inputs, self)
+        if self._is_intercepted and (run.node.has_fallback or (run.plan.retry or self._policy.retry).attempts > 1):
+            self._passed |= {each: copied_output(output) for each, output in inputs.prior_outputs.items() if each not in self._passed}
         self._running.employ(run, self._see_to(run))
+
+    def _give_anew(self, run: _StageRun) -> None:
+        """Give a stage what those before gave, as it was given: an attempt may have changed it, and no crash would show that."""
+        recorded = {name: self._state.stages[name].output or given for name, given in run.inputs.prior_outputs.items()}
+        outputs = {name: copied_output(self._passed.get(name, output)) for name, output in recorded.items()}
+        run.inputs = replace(run.inputs, prior_outputs=outputs)
 
     async def _see_to(self, run: _StageRun) -> bool:
         answer = await self._stage(run)
@@ -388,7 +387,7 @@ class Forward(Stages, Employer):
                     wait = None
             goes_on = wait is not None and await self._pause(wait)
             if goes_on:
-                run.give_anew()
+                self._give_anew(run)
         # Called off: the failure that was to be mended stands.
         await self._record(StageFailed(stage=name, failure=failure, in_doubt=run.record.doubt, output=output))
         return outcome
@@ -581,7 +580,7 @@ class Forward(Stages, Employer):
 
     async def _fallback(self, run: _StageRun, failure: Failure) -> StageOutput | None:
         seconds, attempt = run.plan.timeout or self._policy.timeout, run.record.attempts
-        run.give_anew()
+        self._give_anew(run)
         try:
             call = self._saga.actions.fallback(self._context(run), failure)
             returned = await bounded(call, seconds=seconds, grace=self._policy.cancel_grace, stop=self._interrupted)
