@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -255,6 +257,23 @@ def test_no_time_is_spent_on_waiting_for_the_next_attempt() -> None:
     trial = next(trial for trial in verification.trials if trial.fault is Fault.RAISES_BEFORE)
     assert trial.report is not None
     assert trial.report.stages["seat"].attempts == 3
+
+
+def test_a_policy_may_name_an_exception_of_a_module_that_a_stage_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that is made when it is raised, as botocore's are."""
+
+    class Importing(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            monkeypatch.setitem(sys.modules, "late_bank", ModuleType("late_bank"))
+            return await super().execute(ctx)
+
+    town, pipeline = trip(card=Importing)
+    named = Retry(attempts=2, wait=5, retry_on="late_bank.Declined")
+
+    verification = verified(town, pipeline, FailFast(retry=named, compensation=Compensation(retry=named)), faults=[Fault.UNDO_REPEATED])
+
+    assert "late_bank" in sys.modules
+    assert {trial.ending for trial in verification.trials} == {(COMPENSATED,)}
 
 
 def test_a_stage_that_has_a_time_limit_of_its_own_for_undoing_is_undone_as_often_as_its_policy_says() -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from pydantic import BaseModel
+
 from saga.coordinator import SagaCoordinator
 from saga.errors import LedgerError
 from saga.events import AnyEvent, SagaStarted, StageEvent, event_from_json, event_to_json
@@ -97,7 +99,8 @@ def _without_waits(policy: Policy) -> Policy:
 
 
 def _at_once(retry: Retry) -> Retry:
-    return Retry(attempts=retry.attempts, wait=0, jitter=False, max_elapsed=retry.max_elapsed, retry_on=retry.retry_on)
+    # Not made anew: what it names was looked for when it was made, and a stage may have imported its module since.
+    return BaseModel.model_copy(retry, update={"attempts": retry.attempts, "wait": 0.0, "jitter": False})
 
 
 def _undone_at_once(compensation: Compensation) -> Compensation:
