@@ -6,6 +6,7 @@ saga makes it, because between two attempts a probe may be asked and a ledger wr
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import sys
@@ -91,12 +92,14 @@ def _refuse_no_exception(name: str, place: str) -> None:
     known = _of_module(module or "builtins")
     if module == "__main__" or known is None or "__getattr__" in known or _is_being_loaded(known) or _is_exception(known.get(last)):
         return  # it, or what would know it, may be loaded later
-    exceptions = [f"{module}.{each}".lstrip(".") for each, value in known.items() if _is_exception(value)]
-    hint = did_you_mean(name, exceptions)
+    near = difflib.get_close_matches(last, [each for each, value in known.items() if _is_exception(value)], n=1, cutoff=0.8)
+    hint = f"Did you mean {f'{module}.{near[0]}'.lstrip('.')!r}?" if near else ""
     if not module:
         wanted = f"an exception of Python's own, or one with its module, for Retry.retry_on{place}"
         raise PolicyInvalid(wanted, got=repr(name), hint=hint or f"As in payments.{name}.")
-    raise PolicyInvalid(f"an exception of {module} for Retry.retry_on{place}", got=repr(name), hint=hint)
+    if near or module.partition(".")[0] in sys.stdlib_module_names:
+        # What Python's own modules don't have there is none of; others make exceptions that only the class that made them has.
+        raise PolicyInvalid(f"an exception of {module} for Retry.retry_on{place}", got=repr(name), hint=hint)
 
 
 def _meant(name: str) -> str:

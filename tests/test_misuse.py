@@ -370,6 +370,14 @@ POLICIES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Retry(attempts=3, retry_on=["json.JSONDecodeEror"]),
         "expected an exception of json for Retry.retry_on, got 'json.JSONDecodeEror'. Did you mean 'json.JSONDecodeError'?",
     ),
+    "what a module of Python's own lacks in retry_on": (
+        lambda: Retry(attempts=3, retry_on=["json.TimeoutError"]),
+        "expected an exception of json for Retry.retry_on, got 'json.TimeoutError'",
+    ),
+    "a misspelt exception of a package in retry_on": (
+        lambda: Retry(attempts=3, retry_on=["tenacity.RetryEror"]),
+        "expected an exception of tenacity for Retry.retry_on, got 'tenacity.RetryEror'. Did you mean 'tenacity.RetryError'?",
+    ),
     "a word that is no failure kind in retry_on": (
         lambda: Retry(retry_on="rain"),
         "expected one of exception, reported, timeout, compensation, or the name of an exception for Retry.retry_on, got 'rain'",
@@ -511,6 +519,15 @@ def test_exceptions_may_have_the_name_of_any_module_that_is_not_loaded_in_retry_
     retry = Retry(attempts=2, retry_on=[KeyError, "TimeoutError", "__main__.CardDeclined", "payments.declined", "timeout"])
 
     assert retry.retry_on == ("KeyError", "TimeoutError", "__main__.CardDeclined", "payments.declined", "timeout")
+
+
+def test_an_exception_that_a_package_makes_as_it_goes_may_be_named_whether_that_is_loaded_or_not() -> None:
+    """As `botocore.errorfactory.NoSuchKey`, which no module has."""
+    assert "tenacity" in sys.modules
+
+    retry = Retry(attempts=2, retry_on="tenacity.NoSuchKey")
+
+    assert retry.is_worth(Failure.raised("pay", type("NoSuchKey", (Exception,), {"__module__": "tenacity"})("b"), attempt=1))
 
 
 def test_an_exception_that_was_given_itself_is_meant_also_in_a_copy_though_its_module_lacks_it() -> None:
