@@ -14,13 +14,13 @@ from stageflow.events import NoOpEventSink
 
 from saga.compensable import CompensationContext, Host, Inputs, UndoHost, child_id, execution_key, refuse_record
 from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
-from saga.events import CompensationCompleted, EffectRecorded, StageCompleted, TurnReason
+from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
 from saga.family import run_in, run_within
 from saga.graph import Role
 from saga.inputs import no_such_field
 from saga.outputs import copied, copied_output
-from saga.record import Step, undo_step
+from saga.scope import useless
 from saga.storable import refuse_unstorable
 from saga.watch import is_of_signal, leave_loop, outlast, retrieved, start
 from saga.within import has_left, reports_of
@@ -297,10 +297,9 @@ class LiveSaga(UndoHost):
     async def _children_of(self, stage: str, besides: Collection[str] = ()) -> list[str]:
         state = self.journal.state
         stand_in = state.stages[stage].fallback_ran
-        if stand_in and state.reason not in {None, TurnReason.ORPHANS}:
-            # The saga goes back as a whole, and what used the fallback is undone before they are; but for what a pivot or a person keeps.
-            left = [node.name for node in state.graph.nodes if undo_step(node, state.stages[node.name]) is not Step.CLEAR]
-            stand_in = stand_in if stage in state.graph.with_ancestors([name for name in left if name != stage]) else ()
+        if stand_in and state.reason is not None and stage in useless(state, state.reason):
+            # What used the fallback is undone before they are.
+            stand_in = ()
         if self._ran_before is None:
             self._ran_before = dict(await run_in(self.journal.ledger, self.id))
         # Of one that has just begun a durable ledger learns with its first stage.

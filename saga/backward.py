@@ -146,11 +146,10 @@ class Backward(Employer):
     async def _undo(self, worker: _Worker) -> None:
         """Bring one stage as far as it goes: until nothing of it stands, or it is known to stand."""
         stage = worker.stage
-        node, record = self._state.graph[stage], self._state.stages[stage]
         settings = self._saga.blueprint.stages[stage].undone_under(self._settings)
         while True:
             await self._heed_late(worker)
-            match undo_step(node, record):
+            match self._rollback.step(stage):
                 case _STEP.CLEAR:
                     self._rollback.clear(stage)
                     return
@@ -193,8 +192,8 @@ class Backward(Employer):
         while True:
             tries += 1
             attempt = record.undo_attempts + 1
-            context = self._saga.compensation_context(stage, attempt)
             await self._record(CompensationStarted(stage=stage, attempt=attempt))
+            context = self._saga.compensation_context(stage, attempt)
             failure = await self._attempt(worker, context, settings)
             if worker.given_up:
                 if failure is None:

@@ -206,7 +206,7 @@ class FallbackUsed(StageEvent):
     Attributes:
         output: The output.
         source: Whose fallback it is.
-        ran: The sagas that it ran, or went on with, and that came to their ends: what is left of the stage is undone without them.
+        ran: The sagas that it ran, or went on with, and that came to their ends: they stand as long as something uses the fallback.
         left_within: Whether other sagas that the stage ran have left something standing; None: as before, or nobody has looked.
     """
 

@@ -84,14 +84,14 @@ TRANSITIONS: Final[Mapping[StageState, frozenset[type[Event]]]] = {
     _S.IN_DOUBT: _AGAIN
     | {FallbackUsed, FallbackFailed, StageProbed, CompensationStarted, CompensationCompleted, StageCompleted, StageSettled},
     _S.COMPENSATING: frozenset({CompensationStarted, CompensationCompleted, CompensationFailed, StageProbed}),
-    _S.UNDONE: _AGAIN | {StageProbed, StageCompleted, StageSettled},
+    _S.UNDONE: _AGAIN | {StageProbed, CompensationStarted, StageCompleted, StageSettled},
     _S.STUCK: _AGAIN | {StageProbed, CompensationCompleted, StageCompleted, StageSettled},
 }
 """Which events may follow in which state of a stage. BLOCKED is missing: it is read off the other stages.
 
 A stage that has ended runs again only in a saga that was resumed, completes then only late, and is settled only in doubt or stuck. One
 that was done with and is asked for once more can't answer: something of it has come late, or in a saga that it ran. One that is not stuck
-is undone late only where it is to be undone.
+is undone late only where it is to be undone. One that is undone is undone again only where the sagas of its fallback are left.
 """
 
 

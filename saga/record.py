@@ -81,7 +81,7 @@ class StageRecord:
         undo_in_question: A process died while it was being compensated.
         undone_in_part: Its compensation has failed, and a part of it may be undone.
         stands_in_part: It is not known to have landed as a whole, and something of it stands.
-        undone_too_soon: How often its effect came late to what had been undone.
+        undone_too_soon: How often something of it was there to be undone when it had been undone before.
         late_to_undoing: It came so, and has not run since.
         late_beside: How many attempts of its compensation had started when it last completed late: which came last, nobody knows.
         undo_was_tried: Its compensation has been attempted since it ran last.
@@ -230,15 +230,22 @@ class Step(Enum):
 _STEP: Final = members(Step)
 
 
-def undo_step(node: Node, record: StageRecord) -> Step:
-    """What undoing this stage comes to next."""
+def undo_step(node: Node, record: StageRecord, *, spares: bool = False) -> Step:
+    """What undoing this stage comes to next.
+
+    Args:
+        node: The stage.
+        record: Where it stands.
+        spares: Whether the sagas of its fallback are to stay: only what it has left itself is undone.
+    """
     if node.role is _ROLE.PLAIN:
         return _STEP.CLEAR
     if record.state is _S.COMPENSATING:
         return _STEP.PROBE if record.undo_in_question and node.can_probe else _STEP.COMPENSATE
     if record.is_held or record.state is _S.STUCK:
         return _STEP.HOLD
-    if record.state is _S.UNDONE:
+    replaced_by_sagas = bool(record.fallback_ran) and not spares
+    if record.state is _S.UNDONE and not replaced_by_sagas:
         return _STEP.CLEAR
     unsure = record.doubt or (record.state is _S.FAILED and record.attempts > record.never_ran)
     if unsure and node.can_probe and record.answer is None and not record.unanswered:
@@ -253,4 +260,4 @@ def undo_step(node: Node, record: StageRecord) -> Step:
         return _STEP.HOLD
     if record.doubt:
         return _STEP.COMPENSATE if node.undo_in_doubt else _STEP.HOLD
-    return _STEP.COMPENSATE if record.landed or record.effects or record.stands_in_part else _STEP.CLEAR
+    return _STEP.COMPENSATE if record.landed or record.effects or record.stands_in_part or replaced_by_sagas else _STEP.CLEAR

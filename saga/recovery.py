@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import heapq
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,7 +20,7 @@ from saga.ledger import StageState
 from saga.policies import ContinueWithFallback
 from saga.quick import members
 from saga.record import StageRecord, Step, undo_step
-from saga.scope import orphans, protected, undo_scope
+from saga.scope import left_to_undo, orphans, protected, undo_scope, useless
 from saga.state import SagaState
 
 _S: Final = members(StageState)
@@ -45,6 +45,7 @@ class Rollback:
         self._state = state
         self._on_failure = state.policy.compensation.on_failure
         self._scope = undo_scope(state, reason)
+        self._useless = useless(state, reason)
         self._waits = {name: sum(1 for dependent in state.graph.dependents[name] if dependent in self._scope) for name in self._scope}
         self._open: list[tuple[int, str]] = []
         self.is_stopped = False
@@ -53,6 +54,10 @@ class Rollback:
     def __len__(self) -> int:
         """How many stages could be taken now."""
         return 0 if self.is_stopped else len(self._open)
+
+    def step(self, name: str) -> Step:
+        """What undoing a stage of the scope comes to next."""
+        return undo_step(self._state.graph[name], self._state.stages[name], spares=name not in self._useless)
 
     def take(self) -> str:
         """Take the open stage that started last; only while there is one."""
@@ -89,34 +94,32 @@ class Rollback:
     def _settle(self, pending: list[str]) -> None:
         while pending:
             name = pending.pop()
-            record = self._state.stages[name]
-            match undo_step(self._state.graph[name], record):
+            match self.step(name):
                 case _STEP.CLEAR:
                     pending += self._release(name)
                 case _STEP.HOLD:
                     if self._goes_past(name):
                         pending += self._release(name)
                 case _:
-                    heapq.heappush(self._open, (-record.order, name))
+                    heapq.heappush(self._open, (-self._state.stages[name].order, name))
 
 
 def stage_states(state: SagaState) -> dict[str, StageState]:
     """Where every stage stands, in topological order; each is in exactly one state (promise 4)."""
-    blocked: frozenset[str] = frozenset()
+    blocked: Collection[str] = ()
     if state.status is SagaStatus.STUCK:
         # One that never turned back did not for want of anything that could be undone: what is left over waits for that.
-        blocked = undo_scope(state, state.reason or TurnReason.ORPHANS)
+        blocked = left_to_undo(state, state.reason or TurnReason.ORPHANS)
     states = {}
-    for node in state.graph.nodes:
-        record = state.stages[node.name]
+    for name, record in state.stages.items():
         shown = record.state
         if record.is_in_question:
             shown = _S.STUCK if shown is _S.STUCK else _S.IN_DOUBT
+        elif name in blocked:
+            shown = _S.BLOCKED
         elif record.fell_back and shown is _S.UNDONE:
             shown = _S.FALLBACK
-        elif node.name in blocked and undo_step(node, record) is not _STEP.CLEAR:
-            shown = _S.BLOCKED
-        states[node.name] = shown
+        states[name] = shown
     return states
 
 
@@ -224,8 +227,7 @@ def final_status(state: SagaState) -> SagaStatus:
         return SagaStatus.COMPLETED
     unsettled = state.reason in {None, TurnReason.ORPHANS} and _has_doubt(state)
     if state.reason is not None:
-        scope = undo_scope(state, state.reason)
-        unsettled = unsettled or any(undo_step(state.graph[name], state.stages[name]) is not _STEP.CLEAR for name in scope)
+        unsettled = unsettled or bool(left_to_undo(state, state.reason))
     # What is stuck may have left the scope: what came late, or a person's word, has given a use to what it was to be undone for.
     if unsettled or any(record.state is _S.STUCK or record.is_held for record in state.stages.values()):
         return SagaStatus.STUCK
@@ -235,9 +237,10 @@ def final_status(state: SagaState) -> SagaStatus:
         # What was undone, be it by hand, did not do its part, unless it skipped itself or something stands in: it can be run once more.
         lacks = any(record.state is _S.UNDONE and record.skip_reason is None and not record.fell_back for record in state.stages.values())
         return SagaStatus.HALTED if lacks else SagaStatus.COMPLETED
-    useless = orphans(state)
-    if any(record.state is _S.KEPT or record.fell_back for name, record in state.stages.items() if name not in useless):
+    lost = orphans(state)
+    if any(record.state is _S.KEPT or record.fell_back for name, record in state.stages.items() if name not in lost):
         return SagaStatus.DEGRADED
     # Nothing came of it; but what the policy keeps all the same stands, and whoever runs this saga has to see to it.
-    stands = any(state.stages[name].state is _S.KEPT and state.graph[name].role is not _ROLE.PLAIN for name in useless)
+    records = [state.stages[name] for name in lost if state.graph[name].role is not _ROLE.PLAIN]
+    stands = any(record.state is _S.KEPT or record.fallback_ran for record in records)
     return SagaStatus.HALTED if stands or protected(state) else SagaStatus.COMPENSATED

@@ -52,22 +52,36 @@ def groundless(state: SagaState) -> set[str]:
     return found
 
 
+def useless(state: SagaState, reason: TurnReason) -> frozenset[str]:
+    """The stages that serve nothing that stays when the saga goes backward for this reason: all of them is undone, their fallbacks, too."""
+    if reason is not TurnReason.ORPHANS:
+        return frozenset(state.graph.names) - protected(state)
+    # Read off what happened forward, which stays: a stage that is undone or stuck meanwhile is still one of them.
+    lost = orphans(state) if isinstance(state.policy, ContinueWithFallback) and state.policy.orphans == "compensate" else frozenset()
+    return lost | (groundless(state) - protected(state))
+
+
 def undo_scope(state: SagaState, reason: TurnReason) -> frozenset[str]:
     """The stages that going backward for this reason is about; the others stand and hold nothing up."""
     records = state.stages.items()
+    asked = set(useless(state, reason))
     if reason is TurnReason.ORPHANS:
-        # Read off what happened forward, which stays: a stage that is undone or stuck meanwhile is still in the scope.
-        useless = orphans(state) if isinstance(state.policy, ContinueWithFallback) and state.policy.orphans == "compensate" else frozenset()
-        asked = {name for name, record in records if record.failed or record.skip_reason is not None}
-        asked |= useless | (groundless(state) - protected(state))
+        asked |= {name for name, record in records if record.failed or record.skip_reason is not None}
     else:
         # What a fallback stands in for is no foundation of what followed, so nothing protects its remains; nor does a stage's own point
         # of no return protect what is within it, where that can be undone all the same, or a person has to say what stands.
-        asked = set(state.graph.names) - protected(state)
         asked |= {name for name, record in records if record.fell_back or record.past_pivot}
     # Whatever is known since of what protects it: its undoing may have got through when its process died, so to repeat it is to know.
     begun = {name for name, record in records if record.state is _S.COMPENSATING and record.undo_in_question}
     return frozenset((asked - _standing(state)) | begun)
+
+
+def left_to_undo(state: SagaState, reason: TurnReason) -> dict[str, Step]:
+    """The stages of the scope of which something stands, or may stand, and what undoing them comes to next."""
+    gone = useless(state, reason)
+    scope = undo_scope(state, reason)
+    steps = {name: undo_step(state.graph[name], state.stages[name], spares=name not in gone) for name in scope}
+    return {name: step for name, step in steps.items() if step is not _STEP.CLEAR}
 
 
 def _standing(state: SagaState) -> set[str]:

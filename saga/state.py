@@ -40,7 +40,7 @@ from saga.ledger import TRANSITIONS, StageState
 from saga.policies import ContinueWithFallback, FailFast
 from saga.quick import members
 from saga.record import StageRecord, Try, ended
-from saga.scope import undo_scope
+from saga.scope import undo_scope, useless
 
 _S: Final = members(StageState)
 _ROLE: Final = members(Role)
@@ -174,7 +174,8 @@ class SagaState:
             # What stands in for a stage goes on doing so when the remains of that one have been undone.
             lacks_ground = (record.state is _S.UNDONE and not record.fell_back) or record.is_due_anew or renewed
             # Under another key, what it recorded under this one would be nobody's any more.
-            stands_in_part = (bool(record.effects) or record.stands_in_part or name in in_part) and record.state is not _S.UNDONE
+            left = record.effects or record.stands_in_part or name in in_part
+            stands_in_part = bool(record.fallback_ran) or (bool(left) and record.state is not _S.UNDONE)
             record.anew = lacks_ground and not (stands or stands_in_part or record.doubt)
             ended_badly = record.state in {_S.FAILED, _S.CANCELLED, _S.IN_DOUBT, _S.STUCK} or record.with_branch or name in in_part
             record.again = not stands and (record.anew or ended_badly) and record.state is not _S.NOT_RUN
@@ -234,6 +235,8 @@ class SagaState:
             return event.landed is None  # type: ignore[attr-defined] # of this kind
         if kind is StageSettled:
             return record.is_in_question and self.ended_at is not None
+        if kind is CompensationStarted and state is _S.UNDONE:
+            return bool(record.fallback_ran)
         return True
 
     def _is_to_be_undone(self, stage: str) -> bool:
@@ -364,7 +367,7 @@ class SagaState:
         if record.state is _S.COMPENSATING:
             record.undo_in_question = False
             if event.landed is False and not event.left_within:
-                record.state, record.doubt, record.undone_in_part = _S.UNDONE, False, False
+                self._undone(event.stage, record)
                 record.undo_ended_at = event.at
             return
         if event.landed is None:
@@ -409,14 +412,24 @@ class SagaState:
     def _compensation_started(self, record: StageRecord, event: CompensationStarted) -> None:
         if self.status is not SagaStatus.COMPENSATING:
             raise self._contradiction(f"a saga that is {self.status.value}", event)
+        if record.state is _S.UNDONE:
+            # What it had left is undone; this is about the sagas of its fallback, which nothing uses any more.
+            record.landed, record.effects, record.late_output = False, (), None
+            record.undone_too_soon += 1
+            record.undo_order, record.undo_tries = -1, ()
         if record.undo_order < 0:
             record.undo_order = self._undo_started
             self._undo_started += 1
         record.state, record.undo_attempts, record.undo_was_tried = _S.COMPENSATING, event.attempt, True
         record.undo_tries = (*record.undo_tries, Try(event.at))
 
-    def _compensation_completed(self, record: StageRecord, event: CompensationCompleted) -> None:
+    def _undone(self, stage: str, record: StageRecord) -> None:
         record.state, record.doubt, record.undone_in_part = _S.UNDONE, False, False
+        if record.fallback_ran and self.reason is not None and stage in useless(self, self.reason):
+            record.lose_fallback()
+
+    def _compensation_completed(self, record: StageRecord, event: CompensationCompleted) -> None:
+        self._undone(event.stage, record)
         record.let_go()
         record.undo_ended_at = event.at
         record.undo_tries = ended(record.undo_tries, event.at)
@@ -447,7 +460,8 @@ class SagaState:
         record.held, record.undone_in_part, record.doubt = None, False, False
         if event.verdict is Verdict.UNDONE:
             # Also what was beyond a point of no return of its own: it protects nothing any more.
-            record.state, record.landed, record.past_pivot, record.undo_ended_at = _S.UNDONE, False, False, event.at
+            record.landed, record.past_pivot, record.undo_ended_at = False, False, event.at
+            self._undone(event.stage, record)
             return
         if record.fell_back:
             record.state = _S.FALLBACK

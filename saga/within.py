@@ -161,7 +161,7 @@ def heard(state: SagaState, child: SagaState, report: SagaReport) -> StageProbed
         why = f"something came late in its saga {child_id}, which is {report.status.value}"
         return StageSettled(stage=stage, verdict=Verdict.RETRY, note=why, by=f"saga {child_id}")
     # Beyond a point of no return of its own a stage is done with, too: what came late may be on this side of that.
-    is_done_with = record.state in _DONE and (record.past_pivot or undo_step(node, record) is Step.CLEAR)
+    is_done_with = record.state in _DONE and (record.past_pivot or undo_step(node, record, spares=True) is Step.CLEAR)
     # What came late in one that had halted is kept there, and in nobody's question; yet it stands.
     is_news = not report.clean or (is_done_with and _stands(child))
     # Running it again goes on with a child that has not turned back, or only to be rid of what serves nothing.

@@ -89,6 +89,32 @@ def test_killed_at_any_event_a_fallback_that_runs_a_saga_is_called_again_and_one
 
 
 @pytest.mark.parametrize("probe", [None, nothing_landed])
+@pytest.mark.parametrize("leaves", [True, False])
+def test_killed_at_any_event_the_undoing_of_what_the_sagas_of_a_fallback_have_done_goes_on(leaves: bool, probe: Any) -> None:
+    """Promise 11."""
+    for kill in range(1, 40):
+        world, trip = with_another_hotel(leaves=leaves, probe=probe)
+        ledger = Dying(1000)
+        run(SagaCoordinator(ContinueWithFallback(), ledger=ledger).run(trip, saga_id="s"))
+        ledger.left = kill
+        with contextlib.suppress(LedgerError):
+            run(SagaCoordinator(ledger=ledger).compensate("s", trip))
+        is_done, ledger.left = ledger.left >= 0, 10_000
+        ledger.forget_owners()
+
+        run(SagaCoordinator(ledger=ledger).recover(trip))
+        recovered = run(SagaCoordinator(ledger=ledger).report("s"))
+        report = run(SagaCoordinator(ledger=ledger).compensate("s", trip))
+
+        # Either nobody has heard that it was to be undone, or it is.
+        assert (recovered.status, recovered.fallbacks) in {(SagaStatus.DEGRADED, ("hotel",)), (SagaStatus.COMPENSATED, ())}, kill
+        assert (report.status, world.standing, world.refusals) == (SagaStatus.COMPENSATED, {}, []), kill
+        if is_done:
+            break
+    assert kill > 5
+
+
+@pytest.mark.parametrize("probe", [None, nothing_landed])
 def test_killed_at_any_event_what_the_sagas_of_a_failing_stage_have_done_is_undone_or_in_question(probe: Any) -> None:
     """Promises 5 and 11."""
     survived = 0

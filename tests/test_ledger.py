@@ -193,6 +193,11 @@ def histories(before: StageState) -> list[tuple[str, list[AnyEvent]]]:
         found.append(("a", [*UNSURE, *path, HALTED]))
     if before is StageState.FALLBACK:
         found.append(("a", [*PATHS[StageState.IN_DOUBT], PATHS[StageState.FALLBACK][-1], HALTED]))
+    if before is StageState.UNDONE:
+        # What it had left was undone when the sagas of its fallback were of use; then nothing used them any more.
+        used = FallbackUsed(stage="a", output=OUTPUT, source="stage", ran=("s/a",))
+        remains = [*STUCK_WITH_REMAINS[:3], used, SagaTurnedBack(reason=TurnReason.ORPHANS)]
+        found.append(("a", [*remains, CompensationStarted(stage="a", attempt=1), CompensationCompleted(stage="a"), BACK]))
     return [(stage, events) for stage, events in found if ends_in(before, stage, events)]
 
 

@@ -160,6 +160,181 @@ def test_what_the_sagas_of_a_fallback_have_done_is_undone_with_what_its_stage_ha
     assert world.log == ["+room", "+inn", "+taxi", "-taxi", "-inn", "-room"]
 
 
+@pytest.mark.parametrize("leaves", [True, False])
+@pytest.mark.parametrize("without_fallback", ["fail", "skip_branch"])
+def test_what_the_sagas_of_a_fallback_have_done_is_undone_when_what_used_it_fails(without_fallback: Any, leaves: bool) -> None:
+    """Promise 5: the inn stood in a saga that was compensated."""
+    world, trip = with_another_hotel(leaves=leaves, taxi_does="raise")
+
+    report = run(SagaCoordinator(ContinueWithFallback(without_fallback=without_fallback)).run(trip, saga_id="s"))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.log == ([*("+room", "+inn"), *("-inn", "-room")] if leaves else ["+inn", "-inn"])
+    assert [*report.undone] == ["hotel"]
+
+
+def test_what_the_sagas_of_an_orphans_fallback_have_done_is_kept_where_the_policy_keeps_it() -> None:
+    world, trip = with_another_hotel(leaves=True, taxi_does="raise")
+    policy = ContinueWithFallback(without_fallback="skip_branch", orphans="keep")
+    coordinator = SagaCoordinator(policy)
+
+    report = run(coordinator.run(trip, saga_id="s"))
+
+    assert (report.status, report.fallbacks) == (SagaStatus.HALTED, ("hotel",))
+    assert world.standing == {"inn": 1}
+    assert run(coordinator.compensate("s", trip)).status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_what_the_sagas_of_a_fallback_have_done_is_undone_with_the_saga_also_long_after_what_its_stage_has_left(leaves: bool) -> None:
+    """Promises 2 and 5: the stage was undone already, or there was nothing to undo of it, so nobody looked for the inn."""
+    world, trip = with_another_hotel(leaves=leaves)
+    coordinator = SagaCoordinator(ContinueWithFallback())
+    went_on = run(coordinator.run(trip, saga_id="s"))
+    assert (went_on.status, world.standing) == (SagaStatus.DEGRADED, {"inn": 1, "taxi": 1})
+
+    report = run(coordinator.compensate("s", trip))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.log[-2:] == ["-taxi", "-inn"]
+    assert report.compensation_order == ("taxi", "hotel")
+    assert (world.standing, world.refusals) == ({}, [])
+
+
+def test_what_a_stage_recorded_is_not_undone_once_more_with_the_sagas_of_its_fallback() -> None:
+    """Promise 2: it gets what is left, and another key than the first time."""
+    world, room = scene({"inn": ()})
+    undone: list[tuple[str, tuple[Any, ...]]] = []
+
+    async def hold(ctx: SagaContext) -> None:
+        await ctx.record("deposit")
+        raise CardDeclined
+
+    async def book_other(ctx: SagaContext, _: Any) -> None:
+        await ctx.run_saga(room)
+
+    async def release(ctx: CompensationContext) -> None:
+        undone.append((ctx.idempotency_key, ctx.effects))
+        for child in await ctx.child_sagas():
+            await ctx.undo_saga(child.saga_id, room)
+
+    trip = Pipeline(name="trip").with_stage("hotel", compensable(hold, release, fallback=book_other))
+    coordinator = SagaCoordinator(ContinueWithFallback())
+    run(coordinator.run(trip, saga_id="s"))
+    assert (undone, world.standing) == ([("s/hotel/undo", ("deposit",))], {"inn": 1})
+
+    report = run(coordinator.compensate("s", trip))
+
+    assert undone[1:] == [("s/hotel/undo~2", ())]
+    assert (report.status, world.standing) == (SagaStatus.COMPENSATED, {})
+
+
+def test_a_fallback_of_which_the_sagas_were_undone_stands_in_no_more_when_the_saga_is_run_once_more() -> None:
+    """The taxi was ordered to an inn that had been cancelled."""
+    world, trip = with_another_hotel(leaves=False)
+    coordinator = SagaCoordinator(ContinueWithFallback())
+    run(coordinator.run(trip, saga_id="s"))
+    run(coordinator.compensate("s", trip))
+
+    report = run(coordinator.resume("s", trip, forward=True))
+
+    assert (report.status, report.fallbacks) == (SagaStatus.DEGRADED, ("hotel",))
+    assert world.standing == {"inn": 1, "taxi": 1}
+
+
+def test_a_person_who_says_that_a_stage_is_undone_with_the_sagas_of_its_fallback_says_that_the_fallback_stands_in_no_more() -> None:
+    world, room = scene({"inn": ()})
+
+    async def book_other(ctx: SagaContext, _: Any) -> None:
+        await ctx.run_saga(room)
+
+    trip = Pipeline(name="trip").with_stage("hotel", compensable(fail, fail, fallback=book_other))
+    coordinator = SagaCoordinator(ContinueWithFallback(compensation=IMPATIENT.compensation))
+    run(coordinator.run(trip, saga_id="s"))
+    stuck = run(coordinator.compensate("s", trip))
+    assert ([*stuck.stuck], world.standing) == (["hotel"], {"inn": 1})
+    world.undo("inn")
+
+    report = run(coordinator.settle("s", "hotel", "undone", "by hand"))
+
+    assert (report.status, report.fallbacks, [*report.undone]) == (SagaStatus.COMPENSATED, (), ["hotel"])
+
+
+def test_a_saga_of_a_fallback_is_not_undone_by_itself_under_what_used_it_and_one_that_its_stage_ran_may_be() -> None:
+    """Promise 1."""
+    world, trip = with_another_hotel(leaves=True)
+    coordinator = SagaCoordinator(ContinueWithFallback())
+    own, other = run(coordinator.run(trip, saga_id="s")).stages["hotel"].children
+    stages = scene({"room": (), "inn": ()}, kinds=dict.fromkeys(("room", "inn"), "probed"))[1].stages
+
+    with pytest.raises(MisuseError, match="expected a saga that no other one runs"):
+        run(coordinator.compensate(other.saga_id, Pipeline(name="other").with_stage("inn", stages["inn"].runner)))
+    report = run(coordinator.compensate(own.saga_id, Pipeline(name="hotel").with_stage("room", stages["room"].runner)))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {"inn": 1, "taxi": 1}
+
+
+def test_what_the_sagas_of_a_fallback_have_done_waits_for_what_used_it() -> None:
+    """Promise 1, and with on_failure="continue" promise 5: the hotel was undone without its inn, which nobody found then."""
+    world, trip = with_another_hotel(leaves=True, taxi_undo_fails=1)
+    coordinator = SagaCoordinator(ContinueWithFallback(compensation=IMPATIENT.compensation))
+    run(coordinator.run(trip, saga_id="s"))
+    stuck = run(coordinator.compensate("s", trip))
+    assert ([*stuck.stuck], [*stuck.blocked]) == (["taxi"], ["hotel"])
+    assert world.standing == {"inn": 1, "taxi": 1}
+    run(coordinator.settle("s", "taxi", "retry", "they answer again"))
+
+    report = run(coordinator.resume("s", trip))
+
+    assert (report.status, world.standing, world.refusals) == (SagaStatus.COMPENSATED, {}, [])
+
+
+def test_what_the_sagas_of_a_fallback_have_done_does_not_wait_where_nothing_is_to_wait() -> None:
+    """Promise 5: the hotel was undone without its inn, and nobody found that then."""
+    world, trip = with_another_hotel(leaves=True, taxi_undo_fails=1)
+    go_past = Compensation(retry=Retry(attempts=1), on_failure="continue")
+    coordinator = SagaCoordinator(ContinueWithFallback(compensation=go_past))
+    run(coordinator.run(trip, saga_id="s"))
+    stuck = run(coordinator.compensate("s", trip))
+    assert ([*stuck.stuck], world.standing) == (["taxi"], {"taxi": 1})
+    run(coordinator.settle("s", "taxi", "retry", "they answer again"))
+
+    report = run(coordinator.resume("s", trip))
+
+    assert (report.status, world.standing) == (SagaStatus.COMPENSATED, {})
+
+
+def test_what_the_sagas_of_a_fallback_have_done_stays_when_a_person_keeps_what_used_it() -> None:
+    world, trip = with_another_hotel(leaves=True, taxi_undo_fails=1)
+    coordinator = SagaCoordinator(ContinueWithFallback(compensation=IMPATIENT.compensation))
+    run(coordinator.run(trip, saga_id="s"))
+    run(coordinator.compensate("s", trip))
+    run(coordinator.settle("s", "taxi", "kept", "they are on their way"))
+
+    report = run(coordinator.compensate("s", trip))
+
+    assert (report.status, report.fallbacks) == (SagaStatus.HALTED, ("hotel",))
+    assert world.standing == {"inn": 1, "taxi": 1}
+
+
+def test_what_the_saga_of_a_fallback_within_has_done_is_undone_when_the_stage_that_ran_it_then_fails() -> None:
+    """Promise 5: of the child it was said that nothing stood."""
+    world, trip = with_another_hotel(leaves=False)
+
+    async def plan(ctx: SagaContext) -> None:
+        await ctx.run_saga(only_hotel, policy=ContinueWithFallback())
+        raise CardDeclined
+
+    only_hotel = Pipeline(name="only").with_stage("hotel", trip.stages["hotel"].runner)
+    outer = Pipeline(name="outer").with_stage("plan", compensable(plan, undo_each([only_hotel])))
+
+    report = run(SagaCoordinator().run(outer, saga_id="s"))
+
+    assert (report.status, world.log) == (SagaStatus.COMPENSATED, ["+inn", "-inn"])
+
+
 def test_a_stage_whose_sagas_have_all_undone_themselves_has_failed_and_is_not_undone() -> None:
     world, meal = scene({"cook": (), "serve": ("cook",)}, {"serve": Script("raise")})
 

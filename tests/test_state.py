@@ -21,6 +21,7 @@ from saga.events import (
     CompensationStarted,
     EffectRecorded,
     FallbackFailed,
+    FallbackUsed,
     SagaEnded,
     SagaResumed,
     SagaStopped,
@@ -337,3 +338,54 @@ def test_a_fallback_that_fails_and_has_not_looked_within_leaves_standing_what_it
     )
 
     assert undo_step(state.graph["a"], state.stages["a"]) is (Step.COMPENSATE if stands else Step.CLEAR)
+
+
+def test_what_landed_late_behind_a_fallback_and_is_undone_is_not_undone_once_more_with_the_fallbacks_sagas() -> None:
+    """Promise 2."""
+    began = CompensationStarted(stage="a", attempt=1)
+    path: list[AnyEvent] = [
+        *PATHS[StageState.IN_DOUBT],
+        FallbackUsed(stage="a", output=OUTPUT, source="stage", ran=("s/a",)),
+        SagaTurnedBack(reason=TurnReason.ORPHANS),
+        StageProbed(stage="a", landed=True, output=OUTPUT),
+        began,
+        CompensationCompleted(stage="a"),
+        BACK,
+    ]
+    assert undo_step(STARTED.graph["a"], SagaState([STARTED, *path]).stages["a"]) is Step.COMPENSATE
+
+    record = SagaState([STARTED, *path, began]).stages["a"]
+
+    assert (record.landed, record.late_output) == (False, None)
+
+
+def test_a_stage_whose_fallbacks_sagas_stand_does_not_run_in_another_execution_when_what_it_depends_on_runs_anew() -> None:
+    """Under another key nobody would find them any more."""
+    failure = Failure.of("b", FailureKind.REPORTED, "no")
+    replaced: list[AnyEvent] = [
+        StageStarted(stage="b", attempt=1),
+        StageFailed(stage="b", failure=failure),
+        FallbackUsed(stage="b", output=OUTPUT, source="stage", ran=("s/b",)),
+    ]
+    settled = StageSettled(stage="a", verdict=Verdict.UNDONE, note="by hand", by="ann")
+    path = [*PATHS[StageState.KEPT], *replaced, LATE, SagaEnded(status=SagaStatus.STUCK), settled, SagaEnded(status=SagaStatus.HALTED)]
+
+    state = SagaState([STARTED, *path, SagaResumed(forward=True, by="ann")])
+
+    assert (state.stages["a"].anew, state.stages["b"].anew) == (True, False)
+    assert undo_step(state.graph["b"], state.stages["b"]) is Step.COMPENSATE
+
+
+def test_what_a_probe_tells_after_a_crash_is_undone_of_a_stage_is_so_of_its_fallbacks_sagas_too() -> None:
+    path: list[AnyEvent] = [
+        StageStarted(stage="a", attempt=1),
+        StageFailed(stage="a", failure=FAILURE),
+        FallbackUsed(stage="a", output=OUTPUT, source="stage", ran=("s/a",)),
+        BACK,
+        CompensationStarted(stage="a", attempt=1),
+        CompensationFailed(stage="a", failure=LOST, will_retry=True),
+    ]
+
+    state = SagaState([STARTED, *path, StageProbed(stage="a", landed=False, left_within=False)])
+
+    assert (state.stages["a"].fell_back, undo_step(state.graph["a"], state.stages["a"])) == (False, Step.CLEAR)

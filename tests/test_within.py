@@ -14,6 +14,7 @@ from saga.events import (
     CompensationFailed,
     CompensationStarted,
     EffectRecorded,
+    FallbackUsed,
     SagaEnded,
     SagaResumed,
     SagaStarted,
@@ -76,6 +77,11 @@ def parent(*events: AnyEvent, role: Role = Role.COMPENSABLE, idempotent: bool = 
     return SagaState([SagaStarted(saga_id="s", pipeline="outer", graph=graph, policy=FailFast(), input={}), *events])
 
 
+REPLACED: list[AnyEvent] = [
+    StageStarted(stage="book", attempt=1),
+    StageFailed(stage="book", failure=FAILURE),
+    FallbackUsed(stage="book", output=OK, source="stage", ran=("s/book#1.2",)),
+]
 UNDONE = [*kept("book"), BACK, *undone("book"), SagaEnded(status=SagaStatus.COMPENSATED)]
 RUN_AGAIN = [*UNDONE, SagaResumed(forward=True, by="ann"), *kept("book", execution=2)]
 UNDONE_AGAIN = [*RUN_AGAIN, BACK, *undone("book")]
@@ -140,6 +146,7 @@ def test_what_came_late_within_an_execution_before_is_for_a_person(path: list[An
         pytest.param(parent(*UNDONE), halted("s/book#2"), id="undone, by an attempt before"),
         pytest.param(parent(*UNDONE_AGAIN), stuck("s/book~2"), id="undone, in its second execution"),
         pytest.param(parent(*kept("book"), idempotent=True), stuck_going_forward("s/book"), id="kept, and goes on with it"),
+        pytest.param(parent(*REPLACED), stuck("s/book"), id="behind a fallback that has run another one"),
     ],
 )
 def test_what_came_late_within_a_stage_that_was_done_with_it_has_it_undone_or_asked_again(above: SagaState, below: SagaState) -> None:

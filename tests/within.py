@@ -104,18 +104,41 @@ async def nothing_landed(_: CompensationContext) -> None:
     """A probe that asks for what the stage has done itself, and not for its sagas."""
 
 
-def with_another_hotel(*, undo_fails: int = 0, taxi: str = "probed") -> tuple[World, Pipeline]:
-    """hotel -> taxi: the hotel's saga (room -> pay) fails, and another one (inn) stands in."""
+def with_another_hotel(
+    *,
+    undo_fails: int = 0,
+    taxi: str = "probed",
+    leaves: bool | None = None,
+    taxi_does: str = "ok",
+    taxi_undo_fails: int = 0,
+    probe: Any = None,
+) -> tuple[World, Pipeline]:
+    """hotel -> taxi: the hotel's saga (room -> pay) fails, and another one (inn) stands in.
+
+    Args:
+        undo_fails: How often the room can't be undone; then it is left to the end.
+        taxi: The kind of the taxi.
+        leaves: Instead of that, whether a room alone is left to the end.
+        taxi_does: What becomes of the taxi.
+        taxi_undo_fails: How often the taxi can't be undone.
+        probe: The hotel's.
+    """
     shape: dict[str, tuple[str, ...]] = {"room": (), "pay": (), "inn": (), "taxi": ()}
     scripts = {name: Script(undo_bears_repetition=True) for name in shape} | {"pay": Script("raise")}
     scripts["room"].undo_fails = undo_fails
+    scripts["taxi"] = Script(taxi_does, undo_fails=taxi_undo_fails, undo_bears_repetition=True)
     world, flat = scene(shape, scripts, dict.fromkeys(shape, "probed") | {"taxi": taxi})
     stages: dict[str, Any] = {name: spec.runner for name, spec in flat.stages.items()}
     hotel = Pipeline(name="hotel").with_stage("room", stages["room"]).with_stage("pay", stages["pay"], dependencies=("room",))
     other = Pipeline(name="other").with_stage("inn", stages["inn"])
 
+    if leaves is not None:
+        hotel = Pipeline(name="hotel").with_stage("room", stages["room"])
+
     async def book(ctx: SagaContext) -> None:
-        (await ctx.run_saga(hotel, policy=IMPATIENT)).raise_for_status()
+        if leaves is not False:
+            (await ctx.run_saga(hotel, policy=IMPATIENT)).raise_for_status()
+        raise CardDeclined
 
     async def book_other(ctx: SagaContext, _: Any) -> dict[str, Any]:
         return {"booked": (await ctx.run_saga(other)).saga_id}
@@ -124,7 +147,7 @@ def with_another_hotel(*, undo_fails: int = 0, taxi: str = "probed") -> tuple[Wo
         for child in reversed(await ctx.child_sagas()):
             await ctx.undo_saga(child.saga_id, other if child.pipeline == "other" else hotel)
 
-    trip = Pipeline(name="trip").with_stage("hotel", compensable(book, release, fallback=book_other, compensate_in_doubt=True))
+    trip = Pipeline(name="trip").with_stage("hotel", compensable(book, release, fallback=book_other, probe=probe, compensate_in_doubt=True))
     return world, trip.with_stage("taxi", stages["taxi"], dependencies=("hotel",))
 
 

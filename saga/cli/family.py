@@ -9,9 +9,9 @@ from typing import Self
 from saga.events import AnyEvent, SagaStarted, SagaStatus
 from saga.graph import Role
 from saga.ledger import Ledger, StageState
-from saga.record import Step, undo_step
+from saga.record import Step
 from saga.recovery import stage_states
-from saga.scope import undo_scope
+from saga.scope import left_to_undo
 from saga.state import SagaState
 
 _S = StageState
@@ -84,5 +84,4 @@ def to_undo(state: SagaState) -> frozenset[str]:
     """What a saga on its way back has still to undo."""
     if state.status is not SagaStatus.COMPENSATING or state.reason is None:
         return frozenset()
-    scope = undo_scope(state, state.reason)
-    return frozenset(name for name in scope if undo_step(state.graph[name], state.stages[name]) in {Step.COMPENSATE, Step.PROBE})
+    return frozenset(name for name, step in left_to_undo(state, state.reason).items() if step is not Step.HOLD)
