@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from stageflow.api import PipelineContext
+from stageflow.context import Conversation, Enrichments
 
 from saga.errors import MisuseError
 from saga.outputs import copied
@@ -27,12 +28,17 @@ _RECORDED: Final = (
     "execution_mode",
     "input_text",
     "input_audio_duration_ms",
+    "conversation",
+    "enrichments",
+    "extensions",
     "metadata",
     "created_at",
     "service",
     "data",
 )
 """What of stageflow's context is recorded, so that a saga can go on without its caller."""
+_BUNDLES: Final[Mapping[str, Any]] = {"conversation": Conversation, "enrichments": Enrichments}
+"""What of it is recorded as stageflow writes it, and made again as stageflow reads it."""
 _WIDE_EVENTS: Final = ("emit_stage_wide_events", "emit_pipeline_wide_event", "wide_event_emitter")
 """With which `Pipeline.run` is asked for stageflow's wide events."""
 _ELSEWHERE: Final = {
@@ -106,4 +112,14 @@ def refuse_timeout(context: PipelineContext) -> None:
 
 def recorded_input(context: PipelineContext) -> dict[str, Any]:
     """The fields of a context that a ledger keeps."""
-    return {name: copied(value) for name in _RECORDED if (value := getattr(context, name))}
+    return {name: copied(_written(name, value)) for name in _RECORDED if (value := getattr(context, name))}
+
+
+def _written(name: str, value: Any) -> Any:
+    return value.to_dict() if name in _BUNDLES and isinstance(value, _BUNDLES[name]) else value
+
+
+def context_from(recorded: Mapping[str, Any]) -> PipelineContext:
+    """A context with the fields that a ledger has kept of one."""
+    made = {name: kind.from_dict(recorded[name]) for name, kind in _BUNDLES.items() if isinstance(recorded.get(name), dict)}
+    return PipelineContext.create(**{**recorded, **made})

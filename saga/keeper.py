@@ -25,7 +25,7 @@ from saga.failures import Failure
 from saga.family import differences_from, events_of
 from saga.forward import Forward
 from saga.held import Held
-from saga.inputs import recorded_input, refuse_both, refuse_timeout
+from saga.inputs import context_from, recorded_input, refuse_both, refuse_timeout
 from saga.journal import Journal, Listener
 from saga.ledger import A_NAME, LONGEST_NAME, Ledger, is_name, recorded
 from saga.policies import ContinueWithFallback, FailFast, Policy
@@ -213,7 +213,7 @@ class SagaKeeper:
                 # Before the policy: where a stage is gone that it names, it is the pipeline that has changed.
                 await _refuse_changed(self._ledger, state, blueprint)
                 blueprint.check_policy(chosen)
-                context = PipelineContext.create(**state.started.input)
+                context = context_from(state.started.input)
                 if self._ledger.durable:
                     blueprint.restore_outputs(state.stages)
                 await self.amendments.is_to_hear(saga_id, events)

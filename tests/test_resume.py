@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import replace
+from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 from uuid import uuid4
 
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from stageflow.api import Pipeline, PipelineContext, StageOutput
+from stageflow.context import Conversation, Enrichments, Message, ProfileEnrichment, RoutingDecision
 
 from saga import (
     CompensableStage,
@@ -52,6 +55,7 @@ from saga.events import (
     StageStarted,
 )
 from saga.state import SagaState
+from saga.testing.rehearsal import MortalLedger
 from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk
@@ -1190,6 +1194,32 @@ def test_a_saga_that_goes_on_without_its_caller_has_the_context_that_it_was_run_
 
     assert report.status is SagaStatus.COMPLETED
     assert seen == [given | {"created_at": context.created_at}]
+
+
+@pytest.mark.parametrize("is_durable", [False, True])
+def test_a_stage_that_is_undone_after_its_process_reads_the_same_of_its_snapshot_as_before(is_durable: bool) -> None:
+    """What stageflow bundles in it, too: a compensation that looked up the tenant there was stuck, as there was none any more."""
+    said = [Message(role="user", content="a window seat", timestamp=datetime(2026, 5, 4, tzinfo=UTC))]
+    given: dict[str, Any] = {
+        "conversation": Conversation(said, RoutingDecision(agent_id="clerk", pipeline_name="trip", topology="trip")),
+        "enrichments": Enrichments(profile=ProfileEnrichment(user_id=uuid4(), preferences={"class": "first"})),
+        "extensions": {"tenant": "north", "limit": Decimal("9.50")},
+    }
+    seen: list[Any] = []
+
+    async def look(ctx: Any) -> None:
+        seen.append(ctx.snapshot)
+
+    pipeline = Pipeline(name="p").with_stage("a", compensable(look, look))
+    ledger = MortalLedger(durable=is_durable)
+    run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s", **given))
+
+    report = run(SagaCoordinator(ledger=ledger).compensate("s", pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    before, after = seen
+    assert after == before
+    assert {name: getattr(after, name) for name in given} == given
 
 
 def test_a_stage_that_was_skipped_gives_the_same_when_its_saga_goes_on() -> None:
