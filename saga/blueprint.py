@@ -107,6 +107,14 @@ class StagePlan:
         if self.output_model is not None:
             warn_of_misfit(self.spec.name, self.output_model, output.data)
 
+    def restored(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Data that comes from a durable ledger, made what the stage, or each one of the saga that it runs, declares it to be."""
+        if self.output_model is not None:
+            return restored(self.spec.name, self.output_model, data)
+        if self.nested_pipeline is not None and isinstance(within := data.get("outputs"), dict):
+            return data | {"outputs": Blueprint.of(self.nested_pipeline).restored(within)}
+        return data
+
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
@@ -167,6 +175,10 @@ class Blueprint:
             without_timeouts={"_timeout_ms": 0} | {f"_timeout.{name}": 0 for name in graph.names},
         )
 
+    def restored(self, outputs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The data of several stages that comes from a durable ledger, made what they declare it to be."""
+        return {name: self.stages[name].restored(data) if name in self.stages else data for name, data in outputs.items()}
+
     def restore_outputs(self, records: Mapping[str, StageRecord]) -> None:
         """Make outputs that come from a durable ledger what their stages declare them to be.
 
@@ -175,12 +187,10 @@ class Blueprint:
         """
         for name, plan in self.stages.items():
             record = records[name]
-            if plan.output_model is None:
-                continue
             for part in ("output", "late_output"):
                 output: StageOutput | None = getattr(record, part)
-                if output is not None and record.landed:
-                    setattr(record, part, replace(output, data=restored(name, plan.output_model, output.data)))
+                if output is not None and (record.landed or record.fell_back):
+                    setattr(record, part, replace(output, data=plan.restored(output.data)))
 
     def check_policy(self, policy: FailFast | ContinueWithFallback) -> None:
         """Refuse a policy that speaks of stages that aren't there.

@@ -87,7 +87,10 @@ class NestedSaga(CompensableStage):
             return None
         if not standing[-1].ok:
             raise NestedSagaFailed(standing[-1])
-        return _output(standing[-1])
+        found = _output(standing[-1])
+        # A report that comes from the ledger knows of no model.
+        found.data["outputs"] = Blueprint.of(self.nested_pipeline).restored(found.data["outputs"])
+        return found
 
 
 def _refuse_own_effect(ctx: CompensationContext, children: list[SagaReport]) -> None:

@@ -20,7 +20,9 @@ from stageflow.api import Pipeline, StageOutput
 from saga import (
     CompensableStage,
     CompensationContext,
+    ContinueWithFallback,
     FailFast,
+    Failure,
     FailureKind,
     LedgerConflict,
     LedgerError,
@@ -38,6 +40,7 @@ from saga import (
 )
 from saga.events import AnyEvent, SagaStarted, StageCompleted, StageProbed, StageStarted, event_from_json, event_to_json
 from saga.outputs import stored
+from saga.testing.rehearsal import MortalLedger
 from tests.controlled import ControlledLoop, elapse, run
 from tests.dying import Dying
 from tests.places import PostgresSchema, SQLiteFile
@@ -538,6 +541,65 @@ def test_an_output_comes_back_from_a_durable_ledger_as_what_its_stage_declares(m
     booking = {"seat": "14A", "price": 9.5} if model is None else Booking(seat="14A", price=9.5)
     assert seen == [{"booking": Booking(seat="14A", price=9.5), "note": "window"}, {"booking": booking, "note": "window"}]
     assert undone == [{"booking": booking, "note": "window"}] * 2
+
+
+def test_what_a_fallback_gave_comes_back_as_what_its_stage_declares() -> None:
+    seen: list[Any] = []
+
+    class Book(CompensableStage):
+        output_model = Receipts
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            return StageOutput.fail("sold out")
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+        async def fallback(self, ctx: SagaContext, failure: Failure) -> StageOutput:
+            return StageOutput.ok(booking=Booking(seat="by the door", price=0))
+
+    async def look(ctx: Any) -> StageOutput:
+        seen.append(ctx.inputs.get_from("book", "booking"))
+        return StageOutput.ok() if ctx.attempt > 1 else StageOutput.fail("not yet")
+
+    pipeline = Pipeline().with_stage("book", Book).with_stage("look", look, "work", dependencies=("book",))
+
+    ledger = Stored()
+    run(SagaCoordinator(ContinueWithFallback(on_failure="halt"), ledger=ledger).run(pipeline, saga_id="s"))
+
+    assert run(SagaCoordinator(ledger=ledger).resume("s", pipeline)).status is SagaStatus.DEGRADED
+    assert seen == [Booking(seat="by the door", price=0)] * 2
+
+
+@pytest.mark.parametrize("nth", range(1, 8))
+def test_killed_at_any_event_what_was_given_within_a_nested_saga_comes_back_as_its_stages_declare(nth: int) -> None:
+    seen: list[Any] = []
+
+    class Book(CompensableStage):
+        output_model = Receipts
+        idempotent = True
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            return StageOutput.ok(booking=Booking(seat="14A", price=9.5))
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    async def look(ctx: Any) -> None:
+        trip = ctx.inputs.get_from("trip", "outputs")
+        seen.append(trip["flights"]["outputs"]["book"]["booking"])
+
+    flights = Pipeline(name="flights").with_stage("book", Book)
+    trip = Pipeline(name="trip").with_stage("flights", nested(flights))
+    pipeline = Pipeline().with_stage("trip", nested(trip)).with_stage("look", look, "work", dependencies=("trip",))
+    ledger = MortalLedger(durable=True)
+    ledger.die_at(nth, after=True)
+
+    with pytest.raises(LedgerError):
+        run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+    ledger.revive()
+    report = run(SagaCoordinator(ledger=ledger).resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert set(map(type, seen)) <= {Booking}
 
 
 class Colour(Enum):
