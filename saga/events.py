@@ -8,7 +8,7 @@ containers to the garbage collector, and cost a third of a saga's time. pydantic
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cache, partial
@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Discriminator, TypeAdapter
 
 from saga.failures import Failure, FailureKind
 from saga.graph import Graph
-from saga.outputs import STRICT, Output, Plain
+from saga.outputs import STRICT, Output, Plain, copied, copied_output
 from saga.policies import Policy
 from saga.quick import frozen
 
@@ -476,3 +476,12 @@ def event_from_json(text: str | bytes) -> AnyEvent:
     """
     event: AnyEvent = _reader().validate_json(text)
     return event
+
+
+def with_copies(event: AnyEvent) -> AnyEvent:
+    """The event with copies of what somebody's code may change in place: the saga that is running keeps what it knows."""
+    copies: dict[str, Any] = {name: copy(value) for name, copy in _CHANGEABLE if (value := getattr(event, name, None)) is not None}
+    return replace(event, **copies) if copies else event
+
+
+_CHANGEABLE: Final = (("output", copied_output), ("effect", copied), ("input", copied), ("policy", copied))

@@ -17,6 +17,7 @@ from saga.events import (
     SagaResumed,
     SagaStarted,
     StageStarted,
+    with_copies,
 )
 from saga.ledger import Ledger
 from saga.record import Step, undo_step
@@ -259,7 +260,7 @@ def tell(listeners: Sequence[Listener], saga_id: str, events: Sequence[AnyEvent]
     for event in events:
         for listener in listeners:
             try:
-                listener(saga_id, event)
+                listener(saga_id, with_copies(event))
             except (KeyboardInterrupt, SystemExit):
                 # A signal strikes whatever code runs.
                 raise

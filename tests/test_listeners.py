@@ -9,7 +9,20 @@ import pytest
 from stageflow.api import Pipeline, StageOutput
 from stageflow.events import clear_event_sink, set_event_sink
 
-from saga import Compensation, ContinueWithFallback, FailFast, Policy, Retry, SagaCoordinator, SagaReport, StageState, compensable, nested
+from saga import (
+    Compensation,
+    CompensationContext,
+    ContinueWithFallback,
+    FailFast,
+    Policy,
+    Retry,
+    SagaContext,
+    SagaCoordinator,
+    SagaReport,
+    StageState,
+    compensable,
+    nested,
+)
 from saga.events import (
     AnyEvent,
     CompensationCompleted,
@@ -335,6 +348,42 @@ def test_a_sink_that_raises_harms_no_saga_and_no_other_listener(caplog: pytest.L
     assert report.status is SagaStatus.COMPENSATED
     assert len(sink.events) == len([line for line in lines(caplog) if "a listener failed on" in line])
     assert sink.events[-1][0] == "saga.ended"
+
+
+def test_what_a_listener_takes_out_of_an_event_is_missing_for_no_one_else() -> None:
+    """As `redact` may: one that hides what it then sends somewhere is no reason for a compensation to do without."""
+    undone: list[Any] = []
+    told: list[Any] = []
+
+    def hide(_: str, event: AnyEvent) -> None:
+        if isinstance(event, StageCompleted):
+            event.output.data.pop("card")
+        if isinstance(event, EffectRecorded):
+            event.effect["card"] = "hidden"
+
+    def hear(_: str, event: AnyEvent) -> None:
+        if isinstance(event, StageCompleted):
+            told.append(event.output.data)
+
+    async def charge(ctx: SagaContext) -> dict[str, Any]:
+        await ctx.record({"card": "4711"})
+        return {"card": "4711"}
+
+    async def refund(ctx: CompensationContext) -> None:
+        assert ctx.output is not None
+        undone.extend((ctx.output.data, *ctx.effects))
+
+    async def ship(_: Any) -> StageOutput:
+        return StageOutput.fail("no lorry")
+
+    pipeline = Pipeline(name="p").with_stage("charge", compensable(charge, refund))
+    pipeline = pipeline.with_stage("ship", ship, "work", dependencies=("charge",))
+
+    report = run(SagaCoordinator(listeners=[hide, hear]).run(pipeline))
+
+    assert undone == [{"card": "4711"}] * 2
+    assert told == [{"card": "4711"}]
+    assert report.stages["charge"].effects == ({"card": "4711"},)
 
 
 def test_a_signal_that_strikes_a_listener_ends_the_program() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
@@ -12,9 +11,8 @@ from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from saga.errors import LedgerCorrupt, LedgerError, PolicyInvalid, SagasDamaged
-from saga.events import AnyEvent, SagaStarted, SagaStatus, event_from_json, event_to_json, line_of
+from saga.events import AnyEvent, SagaStarted, SagaStatus, event_from_json, event_to_json, line_of, with_copies
 from saga.ledger import A_NAME, LONGEST_NAME, Entry, is_name, status_said
-from saga.outputs import copied, copied_output
 from saga.text import bytes_of
 
 Redact = Callable[[AnyEvent], AnyEvent]
@@ -151,18 +149,12 @@ class Writer:
         """What is left of an event; when that can't be known, what should be hidden must not be stored."""
         assert self._redact is not None  # else nobody asks
         try:
-            redacted = self._redact(_own(event))
+            redacted = self._redact(with_copies(event))
         except Exception as error:  # whatever the user's code raises
             raise LedgerError(f"{_named(saga_id, event)} can't be stored: redact raised {type(error).__name__}: {error}") from error
         if type(redacted) is not type(event):
             raise LedgerError(f"{_named(saga_id, event)} can't be stored: expected one from redact, got {type(redacted).__name__}")
         return redacted
-
-
-def _own(event: AnyEvent) -> AnyEvent:
-    """The event with copies of what a user may change in place: the saga that is running keeps what it knows."""
-    copies = {"output": copied_output, "effect": copied, "input": copied, "policy": copied}
-    return replace(event, **{name: copy(value) for name, copy in copies.items() if (value := getattr(event, name, None)) is not None})
 
 
 _FIXED: Final = ("event", "saga_id", "pipeline", "parent", "parent_stage", "stage", "status")
