@@ -236,7 +236,7 @@ class LiveSaga(UndoHost):
     async def _record_effect(self, stage: str, effect: Any) -> None:
         if self.journal.state.graph[stage].role is not Role.COMPENSABLE:
             raise refuse_record(stage)
-        event = EffectRecorded(stage=stage, effect=copied(effect))
+        event = EffectRecorded(stage=stage, effect=effect)
         if not self.journal.state.may_follow(event):
             self.comes_late(event)
             raise MisuseError(

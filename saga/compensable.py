@@ -11,6 +11,7 @@ from stageflow.api import StageContext, StageKind, StageOutput
 
 from saga.errors import MisuseError, PipelineInvalid
 from saga.failures import Failure
+from saga.outputs import copied
 from saga.policies import Compensation, Policy, Retry, declared
 from saga.quick import frozen
 from saga.text import shown
@@ -92,7 +93,8 @@ class SagaContext(StageContext):
             MisuseError: The stage has no compensation, so nothing would ever undo the effect; or the attempt was given up, or has ended.
             NotStorable: A durable ledger can't keep it. The stage's compensation gets a text in its place.
         """
-        return self._host.record_effect(effect)
+        # As it is now: when it is awaited, in a task say, the stage may have put its next effect into the same dict.
+        return self._host.record_effect(copied(effect))
 
     async def run_saga(
         self, pipeline: Pipeline, context: PipelineContext | None = None, *, policy: Policy | None = None, **context_fields: Any

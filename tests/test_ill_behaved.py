@@ -398,6 +398,25 @@ def test_an_effect_that_was_recorded_without_await_is_undone_all_the_same(then: 
     assert undone == ["first", "second", "third"]
 
 
+def test_an_effect_is_recorded_as_it_was_when_it_was_noted_however_late_that_is_awaited() -> None:
+    undone: list[Any] = []
+
+    async def book(ctx: SagaContext) -> None:
+        booking: dict[str, Any] = {}
+        async with asyncio.TaskGroup() as group:
+            for seat in ("1A", "1B", "1C"):
+                booking["seat"] = seat
+                group.create_task(ctx.record(booking))
+
+    async def undo(ctx: CompensationContext) -> None:
+        undone.extend(ctx.effects)
+
+    report = run(SagaCoordinator().run(staged(("a", compensable(book, undo)), ("b", fails))))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert undone == [{"seat": "1A"}, {"seat": "1B"}, {"seat": "1C"}]
+
+
 @pytest.mark.parametrize("then", ["returns", "raises"])
 def test_what_a_plain_stage_records_without_await_fails_it(then: str) -> None:
     async def forgets(ctx: SagaContext) -> None:
