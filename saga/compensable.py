@@ -122,6 +122,18 @@ class Inputs(dict[str, StageOutput]):
         """
         return self[stage].data.get(key, default)
 
+    def get(self, stage: str, default: Any = None) -> Any:
+        """The output of a direct dependency, as that of a dict.
+
+        Raises:
+            KeyError: It is no stage, but the key of a value that one gave, by which `execute` would get that value.
+        """
+        for name, output in self.items():
+            if stage not in self and stage in output.data:
+                hint = f"get_from({name!r}, {stage!r})"
+                raise KeyError(f"expected a stage that this one depends on ({', '.join(self)}), got a key of what {name} gave: {hint}")
+        return super().get(stage, default)
+
     def __missing__(self, stage: str) -> NoReturn:
         """Say what there is instead."""
         raise KeyError(f"expected a stage that this one depends on ({', '.join(self) or 'none'}), got {stage!r}")

@@ -336,8 +336,10 @@ def test_a_compensation_reads_what_others_gave_as_the_stage_did() -> None:
     seen: list[Any] = []
 
     undone_with(lambda ctx: seen.extend([ctx.inputs.get_from("seat", "number"), ctx.inputs.get_from("seat", "row", 14), dict(ctx.inputs)]))
+    undone_with(lambda ctx: seen.extend([ctx.inputs.get("seat"), ctx.inputs.get("row", 14)]))
 
-    assert seen == ["14A of seat", 14, {"seat": StageOutput.ok(number="14A of seat")}]
+    seat = StageOutput.ok(number="14A of seat")
+    assert seen == ["14A of seat", 14, {"seat": seat}, seat, 14]
 
 
 @pytest.mark.parametrize("read", [lambda ctx: ctx.inputs["room"], lambda ctx: ctx.inputs.get_from("room", "number")])
@@ -346,6 +348,15 @@ def test_a_compensation_that_reads_what_its_stage_does_not_depend_on_is_told_so(
 
     assert list(report.stuck) == ["meal"]
     assert "expected a stage that this one depends on (seat), got 'room'" in report.failures[0].message
+
+
+def test_a_compensation_that_asks_for_a_value_as_execute_may_is_told_how_to_ask() -> None:
+    """What `execute` gets by `ctx.inputs.get(key)`, whichever stage gave it, was None in a compensation, which then undid nothing."""
+    report = undone_with(lambda ctx: ctx.inputs.get("number"))
+
+    assert list(report.stuck) == ["meal"]
+    expected = "expected a stage that this one depends on (seat), got a key of what seat gave: get_from('seat', 'number')"
+    assert expected in report.failures[0].message
 
 
 @dataclass(frozen=True)
