@@ -1036,6 +1036,21 @@ def test_files_that_were_taken_away_are_not_opened_anew_while_somebody_of_the_pr
     anew.close()
 
 
+def test_a_ledger_that_is_closed_fails_no_other_one_that_is_opened_just_then(tmp_path: Path) -> None:
+    """SQLite takes its log away with the last connection: whoever opened another file was told that somebody had taken that away."""
+
+    async def open_and_close(worker: int) -> int:
+        for turn in range(30):
+            async with SQLiteLedger(tmp_path / f"{worker}-{turn}.db") as ledger:
+                await ledger.create("s", "me", [started("s")])
+        return worker
+
+    async def play() -> list[int]:
+        return await asyncio.gather(*map(open_and_close, range(6)))
+
+    assert asyncio.run(play()) == [*range(6)]
+
+
 def test_a_commit_that_fails_otherwise_records_nothing(path: Path) -> None:
     store = sqlite._Store(path, 30.0, 10.0, time.time, sqlite._Shared())
     begun = Writer(2**24, None).create("s", "me", (started(),), None)

@@ -383,7 +383,11 @@ class _Store:
     def close(self) -> None:
         with self._in_use:
             if self._opened is not None:
-                if self.is_taken_away() and _size(self._paths[1]) and sys.version_info >= (3, 12):  # pragma: no cover - not on 3.11
+                is_taken_away = self.is_taken_away()
+                if not is_taken_away:
+                    # With its last connection SQLite takes the log away itself, and nobody is to see that in one that counts as open.
+                    _OPEN.discard(self)
+                if is_taken_away and _size(self._paths[1]) and sys.version_info >= (3, 12):  # pragma: no cover - not on 3.11
                     # Else SQLite writes into the file what it knows of its log, which fits no longer, and deletes the log that is there.
                     self._opened.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
                 with suppress(sqlite3.Error):
@@ -455,7 +459,8 @@ class _Store:
 
 
 def _taken_away() -> list[_Store]:
-    return [store for store in list(_OPEN) if store.is_taken_away()]
+    # Whoever closes meanwhile is no longer among them by the time that its files are gone.
+    return [store for store in list(_OPEN) if store.is_taken_away() and store in _OPEN]
 
 
 def _log_of(file: Path) -> Path:
