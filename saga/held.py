@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from bisect import bisect_left, insort
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -36,7 +38,8 @@ class Held:
         self.sagas: Final[dict[str, LiveSaga | None]] = {}
         self._hearts: Final[dict[asyncio.AbstractEventLoop, Heart]] = {}
         self._beating: Final[dict[str, Heart]] = {}
-        self._owed: Final[set[tuple[str, int]]] = set()
+        # Sorted: what is within a saga is behind it. Where a ledger fails, it fails thousands at once.
+        self._owed: Final[list[tuple[str, int]]] = []
 
     def hold(self, saga_id: str) -> None:
         """Let nobody else here go on with a saga; say that its owner is alive until it is let go of."""
@@ -61,7 +64,7 @@ class Held:
         if self.sagas.get(saga.id) is saga:
             self.let_go(saga.id)
             if saga.journal.token is not None:
-                self._owed.add((saga.id, saga.journal.token))
+                insort(self._owed, (saga.id, saga.journal.token))
 
     def let_go(self, saga_id: str) -> None:
         """Hold a saga no more; its lease is given back with its last event, or behind that."""
@@ -72,22 +75,26 @@ class Held:
 
     async def give_back(self, saga_id: str, token: int) -> None:
         """Give the lease of a saga back; where the ledger fails, with a later sign of life, which else would hold that saga, too."""
-        self._owed.add((saga_id, token))
+        insort(self._owed, (saga_id, token))
+        # A "0" comes next to a "/".
+        within = self._owed[bisect_left(self._owed, (f"{saga_id}/",)) : bisect_left(self._owed, (f"{saga_id}0",))]
         with contextlib.suppress(LedgerError):
             # What went wrong before counts for more.
-            await self._release(saga_id, token)
+            await self._release([(saga_id, token), *within])
 
-    async def _release(self, saga_id: str, token: int) -> None:
-        with answering(f"give the lease of saga {saga_id} back"):
-            await self._ledger.release(saga_id, token)
-        self._owed.discard((saga_id, token))
+    async def _release(self, leases: Iterable[tuple[str, int]]) -> None:
+        """Give leases back, those within a saga before its own: who goes on with it would find them held, and it would get stuck."""
+        for saga_id, token in sorted(leases, reverse=True):
+            with answering(f"give the lease of saga {saga_id} back"):
+                await self._ledger.release(saga_id, token)
+            with contextlib.suppress(ValueError):  # somebody else has done so meanwhile, too
+                self._owed.remove((saga_id, token))
 
     async def _beat(self) -> None:
         await self._ledger.beat(self.owner)
         for saga_id in tuple(self.sagas):
             self.holds(saga_id)
-        for saga_id, token in tuple(self._owed):
-            await self._release(saga_id, token)
+        await self._release(self._owed)
 
     def busy(self, saga_id: str, expected: str, state: str) -> MisuseError:
         """What is wrong with going on with a saga that is held here.

@@ -155,6 +155,43 @@ def test_a_saga_that_could_not_be_given_back_is_not_held_by_its_owners_life_for_
     assert ledger.given_back == ["s"]
 
 
+class BackAfterAFailure(Unreachable):
+    """Is in reach again once somebody has tried in vain to give a saga back."""
+
+    async def release(self, saga_id: str, token: int) -> None:
+        try:
+            await super().release(saga_id, token)
+        except LedgerError:
+            self.is_reached = True
+            raise
+
+
+def test_a_saga_is_given_back_behind_those_that_its_stages_have_left() -> None:
+    """Else who goes on with it finds them held, and its stages fail and can't be undone."""
+    world, within = scene({"x": ()}, {"x": Script(before=1.0)}, {"x": "probed"})
+    _, other = scene({"a": ()}, {"a": Script(before=100.0)})
+    pipeline = Pipeline(name="trip").with_stage("book", nested(within))
+    ledger = BackAfterAFailure()
+
+    async def play() -> SagaReport:
+        owner = SagaCoordinator(ledger=ledger)
+        lasting, failing = asyncio.create_task(owner.run(other)), asyncio.create_task(owner.run(pipeline, saga_id="s"))
+        await elapse(0.5)
+        ledger.is_reached = False
+        with pytest.raises(LedgerError, match="no line"):
+            await failing
+        report = await SagaCoordinator(ledger=ledger).resume("s", pipeline)
+        assert not lasting.done()
+        await lasting
+        return report
+
+    report = run(play())
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+x"]
+    assert ledger.given_back == ["s/book", "s"]
+
+
 def test_a_saga_that_ends_while_its_owner_says_that_it_is_alive_alarms_nobody(caplog: pytest.LogCaptureFixture) -> None:
     _, pipeline = scene({"a": ()}, {"a": Script(before=12.0)})
     ledger = SlowToHear()
