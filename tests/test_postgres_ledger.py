@@ -73,6 +73,7 @@ class Network:
             gets lost; `all`: from it on the server hears nothing any more, as of a machine that lost its power.
         lost: How often it did so.
         taken: How many connections it has taken.
+        is_down: Whether it takes none, and closes those that somebody tries to make.
         meanwhile: What happens before the connection breaks.
     """
 
@@ -81,6 +82,7 @@ class Network:
         self.word = b'"at'  # of every event
         self.lost = 0
         self.taken = 0
+        self.is_down = False
         self.meanwhile: Callable[[], Any] = lambda: None
         self._server = f"{directory}/.s.PGSQL.5432"
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -98,6 +100,9 @@ class Network:
                 client, _ = self._listener.accept()
             except OSError:
                 return
+            if self.is_down:
+                client.close()
+                continue
             self.taken += 1
             server = socket.socket(socket.AF_UNIX)
             server.connect(self._server)
@@ -310,6 +315,33 @@ def test_when_it_stays_unknown_what_became_of_an_append_the_error_says_so(place:
 
     assert network.lost == 1
     assert len(using(place.open(), lambda ledger: ledger.read("s"))) == 2
+
+
+@pytest.mark.parametrize(("deed", "word"), [("create", b"SELECT write"), ("acquire", b"COMMIT")])
+def test_what_was_begun_or_taken_without_its_owner_ever_knowing_is_not_held_by_its_life(
+    place: PostgresSchema, network: Network, deed: str, word: bytes
+) -> None:
+    """As long as that one has other sagas, nobody else could go on with it."""
+
+    async def play(ledger: Ledger) -> int:
+        elsewhere = place.open()
+        await ledger.beat("me")
+        if deed == "acquire":
+            await elsewhere.release("s", await elsewhere.create("s", "you", (started(),)))
+        network.swallow, network.word, network.meanwhile = "answer", word, lambda: setattr(network, "is_down", True)
+        with pytest.raises(LedgerError, match="whether it was recorded is not known"):
+            await (ledger.create("s", "me", (started(),)) if deed == "create" else ledger.acquire("s", "me"))
+        network.is_down = False
+        await ledger.beat("me")
+
+        token = await elsewhere.acquire("s", "you")
+
+        await elsewhere.append("s", (attempt(1),), expected_version=1, token=token)
+        await elsewhere.close()
+        return len(await ledger.read("s"))
+
+    assert using(over(network, place, patience=0.2), play) == 2
+    assert network.lost == 1
 
 
 def test_a_connection_that_died_while_nobody_used_it_is_replaced(place: PostgresSchema) -> None:

@@ -118,6 +118,9 @@ _BEAT: Final = """
     INSERT INTO owners (id, until) VALUES (%s, clock_timestamp() + %s * interval '1 second')
     ON CONFLICT (id) DO UPDATE SET until = excluded.until
 """
+_DISOWN: Final = """
+    UPDATE sagas SET owner = NULL FROM unnest(%s::text[], %s::text[]) AS lost (saga, holder) WHERE id = saga AND owner = holder
+"""
 _HOLDER: Final = """
     SELECT version, token, owner, until, coalesce(until >= clock_timestamp(), false)
     FROM sagas LEFT JOIN owners ON owners.id = owner WHERE sagas.id = %s
@@ -263,19 +266,30 @@ class _Store:
         self._lease = lease
         self._patience = min(patience, _LONGEST)
         self._opened: Connection | None = None
+        # What was begun or taken by an owner that does not know of it, but beats on for other sagas.
+        self._lost: list[tuple[str, str]] = []
 
     # -- requests ------------------------------------------------------------------------------------------------
 
     def write(self, requests: Sequence[Request]) -> Sequence[Any]:
         answers: dict[int, Any] = {}
+
+        def lost() -> None:
+            left = [request for n, request in enumerate(requests) if n not in answers]
+            self._lost += [(request.saga_id, request.owner) for request in left if isinstance(request, Create | Acquire)]
+
         try:
-            self._patiently(lambda connection, in_doubt: self._carry_out(connection, requests, answers, in_doubt), records=True)
+            self._patiently(lambda connection, in_doubt: self._carry_out(connection, requests, answers, in_doubt), lost)
         except LedgerError as error:
             return [answers[n] if n in answers else again(error) for n in range(len(requests))]
         return [answers[n] for n in range(len(requests))]
 
     def _carry_out(self, connection: Connection, requests: Sequence[Request], answers: dict[int, Any], in_doubt: bool) -> None:  # noqa: FBT001 - see _patiently
         """Carry out what has no answer yet: what has one is committed, and must not be done again when something behind it fails."""
+        if self._lost:
+            # Before anything else: a saga that runs one of them may be given back here, and who goes on with it would find that one held.
+            connection.execute(_DISOWN, tuple(map(list, zip(*self._lost, strict=True))))
+            self._lost.clear()
         left = [(n, request) for n, request in enumerate(requests) if n not in answers]
         rows = [_row(n, request) for n, request in left if isinstance(request, Create | Append)]
         owners = list({request.owner for _, request in left if isinstance(request, Create)})
@@ -407,8 +421,13 @@ class _Store:
 
     # -- the connection ------------------------------------------------------------------------------------------
 
-    def _patiently(self, work: Callable[[Connection, bool], T], *, records: bool = False) -> T:
-        """Do it, and if the connection breaks do it again; what records is told when it may have been done before."""
+    def _patiently(self, work: Callable[[Connection, bool], T], lost: Callable[[], None] | None = None) -> T:
+        """Do it, and if the connection breaks do it again; what records is told when it may have been done before.
+
+        Args:
+            work: What is done.
+            lost: Called when it is given up and may have been done; None: it records nothing.
+        """
         deadline, pause, in_doubt = time.monotonic() + self._patience, 0.05, False
         while True:
             is_sent = False
@@ -418,11 +437,13 @@ class _Store:
                 return work(connection, in_doubt)
             except psycopg.Error as error:
                 is_gone = self._opened is None or self._opened.closed
-                in_doubt = in_doubt or (records and is_gone and is_sent)
+                in_doubt = in_doubt or (lost is not None and is_gone and is_sent)
                 # The next one connects anew: what is in its way may be what the server said of this connection when it began.
                 self.close()
                 may_pass = error.sqlstate in _AGAIN or (is_gone and error.sqlstate != _FORBIDDEN)
                 if not may_pass or time.monotonic() + pause > deadline:
+                    if lost is not None and in_doubt:
+                        lost()
                     raise self._told(error, in_doubt=in_doubt) from error
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
