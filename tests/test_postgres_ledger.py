@@ -719,6 +719,19 @@ def test_ledgers_that_make_one_schema_at_once_are_one(place: PostgresSchema) -> 
     assert place.execute("SELECT version FROM schema_version") == [(len(module.MIGRATIONS),)]
 
 
+def test_who_writes_and_who_reads_first_at_once_make_one_schema(place: PostgresSchema) -> None:
+    async def play(ledger: Ledger) -> Any:
+        with contextlib.closing(psycopg.connect(place.dsn, autocommit=True)) as other:
+            other.execute("SELECT pg_advisory_lock(hashtext(%s))", (f"saga ledger {place.schema}",))
+            calls = [asyncio.create_task(ledger.create("s", "me", (started(),))), asyncio.create_task(ledger.list())]
+            await somebody_waits(place, 2)
+        return await asyncio.gather(*calls)
+
+    token, _ = using(place.open(), play)
+
+    assert token == 1
+
+
 def test_in_the_place_of_a_schema_that_was_taken_away_while_it_was_in_use_no_other_one_is_made(place: PostgresSchema) -> None:
     """Whoever restores a backup meanwhile would come upon it, and sagas that run would be told that they never were."""
 

@@ -495,16 +495,19 @@ class _Store:
             connection.execute("SELECT set_config(%s, %s, false)", (name, value))
         # A server, database or role that does without it may; a ledger can't. What waits for replicas, too, is left as it is.
         connection.execute("SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'")
+        # Asked before the look: while we wait, another connection may make the schema, and PostgreSQL goes on saying that it is not there
+        # to a transaction that has looked for it before. Then to make it fails, and the next look finds it.
+        was_there = self._was_there.is_set()
         if self._version(connection) < len(MIGRATIONS):
             with connection.transaction():
-                self._migrate(connection)
+                self._migrate(connection, was_there=was_there)
         self._was_there.set()
 
-    def _migrate(self, connection: Connection) -> None:
+    def _migrate(self, connection: Connection, *, was_there: bool) -> None:
         connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (f"saga ledger {self._schema}",))
         found = self._version(connection)  # once more, now that no other process can
         if not found:
-            if self._was_there.is_set():
+            if was_there:
                 # Sagas that run know of what is in it, and whoever puts it back would come upon a new one.
                 raise LedgerError(
                     f"the ledger in schema {self._schema!r} is gone; put it back, or restart to begin a new one. None was made in its place"
