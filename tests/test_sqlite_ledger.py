@@ -1245,6 +1245,38 @@ def test_a_ledger_that_was_closed_has_no_threads(path: Path) -> None:
     assert threads_of(path) == []
 
 
+def test_a_ledger_is_opened_while_another_one_takes_its_log_away_because_it_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_last, has_closed, goes_on = threading.Event(), threading.Event(), threading.Event()
+
+    class Lingers(sqlite3.Connection):
+        def close(self) -> None:
+            super().close()
+            if is_last.is_set():
+                has_closed.set()
+                goes_on.wait(5)
+
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Lingers))
+
+    async def play() -> None:
+        one, other = SQLiteLedger(path), SQLiteLedger(path)
+        await one.beat("me")
+        is_last.set()
+        closing_it = asyncio.create_task(one.close())
+        while not has_closed.is_set():
+            await asyncio.sleep(0)
+        is_last.clear()
+        try:
+            await other.beat("you")
+        finally:
+            goes_on.set()
+            await closing_it
+            await other.close()
+
+    asyncio.run(play())
+
+    assert SQLiteFile(path).owners() == ["me", "you"]
+
+
 def test_whoever_closes_a_ledger_that_somebody_else_is_closing_waits_until_it_is_closed(path: Path) -> None:
     """What was asked for before would be lost with the event loop, or meet a file that is gone."""
     ledger = SQLiteLedger(path)

@@ -383,11 +383,10 @@ class _Store:
     def close(self) -> None:
         with self._in_use:
             if self._opened is not None:
-                is_taken_away = self.is_taken_away()
-                if not is_taken_away:
-                    # With its last connection SQLite takes the log away itself, and nobody is to see that in one that counts as open.
+                if not self.is_taken_away():
+                    # As the last one it takes the log away itself: who opens the file just then is not to take that for another's deed.
                     _OPEN.discard(self)
-                if is_taken_away and _size(self._paths[1]) and sys.version_info >= (3, 12):  # pragma: no cover - not on 3.11
+                elif _size(self._paths[1]) and sys.version_info >= (3, 12):  # pragma: no cover - not on 3.11
                     # Else SQLite writes into the file what it knows of its log, which fits no longer, and deletes the log that is there.
                     self._opened.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
                 with suppress(sqlite3.Error):
