@@ -242,6 +242,10 @@ class SagaCoordinator:
                 if self._keeper.held.holds(entry.saga_id):
                     return
                 try:
+                    if entry.owner == self._keeper.held.owner:
+                        events = await recorded(self.ledger, entry.saga_id)
+                        if not events or SagaState(events).ended_at is not None:
+                            return  # it ran here when it was listed, and has come to rest since
                     pipeline = _among(known, entry.pipeline)
                     is_left_behind = entry.parent is not None and bool(await recorded(self.ledger, entry.parent))
                     # Nobody waits for what it would give, and a person may have said that nothing of it stands.

@@ -7,7 +7,8 @@ import contextlib
 import gc
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -420,6 +421,27 @@ def test_a_saga_that_goes_on_here_meanwhile_is_no_failure_of_a_recovery(kind: ty
 
     assert {name for recovery in recoveries for name in recovery.reports} == {"x", "y", "z"}
     assert [recovery.failed for recovery in recoveries] == [{}, {}]
+
+
+@pytest.mark.parametrize("kind", [MemoryLedger, ReadsSlowly, partial(MemoryLedger, keep=0)])
+def test_a_saga_that_comes_to_rest_where_it_runs_is_none_that_a_recovery_went_on_with(kind: Callable[[], MemoryLedger]) -> None:
+    """A service recovers every minute beside the sagas that it runs, and looks at what went on."""
+    _, pipeline = scene({"a": ()}, {"a": Script(before=5.0)})
+    ledger = kind()
+
+    async def play() -> tuple[Recovery, SagaReport]:
+        await left_behind(ledger, pipeline, "x")
+        coordinator = SagaCoordinator(ledger=ledger)
+        running = asyncio.create_task(coordinator.run(pipeline, saga_id="y"))
+        await elapse(2.0)
+        return await coordinator.recover(pipeline, concurrency=1), await running
+
+    recovery, report = run(play())
+
+    assert report.status is SagaStatus.COMPLETED
+    assert list(recovery.reports) == ["x"]
+    assert not recovery.held
+    assert not recovery.failed
 
 
 class ForgottenWhenTaken(MemoryLedger):
