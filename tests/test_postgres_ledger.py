@@ -764,6 +764,29 @@ def test_who_may_not_use_the_schema_is_told_so_at_once(place: PostgresSchema) ->
         using(stranger, lambda ledger: ledger.list())
 
 
+@pytest.mark.parametrize("role", ["user", "reader"])
+def test_a_schema_that_is_made_is_used_with_the_rights_that_the_docs_name(place: PostgresSchema, role: str) -> None:
+    using(place.open(), lambda ledger: ledger.create("s", "me", (started(),)))
+    rights = "SELECT" if role == "reader" else "SELECT, INSERT, UPDATE, DELETE"
+    place.execute(f"CREATE ROLE the_{role}")
+    place.execute(f'GRANT USAGE ON SCHEMA "{place.schema}" TO "the_{role}"')
+    place.execute(f'GRANT {rights} ON ALL TABLES IN SCHEMA "{place.schema}" TO "the_{role}"')
+
+    async def play(ledger: Ledger) -> Any:
+        if role == "user":
+            token = await ledger.acquire("s", "me")
+            await ledger.append("s", (attempt(1),), expected_version=1, token=token)
+            await ledger.create("t", "me", (started("t"), SagaEnded(status=SagaStatus.COMPLETED)))
+            await ledger.release("t", 1)
+            assert await ledger.prune(timedelta(0)) == ("t",)
+        return len(await ledger.read("s")), [entry.saga_id for entry in await ledger.list()]
+
+    events, listed = using(place.open(dsn=f"{place.dsn}&options=-crole%3Dthe_{role}"), play)
+
+    assert events == (2 if role == "user" else 1)
+    assert listed == ["s"]
+
+
 def test_a_schema_that_is_there_already_may_be_used(place: PostgresSchema) -> None:
     place.execute(f'CREATE SCHEMA "{place.schema}"')
 
