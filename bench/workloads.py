@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -184,11 +184,11 @@ class Saga:
 
 
 class FirstSaga(Saga):
-    """A saga whose coordinator is new and sees the pipeline for the first time."""
+    """A saga of a new coordinator and a new pipeline, which is read and checked first."""
 
     async def prepare(self) -> None:
-        """Get ready: the coordinator is part of what is timed."""
+        """Get ready: both are part of what is timed."""
 
     async def run(self) -> None:
         """Run it once."""
-        self.check(await SagaCoordinator().run(self._pipeline))
+        self.check(await SagaCoordinator().run(replace(self._pipeline)))

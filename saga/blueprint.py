@@ -334,9 +334,10 @@ def _refuse_abstract(name: str, runner: type) -> None:
 def _refuse_shadowed(name: str, sample: object) -> None:
     """Refuse a mixin behind our own base class, whose defaults come first."""
     stage = type(wrapped(sample))
+    bases = [(base, vars(base)) for base in stage.__mro__]
     for part in DECLARABLE:
-        first, *others = [base for base in stage.__mro__ if part in vars(base)] or [stage]
-        if not others or first not in {SagaStage, CompensableStage}:
+        first, *others = [base for base, own in bases if part in own] or [stage]
+        if not others or first not in _OURS:
             continue
         mixin, default = others[0], vars(first)[part]
         # The object may have its own, as that of a dataclass.
@@ -430,6 +431,7 @@ def _declared_model(name: str, stage: object) -> Any:
 
 
 _AMBIGUOUS: Final = re.compile(r"/|~\d+$|#\d+(\.\d+)?$")
+_OURS: Final = frozenset({SagaStage, CompensableStage})
 _OF_ALL: Final = [(key, value) for key, value in Compensation() if key not in {"retry", "timeout"}]
 """What a stage can't say for itself of how it is undone, and what it is by default."""
 _MOST_KNOWN: Final = 1000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -18,8 +19,13 @@ def this_process() -> str:
     It says host, process id, the process's start, its pid namespace and the machine's boot, and ends in a random part: two
     owners in one process have two names.
     """
-    pid = os.getpid()
-    return "/".join((socket.gethostname(), str(pid), _stat(pid)[1], *_here(), secrets.token_hex(8)))
+    return f"{_process(os.getpid(), _PROC)}/{secrets.token_hex(8)}"
+
+
+@cache
+def _process(pid: int, _proc: Path) -> str:
+    # The system is asked once: that takes four times as long as to make a coordinator.
+    return "/".join((socket.gethostname(), str(pid), _stat(pid)[1], *_here()))
 
 
 def is_gone(owner: str) -> bool:
