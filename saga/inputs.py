@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields as fields_of
 from typing import Any, Final
 
 from stageflow.api import PipelineContext
-from stageflow.context import Conversation, Enrichments
+from stageflow.context import (
+    Conversation,
+    DocumentEnrichment,
+    Enrichments,
+    MemoryEnrichment,
+    Message,
+    ProfileEnrichment,
+    RoutingDecision,
+)
 
 from saga.errors import MisuseError
 from saga.outputs import copied
@@ -37,8 +46,16 @@ _RECORDED: Final = (
     "data",
 )
 """What of stageflow's context is recorded, so that a saga can go on without its caller."""
-_BUNDLES: Final[Mapping[str, Any]] = {"conversation": Conversation, "enrichments": Enrichments}
-"""What of it is recorded as stageflow writes it, and made again as stageflow reads it."""
+_BUNDLES: Final[Mapping[str, Any]] = {
+    "conversation": Conversation,
+    "messages": Message,
+    "routing_decision": RoutingDecision,
+    "enrichments": Enrichments,
+    "profile": ProfileEnrichment,
+    "memory": MemoryEnrichment,
+    "documents": DocumentEnrichment,
+}
+"""What of it is recorded as dicts of its fields, and made of them again."""
 _WIDE_EVENTS: Final = ("emit_stage_wide_events", "emit_pipeline_wide_event", "wide_event_emitter")
 """With which `Pipeline.run` is asked for stageflow's wide events."""
 _ELSEWHERE: Final = {
@@ -112,14 +129,31 @@ def refuse_timeout(context: PipelineContext) -> None:
 
 def recorded_input(context: PipelineContext) -> dict[str, Any]:
     """The fields of a context that a ledger keeps."""
-    return {name: copied(_written(name, value)) for name in _RECORDED if (value := getattr(context, name))}
+    return {name: copied(_written(name, value)) for name in _RECORDED if (value := getattr(context, name)) is not None}
 
 
 def _written(name: str, value: Any) -> Any:
-    return value.to_dict() if name in _BUNDLES and isinstance(value, _BUNDLES[name]) else value
+    # Not by its to_dict: that, and what reads it, fails on a field that is not of the type that it says, which nothing has checked.
+    kind = _BUNDLES.get(name)
+    if kind is None:
+        return value
+    if type(value) in {list, tuple}:
+        return type(value)([_written(name, item) for item in value])
+    return {part.name: _written(part.name, getattr(value, part.name)) for part in fields_of(kind)} if isinstance(value, kind) else value
 
 
 def context_from(recorded: Mapping[str, Any]) -> PipelineContext:
     """A context with the fields that a ledger has kept of one."""
-    made = {name: kind.from_dict(recorded[name]) for name, kind in _BUNDLES.items() if isinstance(recorded.get(name), dict)}
-    return PipelineContext.create(**{**recorded, **made})
+    return PipelineContext.create(**{name: _made(name, value) for name, value in recorded.items()})
+
+
+def _made(name: str, plain: Any) -> Any:
+    kind = _BUNDLES.get(name)
+    if kind is None:
+        return plain
+    if type(plain) in {list, tuple}:
+        return type(plain)([_made(name, item) for item in plain])
+    try:
+        return kind(**{part: _made(part, value) for part, value in plain.items()})
+    except (AttributeError, TypeError):
+        return plain  # it was none, or redact has left none: no reason to refuse the saga, with which nobody could ever go on

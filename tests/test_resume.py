@@ -8,6 +8,7 @@ import logging
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -44,6 +45,7 @@ from saga import (
 )
 from saga.blueprint import Blueprint
 from saga.events import (
+    AnyEvent,
     CompensationCompleted,
     FallbackUsed,
     SagaEnded,
@@ -54,6 +56,7 @@ from saga.events import (
     StageCompleted,
     StageStarted,
 )
+from saga.ledgers.sqlite import SQLiteLedger
 from saga.state import SagaState
 from saga.testing.rehearsal import MortalLedger
 from tests.controlled import elapse, run
@@ -1220,6 +1223,71 @@ def test_a_stage_that_is_undone_after_its_process_reads_the_same_of_its_snapshot
     before, after = seen
     assert after == before
     assert {name: getattr(after, name) for name in given} == given
+
+
+def not_typed(value: Any) -> Any:
+    """What a program without type checks may hand over."""
+    return value
+
+
+@pytest.mark.parametrize("is_durable", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"enrichments": Enrichments(profile=ProfileEnrichment(user_id=not_typed("customer-17")))},
+        {"enrichments": Enrichments(profile=not_typed({"tier": "gold"}))},
+        {"enrichments": {"tier": "gold"}},
+        {"conversation": Conversation(not_typed((Message("user", "hello", timestamp=not_typed(1777900000.5)),)))},
+        {"extensions": {}, "input_text": "", "input_audio_duration_ms": 0},
+    ],
+)
+def test_input_of_which_stageflow_does_not_check_the_type_is_read_after_the_process_as_it_was_before(
+    fields: dict[str, Any], is_durable: bool
+) -> None:
+    """A user_id that is no UUID was recorded, and the saga could then never be undone; what was empty was None."""
+    seen: list[Any] = []
+
+    async def look(ctx: Any) -> None:
+        seen.append({name: getattr(ctx.snapshot, name) for name in fields})
+
+    pipeline = Pipeline(name="p").with_stage("a", compensable(look, look))
+    ledger = MortalLedger(durable=is_durable)
+    run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s", **fields))
+
+    report = run(SagaCoordinator(ledger=ledger).compensate("s", pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert seen == [fields, fields]
+
+
+def test_a_saga_is_undone_whatever_redact_has_left_of_what_stageflow_bundles_in_its_input(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def hide(event: AnyEvent) -> AnyEvent:
+        if isinstance(event, SagaStarted):
+            event.input["enrichments"]["profile"]["user_id"] = "hidden"
+            event.input["conversation"]["messages"] = "hidden"
+        return event
+
+    async def look(ctx: Any) -> None:
+        seen.append((ctx.snapshot.profile.user_id, ctx.snapshot.profile.goals, ctx.snapshot.messages))
+
+    user, said = uuid4(), [Message("user", "hello")]
+    bundled: dict[str, Any] = {
+        "conversation": Conversation(said),
+        "enrichments": Enrichments(profile=ProfileEnrichment(user, goals=["rest"])),
+    }
+    pipeline = Pipeline(name="p").with_stage("a", compensable(look, look))
+
+    async def play() -> SagaReport:
+        async with SQLiteLedger(tmp_path / "sagas.db", redact=hide) as ledger:
+            await SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s", **bundled)
+            return await SagaCoordinator(ledger=ledger).compensate("s", pipeline)
+
+    report = asyncio.run(play())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert seen == [(user, ["rest"], said), ("hidden", ["rest"], "hidden")]
 
 
 def test_a_stage_that_was_skipped_gives_the_same_when_its_saga_goes_on() -> None:
