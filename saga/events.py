@@ -12,7 +12,7 @@ from dataclasses import field, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cache, partial
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import ConfigDict, Discriminator, TypeAdapter
 
@@ -21,6 +21,8 @@ from saga.graph import Graph
 from saga.outputs import STRICT, Output, Plain, copied, copied_output
 from saga.policies import Policy
 from saga.quick import frozen
+
+T = TypeVar("T")
 
 
 class SagaStatus(StrEnum):
@@ -484,4 +486,16 @@ def with_copies(event: AnyEvent) -> AnyEvent:
     return replace(event, **copies) if copies else event
 
 
+def reads_only(listener: T) -> T:
+    """Say of a listener, a function or a class, that it changes nothing of what it is told: to copy a large output takes its time."""
+    _READERS.add(id(listener))
+    return listener
+
+
+def told_to(listener: object, event: AnyEvent) -> AnyEvent:
+    """What a listener is told of an event."""
+    return event if id(listener) in _READERS or id(type(listener)) in _READERS else with_copies(event)
+
+
+_READERS: Final[set[int]] = set()
 _CHANGEABLE: Final = (("output", copied_output), ("effect", copied), ("input", copied), ("policy", copied))

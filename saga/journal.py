@@ -17,7 +17,7 @@ from saga.events import (
     SagaResumed,
     SagaStarted,
     StageStarted,
-    with_copies,
+    told_to,
 )
 from saga.ledger import Ledger
 from saga.record import Step, undo_step
@@ -260,7 +260,7 @@ def tell(listeners: Sequence[Listener], saga_id: str, events: Sequence[AnyEvent]
     for event in events:
         for listener in listeners:
             try:
-                listener(saga_id, with_copies(event))
+                listener(saga_id, told_to(listener, event))
             except (KeyboardInterrupt, SystemExit):
                 # A signal strikes whatever code runs.
                 raise

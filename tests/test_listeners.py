@@ -38,7 +38,9 @@ from saga.events import (
     StageProbed,
 )
 from saga.failures import Failure, FailureKind
+from saga.journal import Listener
 from saga.listeners.logs import _SAY, log_events
+from saga.listeners.otel import OpenTelemetryListener
 from saga.listeners.sink import SinkListener
 from tests.controlled import run
 from tests.world import BRANCHES, SEQUENCE, Script, nothing, scene
@@ -384,6 +386,35 @@ def test_what_a_listener_takes_out_of_an_event_is_missing_for_no_one_else() -> N
     assert undone == [{"card": "4711"}] * 2
     assert told == [{"card": "4711"}]
     assert report.stages["charge"].effects == ({"card": "4711"},)
+
+
+class Counted:
+    """Counts how often it is copied."""
+
+    copies = 0
+
+    def __deepcopy__(self, _: Any) -> Counted:
+        Counted.copies += 1
+        return self
+
+
+def test_only_who_may_change_what_it_is_told_is_given_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large output takes longer to copy than to log, and OpenTelemetry's listener held a second one of each in a saga that ran."""
+
+    class Hiding(OpenTelemetryListener): ...
+
+    async def book(_: Any) -> dict[str, Any]:
+        return {"seats": Counted()}
+
+    def copies_with(*listeners: Listener) -> int:
+        monkeypatch.setattr(Counted, "copies", 0)
+        run(SagaCoordinator(listeners=listeners).run(Pipeline(name="p").with_stage("book", book, "work")))
+        return Counted.copies
+
+    without = copies_with()
+
+    assert copies_with(log_events, OpenTelemetryListener(), SinkListener()) == without
+    assert copies_with(Hiding(), lambda _, event: log_events("s", event)) == without + 2
 
 
 def test_a_signal_that_strikes_a_listener_ends_the_program() -> None:

@@ -27,6 +27,7 @@ from saga.events import (
     StageSettled,
     StageSkipped,
     StageStarted,
+    reads_only,
 )
 from saga.failures import FailureKind, in_its_words
 from saga.text import printable
@@ -38,6 +39,7 @@ _ASKED: Final = "; it is asked or attempted again"
 """Where its probe, if it has one, may say that there is nothing left to attempt, or no attempt is left."""
 
 
+@reads_only
 def log_events(saga_id: str, event: AnyEvent) -> None:
     """Log an event: `SagaCoordinator(..., listeners=[log_events])`.
 

@@ -36,6 +36,7 @@ from saga.events import (
     StageSkipped,
     StageStarted,
     at_rest,
+    reads_only,
 )
 from saga.failures import Failure, FailureKind
 from saga.ledger import Ledger, StageState, listed
@@ -88,6 +89,7 @@ class _Saga:
     waiting: Counter[StageState] = field(default_factory=Counter)
 
 
+@reads_only
 class OpenTelemetryListener:
     """Makes spans and metrics of a saga's events: `SagaCoordinator(..., listeners=[OpenTelemetryListener()])`.
 

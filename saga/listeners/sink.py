@@ -8,11 +8,12 @@ from pydantic import TypeAdapter
 from stageflow import EventSink
 from stageflow.events import get_event_sink
 
-from saga.events import AnyEvent
+from saga.events import AnyEvent, reads_only
 
 _EVENT: Final[TypeAdapter[Any]] = TypeAdapter(AnyEvent)
 
 
+@reads_only
 class SinkListener:
     """Emits every event to an event sink of stageflow: `SagaCoordinator(..., listeners=[SinkListener()])`.
 
