@@ -107,11 +107,11 @@ class StagePlan:
         if self.output_model is not None:
             warn_of_misfit(self.spec.name, self.output_model, output.data)
 
-    def restored(self, data: dict[str, Any]) -> dict[str, Any]:
+    def restored(self, data: Any) -> Any:
         """Data that comes from a durable ledger, made what the stage, or each one of the saga that it runs, declares it to be."""
         if self.output_model is not None:
             return restored(self.spec.name, self.output_model, data)
-        if self.nested_pipeline is not None and isinstance(within := data.get("outputs"), dict):
+        if self.nested_pipeline is not None and isinstance(data, dict) and isinstance(within := data.get("outputs"), dict):
             return data | {"outputs": Blueprint.of(self.nested_pipeline).restored(within)}
         return data
 
@@ -175,7 +175,7 @@ class Blueprint:
             without_timeouts={"_timeout_ms": 0} | {f"_timeout.{name}": 0 for name in graph.names},
         )
 
-    def restored(self, outputs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def restored(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
         """The data of several stages that comes from a durable ledger, made what they declare it to be."""
         return {name: self.stages[name].restored(data) if name in self.stages else data for name, data in outputs.items()}
 

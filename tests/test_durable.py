@@ -602,6 +602,30 @@ def test_killed_at_any_event_what_was_given_within_a_nested_saga_comes_back_as_i
     assert set(map(type, seen)) <= {Booking}
 
 
+def test_a_saga_goes_on_whatever_stands_in_for_what_a_saga_within_a_nested_one_gave() -> None:
+    """It was looked through for the outputs of stages, which None has not."""
+    seen: list[Any] = []
+
+    async def book(_: Any) -> StageOutput:
+        return StageOutput.fail("sold out")
+
+    async def look(ctx: Any) -> StageOutput:
+        seen.append(ctx.inputs.get_from("trip", "outputs"))
+        return StageOutput.ok() if ctx.attempt > 1 else StageOutput.fail("not yet")
+
+    flights = Pipeline(name="flights").with_stage("book", book, "work")
+    trip = Pipeline(name="trip").with_stage("flights", nested(flights))
+    pipeline = Pipeline().with_stage("trip", nested(trip)).with_stage("look", look, "work", dependencies=("trip",))
+    policy = ContinueWithFallback(on_failure="halt", fallbacks={"trip": {"outputs": {"flights": None}}})
+    ledger = Stored()
+    run(SagaCoordinator(policy, ledger=ledger).run(pipeline, saga_id="s"))
+
+    report = run(SagaCoordinator(ledger=ledger).resume("s", pipeline))
+
+    assert report.status is SagaStatus.DEGRADED
+    assert seen == [{"flights": None}] * 2
+
+
 class Colour(Enum):
     RED = "red"
 
