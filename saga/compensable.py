@@ -128,11 +128,13 @@ class Inputs(dict[str, StageOutput]):
         Raises:
             KeyError: It is no stage, but the key of a value that one gave, by which `execute` would get that value.
         """
+        if stage in self:
+            return self[stage]
         for name, output in self.items():
-            if stage not in self and stage in output.data:
+            if stage in output.data:
                 hint = f"get_from({name!r}, {stage!r})"
                 raise KeyError(f"expected a stage that this one depends on ({', '.join(self)}), got a key of what {name} gave: {hint}")
-        return super().get(stage, default)
+        return default
 
     def __missing__(self, stage: str) -> NoReturn:
         """Say what there is instead."""

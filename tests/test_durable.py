@@ -570,6 +570,28 @@ def test_what_a_fallback_gave_comes_back_as_what_its_stage_declares() -> None:
     assert seen == [Booking(seat="by the door", price=0)] * 2
 
 
+def test_nobody_is_warned_that_what_a_stage_says_of_its_skip_fits_no_model(caplog: pytest.LogCaptureFixture) -> None:
+    class Book(CompensableStage):
+        output_model = Receipts
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            return StageOutput.skip("nobody travels")
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    async def look(ctx: Any) -> StageOutput:
+        return StageOutput.ok() if ctx.attempt > 1 else StageOutput.fail("not yet")
+
+    pipeline = Pipeline().with_stage("book", Book).with_stage("look", look, "work", dependencies=("book",))
+    ledger = Stored()
+    run(SagaCoordinator(FailFast(on_failure="halt"), ledger=ledger).run(pipeline, saga_id="s"))
+
+    report = run(SagaCoordinator(ledger=ledger).resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert "output_model" not in caplog.text
+
+
 @pytest.mark.parametrize("nth", range(1, 8))
 def test_killed_at_any_event_what_was_given_within_a_nested_saga_comes_back_as_its_stages_declare(nth: int) -> None:
     seen: list[Any] = []

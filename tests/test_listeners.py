@@ -31,6 +31,7 @@ from saga.events import (
     FallbackFailed,
     SagaEnded,
     SagaResumed,
+    SagaStarted,
     SagaStatus,
     SagaStopped,
     StageCompleted,
@@ -386,6 +387,25 @@ def test_what_a_listener_takes_out_of_an_event_is_missing_for_no_one_else() -> N
     assert undone == [{"card": "4711"}] * 2
     assert told == [{"card": "4711"}]
     assert report.stages["charge"].effects == ({"card": "4711"},)
+
+
+def test_what_a_listener_takes_out_of_a_sagas_input_is_there_for_whoever_undoes_it_later() -> None:
+    undone: list[Any] = []
+
+    def hide(_: str, event: AnyEvent) -> None:
+        if isinstance(event, SagaStarted):
+            event.input["metadata"].pop("card")
+
+    async def refund(ctx: CompensationContext) -> None:
+        undone.append(ctx.snapshot.metadata)
+
+    pipeline = Pipeline(name="p").with_stage("charge", compensable(nothing, refund))
+    coordinator = SagaCoordinator(listeners=[hide])
+    run(coordinator.run(pipeline, saga_id="s", metadata={"card": "4711"}))
+
+    run(coordinator.compensate("s", pipeline))
+
+    assert undone == [{"card": "4711"}]
 
 
 class Counted:

@@ -1266,6 +1266,7 @@ def test_a_saga_is_undone_whatever_redact_has_left_of_what_stageflow_bundles_in_
     def hide(event: AnyEvent) -> AnyEvent:
         if isinstance(event, SagaStarted):
             event.input["enrichments"]["profile"]["user_id"] = "hidden"
+            assert event.input["conversation"]["messages"][0].pop("content") == "hello"
             event.input["conversation"]["messages"] = "hidden"
         return event
 

@@ -100,7 +100,7 @@ def _without_waits(policy: Policy) -> Policy:
 
 def _at_once(retry: Retry) -> Retry:
     # Not made anew: what it names was looked for when it was made, and a stage may have imported its module since.
-    return BaseModel.model_copy(retry, update={"attempts": retry.attempts, "wait": 0.0, "jitter": False})
+    return BaseModel.model_copy(retry, update={"attempts": retry.attempts, "wait": 0.0})
 
 
 def _undone_at_once(compensation: Compensation) -> Compensation:
