@@ -364,11 +364,13 @@ def _refuse_signature(name: str, hook: str, function: Any, arguments: tuple[str,
     if _takes(function, len(arguments)):
         return
     try:
-        signature = inspect.signature(function)
+        own, signature = inspect.signature(function, follow_wrapped=False), inspect.signature(function)
     except (TypeError, ValueError):
         return  # there is none, or it says nothing of itself
     try:
-        signature.bind(*arguments)
+        own.bind(*arguments)
+        # What it wraps may need more, which the wrapper then gives it.
+        signature.bind_partial(*arguments)
     except TypeError:
         raise PipelineInvalid(f"{hook} to be called with {' and '.join(arguments)}", got=f"{hook}{signature}", stage=name) from None
 

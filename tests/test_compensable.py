@@ -401,15 +401,20 @@ def test_code_that_says_nothing_of_its_arguments_is_called_as_any_other() -> Non
     assert called == ["pay"]
 
 
-def test_a_wrapper_that_gives_what_it_wraps_a_further_argument_is_called_as_it_says_itself() -> None:
+@pytest.mark.parametrize("takes", ["ctx", "anything"])
+def test_a_wrapper_that_gives_what_it_wraps_a_further_argument_is_called_as_it_says_itself(takes: str) -> None:
     paid: list[str] = []
 
-    def with_bank(pay: Callable[[Any, str], Any]) -> Callable[[Any], Any]:
+    def with_bank(pay: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(pay)
         async def paying(ctx: Any) -> Any:
             return await pay(ctx, "DNB")
 
-        return paying
+        @functools.wraps(pay)
+        async def paying_with(*args: Any, **kwargs: Any) -> Any:
+            return await pay(*args, bank="DNB", **kwargs)
+
+        return paying if takes == "ctx" else paying_with
 
     @with_bank
     async def pay(ctx: Any, bank: str) -> None:

@@ -1219,12 +1219,29 @@ class Careless:
     async def compensate(self) -> None: ...
 
 
+def told_of(hook: Any) -> Any:
+    @wraps(hook)
+    async def telling(*args: Any, **kwargs: Any) -> Any:
+        return await hook(*args, **kwargs)
+
+    return telling
+
+
+class CarelessBelowADecorator(Careless):
+    compensate = told_of(Careless.compensate)
+
+
 class AsksForMore(Careless):
     async def compensate(self, ctx: Any, *, bank: str) -> None: ...  # type: ignore[override] # what the test is about
 
 
 @pytest.mark.parametrize(
-    ("made", "got"), [(Careless, r"compensate\(\) -> 'None'"), (AsksForMore, r"compensate\(ctx: 'Any', \*, bank: 'str'\) -> 'None'")]
+    ("made", "got"),
+    [
+        (Careless, r"compensate\(\) -> 'None'"),
+        (CarelessBelowADecorator, r"compensate\(\) -> 'None'"),
+        (AsksForMore, r"compensate\(ctx: 'Any', \*, bank: 'str'\) -> 'None'"),
+    ],
 )
 def test_a_compensation_that_takes_no_context_or_more_than_that_is_refused_before_anything_runs(made: Any, got: str) -> None:
     with pytest.raises(MisuseError, match=f"expected compensate to be called with ctx, for stage 'a', got {got}"):
