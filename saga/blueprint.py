@@ -9,8 +9,9 @@ import inspect
 import re
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from functools import partial
+from itertools import dropwhile
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -22,6 +23,7 @@ from saga.errors import MisuseError, PipelineInvalid, PolicyInvalid
 from saga.graph import Graph, Node, Role
 from saga.models import restored, warn_of_misfit
 from saga.policies import Compensation, ContinueWithFallback, FailFast, Retry, declared
+from saga.quick import frozen
 from saga.text import did_you_mean, glimpse, shown, written
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class _Callable:
         return declared(self.execute, part)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StagePlan:
     """What one stage offers.
 
@@ -116,7 +118,7 @@ class StagePlan:
         return data
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Blueprint:
     """A checked pipeline.
 
@@ -334,9 +336,10 @@ def _refuse_abstract(name: str, runner: type) -> None:
 def _refuse_shadowed(name: str, sample: object) -> None:
     """Refuse a mixin behind our own base class, whose defaults come first."""
     stage = type(wrapped(sample))
-    bases = [(base, vars(base)) for base in stage.__mro__]
+    if _BASES.issuperset(dropwhile(lambda base: base not in _OURS, stage.__mro__)):
+        return  # there is none, as nearly always
     for part in DECLARABLE:
-        first, *others = [base for base, own in bases if part in own] or [stage]
+        first, *others = [base for base in stage.__mro__ if part in vars(base)] or [stage]
         if not others or first not in _OURS:
             continue
         mixin, default = others[0], vars(first)[part]
@@ -434,6 +437,7 @@ def _declared_model(name: str, stage: object) -> Any:
 
 _AMBIGUOUS: Final = re.compile(r"/|~\d+$|#\d+(\.\d+)?$")
 _OURS: Final = frozenset({SagaStage, CompensableStage})
+_BASES: Final = frozenset(CompensableStage.__mro__)
 _OF_ALL: Final = [(key, value) for key, value in Compensation() if key not in {"retry", "timeout"}]
 """What a stage can't say for itself of how it is undone, and what it is by default."""
 _MOST_KNOWN: Final = 1000

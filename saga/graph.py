@@ -15,6 +15,7 @@ from typing import ClassVar, Final, Self
 from pydantic import ConfigDict
 
 from saga.errors import PipelineInvalid
+from saga.quick import frozen
 from saga.text import did_you_mean
 
 _CLOSED: Final = ConfigDict(extra="forbid")
@@ -31,7 +32,7 @@ class Role(StrEnum):
     """The point of no return: once it has completed, it and all it depends on stay."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class Node:
     """One stage of the graph.
 
