@@ -20,7 +20,6 @@ from saga.family import run_in, run_within
 from saga.graph import Role
 from saga.inputs import no_such_field
 from saga.outputs import copied, copied_output
-from saga.scope import useless
 from saga.storable import refuse_unstorable
 from saga.watch import is_of_signal, leave_loop, outlast, retrieved, start
 from saga.within import has_left, reports_of
@@ -295,11 +294,8 @@ class LiveSaga(UndoHost):
         return await reports_of(self.journal.ledger, await self._children_of(stage))
 
     async def _children_of(self, stage: str, besides: Collection[str] = ()) -> list[str]:
-        state = self.journal.state
-        stand_in = state.stages[stage].fallback_ran
-        if stand_in and state.reason is not None and stage in useless(state, state.reason):
-            # What used the fallback is undone before they are.
-            stand_in = ()
+        record = self.journal.state.stages[stage]
+        stand_in = () if record.undoes_fallback else record.fallback_ran
         if self._ran_before is None:
             self._ran_before = dict(await run_in(self.journal.ledger, self.id))
         # Of one that has just begun a durable ledger learns with its first stage.

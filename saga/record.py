@@ -71,6 +71,7 @@ class StageRecord:
         fell_back: Its fallback stands in.
         fallback_failed: Its own fallback failed.
         fallback_ran: The sagas that its fallback has run, as long as that stands in.
+        undoes_fallback: Its compensation, as last attempted, is also about those, which nothing used any more.
         with_branch: It was skipped because something that it depends on failed.
         past_pivot: It has gone beyond a point of no return of its own, though it did not complete.
         not_kept: What of its output the ledger could not keep, and why: nothing can go on from that.
@@ -113,6 +114,7 @@ class StageRecord:
     fell_back: bool = False
     fallback_failed: bool = False
     fallback_ran: tuple[str, ...] = ()
+    undoes_fallback: bool = False
     with_branch: bool = False
     past_pivot: bool = False
     not_kept: str | None = None
@@ -193,7 +195,13 @@ class StageRecord:
 
     def lose_fallback(self) -> None:
         """What stood in for it, or was to and failed, does so no more: it runs once more, or was kept from it."""
-        self.fell_back, self.fallback_failed, self.fallback_ran = False, False, ()
+        self.fell_back, self.fallback_failed, self.fallback_ran, self.undoes_fallback = False, False, (), False
+
+    def becomes_undone(self) -> None:
+        """Nothing of it stands, but for the sagas of its fallback, unless these were undone with it."""
+        self.state, self.doubt, self.undone_in_part = _S.UNDONE, False, False
+        if self.undoes_fallback:
+            self.lose_fallback()
 
     def let_go(self) -> None:
         """What came late within waits no more for a person: the stage has found out itself."""

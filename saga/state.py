@@ -304,7 +304,7 @@ class SagaState:
 
     def _has_lost_ground(self, stage: str) -> bool:
         below = [self.stages[name] for name in self.graph.with_ancestors([stage]) if name != stage]
-        return any(record.state in {_S.UNDONE, _S.COMPENSATING} and not record.fell_back for record in below)
+        return any(record.state in {_S.UNDONE, _S.COMPENSATING} and (record.undoes_fallback or not record.fell_back) for record in below)
 
     def _stage_failed(self, record: StageRecord, event: StageFailed) -> None:
         self.is_spotless = False
@@ -367,7 +367,7 @@ class SagaState:
         if record.state is _S.COMPENSATING:
             record.undo_in_question = False
             if event.landed is False and not event.left_within:
-                self._undone(event.stage, record)
+                record.becomes_undone()
                 record.undo_ended_at = event.at
             return
         if event.landed is None:
@@ -417,19 +417,16 @@ class SagaState:
             record.landed, record.effects, record.late_output = False, (), None
             record.undone_too_soon += 1
             record.undo_order, record.undo_tries = -1, ()
+        if record.fallback_ran and self.reason is not None:
+            record.undoes_fallback = event.stage in useless(self, self.reason)
         if record.undo_order < 0:
             record.undo_order = self._undo_started
             self._undo_started += 1
         record.state, record.undo_attempts, record.undo_was_tried = _S.COMPENSATING, event.attempt, True
         record.undo_tries = (*record.undo_tries, Try(event.at))
 
-    def _undone(self, stage: str, record: StageRecord) -> None:
-        record.state, record.doubt, record.undone_in_part = _S.UNDONE, False, False
-        if record.fallback_ran and self.reason is not None and stage in useless(self, self.reason):
-            record.lose_fallback()
-
     def _compensation_completed(self, record: StageRecord, event: CompensationCompleted) -> None:
-        self._undone(event.stage, record)
+        record.becomes_undone()
         record.let_go()
         record.undo_ended_at = event.at
         record.undo_tries = ended(record.undo_tries, event.at)
@@ -461,7 +458,7 @@ class SagaState:
         if event.verdict is Verdict.UNDONE:
             # Also what was beyond a point of no return of its own: it protects nothing any more.
             record.landed, record.past_pivot, record.undo_ended_at = False, False, event.at
-            self._undone(event.stage, record)
+            record.becomes_undone()
             return
         if record.fell_back:
             record.state = _S.FALLBACK

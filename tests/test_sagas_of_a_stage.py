@@ -31,6 +31,7 @@ from saga.events import AnyEvent, SagaEnded
 from saga.nested import NestedSaga
 from tests.controlled import elapse, run
 from tests.dying import Dying
+from tests.late import DeniedByProbe, while_slow_is_undone
 from tests.slow import SlowDisk
 from tests.within import (
     IMPATIENT,
@@ -42,7 +43,7 @@ from tests.within import (
     undo_each,
     with_another_hotel,
 )
-from tests.world import SEQUENCE, CardDeclined, Script, nothing, scene
+from tests.world import SEQUENCE, CardDeclined, Script, conclude, nothing, scene
 
 
 def test_a_parent_that_stops_lets_its_children_start_nothing_more() -> None:
@@ -259,6 +260,63 @@ def test_a_person_who_says_that_a_stage_is_undone_with_the_sagas_of_its_fallback
     report = run(coordinator.settle("s", "hotel", "undone", "by hand"))
 
     assert (report.status, report.fallbacks, [*report.undone]) == (SagaStatus.COMPENSATED, (), ["hotel"])
+
+
+@pytest.mark.parametrize("outcome", ["hang", "raise"])
+def test_a_person_who_says_that_what_a_stage_has_left_is_undone_does_not_say_so_of_the_sagas_of_its_fallback(outcome: str) -> None:
+    """Promise 5: nothing had tried to undo the inn, whether the hotel was in doubt or stuck, and the saga was COMPENSATED with it."""
+    world, flat = scene({"inn": (), "taxi": ()})
+    room = Pipeline(name="room").with_stage("inn", flat.stages["inn"].runner)
+
+    async def hold(ctx: SagaContext) -> None:
+        await ctx.record("deposit")
+        await conclude("hotel", outcome)
+
+    async def book_other(ctx: SagaContext, _: Any) -> None:
+        await ctx.run_saga(room)
+
+    async def release(ctx: CompensationContext) -> None:
+        if ctx.effects:
+            raise CardDeclined
+        await undo_each([room])(ctx)
+
+    trip = Pipeline(name="trip").with_stage("hotel", compensable(hold, release, fallback=book_other, timeout=10))
+    trip = trip.with_stage("taxi", flat.stages["taxi"].runner, dependencies=("hotel",))
+    coordinator = SagaCoordinator(ContinueWithFallback(compensation=IMPATIENT.compensation))
+    run(coordinator.run(trip, saga_id="s"))
+    asked = run(coordinator.compensate("s", trip))
+    assert ([*asked.stuck, *asked.in_doubt], world.log) == (["hotel"], ["+inn", "+taxi", "-taxi"])
+
+    settled = run(coordinator.settle("s", "hotel", "undone", "they paid the deposit back"))
+    report = run(coordinator.resume("s", trip))
+
+    assert (settled.status, [*settled.blocked]) == (SagaStatus.STUCK, ["hotel"])
+    assert (report.status, report.fallbacks, world.standing) == (SagaStatus.COMPENSATED, (), {})
+
+
+def test_what_comes_late_while_the_sagas_of_the_fallback_below_it_are_undone_does_not_stand_on_them() -> None:
+    """Promise 1: it was kept, upon a fallback of which nothing stood any more."""
+    shape = {"base": (), "mid": ("base",), "fails": ("mid",), "slow": ()}
+    scripts = {"mid": Script(undo_takes=5), "fails": Script("raise"), "slow": Script(undo_takes=20)}
+    world, flat = scene(shape, scripts)
+    other = Pipeline(name="other").with_stage("slow", flat.stages["slow"].runner)
+
+    async def book_other(ctx: SagaContext, _: Any) -> None:
+        await ctx.run_saga(other)
+
+    async def main() -> SagaReport:
+        taxi = DeniedByProbe(world)
+        trip = Pipeline(name="trip").with_stage("hotel", compensable(fail, undo_each([other]), fallback=book_other))
+        trip = trip.with_stage("taxi", taxi, dependencies=("hotel",))
+        for name in ("base", "mid", "fails"):
+            trip = trip.with_stage(name, flat.stages[name].runner, dependencies=shape[name])
+        coordinator = SagaCoordinator(ContinueWithFallback(timeout=10, cancel_grace=2, without_fallback="skip_branch"))
+        return await while_slow_is_undone(coordinator.run(trip), world, taxi)
+
+    report = run(main())
+
+    assert (report.status, report.fallbacks) == (SagaStatus.COMPENSATED, ())
+    assert (world.standing, world.refusals) == ({}, [])
 
 
 def test_a_saga_of_a_fallback_is_not_undone_by_itself_under_what_used_it_and_one_that_its_stage_ran_may_be() -> None:
