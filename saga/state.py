@@ -163,8 +163,9 @@ class SagaState:
 
     def _reopen(self) -> None:
         """Mark what runs once more: what failed, what was undone, and what was worked out from outputs that are gone."""
-        # What can't be undone any more of a stage that a fallback stands in for makes it no more needed.
-        in_part = {name for name, record in self.stages.items() if record.undone_in_part and record.state is not _S.FALLBACK}
+        # What can't be undone any more of a stage that a fallback stands in for makes it no more needed, unless the fallback's is among it.
+        halves = [(name, record) for name, record in self.stages.items() if record.undone_in_part]
+        in_part = {name for name, record in halves if record.state is not _S.FALLBACK or record.undoes_fallback}
         for name, record in self.stages.items():
             node = self.graph[name]
             is_whole = record.landed and not record.doubt and name not in in_part

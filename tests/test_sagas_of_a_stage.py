@@ -294,6 +294,28 @@ def test_a_person_who_says_that_what_a_stage_has_left_is_undone_does_not_say_so_
     assert (report.status, report.fallbacks, world.standing) == (SagaStatus.COMPENSATED, (), {})
 
 
+def test_a_fallback_of_which_a_person_has_undone_the_rest_stands_in_no_more_when_the_saga_is_run_once_more() -> None:
+    """The taxi was ordered to an inn that had been cancelled, by hand."""
+    world, flat = scene({"inn": (), "taxi": ()}, {"inn": Script(undo_fails=1), "taxi": Script(undo_bears_repetition=True)})
+    room = Pipeline(name="room").with_stage("inn", flat.stages["inn"].runner)
+
+    async def book_other(ctx: SagaContext, _: Any) -> None:
+        await ctx.run_saga(room, policy=IMPATIENT)
+
+    trip = Pipeline(name="trip").with_stage("hotel", compensable(fail, undo_each([room]), fallback=book_other))
+    trip = trip.with_stage("taxi", flat.stages["taxi"].runner, dependencies=("hotel",))
+    coordinator = SagaCoordinator(ContinueWithFallback(compensation=IMPATIENT.compensation))
+    run(coordinator.run(trip, saga_id="s"))
+    assert [*run(coordinator.compensate("s", trip)).stuck] == ["hotel", "hotel/inn"]
+    world.undo("inn")
+    run(coordinator.settle("s", "hotel/inn", "undone", "by hand"))
+
+    report = run(coordinator.resume("s", trip, forward=True))
+
+    assert (report.status, report.fallbacks) == (SagaStatus.DEGRADED, ("hotel",))
+    assert world.standing == {"inn": 1, "taxi": 1}
+
+
 def test_what_comes_late_while_the_sagas_of_the_fallback_below_it_are_undone_does_not_stand_on_them() -> None:
     """Promise 1: it was kept, upon a fallback of which nothing stood any more."""
     shape = {"base": (), "mid": ("base",), "fails": ("mid",), "slow": ()}
