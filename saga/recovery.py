@@ -20,7 +20,7 @@ from saga.ledger import StageState
 from saga.policies import ContinueWithFallback
 from saga.quick import members
 from saga.record import StageRecord, Step, undo_step
-from saga.scope import left_to_undo, orphans, protected, undo_scope, useless
+from saga.scope import left_to_undo, orphans, protected, spared, undo_scope
 from saga.state import SagaState
 
 _S: Final = members(StageState)
@@ -45,7 +45,7 @@ class Rollback:
         self._state = state
         self._on_failure = state.policy.compensation.on_failure
         self._scope = undo_scope(state, reason)
-        self._useless = useless(state, reason)
+        self._spared = spared(state, reason)
         self._waits = {name: sum(1 for dependent in state.graph.dependents[name] if dependent in self._scope) for name in self._scope}
         self._open: list[tuple[int, str]] = []
         self.is_stopped = False
@@ -57,7 +57,7 @@ class Rollback:
 
     def step(self, name: str) -> Step:
         """What undoing a stage of the scope comes to next."""
-        return undo_step(self._state.graph[name], self._state.stages[name], spares=name not in self._useless)
+        return undo_step(self._state.graph[name], self._state.stages[name], spares=name in self._spared)
 
     def take(self) -> str:
         """Take the open stage that started last; only while there is one."""

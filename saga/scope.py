@@ -29,15 +29,15 @@ def protected(state: SagaState) -> frozenset[str]:
 
 def orphans(state: SagaState) -> frozenset[str]:
     """Stages that completed and serve nothing that is kept: all that depends on them failed or fell away with them."""
-    useless: set[str] = set()
+    idle: set[str] = set()
     lost: set[str] = set()
     for name in reversed(state.graph.names):
         record = state.stages[name]
         dependents = state.graph.dependents[name]
         if record.with_branch or (record.failed and not record.fell_back):
-            useless.add(name)
-        elif dependents and useless.issuperset(dependents):
-            useless.add(name)
+            idle.add(name)
+        elif dependents and idle.issuperset(dependents):
+            idle.add(name)
             lost.add(name)
     return frozenset(lost) - protected(state)
 
@@ -52,7 +52,7 @@ def groundless(state: SagaState) -> set[str]:
     return found
 
 
-def useless(state: SagaState, reason: TurnReason) -> frozenset[str]:
+def _useless(state: SagaState, reason: TurnReason) -> frozenset[str]:
     """The stages that serve nothing that stays when the saga goes backward for this reason: all of them is undone, their fallbacks, too."""
     if reason is not TurnReason.ORPHANS:
         return frozenset(state.graph.names) - protected(state)
@@ -64,7 +64,7 @@ def useless(state: SagaState, reason: TurnReason) -> frozenset[str]:
 def undo_scope(state: SagaState, reason: TurnReason) -> frozenset[str]:
     """The stages that going backward for this reason is about; the others stand and hold nothing up."""
     records = state.stages.items()
-    asked = set(useless(state, reason))
+    asked = set(_useless(state, reason))
     if reason is TurnReason.ORPHANS:
         asked |= {name for name, record in records if record.failed or record.skip_reason is not None}
     else:
@@ -76,11 +76,16 @@ def undo_scope(state: SagaState, reason: TurnReason) -> frozenset[str]:
     return frozenset((asked - _standing(state)) | begun)
 
 
+def spared(state: SagaState, reason: TurnReason) -> frozenset[str]:
+    """The stages of whose fallbacks the sagas stay, because what uses them does."""
+    ran = [name for name, record in state.stages.items() if record.fallback_ran]
+    return frozenset(ran) - _useless(state, reason) if ran else frozenset()
+
+
 def left_to_undo(state: SagaState, reason: TurnReason) -> dict[str, Step]:
     """The stages of the scope of which something stands, or may stand, and what undoing them comes to next."""
-    gone = useless(state, reason)
-    scope = undo_scope(state, reason)
-    steps = {name: undo_step(state.graph[name], state.stages[name], spares=name not in gone) for name in scope}
+    stays = spared(state, reason)
+    steps = {name: undo_step(state.graph[name], state.stages[name], spares=name in stays) for name in undo_scope(state, reason)}
     return {name: step for name, step in steps.items() if step is not _STEP.CLEAR}
 
 

@@ -40,7 +40,7 @@ from saga.ledger import TRANSITIONS, StageState
 from saga.policies import ContinueWithFallback, FailFast
 from saga.quick import members
 from saga.record import StageRecord, Try, ended
-from saga.scope import undo_scope, useless
+from saga.scope import spared, undo_scope
 
 _S: Final = members(StageState)
 _ROLE: Final = members(Role)
@@ -419,7 +419,7 @@ class SagaState:
             record.undone_too_soon += 1
             record.undo_order, record.undo_tries = -1, ()
         if record.fallback_ran and self.reason is not None:
-            record.undoes_fallback = event.stage in useless(self, self.reason)
+            record.undoes_fallback = event.stage not in spared(self, self.reason)
         if record.undo_order < 0:
             record.undo_order = self._undo_started
             self._undo_started += 1
