@@ -305,6 +305,8 @@ def _is_done(returned: Awaitable[object]) -> bool:
 
 def _refusal(stage: str, attempt: int, returned: object) -> Failure | None:
     """What a compensation returned that says it has not undone its stage; other things that it may return say nothing."""
+    if returned is None:
+        return None  # as nearly always; what follows asks abstract classes
     if isinstance(returned, Awaitable) and not _is_done(returned):
         message = f"it returned {glimpse(returned)}, which nobody has awaited. Write await before its call"
         return Failure.of(stage, FailureKind.COMPENSATION, message, type=qualified(type(returned)), attempt=attempt)

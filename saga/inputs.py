@@ -56,6 +56,8 @@ _BUNDLES: Final[Mapping[str, Any]] = {
     "documents": DocumentEnrichment,
 }
 """What of it is recorded as dicts of its fields, and made of them again."""
+_EMPTY: Final = frozenset({"data", "metadata"})
+"""What is empty where nothing was given."""
 _WIDE_EVENTS: Final = ("emit_stage_wide_events", "emit_pipeline_wide_event", "wide_event_emitter")
 """With which `Pipeline.run` is asked for stageflow's wide events."""
 _ELSEWHERE: Final = {
@@ -129,7 +131,8 @@ def refuse_timeout(context: PipelineContext) -> None:
 
 def recorded_input(context: PipelineContext) -> dict[str, Any]:
     """The fields of a context that a ledger keeps."""
-    return {name: copied(_written(name, value)) for name in _RECORDED if (value := getattr(context, name)) is not None}
+    given = {name: value for name in _RECORDED if (value := getattr(context, name)) or (value is not None and name not in _EMPTY)}
+    return {name: copied(_written(name, value) if name in _BUNDLES else value) for name, value in given.items()}
 
 
 def _written(name: str, value: Any) -> Any:
