@@ -385,9 +385,8 @@ class Forward(Stages, Employer):
                     return Outcome(output=landed)
                 if run.record.unanswered and not node.idempotent:
                     wait = None
+            self._give_anew(run)
             goes_on = wait is not None and await self._pause(wait)
-            if goes_on:
-                self._give_anew(run)
         # Called off: the failure that was to be mended stands.
         await self._record(StageFailed(stage=name, failure=failure, in_doubt=run.record.doubt, output=output))
         return outcome
