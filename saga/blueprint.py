@@ -97,12 +97,12 @@ class StagePlan:
     has_effect: bool | None
     nested_pipeline: Pipeline | None
 
-    def undone_under(self, policys: Compensation) -> Compensation:
+    def undone_under(self, default: Compensation) -> Compensation:
         """How it is undone and asked: as it says for itself, and else as the policy does."""
         own = self.compensation
         if own is None:
-            return policys
-        return BaseModel.model_copy(policys, update={key: getattr(own, key) for key in own.model_fields_set})
+            return default
+        return BaseModel.model_copy(default, update={key: getattr(own, key) for key in own.model_fields_set})
 
     def warn_of_misfit(self, output: StageOutput) -> None:
         """Say in the log that an output does not fit the stage's `output_model`: nothing else shows it before a saga is resumed."""

@@ -252,8 +252,8 @@ def undo_step(node: Node, record: StageRecord, *, spares: bool = False) -> Step:
         return _STEP.PROBE if record.undo_in_question and node.can_probe else _STEP.COMPENSATE
     if record.is_held or record.state is _S.STUCK:
         return _STEP.HOLD
-    replaced_by_sagas = bool(record.fallback_ran) and not spares
-    if record.state is _S.UNDONE and not replaced_by_sagas:
+    fallback_stands = bool(record.fallback_ran) and not spares
+    if record.state is _S.UNDONE and not fallback_stands:
         return _STEP.CLEAR
     unsure = record.doubt or (record.state is _S.FAILED and record.attempts > record.never_ran)
     if unsure and node.can_probe and record.answer is None and not record.unanswered:
@@ -268,4 +268,4 @@ def undo_step(node: Node, record: StageRecord, *, spares: bool = False) -> Step:
         return _STEP.HOLD
     if record.doubt:
         return _STEP.COMPENSATE if node.undo_in_doubt else _STEP.HOLD
-    return _STEP.COMPENSATE if record.landed or record.effects or record.stands_in_part or replaced_by_sagas else _STEP.CLEAR
+    return _STEP.COMPENSATE if record.landed or record.effects or record.stands_in_part or fallback_stands else _STEP.CLEAR

@@ -36,6 +36,36 @@ def test_two_owners_in_one_process_have_two_names() -> None:
     assert mine.split("/")[:2] == [socket.gethostname(), str(os.getpid())]
 
 
+DESCENDS = """
+import os, sys
+from pathlib import Path
+from saga import owners
+
+owners._PROC = Path(sys.argv[1])
+pid = os.getpid()
+stat = owners._PROC / str(pid) / "stat"
+stat.parent.mkdir()
+stat.write_text("1 (init) S " + "0 " * 18 + "25 0")
+print(owners.this_process(), flush=True)
+child = os.fork()
+if not child:
+    stat.write_text("1 (init) S " + "0 " * 18 + "77 0")
+    os.getpid = lambda: pid
+    print(owners.this_process(), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there processes don't fork")
+def test_a_process_that_has_got_the_number_of_one_that_it_descends_from_is_named_by_its_own_start(tmp_path: Path) -> None:
+    said = subprocess.run([sys.executable, "-c", DESCENDS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    before, after = [owner.split("/") for owner in said.split()]
+    assert before[PID] == after[PID]
+    assert (before[STARTED], after[STARTED]) == ("25", "77")
+
+
 def test_an_owner_in_a_process_that_runs_is_not_gone() -> None:
     assert not is_gone(this_process())
 

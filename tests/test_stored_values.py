@@ -144,7 +144,7 @@ def test_two_owners_in_one_process_have_two_names_and_neither_is_gone() -> None:
 @LINUX
 def test_an_owner_whose_process_has_ended_is_gone_before_and_after_somebody_asks_for_its_exit_code() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        owner = owner_with(pid=str(child.pid), start=owners._stat(child.pid)[1])
+        owner = owner_with(pid=str(child.pid), start=owners._stat(owners._PROC, child.pid)[1])
         while_it_runs = is_gone(owner)
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
