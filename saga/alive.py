@@ -18,7 +18,7 @@ from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
 from saga.family import run_in, run_within
 from saga.graph import Role
-from saga.inputs import no_such_field
+from saga.inputs import no_such_field, refuse_no_dicts
 from saga.outputs import copied, copied_output
 from saga.storable import refuse_unstorable
 from saga.watch import is_of_signal, leave_loop, outlast, retrieved, start
@@ -336,8 +336,9 @@ class LiveSaga(UndoHost):
         """The input of a child saga: this saga's, with some fields replaced.
 
         Raises:
-            MisuseError: There is no such field.
+            MisuseError: There is no such field, or it is to be a dict, and is none.
         """
+        refuse_no_dicts(fields)
         own: dict[str, Any] = {
             "topology": pipeline.name,
             "parent_run_id": self._context.pipeline_run_id,

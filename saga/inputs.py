@@ -58,6 +58,7 @@ _BUNDLES: Final[Mapping[str, Any]] = {
 """What of it is recorded as dicts of its fields, and made of them again."""
 _EMPTY: Final = frozenset({"data", "metadata"})
 """What is empty where nothing was given."""
+_DICTS: Final = ("configuration", "metadata", "data")
 _WIDE_EVENTS: Final = ("emit_stage_wide_events", "emit_pipeline_wide_event", "wide_event_emitter")
 """With which `Pipeline.run` is asked for stageflow's wide events."""
 _ELSEWHERE: Final = {
@@ -87,6 +88,7 @@ def context_of(name: str, context: PipelineContext | None, fields: dict[str, Any
             hint = "The coordinator's listeners are told of all that happens: SagaCoordinator(listeners=[SinkListener()])."
             raise MisuseError("none of stageflow's wide events", got=f"{option}={shown(fields[option])}", hint=hint)
     if context is None:
+        refuse_no_dicts(fields)
         try:
             return PipelineContext.create(**{"topology": name} | fields)
         except TypeError as error:
@@ -106,6 +108,19 @@ def no_such_field(error: TypeError, fields: dict[str, Any]) -> MisuseError:
     # Python guesses, too, from 3.14 on.
     got = str(error).rpartition(") got ")[2].partition(". Did you mean")[0]
     return MisuseError("fields of stageflow's PipelineContext", got=got, hint=hint)
+
+
+def refuse_no_dicts(fields: dict[str, Any]) -> None:
+    """Refuse fields of the context that are to be dicts, and are none: stageflow takes them, or fails at them with an error of Python's.
+
+    Raises:
+        MisuseError: One is none.
+    """
+    for name in _DICTS:
+        value = fields.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            hint = "A text is given as input_text=." if isinstance(value, str) else ""
+            raise MisuseError(f"{name}={{...}}", got=shown(value), hint=hint)
 
 
 def refuse_both(context: PipelineContext | None, fields: dict[str, Any]) -> None:

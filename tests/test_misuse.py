@@ -1147,6 +1147,8 @@ def test_an_output_of_what_is_not_to_stay_is_refused(verdict: str) -> None:
         ((), {"ledger": MemoryLedger()}, "got an unexpected keyword argument 'ledger'. It is given to SagaCoordinator(...)."),
         ((), {"listeners": []}, "got an unexpected keyword argument 'listeners'. It is given to SagaCoordinator(...)."),
         ((), {"people": 5}, "got an unexpected keyword argument 'people'. What it has no field for is given in metadata={...}."),
+        ((), {"metadata": "OSL-JFK"}, "expected metadata={...}, got 'OSL-JFK'. A text is given as input_text=."),
+        ((), {"data": [("people", 5)]}, "expected data={...}, got [('people', 5)]"),
         (("OSL-JFK",), {}, "got 'OSL-JFK'. A text is given as input_text=, anything else in metadata={...}."),
         (({"people": 5},), {}, "got {'people': 5}. A text is given as input_text=, anything else in metadata={...}."),
     ],
@@ -1209,6 +1211,16 @@ def test_a_field_that_the_context_of_a_nested_saga_lacks_is_told_of_as_one_of_an
 
     assert report.cause is not None
     assert report.cause.message.endswith("got an unexpected keyword argument 'inputtext'. Did you mean 'input_text'?")
+
+
+def test_a_nested_saga_is_given_no_text_where_a_dict_is_expected() -> None:
+    _, trip = scene(SEQUENCE)
+    within = Pipeline(name="p").with_stage("book", nested(trip, fields=lambda _: {"metadata": "OSL-JFK"}))
+
+    report = run(SagaCoordinator().run(within))
+
+    assert report.cause is not None
+    assert report.cause.message.endswith("expected metadata={...}, got 'OSL-JFK'. A text is given as input_text=.")
 
 
 class Careless:
