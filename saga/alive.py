@@ -222,9 +222,9 @@ class LiveSaga(UndoHost):
             _host=self,
         )
 
-    def record_effect(self, stage: str, effect: Any) -> Coroutine[Any, Any, None]:
+    def record_effect(self, stage: str, effect: Any, *, by_fallback: bool) -> Coroutine[Any, Any, None]:
         """Write one partial effect of a running stage to the ledger, when it is awaited."""
-        recording = self._record_effect(stage, effect)
+        recording = self._record_effect(stage, effect, by_fallback=by_fallback)
         self._recordings[stage] = [*self.forgotten(stage), recording]
         return recording
 
@@ -232,10 +232,18 @@ class LiveSaga(UndoHost):
         """What a stage has recorded and not awaited."""
         return [one for one in self._recordings.pop(stage, ()) if inspect.getcoroutinestate(one) == inspect.CORO_CREATED]
 
-    async def _record_effect(self, stage: str, effect: Any) -> None:
+    async def _record_effect(self, stage: str, effect: Any, *, by_fallback: bool) -> None:
         if self.journal.state.graph[stage].role is not Role.COMPENSABLE:
             raise refuse_record(stage)
         event = EffectRecorded(stage=stage, effect=effect)
+        if by_fallback:
+            self.comes_late(event)
+            raise MisuseError(
+                "ctx.record by execute",
+                got="one by the fallback",
+                stage=stage,
+                hint="What is to be undone of a fallback it runs as a saga: ctx.run_saga. A person is asked what stands of this.",
+            )
         if not self.journal.state.may_follow(event):
             self.comes_late(event)
             raise MisuseError(
@@ -356,12 +364,13 @@ class LiveSaga(UndoHost):
 class Attempt(Host):
     """The saga as the code of one attempt of a stage has it, or of its fallback: it may run others until it has failed, or was given up."""
 
-    __slots__ = ("_asked", "_attempt", "_is_over", "_ran", "_saga", "_stage")
+    __slots__ = ("_asked", "_attempt", "_is_fallback", "_is_over", "_ran", "_saga", "_stage")
 
-    def __init__(self, saga: LiveSaga, stage: str, attempt: int) -> None:
+    def __init__(self, saga: LiveSaga, stage: str, attempt: int, *, is_fallback: bool = False) -> None:
         self._saga = saga
         self._stage = stage
         self._attempt = attempt
+        self._is_fallback = is_fallback
         self._asked: set[asyncio.Future[None]] = set()
         self._is_over = False
         self._ran: list[str] = []
@@ -373,7 +382,7 @@ class Attempt(Host):
 
     def record_effect(self, effect: Any) -> Coroutine[Any, Any, None]:
         """Write one partial effect to the ledger, when it is awaited."""
-        return self._saga.record_effect(self._stage, effect)
+        return self._saga.record_effect(self._stage, effect, by_fallback=self._is_fallback)
 
     async def run_child(
         self, pipeline: Pipeline, context: PipelineContext | None, policy: Policy | None, fields: dict[str, Any]

@@ -90,7 +90,8 @@ class SagaContext(StageContext):
         `await` is noted when the attempt has ended, with a RuntimeWarning: a process that dies before knows nothing of it.
 
         Raises:
-            MisuseError: The stage has no compensation, so nothing would ever undo the effect; or the attempt was given up, or has ended.
+            MisuseError: The stage has no compensation, or its fallback records, so nothing would ever undo the effect; or the attempt was
+                given up, or has ended.
             NotStorable: A durable ledger can't keep it. The stage's compensation gets a text in its place.
         """
         # As it is now: when it is awaited, in a task say, the stage may have put its next effect into the same dict.

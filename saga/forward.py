@@ -483,10 +483,10 @@ class Forward(Stages, Employer):
             return Outcome(output, Failure.of(run.name, FailureKind.CONTRACT, message, attempt=record.attempts))
         return outcome
 
-    def _context(self, run: _StageRun) -> SagaContext:
+    def _context(self, run: _StageRun, *, is_fallback: bool = False) -> SagaContext:
         saga = self._saga
         root = saga.root
-        run.host = Attempt(saga, run.name, run.record.attempts)
+        run.host = Attempt(saga, run.name, run.record.attempts, is_fallback=is_fallback)
         return SagaContext(
             snapshot=root.snapshot,
             inputs=run.inputs,
@@ -581,7 +581,7 @@ class Forward(Stages, Employer):
         seconds, attempt = run.plan.timeout or self._policy.timeout, run.record.attempts
         self._give_anew(run)
         try:
-            call = self._saga.actions.fallback(self._context(run), failure)
+            call = self._saga.actions.fallback(self._context(run, is_fallback=True), failure)
             returned = await bounded(call, seconds=seconds, grace=self._policy.cancel_grace, stop=self._interrupted)
             outcome = Outcome.of(run.name, attempt, returned)
             if outcome.failure is None and outcome.output is not None:
@@ -592,6 +592,8 @@ class Forward(Stages, Employer):
             # A fallback's failure is data.
             self._saga.heed_signal(error)
             outcome = Outcome(failure=Failure.raised(run.name, error, attempt=attempt))
+        for recording in self._saga.forgotten(run.name):
+            outcome = await self._catch_up(run, recording, outcome)
         if outcome.failure is not None:
             await run.host.wind_up()
             left_within = await self._saga.left_within(run.name)

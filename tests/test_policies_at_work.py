@@ -863,6 +863,41 @@ def test_what_a_failed_stage_recorded_is_undone_although_its_fallback_stands_in(
     assert report.kept["seats"].data == {"standing_room": 5}
 
 
+class SellsTheSeatOfAnother(FiveSeats):
+    """Fails, and its fallback has an effect of its own, of which it makes a note as `execute` does."""
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        raise RuntimeError("no seats")
+
+    async def fallback(self, ctx: SagaContext, _: Failure) -> StageOutput:
+        self.world.land("1A")
+        await self.note(ctx)
+        return StageOutput.ok(seat="1A")
+
+    async def note(self, ctx: SagaContext) -> None:
+        await ctx.record({"seat": "1A"})
+
+
+class SellsItAndForgetsToWait(SellsTheSeatOfAnother):
+    async def note(self, ctx: SagaContext) -> None:
+        _ = ctx.record({"seat": "1A"})
+
+
+@pytest.mark.parametrize("kind", [SellsTheSeatOfAnother, SellsItAndForgetsToWait])
+def test_an_effect_that_a_fallback_records_is_refused_with_what_to_do_instead_and_is_not_lost(kind: type[SellsTheSeatOfAnother]) -> None:
+    world = World({"seats": ()})
+    pipeline = Pipeline().with_stage("seats", kind(world))
+
+    report = run(SagaCoordinator(ContinueWithFallback()).run(pipeline))
+
+    assert report.in_doubt == {"seats": None}
+    assert [failure.message for failure in report.failures][1] == (
+        "expected ctx.record by execute, for stage 'seats', got one by the fallback. What is to be undone of a fallback it runs as a saga: "
+        "ctx.run_saga. A person is asked what stands of this."
+    )
+    assert "recorded {'seat': '1A'}" in str(report)
+
+
 def test_a_cancel_by_id_stops_the_saga_and_run_gives_its_report() -> None:
     world, pipeline = scene(SEQUENCE, {"b": Script(before=5)})
     coordinator = SagaCoordinator()
