@@ -276,6 +276,11 @@ CONTRADICTIONS: dict[str, tuple[list[AnyEvent], AnyEvent, str]] = {
         SagaResumed(forward=False, by="ann"),
         "a saga that never turned back",
     ),
+    "undoing twice": (
+        PATHS[StageState.UNDONE],
+        CompensationStarted(stage="a", attempt=1),
+        "CompensationStarted can't follow on stage 'a' in state undone",
+    ),
     "compensating while going forward": (PATHS[StageState.KEPT], CompensationStarted(stage="a", attempt=1), "a saga that is running"),
 }
 

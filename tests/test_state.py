@@ -8,6 +8,7 @@ import pytest
 from stageflow.api import StageOutput
 
 from saga import (
+    FailFast,
     Failure,
     FailureKind,
     LedgerCorrupt,
@@ -24,6 +25,7 @@ from saga.events import (
     FallbackUsed,
     SagaEnded,
     SagaResumed,
+    SagaStarted,
     SagaStopped,
     SagaTurnedBack,
     StageCompleted,
@@ -35,7 +37,7 @@ from saga.events import (
     TurnReason,
     Verdict,
 )
-from saga.graph import Node, Role
+from saga.graph import Graph, Node, Role
 from saga.record import Step, Try, undo_step
 from saga.recovery import stage_states
 from saga.scope import protected
@@ -324,6 +326,31 @@ def test_each_time_that_something_comes_late_within_what_was_undone_it_is_undone
     record = state.stages["a"]
     assert record.undone_too_soon == 2
     assert (record.doubt, undo_step(state.graph["a"], record)) == (False, Step.COMPENSATE)
+
+
+def test_each_time_that_a_fallbacks_sagas_are_to_be_undone_beside_what_was_they_are_under_another_key() -> None:
+    late = StageProbed(stage="a", landed=None, failure=FAILURE)
+    used = FallbackUsed(stage="a", output=OUTPUT, source="stage", ran=("s/a",))
+    undone: list[AnyEvent] = [CompensationStarted(stage="a", attempt=1), CompensationCompleted(stage="a")]
+    began: list[AnyEvent] = [STARTED, StageStarted(stage="a", attempt=1), EffectRecorded(stage="a", effect=1)]
+    began += [StageFailed(stage="a", failure=FAILURE), used, SagaTurnedBack(reason=TurnReason.ORPHANS), *undone]
+    stuck, again = SagaEnded(status=SagaStatus.STUCK), SagaResumed(forward=False, by="ann")
+
+    state = SagaState([*began, late, stuck, again, *undone, BACK, CompensationStarted(stage="a", attempt=1)])
+
+    assert state.stages["a"].undone_too_soon == 2
+
+
+def test_a_stage_that_was_stopped_before_its_code_ran_as_often_as_it_was_started_is_not_asked() -> None:
+    probed = SagaStarted(
+        saga_id="s", pipeline="p", graph=Graph.of([Node(name="a", role=Role.COMPENSABLE, can_probe=True)]), policy=FailFast(), input={}
+    )
+    stopped = StageFailed(stage="a", failure=Failure.of("a", FailureKind.INTERRUPTED, "the saga stopped before it ran"))
+    again: list[AnyEvent] = [SagaEnded(status=SagaStatus.HALTED), SagaResumed(forward=True, by="ann")]
+
+    state = SagaState([probed, StageStarted(stage="a", attempt=1), stopped, *again, StageStarted(stage="a", attempt=2), stopped])
+
+    assert undo_step(state.graph["a"], state.stages["a"]) is Step.CLEAR
 
 
 @pytest.mark.parametrize(("answer", "stands"), [(None, True), (True, True), (False, False)])
