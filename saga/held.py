@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -80,21 +80,23 @@ class Held:
         within = self._owed[bisect_left(self._owed, (f"{saga_id}/",)) : bisect_left(self._owed, (f"{saga_id}0",))]
         with contextlib.suppress(LedgerError):
             # What went wrong before counts for more.
-            await self._release([(saga_id, token), *within])
+            for lease in (*reversed(within), (saga_id, token)):
+                await self._release(*lease)
 
-    async def _release(self, leases: Iterable[tuple[str, int]]) -> None:
-        """Give leases back, those within a saga before its own: who goes on with it would find them held, and it would get stuck."""
-        for saga_id, token in sorted(leases, reverse=True):
-            with answering(f"give the lease of saga {saga_id} back"):
-                await self._ledger.release(saga_id, token)
-            with contextlib.suppress(ValueError):  # somebody else has done so meanwhile, too
-                self._owed.remove((saga_id, token))
+    async def _release(self, saga_id: str, token: int) -> None:
+        with answering(f"give the lease of saga {saga_id} back"):
+            await self._ledger.release(saga_id, token)
+        with contextlib.suppress(ValueError):  # somebody else has done so meanwhile, too
+            self._owed.remove((saga_id, token))
 
     async def _beat(self) -> None:
         await self._ledger.beat(self.owner)
         for saga_id in tuple(self.sagas):
             self.holds(saga_id)
-        await self._release(self._owed)
+        # Those within a saga before its own: who goes on with it would find them held, and it would get stuck. Else all together, which
+        # a durable ledger carries out as one: the next beat waits for it, and there may be thousands.
+        for _, level in groupby(sorted(self._owed, key=_depth, reverse=True), _depth):
+            await asyncio.gather(*[start(self._release(*lease)) for lease in level])
 
     def busy(self, saga_id: str, expected: str, state: str) -> MisuseError:
         """What is wrong with going on with a saga that is held here.
@@ -129,3 +131,8 @@ class Held:
         # Whoever holds it gets it once more, behind the first time, and with a token that is known.
         with contextlib.suppress(LedgerError), answering(f"give the lease of saga {saga_id} back"):
             await self._ledger.release(saga_id, await self._ledger.acquire(saga_id, self.owner, under=under))
+
+
+def _depth(lease: tuple[str, int]) -> int:
+    """In how many sagas that of a lease is, at most: the id of one that a stage runs is its own saga's with a "/" and more behind it."""
+    return lease[0].count("/")

@@ -156,6 +156,45 @@ def test_a_saga_that_could_not_be_given_back_is_not_held_by_its_owners_life_for_
     assert ledger.given_back == ["s"]
 
 
+class SlowToTakeBack(Unreachable):
+    """Takes its time for each lease that is given back; remembers when its owner said that it is alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beats: list[float] = []
+
+    async def beat(self, owner: str) -> None:
+        await super().beat(owner)
+        self.beats.append(asyncio.get_running_loop().time())
+
+    async def release(self, saga_id: str, token: int) -> None:
+        await super().release(saga_id, token)
+        await elapse(1.0)
+
+
+def test_an_owner_says_that_it_is_alive_also_while_it_gives_a_hundred_sagas_back() -> None:
+    """A ledger that was out of reach fails all that run at once; those that have nothing to record meanwhile are held on."""
+    _, pipeline = scene({"a": ()}, {"a": Script(before=1.0)})
+    _, other = scene({"a": ()}, {"a": Script(before=100.0)})
+    ledger = SlowToTakeBack()
+
+    async def play() -> None:
+        owner = SagaCoordinator(ledger=ledger)
+        lasting = asyncio.create_task(owner.run(other))
+        failing = asyncio.gather(*(owner.run(pipeline) for _ in range(100)), return_exceptions=True)
+        await elapse(0.5)
+        ledger.is_reached = False
+        await failing
+        ledger.is_reached = True
+        await lasting
+
+    run(play())
+
+    assert len(ledger.given_back) == 100
+    between = [later - sooner for sooner, later in zip(ledger.beats, ledger.beats[1:], strict=False)]
+    assert max(between) < ledger.lease / 2
+
+
 class BackAfterAFailure(Unreachable):
     """Is in reach again once somebody has tried in vain to give a saga back."""
 

@@ -704,6 +704,29 @@ def test_who_is_just_taking_a_saga_and_who_forgets_it_do_not_lock_each_other_out
     assert len(events) == 2
 
 
+def test_leases_that_are_given_back_together_share_a_commit(place: PostgresSchema) -> None:
+    names = [f"s{number}" for number in range(20)]
+
+    async def play(ledger: Ledger) -> Any:
+        await asyncio.gather(*(ledger.create(name, "me", (started(name),)) for name in names))
+        await ledger.acquire("s1", "me")
+        with contextlib.closing(psycopg.connect(place.dsn)) as other:
+            # While somebody has the tables to himself, the others queue up behind the first of them.
+            other.execute(f'LOCK TABLE "{place.schema}".sagas')
+            first = asyncio.create_task(ledger.release("s0", 1))
+            await somebody_waits(place)
+            tasks = [asyncio.create_task(ledger.release(name, 1)) for name in names[1:]]
+            await asyncio.sleep(0)
+            other.rollback()
+            await asyncio.gather(first, *tasks)
+        return [entry.saga_id for entry in await ledger.list() if entry.owner is not None]
+
+    held = using(place.open(), play)
+
+    assert held == ["s1"]
+    assert place.execute("SELECT count(DISTINCT xmin::text) FROM sagas WHERE owner IS NULL") == [(2,)]
+
+
 # -- how it is made --------------------------------------------------------------------------------------------------
 
 

@@ -121,6 +121,9 @@ _BEAT: Final = """
 _DISOWN: Final = """
     UPDATE sagas SET owner = NULL FROM unnest(%s::text[], %s::text[]) AS lost (saga, holder) WHERE id = saga AND owner = holder
 """
+_RELEASE: Final = """
+    UPDATE sagas SET owner = NULL FROM unnest(%s::text[], %s::bigint[]) AS given (saga, lease) WHERE id = saga AND token = lease
+"""
 _HOLDER: Final = """
     SELECT version, token, owner, until, coalesce(until >= clock_timestamp(), false)
     FROM sagas LEFT JOIN owners ON owners.id = owner WHERE sagas.id = %s
@@ -294,8 +297,13 @@ class _Store:
         rows = [_row(n, request) for n, request in left if isinstance(request, Create | Append)]
         owners = list({request.owner for _, request in left if isinstance(request, Create)})
         refused = self._write(connection, rows, owners, answers) if rows else {}
+        released = {n: request for n, request in left if isinstance(request, Release)}
+        if released:
+            # As one: where a ledger was out of reach, there are thousands.
+            connection.execute(_RELEASE, tuple(map(list, zip(*released.values(), strict=True))))
+            answers.update(dict.fromkeys(released))
         for n, request in left:
-            if n not in answers:
+            if n not in answers and not isinstance(request, Release):
                 answers[n] = self._answer(connection, request, refused.get(n), in_doubt)
 
     def _write(
@@ -318,7 +326,13 @@ class _Store:
         answers.update((row["n"], _TOKEN if "owner" in row else None) for row in rows if row["n"] not in refused)
         return refused
 
-    def _answer(self, connection: Connection, request: Request, refused: psycopg.Error | None, in_doubt: bool) -> Any:  # noqa: FBT001 - see _patiently
+    def _answer(
+        self,
+        connection: Connection,
+        request: Append | Create | Acquire | Beat | Prune,
+        refused: psycopg.Error | None,
+        in_doubt: bool,  # noqa: FBT001 - see _patiently
+    ) -> Any:
         try:
             match request:
                 case Append() | Create():
@@ -327,9 +341,6 @@ class _Store:
                     return _TOKEN if isinstance(request, Create) else None
                 case Acquire():
                     return self._acquire(connection, request)
-                case Release(saga_id, token):
-                    connection.execute("UPDATE sagas SET owner = NULL WHERE id = %s AND token = %s", (saga_id, token))
-                    return None
                 case Beat(owner):
                     connection.execute(_BEAT, (owner, self._lease))
                     return None
