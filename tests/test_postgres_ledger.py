@@ -563,6 +563,26 @@ def test_a_lock_that_somebody_keeps_is_told_after_the_patience(place: PostgresSc
     using(place.open(patience=0.05), play)
 
 
+def test_an_owner_says_that_it_is_alive_while_somebody_keeps_the_lock_that_its_appends_wait_for(place: PostgresSchema) -> None:
+    """As VACUUM FULL does: sagas that have nothing to record in that time would else be taken for gone."""
+
+    async def play(ledger: Ledger) -> Any:
+        token = await ledger.create("s", "me", (started(),))
+        place.execute("DELETE FROM owners")
+        with contextlib.closing(psycopg.connect(place.dsn)) as other:
+            other.execute(f'LOCK TABLE "{place.schema}".events')
+            first = asyncio.create_task(ledger.append("s", (attempt(1),), expected_version=1, token=token))
+            await somebody_waits(place)
+            second = ledger.append("s", (attempt(1),), expected_version=1, token=token)
+            return await asyncio.gather(first, second, ledger.beat("me"), return_exceptions=True)
+
+    *refused, heard = using(place.open(patience=0.2), play)
+
+    assert all("canceling statement due to lock timeout" in str(error) for error in refused)
+    assert heard is None
+    assert place.owners() == ["me"]
+
+
 def test_an_append_that_the_database_refuses_does_not_take_others_with_it(place: PostgresSchema) -> None:
     async def play(ledger: Ledger) -> Any:
         await asyncio.gather(*(ledger.create(name, "me", (started(name),)) for name in "abc"))

@@ -293,6 +293,11 @@ class _Store:
             # Before anything else: a saga that runs one of them may be given back here, and who goes on with it would find that one held.
             connection.execute(_DISOWN, tuple(map(list, zip(*self._lost, strict=True))))
             self._lost.clear()
+        for n, request in enumerate(requests):
+            if isinstance(request, Beat) and n not in answers:
+                # Before what may have to wait for locks of others, and fail of it: its owner lives on.
+                connection.execute(_BEAT, (request.owner, self._lease))
+                answers[n] = None
         left = [(n, request) for n, request in enumerate(requests) if n not in answers]
         rows = [_row(n, request) for n, request in left if isinstance(request, Create | Append)]
         owners = list({request.owner for _, request in left if isinstance(request, Create)})
@@ -303,7 +308,7 @@ class _Store:
             connection.execute(_RELEASE, tuple(map(list, zip(*released.values(), strict=True))))
             answers.update(dict.fromkeys(released))
         for n, request in left:
-            if n not in answers and not isinstance(request, Release):
+            if n not in answers and not isinstance(request, Release | Beat):
                 answers[n] = self._answer(connection, request, refused.get(n), in_doubt)
 
     def _write(
@@ -329,7 +334,7 @@ class _Store:
     def _answer(
         self,
         connection: Connection,
-        request: Append | Create | Acquire | Beat | Prune,
+        request: Append | Create | Acquire | Prune,
         refused: psycopg.Error | None,
         in_doubt: bool,  # noqa: FBT001 - see _patiently
     ) -> Any:
@@ -341,9 +346,6 @@ class _Store:
                     return _TOKEN if isinstance(request, Create) else None
                 case Acquire():
                     return self._acquire(connection, request)
-                case Beat(owner):
-                    connection.execute(_BEAT, (owner, self._lease))
-                    return None
             return self._prune(connection, request)
         except LedgerConflict as conflict:
             return conflict
