@@ -19,7 +19,7 @@ class Heart:
     Args:
         beat: Tells the ledger.
         owner: Who is alive.
-        seconds: Between two beats.
+        seconds: From the start of one beat to that of the next; where the ledger takes longer, that follows at once.
 
     Attributes:
         loop: That event loop.
@@ -45,10 +45,12 @@ class Heart:
         return not self._held
 
     async def _live(self) -> None:
+        due = self.loop.time() + self._seconds
         while self._held:
             # asyncio.run cancels every task before it ends, and waits for what is still to be undone: that must not lose its lease.
             with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.sleep(self._seconds)
+                await asyncio.sleep(due - self.loop.time())
+            due = self.loop.time() + self._seconds
             if self._held:
                 await self._say()
 

@@ -156,6 +156,24 @@ def test_a_saga_that_could_not_be_given_back_is_not_held_by_its_owners_life_for_
     assert ledger.given_back == ["s"]
 
 
+class SlowToFail(Leased):
+    """Says after ten seconds that it could not be told that an owner is alive."""
+
+    async def beat(self, owner: str) -> None:
+        await super().beat(owner)
+        await elapse(10.0)
+        raise LedgerError("no line")
+
+
+def test_an_owner_says_that_it_is_alive_three_times_a_lease_also_where_the_ledger_takes_its_time_to_fail() -> None:
+    _, pipeline = scene({"a": ()}, {"a": Script(before=45.0)})
+    ledger = SlowToFail()
+
+    run(SagaCoordinator(ledger=ledger).run(pipeline))
+
+    assert ledger.beats == [10.0, 20.0, 30.0, 40.0]
+
+
 class SlowToTakeBack(Unreachable):
     """Takes its time for each lease that is given back; remembers when its owner said that it is alive."""
 
