@@ -26,7 +26,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from traceback import TracebackException
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 if TYPE_CHECKING:
     from saga.ledger import Entry
@@ -115,6 +115,9 @@ class SagasDamaged(LedgerCorrupt):
         super().__init__(" ".join(map(str, damaged.values())))
 
 
+_PUT_BACK: Final = "as where it was put back, or a server took over that lacked the last commits"
+
+
 class LedgerConflict(LedgerError):
     """Another coordinator wrote to this saga, or holds its lease.
 
@@ -122,7 +125,8 @@ class LedgerConflict(LedgerError):
         holder: Who holds it, if it is about that.
         until: When the holder counts as gone unless it says that it is alive, UTC; None: not before it lets go.
         is_held: Whether the lease could not be had, so that nothing was begun; not whether one that was had is lost.
-        is_missing: Whether there is no such saga, so that nobody else can say what of it is in effect.
+        is_missing: Whether it is not in the ledger, or less of it than its holder was told is recorded, as where the ledger was put back;
+            so nobody else can say what of it is in effect.
     """
 
     def __init__(
@@ -162,15 +166,19 @@ class LedgerConflict(LedgerError):
         until: datetime | None = None,
         outcome: str = "nothing was recorded",
     ) -> Self:
-        """The lease was lost to a later holder."""
+        """The lease was lost to a later holder; or the ledger is as it was before that lease was given."""
+        written = f"saga {saga_id} is written with lease token {token}, the current one is {current}"
+        if token > current:
+            return cls(f"{written}: that is not in the ledger, {_PUT_BACK}; {outcome}", is_missing=True)
         now = "nobody holds it now" if holder is None else f"{holder} holds it" + ("" if until is None else f" until {_clock(until)}")
-        message = f"saga {saga_id} is written with lease token {token}, the current one is {current}: {now}; {outcome}"
-        return cls(message, holder=holder, until=until)
+        return cls(f"{written}: {now}; {outcome}", holder=holder, until=until)
 
     @classmethod
     def outdated(cls, saga_id: str, expected: int, found: int) -> Self:
         """There are more or fewer events than the writer knew of."""
-        return cls(f"saga {saga_id} has {found} events, expected {expected}: somebody else wrote to it; nothing was recorded")
+        is_missing = found < expected
+        why = f"what is to be before these is not in the ledger, {_PUT_BACK}" if is_missing else "somebody else wrote to it"
+        return cls(f"saga {saga_id} has {found} events, expected {expected}: {why}; nothing was recorded", is_missing=is_missing)
 
 
 def _clock(when: datetime) -> str:

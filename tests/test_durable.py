@@ -259,6 +259,40 @@ def test_a_saga_of_which_its_ledger_knows_nothing_any_more_says_what_is_in_effec
     )
 
 
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("DELETE FROM events WHERE first > 0; UPDATE sagas SET version = 2", "saga s has 2 events, expected 4: what is to be before these"),
+        ("UPDATE sagas SET token = 0, owner = 'you'", "saga s is written with lease token 1, the current one is 0: that"),
+    ],
+    ids=["events", "lease"],
+)
+def test_a_saga_whose_ledger_was_put_back_as_it_was_before_says_what_is_in_effect(
+    durable: SQLiteFile | PostgresSchema, lost: str, said: str
+) -> None:
+    """Nobody else goes on with it, and what became of it since is not in the ledger."""
+    world, pipeline = scene(SEQUENCE)
+
+    async def play() -> SagaUnrecorded:
+        async with durable.open() as ledger:
+
+            def put_back(name: str) -> None:
+                if name == "b":
+                    for statement in lost.split("; "):
+                        durable.execute(statement)
+
+            world.witness = put_back
+            with pytest.raises(SagaUnrecorded) as caught:
+                await SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s")
+            return caught.value
+
+    error = asyncio.run(play())
+
+    assert world.log == ["+a", "+b"]
+    assert (error.in_effect, error.unknown) == (("a", "b"), ())
+    assert str(error).startswith(f"saga s stopped, because its ledger failed: {said} is not in the ledger, as where it was put back")
+
+
 def test_a_saga_whose_ledger_failed_is_given_back_so_that_another_goes_on_with_it_at_once() -> None:
     world, pipeline = scene(SEQUENCE, {}, dict.fromkeys(SEQUENCE, "probed"))
     ledger = SlowDisk()
