@@ -844,6 +844,20 @@ def test_a_schema_may_have_any_name(postgres: Any, schema: str) -> None:
     assert len(using(PostgresLedger(postgres.get_uri(), schema=schema), lambda ledger: ledger.read("s"))) == 1
 
 
+@pytest.mark.parametrize("schema", ["ü" * 31 + "x", "x" * 63])
+def test_a_schema_may_have_a_name_as_long_as_postgresql_keeps_whole(postgres: Any, schema: str) -> None:
+    ledger = PostgresLedger(postgres.get_uri(), schema=schema)
+
+    assert using(ledger, lambda ledger: ledger.create("s", "me", (started(),))) == 1
+
+
+@pytest.mark.parametrize("schema", ["ü" * 32, "x" * 64, "", "a\0b", "\ud800", None, b"saga"])
+def test_a_schema_whose_name_postgresql_would_cut_or_refuse_is_refused(schema: Any) -> None:
+    """Cut, it may be that of another ledger."""
+    with pytest.raises(MisuseError, match="expected a name of 1 to 63 bytes for the schema, without NUL and surrogates, got "):
+        PostgresLedger("dbname=x", schema=schema)
+
+
 @pytest.mark.parametrize("change", ["UPDATE schema_version SET version = 7", "DELETE FROM schema_version"])
 def test_a_schema_of_a_newer_version_is_refused(place: PostgresSchema, change: str) -> None:
     using(place.open(), lambda ledger: ledger.list())

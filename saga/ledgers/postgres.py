@@ -26,11 +26,12 @@ except ModuleNotFoundError as missing:
 
 from saga.errors import LedgerConflict, LedgerError, MisuseError
 from saga.events import AnyEvent, SagaStatus
-from saga.ledger import FORGETTABLE, Entry
+from saga.ledger import FORGETTABLE, Entry, is_name
 from saga.ledgers.durable import MAX_EVENT_BYTES, DurableLedger
 from saga.ledgers.rows import Acquire, Append, Beat, Create, Prune, Pruned, Redact, Release, Request, entries_in, events_in, others
 from saga.ledgers.workers import again
 from saga.owners import is_gone
+from saga.text import bytes_of, shown
 
 T = TypeVar("T")
 Connection = psycopg.Connection[Any]
@@ -164,6 +165,8 @@ _TOKEN: Final = 1
 """The lease's token of a saga that was just created."""
 _ENCODINGS: Final = frozenset({"UTF8", "SQL_ASCII"})
 """Those of databases that hold any text; others refuse an output with a character of which they do not know, in the middle of a saga."""
+_LONGEST_SCHEMA: Final = 63
+"""Bytes; PostgreSQL cuts longer names, and two that begin alike would be one ledger."""
 _LONGEST: Final = 2**31 // 1000
 """Seconds; PostgreSQL counts its own times in milliseconds of 32 bits."""
 _LONGEST_PROBE: Final = 2**15 - 1
@@ -186,7 +189,7 @@ class PostgresLedger(DurableLedger):
 
     Args:
         dsn: Where the database is: a URL or a connection string of libpq.
-        schema: The schema; it is made when it is first used.
+        schema: The schema, with a name of at most 63 bytes; it is made when it is first used.
         lease: Seconds after which an owner that did not `beat` counts as gone, by the server's clock.
         patience: Seconds that a batch of appends waits for a server that is gone or may only be read, or for locks of others, before it
             fails; an append that comes meanwhile waits for that, too. A server that hangs is given up when it has said nothing for twice
@@ -218,6 +221,8 @@ class PostgresLedger(DurableLedger):
         # libpq ends a password at an @ or a / in it, and takes the rest for what errors show. (A host that begins with @ is a socket.)
         if "://" in dsn and "@" in str(where.get("host", ""))[1:] + str(where.get("dbname", "")):
             raise MisuseError("a URL of PostgreSQL", got="one with an @ in the host or the database", hint=_HINT)
+        if not (isinstance(schema, str) and is_name(schema) and 0 < bytes_of(schema) <= _LONGEST_SCHEMA):
+            raise MisuseError(f"a name of 1 to {_LONGEST_SCHEMA} bytes for the schema, without NUL and surrogates", got=shown(schema))
         super().__init__(
             f"PostgresLedger({where.get('dbname', '')!r}, schema={schema!r})",
             partial(_Store, dsn, schema, lease, patience, Event()),
