@@ -974,6 +974,7 @@ def said_by(error: BaseException) -> str:
         "postgresql://ann:50%s3cret@db/shop",
         "postgresql://ann:a@s3cret@db/shop",
         "postgresql://ann:a/s3cret@db/shop",
+        "postgresql://ann@shop:s3cret@db/shop",
     ],
 )
 def test_a_connection_string_that_makes_no_sense_is_refused_and_kept_secret(dsn: str) -> None:

@@ -177,7 +177,7 @@ _AGAIN: Final = frozenset({"40001", "40P01", "57014", "25006"})
 """
 _FORBIDDEN: Final = "42501"
 """The role may not do that; to wait changes nothing."""
-_HINT: Final = "In a URL, a password's @, / and % are written %40, %2F and %25."
+_HINT: Final = "In a URL, the @, / and % of a user or a password are written %40, %2F and %25."
 
 
 class PostgresLedger(DurableLedger):
@@ -218,9 +218,11 @@ class PostgresLedger(DurableLedger):
         except psycopg.ProgrammingError:
             # Not even as its cause: the error may quote the string, which may hold a password.
             raise MisuseError("a connection string or URL of PostgreSQL", got="one that libpq can't read", hint=_HINT) from None
-        # libpq ends a password at an @ or a / in it, and takes the rest for what errors show. (A host that begins with @ is a socket.)
-        if "://" in dsn and "@" in str(where.get("host", ""))[1:] + str(where.get("dbname", "")):
-            raise MisuseError("a URL of PostgreSQL", got="one with an @ in the host or the database", hint=_HINT)
+        # libpq ends a user at an @ in it, and a password at an @ or a /, and takes the rest for what errors show. (A host that begins with
+        # @ is a socket.)
+        shown_in_errors = str(where.get("host", ""))[1:] + str(where.get("port", "")) + str(where.get("dbname", ""))
+        if "://" in dsn and "@" in shown_in_errors:
+            raise MisuseError("a URL of PostgreSQL", got="one with an @ in the host, the port or the database", hint=_HINT)
         if not (isinstance(schema, str) and is_name(schema) and 0 < bytes_of(schema) <= _LONGEST_SCHEMA):
             raise MisuseError(f"a name of 1 to {_LONGEST_SCHEMA} bytes for the schema, without NUL and surrogates", got=shown(schema))
         super().__init__(
