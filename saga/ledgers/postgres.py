@@ -542,13 +542,19 @@ class _Store:
         connection.execute("UPDATE schema_version SET version = %s", (len(MIGRATIONS),))
 
     def _version(self, connection: Connection) -> int:
-        # By its whole name: whoever may not use the schema is told so, where a search would find nothing.
-        table = sql.Identifier(self._schema, "schema_version").as_string()
-        if connection.execute("SELECT to_regclass(%s)", (table,)).fetchone() == (None,):
+        # By their whole names: whoever may not use the schema is told so, where a search would find nothing.
+        tables = [sql.Identifier(self._schema, name).as_string() for name in ("schema_version", "sagas")]
+        ((counts, is_ours),) = connection.execute("SELECT to_regclass(%s) IS NOT NULL, to_regclass(%s) IS NOT NULL", tables).fetchall()
+        if not counts:
             return 0
         rows = connection.execute("SELECT version FROM schema_version").fetchall()
-        found = int(rows[0][0]) if len(rows) == 1 else -1
-        if not 0 < found <= len(MIGRATIONS):
+        found = rows[0][0] if len(rows) == 1 else None
+        if not (is_ours and isinstance(found, int) and found > 0):
+            raise LedgerError(
+                f"expected a ledger in schema {self._schema!r}, got a table schema_version that is another program's, or damaged. "
+                "Nothing was changed. Give the ledger a schema of its own."
+            )
+        if found > len(MIGRATIONS):
             raise LedgerError(
                 f"the ledger in schema {self._schema!r} has schema version {found}, this version of saga knows up to {len(MIGRATIONS)}: "
                 "it was written by a newer one. Nothing was changed."
