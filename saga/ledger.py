@@ -108,7 +108,7 @@ class Entry:
         parent: The id of the saga that runs it as a child, if one does.
         parent_stage: The parent's stage that does.
         owner: Who holds its lease; None if nobody does.
-        until: When the owner counts as gone unless it says that it is alive, UTC; None: not before it lets go.
+        until: When the owner counts as gone unless it says that it is alive, UTC, by the clock of who asks; None: not before it lets go.
     """
 
     saga_id: str

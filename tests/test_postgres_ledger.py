@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from functools import partial
 from typing import Any
 
@@ -935,6 +935,31 @@ def test_times_are_read_however_the_database_writes_them(place: PostgresSchema, 
     (entry,) = using(place.open(dsn=f"{place.dsn}&options=-c%20datestyle%3D{style}"), play)
 
     assert entry.until is not None
+
+
+@pytest.mark.parametrize("ahead", [timedelta(hours=1), timedelta(hours=-1)])
+def test_until_when_a_saga_is_held_is_told_by_the_clock_of_who_asks(
+    place: PostgresSchema, ahead: timedelta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease itself goes by the server's; who compares its end with a clock of his own, as `saga list` does, would be misled."""
+
+    class Elsewhere(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override] # a plain one will do
+            return datetime.now(tz) + ahead
+
+    async def play(ledger: Ledger) -> Any:
+        await ledger.create("s", "me", (started(),))
+        with pytest.raises(LedgerConflict) as held:
+            await ledger.acquire("s", "you")
+        (entry,) = await ledger.list()
+        return entry.until, held.value.until
+
+    monkeypatch.setattr(module, "datetime", Elsewhere)
+    told = using(place.open(), play)
+
+    for until in told:
+        assert timedelta(seconds=20) < until - Elsewhere.now(UTC) <= timedelta(seconds=30)
 
 
 def test_commits_are_on_disk_though_the_database_does_without_it(place: PostgresSchema) -> None:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from itertools import chain
 from threading import Event
@@ -125,8 +125,9 @@ _DISOWN: Final = """
 _RELEASE: Final = """
     UPDATE sagas SET owner = NULL FROM unnest(%s::text[], %s::bigint[]) AS given (saga, lease) WHERE id = saga AND token = lease
 """
+# When a lease ends that does so by the server's clock, by the clock of who asks, who compares the two.
 _HOLDER: Final = """
-    SELECT version, token, owner, until, coalesce(until >= clock_timestamp(), false)
+    SELECT version, token, owner, until + (%s - statement_timestamp()), coalesce(until >= clock_timestamp(), false)
     FROM sagas LEFT JOIN owners ON owners.id = owner WHERE sagas.id = %s
 """
 _TAKE_BELOW: Final = """
@@ -141,7 +142,9 @@ _READ: Final = """
 """
 # Times as texts: for one that Python can't hold, psycopg would fail all rows.
 _ENTRIES: Final = """
-    SELECT sagas.id, pipeline, status, started_at::text, updated_at::text, parent, parent_stage, owner, until::text
+    SELECT
+        sagas.id, pipeline, status, started_at::text, updated_at::text, parent, parent_stage, owner,
+        (until + (%(now)s - statement_timestamp()))::text
     FROM sagas LEFT JOIN owners ON owners.id = owner
     WHERE (%(others)s::text[] IS NULL OR status <> ALL(%(others)s)) AND (%(parent)s::text IS NULL OR parent = %(parent)s)
     ORDER BY number
@@ -383,7 +386,9 @@ class _Store:
         raise LedgerConflict.outdated(saga_id, request.row.first, version)
 
     def _holder(self, connection: Connection, saga_id: str) -> tuple[int, int, str | None, datetime | None, bool]:
-        found: tuple[int, int, str | None, datetime | None, bool] | None = connection.execute(_HOLDER, (saga_id,)).fetchone()
+        found: tuple[int, int, str | None, datetime | None, bool] | None = connection.execute(
+            _HOLDER, (datetime.now(UTC), saga_id)
+        ).fetchone()
         if found is None:
             raise LedgerConflict.missing(saga_id)
         return found
@@ -436,7 +441,7 @@ class _Store:
 
     def list(self, statuses: Collection[SagaStatus] | None, parent: str | None) -> Sequence[Entry]:
         values = {"others": None if statuses is None else others(statuses), "parent": parent}
-        rows = self._patiently(lambda connection, _: connection.execute(_ENTRIES, values).fetchall())
+        rows = self._patiently(lambda connection, _: connection.execute(_ENTRIES, values | {"now": datetime.now(UTC)}).fetchall())
         return entries_in(rows, _when)
 
     # -- the connection ------------------------------------------------------------------------------------------
