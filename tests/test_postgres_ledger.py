@@ -23,6 +23,7 @@ from stageflow.api import Pipeline
 
 from saga import FailFast, Ledger, LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, SagaCoordinator, SagaStatus
 from saga.events import SagaEnded, SagaStarted, StageStarted
+from saga.ledgers import durable as durable_module
 from saga.ledgers import postgres as module
 from saga.ledgers.postgres import PostgresLedger
 from tests.places import PostgresSchema
@@ -461,6 +462,35 @@ def test_a_database_that_is_not_there_is_told(place: PostgresSchema) -> None:
 
     with pytest.raises(LedgerError, match=r"the ledger in schema 'saga' failed: .*database .nowhere. does not exist"):
         using(ledger, lambda ledger: ledger.list())
+
+
+class Clock:
+    """Time that passes only where somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_those_who_read_together_from_a_server_that_is_gone_wait_for_the_patience_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    for file in (module, durable_module):
+        monkeypatch.setattr(file, "time", clock)
+    ledger = PostgresLedger("host=/nowhere user=x", patience=10)
+
+    async def play(ledger: Ledger) -> Any:
+        return await asyncio.gather(*(ledger.read(f"s{number}") for number in range(100)), return_exceptions=True)
+
+    errors = using(ledger, play)
+
+    assert all(type(error) is LedgerError and "nothing was recorded" in str(error) for error in errors)
+    # The thread may take the first before the others are there.
+    assert clock.now <= 2 * 10
 
 
 def test_what_a_role_may_not_do_is_told_at_once(place: PostgresSchema) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final, Protocol, Self
 
-from saga.errors import LedgerError, MisuseError
+from saga.errors import LedgerCorrupt, LedgerError, MisuseError
 from saga.events import AnyEvent, SagaStatus
 from saga.ledger import Entry, Ledger, moment_ago
 from saga.ledgers.rows import Acquire, Append, Beat, Prune, Pruned, Redact, Release, Request, Writer, check_name, iso
-from saga.ledgers.workers import WORKING, Worker, failed
+from saga.ledgers.workers import WORKING, Worker, again, failed
 from saga.text import shown
 from saga.watch import outlasting
 
@@ -73,6 +75,7 @@ class DurableLedger(Ledger):
         self.max_event_bytes = max_event_bytes
         self._name = name
         self._store = store
+        self._patience = patience
         self._rows = Writer(max_event_bytes, redact)
         self._threads: tuple[Worker[Store], Worker[Store]] | None = None
         self._closed = False
@@ -178,7 +181,7 @@ class DurableLedger(Ledger):
             return  # the event loop of another thread was faster
         self._threads = (
             Worker(f"{self._name} (writes)", self._store, _at_once),
-            Worker(f"{self._name} (reads)", self._store, _one_by_one),
+            Worker(f"{self._name} (reads)", self._store, partial(_one_by_one, self._patience)),
         )
         for worker in self._threads:
             # At the end of the process, workers.py sees to it that they end, and waits for that.
@@ -189,13 +192,17 @@ def _at_once(store: Store, requests: Sequence[Request]) -> Sequence[Any]:
     return store.write(requests)
 
 
-def _one_by_one(store: Store, reads: Sequence[Callable[[Store], Any]]) -> Sequence[Any]:
+def _one_by_one(patience: float, store: Store, reads: Sequence[Callable[[Store], Any]]) -> Sequence[Any]:
     answers: list[Any] = []
     for read in reads:
+        begun = time.monotonic()
         try:
             answers.append(read(store))
         except LedgerError as error:
             answers.append(error)
+            if time.monotonic() - begun > patience / 2 and not isinstance(error, LedgerCorrupt):
+                # It waited in vain, and so did those that came with it: each by itself would wait as long again.
+                return answers + [again(error) for _ in reads[len(answers) :]]
         except Exception as error:  # noqa: BLE001 - whoever waits has to be told, whatever it is, and nobody else
             answers.append(failed(error))
     return answers
