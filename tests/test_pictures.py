@@ -491,7 +491,15 @@ def test_the_axis_counts_in_a_unit_that_reads_well(length: float, tick: str) -> 
 
 @pytest.mark.parametrize(
     ("length", "said"),
-    [(0.0004, "0.4 ms"), (0.99999, "1.00 s"), (59.999, "1 min 0 s"), (61, "1 min 1 s"), (3_599.9, "1 h 0 min"), (7_320, "2 h 2 min")],
+    [
+        (0.0004, "0.4 ms"),
+        (0.99999, "1.00 s"),
+        (59.999, "1 min 0 s"),
+        (61, "1 min 1 s"),
+        (3_599.9, "1 h 0 min"),
+        (7_320, "2 h 2 min"),
+        (-7_320, "-2 h 2 min"),  # it ended on a machine whose clock is behind
+    ],
 )
 def test_a_duration_is_said_in_a_unit_that_reads_well(length: float, said: str) -> None:
     assert duration(length) == said

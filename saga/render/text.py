@@ -57,7 +57,9 @@ def seconds(start: datetime | None, end: datetime | None) -> str:
 
 
 def duration(span: float) -> str:
-    """So many seconds, in a unit that reads well."""
+    """So many seconds, in a unit that reads well; fewer than none where the clocks of two machines differ."""
+    if span < 0:
+        return f"-{duration(-span)}"
     if round(span, 4) < 1:
         return f"{span * 1000:.1f} ms"
     if round(span, 2) < _MINUTE:
