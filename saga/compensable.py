@@ -123,6 +123,38 @@ class Inputs(dict[str, StageOutput]):
         """
         return self[stage].data.get(key, default)
 
+    def require_from(self, stage: str, key: str) -> Any:
+        """One value that a direct dependency has to have given.
+
+        Raises:
+            KeyError: The stage is none, or gave no such value.
+        """
+        data = self[stage].data
+        if key not in data:
+            raise KeyError(f"expected a key of what {stage} gave ({', '.join(map(str, data)) or 'none'}), got {key!r}")
+        return data[key]
+
+    def get_output(self, stage: str) -> StageOutput:
+        """All that a direct dependency gave.
+
+        Raises:
+            KeyError: The stage is none.
+        """
+        return self[stage]
+
+    def has_output(self, stage: str) -> bool:
+        """True, as every direct dependency of a stage that ran has given one.
+
+        Raises:
+            KeyError: The stage is none.
+        """
+        return bool(self[stage])
+
+    @property
+    def prior_outputs(self) -> Inputs:
+        """All of them."""
+        return self
+
     def get(self, stage: str, default: Any = None) -> Any:
         """The output of a direct dependency, as that of a dict.
 
@@ -156,7 +188,7 @@ class CompensationContext:
         attempt: Of this compensation; 1 for the first.
         idempotency_key: This compensation's own, the same for all its attempts; another one when the effect came late, after its undoing.
         forward_key: The `idempotency_key` that the execution had: the outside world knows the effect by it.
-        inputs: Outputs of the direct dependencies, by stage; `ctx.inputs.get_from(stage, key)` as in `execute`.
+        inputs: Outputs of the direct dependencies, by stage; `get_from`, `require_from` and `get_output` as in `execute`.
         snapshot: stageflow's immutable view of the run's input.
     """
 

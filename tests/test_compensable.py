@@ -342,7 +342,33 @@ def test_a_compensation_reads_what_others_gave_as_the_stage_did() -> None:
     assert seen == ["14A of seat", 14, {"seat": seat}, seat, 14]
 
 
-@pytest.mark.parametrize("read", [lambda ctx: ctx.inputs["room"], lambda ctx: ctx.inputs.get_from("room", "number")])
+def test_a_compensation_reads_what_others_gave_by_whatever_its_stage_may_call() -> None:
+    seen: list[Any] = []
+
+    undone_with(lambda ctx: seen.extend([ctx.inputs.require_from("seat", "number"), ctx.inputs.get_output("seat")]))
+    undone_with(lambda ctx: seen.extend([ctx.inputs.has_output("seat"), ctx.inputs.prior_outputs]))
+
+    seat = StageOutput.ok(number="14A of seat")
+    assert seen == ["14A of seat", seat, True, {"seat": seat}]
+
+
+def test_a_compensation_that_requires_what_nobody_gave_is_told_what_there_is() -> None:
+    report = undone_with(lambda ctx: ctx.inputs.require_from("seat", "row"))
+
+    assert list(report.stuck) == ["meal"]
+    assert "expected a key of what seat gave (number), got 'row'" in report.failures[0].message
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda ctx: ctx.inputs["room"],
+        lambda ctx: ctx.inputs.get_from("room", "number"),
+        lambda ctx: ctx.inputs.require_from("room", "number"),
+        lambda ctx: ctx.inputs.get_output("room"),
+        lambda ctx: ctx.inputs.has_output("room"),
+    ],
+)
 def test_a_compensation_that_reads_what_its_stage_does_not_depend_on_is_told_so(read: Callable[[CompensationContext], Any]) -> None:
     report = undone_with(read)
 
