@@ -157,7 +157,7 @@ class Forward(Stages, Employer):
         self._interrupt()
 
     async def refused(self, stage: str, error: Exception) -> None:
-        """Stop because an interceptor did not let a stage run, or end."""
+        """Stop because an interceptor did not let a stage run, or end, or its condition can't be told."""
         # A failure of the stage itself has stopped the run before its wrapper raised it.
         failure = Failure.raised(stage, error, attempt=0)
         self.stop(failure)
@@ -241,10 +241,8 @@ class Forward(Stages, Employer):
 
     async def _stage(self, run: _StageRun) -> StageOutput | Failure:
         node = run.node
-        if node.conditional and (reason := run.inputs.get("skip_reason")):
-            output = StageOutput.skip(reason)
-            await self.learn(run.name, output)
-            return output
+        if node.conditional and (skipped := await self._skipped(run)):
+            return skipped
         for dependency in node.dependencies:
             if dependency in self._fallen:
                 return await self._falls_with(run, dependency)
@@ -270,6 +268,18 @@ class Forward(Stages, Employer):
             assert outcome.output is not None  # without a failure there is one
             return outcome.output
         return await self._absorb(run, outcome.failure)
+
+    async def _skipped(self, run: _StageRun) -> StageOutput | None:
+        """The output of a stage that its condition skips; None if the stage is to run."""
+        try:
+            if not (reason := run.inputs.get("skip_reason")):
+                return None
+        except Exception as error:  # noqa: BLE001 - what another stage gave may be neither true nor false, as an array of numbers
+            await self.refused(run.name, error)
+            return STOPPING
+        output = StageOutput.skip(reason)
+        await self.learn(run.name, output)
+        return output
 
     def _came_late(self, run: _StageRun, outcome: Outcome) -> None:
         """Hand over what code came to that nobody waited for any more."""

@@ -164,6 +164,29 @@ def test_a_saga_ends_and_can_be_reported_whatever_a_stage_returns_or_raises(case
     assert repr(report).startswith("SagaReport(saga_id=")
 
 
+def test_a_skip_reason_that_is_neither_true_nor_false_fails_the_stage_that_it_is_for() -> None:
+    standing = set()
+
+    async def charge(_: Any) -> dict[str, Any]:
+        standing.add("charge")
+        return {"skip_reason": Undecided()}
+
+    async def refund(_: CompensationContext) -> None:
+        standing.discard("charge")
+
+    pipeline = (
+        Pipeline(name="p")
+        .with_stage("charge", compensable(charge, refund))
+        .with_stage("ship", nothing, "work", dependencies=("charge",), conditional=True)
+    )
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert standing == set()
+    assert (report.status, report.failed) == (SagaStatus.COMPENSATED, ("ship",))
+    assert "neither true nor false" in str(report.cause)
+
+
 def test_of_what_cannot_be_shown_the_rest_of_a_report_is() -> None:
     async def odd(ctx: SagaContext) -> StageOutput:
         await ctx.record(Wordless())
