@@ -158,6 +158,18 @@ def is_name(text: str) -> bool:
     return len(text) <= LONGEST_NAME and (text.isprintable() or ("\0" not in text and written(text) == text))
 
 
+def asked_for(statuses: Collection[SagaStatus] | None) -> frozenset[SagaStatus] | None:
+    """The statuses by which sagas are listed, also where they are asked for by their words; None: all.
+
+    Raises:
+        MisuseError: They are none.
+    """
+    try:
+        return None if statuses is None else frozenset(map(SagaStatus, statuses))
+    except (TypeError, ValueError):
+        raise MisuseError("a collection of statuses of sagas", got=shown(statuses), hint="Write {SagaStatus.STUCK}.") from None
+
+
 def moment_ago(age: timedelta) -> datetime:
     """When it was, so long ago, UTC.
 
@@ -252,6 +264,7 @@ class Ledger(Protocol):
         """The sagas in the order in which they were created: all, those in some statuses, the children of one.
 
         Raises:
+            MisuseError: `statuses` are none, or a single one.
             SagasDamaged: Of some of them it can't tell where they stand, so they may be among those that were asked for, or not; the error
                 has the others.
             LedgerCorrupt: It can't tell of any.
@@ -470,9 +483,10 @@ class MemoryLedger(Ledger):
 
     async def list(self, *, statuses: Collection[SagaStatus] | None = None, parent: str | None = None) -> Sequence[Entry]:
         """The sagas."""
+        wanted = asked_for(statuses)
         ids = self._sagas if parent is None else self._children.get(parent, ())
         sagas = (self._sagas[saga_id] for saga_id in ids)
-        return tuple(self._entry(saga) for saga in sagas if statuses is None or saga.status in statuses)
+        return tuple(self._entry(saga) for saga in sagas if wanted is None or saga.status in wanted)
 
     def _entry(self, saga: _Kept) -> Entry:
         started = saga.started

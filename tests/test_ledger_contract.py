@@ -592,6 +592,24 @@ def test_sagas_are_listed_by_status(place: Place) -> None:
     assert of_parent == ["d"]
 
 
+def test_a_status_may_be_asked_for_by_its_word(place: Place) -> None:
+    *_, stuck = on(place.open(), create("a"), create("b"), ended("b", SagaStatus.STUCK), listed(statuses=["stuck"]))
+
+    assert stuck == ["b"]
+
+
+@pytest.mark.parametrize("statuses", ["stuck", SagaStatus.STUCK, ["Stuck"], 6, [["stuck"]]])
+def test_what_are_no_statuses_are_refused(place: Place, statuses: Any) -> None:
+    async def refused(ledger: Ledger) -> str:
+        with pytest.raises(MisuseError) as caught:
+            await ledger.list(statuses=statuses)
+        return str(caught.value)
+
+    *_, message = on(place.open(), create(), refused)
+
+    assert message == f"expected a collection of statuses of sagas, got {statuses!r}. Write {{SagaStatus.STUCK}}."
+
+
 STATUSES: dict[str, tuple[list[AnyEvent], SagaStatus]] = {
     "nothing more": ([], SagaStatus.RUNNING),
     "a stage's event": ([FIRST], SagaStatus.RUNNING),
@@ -839,9 +857,18 @@ def test_a_ledger_serves_event_loops_in_several_threads(durable: Place) -> None:
     assert [len(events) for events in on(ledger, *(read(name) for name in "abcd"))] == [21] * 4
 
 
+class Unchecked(str):
+    """A text that says of itself that it can be written, whatever is in it."""
+
+    __slots__ = ()
+
+    def isprintable(self) -> bool:
+        return True
+
+
 def test_a_read_that_fails_keeps_nobody_who_reads_at_the_same_time_from_their_answer(durable: Place) -> None:
-    async def together(ledger: Any) -> Any:
-        asked = (ledger.read("s"), ledger.list(statuses=["completed"]), ledger.list())
+    async def together(ledger: Ledger) -> Any:
+        asked = (ledger.read("s"), ledger.list(parent=Unchecked("\ud800")), ledger.list())
         return await asyncio.gather(*asked, return_exceptions=True)
 
     _, (events, refused, entries) = on(durable.open(), create(), together)
@@ -849,8 +876,8 @@ def test_a_read_that_fails_keeps_nobody_who_reads_at_the_same_time_from_their_an
     assert events == (started(),)
     assert [entry.saga_id for entry in entries] == ["s"]
     assert type(refused) is LedgerError
-    assert "AttributeError: 'str' object has no attribute 'value'" in str(refused)
-    assert isinstance(refused.__cause__, AttributeError)
+    assert "UnicodeEncodeError: 'utf-8' codec can't encode" in str(refused)
+    assert isinstance(refused.__cause__, UnicodeEncodeError)
 
 
 def test_closing_waits_for_what_was_asked_for_and_then_nothing_more_can_be_asked(durable: Place) -> None:

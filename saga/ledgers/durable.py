@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol, Self
 
 from saga.errors import LedgerCorrupt, LedgerError, MisuseError
 from saga.events import AnyEvent, SagaStatus
-from saga.ledger import Entry, Ledger, moment_ago
+from saga.ledger import Entry, Ledger, asked_for, moment_ago
 from saga.ledgers.rows import Acquire, Append, Beat, Prune, Pruned, Redact, Release, Request, Writer, check_name, iso
 from saga.ledgers.workers import WORKING, Worker, again, failed
 from saga.text import shown
@@ -125,7 +125,8 @@ class DurableLedger(Ledger):
     async def list(self, *, statuses: Collection[SagaStatus] | None = None, parent: str | None = None) -> Sequence[Entry]:
         """The sagas."""
         check_name("saga id", parent or "")
-        entries: Sequence[Entry] = await self._reader.ask(lambda store: store.list(statuses, parent))
+        wanted = asked_for(statuses)
+        entries: Sequence[Entry] = await self._reader.ask(lambda store: store.list(wanted, parent))
         return entries
 
     async def prune(self, older_than: timedelta) -> Sequence[str]:
