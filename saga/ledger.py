@@ -174,10 +174,12 @@ def moment_ago(age: timedelta) -> datetime:
     """When it was, so long ago, UTC.
 
     Raises:
-        MisuseError: It is no timedelta, or no date can say when.
+        MisuseError: It is no timedelta, or below 0, or no date can say when.
     """
     if not isinstance(age, timedelta):
         raise MisuseError("a timedelta", got=shown(age), hint="Write timedelta(days=30).")
+    if age < timedelta():
+        raise MisuseError("an age of 0 or more", got=str(age))
     try:
         return datetime.now(UTC) - age
     except OverflowError:
@@ -278,7 +280,7 @@ class Ledger(Protocol):
         younger, or somebody who counts as alive holds one of them.
 
         Raises:
-            MisuseError: `older_than` is no timedelta, or reaches back beyond the year 1.
+            MisuseError: `older_than` is no timedelta, or below 0, or reaches back beyond the year 1.
         """
         ...
 

@@ -674,6 +674,7 @@ def test_a_saga_whose_last_event_is_younger_is_not_forgotten(place: Place) -> No
         (30, r"expected a timedelta, got 30\. Write timedelta\(days=30\)\."),
         ("30d", r"expected a timedelta, got '30d'\."),
         (None, r"expected a timedelta, got None\."),
+        (timedelta(days=-1), "expected an age of 0 or more, got -1 day, 0:00:00"),
         (timedelta.max, "expected an age that reaches back to the year 1 at most, got 999999999 days"),
     ],
 )

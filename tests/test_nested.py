@@ -183,7 +183,7 @@ def test_a_family_that_is_forgotten_as_soon_as_it_has_come_to_rest_has_its_repor
 
         async def list(self, **which: Any) -> Sequence[Entry]:
             entries = await super().list(**which)
-            await self.prune(timedelta(days=-1))
+            await self.prune(timedelta(0))
             return entries
 
     child_world, _, parent = family({}, {})
@@ -203,7 +203,7 @@ def test_a_child_whose_family_is_forgotten_while_it_is_reported_has_its_report_a
         async def read(self, saga_id: str) -> Sequence[AnyEvent]:
             events = await super().read(saga_id)
             if saga_id == "s":
-                await self.prune(timedelta(days=-1))
+                await self.prune(timedelta(0))
             return events
 
     *_, parent = family({}, {})
