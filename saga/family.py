@@ -37,7 +37,7 @@ async def events_of(ledger: Ledger, saga_id: str) -> Sequence[AnyEvent]:
 
 def _refuse_no_id(saga_id: object) -> None:
     if not isinstance(saga_id, str):
-        raise MisuseError("the id of a saga", got=shown(saga_id))
+        raise MisuseError("the id of a saga", got=shown(saga_id), hint="An id is a str.")
 
 
 async def differences_from(ledger: Ledger, state: SagaState, blueprint: Blueprint) -> list[str]:

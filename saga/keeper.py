@@ -35,6 +35,7 @@ from saga.report import SagaReport
 from saga.resumption import Chapter, Decision, Direction, recovering, resumption, undoing
 from saga.state import SagaState
 from saga.storable import refuse_unstorable
+from saga.text import shown
 from saga.watch import outlast, start
 from saga.within import report_of, report_with_children
 
@@ -160,7 +161,8 @@ class SagaKeeper:
         parent_stage: str | None = None,
     ) -> LiveSaga:
         if saga_id is not None and (not isinstance(saga_id, str) or not saga_id.strip()):
-            raise MisuseError("a saga id with at least one visible character", got=repr(saga_id))
+            hint = "" if isinstance(saga_id, str) else "An id is a str."
+            raise MisuseError("a saga id with at least one visible character", got=shown(saga_id), hint=hint)
         refuse_timeout(context)
         if self._ledger.durable:
             # The ledger would refuse them, too, but with the error of one that has failed.

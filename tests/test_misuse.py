@@ -17,6 +17,7 @@ from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Protocol
+from uuid import UUID
 
 import pytest
 from stageflow import BaseInterceptor
@@ -688,6 +689,16 @@ def test_a_saga_id_that_is_taken_is_refused_while_it_runs_and_afterwards() -> No
 def test_a_saga_id_that_is_none_is_refused(saga_id: Any) -> None:
     with pytest.raises(MisuseError, match="expected a saga id with at least one visible character"):
         run(SagaCoordinator().run(scene(SEQUENCE)[1], saga_id=saga_id))
+
+
+@pytest.mark.parametrize("saga_id", [5, UUID(int=7)])
+def test_an_id_of_another_type_is_refused_and_the_error_says_of_which_one_it_is(saga_id: Any) -> None:
+    _, trip = scene(SEQUENCE)
+    coordinator = SagaCoordinator()
+
+    for use in (coordinator.run(trip, saga_id=saga_id), coordinator.report(saga_id), coordinator.resume(saga_id, trip)):
+        with pytest.raises(MisuseError, match=r"^expected .*, got (5|UUID\('.*'\))\. An id is a str\.$"):
+            run(use)
 
 
 ODD_NAMES = ["x" * 501, "\0", "\ud800"]
