@@ -357,6 +357,9 @@ def _refuse_sync(name: str, hook: str, function: object) -> None:
     name_of_it = getattr(function, "__qualname__", repr(function))
     if inspect.isasyncgenfunction(function):
         raise PipelineInvalid(f"an async {hook}", got=f"the async generator {name_of_it}", stage=name, hint="Return, and don't yield.")
+    if isinstance(function, partial) and hasattr(function.func, "execute"):
+        hint = "Give the pipeline the class, and its arguments as config={...}."
+        raise PipelineInvalid(f"an async {hook}", got=f"{shown(function)}, which makes a stage", stage=name, hint=hint)
     hint = "Write async def, and take blocking work to a thread (asyncio.to_thread)."
     if is_async(inspect.unwrap(function)):
         hint = "It is async below its decorator: write async def, and await, there, too."

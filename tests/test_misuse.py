@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Protocol
@@ -216,6 +216,13 @@ PIPELINES: dict[str, tuple[Pipeline, str]] = {
         "expected an async execute, for stage 'pay', got the plain def good. It is async below its decorator: write async def",
     ),
     "sync callable": (pipeline(spec("pay", print)), "expected an async execute, for stage 'pay', got the plain def print"),
+    "partial of a class": (
+        pipeline(spec("pay", partial(NeedsConfig, amount=3))),
+        (
+            "expected an async execute, for stage 'pay', got functools.partial(<class 'tests.test_misuse.NeedsConfig'>, amount=3), "
+            "which makes a stage. Give the pipeline the class, and its arguments as config={...}."
+        ),
+    ),
     "sync compensate": (pipeline(spec("pay", SyncCompensate)), "expected an async compensate, for stage 'pay', got the plain def"),
     "sync probe": (pipeline(spec("pay", SyncProbe)), "expected an async probe, for stage 'pay'"),
     "no stage at all": (pipeline(spec("pay", 42)), "expected a stage with an async execute, for stage 'pay', got 42"),
