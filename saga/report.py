@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Final, Literal, Self
@@ -384,7 +384,8 @@ class SagaReport(BaseModel):
         """Raise unless the saga came to its end going forward.
 
         Raises:
-            SagaFailed: A group of the stages' own exceptions, the cause first; its `report` is this report.
+            SagaFailed: A group of the stages' own exceptions, the cause first, without what is in another one of them, itself a group;
+                its `report` is this report.
         """
         if self.ok:
             return
@@ -392,6 +393,9 @@ class SagaReport(BaseModel):
         if self.cause is not None:
             failures = [self.cause, *(failure for failure in failures if failure != self.cause)]
         errors = [_as_error(failure) for failure in failures] or [SagaError("it was undone on demand")]
+        # What a saga within raised as such a group has its errors in it: told twice at each level, they would soon be thousands.
+        told = {id(part) for error in errors for part in _parts(error)}
+        errors = [error for error in errors if id(error) not in told]
         failed = SagaFailed(f"saga {self.saga_id} ({self.pipeline}) is {self.status.value}", errors)
         failed.report = self
         raise failed
@@ -492,6 +496,13 @@ def _as_error(failure: Failure) -> Exception:
     if failure.traceback is not None:
         error.add_note(failure.traceback.rstrip())
     return error
+
+
+def _parts(error: BaseException) -> Iterator[BaseException]:
+    """What is in a group of exceptions, and in the groups in it."""
+    for part in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
+        yield part
+        yield from _parts(part)
 
 
 def _of_children(stages: Iterable[StageReport], exceptions: Mapping[Failure, BaseException]) -> list[Failure]:

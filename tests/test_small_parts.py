@@ -47,7 +47,7 @@ from saga.watch import bounded
 from tests.controlled import elapse, run
 from tests.stories import Story
 from tests.test_hard_cases import deaf
-from tests.world import SEQUENCE, CardDeclined, Script, Scripted, World, hooked, scene
+from tests.world import SEQUENCE, CardDeclined, Script, Scripted, World, hooked, nothing, scene
 
 # -- compensable() -----------------------------------------------------------------------------------------------
 
@@ -205,6 +205,25 @@ def test_raise_for_status_raises_the_stages_own_exceptions_the_cause_first() -> 
     assert isinstance(rest, SagaFailed)
     assert declined.report is report
     assert world.standing.keys() == {"a", "b"}
+
+
+def test_raise_for_status_within_stages_that_run_sagas_raises_each_exception_once() -> None:
+    async def declined(_: Any) -> None:
+        raise ValueError("declined")
+
+    def running(within: Pipeline) -> Pipeline:
+        async def child(ctx: SagaContext) -> None:
+            (await ctx.run_saga(within)).raise_for_status()
+
+        return Pipeline(name="p").with_stage("child", compensable(child, nothing))
+
+    report = run(SagaCoordinator().run(running(running(running(Pipeline(name="p").with_stage("pay", declined, "work"))))))
+    with pytest.raises(SagaFailed) as raised:
+        report.raise_for_status()
+
+    told = "".join(format_exception(raised.value))
+    assert len(report.failures) == 4
+    assert told.count("ValueError: declined") == 1
 
 
 def test_raise_for_status_of_a_report_from_json_still_tells_every_failure() -> None:
