@@ -168,6 +168,11 @@ class StageRecord:
         return self.settled is not None and self.settled.verdict is Verdict.KEPT
 
     @property
+    def fallback_serves(self) -> bool:
+        """Its fallback has run sagas, and nothing has begun to undo these: what used the fallback may stand on them."""
+        return bool(self.fallback_ran) and not self.undoes_fallback
+
+    @property
     def is_due_anew(self) -> bool:
         """The saga was resumed, and the stage is still to run in a new execution."""
         return self.again and self.anew

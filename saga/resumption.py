@@ -144,7 +144,9 @@ def _awaits_fallback(state: SagaState, name: str) -> bool:
 def halves(state: SagaState) -> tuple[str, ...]:
     """The stages that would run again to be made whole, though they are not made for it."""
     return tuple(
-        name for name, record in state.stages.items() if record.undone_in_part and not (record.may_repeat or state.graph[name].idempotent)
+        name
+        for name, record in state.stages.items()
+        if record.undone_in_part and not (record.fallback_serves or record.may_repeat or state.graph[name].idempotent)
     )
 
 
@@ -155,7 +157,7 @@ def undecided(state: SagaState) -> tuple[str, ...]:
         for name, record in state.stages.items()
         if record.doubt
         and record.state in {_S.IN_DOUBT, _S.STUCK}
-        and not (record.may_repeat or state.graph[name].can_probe or state.graph[name].idempotent)
+        and not (record.fallback_serves or record.may_repeat or state.graph[name].can_probe or state.graph[name].idempotent)
     )
 
 

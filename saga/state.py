@@ -164,7 +164,7 @@ class SagaState:
     def _reopen(self) -> None:
         """Mark what runs once more: what failed, what was undone, and what was worked out from outputs that are gone."""
         # What can't be undone any more of a stage that a fallback stands in for makes it no more needed, unless the fallback's is among it.
-        halves = [(name, record) for name, record in self.stages.items() if record.undone_in_part]
+        halves = [(name, record) for name, record in self.stages.items() if record.undone_in_part and not record.fallback_serves]
         in_part = {name for name, record in halves if record.state is not _S.FALLBACK or record.undoes_fallback}
         for name, record in self.stages.items():
             node = self.graph[name]
@@ -179,6 +179,8 @@ class SagaState:
             stands_in_part = bool(record.fallback_ran) or (bool(left) and record.state is not _S.UNDONE)
             record.anew = lacks_ground and not (stands or stands_in_part or record.doubt)
             ended_badly = record.state in {_S.FAILED, _S.CANCELLED, _S.IN_DOUBT, _S.STUCK} or record.with_branch or name in in_part
+            # Failing once more, another fallback would stand in, and the sagas of this one would be undone under what stands on them.
+            ended_badly = ended_badly and not record.fallback_serves
             record.again = not stands and (record.anew or ended_badly) and record.state is not _S.NOT_RUN
             record.attempts_before = record.attempts
             if name in in_part:
@@ -186,7 +188,7 @@ class SagaState:
                 record.landed, record.undone_in_part, record.stands_in_part, record.state = False, False, True, _S.FAILED
             # Whoever goes forward goes on with it, be it that it came late.
             record.failed = record.failed and (record.fell_back or not stands)
-            if stands or record.doubt:
+            if stands or record.doubt or record.fallback_serves:
                 # It could not be undone; now it need not be, and who goes forward may ask for it again.
                 record.unstick()
 

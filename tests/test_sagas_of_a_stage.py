@@ -263,6 +263,53 @@ def test_a_person_who_says_that_a_stage_is_undone_with_the_sagas_of_its_fallback
 
 
 @pytest.mark.parametrize("outcome", ["hang", "raise"])
+def test_a_stage_that_is_stuck_behind_the_sagas_of_its_fallback_is_not_run_again_when_its_saga_goes_forward(outcome: str) -> None:
+    """Promise 1: it failed again, its fallback ran another inn, and the first one was cancelled under the taxi that goes there."""
+    world, flat = scene({"inn": (), "taxi": ()})
+    room = Pipeline(name="room").with_stage("inn", flat.stages["inn"].runner)
+    answers = iter([CardDeclined()])
+    ran: list[str] = []
+
+    async def hold(ctx: SagaContext) -> None:
+        ran.append("hotel")
+        await ctx.record("deposit")
+        await conclude("hotel", outcome)
+
+    async def book_other(ctx: SagaContext, _: Any) -> None:
+        ran.append("another one")
+        await ctx.run_saga(room)
+
+    async def release(ctx: CompensationContext) -> None:
+        for declined in answers:
+            raise declined
+        await undo_each([room] * len(await ctx.child_sagas()))(ctx)
+
+    hotel = compensable(hold, release, fallback=book_other, timeout=10, idempotent=True, compensate_in_doubt=True)
+    trip = Pipeline(name="trip").with_stage("hotel", hotel)
+    trip = trip.with_stage("taxi", flat.stages["taxi"].runner, dependencies=("hotel",))
+    coordinator = SagaCoordinator(ContinueWithFallback(compensation=IMPATIENT.compensation))
+    assert [*run(coordinator.run(trip, saga_id="s")).stuck] == ["hotel"]
+
+    report = run(coordinator.resume("s", trip, forward=True))
+
+    assert (report.status, report.fallbacks) == (SagaStatus.DEGRADED, ("hotel",))
+    assert report.compensation_order == ("hotel",)
+    assert (ran, world.log) == (["hotel", "another one"], ["+inn", "+taxi"])
+
+
+def test_a_saga_goes_forward_with_the_sagas_of_a_fallback_though_what_its_stage_has_left_is_half_undone() -> None:
+    """It was refused until the stage could run again, which nobody wants of it."""
+    world, trip = with_another_hotel(undo_fails=1)
+    coordinator = SagaCoordinator(ContinueWithFallback())
+    assert [*run(coordinator.run(trip, saga_id="s")).stuck] == ["hotel", "hotel/room"]
+
+    report = run(coordinator.resume("s", trip, forward=True))
+
+    assert ([*report.stuck], report.stages["taxi"].state) == (["hotel", "hotel/room"], StageState.KEPT)
+    assert world.log == ["+room", "+inn", "+taxi"]
+
+
+@pytest.mark.parametrize("outcome", ["hang", "raise"])
 def test_a_person_who_says_that_what_a_stage_has_left_is_undone_does_not_say_so_of_the_sagas_of_its_fallback(outcome: str) -> None:
     """Promise 5: nothing had tried to undo the inn, whether the hotel was in doubt or stuck, and the saga was COMPENSATED with it."""
     world, flat = scene({"inn": (), "taxi": ()})
