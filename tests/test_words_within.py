@@ -24,6 +24,7 @@ from saga import (
     compensable,
     nested,
 )
+from saga.render.text import what_to_do
 from saga.report import NestedSagaFailed
 from tests.controlled import elapse, run
 from tests.dying import Dying
@@ -34,7 +35,7 @@ from tests.within import (
     generations,
     undo_each,
 )
-from tests.world import SEQUENCE, CardDeclined, Script, scene
+from tests.world import SEQUENCE, CardDeclined, Script, nothing, scene
 
 
 class Stays(CompensableStage):
@@ -216,6 +217,36 @@ def test_when_a_person_has_said_to_try_again_there_is_only_to_go_on_until_that_h
 
     assert ["saga settle" in text for text in told] == [False, True]
     assert world.standing == {"a": 1}
+
+
+@pytest.mark.parametrize("fallbacks", [{}, {"book": {}}])
+def test_a_stage_that_was_to_be_tried_again_is_for_a_person_once_the_saga_above_is_done_with_it(fallbacks: dict[str, Any]) -> None:
+    """The report said to resume the saga, which did nothing, and said so again."""
+
+    async def hang(_: SagaContext) -> None:
+        await elapse(10)
+
+    room = Pipeline(name="room").with_stage("room", compensable(hang, nothing, timeout=1))
+    answers = iter([CardDeclined()])
+
+    async def book(ctx: Any) -> None:
+        for declined in answers:
+            await ctx.run_saga(room, policy=FailFast(on_failure="halt"))
+            raise declined
+
+    trip = Pipeline(name="trip").with_stage("book", book, "work")
+    coordinator = SagaCoordinator(ContinueWithFallback(fallbacks=fallbacks, on_failure="halt"))
+    run(coordinator.run(trip, saga_id="s"))
+    run(coordinator.settle("s", "book/room", "retry", "they answer again"))
+
+    report = run(coordinator.resume("s", trip))
+
+    assert report.status is (SagaStatus.DEGRADED if fallbacks else SagaStatus.COMPLETED)
+    assert what_to_do(report)[-2:] == [
+        "To do: look at the outside world, put it right by hand, and say so (undone or kept):",
+        "  saga settle s book/room undone --note '...'",
+    ]
+    assert run(coordinator.settle("s", "book/room", "undone", "by hand")).clean
 
 
 def test_a_stage_that_was_to_run_again_is_for_a_person_once_its_saga_goes_back_without_it() -> None:

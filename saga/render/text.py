@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from itertools import dropwhile
+from itertools import dropwhile, pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from saga.compensable import is_within
@@ -310,12 +310,14 @@ def goes_on(path: str, report: SagaReport) -> bool:
     """Whether nobody has to say what became of a stage in doubt.
 
     Its own saga has halted, and goes on when this one does; or somebody has said to try it again, and it has not been tried since. Neither
-    holds where a saga around it goes backward, and the stage that runs it there can't be tried, or has been in vain; or where that waits
-    for a word on what came late.
+    holds where a saga around it goes backward, and the stage that runs it there can't be tried, or has been in vain; where that waits
+    for a word on what came late; or where the saga around it is done with that stage, and this one is not to be resumed by itself.
     """
-    *above, (saga, name) = _way(path, report)
+    *above, (saga, name) = way = _way(path, report)
     stage = saga.stages[name]
     if _held(name, saga):
+        return False
+    if any(_is_done_with(runner, outer) and inner.status is not SagaStatus.STUCK for (outer, runner), (inner, _) in pairwise(way)):
         return False
     around = [(outer, runner) for outer, runner in above if outer.status is SagaStatus.STUCK and outer.stages[runner].state in _UNSETTLED]
     around += [(outer, runner) for outer, runner in above if _held(runner, outer)]
@@ -326,6 +328,14 @@ def goes_on(path: str, report: SagaReport) -> bool:
     if saga.status is not SagaStatus.HALTED or not stage.children:
         return False
     return stage.children[-1].status is SagaStatus.HALTED and stage.children[-1].clean
+
+
+def _is_done_with(name: str, saga: SagaReport) -> bool:
+    """Whether a saga at rest that is resumed does nothing more about a stage, whatever is left within that."""
+    if saga.status in {SagaStatus.COMPLETED, SagaStatus.COMPENSATED}:
+        return True
+    state = saga.stages[name].state
+    return state is StageState.KEPT or (state is StageState.FALLBACK and saga.status is SagaStatus.DEGRADED)
 
 
 def _is_to_be_tried(name: str, saga: SagaReport) -> bool:
