@@ -20,14 +20,14 @@ from saga.asking import ask
 from saga.backward import Backward
 from saga.blueprint import Blueprint
 from saga.errors import GraphChanged, LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, NotStorable, SagaExists
-from saga.events import AnyEvent, SagaEnded, SagaStarted, SagaStatus, SagaTurnedBack, TurnReason
-from saga.failures import Failure
+from saga.events import AnyEvent, FallbackFailed, SagaEnded, SagaStarted, SagaStatus, SagaTurnedBack, TurnReason
+from saga.failures import Failure, FailureKind
 from saga.family import differences_from, events_of
 from saga.forward import Forward
 from saga.held import Held
 from saga.inputs import context_from, recorded_input, refuse_both, refuse_timeout
 from saga.journal import Journal, Listener
-from saga.ledger import A_NAME, LONGEST_NAME, Ledger, is_name, recorded
+from saga.ledger import A_NAME, LONGEST_NAME, Ledger, StageState, is_name, recorded
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.record import Step, undo_step
 from saga.recovery import conclude, final_status, status_of_cancelled
@@ -327,6 +327,7 @@ class SagaKeeper:
     async def _conclude(self, saga: LiveSaga, stop: Failure | None) -> None:
         saga.is_stopping = True
         await self.amendments.note_late(saga)
+        await self._note_cut_off(saga)
         move = conclude(saga.journal.state, stop)
         if move.turn is not None:
             await saga.journal.record(SagaTurnedBack(reason=move.turn, cause=move.cause))
@@ -337,6 +338,18 @@ class SagaKeeper:
         if status is SagaStatus.CANCELLED:
             status = status_of_cancelled(saga.journal.state)
         await saga.journal.record(SagaEnded(status=status, cause=move.cause), release=True)
+
+    async def _note_cut_off(self, saga: LiveSaga) -> None:
+        """Record which fallbacks were cut off with their process when they had run sagas that stand: nothing else tells of these."""
+        state = saga.journal.state
+        if state.is_spotless or not saga.has_children or not isinstance(saga.policy, ContinueWithFallback):
+            return
+        for name, record in state.stages.items():
+            is_due = record.state in {StageState.FAILED, StageState.IN_DOUBT} and state.graph[name].has_fallback
+            if is_due and not (record.fallback_failed or record.stands_in_part) and await saga.left_within(name):
+                message = "the process of its fallback is gone; what became of it is not in the ledger"
+                failure = Failure.of(name, FailureKind.CRASHED, message, attempt=record.attempts)
+                await saga.journal.record(FallbackFailed(stage=name, failure=failure, left_within=True))
 
     async def _ask_the_rest(self, saga: LiveSaga) -> None:
         """Ask for all that no compensation has asked for: to know is free, whatever the policy leaves standing."""
@@ -372,6 +385,7 @@ class SagaKeeper:
             await self._conclude(saga, chapter.stop)
         else:
             assert chapter.reason is not None  # a saga goes backward for a reason
+            await self._note_cut_off(saga)
             await self._back(saga, chapter.reason)
 
 

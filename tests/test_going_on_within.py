@@ -89,6 +89,25 @@ def test_killed_at_any_event_a_fallback_that_runs_a_saga_is_called_again_and_one
 
 
 @pytest.mark.parametrize("probe", [None, nothing_landed])
+def test_killed_at_any_event_what_the_sagas_of_a_fallback_have_done_is_undone_when_the_saga_then_goes_back(probe: Any) -> None:
+    """Promise 5: a fallback that was cut off had left no word, and its saga stood in one that was compensated."""
+    for kill in range(2, 40):
+        world, trip = with_another_hotel(leaves=False, probe=probe)
+        ledger = Dying(kill)
+        with contextlib.suppress(LedgerError):
+            run(SagaCoordinator(ContinueWithFallback(), ledger=ledger).run(trip, saga_id="s"))
+        is_done, ledger.left = ledger.left >= 0, 10_000
+        ledger.forget_owners()
+
+        report = run(SagaCoordinator(ledger=ledger).compensate("s", trip))
+
+        assert (report.status, world.standing, world.refusals) == (SagaStatus.COMPENSATED, {}, []), kill
+        if is_done:
+            break
+    assert kill > 5
+
+
+@pytest.mark.parametrize("probe", [None, nothing_landed])
 @pytest.mark.parametrize("leaves", [True, False])
 def test_killed_at_any_event_the_undoing_of_what_the_sagas_of_a_fallback_have_done_goes_on(leaves: bool, probe: Any) -> None:
     """Promise 11."""
