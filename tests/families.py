@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from stageflow.api import Pipeline, StageKind, StageOutput
@@ -70,23 +70,29 @@ class Kin:
 
     Attributes:
         trees: The sagas.
+        instead: Those that its fallback runs; without any it has none.
         at_once: Of several, whether it runs them at once; None: it is a nested one.
         asked: Of several, whether it has a probe.
         records: Of several, whether it records an effect of its own before it runs them.
         outcome: How it ends itself, having run several, as a `Script`'s.
         times: How often it ends so before it succeeds.
+        goes_on: Whether its fallback goes on with what one whose process died has begun.
+        instead_fails: How often its fallback fails when it has run its sagas.
     """
 
     trees: list[Tree]
+    instead: list[Tree] = field(default_factory=list)
     at_once: bool | None = None
     asked: bool = True
     records: bool = False
     outcome: str = "ok"
     times: int = 0
+    goes_on: bool = True
+    instead_fails: int = 0
 
     def mend(self) -> None:
         """From here on nothing goes wrong with it."""
-        self.outcome = "ok"
+        self.outcome, self.instead_fails = "ok", 0
 
 
 @dataclass
@@ -103,7 +109,7 @@ class Tree:
         yield self
         for stage in self.stages.values():
             if isinstance(stage, Kin):
-                for tree in stage.trees:
+                for tree in (*stage.trees, *stage.instead):
                     yield from tree.family()
 
     def kin(self) -> dict[str, Kin]:
@@ -128,7 +134,8 @@ def _runner(world: FamilyWorld, name: str, stage: Leaf | Kin) -> Any:
         return STAGES[stage.kind](world, name, stage)
     if stage.at_once is None:
         return nested(stage.trees[0].pipeline(world), stage.trees[0].policy)
-    return (AskedSeveral if stage.asked else Several)(world, name, stage)
+    several = AskedSeveral if stage.asked else Several
+    return type(several.__name__, (WithOthersInstead, several), {})(world, name, stage) if stage.instead else several(world, name, stage)
 
 
 def tokens(path: str) -> tuple[str, ...]:
@@ -142,6 +149,8 @@ class FamilyWorld:
     Attributes:
         standing: The keys of the effects that stand, and the stage that each is of.
         refusals: What was asked for and may not be.
+        serving: The sagas that a stage or its fallback gave last, by the path to the stage, and so what depends on it builds on.
+        built_on: Of each effect, what was serving when it landed.
     """
 
     def __init__(self, root: Tree) -> None:
@@ -156,6 +165,10 @@ class FamilyWorld:
         self.refusals: list[str] = []
         self.log: list[str] = []
         self.in_no_order: set[str] = set()
+        self.replaceable = {name for name, kin in root.kin().items() if kin.instead}
+        self.several_stand = {leaf for kin in root.kin().values() if not kin.goes_on for tree in kin.instead for leaf in tree.leaves()}
+        self.serving: dict[str, set[str]] = {}
+        self.built_on: dict[str, dict[str, set[str]]] = {}
         self._above: dict[str, frozenset[str]] = {}
 
     def above(self, name: str) -> frozenset[str]:
@@ -167,11 +180,19 @@ class FamilyWorld:
 
     def depends(self, key: str, on: str) -> bool:
         """Whether the effect of one key depends on that of another: where their paths part, one stage depends on the other."""
-        for mine, its in zip(key.split("/"), on.split("/"), strict=False):
+        steps = on.split("/")
+        for place, (mine, its) in enumerate(zip(key.split("/"), steps, strict=False)):
             if mine != its:
                 (upper,), (lower,) = tokens(mine), tokens(its)
+                if lower in self.replaceable:
+                    served = self.built_on[key].get("/".join([*steps[:place], lower]), set())
+                    return upper in self.above(lower) and any(on.startswith(f"{saga_id}/") for saga_id in served)
                 return upper in self.above(lower) and lower not in self.in_no_order
         return False
+
+    def serve(self, saga_id: str, stage: str, sagas: Iterable[str]) -> None:
+        """What depends on a stage stands on these of the sagas that it ran, from here on."""
+        self.serving[f"{saga_id}/{stage}"] = set(sagas)
 
     def refuse(self, why: str) -> None:
         """Keep why, as the saga would report it as just another failure."""
@@ -203,9 +224,10 @@ class FamilyWorld:
         if key in self.undone:
             self.refuse(f"{key} was undone, and is asked for once more")
         twice = [other for other, its in self.standing.items() if its == name]
-        if twice:
+        if twice and name not in self.several_stand:
             self.refuse(f"{key} is asked for while {twice} stand")
         self.standing[key] = name
+        self.built_on[key] = dict(self.serving)
         self.log.append(f"+{key}")
 
     def undo(self, key: str, *, in_doubt: bool) -> None:
@@ -366,11 +388,12 @@ class NotAllWell(Exception):
         super().__init__(str(report))
 
 
-def _refuse_failed(report: SagaReport | BaseException) -> None:
+def _unless_failed(report: SagaReport | BaseException) -> SagaReport:
     if isinstance(report, BaseException):
         raise report
     if not report.ok:
         raise NotAllWell(report)
+    return report
 
 
 class Several(CompensableStage):
@@ -381,35 +404,44 @@ class Several(CompensableStage):
     compensation = Compensation(retry=Retry(attempts=1), timeout=None)
 
     def __init__(self, world: FamilyWorld, name: str, kin: Kin) -> None:
-        self.name, self.kin = name, kin
-        self.pipelines = [(tree.pipeline(world), tree.policy) for tree in kin.trees]
+        self.world, self.name, self.kin = world, name, kin
+        self.own = [(tree.pipeline(world), tree.policy) for tree in kin.trees]
+        self.instead = [(tree.pipeline(world), tree.policy) for tree in kin.instead]
+        self.pipelines = {pipeline.name: pipeline for pipeline, _ in (*self.own, *self.instead)}
 
     async def execute(self, ctx: SagaContext) -> Any:
+        self.world.serve(ctx.saga_id, self.name, ())
         if self.kin.records:
             await ctx.record("sagas")
+        reports = await self.run_each(ctx, self.own, goes_on=True)
+        if self.kin.outcome != "ok" and self.kin.times > 0:
+            self.kin.times -= 1
+            return await conclude(self.name, self.kin.outcome)
+        return self.giving(ctx.saga_id, reports)
+
+    async def run_each(self, ctx: SagaContext, sagas: list[tuple[Pipeline, Policy]], *, goes_on: bool) -> list[SagaReport]:
+        """The reports of sagas that all came to their ends."""
         left = {report.pipeline: report for report in await ctx.child_sagas() if report.status is not SagaStatus.COMPENSATED}
 
         async def go_on(pipeline: Pipeline, policy: Policy) -> SagaReport:
-            if pipeline.name in left:
+            if goes_on and pipeline.name in left:
                 return await ctx.resume_saga(left[pipeline.name].saga_id, pipeline)
             return await ctx.run_saga(pipeline, policy=policy)
 
         if self.kin.at_once:
-            reports = await asyncio.gather(*[go_on(*one) for one in self.pipelines], return_exceptions=True)
-            for report in reports:
-                _refuse_failed(report)
-        else:
-            for one in self.pipelines:
-                _refuse_failed(await go_on(*one))
-        if self.kin.outcome != "ok" and self.kin.times > 0:
-            self.kin.times -= 1
-            return await conclude(self.name, self.kin.outcome)
-        return {"sagas": [report.saga_id for report in await ctx.child_sagas()]}
+            reports = await asyncio.gather(*[go_on(*one) for one in sagas], return_exceptions=True)
+            return [_unless_failed(report) for report in reports]
+        return [_unless_failed(await go_on(*one)) for one in sagas]
+
+    def giving(self, saga_id: str, reports: list[SagaReport]) -> dict[str, Any]:
+        """An output for those that depend on it to build on."""
+        sagas = [report.saga_id for report in reports]
+        self.world.serve(saga_id, self.name, sagas)
+        return {"sagas": sagas}
 
     async def compensate(self, ctx: CompensationContext) -> None:
-        pipelines = {pipeline.name: pipeline for pipeline, _ in self.pipelines}
         left = [report for report in await ctx.child_sagas() if report.status is not SagaStatus.COMPENSATED]
-        undone = [await ctx.undo_saga(report.saga_id, pipelines[report.pipeline]) for report in reversed(left)]
+        undone = [await ctx.undo_saga(report.saga_id, self.pipelines[report.pipeline]) for report in reversed(left)]
         for report in undone:
             if report.past_pivot or not report.clean:
                 raise NotAllWell(report)
@@ -417,15 +449,29 @@ class Several(CompensableStage):
 
 class AskedSeveral(Several):
     async def probe(self, ctx: CompensationContext) -> StageOutput | None:
-        pipelines = {pipeline.name: pipeline for pipeline, _ in self.pipelines}
         left = [report for report in await ctx.child_sagas() if report.status is not SagaStatus.COMPENSATED]
         for report in left:
             if report.ended_at is None:
-                await ctx.rest_saga(report.saga_id, pipelines[report.pipeline])
+                await ctx.rest_saga(report.saga_id, self.pipelines[report.pipeline])
         left = [report for report in await ctx.child_sagas() if report.status is not SagaStatus.COMPENSATED]
-        if left and not (len(left) == len(pipelines) and all(report.ok for report in left)):
+        is_whole = {report.pipeline for report in left} == {pipeline.name for pipeline, _ in self.own}
+        if left and not (is_whole and len(left) == len(self.own) and all(report.ok for report in left)):
             raise NotAllWell(left[-1])
-        return StageOutput.ok(sagas=[report.saga_id for report in left]) if left else None
+        if not left:
+            return None
+        if not self.world.serving.get(f"{ctx.saga_id}/{self.name}"):
+            self.world.serve(ctx.saga_id, self.name, [report.saga_id for report in left])
+        return StageOutput.ok(sagas=[report.saga_id for report in left])
+
+
+class WithOthersInstead(Several):
+    async def fallback(self, ctx: SagaContext, failure: Failure) -> dict[str, Any]:
+        self.world.serve(ctx.saga_id, self.name, ())
+        reports = await self.run_each(ctx, self.instead, goes_on=self.kin.goes_on)
+        if self.kin.instead_fails > 0:
+            self.kin.instead_fails -= 1
+            raise CardDeclined(f"nothing stands in for {self.name}")
+        return self.giving(ctx.saga_id, reports)
 
 
 def may_fall_back(tree: Tree, policies: list[Policy]) -> set[str]:

@@ -119,7 +119,7 @@ def trees(draw: st.DrawFn, *, hurried: bool, names: Iterator[str] | None = None,
     has_kin = False
     for place, name in enumerate(mine):
         # The outermost saga has at least one stage that runs another one.
-        kinds = ["leaf", "leaf", "nested", "several"] if depth == 0 else ["leaf", "leaf", "leaf", "nested"]
+        kinds = ["leaf", "leaf", "nested", "several", "replaced"] if depth == 0 else ["leaf"] * 6 + ["nested", "nested", "replaced"]
         kind = draw(st.sampled_from(kinds if depth < 2 else ["leaf"]))
         if depth == 0 and place == size - 1 and not has_kin:
             kind = "nested"
@@ -127,25 +127,27 @@ def trees(draw: st.DrawFn, *, hurried: bool, names: Iterator[str] | None = None,
         if kind == "leaf":
             stages[name] = draw(leaves(hurried=hurried, pivots=pivots))
             continue
-        children = 1 if kind == "nested" else 2
-        below = [
-            # One that takes care of several itself can't say that one of them has a point of no return.
-            draw(trees(hurried=hurried, names=names, depth=depth + 1, pivots=pivots and kind == "nested"))
-            for _ in range(children)
-        ]
-        stages[name] = Kin(below) if kind == "nested" else draw(several(below))
+        # One that takes care of several itself can't say that one of them has a point of no return.
+        sagas = trees(hurried=hurried, names=names, depth=depth + 1, pivots=pivots and kind == "nested")
+        below = [draw(sagas) for _ in range({"nested": 1, "several": 2, "replaced": draw(st.integers(0, 1))}[kind])]
+        instead = [draw(sagas) for _ in range(draw(st.integers(1, 2)))] if kind == "replaced" else []
+        stages[name] = Kin(below) if kind == "nested" else draw(several(below, instead))
     return Tree(f"p{mine[0]}", shape, stages, draw(policies(mine, hurried=hurried)))
 
 
 @st.composite
-def several(draw: st.DrawFn, below: list[Tree]) -> Kin:
+def several(draw: st.DrawFn, below: list[Tree], instead: list[Tree]) -> Kin:
+    fails = [] if not instead else ["raise", "fail", "raise", "fail"]
     return Kin(
         below,
+        instead,
         at_once=draw(st.booleans()),
         asked=draw(st.booleans()),
         records=draw(st.booleans()),
-        outcome=draw(st.sampled_from(["ok", "ok", "raise", "fail", "cancel", "skip"])),
+        outcome=draw(st.sampled_from(["ok", "ok", "raise", "fail", "cancel", "skip", *fails])),
         times=draw(st.sampled_from([1, 2, 99])),
+        goes_on=draw(st.booleans()),
+        instead_fails=draw(st.sampled_from([0, 0, 0, 1, 99])) if instead else 0,
     )
 
 
@@ -311,8 +313,10 @@ class Life:
     async def _recover(self, coordinator: SagaCoordinator) -> None:
         recovery = await coordinator.recover(self.pipeline)
         if recovery.failed and self.ledger.left >= 0:
-            # A stage that nothing can ask leaves what it ran to whoever has that one's pipeline, when the saga above comes to rest.
-            assert not any(self.kin[tokens(saga_id)[-1]].asked for saga_id in recovery.failed), str(recovery)
+            # A stage that nothing can ask, or whose fallback does not go on with it, leaves what it ran to whoever has that one's pipeline,
+            # when the saga above comes to rest.
+            runners = [self.kin[tokens(saga_id)[-1]] for saga_id in recovery.failed]
+            assert not any(kin.asked and not kin.instead for kin in runners), str(recovery)
             recovery = await coordinator.recover([tree.pipeline(self.world) for tree in self.root.family()])
         assert not recovery.held, str(recovery)
         assert not recovery.failed or self.ledger.left < 0, str(recovery)
@@ -395,7 +399,7 @@ class Life:
             stands = self.world.within(*owner_of(report, path))
             verdict = "retry" if verdict == "retry" or not self.is_old(path) else "kept" if stands else "undone"
         else:
-            stands = [key for key, its in self.world.standing.items() if its == name]
+            stands = self.world.within(*owner_of(report, path))
             if verdict == "kept" and not stands:
                 verdict = "undone"
             if verdict == "undone":
@@ -440,12 +444,12 @@ class Life:
             assert not standing, f"{report.saga_id} is compensated"
             assert report.clean
         if report.status is SagaStatus.COMPLETED:
-            assert report.clean
+            assert self.is_clean(report)
             # One that skipped itself when an attempt before may have landed is undone.
             shown = {name: stage.state for name, stage in report.stages.items() if stage.skip_reason is None}
             assert {S.KEPT, S.FALLBACK}.issuperset(shown.values()), (report.saga_id, shown)
         if report.status is SagaStatus.DEGRADED:
-            assert report.clean
+            assert self.is_clean(report)
         if report.status is SagaStatus.STUCK:
             assert not report.clean
         for name, stage in report.stages.items():
@@ -458,6 +462,18 @@ class Life:
                 self.kin_agrees(report, name, stage, stands, where)
                 for child in stage.children:
                     yield from self.agrees(child)
+
+    def is_clean(self, report: SagaReport) -> bool:
+        """Whether nothing is in question, but in what a fallback had run of a stage that then completed itself."""
+        if report.clean:
+            return True
+        if any(stage.state in {S.STUCK, S.IN_DOUBT, S.BLOCKED} for stage in report.stages.values()):
+            return False
+        children = [(name, child) for name, stage in report.stages.items() for child in stage.children if not stage.is_kept_by_word]
+        return all(self.is_clean(child) or self.is_passed_by(report.stages[name], child) for name, child in children)
+
+    def is_passed_by(self, stage: StageReport, child: SagaReport) -> bool:
+        return stage.state is S.KEPT and child.pipeline in {tree.name for tree in self.kin[str(child.parent_stage)].instead}
 
     def leaf_agrees(self, report: SagaReport, name: str, stage: StageReport, stands: list[str], where: Any) -> None:
         if self.leaves[name].kind == "plain":
@@ -482,31 +498,39 @@ class Life:
                 assert not stands or kept_part, where
 
     def kin_agrees(self, report: SagaReport, name: str, stage: StageReport, stands: list[str], where: Any) -> None:
-        last = stage.children[-1] if stage.children else None
+        kin = self.kin[name]
+        own = [child for child in stage.children if child.pipeline in {tree.name for tree in kin.trees}]
         past_pivot = any(child.past_pivot for child in stage.children)
         if stage.settled is not None and stage.settled.verdict == "kept":
             # A person wants it as it is.
             return
+        used = self.world.serving.get(f"{report.saga_id}/{name}", set())
+        serving = [child for child in stage.children if child.saga_id in used]
         match stage.state:
             case S.KEPT:
-                assert last is not None, where
-                assert all(child.ok or child.past_pivot or not self.world.within(child.saga_id) for child in stage.children), where
-                if report.ok:
-                    assert last.ok, where
+                assert len(own) >= len(kin.trees), where
+                left = [child for child in stage.children if not (child.ok or child.past_pivot) and self.world.within(child.saga_id)]
+                assert all(self.is_passed_by(stage, child) for child in left), where
+                if report.ok and own:
+                    assert own[-1].ok, where
             case S.UNDONE | S.NOT_RUN:
                 assert not stands, where
             case S.STUCK | S.IN_DOUBT | S.BLOCKED:
                 pass
+            case S.FALLBACK if serving:
+                assert all(child.ok for child in serving), where
+                others = [key for key in stands if not any(key.startswith(f"{saga_id}/") for saga_id in used)]
+                assert not others or report.status in {SagaStatus.HALTED, SagaStatus.CANCELLED}, (where, others)
             case _:
                 # A saga that keeps what was done keeps what sagas of a failed stage have done, too.
-                kept_part = self.kin[name].at_once is not None and report.status in {SagaStatus.HALTED, SagaStatus.CANCELLED}
+                kept_part = kin.at_once is not None and report.status in {SagaStatus.HALTED, SagaStatus.CANCELLED}
                 assert not stands or past_pivot or kept_part, where
 
     async def come_home(self, way: str) -> None:
         """Mended and truthfully settled, every life comes to rest, and stays there: undone, or completed."""
         for stage in (*self.leaves.values(), *self.kin.values()):
             stage.mend()
-        for _ in range(4):
+        for _ in range(6):
             for asked in unsettled(await self.report()):
                 # What is settled within may have answered for it.
                 if asked in unsettled(await self.report()):
@@ -516,12 +540,14 @@ class Life:
             else:
                 await self.act(lambda saga: saga.resume("s", self.pipeline, policy=FailFast(), forward=True))
             report = await self.look()
-            if report.clean and (way == "back" or report.ok):
+            if self.is_clean(report) and (way == "back" or report.ok):
                 break
             if report.past_pivot:
                 # From there the way leads forward only.
                 way = "forward"
         event(f"{way}: {report.status.value}")
+        if not report.clean and self.is_clean(report):
+            report = await self.as_told()
         assert report.clean, str(report)
         assert report.ok if way == "forward" else report.past_pivot or not self.world.standing, str(report)
         history = await self.history()
@@ -535,21 +561,24 @@ class Life:
         """Mended, and a person doing what the reports say, every life comes to where nothing is left to do."""
         for stage in (*self.leaves.values(), *self.kin.values()):
             stage.mend()
+        report = await self.as_told()
+        event(f"as told: {report.status.value}")
+        if not self.is_told_above:
+            await self.look()
+
+    async def as_told(self) -> SagaReport:
+        """Do what the reports say until nothing is left to do."""
         told: list[str] = []
         for _ in range(12):
             report = await self.report()
             if what_to_do(report)[-1] == "Nothing is left to do.":
-                break
+                return report
             commands = [shlex.split(found[0]) for line in what_to_do(report) if (found := re.search(r"\bsaga .+", line))]
             assert commands, str(report)
             for _, *command in commands:
                 told.append(" ".join(command))
                 await self.obey(*command)
-        else:
-            raise AssertionError("\n".join(told) + f"\n{report}")
-        event(f"as told: {report.status.value}")
-        if not self.is_told_above:
-            await self.look()
+        raise AssertionError("\n".join(told) + f"\n{report}")
 
     async def obey(self, name: str, saga_id: str, *words: str) -> None:
         """Carry out a command of a report, and put right by hand what is said to be undone."""
