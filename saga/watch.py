@@ -266,7 +266,8 @@ class Crew(Generic[W]):
     def __init__(self) -> None:
         self.members: Final[set[W]] = set()
         self._turn = asyncio.Event()
-        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm: asyncio.Handle | None = None
+        self._rings_at = 0.0
 
     def employ(self, member: W, work: Coroutine[Any, Any, bool | None]) -> None:
         """Start a member's task."""
@@ -276,8 +277,10 @@ class Crew(Generic[W]):
 
     def wake_at(self, moment: float) -> None:
         """Look then whose time is up. One clock for all: a timer for each costs more than most of their code takes."""
-        if self._alarm is None or moment < self._alarm.when():
+        if self._alarm is None or moment < self._rings_at:
             self._stop_clock()
+            # Not asked of the handle: what uvloop gives knows no moment that is less than half a millisecond away.
+            self._rings_at = moment
             self._alarm = asyncio.get_running_loop().call_at(moment, self._ring)
 
     def _ring(self) -> None:
