@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -366,8 +368,18 @@ async def listed(
     return {entry.saga_id: entry for entry in entries}, damaged
 
 
+_TURN: Final = threading.RLock()
+"""Held by the thread that changes which sagas a `MemoryLedger` has, or who holds one: loops of several may use the same ledger."""
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch - where processes don't fork, there is nothing to see to
+    # The child has none of the other threads: what one of them held would be held for ever.
+    os.register_at_fork(before=_TURN.acquire, after_in_parent=_TURN.release, after_in_child=_TURN.release)
+
+
 class MemoryLedger(Ledger):
     """Keeps the events in this process; they are gone when it ends.
+
+    It serves any number of coordinators, event loops and threads.
 
     As in any other ledger, a failure is kept with its text and its traceback's, but without the exception object.
 
@@ -394,14 +406,16 @@ class MemoryLedger(Ledger):
         """Record a new saga."""
         started = events[0]
         assert isinstance(started, SagaStarted)  # the journal sees to that
-        self._refuse_overtaken(started, under)
-        if saga_id in self._sagas:
-            raise LedgerConflict.exists(saga_id)
-        saga = self._sagas[saga_id] = _Kept(list(map(at_rest, events)), started, owner, 1, status_said(events) or SagaStatus.RUNNING)
-        if started.parent is not None:
-            self._children.setdefault(started.parent, {})[saga_id] = None
-        for one in self._family(saga):
-            self._done.pop(one.started.saga_id, None)  # a child that was alone so far
+        saga = _Kept(list(map(at_rest, events)), started, owner, 1, status_said(events) or SagaStatus.RUNNING)
+        with _TURN:
+            self._refuse_overtaken(started, under)
+            if saga_id in self._sagas:
+                raise LedgerConflict.exists(saga_id)
+            self._sagas[saga_id] = saga
+            if started.parent is not None:
+                self._children.setdefault(started.parent, {})[saga_id] = None
+            for one in self._family(saga):
+                self._done.pop(one.started.saga_id, None)  # a child that was alone so far
         return 1
 
     def _refuse_overtaken(self, started: SagaStarted, under: int | None) -> None:
@@ -410,14 +424,15 @@ class MemoryLedger(Ledger):
 
     async def acquire(self, saga_id: str, owner: str, *, under: int | None = None) -> int:
         """Take the lease; it lasts until it is released, because its holder lives in this process."""
-        saga = self._find(saga_id)
-        self._refuse_overtaken(saga.started, under)
-        if saga.owner is not None and saga.owner != owner:
-            raise LedgerConflict.held(saga_id, holder=saga.owner)
-        saga.owner = owner
-        saga.token += 1
-        self._review(saga)
-        return saga.token
+        with _TURN:
+            saga = self._find(saga_id)
+            self._refuse_overtaken(saga.started, under)
+            if saga.owner is not None and saga.owner != owner:
+                raise LedgerConflict.held(saga_id, holder=saga.owner)
+            saga.owner = owner
+            saga.token += 1
+            self._review(saga)
+            return saga.token
 
     def _find(self, saga_id: str) -> _Kept:
         saga = self._sagas.get(saga_id)
@@ -427,10 +442,11 @@ class MemoryLedger(Ledger):
 
     async def release(self, saga_id: str, token: int) -> None:
         """Give the lease back."""
-        saga = self._sagas.get(saga_id)
-        if saga is not None and saga.token == token:
-            saga.owner = None
-            self._review(saga)
+        with _TURN:
+            saga = self._sagas.get(saga_id)
+            if saga is not None and saga.token == token:
+                saga.owner = None
+                self._review(saga)
 
     def _review(self, saga: _Kept) -> None:
         """Note whether anything is left to do about a saga, those that run it, and their children."""
@@ -473,10 +489,10 @@ class MemoryLedger(Ledger):
         else:
             saga.events += map(at_rest, events)
             saga.status = status_said(events) or saga.status
-        if release:
-            saga.owner = None
-        if saga.owner is None:
-            self._review(saga)
+        if release or saga.owner is None:
+            with _TURN:
+                saga.owner = None
+                self._review(saga)
 
     async def read(self, saga_id: str) -> Sequence[AnyEvent]:
         """All events of a saga."""
@@ -486,8 +502,9 @@ class MemoryLedger(Ledger):
     async def list(self, *, statuses: Collection[SagaStatus] | None = None, parent: str | None = None) -> Sequence[Entry]:
         """The sagas."""
         wanted = asked_for(statuses)
-        ids = self._sagas if parent is None else self._children.get(parent, ())
-        sagas = (self._sagas[saga_id] for saga_id in ids)
+        with _TURN:
+            ids = self._sagas if parent is None else self._children.get(parent, ())
+            sagas = [self._sagas[saga_id] for saga_id in ids]
         return tuple(self._entry(saga) for saga in sagas if wanted is None or saga.status in wanted)
 
     def _entry(self, saga: _Kept) -> Entry:
@@ -506,8 +523,9 @@ class MemoryLedger(Ledger):
     async def prune(self, older_than: timedelta) -> Sequence[str]:
         """Forget old sagas about which nothing is left to do."""
         before = moment_ago(older_than)
-        old = [done for done in self._done if all(one.events[-1].at < before for one in self._family(self._sagas[done]))]
-        return tuple(gone for saga_id in old for gone in self._forget(saga_id))
+        with _TURN:
+            old = [done for done in self._done if all(one.events[-1].at < before for one in self._family(self._sagas[done]))]
+            return tuple([gone for saga_id in old for gone in self._forget(saga_id)])
 
     async def close(self) -> None:
         """There is nothing to let go of."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -371,6 +373,27 @@ def test_a_memory_ledger_keeps_so_many_sagas_about_which_nothing_is_left_to_do_a
         return [entry.saga_id for entry in await ledger.list()]
 
     assert run(play()) == ["b", "d", "e", "f"]
+
+
+def test_a_memory_ledger_serves_the_event_loops_of_several_threads() -> None:
+    ledger = MemoryLedger(keep=5)
+    interval = sys.getswitchinterval()
+
+    async def begin_and_end(thread: int) -> None:
+        for number in range(500):
+            saga_id = f"{thread}-{number}"
+            token = await ledger.create(saga_id, "me", [replace(STARTED, saga_id=saga_id)])
+            await ledger.list()
+            await ledger.append(saga_id, [SagaEnded(status=SagaStatus.COMPLETED)], expected_version=1, token=token, release=True)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(max_workers=4) as threads:
+            list(threads.map(lambda thread: asyncio.run(begin_and_end(thread)), range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+
+    assert len(run(ledger.list())) == 5
 
 
 @pytest.mark.parametrize("keep", [None, "10", -1, float("nan"), True])
