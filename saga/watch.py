@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import traceback
 import types
 from collections.abc import Awaitable, Collection, Coroutine, Generator
@@ -132,10 +131,14 @@ def is_of_signal(error: BaseException) -> bool:
     """Whether a signal has struck, Ctrl-C or one whose handler exits: by chance, and the code that ran has said nothing of its effect."""
     if not isinstance(error, SystemExit):
         return isinstance(error, KeyboardInterrupt)
-    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    # A handler is called by the code that it strikes.
-    codes = {getattr(getattr(handler, "func", handler), "__code__", None) for handler in handlers}
-    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+    # Which handler is in place can't be asked: many replace themselves first, so that a second signal does nothing.
+    return any(_was_given(frame, frame.f_back) for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _was_given(frame: types.FrameType, struck: types.FrameType | None) -> bool:
+    """Whether a function was called with the frame that it interrupts, as Python calls the handler of a signal, and nobody else does."""
+    given = frame.f_locals.values()
+    return struck is not None and any(one is struck or (type(one) is tuple and any(each is struck for each in one)) for one in given)
 
 
 def instead_of_cancel(error: BaseException) -> BaseException | None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -299,6 +300,35 @@ def test_a_stage_that_a_signal_strikes_is_in_doubt_because_it_said_nothing_of_it
     assert report.stages["b"].state is StageState.IN_DOUBT
     assert report.cause is not None
     assert (report.cause.stage, report.cause.kind) == (None, FailureKind.INTERRUPTED)
+    assert set(world.standing) == {"a"}
+
+
+class Exits:
+    """A handler that is an object, as one that counts the signals is."""
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+
+def exits_once(number: int, _: FrameType | None) -> None:
+    """A handler that has the signals which come after the first one ignored."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+@pytest.mark.usefixtures("service")
+@pytest.mark.parametrize("handler", [exits_once, Exits(), Exits().__call__, partial(Exits())])
+def test_a_sigterm_is_known_as_one_however_its_handler_was_written(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Of a charge that it met it was taken that it had not landed: the card was charged twice, and the service went on to run."""
+    world, pipeline = scene(SEQUENCE)
+    strike_once(pipeline, "b", "execute", sigterm)
+    coordinator = SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0)))
+    signal.signal(signal.SIGTERM, handler)
+
+    with pytest.raises(SystemExit):
+        interrupted(coordinator.run(pipeline, saga_id="s"))
+
+    assert run(coordinator.report("s")).stages["b"].state is StageState.IN_DOUBT
     assert set(world.standing) == {"a"}
 
 
