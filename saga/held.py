@@ -42,11 +42,19 @@ class Held:
         self._owed: Final[list[tuple[str, int]]] = []
 
     def hold(self, saga_id: str) -> None:
-        """Let nobody else here go on with a saga; say that its owner is alive until it is let go of."""
+        """Let nobody else here go on with a saga; say that its owner is alive until it is let go of.
+
+        Raises:
+            MisuseError: No event loop of asyncio runs.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            hint = "With anyio, choose the backend 'asyncio'; trio can't run sagas."
+            raise MisuseError("an event loop of asyncio", got="none that runs here", hint=hint) from None
         make_ready()
         self.sagas[saga_id] = None
         if self._ledger.lease is not None:
-            loop = asyncio.get_running_loop()
             if loop not in self._hearts:
                 self._hearts[loop] = Heart(self._beat, self.owner, self._ledger.lease / 3)
             self._beating[saga_id] = self._hearts[loop]

@@ -1276,3 +1276,15 @@ class AsksForMore(Careless):
 def test_a_compensation_that_takes_no_context_or_more_than_that_is_refused_before_anything_runs(made: Any, got: str) -> None:
     with pytest.raises(MisuseError, match=f"expected compensate to be called with ctx, for stage 'a', got {got}"):
         run(SagaCoordinator().run(Pipeline(name="p").with_stage("a", made())))
+
+
+@pytest.mark.parametrize("saga_id", [None, "s"])
+def test_a_saga_in_no_event_loop_of_asyncio_is_refused_before_anything_is_recorded(saga_id: str | None) -> None:
+    """As trio runs it, be it below anyio: it was in the ledger, and running for ever, when it met the first call of asyncio's."""
+    coordinator = SagaCoordinator()
+
+    with pytest.raises(MisuseError, match=r"^expected an event loop of asyncio, got none that runs here\. With anyio, choose the backend "):
+        coordinator.run(Pipeline(name="p").with_stage("a", good, "work"), saga_id=saga_id).send(None)
+
+    assert run(coordinator.ledger.list()) == ()
+    assert coordinator._keeper.held.sagas == {}
