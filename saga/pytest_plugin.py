@@ -7,6 +7,7 @@ run of pytest, and pytest would rewrite the asserts of all of saga.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import pytest
@@ -42,12 +43,19 @@ def verify_saga(request: pytest.FixtureRequest) -> VerifySaga:
     def verify_saga(pipeline: Pipeline, policy: Policy | None, world: World, **options: Any) -> Verification:
         __tracebackhide__ = True
         try:
+            _refuse_coroutine()
             return _kept(request, asyncio.run(verify(pipeline, policy, world, **options)))
         except (VerificationFailed, MisuseError) as told:
             # All that is to be said is in its words: where in the kit they were found tells nobody anything.
             raise told.with_traceback(None) from told.__cause__
 
     return verify_saga
+
+
+def _refuse_coroutine() -> None:
+    with contextlib.suppress(RuntimeError):
+        asyncio.get_running_loop()
+        raise MisuseError("a test that is no coroutine", got="one", hint="In one that is, await saga.testing.verify(...) instead.")
 
 
 def _kept(request: pytest.FixtureRequest, verification: Verification) -> Verification:

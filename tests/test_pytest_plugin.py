@@ -55,6 +55,29 @@ def test_a_saga_that_is_refuted_fails_its_test_in_the_words_of_the_matrix_and_no
     result.stdout.no_fnmatch_line("*asyncio*")
 
 
+def test_a_test_that_is_a_coroutine_is_told_to_await_verify_itself(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.fixture
+        def anyio_backend():
+            return "asyncio"
+
+        @pytest.mark.anyio
+        async def test_it(verify_saga):
+            verify_saga(None, None, None)
+        """
+    )
+    pytester.makeconftest('pytest_plugins = ("saga.pytest_plugin",)')
+
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-W", "error")
+
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["E*MisuseError: expected a test that is no coroutine, got one. *await saga.testing.verify(*"])
+    result.stdout.no_fnmatch_line("*never awaited*")
+
+
 AS_XDIST_DOES = """
     import json
     from pathlib import Path
