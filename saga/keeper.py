@@ -271,7 +271,7 @@ class SagaKeeper:
         """Wait for the saga to come to rest, also when the caller is cancelled meanwhile."""
         driver = start(self._closing(saga, work))
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        driver.add_done_callback(partial(_wake, done))
+        driver.add_done_callback(partial(self._is_over, saga, done))
         try:
             await done
         except asyncio.CancelledError as cancelled:
@@ -283,6 +283,12 @@ class SagaKeeper:
             cancelled.add_note(str(driver.result()))
             raise
         return driver.result()
+
+    def _is_over(self, saga: LiveSaga, waiter: asyncio.Future[None], _: asyncio.Task[SagaReport]) -> None:
+        # It has been let go of, unless a Ctrl-C struck just where that was to be done, or to be seen to: its heart would beat on for ever.
+        self.held.abandon(saga)
+        if not waiter.done():
+            waiter.set_result(None)
 
     async def _closing(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
         try:
@@ -443,8 +449,3 @@ async def _refuse_changed(ledger: Ledger, state: SagaState, blueprint: Blueprint
     differences = await differences_from(ledger, state, blueprint)
     if differences:
         raise GraphChanged(state.started.saga_id, differences)
-
-
-def _wake(waiter: asyncio.Future[None], _: asyncio.Task[SagaReport]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)

@@ -41,10 +41,13 @@ def start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
 
 
 async def _begun(work: Coroutine[Any, Any, T]) -> T:
-    try:  # noqa: SIM105 - contextlib.suppress took a fortieth of a saga's time: this begins each of its tasks
+    try:
         await _first_step()
     except asyncio.CancelledError:
         pass
+    except (KeyboardInterrupt, SystemExit) as error:
+        # uvloop has a signal strike the first code that runs again: what nobody has begun yet need not die of it.
+        leave_loop(error)
     try:
         return await work
     except (KeyboardInterrupt, SystemExit) as error:

@@ -40,6 +40,7 @@ from saga import (
     nested,
 )
 from saga.events import AnyEvent, StageProbed
+from saga.keeper import SagaKeeper
 from tests.controlled import ControlledLoop, run
 from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, World, hooked, scene
 
@@ -616,6 +617,28 @@ def test_in_whatever_line_of_our_code_it_strikes_the_saga_does_not_hang_and_can_
         struck(line, cancelled_at)
 
     assert lines > 3000
+
+
+@pytest.mark.usefixtures("_swept")
+def test_a_saga_that_is_struck_where_it_has_not_begun_is_held_no_more() -> None:
+    """Its heart beat for it for ever, on a ledger with leases, and asyncio.run waited for that."""
+    _, pipeline, policy = telling()
+    coordinator = SagaCoordinator(policy)
+    tracing = sys.gettrace()
+
+    def strike(frame: FrameType, *_: Any) -> None:
+        if frame.f_code is SagaKeeper._closing.__code__:
+            sys.settrace(tracing)
+            raise KeyboardInterrupt
+
+    async def main() -> None:
+        sys.settrace(strike)
+        await coordinator.run(pipeline, saga_id="s")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(main())
+
+    assert coordinator._keeper.held.sagas == {}
 
 
 # -- what a struck process leaves to the next one ------------------------------------------------------------------

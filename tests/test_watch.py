@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from collections.abc import Callable, Coroutine
+from types import FrameType
 from typing import Any
 
 import pytest
 
-from saga import LedgerError
+from saga import LedgerError, watch
 from saga.watch import Answer, Crew, Employer, Watched, outlast, outlasting, start
 from tests.controlled import ControlledLoop, elapse, run
 
@@ -59,6 +61,29 @@ def test_a_task_that_is_cancelled_before_it_begins_begins_all_the_same() -> None
     run(play())
 
     assert begun == [1]
+
+
+def test_a_task_that_a_ctrl_c_strikes_before_it_begins_begins_all_the_same_and_lets_it_out_of_the_loop() -> None:
+    """In uvloop a signal strikes the first code of Python's that runs again: often that of a task at its first step."""
+    begun: list[str] = []
+    tracing = sys.gettrace()
+
+    async def begin() -> None:
+        begun.append("begun")
+
+    def strike(frame: FrameType, *_: Any) -> None:
+        if frame.f_code is watch._first_step.__code__:
+            sys.settrace(tracing)
+            raise KeyboardInterrupt
+
+    async def play() -> None:
+        task = start(begin())
+        sys.settrace(strike)
+        await task
+
+    left_by(KeyboardInterrupt, play)
+
+    assert begun == ["begun"]
 
 
 def test_whoever_outlasts_tasks_is_held_by_them_however_often_it_is_cancelled() -> None:
