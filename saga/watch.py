@@ -94,6 +94,9 @@ class Answer(asyncio.Future[T]):
         else:
             future.set_result(answer)
 
+    def make_up(self) -> None:
+        """Do once more what a Ctrl-C may have cut off on the way to the answer; whoever waits for it is cancelled then, by asyncio.run."""
+
 
 async def outlasting(answer: Answer[T]) -> T:
     """Wait for an answer that comes whatever happens, however often whoever waits is cancelled; that is counted in its `cancelling()`."""
@@ -105,7 +108,11 @@ async def outlasting(answer: Answer[T]) -> T:
             return answer.result()
         # anyio repeats the cancel of a scope at every turn of the loop until the scope is left.
         with anyio.CancelScope(shield=True):
-            await outlast([answer.late])
+            answer.make_up()
+            while not answer.late.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([answer.late])
+                answer.make_up()
     return answer.late.result()
 
 

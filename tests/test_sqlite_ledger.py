@@ -24,6 +24,7 @@ from functools import partial
 from itertools import product
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -1415,6 +1416,29 @@ def test_what_is_handed_over_after_another_event_loop_has_closed_the_ledger_is_r
             await late
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize("code", [workers.Worker.end_turn.__code__, workers._settle.__code__], ids=["asking", "answering"])
+def test_a_write_that_a_ctrl_c_cuts_off_from_its_answer_is_answered_all_the_same(code: CodeType, path: Path) -> None:
+    """A saga waited for it for ever when asyncio.run cancelled all tasks, and the process hung."""
+    answered: list[str] = []
+    tracing = sys.gettrace()
+
+    def strike(frame: FrameType, *_: Any) -> None:
+        if frame.f_code is code:
+            sys.settrace(tracing)
+            raise KeyboardInterrupt
+
+    async def play() -> None:
+        async with SQLiteLedger(path) as ledger:
+            sys.settrace(strike)
+            await ledger.create("s", "me", [started("s")])
+            answered.append("created")
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(play())
+
+    assert answered == ["created"]
 
 
 def test_a_ledger_that_nobody_holds_any_more_ends_its_threads_and_closes_its_connections(path: Path) -> None:

@@ -58,11 +58,29 @@ class _Rest(_Order):
         self.over: Final = threading.Event()
 
 
+class _Asked(Answer[Any]):
+    """An answer that comes from a worker's thread; to ask for it, and to give it, are callbacks of the loop, which a Ctrl-C may cut off.
+
+    Attributes:
+        worker: Whose.
+        brought: The answer, from when it is there, be it that nobody gives it.
+    """
+
+    worker: Worker[Any]
+    brought: tuple[Any, ...] = ()
+
+    def make_up(self) -> None:
+        """Ask, where that was cut off, and give what is there."""
+        self.worker.end_turn(self.get_loop())
+        for answer in self.brought:
+            self.give(answer)
+
+
 class _Job(NamedTuple):
     request: Any
     size: int = 0
     loop: asyncio.AbstractEventLoop | None = None
-    future: Answer[Any] | None = None
+    future: _Asked | None = None
     number: int = 0
 
 
@@ -104,7 +122,8 @@ class Worker(Generic[S]):
             size: How many bytes of a batch it takes.
         """
         loop = asyncio.get_running_loop()
-        future: Answer[Any] = Answer(loop=loop)
+        future = _Asked(loop=loop)
+        future.worker = self
         self._newest = number = next(self._numbers)
         job = _Job(request, size, loop, future, number)
         if loop not in self._watching:
@@ -116,7 +135,7 @@ class Worker(Generic[S]):
             self._asked[loop].append(job)
         elif self._alone < _ALONE:
             self._asked[loop] = [job]
-            loop.call_soon(self._end_turn, loop)
+            loop.call_soon(self.end_turn, loop)
         else:
             self._hand_over([job])
         return future
@@ -144,9 +163,9 @@ class Worker(Generic[S]):
             with suppress(RuntimeError):  # it is closed
                 loop.call_soon_threadsafe(self._stand_back, loop, number)
 
-    def _end_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+    def end_turn(self, loop: asyncio.AbstractEventLoop) -> None:
         """Have all that one turn of a loop asked for in one batch; handed over one by one, a thousand requests become dozens."""
-        self._hand_over(self._asked.pop(loop))
+        self._hand_over(self._asked.pop(loop, ()))
 
     def _hand_over(self, jobs: Sequence[_Job]) -> None:
         for job in jobs:
@@ -254,6 +273,7 @@ def _answer(jobs: Sequence[_Job], answers: Sequence[Any]) -> None:
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Answer[Any], Any]]] = {}
     for job, answer in zip(jobs, answers, strict=True):
         if job.loop is not None and job.future is not None:
+            job.future.brought = (answer,)
             by_loop.setdefault(job.loop, []).append((job.future, answer))
     for loop, answered in by_loop.items():
         try:
