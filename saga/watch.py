@@ -81,6 +81,7 @@ class Answer(asyncio.Future[T]):
         is_first = super().cancel(msg)
         if is_first:
             self.late = self.get_loop().create_future()
+        self.make_up()
         return is_first
 
     def give(self, answer: T | Exception) -> None:
@@ -108,7 +109,6 @@ async def outlasting(answer: Answer[T]) -> T:
             return answer.result()
         # anyio repeats the cancel of a scope at every turn of the loop until the scope is left.
         with anyio.CancelScope(shield=True):
-            answer.make_up()
             while not answer.late.done():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([answer.late])

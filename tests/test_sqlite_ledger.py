@@ -1441,6 +1441,26 @@ def test_a_write_that_a_ctrl_c_cuts_off_from_its_answer_is_answered_all_the_same
     assert answered == ["created"]
 
 
+def test_a_ledger_is_closed_although_a_ctrl_c_cut_off_what_it_was_asked_for(path: Path) -> None:
+    """The order to end went behind what nobody handed over any more, and the process hung."""
+    tracing = sys.gettrace()
+
+    def strike(frame: FrameType, *_: Any) -> None:
+        if frame.f_code is workers.Worker.end_turn.__code__:
+            sys.settrace(tracing)
+            raise KeyboardInterrupt
+
+    async def play() -> None:
+        async with SQLiteLedger(path) as ledger:
+            sys.settrace(strike)
+            await ledger.read("s")
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(play())
+
+    assert threads_of(path) == []
+
+
 def test_a_ledger_that_nobody_holds_any_more_ends_its_threads_and_closes_its_connections(path: Path) -> None:
     ledger = SQLiteLedger(path)
     asyncio.run(create()(ledger))
