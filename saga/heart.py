@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import weakref
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 
-from saga.watch import start
+from saga.watch import start, this_task
 
 _LOG: Final = logging.getLogger("saga")
+_HEARTS: Final[weakref.WeakSet[asyncio.Task[Any]]] = weakref.WeakSet()
 
 
 class Heart:
@@ -31,11 +33,13 @@ class Heart:
         self._owner = owner
         self._seconds = seconds
         self._held = 0
-        self._task = start(self._live())
+        self._task = self._beating()
 
     def hold(self) -> None:
         """Beat for one saga more."""
         self._held += 1
+        if self._task.done():  # nothing ran in its loop any more when it was cancelled
+            self._task = self._beating()
 
     def let_go(self) -> bool:
         """Beat for one saga less; whether it was the last, and the heart stands still."""
@@ -44,12 +48,24 @@ class Heart:
             self._task.cancel()
         return not self._held
 
+    def _beating(self) -> asyncio.Task[None]:
+        task = start(self._live())
+        _HEARTS.add(task)
+        return task
+
     async def _live(self) -> None:
         due = self.loop.time() + self._seconds
         while self._held:
-            # asyncio.run cancels every task before it ends, and waits for what is still to be undone: that must not lose its lease.
             with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.sleep(due - self.loop.time())
+                rest = due - self.loop.time()
+                if not this_task().cancelling():
+                    await asyncio.sleep(rest)
+                elif others := asyncio.all_tasks().difference(_HEARTS):
+                    # asyncio.run cancels every task before it ends, and waits for what is still to be undone: that must not lose its lease.
+                    await asyncio.wait(others, timeout=rest)
+                else:
+                    # A Ctrl-C has struck where a saga was to be let go of: nobody runs it any more.
+                    return
             due = self.loop.time() + self._seconds
             if self._held:
                 await self._say()

@@ -219,6 +219,44 @@ def test_an_owner_says_that_it_is_alive_as_long_as_a_saga_of_its_is(caplog: pyte
     assert "the ledger could not be told that" in caplog.text
 
 
+def test_a_loop_ends_though_a_ctrl_c_struck_where_nobody_ran_yet_what_its_owners_hold() -> None:
+    """Their hearts beat on, and asyncio.run waited for that: the process hung."""
+    ledger = SlowDisk()
+    owners = [SagaCoordinator(ledger=ledger)._keeper.held for _ in "12"]
+
+    async def play() -> None:
+        for held in owners:
+            held.hold("s")
+        await elapse(15)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), asyncio.Runner(loop_factory=ControlledLoop) as runner:
+        runner.run(play())
+
+    # When it was time to, and when they were cancelled.
+    assert ledger.beats == 2 * len(owners)
+
+
+def test_an_owner_says_that_it_is_alive_in_a_loop_that_goes_on_after_everything_in_it_was_cancelled() -> None:
+    ledger = SlowDisk()
+    held = SagaCoordinator(ledger=ledger)._keeper.held
+
+    async def hold(saga_id: str, seconds: float) -> None:
+        held.hold(saga_id)
+        await elapse(seconds)
+
+    with asyncio.Runner(loop_factory=ControlledLoop) as runner:
+        runner.run(hold("a", 5))
+        (heart,) = asyncio.all_tasks(runner.get_loop())
+        heart.cancel()
+        runner.get_loop().run_until_complete(heart)
+        before = ledger.beats
+        runner.run(hold("b", 25))
+        beats = ledger.beats - before
+
+    assert beats == 2
+
+
 def test_an_owner_that_held_nothing_for_a_while_says_again_that_it_is_alive() -> None:
     _, pipeline = scene({"a": ()}, {"a": Script(before=45)})
     ledger = SlowDisk()
