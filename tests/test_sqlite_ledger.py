@@ -24,7 +24,7 @@ from functools import partial
 from itertools import product
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import pytest
@@ -1418,14 +1418,14 @@ def test_what_is_handed_over_after_another_event_loop_has_closed_the_ledger_is_r
     asyncio.run(play())
 
 
-@pytest.mark.parametrize("code", [workers.Worker.end_turn.__code__, workers._settle.__code__], ids=["asking", "answering"])
-def test_a_write_that_a_ctrl_c_cuts_off_from_its_answer_is_answered_all_the_same(code: CodeType, path: Path) -> None:
+@pytest.mark.parametrize("code", [workers.Worker._end_turn, workers.Worker._hand_over, workers._settle], ids=lambda code: code.__name__)
+def test_a_write_that_a_ctrl_c_cuts_off_from_its_answer_is_answered_all_the_same(code: FunctionType, path: Path) -> None:
     """A saga waited for it for ever when asyncio.run cancelled all tasks, and the process hung."""
     answered: list[str] = []
     tracing = sys.gettrace()
 
     def strike(frame: FrameType, *_: Any) -> None:
-        if frame.f_code is code:
+        if frame.f_code is code.__code__:
             sys.settrace(tracing)
             raise KeyboardInterrupt
 
@@ -1446,7 +1446,7 @@ def test_a_ledger_is_closed_although_a_ctrl_c_cut_off_what_it_was_asked_for(path
     tracing = sys.gettrace()
 
     def strike(frame: FrameType, *_: Any) -> None:
-        if frame.f_code is workers.Worker.end_turn.__code__:
+        if frame.f_code is workers.Worker._end_turn.__code__:
             sys.settrace(tracing)
             raise KeyboardInterrupt
 

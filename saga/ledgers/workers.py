@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
@@ -62,16 +63,19 @@ class _Asked(Answer[Any]):
     """An answer that comes from a worker's thread; to ask for it, and to give it, are callbacks of the loop, which a Ctrl-C may cut off.
 
     Attributes:
-        worker: Whose.
+        ask_again: Hands the request over once more.
+        is_taken: The thread has it; it takes it only once.
         brought: The answer, from when it is there, be it that nobody gives it.
     """
 
-    worker: Worker[Any]
+    ask_again: Callable[[_Asked], None]
+    is_taken: bool = False
     brought: tuple[Any, ...] = ()
 
     def make_up(self) -> None:
         """Ask, where that was cut off, and give what is there."""
-        self.worker.end_turn(self.get_loop())
+        if not self.is_taken:
+            self.ask_again(self)
         for answer in self.brought:
             self.give(answer)
 
@@ -123,7 +127,7 @@ class Worker(Generic[S]):
         """
         loop = asyncio.get_running_loop()
         future = _Asked(loop=loop)
-        future.worker = self
+        future.ask_again = partial(self._ask_again, request, size)
         self._newest = number = next(self._numbers)
         job = _Job(request, size, loop, future, number)
         if loop not in self._watching:
@@ -135,7 +139,7 @@ class Worker(Generic[S]):
             self._asked[loop].append(job)
         elif self._alone < _ALONE:
             self._asked[loop] = [job]
-            loop.call_soon(self.end_turn, loop)
+            loop.call_soon(self._end_turn, loop)
         else:
             self._hand_over([job])
         return future
@@ -163,7 +167,14 @@ class Worker(Generic[S]):
             with suppress(RuntimeError):  # it is closed
                 loop.call_soon_threadsafe(self._stand_back, loop, number)
 
-    def end_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _ask_again(self, request: Any, size: int, future: _Asked) -> None:
+        loop = future.get_loop()
+        if not any(job.future is future for job in self._asked.get(loop, ())):
+            # It was cut off on its way, before what still waits for the end of the turn.
+            self._hand_over([_Job(request, size, loop, future)])
+        self._end_turn(loop)
+
+    def _end_turn(self, loop: asyncio.AbstractEventLoop) -> None:
         """Have all that one turn of a loop asked for in one batch; handed over one by one, a thousand requests become dozens."""
         self._hand_over(self._asked.pop(loop, ()))
 
@@ -221,6 +232,7 @@ class Worker(Generic[S]):
         # While the thread waits for more it must hold on to nothing that was asked for: it may be what keeps a ledger alive.
         jobs = self._take()
         last = jobs.pop() if isinstance(jobs[-1].request, _Order) else None
+        jobs = list(filter(_is_new, jobs))
         if jobs:
             self._give(jobs, _answers(self._store, work, [job.request for job in jobs]))
         if last is None or not isinstance(last.request, _Rest):
@@ -243,6 +255,15 @@ class Worker(Generic[S]):
             size += jobs[-1].size
         self._alone = self._alone + 1 if len(jobs) == 1 else 0
         return jobs
+
+
+def _is_new(job: _Job) -> bool:
+    """Take a job, unless it has been: what was asked for once more may have been handed over the first time, too."""
+    future = job.future
+    if future is None or future.is_taken:
+        return future is None
+    future.is_taken = True
+    return True
 
 
 def _answers(store: S, work: Callable[[S, Sequence[Any]], Sequence[Any]], requests: Sequence[Any]) -> Sequence[Any]:
