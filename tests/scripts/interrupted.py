@@ -24,11 +24,13 @@ def say(words: str) -> None:
     os.write(1, f"{words}\n".encode())
 
 
-async def told() -> None:
+async def told(words: str) -> None:
     heard = asyncio.Event()
     loop = asyncio.get_running_loop()
+    # Before it says anything: a Ctrl-C in the midst of this would leave stdin half known to the loop, for every later attempt.
     loop.add_reader(0, heard.set)
     try:
+        say(words)
         await heard.wait()
         os.read(0, 1)
     finally:
@@ -54,8 +56,7 @@ class Book(CompensableStage):
 
     async def execute(self, ctx: SagaContext) -> None:
         if self.name == "b":
-            say("running b")
-            await told()
+            await told("running b")
         self.world.execute("INSERT INTO standing VALUES (?)", (self.name,))
 
     async def probe(self, ctx: CompensationContext) -> StageOutput | None:
@@ -63,8 +64,7 @@ class Book(CompensableStage):
 
     async def compensate(self, ctx: CompensationContext) -> None:
         if self.name == "b":
-            say(f"undoing b {ctx.attempt}")
-            await told()
+            await told(f"undoing b {ctx.attempt}")
         self.world.execute("DELETE FROM standing WHERE name = ?", (self.name,))
 
 
