@@ -516,6 +516,22 @@ def test_what_waits_in_a_saga_whose_row_is_damaged_is_counted_by_its_events(tmp_
     assert asyncio.run(main()) == 1
 
 
+def test_a_process_that_starts_counts_what_a_saga_halted_in_doubt_leaves_waiting() -> None:
+    ledger = MemoryLedger()
+    _, pipeline = scene({"b": ()}, {"b": Script("hang")})
+    backend = Backend()
+
+    async def main() -> SagaReport:
+        report = await SagaCoordinator(FailFast(timeout=1, on_failure="halt"), ledger=ledger).run(pipeline, saga_id="s")
+        await backend.listener.survey(ledger)
+        return report
+
+    report = run(main())
+
+    assert (report.status, set(report.in_doubt)) == (SagaStatus.HALTED, {"b"})
+    assert backend.now("saga.stage.in_doubt") == 1
+
+
 def test_a_survey_leaves_a_saga_that_is_alive_alone() -> None:
     backend = Backend()
     ledger = MemoryLedger()

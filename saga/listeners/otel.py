@@ -46,6 +46,8 @@ from saga.state import SagaState
 SCOPE: Final = "saga"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _WAITING: Final = (StageState.STUCK, StageState.IN_DOUBT)
+_MAY_WAIT: Final = frozenset({SagaStatus.STUCK, SagaStatus.HALTED})
+"""Where a saga may have such stages: one that halts keeps its doubt."""
 _UNKNOWN: Final = "unknown"
 
 
@@ -154,11 +156,11 @@ class OpenTelemetryListener:
     async def survey(self, ledger: Ledger) -> None:
         """Count what waits in a ledger for a person, also where this listener was told of nothing.
 
-        A process that has just started knows nothing of the sagas that are stuck from before, and none learns what others settle. Have one
+        A process that has just started knows nothing of the sagas that wait from before, and none learns what others settle. Have one
         process call this, when it starts and as often as it pleases.
         """
-        stuck, damaged = await listed(ledger, {SagaStatus.STUCK})
-        for saga_id in {*stuck, *damaged, *self._unsettled}:
+        waiting, damaged = await listed(ledger, _MAY_WAIT)
+        for saga_id in {*waiting, *damaged, *self._unsettled}:
             events = await ledger.read(saga_id)
             if events and saga_id not in self._alive:
                 saga = self._resting(saga_id)
