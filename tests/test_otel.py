@@ -40,6 +40,7 @@ from saga import (
     StageState,
     nested,
 )
+from saga.errors import SagasDamaged
 from saga.events import (
     AnyEvent,
     CompensationFailed,
@@ -530,6 +531,25 @@ def test_a_process_that_starts_counts_what_a_saga_halted_in_doubt_leaves_waiting
 
     assert (report.status, set(report.in_doubt)) == (SagaStatus.HALTED, {"b"})
     assert backend.now("saga.stage.in_doubt") == 1
+
+
+def test_a_survey_counts_all_that_waits_but_in_the_saga_that_cant_be_read(tmp_path: Path) -> None:
+    _, pipeline = scene({"b": (), "c": ("b",)}, {"c": Script("raise"), "b": Script(undo_fails=3)})
+    place = SQLiteFile(tmp_path / "sagas.db")
+    backend = Backend()
+
+    async def main() -> None:
+        async with place.open() as ledger:
+            for saga_id in ("r", "s", "t"):
+                await SagaCoordinator(ONCE, ledger=ledger).run(pipeline, saga_id=saga_id)
+            place.execute("UPDATE events SET body = '{}' WHERE saga = 's' AND first = 0")
+            await backend.listener.survey(ledger)
+
+    with pytest.raises(SagasDamaged, match="saga s can't be read") as found:
+        asyncio.run(main())
+
+    assert list(found.value.damaged) == ["s"]
+    assert backend.now("saga.stage.stuck") == 2
 
 
 def test_a_survey_leaves_a_saga_that_is_alive_alone() -> None:

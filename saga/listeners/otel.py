@@ -14,7 +14,7 @@ from opentelemetry.metrics import MeterProvider
 from opentelemetry.trace import Link, Span, SpanContext, Status, StatusCode, TracerProvider
 from opentelemetry.util.types import Attributes
 
-from saga.errors import LedgerCorrupt
+from saga.errors import LedgerCorrupt, SagasDamaged
 from saga.events import (
     AnyEvent,
     CompensationCompleted,
@@ -158,15 +158,26 @@ class OpenTelemetryListener:
 
         A process that has just started knows nothing of the sagas that wait from before, and none learns what others settle. Have one
         process call this, when it starts and as often as it pleases.
+
+        Raises:
+            SagasDamaged: Some sagas can't be read; what waits in all others is counted.
+            LedgerError: The ledger can't be read.
         """
         waiting, damaged = await listed(ledger, _MAY_WAIT)
+        unread: dict[str, LedgerCorrupt] = {}
         for saga_id in {*waiting, *damaged, *self._unsettled}:
-            events = await ledger.read(saga_id)
-            if events and saga_id not in self._alive:
+            try:
+                events = await ledger.read(saga_id)
+                state = SagaState(events) if events else None
+            except LedgerCorrupt as error:
+                unread[saga_id] = error
+                continue
+            if state is not None and saga_id not in self._alive:
                 saga = self._resting(saga_id)
-                saga.state = SagaState(events)
-                saga.pipeline = saga.state.started.pipeline
+                saga.state, saga.pipeline = state, state.started.pipeline
                 self._rest(saga_id, saga)
+        if unread:
+            raise SagasDamaged(unread, [entry for entry in waiting.values() if entry.saga_id not in unread])
 
     # -- the saga ------------------------------------------------------------------------------------------------
 
