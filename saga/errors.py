@@ -193,17 +193,18 @@ class SagaUnrecorded(LedgerError):
         in_effect: The stages whose effect stands, as far as is known; those of a saga that a stage was running then, by their paths.
         unknown: The stages that were running or being undone when the ledger failed, were in doubt before, or are asked before anybody
             says that they had no effect.
+        told: All of that in words, without how to go on.
     """
 
     def __init__(self, saga_id: str, why: BaseException | None, *, in_effect: Sequence[str], unknown: Sequence[str]) -> None:
         self.saga_id = saga_id
         self.in_effect = tuple(in_effect)
         self.unknown = tuple(unknown)
-        super().__init__(
+        self.told = (
             f"saga {saga_id} stopped, because its ledger failed: {str(why).rstrip('.')}. Nothing more was started. "
-            f"In effect: {', '.join(in_effect) or 'nothing'}; not known: {', '.join(unknown) or 'nothing'}. "
-            f"When the ledger is back, go on: await coordinator.resume({saga_id!r}, pipeline)"
+            f"In effect: {', '.join(in_effect) or 'nothing'}; not known: {', '.join(unknown) or 'nothing'}."
         )
+        super().__init__(f"{self.told} When the ledger is back, go on: await coordinator.resume({saga_id!r}, pipeline)")
 
 
 class NotStorable(SagaError, ValueError):

@@ -855,6 +855,25 @@ def test_a_report_that_nobody_can_take_down_does_not_pass_for_a_saga_that_never_
     assert shop.saga("show", "s").out.startswith("Saga s (order): COMPLETED")
 
 
+def test_where_the_ledger_fails_the_command_that_goes_on_is_said(shop: Shop) -> None:
+    take_away = """
+async def take_away(ctx):
+    Path("mine.db").rename("elsewhere.db")
+
+
+theft = seat.with_stage("take_away", take_away, "work", dependencies=("reserve_seat",))
+"""
+    shop.write("shop.py", SHOP + take_away)
+
+    done = shop.really("run", "shop:theft", "--id", "s", "--ledger", "sqlite:///mine.db")
+
+    assert done.code == Exit.FAILED
+    last = done.err.splitlines()[-1]
+    assert last.startswith("saga: saga s stopped, because its ledger failed: ")
+    assert "In effect: reserve_seat; not known: nothing." in last
+    assert last.endswith("When the ledger is back, go on: saga resume s shop:theft --ledger sqlite:///mine.db")
+
+
 def test_show_prints_the_report_again(shop: Shop) -> None:
     ran = shop.saga("run", "shop:family", "--id", "s")
 

@@ -34,7 +34,7 @@ from saga.cli.pipelines import load, load_all
 from saga.cli.settings import settings
 from saga.cli.view import Stderr, tell_on, view
 from saga.coordinator import SagaCoordinator
-from saga.errors import LedgerCorrupt, LedgerError, MisuseError, PolicyInvalid, SagaExists, SagaNotFound, SagasDamaged
+from saga.errors import LedgerCorrupt, LedgerError, MisuseError, PolicyInvalid, SagaExists, SagaNotFound, SagasDamaged, SagaUnrecorded
 from saga.events import AnyEvent, SagaStarted, SagaStatus, Verdict, event_from_json, event_to_json, line_of
 from saga.ledger import ALIVE, Entry, Ledger, listed
 from saga.ledgers import open_ledger
@@ -224,7 +224,11 @@ async def _conduct(
 ) -> NoReturn:
     goes_on = command_for("resume", saga_id, reach)
     async with _opened(url) as ledger:
-        outcome = await conduct(ledger, saga_id, work, console=Stderr(), goes_on=goes_on, policy=policy)
+        try:
+            outcome = await conduct(ledger, saga_id, work, console=Stderr(), goes_on=goes_on, policy=policy)
+        except SagaUnrecorded as stopped:
+            # Who types commands has no coordinator.
+            raise LedgerError(f"{stopped.told} When the ledger is back, go on: {goes_on}") from stopped
         if outcome.idle and decision is not None and (why_not := decision(await ledger.read(saga_id), None).why_not):
             typer.echo(f"Nothing was done: {why_not}.", err=True)
     if outcome.report is None:
