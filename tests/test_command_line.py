@@ -501,6 +501,16 @@ def test_a_mistyped_file_is_not_made_into_an_empty_ledger(shop: Shop) -> None:
     assert not (shop.folder / "saggas.db").exists()
 
 
+@pytest.mark.parametrize("url", ["sqlite:sagas.db", "sqlite://sagas.db", "sqlite://localhost/sagas.db"])
+def test_a_url_with_too_few_slashes_is_not_taken_for_a_mistyped_file(shop: Shop, url: str) -> None:
+    shop.saga("run", "shop:seat", "--id", "s")
+
+    done = shop.saga("show", "s", "--ledger", url)
+
+    assert done.code == Exit.MISUSE
+    assert "Three slashes for a path from here, sqlite:///sagas.db" in done.err
+
+
 def test_an_unknown_id_is_refused_with_the_nearest_one(shop: Shop) -> None:
     shop.saga("run", "shop:seat", "--id", "trip-77")
 

@@ -622,7 +622,7 @@ def _durable(given: str | None, *, exists: bool = True) -> str:
             hint="Give --ledger sqlite:///sagas.db, set SAGA_LEDGER, or set ledger in [tool.saga] of pyproject.toml.",
         )
     file = Path(url.removeprefix("sqlite:///"))
-    if exists and url.startswith("sqlite:") and not file.exists():
+    if exists and url.startswith("sqlite:///") and not file.exists():
         # Opening it would make an empty one, in which nobody finds the saga that they look for.
         raise MisuseError("a ledger that is there", got=f"{url}, and there is no file {file.absolute()}")
     return url
