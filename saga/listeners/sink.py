@@ -17,8 +17,8 @@ _EVENT: Final[TypeAdapter[Any]] = TypeAdapter(AnyEvent)
 class SinkListener:
     """Emits every event to an event sink of stageflow: `SagaCoordinator(..., listeners=[SinkListener()])`.
 
-    Its type is `saga.stage_completed`, or `saga.ended` for an event of the saga itself; its data is what the ledger stores, as plain JSON
-    values, and the `saga_id`.
+    Its type is `saga.stage_completed`, or `saga.ended` for an event of the saga itself; its data is the event as a ledger without
+    `redact` stores it, as plain JSON values, and the `saga_id`.
 
     Args:
         sink: The sink; None: the one that `stageflow.events.set_event_sink` has set where the saga was run.
