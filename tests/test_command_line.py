@@ -283,6 +283,37 @@ def test_what_machines_read_is_utf_8_whatever_the_locale(shop: Shop) -> None:
     assert shop.in_latin("show", "s", "--json", "--ledger", "sqlite:///new.db")[1] == shown
 
 
+def test_what_programs_print_that_stages_start_goes_to_stderr(shop: Shop) -> None:
+    programs = """
+import subprocess
+
+subprocess.run(["echo", "the catalogue is read"], check=True)
+
+
+async def weigh(ctx):
+    subprocess.run(["echo", "7 kg"], check=True)
+
+
+parcel = Pipeline(name="parcel").with_stage("weigh", weigh, "work")
+"""
+    shop.write("shop.py", SHOP + programs)
+
+    done = shop.really("run", "shop:parcel", "--json")
+
+    assert SagaReport.model_validate_json(done.out).status is SagaStatus.COMPLETED
+    assert [line for line in done.err.splitlines() if line in {"the catalogue is read", "7 kg"}] == ["the catalogue is read", "7 kg"]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_where_a_stream_is_closed_a_saga_runs_all_the_same(shop: Shop, closed: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m saga run shop:trip --id s {closed}"
+
+    done = subprocess.run(["/bin/sh", "-c", command], cwd=shop.folder, env=shop.environment(), capture_output=True, text=True, check=False)
+
+    assert done.returncode == Exit.COMPENSATED
+    assert ("COMPENSATED" in done.stdout) is (closed == "2>&-")
+
+
 def test_with_json_stdout_holds_a_report_and_nothing_else(shop: Shop) -> None:
     done = shop.saga("run", "shop:order", "--json")
 
@@ -561,6 +592,29 @@ def test_a_reader_of_what_happens_who_goes_away_ends_no_saga(shop: Shop) -> None
     assert done.returncode == Exit.COMPENSATED
     assert (shop.folder / "the-bank-is-down").read_text(encoding="utf-8") == "cancelled"
     assert done.stdout.startswith("Saga s (trip): COMPENSATED after ")
+    assert done.stdout.endswith("Nothing is left to do.\n")
+
+
+def test_a_program_that_a_stage_starts_is_not_ended_when_nobody_reads_what_happens(shop: Shop) -> None:
+    weigh = """
+import subprocess
+
+
+async def weigh(ctx):
+    subprocess.run(["cat", __file__], check=True)
+
+
+parcel = Pipeline(name="parcel").with_stage("weigh", weigh, "work")
+"""
+    shop.write("shop.py", SHOP + weigh)
+    command = [sys.executable, "-m", "saga", "run", "shop:parcel"]
+    read, write = os.pipe()
+    os.close(read)
+
+    done = subprocess.run(command, cwd=shop.folder, env=shop.environment(), stdout=subprocess.PIPE, stderr=write, text=True, check=False)
+    os.close(write)
+
+    assert done.returncode == Exit.COMPLETED
     assert done.stdout.endswith("Nothing is left to do.\n")
 
 

@@ -11,7 +11,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, redirect_stdout, suppress
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial, wraps
 from hashlib import sha256
@@ -26,6 +26,7 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 from stageflow.api import Pipeline
 
+from saga.cli.aside import aside
 from saga.cli.conduct import conduct
 from saga.cli.exits import Exit, exit_of_error, exit_of_status, in_a_line
 from saga.cli.family import Family
@@ -257,7 +258,7 @@ def recover(
             task = asyncio.create_task(coordinator.recover(pipelines, concurrency=concurrency))
             with interruptible(task, lambda: console.print(_FIRST, soft_wrap=True), lambda: _SECOND):
                 try:
-                    with redirect_stdout(sys.stderr):
+                    with aside():
                         recovery = await task
                 except asyncio.CancelledError:
                     stuck, _ = await listed(opened, {SagaStatus.STUCK})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from saga.cli.aside import aside
 from saga.cli.family import Family
 from saga.cli.interrupt import interruptible
 from saga.cli.view import view
@@ -52,7 +52,7 @@ async def conduct(
 ) -> Outcome:
     """Carry out some work on a saga, show it, and see to it that an interruption undoes what was done.
 
-    What stages print goes to stderr: stdout is for the report.
+    What stages print, and the programs that they start, goes to stderr: stdout is for the report.
 
     Args:
         ledger: Where it is recorded.
@@ -65,7 +65,7 @@ async def conduct(
     family = await Family.read(ledger, saga_id)
     before = family.sagas.get(family.head)
     ended = None if before is None else before.ended_at
-    with contextlib.redirect_stdout(sys.stderr):
+    with aside():
         async with view(family, console) as hear:
             coordinator = SagaCoordinator(policy, ledger=ledger, listeners=[hear])
             warning = Notice(family, console, goes_on if ledger.durable else None)

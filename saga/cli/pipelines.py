@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterable
-from contextlib import redirect_stdout
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +13,7 @@ from typing import Any
 from stageflow.api import Pipeline
 
 from saga.blueprint import by_name
+from saga.cli.aside import aside
 from saga.errors import MisuseError
 from saga.text import did_you_mean, said, shown
 
@@ -30,7 +30,7 @@ def load(target: str) -> Pipeline:
     module_name, colon, attribute = target.partition(":")
     if not (module_name and colon and attribute):
         raise MisuseError("MODULE:PIPELINE, as in shop:book_trip", got=repr(target))
-    with redirect_stdout(sys.stderr):
+    with aside():
         module = _module(module_name)
         try:
             found = attrgetter(attribute)(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from saga.cli.aside import STDOUT
 from saga.cli.family import Family
 from saga.cli.lines import tell
 from saga.cli.picture import picture
@@ -33,8 +35,10 @@ class Stderr(Console):
     def on_broken_pipe(self) -> None:
         """Say nothing more, and let nobody stumble who prints there; rich would end the process in the middle of a saga."""
         self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.file.fileno())
+        gone, nowhere = self.file.fileno(), os.open(os.devnull, os.O_WRONLY)
+        if sys.__stdout__ is not None and os.path.sameopenfile(STDOUT, gone):
+            os.dup2(nowhere, STDOUT)  # where the programs print that stages start
+        os.dup2(nowhere, gone)
         os.close(nowhere)
 
 
