@@ -968,6 +968,18 @@ def test_the_id_of_a_saga_from_elsewhere_is_shown_and_not_obeyed_by_a_terminal(s
     assert (imported.out, pruned.out) == ("s\\u001b[2J  completed\n", "s\\u001b[2J\n")
 
 
+def test_a_child_is_not_imported_without_the_saga_that_runs_it(shop: Shop) -> None:
+    """saga list did not show it, and what its report said to settle and to resume was the other one."""
+    shop.saga("run", "shop:family", "--id", "s")
+    shop.write("child.jsonl", shop.saga("export", "s/book").out)
+
+    done = shop.saga("import", "child.jsonl", "--ledger", "sqlite:///new.db")
+
+    assert done.code == Exit.MISUSE
+    assert done.err == "saga: expected the saga s, which runs s/book, in the file, too, got none. Export s. Nothing was imported.\n"
+    assert not (shop.folder / "new.db").exists()
+
+
 def test_an_import_is_refused_as_a_whole(shop: Shop) -> None:
     shop.saga("run", "shop:order", "--id", "s")
     lines = shop.saga("export", "s").out.splitlines(keepends=True)

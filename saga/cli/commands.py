@@ -586,11 +586,15 @@ def _sagas_in(lines: Iterator[str]) -> dict[str, list[AnyEvent]]:
         current.append(event)
     if not sagas:
         raise MisuseError("at least one saga", got="a file without any", hint="Nothing was imported.")
-    for events in sagas.values():
+    for saga_id, events in sagas.items():
         try:
-            SagaState(events)
+            parent = SagaState(events).started.parent
         except LedgerCorrupt as error:
             raise LedgerCorrupt(f"{error} Nothing was imported.") from None
+        if parent is not None and parent not in sagas:
+            # What goes on with it, or lists it, begins with that one.
+            hint = f"Export {parent}. Nothing was imported."
+            raise MisuseError(f"the saga {parent}, which runs {saga_id}, in the file, too", got="none", hint=hint)
     return sagas
 
 
