@@ -513,6 +513,20 @@ def test_a_disk_that_is_full_before_a_new_ledger_is_whole_has_none(tmp_path: Pat
     assert set(told.splitlines()) == {"['s']"}
 
 
+def test_a_disk_that_may_only_be_read_is_given_as_the_reason_why_there_is_no_new_ledger(tmp_path: Path) -> None:
+    mounting = f"mount -t tmpfs -o ro tmpfs {shlex.quote(str(tmp_path))}"
+    by_itself = [shutil.which("unshare") or "false", "-rm", "sh", "-c"]
+    if subprocess.run([*by_itself, mounting], check=False, capture_output=True).returncode:
+        pytest.skip("nobody may mount a disk here")
+    path = tmp_path / "sagas.db"
+    making = f"import asyncio, saga.ledgers.sqlite as it; asyncio.run(it.SQLiteLedger({str(path)!r}).list())"
+    by_python = shlex.join([sys.executable, "-c", making])
+
+    told = subprocess.run([*by_itself, f"{mounting} && {by_python}"], check=False, capture_output=True, text=True).stderr
+
+    assert f"the ledger {path} failed: unable to open database file (it, or its log beside it, can't be opened" in told
+
+
 def test_a_disk_that_has_no_links_is_named_in_the_error_and_left_clean(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def link(*_: Any) -> None:
         raise PermissionError(1, "Operation not permitted")

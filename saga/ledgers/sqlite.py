@@ -558,7 +558,8 @@ def _make(path: Path, patience: float) -> None:
         raise LedgerError(f"the ledger {path} can't be made: {error}") from error
     finally:
         for suffix in ("", "-wal", "-shm"):  # the last two are left when there is no room for what they hold
-            new.with_name(f"{new.name}{suffix}").unlink(missing_ok=True)
+            with suppress(OSError):  # where nothing can be made, nothing can be deleted either, not even what isn't there
+                new.with_name(f"{new.name}{suffix}").unlink()
 
 
 def _sync(directory: Path) -> None:
