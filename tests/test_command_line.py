@@ -461,6 +461,8 @@ A_PIPELINE = "expected a Pipeline, or a function without arguments that returns 
         ("shopp:trip", "saga: expected a module that can be imported from here, got 'shopp'. Did you mean 'shop'?\n"),
         ("zzz:trip", "saga: expected a module that can be imported from here, got 'zzz'\n"),
         ("shop.py:trip", "saga: expected a module that can be imported from here, got 'shop.py'. Did you mean 'shop'?\n"),
+        ("./shop.py:trip", "saga: expected a module that can be imported from here, got './shop.py'. Did you mean 'shop'?\n"),
+        ("./shop:trip", "saga: expected a module that can be imported from here, got './shop'. Did you mean 'shop'?\n"),
         ("shop:tripp", "saga: expected a pipeline in shop, got 'tripp'. Did you mean 'trip'?\n"),
         (
             "shop:zzz",

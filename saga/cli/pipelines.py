@@ -52,17 +52,23 @@ def _module(name: str) -> ModuleType:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
+    if name.startswith("."):  # as a path does; Python would ask for its package
+        raise _unknown(name, name)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as missing:
         if missing.name is None or not f"{name}.".startswith(f"{missing.name}."):
             raise _broken(name, missing) from missing
-        near = sorted(path.stem for path in Path(here).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists())
-        # The name of its file is what a shell completes.
-        last = name.removesuffix(".py").replace("/", ".") if name.endswith(".py") else missing.name.rpartition(".")[2]
-        raise MisuseError("a module that can be imported from here", got=repr(name), hint=did_you_mean(last, near)) from None
+        raise _unknown(name, missing.name.rpartition(".")[2]) from None
     except Exception as error:
         raise _broken(name, error) from error
+
+
+def _unknown(name: str, missing: str) -> MisuseError:
+    near = sorted(path.stem for path in Path.cwd().iterdir() if path.suffix == ".py" or (path / "__init__.py").exists())
+    # The name of its file is what a shell completes.
+    last = name.removesuffix(".py").replace("/", ".") if name.endswith(".py") else missing
+    return MisuseError("a module that can be imported from here", got=repr(name), hint=did_you_mean(last, near))
 
 
 def _broken(name: str, error: Exception) -> MisuseError:
