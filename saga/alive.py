@@ -18,7 +18,7 @@ from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
 from saga.family import run_in, run_within
 from saga.graph import Role
-from saga.inputs import no_such_field, refuse_no_dicts
+from saga.inputs import no_such_field, with_dicts
 from saga.outputs import copied, copied_output
 from saga.storable import refuse_unstorable
 from saga.watch import is_of_signal, leave_loop, outlast, retrieved, start
@@ -344,9 +344,8 @@ class LiveSaga(UndoHost):
         """The input of a child saga: this saga's, with some fields replaced.
 
         Raises:
-            MisuseError: There is no such field, or it is to be a dict, and is none.
+            MisuseError: There is no such field, or it is to be a dict, and can't be one.
         """
-        refuse_no_dicts(fields)
         own: dict[str, Any] = {
             "topology": pipeline.name,
             "parent_run_id": self._context.pipeline_run_id,
@@ -356,7 +355,7 @@ class LiveSaga(UndoHost):
             "canceled": False,
         }
         try:
-            return dataclasses.replace(self._context, **own | fields)
+            return dataclasses.replace(self._context, **own | with_dicts(fields))
         except TypeError as error:
             raise no_such_field(error, fields) from None
 

@@ -88,9 +88,8 @@ def context_of(name: str, context: PipelineContext | None, fields: dict[str, Any
             hint = "The coordinator's listeners are told of all that happens: SagaCoordinator(listeners=[SinkListener()])."
             raise MisuseError("none of stageflow's wide events", got=f"{option}={shown(fields[option])}", hint=hint)
     if context is None:
-        refuse_no_dicts(fields)
         try:
-            return PipelineContext.create(**{"topology": name} | fields)
+            return PipelineContext.create(**{"topology": name} | with_dicts(fields))
         except TypeError as error:
             raise no_such_field(error, fields) from None
     refuse_both(context, fields)
@@ -110,17 +109,18 @@ def no_such_field(error: TypeError, fields: dict[str, Any]) -> MisuseError:
     return MisuseError("fields of stageflow's PipelineContext", got=got, hint=hint)
 
 
-def refuse_no_dicts(fields: dict[str, Any]) -> None:
-    """Refuse fields of the context that are to be dicts, and are none: stageflow takes them, or fails at them with an error of Python's.
+def with_dicts(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the context, with a dict where it has one; None is an empty one. stageflow copies what it gets, or only takes it.
 
     Raises:
-        MisuseError: One is none.
+        MisuseError: One can't be a dict.
     """
-    for name in _DICTS:
-        value = fields.get(name)
-        if value is not None and not isinstance(value, Mapping):
+    dicts = {name: {} if fields[name] is None else fields[name] for name in _DICTS if name in fields}
+    for name, value in dicts.items():
+        if not isinstance(value, Mapping):
             hint = "A text is given as input_text=." if isinstance(value, str) else ""
             raise MisuseError(f"{name}={{...}}", got=shown(value), hint=hint)
+    return fields | {name: dict(value) for name, value in dicts.items()}
 
 
 def refuse_both(context: PipelineContext | None, fields: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -1239,6 +1239,36 @@ def test_a_nested_saga_is_given_no_text_where_a_dict_is_expected() -> None:
 
     assert report.cause is not None
     assert report.cause.message.endswith("expected metadata={...}, got 'OSL-JFK'. A text is given as input_text=.")
+
+
+class Headers(Mapping[str, str]):
+    """As those of a web framework: no dict, and without copy()."""
+
+    def __getitem__(self, name: str) -> str:
+        return {"lang": "no"}[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("lang",))
+
+    def __len__(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("name", ["configuration", "metadata", "data"])
+@pytest.mark.parametrize(("given", "got"), [(None, {}), (Headers(), {"lang": "no"})], ids=["None", "mapping"])
+def test_where_the_context_has_a_dict_nothing_and_any_mapping_may_be_given(name: str, given: Any, got: dict[str, str]) -> None:
+    """Python's own error ended run(), or, within a nested saga, left that running for ever, and its stage stuck."""
+    trip = Pipeline(name="trip").with_stage("book", nothing, "work")
+    within = Pipeline(name="p").with_stage("trip", nested(trip, fields=lambda _: {name: given}))
+    coordinator = SagaCoordinator()
+
+    reports = [run(coordinator.run(trip, saga_id="s", **{name: given})), run(coordinator.run(within, saga_id="p"))]
+
+    assert [report.status for report in reports] == [SagaStatus.COMPLETED] * 2
+    for saga_id in ("s", "p/trip"):
+        started, *_ = run(coordinator.ledger.read(saga_id))
+        assert isinstance(started, SagaStarted)
+        assert started.input.get(name, {}) == got
 
 
 class Careless:
