@@ -53,7 +53,7 @@ class Journal:
         ledger: Where they are written.
         state: What they come to.
         token: That of the lease under which it writes; None while the saga is not in the ledger.
-        error: What went wrong with an append; None if nothing did.
+        error: What went wrong with an append, the first that failed; None if nothing did.
         unwritten: The events that were to be written then: what they were to guard has not run.
         linger: Seconds after which an event is written although nobody waits for it, when some turns of the event loop have passed.
     """
@@ -175,10 +175,11 @@ class Journal:
                 await self._create(events)
         except (Exception, asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
             self.unwritten += events
-            self.error = self._told(error, events)
+            told = self._told(error, events)
+            self.error = self.error or told
             if isinstance(error, KeyboardInterrupt | SystemExit | LedgerError):
                 raise
-            raise self.error from error
+            raise told from error
         if self._listeners:
             tell(self._listeners, self.saga_id, events)
 

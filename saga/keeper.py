@@ -305,10 +305,14 @@ class SagaKeeper:
         try:
             await work
         except LedgerError as error:
-            if isinstance(error, LedgerConflict) and not error.is_missing:
-                # Somebody else goes on with it; what is in effect is theirs to know.
-                raise
-            raise saga.journal.left_unrecorded(error) from error
+            why: LedgerError = error
+            if isinstance(error, LedgerConflict):
+                if not error.is_missing:
+                    # Somebody else goes on with it; what is in effect is theirs to know.
+                    raise
+                # What is missing may be what an append before it was to write, and failed.
+                why = saga.journal.error or error
+            raise saga.journal.left_unrecorded(why) from why
 
     async def _report(self, saga: LiveSaga) -> SagaReport:
         """The report of a saga that has come to rest, which is recorded whatever becomes of the report."""

@@ -183,6 +183,30 @@ def test_what_could_not_be_written_late_is_told_to_whoever_records_next() -> Non
     assert world.log == ["+a"]
 
 
+class BreaksOnce(SlowDisk):
+    async def _written(self, events: Sequence[AnyEvent]) -> None:
+        try:
+            await super()._written(events)
+        except OSError:
+            self.breaks_at = None
+            raise
+
+
+def test_what_was_refused_behind_a_late_write_that_failed_is_told_as_what_that_one_failed_of() -> None:
+    """It was told that the ledger had been put back."""
+    world, pipeline = scene({"a": (), "b": (), "c": ("b",)}, {"a": Script(before=1), "b": Script(before=1.1)})
+    ledger = BreaksOnce(seconds=0.25)
+    ledger.breaks_at = StageCompleted
+
+    with pytest.raises(SagaUnrecorded, match=r"because its ledger failed: .*: no space left") as caught:
+        run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+
+    assert ledger.writes[-1] == ["StageCompleted", "StageStarted"]  # and that was refused
+    assert isinstance(caught.value.__cause__, LedgerError)
+    assert isinstance(caught.value.__cause__.__cause__, OSError)
+    assert (world.log, caught.value.in_effect, caught.value.unknown) == (["+a", "+b"], ("a", "b"), ())
+
+
 def test_who_lost_its_lease_is_told_so_though_nobody_waited_for_the_write_that_was_refused() -> None:
     """What is in effect is for whoever runs the saga now to know."""
     world, pipeline = scene(BRANCHES, {"b": Script(before=60), "c": Script(before=1)})
