@@ -903,6 +903,7 @@ def test_a_schema_of_a_newer_version_is_refused(place: PostgresSchema) -> None:
         "INSERT INTO schema_version VALUES (2)",
         "ALTER TABLE schema_version ALTER version TYPE text USING '1.0.3'",
         "DROP TABLE sagas",
+        "DROP TABLE sagas; ALTER TABLE schema_version RENAME version TO rank",
     ],
 )
 def test_a_schema_in_which_another_program_counts_its_versions_is_refused(place: PostgresSchema, change: str) -> None:

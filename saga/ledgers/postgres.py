@@ -552,9 +552,10 @@ class _Store:
         ((counts, is_ours),) = connection.execute("SELECT to_regclass(%s) IS NOT NULL, to_regclass(%s) IS NOT NULL", tables).fetchall()
         if not counts:
             return 0
-        rows = connection.execute("SELECT version FROM schema_version").fetchall()
+        # Of another program's it may have no such column.
+        rows = connection.execute("SELECT version FROM schema_version").fetchall() if is_ours else []
         found = rows[0][0] if len(rows) == 1 else None
-        if not (is_ours and isinstance(found, int) and found > 0):
+        if not (isinstance(found, int) and found > 0):
             raise LedgerError(
                 f"expected a ledger in schema {self._schema!r}, got a table schema_version that is another program's, or damaged. "
                 "Nothing was changed. Give the ledger a schema of its own."
