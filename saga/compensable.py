@@ -100,11 +100,14 @@ class SagaContext(StageContext):
     async def run_saga(
         self, pipeline: Pipeline, context: PipelineContext | None = None, *, policy: Policy | None = None, **context_fields: Any
     ) -> SagaReport:
-        """Run a pipeline as a child saga, one or several in an attempt; `nested` wraps this in a stage that also undoes it."""
+        """Run a pipeline as a child saga, one or several in an attempt; `nested` wraps this in a stage that also undoes it.
+
+        What an earlier attempt has run stands beside it: that is in `child_sagas`, to go on with by `resume_saga`.
+        """
         return await self._host.run_child(pipeline, context, policy, context_fields)
 
     async def resume_saga(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
-        """Go on with a child saga of an earlier attempt that has not come to its end."""
+        """Go on with a child saga of an earlier attempt; of one that has completed, just its report."""
         return await self._host.resume_child(saga_id, pipeline)
 
     async def child_sagas(self) -> list[SagaReport]:
