@@ -93,8 +93,6 @@ def context_of(name: str, context: PipelineContext | None, fields: dict[str, Any
         except TypeError as error:
             raise no_such_field(error, fields) from None
     refuse_both(context, fields)
-    if not isinstance(context, PipelineContext):
-        raise MisuseError("a PipelineContext", got=shown(context), hint="A text is given as input_text=, anything else in metadata={...}.")
     return context
 
 
@@ -117,10 +115,14 @@ def with_dicts(fields: dict[str, Any]) -> dict[str, Any]:
     """
     dicts = {name: {} if fields[name] is None else fields[name] for name in _DICTS if name in fields}
     for name, value in dicts.items():
-        if not isinstance(value, Mapping):
-            hint = "A text is given as input_text=." if isinstance(value, str) else ""
-            raise MisuseError(f"{name}={{...}}", got=shown(value), hint=hint)
+        _refuse_no_dict(name, value)
     return fields | {name: dict(value) for name, value in dicts.items()}
+
+
+def _refuse_no_dict(name: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        hint = "A text is given as input_text=." if isinstance(value, str) else ""
+        raise MisuseError(f"{name}={{...}}", got=shown(value), hint=hint)
 
 
 def refuse_both(context: PipelineContext | None, fields: dict[str, Any]) -> None:
@@ -133,13 +135,18 @@ def refuse_both(context: PipelineContext | None, fields: dict[str, Any]) -> None
         raise MisuseError("either a context or its fields", got=f"both, the fields being {', '.join(fields)}")
 
 
-def refuse_timeout(context: PipelineContext) -> None:
-    """Refuse a context that sets stageflow's own timeout, which is off in a saga.
+def refuse_unfit(context: PipelineContext) -> None:
+    """Refuse what no saga can be run on.
 
     Raises:
-        MisuseError: It does.
+        MisuseError: It is no context; or it has what is no dict where there is to be one; or it sets stageflow's own timeout, which is off
+            in a saga.
     """
-    if isinstance(context.data, Mapping) and context.data.get(_TIMEOUT):
+    if not isinstance(context, PipelineContext):
+        raise MisuseError("a PipelineContext", got=shown(context), hint="A text is given as input_text=, anything else in metadata={...}.")
+    for name in _DICTS:
+        _refuse_no_dict(name, getattr(context, name))
+    if context.data.get(_TIMEOUT):
         hint = "It is in seconds: FailFast(timeout=...) is for all stages, and each may have a timeout of its own."
         raise MisuseError("a timeout in the policy", got=f"{shown(context.data[_TIMEOUT])} as {_TIMEOUT} in the context's data", hint=hint)
 

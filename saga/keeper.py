@@ -25,7 +25,7 @@ from saga.failures import Failure, FailureKind
 from saga.family import differences_from, events_of
 from saga.forward import Forward
 from saga.held import Held
-from saga.inputs import context_from, recorded_input, refuse_both, refuse_timeout
+from saga.inputs import context_from, recorded_input, refuse_both, refuse_unfit
 from saga.journal import Journal, Listener
 from saga.ledger import A_NAME, LONGEST_NAME, Ledger, StageState, is_name, recorded
 from saga.policies import ContinueWithFallback, FailFast, Policy
@@ -163,7 +163,7 @@ class SagaKeeper:
         if saga_id is not None and (not isinstance(saga_id, str) or not saga_id.strip()):
             hint = "" if isinstance(saga_id, str) else "An id is a str."
             raise MisuseError("a saga id with at least one visible character", got=shown(saga_id), hint=hint)
-        refuse_timeout(context)
+        refuse_unfit(context)
         if self._ledger.durable:
             # The ledger would refuse them, too, but with the error of one that has failed.
             _refuse_names({"saga id": saga_id or "", "pipeline name": blueprint.name})

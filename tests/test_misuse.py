@@ -1271,6 +1271,31 @@ def test_where_the_context_has_a_dict_nothing_and_any_mapping_may_be_given(name:
         assert started.input.get(name, {}) == got
 
 
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        (PipelineContext(metadata="OSL-JFK"), "expected metadata={...}, got 'OSL-JFK'. A text is given as input_text=."),  # type: ignore[arg-type] # what a user may do
+        (PipelineContext(data=None), "expected data={...}, got None"),  # type: ignore[arg-type] # the same
+        ("OSL-JFK", "expected a PipelineContext, got 'OSL-JFK'. A text is given as input_text="),
+    ],
+)
+def test_what_no_saga_can_be_run_on_is_refused_before_it_is_recorded(context: Any, message: str) -> None:
+    """Python's own error ended run(), and the saga was running for ever; within a stage it said nothing of what to do."""
+    trip = Pipeline(name="trip").with_stage("book", good, "work")
+    coordinator = SagaCoordinator()
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(trip, context)
+
+    with pytest.raises(MisuseError, match="^" + re.escape(message)):
+        run(coordinator.run(trip, context))
+    report = run(coordinator.run(Pipeline(name="p").with_stage("book", compensable(book, nothing)), saga_id="s"))
+
+    assert [entry.saga_id for entry in run(coordinator.ledger.list())] == ["s"]
+    assert report.cause is not None
+    assert report.cause.message.startswith(message)
+
+
 class Careless:
     kind = "work"
 
