@@ -1291,6 +1291,28 @@ def test_a_saga_is_undone_whatever_redact_has_left_of_what_stageflow_bundles_in_
     assert seen == [(user, ["rest"], said), ("hidden", ["rest"], "hidden")]
 
 
+@pytest.mark.parametrize("name", ["configuration", "metadata", "data"])
+def test_a_saga_is_undone_also_where_redact_has_left_a_text_in_the_place_of_a_dict_of_its_input(name: str, tmp_path: Path) -> None:
+    """Python's own error ended compensate(), resume() and recover() of it, for good."""
+    world, pipeline = scene(SEQUENCE)
+    fields: dict[str, Any] = {name: {"card": "4711"}}
+
+    def hide(event: AnyEvent) -> AnyEvent:
+        if isinstance(event, SagaStarted):
+            event.input[name] = "hidden"
+        return event
+
+    async def play() -> SagaReport:
+        async with SQLiteLedger(tmp_path / "sagas.db", redact=hide) as ledger:
+            await SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s", **fields)
+            return await SagaCoordinator(ledger=ledger).compensate("s", pipeline)
+
+    report = asyncio.run(play())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert not world.standing
+
+
 def test_a_stage_that_was_skipped_gives_the_same_when_its_saga_goes_on() -> None:
     world, pipeline = scene({"a": ()}, {"a": Script("raise", before=1, then=("ok",))})
     told: list[Any] = []
