@@ -26,7 +26,7 @@ from saga.events import (
     StageSettled,
     Verdict,
 )
-from saga.family import events_of, is_left_alone, run_by
+from saga.family import events_of, is_left_alone, refuse_no_id, run_by
 from saga.inputs import context_of
 from saga.journal import Listener
 from saga.keeper import SagaKeeper, read, user
@@ -288,8 +288,10 @@ class SagaCoordinator:
         A saga that is going backward already is not stopped: a cancel can start a compensation, never interrupt one.
 
         Raises:
+            MisuseError: It is no id.
             SagaNotFound: No saga of that id is alive in this coordinator.
         """
+        refuse_no_id(saga_id)
         held = self._keeper.held
         saga = held.sagas[saga_id] if held.holds(saga_id) else None
         if saga is None:

@@ -27,7 +27,7 @@ async def events_of(ledger: Ledger, saga_id: str) -> Sequence[AnyEvent]:
         MisuseError: It is no id.
         SagaNotFound: The ledger has no such saga.
     """
-    _refuse_no_id(saga_id)
+    refuse_no_id(saga_id)
     events = await recorded(ledger, saga_id)
     if not events:
         hint = "This ledger is in memory: without ledger= every SagaCoordinator has its own." if isinstance(ledger, MemoryLedger) else ""
@@ -35,7 +35,12 @@ async def events_of(ledger: Ledger, saga_id: str) -> Sequence[AnyEvent]:
     return events
 
 
-def _refuse_no_id(saga_id: object) -> None:
+def refuse_no_id(saga_id: object) -> None:
+    """Refuse what can't be the id of a saga.
+
+    Raises:
+        MisuseError: It is no str.
+    """
     if not isinstance(saga_id, str):
         raise MisuseError("the id of a saga", got=shown(saga_id), hint="An id is a str.")
 

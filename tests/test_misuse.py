@@ -703,7 +703,8 @@ def test_an_id_of_another_type_is_refused_and_the_error_says_of_which_one_it_is(
     _, trip = scene(SEQUENCE)
     coordinator = SagaCoordinator()
 
-    for use in (coordinator.run(trip, saga_id=saga_id), coordinator.report(saga_id), coordinator.resume(saga_id, trip)):
+    uses = [coordinator.run(trip, saga_id=saga_id), coordinator.report(saga_id), coordinator.resume(saga_id, trip)]
+    for use in (*uses, coordinator.cancel(saga_id)):
         with pytest.raises(MisuseError, match=r"^expected .*, got (5|UUID\('.*'\))\. An id is a str\.$"):
             run(use)
 
