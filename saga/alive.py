@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from stageflow.events import NoOpEventSink
 
 from saga.compensable import CompensationContext, Host, Inputs, UndoHost, child_id, execution_key, refuse_record
-from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
+from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, SagaNotFound
 from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
 from saga.family import run_in, run_within
@@ -333,8 +333,8 @@ class LiveSaga(UndoHost):
             return None
         try:
             return await self.heeding(stage, self._has_left(stage, besides))
-        except LedgerCorrupt:
-            # Nobody knows what stands of a child that can't be read.
+        except (LedgerCorrupt, SagaNotFound):
+            # Nobody knows what stands of a child that can't be read, or is not there any more.
             return True
 
     async def _has_left(self, stage: str, besides: Collection[str]) -> bool:

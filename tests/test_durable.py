@@ -355,6 +355,31 @@ def test_a_saga_whose_ledger_was_put_back_as_it_was_before_says_what_is_in_effec
     assert str(error).startswith(f"saga s stopped, because its ledger failed: {said} is not in the ledger, as where it was put back")
 
 
+def test_a_saga_whose_ledger_knows_nothing_any_more_of_one_within_says_what_is_in_effect(durable: SQLiteFile | PostgresSchema) -> None:
+    """It was told that there is no such saga, as of a wrong id with which nothing was run."""
+    world, within = scene(SEQUENCE)
+    trip = Pipeline(name="trip").with_stage("book", nested(within))
+
+    async def play() -> SagaUnrecorded:
+        async with durable.open() as ledger:
+
+            def forget(name: str) -> None:
+                if name == "b":
+                    durable.execute("DELETE FROM sagas")
+                    durable.execute("DELETE FROM events")
+
+            world.witness = forget
+            with pytest.raises(SagaUnrecorded) as caught:
+                await SagaCoordinator(ledger=ledger).run(trip, saga_id="s")
+            return caught.value
+
+    error = asyncio.run(play())
+
+    assert world.log == ["+a", "+b"]
+    assert (error.in_effect, error.unknown) == (("book/a", "book/b"), ("book",))
+    assert str(error).startswith("saga s stopped, because its ledger failed: there is no saga s/book.")
+
+
 def test_a_saga_whose_ledger_failed_is_given_back_so_that_another_goes_on_with_it_at_once() -> None:
     world, pipeline = scene(SEQUENCE, {}, dict.fromkeys(SEQUENCE, "probed"))
     ledger = SlowDisk()
