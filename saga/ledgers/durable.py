@@ -195,14 +195,18 @@ def _at_once(store: Store, requests: Sequence[Request]) -> Sequence[Any]:
 
 def _one_by_one(patience: float, store: Store, reads: Sequence[Callable[[Store], Any]]) -> Sequence[Any]:
     answers: list[Any] = []
+    in_vain = 0
     for read in reads:
         begun = time.monotonic()
         try:
             answers.append(read(store))
+            in_vain = 0
         except LedgerError as error:
             answers.append(error)
-            if time.monotonic() - begun > patience / 2 and not isinstance(error, LedgerCorrupt):
-                # It waited in vain, and so did those that came with it: each by itself would wait as long again.
+            waited = time.monotonic() - begun > patience / 2 and not isinstance(error, LedgerCorrupt)
+            in_vain = in_vain + 1 if waited else 0
+            if in_vain > 1:
+                # A single one may have asked for too much. So have not two; those that came with them would each wait as long again.
                 return answers + [again(error) for _ in reads[len(answers) :]]
         except Exception as error:  # noqa: BLE001 - whoever waits has to be told, whatever it is, and nobody else
             answers.append(failed(error))
