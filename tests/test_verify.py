@@ -604,6 +604,81 @@ def test_a_probe_that_finds_what_never_landed_is_found_though_it_is_undone() -> 
     assert trial.wrong == "The probe of card said that its effect had landed, and its code had never run."
 
 
+class Offer(Booking):
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        await super().execute(ctx)
+        return StageOutput.ok(price=10)
+
+
+class Purchase(Booking):
+    """Needs the price, and gets it from the offer."""
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        if ctx.inputs.get("price") != 10:
+            raise LookupError("for how much?")
+        return await super().execute(ctx)
+
+
+def offered() -> tuple[Town, Pipeline]:
+    """offer -> buy."""
+    town = Town()
+    pipeline = Pipeline(name="shop").with_stage("offer", Offer(town, "offer"))
+    return town, pipeline.with_stage("buy", Purchase(town, "buy"), dependencies=("offer",))
+
+
+def test_a_probe_that_gives_less_than_its_stage_is_found_though_all_is_undone() -> None:
+    found = refuted(*offered(), FailFast(retry=Retry(attempts=2)), faults=[Fault.TIMES_OUT_AFTER, Fault.KILLED_BEFORE])
+
+    assert found.keys() == {("offer", Fault.TIMES_OUT_AFTER), ("offer", Fault.KILLED_BEFORE)}
+    (timed_out,), (died,) = found.values()
+    assert timed_out.ending == died.ending == (COMPENSATED,)
+    assert timed_out.wrong == died.wrong
+    assert died.wrong == "It is compensated, though nothing made this fail: stage 'buy' raised at attempt 2: LookupError: for how much?"
+
+
+def test_what_can_not_go_on_from_a_fallback_is_held_against_nobody() -> None:
+    policy = ContinueWithFallback(fallbacks={"offer": {}})
+
+    verification = verified(*offered(), policy, faults=[Fault.RAISES_BEFORE])
+
+    assert endings(verification, "offer", Fault.RAISES_BEFORE) == {(COMPENSATED,)}
+
+
+def test_what_raises_because_the_saga_is_cancelled_is_held_against_nobody() -> None:
+    class Obedient(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            await elapse(1)
+            if ctx.is_cancelled:
+                raise RuntimeError("stopped, as it was asked to")
+            return await super().execute(ctx)
+
+    town = Town()
+    pipeline = Pipeline(name="both").with_stage("obey", Obedient(town, "obey")).with_stage("book", Booking(town, "book"))
+
+    verification = verified(town, pipeline, faults=Fault.CANCELS)
+
+    assert endings(verification, "book", Fault.CANCELS) == {(COMPENSATED,)}
+
+
+def test_a_stage_that_fails_by_itself_is_not_to_be_left_out_for_it() -> None:
+    class Moody(Booking):
+        def __init__(self, town: Town, name: str) -> None:
+            super().__init__(town, name)
+            self.runs = 0
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            self.runs += 1
+            if self.runs == 3:  # those before see whether anything can be verified
+                raise OSError("not today")
+            return await super().execute(ctx)
+
+    with pytest.raises(VerificationFailed) as failed:
+        verified(*trip(card=Moody), faults=Fault.RAISES_AFTER, leave_out=["seat", "room"])
+
+    assert "It is compensated, though nothing made this fail: stage 'card' raised: OSError: not today" in str(failed.value)
+    assert "leave it out" not in str(failed.value)
+
+
 def test_an_output_that_no_durable_ledger_can_keep_is_found_unless_none_is_wanted() -> None:
     class Connected(Booking):
         async def execute(self, ctx: SagaContext) -> StageOutput:

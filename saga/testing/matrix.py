@@ -35,8 +35,8 @@ _NOTHING_KNOWN: Final = (
     "and verify it with another input."
 )
 _OF_A_KILL: Final = (
-    "What a died process has left is found by a probe(); a stage that runs again needs ctx.idempotency_key; nothing that a stage "
-    "keeps in itself outlives its process."
+    "What a died process has left is found by a probe(), which gives the same output; a stage that runs again needs "
+    "ctx.idempotency_key; nothing that a stage keeps in itself outlives its process."
 )
 _LEFT_BEHIND: Final = "leaves something behind. Have it undo that, too; a mere trace is to be left out of look()."
 _ADVICE: Final = {

@@ -129,7 +129,8 @@ async def verify(
 
     What a report says is in effect is checked by doing it: the stages that it keeps run in a new world, and the two have to be equal.
 
-    A compensation that fails though nothing made it fail is wrong, too, and so is a saga that can't go on when the fault is mended.
+    A stage or a compensation that fails though nothing made it fail is wrong, too, and so is a saga that can't go on when the fault is
+    mended.
 
     Args:
         pipeline: The pipeline; its stages work on the world.
@@ -318,8 +319,8 @@ class _Verifier:
         wrong = [await self._outside.contradiction(trial.report, found, far), _own_fault(trial, trial.report, far)]
         if mended is not None and not any(wrong):
             wrong = [await self._outside.contradiction(mended, found_mended, injection.far), _own_fault(trial, mended, injection.far)]
-            if trial.report is not None and trial.report.status is SagaStatus.HALTED and not mended.ok:
-                wrong.append(_went_on_badly(mended))
+            if trial.report is not None and trial.report.status is SagaStatus.HALTED and not mended.ok and not any(wrong):
+                wrong = [_went_on_badly(mended)]
         return replace(trial, mended=mended, wrong="\n".join(filter(None, wrong)))
 
     async def _mend(self, report: SagaReport, coordinator: Rehearsal) -> SagaReport | None:
@@ -361,10 +362,11 @@ def _stopped_by(error: SagaError) -> str:
 
 
 def _own_fault(trial: Trial, report: SagaReport | None, far: Mapping[str, float]) -> str:
-    """What could not be undone, or asked, though nothing made that fail, or was said without ground; empty if there is no such thing."""
+    """What failed, forward or backward, though nothing made that fail, or was said without ground; empty if there is no such thing."""
     if report is None:
         return ""
-    for path, stage in leaves_and_branches(report):
+    stages = dict(leaves_and_branches(report))
+    for path, stage in stages.items():
         if stage.probed and path not in far:
             return f"The probe of {path} said that its effect had landed, and its code had never run."
         failure = None if stage.compensation is None else stage.compensation.failure
@@ -373,21 +375,35 @@ def _own_fault(trial: Trial, report: SagaReport | None, far: Mapping[str, float]
         # A process that died may have left half an effect, as a saga within may, and then a probe has nothing to say.
         unknown = stage.state is StageState.IN_DOUBT and path == trial.stage and trial.fault not in KILLS and not stage.children
         if unknown or stage.state is StageState.STUCK:
-            return f"It is {report.status.value}, though nothing made this fail: {_of(path, failure)}"
-    return ""
+            return _unprovoked(report, _of(path, failure))
+    failed = _own_failure(report)
+    # What was struck may break at its next attempt for that, what is asked to stop may raise, and what a fallback gives may be too little.
+    is_struck = trial.reached and trial.fault not in KILLS and failed is not None and failed.stage == trial.stage
+    is_provoked = is_struck or trial.fault is Fault.CANCELS or any(stage.fallback for stage in stages.values())
+    return "" if failed is None or is_provoked else _unprovoked(report, failed)
+
+
+def _unprovoked(report: SagaReport, failure: Failure) -> str:
+    return f"It is {report.status.value}, though nothing made this fail: {failure}"
 
 
 def _went_on_badly(mended: SagaReport) -> str:
     """What failed on the way forward when the fault was mended; empty if nothing did, or by chance."""
-    path, report = "", mended
+    failed = _own_failure(mended)
+    return f"The fault was mended, and it is {mended.status.value} all the same: {failed}" if failed is not None else ""
+
+
+def _own_failure(report: SagaReport) -> Failure | None:
+    """What stopped the saga on its way forward and was not made to; None if nothing did, or chance."""
+    path = ""
     while report.cause is not None and report.cause.stage is not None:
         path += report.cause.stage
         children = report.stages[report.cause.stage].children
         if not children:
             own = report.cause.kind in _OWN_FAULT and report.cause.type != _INJECTED
-            return f"The fault was mended, and it is {mended.status.value} all the same: {_of(path, report.cause)}" if own else ""
+            return _of(path, report.cause) if own else None
         path, report = f"{path}/", children[-1]
-    return ""
+    return None
 
 
 def _of(path: str, failure: Failure) -> Failure:
