@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
-from pprint import pformat
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 from saga.events import SagaStatus
+from saga.ledger import StageState
 from saga.render.lettering import aligned
 from saga.testing.faults import KILLS, Fault
+from saga.testing.outside import BY_THE_REPORT, leaves_and_branches
 
 if TYPE_CHECKING:
     from saga.testing.verification import Trial, Verification
@@ -26,10 +26,6 @@ _NEVER_BEGAN: Final = "."
 _WRONG: Final = "X"
 _UNREACHED: Final = "0"
 _WHOLE: Final = "(the saga)"
-_LINES: Final = 24
-"""So many of a difference are shown."""
-BY_THE_REPORT: Final = "By the report"
-"""So begins what is said of a world that is not where the report says."""
 _NOTHING_KNOWN: Final = (
     "It never struck, so nothing is known of it. If a stage does not run with this input, or is never undone, leave it out, "
     "and verify it with another input."
@@ -63,7 +59,7 @@ def matrix(verification: Verification) -> str:
     table += [[row, *(" ".join(cells.get((row, fault), ())) for fault in faults)] for row in rows]
     lines = [f"{verification.pipeline}: {_verdict(verification)}", "", *aligned(table)]
     lines += ["", *_legend(sign for signs in cells.values() for sign in signs)]
-    lines += _problems(trial for trial in verification.trials if not trial.ok)
+    lines += _problems(verification.trials)
     return "\n".join(lines)
 
 
@@ -101,10 +97,10 @@ def _legend(signs: Iterable[str]) -> Iterator[str]:
         yield "The second of two signs: when the fault was mended and the saga resumed."
 
 
-def _problems(trials: Iterable[Trial]) -> Iterator[str]:
+def _problems(trials: Collection[Trial]) -> Iterator[str]:
     """What was wrong: each thing once, behind all that led to it, and before what helps."""
     found: dict[str, list[Trial]] = {}
-    for trial in trials:
+    for trial in (trial for trial in trials if not trial.ok):
         found.setdefault(trial.wrong or _NOTHING_KNOWN, []).append(trial)
     for wrong, alike in found.items():
         led_to_it: dict[Fault, dict[str, None]] = {}
@@ -114,19 +110,28 @@ def _problems(trials: Iterable[Trial]) -> Iterator[str]:
         yield ""
         yield from (f"{fault}: {', '.join(stages)}" for fault, stages in led_to_it.items())
         yield wrong
-        yield from _advice(wrong, alike)
+        yield from _advice(wrong, alike, [trial for trial in trials if trial.ok])
 
 
-def _advice(wrong: str, alike: Iterable[Trial]) -> Iterable[str]:
+def _advice(wrong: str, alike: Collection[Trial], went_well: Iterable[Trial]) -> Iterable[str]:
     """What helps, if something does."""
     is_of_world = wrong.startswith(BY_THE_REPORT)
-    undone = [set(trial.report.undone) for trial in alike if trial.report is not None and _is_plain(trial)] if is_of_world else []
-    if undone:
+    plain = [trial for trial in alike if _is_plain(trial)] if is_of_world else []
+    if plain:
         # The harder faults go wrong for the same reason, and say nothing of their own until this is mended.
-        names = " or ".join(sorted(set.intersection(*undone)))
+        suspects = set.intersection(*map(_undone, plain))
+        faults = {trial.fault for trial in plain}
+        cleared = {path for trial in went_well if trial.fault in faults and _is_plain(trial) for path in _undone(trial)}
+        names = " or ".join(sorted(suspects - cleared or suspects))
         return (f"compensate(){names and f' of {names}'} {_LEFT_BEHIND}",)
     # What failed by itself says why; only of a process that died there is more to say.
     return dict.fromkeys(_ADVICE[trial.fault] for trial in alike if trial.fault in _ADVICE and (trial.fault in KILLS or is_of_world))
+
+
+def _undone(trial: Trial) -> set[str]:
+    """The paths of the stages that were undone before anything was mended."""
+    stages = () if trial.report is None else leaves_and_branches(trial.report)
+    return {path for path, stage in stages if stage.state is StageState.UNDONE}
 
 
 def _is_plain(trial: Trial) -> bool:
@@ -135,13 +140,3 @@ def _is_plain(trial: Trial) -> bool:
         return trial.fault is Fault.RAISES_BEFORE
     stage = None if trial.report is None else trial.report.stages.get(trial.stage)
     return stage is not None and stage.failure is None
-
-
-def difference(expected: object, found: object) -> str:
-    """The lines in which two values differ: what was expected after a minus, what was found after a plus."""
-    before, after = pformat(expected, width=100).splitlines(), pformat(found, width=100).splitlines()
-    lines = [line for line in difflib.unified_diff(before, after, n=1, lineterm="") if not line.startswith(("---", "+++", "@@"))]
-    if not lines:
-        return f"    two values that print the same and are not equal: {pformat(found, width=100)}"
-    more = [f"    ... {len(lines) - _LINES} lines more"] if len(lines) > _LINES else []
-    return "\n".join([f"    {line}" for line in lines[:_LINES]] + more)

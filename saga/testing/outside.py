@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, combinations, islice
+from pprint import pformat
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from stageflow.api import Pipeline, StageStatus
@@ -15,7 +17,6 @@ from saga.errors import MisuseError
 from saga.ledger import MemoryLedger, StageState
 from saga.policies import FailFast, Policy
 from saga.testing.faults import WHOLE, ReferenceActions, Standing, stands
-from saga.testing.matrix import BY_THE_REPORT, difference
 from saga.testing.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ _PASSES: Final = frozenset({StageStatus.OK, StageStatus.SKIP})
 _STANDS: Final = frozenset({StageState.KEPT, StageState.STUCK, StageState.BLOCKED})
 _UNKNOWN: Final = frozenset({StageState.IN_DOUBT, StageState.RUNNING, StageState.COMPENSATING})
 """The last two are of a nested saga whose process died, when nobody has gone on with it."""
+BY_THE_REPORT: Final = "By the report"
+"""So begins what is said of a world that is not where the report says."""
+_LINES: Final = 24
+"""So many of a difference are shown."""
 _WORLDS: Final = 64
 """So many are tried where a report leaves open what stands."""
 
@@ -151,3 +156,13 @@ def _is_unknown(stage: StageReport) -> bool:
     """Whether the report does not claim to know that its effect stands, or that it doesn't."""
     kept_in_part = bool(stage.effects) and stage.compensation is None and stage.state in {StageState.FAILED, StageState.CANCELLED}
     return stage.state in _UNKNOWN or kept_in_part
+
+
+def difference(expected: object, found: object) -> str:
+    """The lines in which two values differ: what was expected after a minus, what was found after a plus."""
+    before, after = pformat(expected, width=100).splitlines(), pformat(found, width=100).splitlines()
+    lines = [line for line in difflib.unified_diff(before, after, n=1, lineterm="") if not line.startswith(("---", "+++", "@@"))]
+    if not lines:
+        return f"    two values that print the same and are not equal: {pformat(found, width=100)}"
+    more = [f"    ... {len(lines) - _LINES} lines more"] if len(lines) > _LINES else []
+    return "\n".join([f"    {line}" for line in lines[:_LINES]] + more)

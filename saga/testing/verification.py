@@ -29,8 +29,8 @@ from saga.testing.faults import (
     InjectedFault,
     Injection,
 )
-from saga.testing.matrix import difference, matrix
-from saga.testing.outside import ID, Outside, World, leaves_and_branches
+from saga.testing.matrix import matrix
+from saga.testing.outside import ID, Outside, World, difference, leaves_and_branches
 from saga.testing.rehearsal import MortalLedger, Rehearsal
 from saga.text import qualified
 
