@@ -1005,6 +1005,32 @@ def test_a_look_that_cannot_be_kept_is_refused() -> None:
         verified(town, Pipeline(name="one").with_stage("a", Booking(town, "a")))
 
 
+class Array:
+    """Answers a comparison for each of its parts, as numpy's do."""
+
+    def __init__(self, parts: list[object]) -> None:
+        self.parts = parts
+
+    def __eq__(self, other: object) -> Any:
+        return Array([part == other for part in self.parts])
+
+    __hash__ = None  # type: ignore[assignment] # arrays have none
+
+    def __bool__(self) -> bool:
+        raise ValueError("The truth value of an array is ambiguous.")
+
+
+def test_a_look_that_cannot_be_compared_is_refused() -> None:
+    class Measured(Town):
+        def look(self) -> Any:
+            return Array([len(self.bookings), 0])
+
+    town = Measured()
+
+    with pytest.raises(MisuseError, match=r"a look\(\) that gives a value to keep and compare, got The truth value .* a list for an array"):
+        verified(town, Pipeline(name="one").with_stage("a", Booking(town, "a")))
+
+
 @pytest.mark.parametrize(
     ("faults", "got"), [(["raises befor"], "'raises befor'"), ("raises", "'raises'"), ([], "none")], ids=["a list", "a text", "nothing"]
 )

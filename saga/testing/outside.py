@@ -78,8 +78,7 @@ class Outside:
         try:
             return copy.deepcopy(seen)
         except TypeError as error:
-            hint = "Give plain values: lists of tuples for rows, a list for what can be gone through once"
-            raise MisuseError("a look() that gives a value to keep and compare", got=str(error), hint=hint) from None
+            raise _not_plain(error) from None
 
     async def contradiction(self, report: SagaReport | None, found: Any, far: Mapping[str, float]) -> str:
         """How what was found differs from what the report says; empty if it does not.
@@ -97,7 +96,7 @@ class Outside:
         expected: list[Any] = []
         for landed in islice(chain([likely], possible), _WORLDS):
             expected.append(await self._reference(self._standing(paths, certain | landed)))
-            if expected[-1] == found:
+            if is_same(expected[-1], found):
                 return ""
         said = "it never began" if report is None else f"it is {report.status.value}"
         in_effect = f"what {', '.join(certain)} did is in effect" if certain else "nothing is in effect"
@@ -156,6 +155,23 @@ def _is_unknown(stage: StageReport) -> bool:
     """Whether the report does not claim to know that its effect stands, or that it doesn't."""
     kept_in_part = bool(stage.effects) and stage.compensation is None and stage.state in {StageState.FAILED, StageState.CANCELLED}
     return stage.state in _UNKNOWN or kept_in_part
+
+
+def is_same(expected: object, found: object) -> bool:
+    """Whether two looks at the world gave the same.
+
+    Raises:
+        MisuseError: They can't be compared: an array or a table answers for each of its parts.
+    """
+    try:
+        return bool(expected == found)
+    except ValueError as error:
+        raise _not_plain(error) from None
+
+
+def _not_plain(error: Exception) -> MisuseError:
+    hint = "Give plain values: lists of tuples for rows, a list for an array or what can be gone through once"
+    return MisuseError("a look() that gives a value to keep and compare", got=str(error), hint=hint)
 
 
 def difference(expected: object, found: object) -> str:

@@ -30,7 +30,7 @@ from saga.testing.faults import (
     Injection,
 )
 from saga.testing.matrix import matrix
-from saga.testing.outside import ID, Outside, World, difference, leaves_and_branches
+from saga.testing.outside import ID, Outside, World, difference, is_same, leaves_and_branches
 from saga.testing.rehearsal import MortalLedger, Rehearsal
 from saga.text import qualified
 
@@ -208,12 +208,13 @@ class _Verifier:
         after = await self._outside.look()
         if not report.ok:
             raise MisuseError("a saga that completes with this input when nothing is made to fail", got=f"this:\n{report}")
-        if after == before:
+        if is_same(before, after):
             raise MisuseError("a look() that shows what the saga does", got=f"the same before it and after it: {pformat(after)}")
         self._outside.nodes |= coordinator.nodes
         await self._outside.reset()
-        if await self._outside.look() != before:
-            got = f"one that was (-), and is (+):\n{difference(before, await self._outside.look())}"
+        back = await self._outside.look()
+        if not is_same(before, back):
+            got = f"one that was (-), and is (+):\n{difference(before, back)}"
             raise MisuseError("a world that reset() puts back to where it was before the saga", got=got)
         contradiction = await self._outside.contradiction(report, after, {})
         if contradiction:
