@@ -1065,6 +1065,18 @@ def test_a_world_whose_values_equal_nothing_is_refused() -> None:
         verified(town, Pipeline(name="one").with_stage("a", Booking(town, "a")))
 
 
+@pytest.mark.parametrize("gives", [object, lambda: float("nan"), iter(range(9)).__next__], ids=["an identity", "no number", "a count"])
+def test_a_look_that_gives_another_value_though_nothing_happens_is_refused(gives: Callable[[], Any]) -> None:
+    class Furnished(Town):
+        def look(self) -> Any:
+            return [gives()]
+
+    town = Furnished()
+
+    with pytest.raises(MisuseError, match=r"a look\(\) that gives the same as long as nothing happens, got one that gave \(-\), and then"):
+        verified(town, Pipeline(name="one").with_stage("a", Booking(town, "a")))
+
+
 def test_a_stage_to_leave_out_that_is_not_there_is_refused() -> None:
     with pytest.raises(MisuseError, match="expected stages of pipeline 'trip' to leave out"):
         verified(*trip(), leave_out=["sofa"])

@@ -203,6 +203,11 @@ class _Verifier:
         """Run the saga without any fault, to learn its stages and whether anything can be verified at all; their paths."""
         await self._outside.reset()
         before = await self._outside.look()
+        again = await self._outside.look()
+        if not is_same(before, again):
+            got = f"one that gave (-), and then (+):\n{difference(before, again)}"
+            hint = "Leave out what is new at each look, and give values that equal what they are copied from"
+            raise MisuseError("a look() that gives the same as long as nothing happens", got=got, hint=hint)
         coordinator = self._coordinator(self._ledger(), Injection())
         report = await self._run(coordinator, Injection())
         after = await self._outside.look()
