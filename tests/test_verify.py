@@ -551,9 +551,28 @@ def test_a_compensation_that_undoes_nothing_is_named_and_nothing_else_is_advised
         verified(*trip(room=Forgetful))
 
     said = str(failed.value)
-    assert "\ncompensate() of room leaves something behind. Have it undo that, too; a mere trace is to be left out of look()." in said
+    assert "\ncompensate() of room leaves something behind, or undoes what is not its own. Have it undo all that its stage did" in said
     assert "bear repetition" not in said
     assert "probe()" not in said
+
+
+class Sweeping(Booking):
+    """Undoes whatever it finds."""
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        self.town.bookings.clear()
+
+
+def test_a_compensation_that_undoes_what_is_not_its_own_is_said_to_do_so() -> None:
+    class Inhabited(Town):
+        def reset(self) -> None:
+            self.bookings = {"theirs": "theirs"}
+
+    town = Inhabited()
+    pipeline = Pipeline(name="trip").with_stage("seat", Sweeping(town, "seat"))
+
+    with pytest.raises(VerificationFailed, match=r"compensate\(\) of seat leaves something behind, or undoes what is not its own\."):
+        verified(town, pipeline)
 
 
 def test_of_many_stages_the_one_whose_compensation_undoes_nothing_is_named_by_its_path() -> None:
@@ -564,14 +583,14 @@ def test_of_many_stages_the_one_whose_compensation_undoes_nothing_is_named_by_it
     pipeline = outer.with_stage("hotel", nested(inner), dependencies=("seat",))
     pipeline = pipeline.with_stage("card", Booking(town, "card"), dependencies=("hotel",))
 
-    with pytest.raises(VerificationFailed, match=r"compensate\(\) of hotel/deposit leaves something behind\."):
+    with pytest.raises(VerificationFailed, match=r"compensate\(\) of hotel/deposit leaves something behind, or"):
         verified(town, pipeline)
 
 
 def test_the_compensation_of_an_only_stage_that_undoes_nothing_is_named() -> None:
     town = Town()
 
-    with pytest.raises(VerificationFailed, match=r"compensate\(\) of seat leaves something behind\."):
+    with pytest.raises(VerificationFailed, match=r"compensate\(\) of seat leaves something behind, or"):
         verified(town, Pipeline(name="short").with_stage("seat", Forgetful(town, "seat")))
 
 

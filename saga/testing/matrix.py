@@ -34,7 +34,10 @@ _OF_A_KILL: Final = (
     "What a died process has left is found by a probe(), which gives the same output; a stage that runs again needs "
     "ctx.idempotency_key; nothing that a stage keeps in itself outlives its process."
 )
-_LEFT_BEHIND: Final = "leaves something behind. Have it undo that, too; a mere trace is to be left out of look()."
+_UNDOES_OTHERWISE: Final = (
+    "leaves something behind, or undoes what is not its own. Have it undo all that its stage did, and nothing else; a mere trace is to "
+    "be left out of look()."
+)
 _ADVICE: Final = {
     Fault.RAISES_AFTER: (
         "A lost answer looks like a failure: give the stage a probe(), or ctx.record its effects. A plain stage can have neither."
@@ -123,7 +126,7 @@ def _advice(wrong: str, alike: Collection[Trial], went_well: Iterable[Trial]) ->
         faults = {trial.fault for trial in plain}
         cleared = {path for trial in went_well if trial.fault in faults and _is_plain(trial) for path in _undone(trial)}
         names = " or ".join(sorted(suspects - cleared or suspects))
-        return (f"compensate(){names and f' of {names}'} {_LEFT_BEHIND}",)
+        return (f"compensate(){names and f' of {names}'} {_UNDOES_OTHERWISE}",)
     # What failed by itself says why; only of a process that died there is more to say.
     return dict.fromkeys(_ADVICE[trial.fault] for trial in alike if trial.fault in _ADVICE and (trial.fault in KILLS or is_of_world))
 
