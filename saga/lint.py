@@ -285,7 +285,9 @@ class _Design:
         return node.role is Role.PLAIN and self.plan(node.name).has_effect is True
 
     def is_retried(self, name: str) -> bool:
-        return (self.plan(name).retry or self.policy.retry).attempts > 1
+        """Whether the stage is attempted again if it fails and not only if it runs out of time; for which exceptions, is its own affair."""
+        retry = self.plan(name).retry or self.policy.retry
+        return retry.attempts > 1 and (retry.retry_on is None or not _OUT_OF_TIME.issuperset(retry.retry_on))
 
     def fallback(self, name: str) -> Literal["stage", "policy"] | None:
         """Whose fallback stands in for the stage when it fails; None: nobody's."""
@@ -312,6 +314,8 @@ class _Design:
             yield f"after the deadline of {self.policy.deadline:g} s"
 
 
+_OUT_OF_TIME: Final = frozenset({FailureKind.TIMEOUT.value, FailureKind.COMPENSATION.value})
+"""The kinds that no stage has which raises or reports a failure; the last one no stage at all has, going forward."""
 _CHANGES_THINGS: Final = frozenset({StageKind.WORK.value, StageKind.AGENT.value})
 
 
@@ -362,7 +366,7 @@ def _fallible_after_pivot(design: _Design) -> Iterator[Finding]:
             FindingCode.FALLIBLE_AFTER_PIVOT,
             name,
             f"it may fail when {_named(passed)} can't be undone any more: the saga then can go neither on nor back",
-            f"Give it a Retry with more than one attempt, or a fallback under ContinueWithFallback{sooner}",
+            f"Give it a Retry with more than one attempt, also where it raises, or a fallback under ContinueWithFallback{sooner}",
         )
 
 

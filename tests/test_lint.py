@@ -210,6 +210,16 @@ def test_a_stage_of_its_own_with_one_attempt_is_not_helped_by_the_policys_retry(
     assert found(made, FailFast(retry=TWICE)) == [("ship", "fallible-after-pivot")]
 
 
+@pytest.mark.parametrize(
+    ("retry_on", "helps"),
+    [((), False), ("timeout", False), (("timeout", "compensation"), False), ("reported", True), (("timeout", OSError), True)],
+)
+def test_a_retry_after_a_timeout_alone_helps_nobody_that_raises(retry_on: Any, helps: bool) -> None:
+    made = pipeline(charge=Charge, ship=(a(Hold, retry=Retry(attempts=9, retry_on=retry_on), compensate_in_doubt=True), "charge"))
+
+    assert found(made) == ([] if helps else [("ship", "fallible-after-pivot")])
+
+
 def test_however_far_after_a_pivot_a_stage_comes_it_has_to_be_helped() -> None:
     made = pipeline(charge=Charge, ship=(RETRIED, "charge"), thank=(PURE, "ship"))
 
