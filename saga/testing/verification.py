@@ -33,6 +33,7 @@ from saga.testing.matrix import matrix
 from saga.testing.outside import ID, Outside, World, difference, is_same, leaves_and_branches
 from saga.testing.rehearsal import MortalLedger, Rehearsal
 from saga.text import qualified
+from saga.watch import outlast
 
 if TYPE_CHECKING:
     from saga.report import SagaReport
@@ -358,7 +359,7 @@ class _Verifier:
         except asyncio.CancelledError:
             # Whoever verifies is cancelled: the saga is undone before the cancel goes on.
             caller.cancel()
-            await asyncio.wait({caller})
+            await outlast({caller})
             raise
         return await coordinator.report(ID) if caller.cancelled() else caller.result()
 
