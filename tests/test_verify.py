@@ -556,6 +556,19 @@ def test_a_compensation_that_undoes_nothing_is_named_and_nothing_else_is_advised
     assert "probe()" not in said
 
 
+def test_a_compensation_that_undoes_only_what_has_completed_is_named_for_what_was_recorded() -> None:
+    class Formal(Recording):
+        async def compensate(self, ctx: CompensationContext) -> None:
+            if ctx.output is not None:
+                await super().compensate(ctx)
+
+    with pytest.raises(VerificationFailed) as failed:
+        verified(*trip(card=Formal), faults=[Fault.RAISES_AFTER])
+
+    assert "compensate() of card leaves something behind" in str(failed.value)
+    assert "ctx.record" not in str(failed.value)
+
+
 class Sweeping(Booking):
     """Undoes whatever it finds."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from saga.events import SagaStatus
 from saga.ledger import StageState
 from saga.render.lettering import aligned
+from saga.report import StageReport
 from saga.testing.faults import KILLS, Fault
 from saga.testing.outside import BY_THE_REPORT, leaves_and_branches
 
@@ -138,8 +139,14 @@ def _undone(trial: Trial) -> set[str]:
 
 
 def _is_plain(trial: Trial) -> bool:
-    """Whether nothing was asked of the compensations but to undo what had completed."""
-    if trial.fault is not Fault.INTERRUPTED_AFTER:
-        return trial.fault is Fault.RAISES_BEFORE
-    stage = None if trial.report is None else trial.report.stages.get(trial.stage)
-    return stage is not None and stage.failure is None
+    """Whether nothing was asked of the compensations but to undo once what had landed once."""
+    stages = {} if trial.report is None else dict(leaves_and_branches(trial.report))
+    match trial.fault, stages.get(trial.stage):
+        case Fault.RAISES_BEFORE, _:
+            return True
+        case Fault.INTERRUPTED_AFTER, StageReport(failure=None):
+            return True
+        case Fault.RAISES_AFTER | Fault.TIMES_OUT_AFTER, StageReport(state=StageState.UNDONE, attempts=1):
+            return True
+        case _:
+            return False
