@@ -228,6 +228,8 @@ class _Verifier:
                 "Leave out of look() what differs from run to run (keys, times, numbers that are given anew, an order left to chance), "
                 "and have reset() forget all that the world has seen, also keys"
             )
+            if report.skipped:
+                hint += f", and let no stage return SKIP that has had an effect (skipped: {', '.join(report.skipped)})"
             raise MisuseError("a world that looks the same whenever the same stages have run", got=contradiction, hint=hint)
         stages = dict(leaves_and_branches(report))
         self._ran = [path for path, stage in stages.items() if stage.attempts]
