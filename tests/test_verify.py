@@ -8,6 +8,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -719,6 +720,20 @@ def test_a_stage_that_fails_by_itself_is_not_to_be_left_out_for_it() -> None:
 
     assert "It is compensated, though nothing made this fail: stage 'card' raised: OSError: not today" in str(failed.value)
     assert "leave it out" not in str(failed.value)
+
+
+def test_a_probe_may_find_what_code_has_done_that_was_given_up_and_goes_on() -> None:
+    class Dogged(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            output = await super().execute(ctx)
+            with suppress(asyncio.CancelledError):
+                await elapse(60)
+            await elapse(60)
+            return output
+
+    verification = verified(*trip(seat=Dogged), FailFast(drain_timeout=1, cancel_grace=1), faults=[Fault.KILLED_BEFORE])
+
+    assert {trial.ending for trial in verification.trials} == {(), (COMPENSATED,), (COMPLETED,)}
 
 
 def test_an_output_that_no_durable_ledger_can_keep_is_found_unless_none_is_wanted() -> None:

@@ -65,7 +65,7 @@ class Injection:
         caller: Who is cancelled where that is the fault.
         reached: Whether it struck.
         lifted: Whether it, and what turns the saga back, is mended.
-        far: How far each stage came, by its path.
+        far: How far each stage whose code has run came, by its path.
     """
 
     fault: Fault | None = None
@@ -155,10 +155,12 @@ class FaultyActions(LocalActions):
     async def _perform(self, ctx: SagaContext) -> Any:
         """Run the stage's own code, and note how far it comes."""
         path, far, recorder = self._prefix + ctx.stage_name, self._injection.far, _Recorder(ctx._host)  # noqa: SLF001 - to stand before it
+        # Code that is given up may have its effect, and not end before anybody asks for it.
+        far.setdefault(path, 0)
         try:
             returned = await super().execute(replace(ctx, _host=recorder))
         except BaseException:
-            far[path] = max(far.get(path, 0), recorder.count)
+            far[path] = max(far[path], recorder.count)
             raise
         far[path] = WHOLE
         return returned
