@@ -355,7 +355,8 @@ class SagaKeeper:
         if state.is_spotless or not saga.has_children or not isinstance(saga.policy, ContinueWithFallback):
             return
         for name, record in state.stages.items():
-            is_due = record.state in {StageState.FAILED, StageState.IN_DOUBT} and state.graph[name].has_fallback
+            # Of one in doubt it is looked up when that is asked.
+            is_due = record.state is StageState.FAILED and state.graph[name].has_fallback
             if is_due and not (record.fallback_failed or record.stands_in_part) and await saga.left_within(name):
                 message = "the process of its fallback is gone; what became of it is not in the ledger"
                 failure = Failure.of(name, FailureKind.CRASHED, message, attempt=record.attempts)

@@ -107,6 +107,21 @@ def test_killed_at_any_event_what_the_sagas_of_a_fallback_have_done_is_undone_wh
     assert kill > 5
 
 
+def test_of_a_stage_that_died_when_it_had_run_a_saga_it_is_not_said_that_its_fallback_did() -> None:
+    world, trip = with_another_hotel(leaves=True)
+    ledger = Dying(3)
+    with contextlib.suppress(LedgerError):
+        run(SagaCoordinator(ContinueWithFallback(), ledger=ledger).run(trip, saga_id="s"))
+    assert world.standing == {"room": 1}
+    ledger.left = 10_000
+    ledger.forget_owners()
+
+    report = run(SagaCoordinator(ledger=ledger).compensate("s", trip))
+
+    assert (report.status, world.standing) == (SagaStatus.COMPENSATED, {})
+    assert [failure.message for failure in report.failures] == ["its process is gone; what became of it is not in the ledger"]
+
+
 @pytest.mark.parametrize("probe", [None, nothing_landed])
 @pytest.mark.parametrize("leaves", [True, False])
 def test_killed_at_any_event_the_undoing_of_what_the_sagas_of_a_fallback_have_done_goes_on(leaves: bool, probe: Any) -> None:
