@@ -352,12 +352,13 @@ class SagaKeeper:
     async def _note_cut_off(self, saga: LiveSaga) -> None:
         """Record which fallbacks were cut off with their process when they had run sagas that stand: nothing else tells of these."""
         state = saga.journal.state
-        if state.is_spotless or not saga.has_children or not isinstance(saga.policy, ContinueWithFallback):
+        if state.is_spotless or not saga.has_children:
             return
         for name, record in state.stages.items():
-            # Of one in doubt it is looked up when that is asked.
-            is_due = record.state is StageState.FAILED and state.graph[name].has_fallback
-            if is_due and not (record.fallback_failed or record.stands_in_part) and await saga.left_within(name):
+            # Whether it has a fallback does not tell: its code, and the policy, may be others since. Of one in doubt it is looked up when
+            # that is asked.
+            is_due = record.state is StageState.FAILED and not (record.fallback_failed or record.stands_in_part)
+            if is_due and await saga.left_within(name):
                 message = "the process of its fallback is gone; what became of it is not in the ledger"
                 failure = Failure.of(name, FailureKind.CRASHED, message, attempt=record.attempts)
                 await saga.journal.record(FallbackFailed(stage=name, failure=failure, left_within=True))

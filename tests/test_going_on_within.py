@@ -107,6 +107,36 @@ def test_killed_at_any_event_what_the_sagas_of_a_fallback_have_done_is_undone_wh
     assert kill > 5
 
 
+def without_fallback(trip: Pipeline) -> Pipeline:
+    hotel: Any = trip.stages["hotel"].runner
+    mended = compensable(hotel.execute, hotel.compensate, compensate_in_doubt=True)
+    return Pipeline(name=trip.name).with_stage("hotel", mended).with_stage("taxi", trip.stages["taxi"].runner, dependencies=("hotel",))
+
+
+@pytest.mark.parametrize("without", ["fallback", "policy"])
+def test_killed_at_any_event_what_the_sagas_of_a_fallback_have_done_is_undone_by_who_would_not_call_it_again(without: str) -> None:
+    """Promise 5: with another policy, or without a fallback in its stage any more, a saga of one stood in a saga that was compensated."""
+    stood = 0
+    for kill in range(2, 40):
+        world, trip = with_another_hotel(leaves=False)
+        ledger = Dying(kill)
+        with contextlib.suppress(LedgerError):
+            run(SagaCoordinator(ContinueWithFallback(), ledger=ledger).run(trip, saga_id="s"))
+        is_done, ledger.left = ledger.left >= 0, 10_000
+        ledger.forget_owners()
+        stood += "inn" in world.standing
+
+        if without == "fallback":
+            report = run(SagaCoordinator(ledger=ledger).resume("s", without_fallback(trip)))
+        else:
+            report = run(SagaCoordinator(ledger=ledger).resume("s", trip, policy=FailFast()))
+
+        assert (report.status is SagaStatus.COMPENSATED) is (world.standing == {}), kill
+        if is_done:
+            break
+    assert stood > 5
+
+
 def test_of_a_stage_that_died_when_it_had_run_a_saga_it_is_not_said_that_its_fallback_did() -> None:
     world, trip = with_another_hotel(leaves=True)
     ledger = Dying(3)
