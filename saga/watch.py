@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import traceback
 import types
 from collections.abc import Awaitable, Collection, Coroutine, Generator
@@ -141,8 +142,11 @@ def is_of_signal(error: BaseException) -> bool:
     """Whether a signal has struck, Ctrl-C or one whose handler exits: by chance, and the code that ran has said nothing of its effect."""
     if not isinstance(error, SystemExit):
         return isinstance(error, KeyboardInterrupt)
-    # Which handler is in place can't be asked: many replace themselves first, so that a second signal does nothing.
-    return any(_was_given(frame, frame.f_back) for frame, _ in traceback.walk_tb(error.__traceback__))
+    # Many handlers replace themselves first, so that a second signal does nothing; and some delete what they were given and don't use.
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    in_place = {getattr(getattr(handler, "func", handler), "__code__", None) for handler in handlers}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(frame.f_code in in_place or _was_given(frame, frame.f_back) for frame in frames)
 
 
 def _was_given(frame: types.FrameType, struck: types.FrameType | None) -> bool:

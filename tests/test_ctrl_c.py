@@ -317,8 +317,14 @@ def exits_once(number: int, _: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
+def exits_without_its_arguments(number: int, frame: FrameType | None) -> None:
+    """A handler that deletes what it does not use."""
+    del number, frame
+    sys.exit(143)
+
+
 @pytest.mark.usefixtures("service")
-@pytest.mark.parametrize("handler", [exits_once, Exits(), Exits().__call__, partial(Exits())])
+@pytest.mark.parametrize("handler", [exits_once, exits_without_its_arguments, Exits(), Exits().__call__, partial(Exits())])
 def test_a_sigterm_is_known_as_one_however_its_handler_was_written(handler: Callable[[int, FrameType | None], None]) -> None:
     """Of a charge that it met it was taken that it had not landed: the card was charged twice, and the service went on to run."""
     world, pipeline = scene(SEQUENCE)
