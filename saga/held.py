@@ -14,7 +14,7 @@ from saga.errors import LedgerError, MisuseError
 from saga.heart import Heart
 from saga.ledger import answering
 from saga.owners import this_process
-from saga.watch import make_ready, outlast, start
+from saga.watch import make_ready, outlast, start, this_loop
 
 if TYPE_CHECKING:
     from saga.alive import LiveSaga
@@ -47,11 +47,7 @@ class Held:
         Raises:
             MisuseError: No event loop of asyncio runs.
         """
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            hint = "With anyio, choose the backend 'asyncio'; trio can't run sagas."
-            raise MisuseError("an event loop of asyncio", got="none that runs here", hint=hint) from None
+        loop = this_loop()
         make_ready()
         self.sagas[saga_id] = None
         if self._ledger.lease is not None:

@@ -13,7 +13,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 import anyio
 
-from saga.errors import LedgerError
+from saga.errors import LedgerError, MisuseError
 from saga.failures import FailureKind
 
 T = TypeVar("T")
@@ -115,6 +115,19 @@ async def outlasting(answer: Answer[T]) -> T:
                     await asyncio.wait([answer.late])
                 answer.make_up()
     return answer.late.result()
+
+
+def this_loop() -> asyncio.AbstractEventLoop:
+    """The event loop that runs here.
+
+    Raises:
+        MisuseError: None of asyncio's does.
+    """
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        hint = "With anyio, choose the backend 'asyncio'; trio can't run sagas."
+        raise MisuseError("an event loop of asyncio", got="none that runs here", hint=hint) from None
 
 
 def this_task() -> asyncio.Task[Any]:

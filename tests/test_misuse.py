@@ -1344,3 +1344,13 @@ def test_a_saga_in_no_event_loop_of_asyncio_is_refused_before_anything_is_record
 
     assert run(coordinator.ledger.list()) == ()
     assert coordinator._keeper.held.sagas == {}
+
+
+def test_in_no_event_loop_of_asyncio_it_is_not_said_that_a_ledger_on_disk_has_failed(tmp_path: Path) -> None:
+    """As of an id, which is looked for first: an operator looked after a database that was well."""
+    _, trip = scene(SEQUENCE)
+    coordinator = SagaCoordinator(ledger=SQLiteLedger(tmp_path / "sagas.db"))
+
+    for use in (coordinator.run(trip, saga_id="s"), coordinator.report("s"), coordinator.resume("s", trip), coordinator.recover(trip)):
+        with pytest.raises(MisuseError, match=r"^expected an event loop of asyncio, got none that runs here\."):
+            use.send(None)

@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from saga.errors import LedgerError
-from saga.watch import Answer
+from saga.watch import Answer, this_loop
 
 _MOST: Final = 2**24
 """A batch is closed when it holds so many bytes."""
@@ -124,8 +124,11 @@ class Worker(Generic[S]):
         Args:
             request: What `work` understands.
             size: How many bytes of a batch it takes.
+
+        Raises:
+            MisuseError: No event loop of asyncio runs.
         """
-        loop = asyncio.get_running_loop()
+        loop = this_loop()
         future = _Asked(loop=loop)
         future.ask_again = partial(self._ask_again, request, size)
         self._newest = number = next(self._numbers)
