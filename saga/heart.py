@@ -13,6 +13,7 @@ from saga.watch import start, this_task
 
 _LOG: Final = logging.getLogger("saga")
 _HEARTS: Final[weakref.WeakSet[asyncio.Task[Any]]] = weakref.WeakSet()
+"""Those of all threads: one may begin while another one looks here, so nobody goes through them."""
 
 
 class Heart:
@@ -60,7 +61,7 @@ class Heart:
                 rest = due - self.loop.time()
                 if not this_task().cancelling():
                     await asyncio.sleep(rest)
-                elif others := asyncio.all_tasks().difference(_HEARTS):
+                elif others := {task for task in asyncio.all_tasks() if task not in _HEARTS}:
                     # asyncio.run cancels every task before it ends, and waits for what is still to be undone: that must not lose its lease.
                     await asyncio.wait(others, timeout=rest)
                 else:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, HttpUrl, RootModel, computed_field, field_serializer, field_validator
@@ -36,6 +37,7 @@ from saga import (
     SagaStatus,
     SagaUnrecorded,
     compensable,
+    heart,
     nested,
 )
 from saga.events import AnyEvent, SagaStarted, StageCompleted, StageProbed, StageStarted, event_from_json, event_to_json
@@ -259,6 +261,42 @@ def test_a_loop_ends_though_a_ctrl_c_struck_where_nobody_ran_yet_what_its_owners
 
     # When it was time to, and when they were cancelled.
     assert ledger.beats == 2 * len(owners)
+
+
+class Begins(WeakSet[Any]):
+    """Hearts of which another one begins, in another thread, while somebody goes through them."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for one in super().__iter__():
+            self.add(Begins)
+            yield one
+
+
+def test_an_owner_says_that_it_is_alive_in_a_loop_that_ends_while_another_one_begins_to_in_another_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its heart stood still with a RuntimeError, and what was still to be undone lost its lease."""
+    monkeypatch.setattr(heart, "_HEARTS", Begins())
+    ledger = SlowDisk()
+    held = SagaCoordinator(ledger=ledger)._keeper.held
+    undoing: list[asyncio.Task[None]] = []
+
+    async def undo() -> None:
+        held.hold("s")
+        with contextlib.suppress(asyncio.CancelledError):
+            await elapse(100)
+        await elapse(25)
+        held.let_go("s")
+
+    async def play() -> None:
+        undoing.append(asyncio.create_task(undo()))
+        await elapse(1)
+
+    with asyncio.Runner(loop_factory=ControlledLoop) as runner:
+        runner.run(play())
+
+    # When it was cancelled, and every ten seconds from then on.
+    assert ledger.beats == 3
 
 
 def test_an_owner_says_that_it_is_alive_in_a_loop_that_goes_on_after_everything_in_it_was_cancelled() -> None:
