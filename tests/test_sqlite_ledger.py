@@ -1432,6 +1432,34 @@ def test_what_is_handed_over_after_another_event_loop_has_closed_the_ledger_is_r
     asyncio.run(play())
 
 
+def test_what_was_done_before_the_end_is_answered_so_though_it_was_asked_for_once_more_behind_that() -> None:
+    begun = threading.Event()
+
+    def work(door: Door, requests: Sequence[threading.Event]) -> Sequence[bool]:
+        begun.set()
+        return wait_for(door, requests)
+
+    async def play() -> None:
+        worker = workers.Worker("w", Door, work)
+        first = threading.Event()
+        worker.ask(first)
+        await asyncio.sleep(0)
+        assert begun.wait(5)
+        asked = worker.ask(opened())
+        await asyncio.sleep(0)
+        worker.stop()
+        asked.cancel()
+
+        first.set()
+        worker.join(5)
+        asked.cancel()
+
+        assert asked.late is not None
+        assert await asked.late
+
+    asyncio.run(play())
+
+
 @pytest.mark.parametrize("code", [workers.Worker._end_turn, workers.Worker._hand_over, workers._settle], ids=lambda code: code.__name__)
 def test_a_write_that_a_ctrl_c_cuts_off_from_its_answer_is_answered_all_the_same(code: FunctionType, path: Path) -> None:
     """A saga waited for it for ever when asyncio.run cancelled all tasks, and the process hung."""

@@ -194,7 +194,8 @@ class Worker(Generic[S]):
                 job = self._jobs.get_nowait()
                 if isinstance(job.request, _Rest):
                     job.request.reached.set()
-                self._give([job], [LedgerError("the ledger is closed")])
+                if _is_new(job):
+                    self._give([job], [LedgerError("the ledger is closed")])
 
     async def end(self) -> None:
         """Do what was asked for before, and end; a worker to which somebody else has said so is waited for."""
