@@ -1483,6 +1483,29 @@ def test_a_write_that_a_ctrl_c_cuts_off_from_its_answer_is_answered_all_the_same
     assert answered == ["created"]
 
 
+def test_a_ledger_answers_in_a_loop_that_goes_on_after_a_ctrl_c_cut_off_what_it_was_asked_for(path: Path) -> None:
+    """As in an interactive shell, where nobody is cancelled: all that was asked of it from then on waited for ever."""
+    tracing = sys.gettrace()
+
+    def strike(frame: FrameType, *_: Any) -> None:
+        if frame.f_code is workers.Worker._end_turn.__code__:
+            sys.settrace(tracing)
+            raise KeyboardInterrupt
+
+    async def play() -> Sequence[AnyEvent]:
+        sys.settrace(strike)
+        return await ledger.read("s")
+
+    with asyncio.Runner() as runner:
+        ledger = SQLiteLedger(path)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(play())
+
+        assert runner.run(asyncio.wait_for(ledger.read("s"), 5)) == ()
+
+        runner.run(ledger.close())
+
+
 def test_a_ledger_is_closed_although_a_ctrl_c_cut_off_what_it_was_asked_for(path: Path) -> None:
     """The order to end went behind what nobody handed over any more, and the process hung."""
     tracing = sys.gettrace()

@@ -154,6 +154,8 @@ class Worker(Generic[S]):
         nothing asks for it anew: on a quiet machine it never gets it, and nothing would be recorded as long as the loop has work to do.
         """
         if self._answered < number:
+            # Where a Ctrl-C cut off the end of a turn, in a loop that goes on all the same, what is asked for since waits behind that.
+            self._end_turn(loop)
             self._call_in_the_others(number)
             self._has_answered.clear()
             self._has_answered.wait(_TURN)
