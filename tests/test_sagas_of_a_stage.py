@@ -262,8 +262,11 @@ def test_a_person_who_says_that_a_stage_is_undone_with_the_sagas_of_its_fallback
     assert (report.status, report.fallbacks, [*report.undone]) == (SagaStatus.COMPENSATED, (), ["hotel"])
 
 
+@pytest.mark.parametrize("idempotent", [True, False])
 @pytest.mark.parametrize("outcome", ["hang", "raise"])
-def test_a_stage_that_is_stuck_behind_the_sagas_of_its_fallback_is_not_run_again_when_its_saga_goes_forward(outcome: str) -> None:
+def test_a_stage_that_is_stuck_behind_the_sagas_of_its_fallback_is_not_run_again_when_its_saga_goes_forward(
+    outcome: str, idempotent: bool
+) -> None:
     """Promise 1: it failed again, its fallback ran another inn, and the first one was cancelled under the taxi that goes there."""
     world, flat = scene({"inn": (), "taxi": ()})
     room = Pipeline(name="room").with_stage("inn", flat.stages["inn"].runner)
@@ -284,7 +287,7 @@ def test_a_stage_that_is_stuck_behind_the_sagas_of_its_fallback_is_not_run_again
             raise declined
         await undo_each([room] * len(await ctx.child_sagas()))(ctx)
 
-    hotel = compensable(hold, release, fallback=book_other, timeout=10, idempotent=True, compensate_in_doubt=True)
+    hotel = compensable(hold, release, fallback=book_other, timeout=10, idempotent=idempotent, compensate_in_doubt=True)
     trip = Pipeline(name="trip").with_stage("hotel", hotel)
     trip = trip.with_stage("taxi", flat.stages["taxi"].runner, dependencies=("hotel",))
     coordinator = SagaCoordinator(ContinueWithFallback(compensation=IMPATIENT.compensation))

@@ -40,6 +40,7 @@ from saga.ledgers import open_ledger, sqlite, workers
 from saga.ledgers.postgres import PostgresLedger
 from saga.ledgers.rows import Prune, Writer, checksum
 from saga.ledgers.sqlite import MIGRATIONS, SQLiteLedger
+from saga.watch import this_task
 from tests.places import SQLiteFile
 from tests.scripts.appending import AT_ONCE, SAGAS
 from tests.scripts.unsynced import CALLS
@@ -1481,6 +1482,46 @@ def test_a_write_that_a_ctrl_c_cuts_off_from_its_answer_is_answered_all_the_same
         asyncio.run(play())
 
     assert answered == ["created"]
+
+
+def test_a_write_that_goes_on_for_who_was_cancelled_is_answered_though_a_ctrl_c_cuts_off_its_answer(path: Path) -> None:
+    answered: list[str] = []
+    tracing = sys.gettrace()
+
+    def strike(frame: FrameType, *_: Any) -> None:
+        if frame.f_code is workers._settle.__code__:
+            sys.settrace(tracing)
+            raise KeyboardInterrupt
+
+    async def play() -> None:
+        async with SQLiteLedger(path) as ledger:
+            asyncio.get_running_loop().call_soon(this_task().cancel)
+            sys.settrace(strike)
+            await ledger.create("s", "me", [started("s")])
+            answered.append("created")
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(play())
+
+    assert answered == ["created"]
+
+
+def test_what_is_asked_for_keeps_its_place_when_who_waits_for_it_is_cancelled_in_the_same_turn() -> None:
+    done: list[str] = []
+
+    def work(_: Door, requests: Sequence[str]) -> Sequence[None]:
+        done.extend(requests)
+        return [None] * len(requests)
+
+    async def play() -> None:
+        worker = workers.Worker("w", Door, work)
+        worker.ask("first")
+        worker.ask("second").cancel()
+        await worker.end()
+
+    asyncio.run(play())
+
+    assert done == ["first", "second"]
 
 
 def test_a_ledger_answers_in_a_loop_that_goes_on_after_a_ctrl_c_cut_off_what_it_was_asked_for(path: Path) -> None:

@@ -249,6 +249,37 @@ def test_a_stage_that_was_to_be_tried_again_is_for_a_person_once_the_saga_above_
     assert run(coordinator.settle("s", "book/room", "undone", "by hand")).clean
 
 
+def test_a_saga_that_is_stuck_within_a_stage_that_the_saga_above_is_done_with_is_resumed_by_itself() -> None:
+    is_reached: list[bool] = []
+
+    async def hang(_: SagaContext) -> None:
+        await elapse(10)
+
+    async def ask(_: CompensationContext) -> None:
+        if not is_reached:
+            raise CardDeclined
+
+    room = Pipeline(name="room").with_stage("room", compensable(hang, nothing, probe=ask, timeout=1))
+    answers = iter([CardDeclined()])
+
+    async def book(ctx: Any) -> None:
+        for declined in answers:
+            await ctx.run_saga(room, policy=IMPATIENT)
+            raise declined
+
+    trip = Pipeline(name="trip").with_stage("book", book, "work")
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"))
+    run(coordinator.run(trip, saga_id="s"))
+    run(coordinator.settle("s", "book/room", "retry", "they answer again"))
+
+    report = run(coordinator.resume("s", trip))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert what_to_do(report)[-1] == "To do: there is nothing to settle. Mend the cause, then: saga resume s/book"
+    is_reached.append(True)
+    assert run(coordinator.resume("s/book", room)).status is SagaStatus.COMPENSATED
+
+
 def test_a_stage_that_was_to_run_again_is_for_a_person_once_its_saga_goes_back_without_it() -> None:
     """To resume was all that there was to do, and it did nothing."""
     world, pipeline = scene({"a": (), "b": ()}, {"b": Script("hang", lands=True)})
