@@ -1437,6 +1437,29 @@ def test_a_saga_whose_row_is_damaged_is_told_of_behind_all_others_and_goes_on_by
     assert shop.saga("recover", "shop:seat").out == "No saga has lost its process.\n"
 
 
+def test_where_the_ledger_fails_under_a_recovery_the_command_that_goes_on_is_said(shop: Shop) -> None:
+    take_away = """
+class TakeAway(Reserve):
+    retry = Retry(attempts=2)
+
+    async def execute(self, ctx):
+        if ctx.attempt == 1:
+            os._exit(9)
+        Path("mine.db").rename("elsewhere.db")
+
+
+theft = seat.with_stage("take_away", TakeAway, dependencies=("reserve_seat",))
+"""
+    shop.write("shop.py", SHOP + take_away)
+    shop.really("run", "shop:theft", "--id", "s", "--ledger", "sqlite:///mine.db")
+
+    done = shop.really("recover", "shop:theft", "shop:order", "--ledger", "sqlite:///mine.db")
+
+    assert done.code == Exit.FAILED
+    assert done.out.startswith("s: not recovered, saga s stopped, because its ledger failed: ")
+    assert done.out.endswith("When the ledger is back, go on: saga recover shop:theft shop:order --ledger sqlite:///mine.db\n")
+
+
 def test_a_recovery_is_told_in_json(shop: Shop) -> None:
     shop.really("run", "shop:crash", "--id", "gone")
     shop.write("shop.py", SHOP.replace('ending("crash", die)', 'ending("crash", decline)'))

@@ -228,14 +228,18 @@ async def _conduct(
         try:
             outcome = await conduct(ledger, saga_id, work, console=Stderr(), goes_on=goes_on, policy=policy)
         except SagaUnrecorded as stopped:
-            # Who types commands has no coordinator.
-            raise LedgerError(f"{stopped.told} When the ledger is back, go on: {goes_on}") from stopped
+            raise _unrecorded(stopped, goes_on) from stopped
         if outcome.idle and decision is not None and (why_not := decision(await ledger.read(saga_id), None).why_not):
             typer.echo(f"Nothing was done: {why_not}.", err=True)
     if outcome.report is None:
         raise typer.Exit(Exit.INTERRUPTED)
     _print_report(outcome.report, reach, as_json=as_json)
     raise typer.Exit(exit_of_status(outcome.report.status, interrupted=outcome.interrupted))
+
+
+def _unrecorded(stopped: SagaUnrecorded, goes_on: str) -> LedgerError:
+    """The same for who types commands, and has no coordinator."""
+    return LedgerError(f"{stopped.told} When the ledger is back, go on: {goes_on}")
 
 
 @command("recover")
@@ -250,6 +254,7 @@ def recover(
     """Go on with every saga whose process is gone."""
     pipelines = _pipelines(targets or settings(Path.cwd()).pipelines)
     url = _durable(ledger)
+    goes_on = next_command("recover", *(targets or ()), options=_reach(None, ledger).options)
 
     async def all_of_them() -> Exit:
         async with _opened(url) as opened:
@@ -263,6 +268,8 @@ def recover(
                 except asyncio.CancelledError:
                     stuck, _ = await listed(opened, {SagaStatus.STUCK})
                     return Exit.INTERRUPTED if gone_on_with.isdisjoint(stuck) else Exit.STUCK
+        unrecorded = {saga_id: error for saga_id, error in recovery.failed.items() if isinstance(error, SagaUnrecorded)}
+        recovery.failed.update({saga_id: _unrecorded(stopped, goes_on) for saga_id, stopped in unrecorded.items()})
         if as_json:
             _print_json(_as_json(recovery))
         else:
