@@ -552,6 +552,25 @@ def test_a_survey_counts_all_that_waits_but_in_the_saga_that_cant_be_read(tmp_pa
     assert backend.now("saga.stage.stuck") == 2
 
 
+def test_a_survey_drives_no_saga_out_of_memory_for_one_in_which_nothing_waits() -> None:
+    """A ledger may hold any number of sagas that halted; what was undone here was then one of an unknown pipeline."""
+    ledger = MemoryLedger()
+    backend = Backend(remember=1)
+    _, good = scene({"b": ()})
+    _, bad = scene({"b": ()}, {"b": Script("raise")})
+    coordinator = backend.coordinator(ledger=ledger)
+
+    async def main() -> None:
+        await SagaCoordinator(FailFast(on_failure="halt"), ledger=ledger).run(bad, saga_id="halted")
+        await coordinator.run(good, saga_id="s")
+        await backend.listener.survey(ledger)
+        await coordinator.compensate("s", good)
+
+    run(main())
+
+    assert backend.names()[-2:] == ["compensate b", "saga scene"]
+
+
 def test_a_survey_leaves_a_saga_that_is_alive_alone() -> None:
     backend = Backend()
     ledger = MemoryLedger()

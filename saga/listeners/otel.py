@@ -172,7 +172,8 @@ class OpenTelemetryListener:
             except LedgerCorrupt as error:
                 unread[saga_id] = error
                 continue
-            if state is not None and saga_id not in self._alive:
+            # Any number of them may have halted: in memory is only what waits, or did.
+            if state is not None and saga_id not in self._alive and (_waiting_in(state) or saga_id in self._unsettled):
                 saga = self._resting(saga_id)
                 saga.state, saga.pipeline = state, state.started.pipeline
                 self._rest(saga_id, saga)
@@ -215,8 +216,7 @@ class OpenTelemetryListener:
     def _rest(self, saga_id: str, saga: _Saga) -> None:
         """Remember a saga that has come to rest, count what waits in it, and forget the one that has rested longest if nothing does."""
         if saga.state is not None:
-            states = Counter(stage_states(saga.state).values())
-            self._counts_waiting(saga, Counter({state: states[state] for state in _WAITING}))
+            self._counts_waiting(saga, _waiting_in(saga.state))
             if saga.state.is_spotless:
                 # Nothing in it waits, and nothing can come late.
                 saga.state = None
@@ -318,6 +318,11 @@ class OpenTelemetryListener:
         span = attempt.span if attempt is not None else saga.root
         if span is not None:
             span.add_event(f"saga.{event.event.removeprefix('saga_')}", {**stage, **(attributes or {})}, _nanoseconds(event.at))
+
+
+def _waiting_in(state: SagaState) -> Counter[StageState]:
+    """How many stages are stuck, and how many in doubt."""
+    return Counter(shown for shown in stage_states(state).values() if shown in _WAITING)
 
 
 def _fold(saga: _Saga, event: AnyEvent) -> None:
