@@ -1063,24 +1063,26 @@ def test_a_look_that_cannot_be_kept_is_refused() -> None:
 
 
 class Array:
-    """Answers a comparison for each of its parts, as numpy's do."""
+    """Answers a comparison for each of its parts."""
 
-    def __init__(self, parts: list[object]) -> None:
+    def __init__(self, parts: list[object], refusal: type[Exception]) -> None:
         self.parts = parts
+        self.refusal = refusal
 
     def __eq__(self, other: object) -> Any:
-        return Array([part == other for part in self.parts])
+        return Array([part == other for part in self.parts], self.refusal)
 
     __hash__ = None  # type: ignore[assignment] # arrays have none
 
     def __bool__(self) -> bool:
-        raise ValueError("The truth value of an array is ambiguous.")
+        raise self.refusal("The truth value of an array is ambiguous.")
 
 
-def test_a_look_that_cannot_be_compared_is_refused() -> None:
+@pytest.mark.parametrize("refusal", [ValueError, TypeError, RuntimeError], ids=["numpy", "polars", "torch"])
+def test_a_look_that_cannot_be_compared_is_refused(refusal: type[Exception]) -> None:
     class Measured(Town):
         def look(self) -> Any:
-            return Array([len(self.bookings), 0])
+            return Array([len(self.bookings), 0], refusal)
 
     town = Measured()
 

@@ -165,7 +165,7 @@ def is_same(expected: object, found: object) -> bool:
     """
     try:
         return bool(expected == found)
-    except ValueError as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # as torch, polars and numpy refuse
         raise _not_plain(error) from None
 
 
