@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from stageflow.api import Pipeline, StageOutput
+from stageflow.api import Pipeline, StageContext, StageOutput
 
 from saga import (
     CompensableStage,
@@ -606,6 +606,24 @@ def test_the_compensation_of_an_only_stage_that_undoes_nothing_is_named() -> Non
 
     with pytest.raises(VerificationFailed, match=r"compensate\(\) of seat leaves something behind, or"):
         verified(town, Pipeline(name="short").with_stage("seat", Forgetful(town, "seat")))
+
+
+def test_where_nothing_was_undone_no_compensation_is_blamed() -> None:
+    town = Town()
+
+    async def label(_: StageContext) -> None:
+        town.bookings["label"] = "label"
+        await elapse(1)
+
+    pipeline = Pipeline(name="parcel").with_stage("label", label, "work").with_stage("card", Booking(town, "card"))
+
+    with pytest.raises(VerificationFailed) as failed:
+        verified(town, pipeline, FailFast(in_flight="cancel"), faults=Fault.RAISES_BEFORE, leave_out="label")
+
+    (trial,) = failed.value.verification.trials
+    assert trial.report is not None
+    assert (trial.report.undone, trial.wrong.partition(".")[0]) == ({}, "By the report it is compensated, nothing is in effect")
+    assert "compensate()" not in str(failed.value)
 
 
 def test_a_compensation_that_does_not_bear_repetition_is_found() -> None:

@@ -121,9 +121,10 @@ def _advice(wrong: str, alike: Collection[Trial], went_well: Iterable[Trial]) ->
     """What helps, if something does."""
     is_of_world = wrong.startswith(BY_THE_REPORT)
     plain = [trial for trial in alike if _is_plain(trial)] if is_of_world else []
-    if plain:
+    undone = [_undone(trial) for trial in plain]
+    if plain and all(undone):  # where nothing was undone, no compensation has a part in it
         # The harder faults go wrong for the same reason, and say nothing of their own until this is mended.
-        suspects = set.intersection(*map(_undone, plain))
+        suspects = set.intersection(*undone)
         faults = {trial.fault for trial in plain}
         cleared = {path for trial in went_well if trial.fault in faults and _is_plain(trial) for path in _undone(trial)}
         names = " or ".join(sorted(suspects - cleared or suspects))
