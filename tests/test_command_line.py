@@ -304,6 +304,25 @@ parcel = Pipeline(name="parcel").with_stage("weigh", weigh, "work")
     assert [line for line in done.err.splitlines() if line in {"the catalogue is read", "7 kg"}] == ["the catalogue is read", "7 kg"]
 
 
+def test_what_a_stage_writes_past_print_and_has_not_been_written_out_goes_to_stderr(shop: Shop) -> None:
+    weigh = """
+import sys
+
+
+async def weigh(ctx):
+    sys.__stdout__.write("7 kg\\n")
+
+
+parcel = Pipeline(name="parcel").with_stage("weigh", weigh, "work")
+"""
+    shop.write("shop.py", SHOP + weigh)
+
+    done = shop.really("run", "shop:parcel", "--json")
+
+    assert SagaReport.model_validate_json(done.out).status is SagaStatus.COMPLETED
+    assert "7 kg" in done.err.splitlines()
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_where_a_stream_is_closed_a_saga_runs_all_the_same(shop: Shop, closed: str) -> None:
     command = f"{shlex.quote(sys.executable)} -m saga run shop:trip --id s {closed}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
-from typing import Final
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from typing import Final, TextIO
 
 STDOUT: Final = 1
 _STDERR: Final = 2
@@ -22,4 +22,11 @@ def aside() -> Iterator[None]:
             afterwards.callback(os.close, before)
             os.dup2(_STDERR, STDOUT)
             afterwards.callback(os.dup2, before, STDOUT)
+            afterwards.callback(_write_out, sys.__stdout__)
         yield
+
+
+def _write_out(stream: TextIO) -> None:
+    """Have what is still in its buffer go where it goes now, if that can be had."""
+    with suppress(OSError, ValueError):
+        stream.flush()
