@@ -608,6 +608,27 @@ def test_the_compensation_of_an_only_stage_that_undoes_nothing_is_named() -> Non
         verified(town, Pipeline(name="short").with_stage("seat", Forgetful(town, "seat")))
 
 
+def test_where_a_stage_has_run_twice_it_is_not_its_compensation_that_is_blamed() -> None:
+    class Twofold(Silent):
+        compensate_in_doubt = True
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            self.town.bookings[f"{ctx.idempotency_key} {ctx.attempt}"] = self.name
+            return StageOutput.ok()
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            self.town.bookings.pop(f"{ctx.forward_key} 1", None)
+
+    with pytest.raises(VerificationFailed) as failed:
+        verified(*trip(card=Twofold), FailFast(retry=Retry(attempts=2)), faults=Fault.TIMES_OUT_AFTER, leave_out=["seat", "room"])
+
+    (trial,) = failed.value.verification.trials
+    assert trial.report is not None
+    assert (trial.report.stages["card"].attempts, "card" in trial.report.undone) == (2, True)
+    assert "Its probe() has to find what landed" in str(failed.value)
+    assert "leaves something behind" not in str(failed.value)
+
+
 def test_where_nothing_was_undone_no_compensation_is_blamed() -> None:
     town = Town()
 
@@ -895,6 +916,29 @@ def test_a_stage_that_never_goes_through_once_it_has_failed_is_found(stage: str)
     (trial,) = found[stage, Fault.RAISES_AFTER]
     why = f"stage '{stage}' raised at attempt 2: OSError: not you again"
     assert trial.wrong == f"The fault was mended, and it is halted all the same: {why}"
+
+
+def test_what_fails_by_itself_when_the_fault_is_mended_is_said_once() -> None:
+    class Needing(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            if not ctx.inputs.get("key"):
+                raise LookupError("no key")
+            return await super().execute(ctx)
+
+    class Dropping(Booking):
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            output = await super().execute(ctx)
+            return output if ctx.attempt == 1 else StageOutput.ok()
+
+    town = Town()
+    pipeline = Pipeline(name="trip").with_stage("seat", Dropping(town, "seat"))
+    pipeline = pipeline.with_stage("card", Needing(town, "card"), dependencies=("seat",))
+
+    found = refuted(town, pipeline, FailFast(on_failure="halt"), faults=[Fault.RAISES_BEFORE])
+
+    (trial,) = found["seat", Fault.RAISES_BEFORE]
+    assert trial.ending == (HALTED, HALTED)
+    assert trial.wrong == "It is halted, though nothing made this fail: stage 'card' raised: LookupError: no key"
 
 
 def test_what_a_stage_keeps_in_itself_is_gone_with_its_process() -> None:
