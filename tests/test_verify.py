@@ -1079,14 +1079,19 @@ def test_a_world_that_never_looks_the_same_is_refused() -> None:
         verified(town, Pipeline(name="one").with_stage("a", Booking(town, "a")))
 
 
-def test_an_effect_of_a_stage_that_says_it_skipped_is_not_to_be_left_out_of_the_world_alone() -> None:
+@pytest.mark.parametrize("path", ["room", "hotel/room"])
+def test_an_effect_of_a_stage_that_says_it_skipped_is_not_to_be_left_out_of_the_world_alone(path: str) -> None:
     class Done(Booking):
         async def execute(self, ctx: SagaContext) -> StageOutput:
             await super().execute(ctx)
             return StageOutput.skip("it is done")
 
-    with pytest.raises(MisuseError, match=r"let no stage return SKIP that has had an effect \(skipped: room\)"):
-        verified(*trip(room=Done))
+    town, pipeline = trip(room=Done)
+    if path.startswith("hotel/"):
+        pipeline = Pipeline(name="journey").with_stage("hotel", nested(pipeline))
+
+    with pytest.raises(MisuseError, match=rf"let no stage return SKIP that has had an effect \(skipped: {path}\)"):
+        verified(town, pipeline)
 
 
 def test_a_world_that_does_not_show_what_the_saga_does_is_refused() -> None:
