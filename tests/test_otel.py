@@ -548,7 +548,7 @@ def test_a_survey_counts_all_that_waits_but_in_the_saga_that_cant_be_read(tmp_pa
     with pytest.raises(SagasDamaged, match="saga s can't be read") as found:
         asyncio.run(main())
 
-    assert list(found.value.damaged) == ["s"]
+    assert (list(found.value.damaged), [entry.saga_id for entry in found.value.entries]) == (["s"], ["r", "t"])
     assert backend.now("saga.stage.stuck") == 2
 
 
