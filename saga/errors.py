@@ -196,7 +196,9 @@ class SagaUnrecorded(LedgerError):
         told: All of that in words, without how to go on.
     """
 
-    def __init__(self, saga_id: str, why: BaseException | None, *, in_effect: Sequence[str], unknown: Sequence[str]) -> None:
+    def __init__(
+        self, saga_id: str, why: BaseException | None, *, in_effect: Sequence[str], unknown: Sequence[str], goes_on: str = "resume"
+    ) -> None:
         self.saga_id = saga_id
         self.in_effect = tuple(in_effect)
         self.unknown = tuple(unknown)
@@ -204,7 +206,7 @@ class SagaUnrecorded(LedgerError):
             f"saga {saga_id} stopped, because its ledger failed: {str(why).rstrip('.')}. Nothing more was started. "
             f"In effect: {', '.join(in_effect) or 'nothing'}; not known: {', '.join(unknown) or 'nothing'}."
         )
-        super().__init__(f"{self.told} When the ledger is back, go on: await coordinator.resume({saga_id!r}, pipeline)")
+        super().__init__(f"{self.told} When the ledger is back, go on: await coordinator.{goes_on}({saga_id!r}, pipeline)")
 
 
 class NotStorable(SagaError, ValueError):

@@ -16,7 +16,9 @@ from saga.events import (
     SagaEnded,
     SagaResumed,
     SagaStarted,
+    SagaTurnedBack,
     StageStarted,
+    TurnReason,
     told_to,
 )
 from saga.ledger import Ledger
@@ -248,7 +250,9 @@ class Journal:
         said: BaseException | None = error
         while isinstance(said, SagaUnrecorded):  # by a child
             said = said.__cause__
-        return SagaUnrecorded(self.saga_id, said, in_effect=in_effect, unknown=unknown)
+        # Where that somebody wants it undone is not recorded, to resume it would run it on.
+        demanded = any(isinstance(event, SagaTurnedBack) and event.reason is TurnReason.REQUEST for event in self.unwritten)
+        return SagaUnrecorded(self.saga_id, said, in_effect=in_effect, unknown=unknown, goes_on="compensate" if demanded else "resume")
 
 
 def named(events: Sequence[AnyEvent]) -> str:

@@ -959,6 +959,19 @@ theft = seat.with_stage("take_away", take_away, "work", dependencies=("reserve_s
     assert last.endswith("When the ledger is back, go on: saga resume s shop:theft --ledger sqlite:///mine.db")
 
 
+def test_where_the_ledger_fails_to_record_that_a_saga_is_to_be_undone_nobody_is_told_to_run_it_on(shop: Shop) -> None:
+    """A saga that had halted ran on to its end when the command was typed that the error gave."""
+    shop.saga("run", "shop:order", "--id", "s")
+    with closing(sqlite3.connect(shop.folder / "sagas.db")) as file:
+        file.execute("CREATE TRIGGER full BEFORE INSERT ON events BEGIN SELECT RAISE(ABORT, 'the disk is full'); END")
+
+    done = shop.saga("compensate", "s", "shop:order")
+
+    assert done.code == Exit.FAILED
+    assert "saga s stopped, because its ledger failed: " in done.err
+    assert done.err.endswith("When the ledger is back, go on: saga compensate s shop:order\n")
+
+
 def test_show_prints_the_report_again(shop: Shop) -> None:
     ran = shop.saga("run", "shop:family", "--id", "s")
 

@@ -26,6 +26,7 @@ from saga import (
     SagaCoordinator,
     SagaReport,
     SagaStatus,
+    SagaUnrecorded,
     StageState,
 )
 from saga.events import (
@@ -473,6 +474,19 @@ def test_when_the_ledger_breaks_no_further_effect_is_started(breaks_at: type[Any
     assert message.endswith("When the ledger is back, go on: await coordinator.resume('s', pipeline)")
     assert world.log == ([] if breaks_at is StageStarted else ["+a"])
     assert report.status is SagaStatus.RUNNING
+
+
+def test_when_the_ledger_breaks_before_it_has_that_a_saga_is_to_be_undone_nobody_is_told_to_resume_it() -> None:
+    """That would run it on."""
+    _, pipeline = scene({"a": (), "b": ("a",)}, {"b": Script("raise")})
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"), ledger=SlowLedger(SagaTurnedBack))
+
+    async def play() -> None:
+        await coordinator.run(pipeline, saga_id="s")
+        await coordinator.compensate("s", pipeline)
+
+    with pytest.raises(SagaUnrecorded, match=r"go on: await coordinator\.compensate\('s', pipeline\)$"):
+        run(play())
 
 
 def test_when_the_ledger_breaks_while_going_backward_no_further_compensation_is_started() -> None:

@@ -210,7 +210,8 @@ def compensate(saga_id: SagaId, target: KnownTarget = None, ledger: LedgerUrl = 
         pipeline = await _pipeline_of(coordinator.ledger, saga_id, target, command_for("compensate", saga_id, _reach(_TARGET, ledger)))
         return await coordinator.compensate(saga_id, pipeline)
 
-    asyncio.run(_conduct(url, saga_id, work, _reach(target, ledger), decision=partial(undoing, by=""), as_json=as_json))
+    # Until it is recorded that it is to be undone, to resume it would run it on.
+    asyncio.run(_conduct(url, saga_id, work, _reach(target, ledger), decision=partial(undoing, by=""), again="compensate", as_json=as_json))
 
 
 async def _conduct(
@@ -221,9 +222,10 @@ async def _conduct(
     *,
     policy: Policy | None = None,
     decision: Decision | None = None,
+    again: str = "resume",
     as_json: bool,
 ) -> NoReturn:
-    goes_on = command_for("resume", saga_id, reach)
+    goes_on = command_for(again, saga_id, reach)
     async with _opened(url) as ledger:
         try:
             outcome = await conduct(ledger, saga_id, work, console=Stderr(), goes_on=goes_on, policy=policy)
