@@ -115,14 +115,14 @@ def with_dicts(fields: dict[str, Any]) -> dict[str, Any]:
     """
     dicts = {name: {} if fields[name] is None else fields[name] for name in _DICTS if name in fields}
     for name, value in dicts.items():
-        _refuse_no_dict(name, value)
+        if not isinstance(value, Mapping):
+            raise _no_dict(name, value)
     return fields | {name: dict(value) for name, value in dicts.items()}
 
 
-def _refuse_no_dict(name: str, value: object) -> None:
-    if not isinstance(value, Mapping):
-        hint = "A text is given as input_text=." if isinstance(value, str) else ""
-        raise MisuseError(f"{name}={{...}}", got=shown(value), hint=hint)
+def _no_dict(name: str, value: object) -> MisuseError:
+    hint = "A text is given as input_text=." if isinstance(value, str) else ""
+    return MisuseError(f"{name}={{...}}", got=shown(value), hint=hint)
 
 
 def refuse_both(context: PipelineContext | None, fields: dict[str, Any]) -> None:
@@ -145,7 +145,9 @@ def refuse_unfit(context: PipelineContext) -> None:
     if not isinstance(context, PipelineContext):
         raise MisuseError("a PipelineContext", got=shown(context), hint="A text is given as input_text=, anything else in metadata={...}.")
     for name in _DICTS:
-        _refuse_no_dict(name, getattr(context, name))
+        # None is made with dicts in its place: whoever has this one may cancel the saga by it.
+        if not isinstance(value := getattr(context, name), dict):
+            raise _no_dict(name, value)
     if context.data.get(_TIMEOUT):
         hint = "It is in seconds: FailFast(timeout=...) is for all stages, and each may have a timeout of its own."
         raise MisuseError("a timeout in the policy", got=f"{shown(context.data[_TIMEOUT])} as {_TIMEOUT} in the context's data", hint=hint)

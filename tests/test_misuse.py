@@ -1277,6 +1277,7 @@ def test_where_the_context_has_a_dict_nothing_and_any_mapping_may_be_given(name:
     [
         (PipelineContext(metadata="OSL-JFK"), "expected metadata={...}, got 'OSL-JFK'. A text is given as input_text=."),  # type: ignore[arg-type] # what a user may do
         (PipelineContext(data=None), "expected data={...}, got None"),  # type: ignore[arg-type] # the same
+        (PipelineContext(metadata=Headers()), "expected metadata={...}, got "),  # type: ignore[arg-type] # the same
         ("OSL-JFK", "expected a PipelineContext, got 'OSL-JFK'. A text is given as input_text="),
     ],
 )
