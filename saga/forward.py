@@ -584,7 +584,9 @@ class Forward(Stages, Employer):
             await self._record(used)
         elif run.name in policy.fallbacks:
             output = StageOutput.ok(copied(policy.fallbacks[run.name]))
-            await self._record(FallbackUsed(stage=run.name, output=copied_output(output), source="policy"))
+            # It may have had a fallback of its own, which died with its process when it had run sagas.
+            left_within = await self._saga.left_within(run.name)
+            await self._record(FallbackUsed(stage=run.name, output=copied_output(output), source="policy", left_within=left_within))
         return output
 
     async def _fallback(self, run: _StageRun, failure: Failure) -> StageOutput | None:

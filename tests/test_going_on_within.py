@@ -137,6 +137,29 @@ def test_killed_at_any_event_what_the_sagas_of_a_fallback_have_done_is_undone_by
     assert stood > 5
 
 
+def test_killed_at_any_event_what_the_sagas_of_a_fallback_have_done_is_undone_when_the_policy_has_another_one_now() -> None:
+    """What the policy says stood in, and nothing told of the inn that was booked beside it."""
+    stood = 0
+    for kill in range(2, 40):
+        world, trip = with_another_hotel(leaves=False)
+        ledger = Dying(kill)
+        with contextlib.suppress(LedgerError):
+            run(SagaCoordinator(ContinueWithFallback(), ledger=ledger).run(trip, saga_id="s"))
+        is_done, ledger.left = ledger.left >= 0, 10_000
+        ledger.forget_owners()
+        stood += "inn" in world.standing
+        policy = ContinueWithFallback(fallbacks={"hotel": {"booked": None}})
+
+        report = run(SagaCoordinator(ledger=ledger).resume("s", without_fallback(trip), policy=policy))
+
+        is_by_policy = report.stages["hotel"].output == StageOutput.ok(booked=None)
+        assert (report.status, report.fallbacks) == (SagaStatus.DEGRADED, ("hotel",)), kill
+        assert world.standing == ({"taxi": 1} if is_by_policy else {"inn": 1, "taxi": 1}), kill
+        if is_done:
+            break
+    assert stood > 5
+
+
 def test_of_a_stage_that_died_when_it_had_run_a_saga_it_is_not_said_that_its_fallback_did() -> None:
     world, trip = with_another_hotel(leaves=True)
     ledger = Dying(3)
