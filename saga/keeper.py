@@ -355,10 +355,9 @@ class SagaKeeper:
         if state.is_spotless or not saga.has_children:
             return
         for name, record in state.stages.items():
-            # Whether it has a fallback does not tell: its code, and the policy, may be others since. Of one in doubt it is looked up when
-            # that is asked.
-            is_due = record.state is StageState.FAILED and not (record.fallback_failed or record.stands_in_part)
-            if is_due and await saga.left_within(name):
+            # Of one in doubt it is looked up when that is asked.
+            may_have_begun = record.state is StageState.FAILED and record.awaits_fallback and not record.fallback_failed
+            if may_have_begun and not record.stands_in_part and await saga.left_within(name):
                 message = "the process of its fallback is gone; what became of it is not in the ledger"
                 failure = Failure.of(name, FailureKind.CRASHED, message, attempt=record.attempts)
                 await saga.journal.record(FallbackFailed(stage=name, failure=failure, left_within=True))

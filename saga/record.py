@@ -69,6 +69,7 @@ class StageRecord:
         failed: Its execution failed for good, and no probe found its effect; also when that was undone later.
         gave_up: Its execution failed for good, whatever a probe found after that.
         fell_back: Its fallback stands in.
+        awaits_fallback: Its execution has failed, and its own fallback was to be called: whether that has begun no event says.
         fallback_failed: Its own fallback failed.
         fallback_ran: The sagas that its fallback has run, as long as that stands in.
         undoes_fallback: Its compensation, as last attempted, is also about those, which nothing used any more.
@@ -112,6 +113,7 @@ class StageRecord:
     failed: bool = False
     gave_up: bool = False
     fell_back: bool = False
+    awaits_fallback: bool = False
     fallback_failed: bool = False
     fallback_ran: tuple[str, ...] = ()
     undoes_fallback: bool = False
@@ -200,7 +202,7 @@ class StageRecord:
 
     def lose_fallback(self) -> None:
         """What stood in for it, or was to and failed, does so no more: it runs once more, or was kept from it."""
-        self.fell_back, self.fallback_failed, self.fallback_ran, self.undoes_fallback = False, False, (), False
+        self.awaits_fallback, self.fell_back, self.fallback_failed, self.fallback_ran, self.undoes_fallback = False, False, False, (), False
 
     def becomes_undone(self) -> None:
         """Nothing of it stands, but for the sagas of its fallback, unless these were undone with it."""

@@ -154,6 +154,13 @@ class SagaState:
         if had_ended:
             self.stop = self.cause = self.reason = None
             self._reopen()
+            return
+        for name, record in self.stages.items():
+            # One that failed before its process died may have got a fallback, or its saga a policy that calls it.
+            record.awaits_fallback = record.awaits_fallback or (record.gave_up and self._may_fall_back(name))
+
+    def _may_fall_back(self, stage: str) -> bool:
+        return isinstance(self.policy, ContinueWithFallback) and self.graph[stage].has_fallback
 
     def _ask_anew(self) -> None:
         """Whoever goes on with a saga that came to rest hopes for the answers that it did not get."""
@@ -329,7 +336,7 @@ class SagaState:
         record.note_left(within=event.left_within)
         if event.will_retry:
             return
-        record.again = False
+        record.again, record.awaits_fallback = False, self._may_fall_back(event.stage)
         record.failed, record.gave_up, record.ended_at, record.output = True, True, event.at, event.output
         if record.doubt:
             record.state = _S.IN_DOUBT

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from stageflow.api import Pipeline
 
-from saga import FailFast, LedgerCorrupt, Recovery, SagaCoordinator, SagaError, SagaReport, SagasDamaged, SagaStatus, nested
+from saga import FailFast, FailureKind, LedgerCorrupt, Recovery, SagaCoordinator, SagaError, SagaReport, SagasDamaged, SagaStatus, nested
 from saga.blueprint import Blueprint
 from saga.events import SagaStarted, StageStarted
 from saga.ledger import ALIVE, Ledger
@@ -230,6 +230,25 @@ def test_no_flipped_bit_of_a_parents_name_has_its_child_forgotten(tmp_path: Path
         counted[outcome] += 1
     assert counted["compensated"] > 1
     assert counted["stuck"] > 1
+
+
+@pytest.mark.parametrize("change", PARENT)
+def test_a_stage_without_a_fallback_that_left_nothing_is_not_called_stuck_for_one_when_its_childs_row_is_damaged(
+    durable: Place, change: str
+) -> None:
+    """It was said that the process of its fallback was gone, and what it depended on was held back."""
+    world, flat = scene({"a": (), "b": ()}, {"b": Script("raise")})
+    child = Pipeline(name="child").with_stage("b", flat.stages["b"].runner)
+    parent = Pipeline(name="parent").with_stage("a", flat.stages["a"].runner)
+    parent = parent.with_stage("child", nested(child), dependencies=("a",))
+    on(durable.open(), lambda ledger: SagaCoordinator(FailFast(on_failure="halt"), ledger=ledger).run(parent, saga_id="s"))
+    damage(durable, change, "s/child")
+
+    (report,) = on(durable.open(), lambda ledger: SagaCoordinator(ledger=ledger).compensate("s", parent))
+
+    assert world.log == ["+a", "-a"]
+    assert report.status is SagaStatus.COMPENSATED
+    assert [failure.kind for failure in report.failures] == [FailureKind.EXCEPTION]
 
 
 def test_a_child_whose_status_makes_no_sense_goes_on_with_its_parent_by_its_events(durable: Place) -> None:

@@ -137,6 +137,29 @@ def test_killed_at_any_event_what_the_sagas_of_a_fallback_have_done_is_undone_by
     assert stood > 5
 
 
+def test_killed_at_any_event_what_the_sagas_of_a_fallback_have_done_is_undone_that_was_called_only_when_the_saga_was_resumed() -> None:
+    stood = 0
+    for kill in range(40):
+        world, trip = with_another_hotel(leaves=False)
+        ledger = Dying(2)
+        with contextlib.suppress(LedgerError):
+            run(SagaCoordinator(ledger=ledger).run(trip, saga_id="s"))
+        ledger.left = kill
+        ledger.forget_owners()
+        with contextlib.suppress(LedgerError):
+            run(SagaCoordinator(ledger=ledger).resume("s", trip, policy=ContinueWithFallback()))
+        is_done, ledger.left = ledger.left >= 0, 10_000
+        ledger.forget_owners()
+        stood += "inn" in world.standing
+
+        report = run(SagaCoordinator(ledger=ledger).resume("s", trip, policy=FailFast()))
+
+        assert (report.status is SagaStatus.COMPENSATED) is (world.standing == {}), kill
+        if is_done:
+            break
+    assert stood > 5
+
+
 def test_killed_at_any_event_what_the_sagas_of_a_fallback_have_done_is_undone_when_the_policy_has_another_one_now() -> None:
     """What the policy says stood in, and nothing told of the inn that was booked beside it."""
     stood = 0
