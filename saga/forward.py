@@ -83,6 +83,7 @@ class Forward(Stages, Employer):
         self._loop = asyncio.get_running_loop()
         self._running: Crew[_StageRun] = Crew()
         self._fallen: set[str] = set()
+        self._cut_off: set[str] = set()
         self._stopped = asyncio.Event()
         self._interrupted = asyncio.Event()
         self._until: float | None = None
@@ -317,6 +318,8 @@ class Forward(Stages, Employer):
         record, node = run.record, run.node
         if record.state in {_S.FAILED, _S.IN_DOUBT} and not record.again:
             # It died before what follows from this failure was recorded.
+            if record.awaits_fallback and not record.stands_in_part and await self._saga.left_within(run.name):
+                self._cut_off.add(run.name)
             return Outcome(failure=record.failure)
         if not record.doubt:
             return None
@@ -566,7 +569,8 @@ class Forward(Stages, Employer):
     async def _stands_in(self, run: _StageRun, failure: Failure, policy: ContinueWithFallback) -> StageOutput | None:
         """The output that stands in for a failed stage's, recorded; None if there is none."""
         node = run.node
-        if node.can_probe and not run.record.unanswered:
+        # A fallback that died when it had run sagas is called once more: these would stand beside an effect that is found to have landed.
+        if node.can_probe and not run.record.unanswered and run.name not in self._cut_off:
             # With a landed effect there is nothing to stand in for; and nothing is left that could not be undone in order.
             landed = await ask(self._saga, run.name, stop=self._interrupted)
             if landed is not None:

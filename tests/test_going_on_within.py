@@ -183,6 +183,48 @@ def test_killed_at_any_event_what_the_sagas_of_a_fallback_have_done_is_undone_wh
     assert stood > 5
 
 
+def test_killed_at_any_event_a_stage_in_doubt_is_not_found_to_have_landed_beside_the_sagas_of_its_fallback() -> None:
+    """Promise 11: its probe could not answer, and did when the saga went on: both hotels were booked in one that was completed."""
+    stood = 0
+    for kill in range(2, 40):
+        world, flat = scene({"room": (), "inn": ()}, {"room": Script("hang", lands=True)}, dict.fromkeys(("room", "inn"), "probed"))
+        other = Pipeline(name="other").with_stage("inn", flat.stages["inn"].runner)
+        room: Any = flat.stages["room"].runner
+        silent = iter([OSError("it does not answer")])
+
+        async def probe(ctx: CompensationContext, room: Any = room, silent: Any = silent) -> StageOutput | None:
+            for error in silent:
+                raise error
+            landed: StageOutput | None = await room.probe(ctx)
+            return landed
+
+        async def release(ctx: CompensationContext, room: Any = room, other: Pipeline = other) -> None:
+            for child in await ctx.child_sagas():
+                await ctx.undo_saga(child.saga_id, other)
+            await room.compensate(ctx)
+
+        async def book_other(ctx: SagaContext, _: Any, other: Pipeline = other) -> None:
+            await ctx.run_saga(other)
+
+        hotel = compensable(room.execute, release, probe=probe, fallback=book_other, timeout=5)
+        trip = Pipeline(name="trip").with_stage("room", hotel)
+        policy = ContinueWithFallback(compensation=IMPATIENT.compensation)
+        ledger = Dying(kill)
+        with contextlib.suppress(LedgerError):
+            run(SagaCoordinator(policy, ledger=ledger).run(trip, saga_id="s"))
+        is_done, ledger.left = ledger.left >= 0, 10_000
+        ledger.forget_owners()
+        stood += "inn" in world.standing
+
+        report = run(SagaCoordinator(ledger=ledger).resume("s", trip))
+
+        expected = {SagaStatus.COMPLETED: {"room": 1}, SagaStatus.DEGRADED: {"inn": 1}}
+        assert world.standing == expected[report.status], kill
+        if is_done:
+            break
+    assert stood > 4
+
+
 def test_of_a_stage_that_died_when_it_had_run_a_saga_it_is_not_said_that_its_fallback_did() -> None:
     world, trip = with_another_hotel(leaves=True)
     ledger = Dying(3)
