@@ -157,7 +157,8 @@ def is_of_signal(error: BaseException) -> bool:
         return isinstance(error, KeyboardInterrupt)
     # Many handlers replace themselves first, so that a second signal does nothing; and some delete what they were given and don't use.
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    in_place = {getattr(getattr(handler, "func", handler), "__code__", None) for handler in handlers}
+    called: list[Any] = [getattr(handler, "func", handler) for handler in handlers if callable(handler)]
+    in_place = {getattr(code, "__code__", None) for handler in called for code in (handler, handler.__call__)}
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return any(frame.f_code in in_place or _was_given(frame, frame.f_back) for frame in frames)
 

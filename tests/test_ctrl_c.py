@@ -323,8 +323,25 @@ def exits_without_its_arguments(number: int, frame: FrameType | None) -> None:
     sys.exit(143)
 
 
+class ExitsWithoutItsArguments:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        sys.exit(143)
+
+
 @pytest.mark.usefixtures("service")
-@pytest.mark.parametrize("handler", [exits_once, exits_without_its_arguments, Exits(), Exits().__call__, partial(Exits())])
+@pytest.mark.parametrize(
+    "handler",
+    [
+        exits_once,
+        exits_without_its_arguments,
+        Exits(),
+        Exits().__call__,
+        partial(Exits()),
+        ExitsWithoutItsArguments(),
+        partial(ExitsWithoutItsArguments()),
+    ],
+)
 def test_a_sigterm_is_known_as_one_however_its_handler_was_written(handler: Callable[[int, FrameType | None], None]) -> None:
     """Of a charge that it met it was taken that it had not landed: the card was charged twice, and the service went on to run."""
     world, pipeline = scene(SEQUENCE)
