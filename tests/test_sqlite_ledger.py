@@ -1530,25 +1530,31 @@ def test_what_is_asked_for_keeps_its_place_when_who_waits_for_it_is_cancelled_in
     assert done == ["first", "second"]
 
 
-def test_a_ledger_answers_in_a_loop_that_goes_on_after_a_ctrl_c_cut_off_what_it_was_asked_for(path: Path) -> None:
-    """As in an interactive shell, where nobody is cancelled: all that was asked of it from then on waited for ever."""
+@pytest.mark.parametrize("code", [workers.Worker._end_turn, workers.Worker._hand_over], ids=lambda code: code.__name__)
+def test_a_ledger_answers_in_a_loop_that_goes_on_after_a_ctrl_c_cut_off_what_it_was_asked_for(code: FunctionType, path: Path) -> None:
+    """As in an interactive shell, where nobody is cancelled: all that was asked of it from then on, or just that, waited for ever."""
     tracing = sys.gettrace()
+    asking: list[asyncio.Task[Any]] = []
 
     def strike(frame: FrameType, *_: Any) -> None:
-        if frame.f_code is workers.Worker._end_turn.__code__:
+        if frame.f_code is code.__code__:
             sys.settrace(tracing)
             raise KeyboardInterrupt
 
     async def play() -> Sequence[AnyEvent]:
+        asking.append(this_task())
         sys.settrace(strike)
         return await ledger.read("s")
+
+    async def goes_on() -> list[Any]:
+        return await asyncio.wait_for(asyncio.gather(*asking, ledger.read("s")), 5)
 
     with asyncio.Runner() as runner:
         ledger = SQLiteLedger(path)
         with pytest.raises(KeyboardInterrupt):
             runner.run(play())
 
-        assert runner.run(asyncio.wait_for(ledger.read("s"), 5)) == ()
+        assert runner.run(goes_on()) == [(), ()]
 
         runner.run(ledger.close())
 

@@ -181,7 +181,9 @@ class Worker(Generic[S]):
 
     def _end_turn(self, loop: asyncio.AbstractEventLoop) -> None:
         """Have all that one turn of a loop asked for in one batch; handed over one by one, a thousand requests become dozens."""
-        self._hand_over(self._asked.pop(loop, ()))
+        self._hand_over(self._asked.get(loop, ()))
+        # Not before: what a Ctrl-C cuts off is handed over once more.
+        self._asked.pop(loop, None)
 
     def _hand_over(self, jobs: Sequence[_Job]) -> None:
         for job in jobs:
