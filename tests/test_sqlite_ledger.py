@@ -24,7 +24,7 @@ from functools import partial
 from itertools import product
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from types import FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import pytest
@@ -1557,6 +1557,49 @@ def test_a_ledger_answers_in_a_loop_that_goes_on_after_a_ctrl_c_cut_off_what_it_
         assert runner.run(goes_on()) == [(), ()]
 
         runner.run(ledger.close())
+
+
+def test_a_ledger_answers_in_a_loop_that_goes_on_after_one_ctrl_c_struck_where_it_stood_back_and_another_what_was_asked_for() -> None:
+    """What sees that an answer is late was over with the first."""
+    tracing = sys.gettrace()
+    reached: list[str] = []
+
+    def striking(code: CodeType) -> Callable[..., None]:
+        def strike(frame: FrameType, *_: Any) -> None:
+            if frame.f_code is code:
+                sys.settrace(tracing)
+                reached.append(code.co_name)
+                raise KeyboardInterrupt
+
+        return strike
+
+    async def play() -> None:
+        worker.ask(first)
+        await asyncio.sleep(0)
+        sys.settrace(striking(threading.Event.wait.__code__))
+        await asyncio.Event().wait()
+
+    async def play_on() -> None:
+        asking.append(worker.ask(opened()))
+        sys.settrace(striking(workers.Worker._end_turn.__code__))
+        first.set()
+        await asyncio.Event().wait()
+
+    async def goes_on() -> bool:
+        return bool(await asyncio.wait_for(asking[0], 5))
+
+    first = threading.Event()
+    asking: list[asyncio.Future[Any]] = []
+    with asyncio.Runner() as runner:
+        worker = workers.Worker("w", Door, wait_for)
+        for work in (play, play_on):
+            with pytest.raises(KeyboardInterrupt):
+                runner.run(work())
+
+        assert runner.run(goes_on())
+
+        assert reached == ["wait", "_end_turn"]
+        runner.run(worker.end())
 
 
 def test_a_ledger_is_closed_although_a_ctrl_c_cut_off_what_it_was_asked_for(path: Path) -> None:

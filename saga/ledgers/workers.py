@@ -153,16 +153,19 @@ class Worker(Generic[S]):
         A loop that never rests takes the lock back from each of its short waits before a thread has woken, and a thread that is woken for
         nothing asks for it anew: on a quiet machine it never gets it, and nothing would be recorded as long as the loop has work to do.
         """
-        if self._answered < number:
-            # Where a Ctrl-C cut off the end of a turn, in a loop that goes on all the same, what is asked for since waits behind that.
-            self._end_turn(loop)
-            self._call_in_the_others(number)
-            self._has_answered.clear()
-            self._has_answered.wait(_TURN)
-        if self._answered < self._newest:
-            loop.call_later(_LATE, self._stand_back, loop, self._newest if self._answered >= number else number)
-        else:
-            self._watching.discard(loop)
+        try:
+            if self._answered < number:
+                # Where a Ctrl-C cut off the end of a turn, in a loop that goes on all the same, what is asked for since waits behind that.
+                self._end_turn(loop)
+                self._call_in_the_others(number)
+                self._has_answered.clear()
+                self._has_answered.wait(_TURN)
+        finally:
+            # A Ctrl-C may strike the wait, too.
+            if self._answered < self._newest:
+                loop.call_later(_LATE, self._stand_back, loop, self._newest if self._answered >= number else number)
+            else:
+                self._watching.discard(loop)
 
     def _call_in_the_others(self, number: int) -> None:
         with self._lock:
