@@ -111,6 +111,7 @@ class LiveSaga(UndoHost):
         self._ran_here: dict[str, str] = {}
         self._begun: Counter[tuple[str, int]] = Counter()
         self._being_undone: Final[dict[str, set[asyncio.Future[None]]]] = {}
+        self._resting: Final[dict[str, asyncio.Future[None]]] = {}
         self._recordings: dict[str, list[Coroutine[Any, Any, None]]] = {}
 
     def private_context(self, first: Callable[..., None], last: Callable[..., None]) -> PipelineContext:
@@ -191,10 +192,12 @@ class LiveSaga(UndoHost):
         self.has_children = True
         self.children.add(child)
         self._ran_here[child.id] = stage
+        self._resting[child.id] = self.loop.create_future()
 
     def parts_with(self, child: LiveSaga) -> None:
         """The child has come to rest."""
         self.children.discard(child)
+        self._resting.pop(child.id).set_result(None)
         if child.journal.token is None:
             del self._ran_here[child.id]  # the ledger has never heard of it
 
@@ -280,6 +283,7 @@ class LiveSaga(UndoHost):
         rests = asyncio.get_running_loop().create_future()
         self._being_undone.setdefault(stage, set()).add(rests)
         try:
+            await self._child_rests(saga_id)
             within[saga_id] = report = await self.heeding(stage, self.keeper.undo_child(self, saga_id, pipeline))
         finally:
             self._being_undone[stage].discard(rests)
@@ -292,7 +296,14 @@ class LiveSaga(UndoHost):
 
     async def rest_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """See to it that a child saga whose process is gone comes to rest, unless this saga runs on and sees to it itself."""
+        if self.is_stopping:
+            await self._child_rests(saga_id)
         return await self.heeding(stage, self.keeper.rest_child(self, saga_id, pipeline))
+
+    async def _child_rests(self, saga_id: str) -> None:
+        """Wait for a child that a stage which was given up has left on its way back."""
+        if saga_id in self._resting:
+            await asyncio.wait({self._resting[saga_id]})
 
     async def child_reports(self, stage: str) -> list[SagaReport]:
         """The children that this execution of the stage has run, oldest first; without its fallback's while what used that is kept."""

@@ -610,6 +610,41 @@ def test_a_compensation_that_fails_with_one_of_its_sagas_waits_until_the_others_
     assert world.refusals == []
 
 
+def test_what_undoes_a_stage_that_was_given_up_waits_for_its_saga_that_is_still_on_its_way_back() -> None:
+    """A person was called, though all that was left to do was to wait."""
+    world, hotel = scene({"room": (), "tour": ("room",)}, {"room": Script(undo_takes=20), "tour": Script(before=60)}, {"tour": "probed"})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(hotel)
+
+    trip = Pipeline().with_stage("book", compensable(book, undo_each([hotel]), timeout=10, compensate_in_doubt=True))
+
+    report = run(SagaCoordinator().run(trip, saga_id="s"))
+
+    assert "was given up" in str(report.stages["book"].failure)
+    assert report.status is SagaStatus.COMPENSATED, str(report)
+    assert world.log == ["+room", "-room"]
+
+
+def test_a_probe_of_a_stage_that_was_given_up_waits_for_its_saga_that_is_still_on_its_way_back() -> None:
+    world, hotel = scene({"room": (), "tour": ("room",)}, {"room": Script(undo_takes=20), "tour": Script(before=60)}, {"tour": "probed"})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(hotel)
+
+    async def ask(ctx: CompensationContext) -> StageOutput | None:
+        (child,) = await ctx.child_sagas()
+        return None if (await ctx.rest_saga(child.saga_id, hotel)).status is SagaStatus.COMPENSATED else StageOutput.ok()
+
+    trip = Pipeline().with_stage("book", compensable(book, undo_each([hotel]), probe=ask, timeout=10))
+
+    report = run(SagaCoordinator().run(trip, saga_id="s"))
+
+    assert "was given up" in str(report.stages["book"].failure)
+    assert report.status is SagaStatus.COMPENSATED, str(report)
+    assert world.log == ["+room", "-room"]
+
+
 @pytest.mark.parametrize("attempts", [1, 2])
 def test_a_stage_that_fails_with_one_of_its_sagas_waits_until_the_others_have_stopped(attempts: int) -> None:
     """Promise 3: asyncio.gather leaves them running, and nothing is undone, or attempted anew, beside them."""
