@@ -47,7 +47,7 @@ from tests.controlled import ControlledLoop, elapse, run
 from tests.dying import Dying
 from tests.places import PostgresSchema, SQLiteFile
 from tests.slow import SlowDisk
-from tests.world import BRANCHES, DIAMOND, SEQUENCE, Script, scene
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, Script, World, scene
 
 
 def test_a_completion_is_written_together_with_the_start_that_it_enables() -> None:
@@ -334,23 +334,30 @@ def test_an_owner_that_held_nothing_for_a_while_says_again_that_it_is_alive() ->
     assert run(play()) == [4, 8]
 
 
-def test_a_saga_of_which_its_ledger_knows_nothing_any_more_says_what_is_in_effect(durable: SQLiteFile | PostgresSchema) -> None:
-    """Nobody else goes on with it: a ledger from before it began was put in the place of its own, for example."""
-    world, pipeline = scene(SEQUENCE)
+def stopped_by(durable: SQLiteFile | PostgresSchema, pipeline: Pipeline, world: World, *statements: str) -> SagaUnrecorded:
+    """What the saga "s" ends with whose ledger somebody changes while its stage b runs."""
 
     async def play() -> SagaUnrecorded:
         async with durable.open() as ledger:
 
-            def forget(name: str) -> None:
+            def change(name: str) -> None:
                 if name == "b":
-                    durable.execute("DELETE FROM sagas")
+                    for statement in statements:
+                        durable.execute(statement)
 
-            world.witness = forget
+            world.witness = change
             with pytest.raises(SagaUnrecorded) as caught:
                 await SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s")
             return caught.value
 
-    error = asyncio.run(play())
+    return asyncio.run(play())
+
+
+def test_a_saga_of_which_its_ledger_knows_nothing_any_more_says_what_is_in_effect(durable: SQLiteFile | PostgresSchema) -> None:
+    """Nobody else goes on with it: a ledger from before it began was put in the place of its own, for example."""
+    world, pipeline = scene(SEQUENCE)
+
+    error = stopped_by(durable, pipeline, world, "DELETE FROM sagas")
 
     assert world.log == ["+a", "+b"]
     assert (error.in_effect, error.unknown) == (("a", "b"), ())
@@ -373,20 +380,7 @@ def test_a_saga_whose_ledger_was_put_back_as_it_was_before_says_what_is_in_effec
     """Nobody else goes on with it, and what became of it since is not in the ledger."""
     world, pipeline = scene(SEQUENCE)
 
-    async def play() -> SagaUnrecorded:
-        async with durable.open() as ledger:
-
-            def put_back(name: str) -> None:
-                if name == "b":
-                    for statement in lost.split("; "):
-                        durable.execute(statement)
-
-            world.witness = put_back
-            with pytest.raises(SagaUnrecorded) as caught:
-                await SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s")
-            return caught.value
-
-    error = asyncio.run(play())
+    error = stopped_by(durable, pipeline, world, *lost.split("; "))
 
     assert world.log == ["+a", "+b"]
     assert (error.in_effect, error.unknown) == (("a", "b"), ())
@@ -398,20 +392,7 @@ def test_a_saga_whose_ledger_knows_nothing_any_more_of_one_within_says_what_is_i
     world, within = scene(SEQUENCE)
     trip = Pipeline(name="trip").with_stage("book", nested(within))
 
-    async def play() -> SagaUnrecorded:
-        async with durable.open() as ledger:
-
-            def forget(name: str) -> None:
-                if name == "b":
-                    durable.execute("DELETE FROM sagas")
-                    durable.execute("DELETE FROM events")
-
-            world.witness = forget
-            with pytest.raises(SagaUnrecorded) as caught:
-                await SagaCoordinator(ledger=ledger).run(trip, saga_id="s")
-            return caught.value
-
-    error = asyncio.run(play())
+    error = stopped_by(durable, trip, world, "DELETE FROM sagas", "DELETE FROM events")
 
     assert world.log == ["+a", "+b"]
     assert (error.in_effect, error.unknown) == (("book/a", "book/b"), ("book",))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -46,7 +48,7 @@ from tests.within import (
     nothing_landed,
     with_another_hotel,
 )
-from tests.world import SEQUENCE, Script, scene
+from tests.world import SEQUENCE, Script, World, scene
 
 
 def test_a_saga_whose_ledger_breaks_can_be_undone_when_it_is_back() -> None:
@@ -69,41 +71,37 @@ def test_a_saga_whose_ledger_breaks_can_be_undone_when_it_is_back() -> None:
     assert world.standing == {}
 
 
-def test_killed_at_any_event_a_fallback_that_runs_a_saga_is_called_again_and_one_saga_of_it_stands() -> None:
-    """It failed, as its saga had the id of one that was there: the saga was undone, or stuck."""
+def killed_at_any_event(made: Callable[[], tuple[World, Pipeline]]) -> Iterator[tuple[int, World, Pipeline, Dying]]:
+    """The saga "s", killed at one event later each time until it comes to its end; its ledger is there again, and nobody holds it."""
     for kill in range(2, 40):
-        world, trip = with_another_hotel()
+        world, trip = made()
         ledger = Dying(kill)
         with contextlib.suppress(LedgerError):
             run(SagaCoordinator(ContinueWithFallback(), ledger=ledger).run(trip, saga_id="s"))
         is_done, ledger.left = ledger.left >= 0, 10_000
         ledger.forget_owners()
+        yield kill, world, trip, ledger
+        if is_done:
+            return
 
+
+def test_killed_at_any_event_a_fallback_that_runs_a_saga_is_called_again_and_one_saga_of_it_stands() -> None:
+    """It failed, as its saga had the id of one that was there: the saga was undone, or stuck."""
+    for kill, world, trip, ledger in killed_at_any_event(with_another_hotel):
         report = run(SagaCoordinator(ContinueWithFallback(), ledger=ledger).resume("s", trip))
 
         assert (report.status, report.fallbacks) == (SagaStatus.DEGRADED, ("hotel",)), kill
         assert world.standing == {"inn": 1, "taxi": 1}, kill
-        if is_done:
-            break
     assert kill > 10
 
 
 @pytest.mark.parametrize("probe", [None, nothing_landed])
 def test_killed_at_any_event_what_the_sagas_of_a_fallback_have_done_is_undone_when_the_saga_then_goes_back(probe: Any) -> None:
     """Promise 5: a fallback that was cut off had left no word, and its saga stood in one that was compensated."""
-    for kill in range(2, 40):
-        world, trip = with_another_hotel(leaves=False, probe=probe)
-        ledger = Dying(kill)
-        with contextlib.suppress(LedgerError):
-            run(SagaCoordinator(ContinueWithFallback(), ledger=ledger).run(trip, saga_id="s"))
-        is_done, ledger.left = ledger.left >= 0, 10_000
-        ledger.forget_owners()
-
+    for kill, world, trip, ledger in killed_at_any_event(partial(with_another_hotel, leaves=False, probe=probe)):
         report = run(SagaCoordinator(ledger=ledger).compensate("s", trip))
 
         assert (report.status, world.standing, world.refusals) == (SagaStatus.COMPENSATED, {}, []), kill
-        if is_done:
-            break
     assert kill > 5
 
 
@@ -117,13 +115,7 @@ def without_fallback(trip: Pipeline) -> Pipeline:
 def test_killed_at_any_event_what_the_sagas_of_a_fallback_have_done_is_undone_by_who_would_not_call_it_again(without: str) -> None:
     """Promise 5: with another policy, or without a fallback in its stage any more, a saga of one stood in a saga that was compensated."""
     stood = 0
-    for kill in range(2, 40):
-        world, trip = with_another_hotel(leaves=False)
-        ledger = Dying(kill)
-        with contextlib.suppress(LedgerError):
-            run(SagaCoordinator(ContinueWithFallback(), ledger=ledger).run(trip, saga_id="s"))
-        is_done, ledger.left = ledger.left >= 0, 10_000
-        ledger.forget_owners()
+    for kill, world, trip, ledger in killed_at_any_event(partial(with_another_hotel, leaves=False)):
         stood += "inn" in world.standing
 
         if without == "fallback":
@@ -132,8 +124,6 @@ def test_killed_at_any_event_what_the_sagas_of_a_fallback_have_done_is_undone_by
             report = run(SagaCoordinator(ledger=ledger).resume("s", trip, policy=FailFast()))
 
         assert (report.status is SagaStatus.COMPENSATED) is (world.standing == {}), kill
-        if is_done:
-            break
     assert stood > 5
 
 
@@ -163,13 +153,7 @@ def test_killed_at_any_event_what_the_sagas_of_a_fallback_have_done_is_undone_th
 def test_killed_at_any_event_what_the_sagas_of_a_fallback_have_done_is_undone_when_the_policy_has_another_one_now() -> None:
     """What the policy says stood in, and nothing told of the inn that was booked beside it."""
     stood = 0
-    for kill in range(2, 40):
-        world, trip = with_another_hotel(leaves=False)
-        ledger = Dying(kill)
-        with contextlib.suppress(LedgerError):
-            run(SagaCoordinator(ContinueWithFallback(), ledger=ledger).run(trip, saga_id="s"))
-        is_done, ledger.left = ledger.left >= 0, 10_000
-        ledger.forget_owners()
+    for kill, world, trip, ledger in killed_at_any_event(partial(with_another_hotel, leaves=False)):
         stood += "inn" in world.standing
         policy = ContinueWithFallback(fallbacks={"hotel": {"booked": None}})
 
@@ -178,8 +162,6 @@ def test_killed_at_any_event_what_the_sagas_of_a_fallback_have_done_is_undone_wh
         is_by_policy = report.stages["hotel"].output == StageOutput.ok(booked=None)
         assert (report.status, report.fallbacks) == (SagaStatus.DEGRADED, ("hotel",)), kill
         assert world.standing == ({"taxi": 1} if is_by_policy else {"inn": 1, "taxi": 1}), kill
-        if is_done:
-            break
     assert stood > 5
 
 
