@@ -1210,36 +1210,23 @@ def test_a_nested_saga_that_cannot_work_is_refused_when_it_is_built(options: dic
         nested(trip, **options)
 
 
-def test_an_id_for_a_saga_that_a_stage_runs_is_refused_and_nothing_else_is_proposed() -> None:
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"saga_id": "mine"}, "got an unexpected keyword argument 'saga_id'. The id of a saga that a stage runs is made of the stage's."),
+        ({"inputtext": "x"}, "got an unexpected keyword argument 'inputtext'. Did you mean 'input_text'?"),
+        ({"metadata": "OSL-JFK"}, "expected metadata={...}, got 'OSL-JFK'. A text is given as input_text=."),
+    ],
+    ids=["saga_id", "inputtext", "metadata"],
+)
+def test_what_the_context_of_a_nested_saga_cannot_be_given_is_told_of_as_for_any_saga(fields: dict[str, Any], told: str) -> None:
     _, trip = scene(SEQUENCE)
-    within = Pipeline(name="p").with_stage("book", nested(trip, fields=lambda _: {"saga_id": "mine"}))
+    within = Pipeline(name="p").with_stage("book", nested(trip, fields=lambda _: fields))
 
     report = run(SagaCoordinator().run(within))
 
     assert report.cause is not None
-    assert report.cause.message.endswith(
-        "got an unexpected keyword argument 'saga_id'. The id of a saga that a stage runs is made of the stage's."
-    )
-
-
-def test_a_field_that_the_context_of_a_nested_saga_lacks_is_told_of_as_one_of_any_saga() -> None:
-    _, trip = scene(SEQUENCE)
-    within = Pipeline(name="p").with_stage("book", nested(trip, fields=lambda _: {"inputtext": "x"}))
-
-    report = run(SagaCoordinator().run(within))
-
-    assert report.cause is not None
-    assert report.cause.message.endswith("got an unexpected keyword argument 'inputtext'. Did you mean 'input_text'?")
-
-
-def test_a_nested_saga_is_given_no_text_where_a_dict_is_expected() -> None:
-    _, trip = scene(SEQUENCE)
-    within = Pipeline(name="p").with_stage("book", nested(trip, fields=lambda _: {"metadata": "OSL-JFK"}))
-
-    report = run(SagaCoordinator().run(within))
-
-    assert report.cause is not None
-    assert report.cause.message.endswith("expected metadata={...}, got 'OSL-JFK'. A text is given as input_text=.")
+    assert report.cause.message.endswith(told)
 
 
 class Headers(Mapping[str, str]):
