@@ -42,6 +42,7 @@ from saga import (
 from saga.events import AnyEvent, StageProbed
 from saga.keeper import SagaKeeper
 from tests.controlled import ControlledLoop, run
+from tests.interrupting import interrupt_next_call
 from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, World, hooked, scene
 
 ROOT = Path(__file__).parent.parent
@@ -643,23 +644,14 @@ def test_in_whatever_line_of_our_code_it_strikes_the_saga_does_not_hang_and_can_
 
 
 @pytest.mark.usefixtures("_swept")
-def test_a_saga_that_is_struck_where_it_has_not_begun_is_held_no_more() -> None:
+def test_a_saga_that_is_struck_where_it_has_not_begun_is_held_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its heart beat for it for ever, on a ledger with leases, and asyncio.run waited for that."""
     _, pipeline, policy = telling()
     coordinator = SagaCoordinator(policy)
-    tracing = sys.gettrace()
-
-    def strike(frame: FrameType, *_: Any) -> None:
-        if frame.f_code is SagaKeeper._closing.__code__:
-            sys.settrace(tracing)
-            raise KeyboardInterrupt
-
-    async def main() -> None:
-        sys.settrace(strike)
-        await coordinator.run(pipeline, saga_id="s")
+    interrupt_next_call(monkeypatch, SagaKeeper, "_closing")
 
     with pytest.raises(KeyboardInterrupt):
-        interrupted(main())
+        interrupted(coordinator.run(pipeline, saga_id="s"))
 
     assert coordinator._keeper.held.sagas == {}
 

@@ -24,7 +24,6 @@ from functools import partial
 from itertools import product
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import pytest
@@ -41,6 +40,7 @@ from saga.ledgers.postgres import PostgresLedger
 from saga.ledgers.rows import Prune, Writer, checksum
 from saga.ledgers.sqlite import MIGRATIONS, SQLiteLedger
 from saga.watch import this_task
+from tests.interrupting import interrupt_next_call
 from tests.places import SQLiteFile
 from tests.scripts.appending import AT_ONCE, SAGAS
 from tests.scripts.unsynced import CALLS
@@ -1468,24 +1468,18 @@ def test_what_was_done_before_the_end_is_answered_so_though_it_was_asked_for_onc
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True])
-@pytest.mark.parametrize("code", [workers.Worker._end_turn, workers.Worker._hand_over, workers._settle], ids=lambda code: code.__name__)
+@pytest.mark.parametrize(("place", "name"), [(workers.Worker, "_end_turn"), (workers.Worker, "_hand_over"), (workers, "_settle")])
 def test_a_write_that_a_ctrl_c_cuts_off_from_its_answer_is_answered_all_the_same(
-    code: FunctionType, is_cancelled: bool, path: Path
+    place: Any, name: str, is_cancelled: bool, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A saga waited for it for ever when asyncio.run cancelled all tasks, and the process hung."""
     answered: list[str] = []
-    tracing = sys.gettrace()
-
-    def strike(frame: FrameType, *_: Any) -> None:
-        if frame.f_code is code.__code__:
-            sys.settrace(tracing)
-            raise KeyboardInterrupt
 
     async def play() -> None:
         async with SQLiteLedger(path) as ledger:
             if is_cancelled:
                 asyncio.get_running_loop().call_soon(this_task().cancel)
-            sys.settrace(strike)
+            interrupt_next_call(monkeypatch, place, name)
             await ledger.create("s", "me", [started("s")])
             answered.append("created")
 
@@ -1513,20 +1507,16 @@ def test_what_is_asked_for_keeps_its_place_when_who_waits_for_it_is_cancelled_in
     assert done == ["first", "second"]
 
 
-@pytest.mark.parametrize("code", [workers.Worker._end_turn, workers.Worker._hand_over], ids=lambda code: code.__name__)
-def test_a_ledger_answers_in_a_loop_that_goes_on_after_a_ctrl_c_cut_off_what_it_was_asked_for(code: FunctionType, path: Path) -> None:
+@pytest.mark.parametrize("name", ["_end_turn", "_hand_over"])
+def test_a_ledger_answers_in_a_loop_that_goes_on_after_a_ctrl_c_cut_off_what_it_was_asked_for(
+    name: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As in an interactive shell, where nobody is cancelled: all that was asked of it from then on, or just that, waited for ever."""
-    tracing = sys.gettrace()
     asking: list[asyncio.Task[Any]] = []
-
-    def strike(frame: FrameType, *_: Any) -> None:
-        if frame.f_code is code.__code__:
-            sys.settrace(tracing)
-            raise KeyboardInterrupt
 
     async def play() -> Sequence[AnyEvent]:
         asking.append(this_task())
-        sys.settrace(strike)
+        interrupt_next_call(monkeypatch, workers.Worker, name)
         return await ledger.read("s")
 
     async def goes_on() -> list[Any]:
@@ -1542,29 +1532,20 @@ def test_a_ledger_answers_in_a_loop_that_goes_on_after_a_ctrl_c_cut_off_what_it_
         runner.run(ledger.close())
 
 
-def test_a_ledger_answers_in_a_loop_that_goes_on_after_one_ctrl_c_struck_where_it_stood_back_and_another_what_was_asked_for() -> None:
+def test_a_ledger_answers_in_a_loop_that_goes_on_after_one_ctrl_c_struck_where_it_stood_back_and_another_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """What sees that an answer is late was over with the first."""
-    tracing = sys.gettrace()
-    reached: list[str] = []
-
-    def striking(code: CodeType) -> Callable[..., None]:
-        def strike(frame: FrameType, *_: Any) -> None:
-            if frame.f_code is code:
-                sys.settrace(tracing)
-                reached.append(code.co_name)
-                raise KeyboardInterrupt
-
-        return strike
 
     async def play() -> None:
         worker.ask(first)
         await asyncio.sleep(0)
-        sys.settrace(striking(threading.Event.wait.__code__))
+        interrupt_next_call(monkeypatch, threading.Event, "wait")
         await asyncio.Event().wait()
 
     async def play_on() -> None:
+        interrupt_next_call(monkeypatch, workers.Worker, "_end_turn")
         asking.append(worker.ask(opened()))
-        sys.settrace(striking(workers.Worker._end_turn.__code__))
         first.set()
         await asyncio.Event().wait()
 
@@ -1581,22 +1562,15 @@ def test_a_ledger_answers_in_a_loop_that_goes_on_after_one_ctrl_c_struck_where_i
 
         assert runner.run(goes_on())
 
-        assert reached == ["wait", "_end_turn"]
         runner.run(worker.end())
 
 
-def test_a_ledger_is_closed_although_a_ctrl_c_cut_off_what_it_was_asked_for(path: Path) -> None:
+def test_a_ledger_is_closed_although_a_ctrl_c_cut_off_what_it_was_asked_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order to end went behind what nobody handed over any more, and the process hung."""
-    tracing = sys.gettrace()
-
-    def strike(frame: FrameType, *_: Any) -> None:
-        if frame.f_code is workers.Worker._end_turn.__code__:
-            sys.settrace(tracing)
-            raise KeyboardInterrupt
 
     async def play() -> None:
         async with SQLiteLedger(path) as ledger:
-            sys.settrace(strike)
+            interrupt_next_call(monkeypatch, workers.Worker, "_end_turn")
             await ledger.read("s")
 
     with pytest.raises(KeyboardInterrupt):

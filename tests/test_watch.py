@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import sys
-from collections.abc import Callable, Coroutine
-from types import FrameType
+import types
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 import pytest
@@ -63,23 +62,23 @@ def test_a_task_that_is_cancelled_before_it_begins_begins_all_the_same() -> None
     assert begun == [1]
 
 
-def test_a_task_that_a_ctrl_c_strikes_before_it_begins_begins_all_the_same_and_lets_it_out_of_the_loop() -> None:
+def test_a_task_that_a_ctrl_c_strikes_before_it_begins_begins_all_the_same_and_lets_it_out_of_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """In uvloop a signal strikes the first code of Python's that runs again: often that of a task at its first step."""
     begun: list[str] = []
-    tracing = sys.gettrace()
 
     async def begin() -> None:
         begun.append("begun")
 
-    def strike(frame: FrameType, *_: Any) -> None:
-        if frame.f_code is watch._first_step.__code__:
-            sys.settrace(tracing)
-            raise KeyboardInterrupt
+    @types.coroutine
+    def first_step() -> Generator[None, None, None]:
+        yield
+        raise KeyboardInterrupt
 
     async def play() -> None:
-        task = start(begin())
-        sys.settrace(strike)
-        await task
+        monkeypatch.setattr(watch, "_first_step", first_step)
+        await start(begin())
 
     left_by(KeyboardInterrupt, play)
 
