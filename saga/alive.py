@@ -111,7 +111,7 @@ class LiveSaga(UndoHost):
         self._ran_here: dict[str, str] = {}
         self._begun: Counter[tuple[str, int]] = Counter()
         self._being_undone: Final[dict[str, set[asyncio.Future[None]]]] = {}
-        self._resting: Final[dict[str, asyncio.Future[None]]] = {}
+        self._resting: Final[dict[LiveSaga, asyncio.Future[None]]] = {}
         self._recordings: dict[str, list[Coroutine[Any, Any, None]]] = {}
 
     def private_context(self, first: Callable[..., None], last: Callable[..., None]) -> PipelineContext:
@@ -192,12 +192,13 @@ class LiveSaga(UndoHost):
         self.has_children = True
         self.children.add(child)
         self._ran_here[child.id] = stage
-        self._resting[child.id] = self.loop.create_future()
+        self._resting[child] = self.loop.create_future()
 
     def parts_with(self, child: LiveSaga) -> None:
         """The child has come to rest."""
         self.children.discard(child)
-        self._resting.pop(child.id).set_result(None)
+        # Not by its id: a stage may have gone on with it from where it had just been let go of.
+        self._resting.pop(child).set_result(None)
         if child.journal.token is None:
             del self._ran_here[child.id]  # the ledger has never heard of it
 
@@ -302,8 +303,9 @@ class LiveSaga(UndoHost):
 
     async def _child_rests(self, saga_id: str) -> None:
         """Wait for a child that a stage which was given up has left on its way back."""
-        if saga_id in self._resting:
-            await asyncio.wait({self._resting[saga_id]})
+        resting = [rests for child, rests in self._resting.items() if child.id == saga_id]
+        if resting:
+            await asyncio.wait(resting)
 
     async def child_reports(self, stage: str) -> list[SagaReport]:
         """The children that this execution of the stage has run, oldest first; without its fallback's while what used that is kept."""

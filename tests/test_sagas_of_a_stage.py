@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
@@ -643,6 +644,28 @@ def test_a_probe_of_a_stage_that_was_given_up_waits_for_its_saga_that_is_still_o
     assert "was given up" in str(report.stages["book"].failure)
     assert report.status is SagaStatus.COMPENSATED, str(report)
     assert world.log == ["+room", "-room"]
+
+
+def test_a_stage_goes_on_with_its_saga_at_the_very_turn_at_which_that_was_let_go_of() -> None:
+    """The two were taken for one: a KeyError failed the stage, and its saga was undone."""
+    world, hotel = scene({"room": ()}, {"room": Script("raise", then=("ok",))})
+
+    async def book(ctx: SagaContext) -> None:
+        begun = asyncio.create_task(ctx.run_saga(hotel, policy=FailFast(on_failure="halt")))
+        went_on = None
+        while went_on is None:
+            await asyncio.sleep(0)
+            for child in await ctx.child_sagas():
+                with contextlib.suppress(MisuseError):  # it is not let go of yet
+                    went_on = await ctx.resume_saga(child.saga_id, hotel)
+        await begun
+
+    trip = Pipeline().with_stage("book", compensable(book, undo_each([hotel])))
+
+    report = run(SagaCoordinator().run(trip, saga_id="s"))
+
+    assert report.status is SagaStatus.COMPLETED, str(report)
+    assert world.log == ["+room"]
 
 
 @pytest.mark.parametrize("attempts", [1, 2])
