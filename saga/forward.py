@@ -318,7 +318,7 @@ class Forward(Stages, Employer):
         record, node = run.record, run.node
         if record.state in {_S.FAILED, _S.IN_DOUBT} and not record.again:
             # It died before what follows from this failure was recorded.
-            if record.awaits_fallback and not record.stands_in_part and await self._saga.left_within(run.name):
+            if record.awaits_fallback and await self._saga.left_within(run.name):
                 self._cut_off.add(run.name)
             return Outcome(failure=record.failure)
         if not record.doubt:

@@ -69,7 +69,7 @@ class StageRecord:
         failed: Its execution failed for good, and no probe found its effect; also when that was undone later.
         gave_up: Its execution failed for good, whatever a probe found after that.
         fell_back: Its fallback stands in.
-        awaits_fallback: Its execution has failed, and its own fallback was to be called: whether that has begun no event says.
+        awaits_fallback: Its execution has failed, and its own fallback was next, its probe asked: whether that has begun no event says.
         fallback_failed: Its own fallback failed.
         fallback_ran: The sagas that its fallback has run, as long as that stands in.
         undoes_fallback: Its compensation, as last attempted, is also about those, which nothing used any more.

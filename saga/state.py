@@ -157,10 +157,14 @@ class SagaState:
             return
         for name, record in self.stages.items():
             # One that failed before its process died may have got a fallback, or its saga a policy that calls it.
-            record.awaits_fallback = record.awaits_fallback or (record.gave_up and self._may_fall_back(name))
+            self._note_next(record, name)
 
-    def _may_fall_back(self, stage: str) -> bool:
-        return isinstance(self.policy, ContinueWithFallback) and self.graph[stage].has_fallback
+    def _note_next(self, record: StageRecord, stage: str) -> None:
+        """Whether a stage that has failed gets its own fallback next: its probe, if it has one, is asked before."""
+        node = self.graph[stage]
+        falls_back = isinstance(self.policy, ContinueWithFallback) and node.has_fallback and self.status is SagaStatus.RUNNING
+        is_asked = not node.can_probe or record.unanswered or record.answer is False
+        record.awaits_fallback = record.awaits_fallback or (record.gave_up and falls_back and is_asked)
 
     def _ask_anew(self) -> None:
         """Whoever goes on with a saga that came to rest hopes for the answers that it did not get."""
@@ -336,8 +340,9 @@ class SagaState:
         record.note_left(within=event.left_within)
         if event.will_retry:
             return
-        record.again, record.awaits_fallback = False, self._may_fall_back(event.stage)
+        record.again = False
         record.failed, record.gave_up, record.ended_at, record.output = True, True, event.at, event.output
+        self._note_next(record, event.stage)
         if record.doubt:
             record.state = _S.IN_DOUBT
         elif event.failure.kind is FailureKind.CANCELLED:
@@ -382,8 +387,10 @@ class SagaState:
             return
         if event.landed is None:
             self._comes_into_question(record, event)
+            self._note_next(record, event.stage)
             return
         record.answer, record.doubt = event.landed, False
+        self._note_next(record, event.stage)
         record.let_go()
         if record.state in {_S.FALLBACK, _S.SKIPPED}:
             # What stands in for it was used already: what it gave comes too late.
