@@ -579,7 +579,7 @@ class Forward(Stages, Employer):
                 # Nothing goes on with it any more, and where the probe was cut off nobody knows that it is needed.
                 return None
         output: StageOutput | None = None
-        if node.has_fallback:
+        if node.has_fallback and (run.record.again or not run.record.fallback_failed):
             output = await self._fallback(run, failure)
         if output is not None:
             ran = run.host.ran

@@ -31,10 +31,10 @@ from saga import (
     compensable,
     nested,
 )
-from saga.events import SagaResumed, SagaTurnedBack, StageStarted
+from saga.events import FallbackFailed, SagaResumed, SagaTurnedBack, StageStarted
 from saga.listeners.logs import log_events
 from saga.nested import NestedSaga
-from tests.controlled import run
+from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowLedger
 from tests.within import (
@@ -48,7 +48,7 @@ from tests.within import (
     nothing_landed,
     with_another_hotel,
 )
-from tests.world import SEQUENCE, Script, World, scene
+from tests.world import SEQUENCE, CardDeclined, Script, World, nothing, scene
 
 
 def test_a_saga_whose_ledger_breaks_can_be_undone_when_it_is_back() -> None:
@@ -215,6 +215,59 @@ def test_killed_at_any_event_a_stage_in_doubt_is_not_found_to_have_landed_beside
         if is_done:
             break
     assert stood > 4
+
+
+@pytest.mark.parametrize("instead", [{"fallbacks": {"send": {}}}, {"without_fallback": "skip_branch"}], ids=["fallbacks", "skip_branch"])
+def test_killed_at_any_event_a_fallback_that_is_known_to_have_failed_is_not_called_again(instead: dict[str, Any]) -> None:
+    """Promise 11: it told the customer twice, and might have stood in the second time."""
+    was_known = 0
+    for kill in range(2, 40):
+        told: list[str] = []
+
+        async def tell(ctx: SagaContext, _: Any, told: list[str] = told) -> None:
+            told.append(ctx.saga_id)
+            raise CardDeclined
+
+        mail = Pipeline(name="mail").with_stage("send", compensable(fail, nothing, fallback=tell))
+        ledger = Dying(kill)
+        with contextlib.suppress(LedgerError):
+            run(SagaCoordinator(ContinueWithFallback(**instead), ledger=ledger).run(mail, saga_id="s"))
+        is_done, ledger.left = ledger.left >= 0, 10_000
+        ledger.forget_owners()
+        is_known = any(isinstance(event, FallbackFailed) for event in run(ledger.read("s")))
+        was_known += is_known
+
+        run(SagaCoordinator(ledger=ledger).resume("s", mail))
+
+        assert len(told) <= (1 if is_known else 2), kill
+        if is_done:
+            break
+    assert was_known > 1
+
+
+def test_a_fallback_that_failed_is_called_again_when_its_halted_saga_is_resumed() -> None:
+    told: list[str] = []
+
+    async def tell(ctx: SagaContext, _: Any) -> None:
+        told.append(ctx.saga_id)
+        if len(told) == 1:
+            raise CardDeclined
+
+    async def probe(_: CompensationContext) -> None:
+        raise OSError("it does not answer")
+
+    async def hang(_: SagaContext) -> None:
+        await elapse(60)
+
+    send = compensable(hang, nothing, probe=probe, fallback=tell, timeout=5)
+    mail = Pipeline(name="mail").with_stage("send", send)
+    coordinator = SagaCoordinator(ContinueWithFallback(on_failure="halt", compensation=IMPATIENT.compensation))
+    halted = run(coordinator.run(mail, saga_id="s"))
+    assert (halted.status, {*halted.in_doubt}) == (SagaStatus.HALTED, {"send"})
+
+    report = run(coordinator.resume("s", mail))
+
+    assert len(told) == 2, str(report)
 
 
 def test_of_a_stage_that_died_when_it_had_run_a_saga_it_is_not_said_that_its_fallback_did() -> None:
