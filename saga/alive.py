@@ -297,8 +297,7 @@ class LiveSaga(UndoHost):
 
     async def rest_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """See to it that a child saga whose process is gone comes to rest, unless this saga runs on and sees to it itself."""
-        if self.is_stopping:
-            await self._child_rests(saga_id)
+        await self._child_rests(saga_id)
         return await self.heeding(stage, self.keeper.rest_child(self, saga_id, pipeline))
 
     async def _child_rests(self, saga_id: str) -> None:

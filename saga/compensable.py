@@ -222,7 +222,8 @@ class CompensationContext:
     async def rest_saga(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """For a probe: let a child saga whose process is gone come to rest, as one does whose parent stops.
 
-        Does nothing while the parent runs on: then its stage goes on with the child.
+        One that the stage had left running when it was given up is waited for. Else does nothing while the parent runs on: then its stage
+        goes on with the child.
         """
         return await self._host.rest_child(self.stage_name, saga_id, pipeline)
 

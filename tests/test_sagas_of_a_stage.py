@@ -627,7 +627,9 @@ def test_what_undoes_a_stage_that_was_given_up_waits_for_its_saga_that_is_still_
     assert world.log == ["+room", "-room"]
 
 
-def test_a_probe_of_a_stage_that_was_given_up_waits_for_its_saga_that_is_still_on_its_way_back() -> None:
+@pytest.mark.parametrize("policy", [FailFast(), ContinueWithFallback()], ids=lambda policy: type(policy).__name__)
+def test_a_probe_of_a_stage_that_was_given_up_waits_for_its_saga_that_is_still_on_its_way_back(policy: Policy) -> None:
+    """Asked before its parent stopped, it was told that the saga was running."""
     world, hotel = scene({"room": (), "tour": ("room",)}, {"room": Script(undo_takes=20), "tour": Script(before=60)}, {"tour": "probed"})
 
     async def book(ctx: SagaContext) -> None:
@@ -639,7 +641,7 @@ def test_a_probe_of_a_stage_that_was_given_up_waits_for_its_saga_that_is_still_o
 
     trip = Pipeline().with_stage("book", compensable(book, undo_each([hotel]), probe=ask, timeout=10))
 
-    report = run(SagaCoordinator().run(trip, saga_id="s"))
+    report = run(SagaCoordinator(policy).run(trip, saga_id="s"))
 
     assert "was given up" in str(report.stages["book"].failure)
     assert report.status is SagaStatus.COMPENSATED, str(report)
