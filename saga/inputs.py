@@ -145,7 +145,7 @@ def refuse_unfit(context: PipelineContext) -> None:
     if not isinstance(context, PipelineContext):
         raise MisuseError("a PipelineContext", got=shown(context), hint="A text is given as input_text=, anything else in metadata={...}.")
     for name in _DICTS:
-        # None is made with dicts in its place: whoever has this one may cancel the saga by it.
+        # No copy with dicts is made instead: whoever has this context may cancel the saga by it.
         if not isinstance(value := getattr(context, name), dict):
             raise _no_dict(name, value)
     if context.data.get(_TIMEOUT):
