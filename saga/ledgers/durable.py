@@ -206,7 +206,7 @@ def _one_by_one(patience: float, store: Store, reads: Sequence[Callable[[Store],
             waited = time.monotonic() - begun > patience / 2 and not isinstance(error, LedgerCorrupt)
             in_vain = in_vain + 1 if waited else 0
             if in_vain > 1:
-                # A single one may have asked for too much. So have not two; those that came with them would each wait as long again.
+                # One alone may have asked for too much. Where a second one waited in vain, each of the others would wait as long again.
                 return answers + [again(error) for _ in reads[len(answers) :]]
         except Exception as error:  # noqa: BLE001 - whoever waits has to be told, whatever it is, and nobody else
             answers.append(failed(error))
