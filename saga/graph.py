@@ -86,7 +86,7 @@ class Graph:
 
     @classmethod
     def of(cls, nodes: Iterable[Node]) -> Self:
-        """Sort the nodes topologically, in the order given where dependencies leave a choice.
+        """Take the nodes in the order given; where one comes before what it depends on, sort them topologically.
 
         Raises:
             PipelineInvalid: There is no stage, a name is empty, a dependency is unknown, or there is a cycle.
@@ -94,6 +94,8 @@ class Graph:
         by_name = {node.name: node for node in nodes}
         if not by_name:
             raise PipelineInvalid("a pipeline with at least one stage", got="an empty one")
+        came: set[str] = set()
+        is_sorted = True
         for node in by_name.values():
             if not node.name.strip():
                 raise PipelineInvalid("a stage name with at least one visible character", got=repr(node.name), stage=node.name)
@@ -105,6 +107,10 @@ class Graph:
                         stage=node.name,
                         hint=did_you_mean(dependency, by_name),
                     )
+            is_sorted = is_sorted and came.issuperset(node.dependencies)
+            came.add(node.name)
+        if is_sorted:
+            return cls(nodes=tuple(by_name.values()))
         try:
             order = tuple(TopologicalSorter({name: node.dependencies for name, node in by_name.items()}).static_order())
         except CycleError as error:

@@ -873,6 +873,15 @@ def test_the_graph_names_what_it_refuses() -> None:
         Graph.of([Node(name="a", dependencies=("z",))])
 
 
+def test_stages_stay_in_the_order_in_which_they_were_written_where_each_comes_after_what_it_needs() -> None:
+    written = Graph.of([Node(name="a"), Node(name="b", dependencies=("a",)), Node(name="c"), Node(name="d", dependencies=("c", "b"))])
+    mixed_up = Graph.of([Node(name="d", dependencies=("c", "b")), Node(name="b", dependencies=("a",)), Node(name="c"), Node(name="a")])
+
+    assert written.names == ("a", "b", "c", "d")
+    for place, node in enumerate(mixed_up.nodes):
+        assert set(node.dependencies) <= set(mixed_up.names[:place])
+
+
 def test_the_graph_reaches_ancestors_once_however_many_ways_lead_there() -> None:
     graph = Graph.of(
         [Node(name="d", dependencies=("b", "c")), Node(name="b", dependencies=("a",)), Node(name="c", dependencies=("a",)), Node(name="a")]
