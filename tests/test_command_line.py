@@ -1303,6 +1303,12 @@ class Terminal:
         self.process.wait()
         os.close(self._mine)
 
+    def hang_up(self) -> None:
+        """Close the window, or lose the line, and wait for it to end."""
+        os.close(self._mine)
+        self._mine = os.open(os.devnull, os.O_RDONLY)
+        self.process.wait()
+
     def press(self, keys: str) -> None:
         os.write(self._mine, keys.encode())
 
@@ -1392,7 +1398,18 @@ def test_a_terminal_that_can_do_nothing_gets_lines(shop: Shop) -> None:
     assert "s  ship: completed" in shown
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_terminal_that_is_closed_undoes(shop: Shop) -> None:
+    """It killed the process, and with a ledger in memory nobody knew then what stood."""
+    shop.write("impatient.toml", IMPATIENT)
+    terminal = Terminal(shop, "run", "shop:slow", "--id", "s", "--policy", "impatient.toml")
+
+    terminal.until("the bank is asked")
+    terminal.hang_up()
+
+    assert SagaReport.model_validate_json(shop.saga("show", "s", "--json").out).status is SagaStatus.COMPENSATED
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_without_a_terminal_undoes_and_says_so(shop: Shop, number: signal.Signals) -> None:
     shop.write("impatient.toml", IMPATIENT)
     command = [sys.executable, "-W", "error", "-m", "saga", "run", "shop:slow", "--id", "s", "--policy", "impatient.toml", "--json"]

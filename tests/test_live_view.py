@@ -438,7 +438,7 @@ def test_the_first_signal_cancels_and_the_second_one_leaves(capfd: pytest.Captur
 
     async def work() -> None:
         task = asyncio.create_task(endless())
-        with interruptible(task, lambda: said.append("first"), lambda: "second\n", left.append):
+        with interruptible(task, lambda: said.append("first"), lambda: "second\n", lambda: None, left.append):
             os.kill(os.getpid(), signal.SIGINT)
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -453,6 +453,42 @@ def test_the_first_signal_cancels_and_the_second_one_leaves(capfd: pytest.Captur
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_terminal_that_is_closed_counts_as_a_first_signal_and_never_as_a_second_one() -> None:
+    """The shell that ran in it says so, too, and whoever has pressed Ctrl-C may close the window while all is being undone."""
+    said: list[str] = []
+    left: list[int] = []
+
+    async def work() -> None:
+        task = asyncio.create_task(asyncio.Event().wait())
+        with interruptible(task, lambda: said.append("first"), lambda: "second\n", lambda: said.append("gone"), left.append):
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(work())
+
+    assert said == ["gone", "gone", "first"]
+    assert left == []
+
+
+def test_a_process_that_is_to_outlive_its_terminal_goes_on_when_that_is_closed() -> None:
+    async def work() -> None:
+        task = asyncio.create_task(asyncio.sleep(0))
+        with interruptible(task, lambda: None, lambda: "second\n", lambda: None):
+            os.kill(os.getpid(), signal.SIGHUP)
+            await task
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    try:
+        asyncio.run(work())
+        left = signal.getsignal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+    assert left is signal.SIG_IGN
+
+
 def test_what_can_not_be_said_keeps_nobody_from_leaving() -> None:
     left: list[int] = []
 
@@ -461,7 +497,7 @@ def test_what_can_not_be_said_keeps_nobody_from_leaving() -> None:
 
     async def work() -> None:
         task = asyncio.create_task(asyncio.Event().wait())
-        with interruptible(task, lambda: None, speechless, left.append):
+        with interruptible(task, lambda: None, speechless, lambda: None, left.append):
             os.kill(os.getpid(), signal.SIGINT)
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -481,7 +517,7 @@ def test_what_can_not_be_said_keeps_nobody_from_turning_back(caplog: pytest.LogC
 
     async def work() -> None:
         task = asyncio.create_task(asyncio.Event().wait())
-        with interruptible(task, speechless, lambda: "second\n"):
+        with interruptible(task, speechless, lambda: "second\n", lambda: None):
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.wait({task}, timeout=10)
             assert task.cancelled()

@@ -33,7 +33,7 @@ from saga.cli.family import Family
 from saga.cli.interrupt import interruptible
 from saga.cli.pipelines import load, load_all
 from saga.cli.settings import settings
-from saga.cli.view import Stderr, tell_on, view
+from saga.cli.view import Stderr, hanging_up, tell_on, view
 from saga.coordinator import SagaCoordinator
 from saga.errors import LedgerCorrupt, LedgerError, MisuseError, PolicyInvalid, SagaExists, SagaNotFound, SagasDamaged, SagaUnrecorded
 from saga.events import AnyEvent, SagaStarted, SagaStatus, Verdict, event_from_json, event_to_json, line_of
@@ -263,7 +263,7 @@ def recover(
             console, gone_on_with = Stderr(), set[str]()
             coordinator = SagaCoordinator(ledger=opened, listeners=[tell_on(console), lambda saga_id, _: gone_on_with.add(saga_id)])
             task = asyncio.create_task(coordinator.recover(pipelines, concurrency=concurrency))
-            with interruptible(task, lambda: console.print(_FIRST, soft_wrap=True), lambda: _SECOND):
+            with interruptible(task, lambda: console.print(_FIRST, soft_wrap=True), lambda: _SECOND, hanging_up(console)):
                 try:
                     with aside():
                         recovery = await task

@@ -14,7 +14,7 @@ from rich.text import Text
 from saga.cli.aside import aside
 from saga.cli.family import Family
 from saga.cli.interrupt import interruptible
-from saga.cli.view import view
+from saga.cli.view import hanging_up, view
 from saga.coordinator import SagaCoordinator
 from saga.errors import SagaNotFound
 from saga.events import SagaStatus
@@ -70,7 +70,7 @@ async def conduct(
             coordinator = SagaCoordinator(policy, ledger=ledger, listeners=[hear])
             warning = Notice(family, console, goes_on if ledger.durable else None)
             task = asyncio.create_task(work(coordinator))
-            with interruptible(task, warning.first, warning.second):
+            with interruptible(task, warning.first, warning.second, hanging_up(console)):
                 try:
                     report = await task
                     return Outcome(report, interrupted=False, idle=report.ended_at == ended)

@@ -1,4 +1,4 @@
-"""Ctrl-C: once to turn a saga back, twice to leave it as it is."""
+"""Ctrl-C, or what counts as one: once to turn a saga back, twice to leave it as it is."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ from typing import Any, Final
 from saga.cli.exits import Exit
 
 _STDERR: Final = 2
+_HANGUP: Final = getattr(signal, "SIGHUP", None)
+"""Says that the terminal was closed; Windows has no such signal."""
 
 
 @contextmanager
 def interruptible(
-    work: asyncio.Task[Any], first: Callable[[], None], second: Callable[[], str], leave: Callable[[int], object] = os._exit
+    work: asyncio.Task[Any],
+    first: Callable[[], None],
+    second: Callable[[], str],
+    gone: Callable[[], object],
+    leave: Callable[[int], object] = os._exit,
 ) -> Iterator[None]:
-    """For the length of a block, let SIGINT or SIGTERM cancel the work, and another one end the process at once.
+    """For the length of a block, let SIGINT, SIGTERM or SIGHUP cancel the work, and another SIGINT or SIGTERM end the process at once.
 
     Args:
         work: What is cancelled.
         first: Is called before that.
         second: What is said before the process ends.
+        gone: Is called when the terminal was closed, before all else.
         leave: Ends the process.
     """
     loop = asyncio.get_running_loop()
@@ -38,6 +45,10 @@ def interruptible(
             work.cancel()
 
     def interrupt(number: int, _: FrameType | None) -> None:
+        if number == _HANGUP:
+            gone()
+            if came:
+                return  # it comes once of the terminal, and once more of the shell that ran in it
         came.append(number)
         if len(came) == 1:
             loop.call_soon_threadsafe(turn_back)
@@ -49,8 +60,11 @@ def interruptible(
             # Not by an exception: to unwind would cancel compensations in the middle. A process that dies is what ledgers are made for.
             leave(Exit.INTERRUPTED)
 
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if _HANGUP is not None and signal.getsignal(_HANGUP) is not signal.SIG_IGN:  # as nohup has it
+        numbers.append(_HANGUP)
     # Not the loop's own handlers: those wait for a stage that blocks the loop.
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:

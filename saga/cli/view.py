@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Final
@@ -40,6 +40,11 @@ class Stderr(Console):
             os.dup2(nowhere, STDOUT)  # where the programs print that stages start
         os.dup2(nowhere, gone)
         os.close(nowhere)
+
+
+def hanging_up(console: Console) -> Callable[[], None]:
+    """What has it say nothing more when its terminal was closed; of one that was nobody can tell that it is a terminal."""
+    return console.on_broken_pipe if console.is_terminal else lambda: None
 
 
 def view(family: Family, console: Console) -> AbstractAsyncContextManager[Listener]:
