@@ -1016,13 +1016,18 @@ def test_a_child_is_not_imported_without_the_saga_that_runs_it(shop: Shop) -> No
 
 def test_an_import_is_refused_as_a_whole(shop: Shop) -> None:
     shop.saga("run", "shop:order", "--id", "s")
-    lines = shop.saga("export", "s").out.splitlines(keepends=True)
+    *lines, end = shop.saga("export", "s").out.splitlines(keepends=True)
+    some = [line for line in lines if '"stage_started"' not in line]
     files = {
         "headless.jsonl": lines[1:],
         "twice.jsonl": [*lines, lines[0]],
+        "cut.jsonl": lines,
+        "cut_before.jsonl": [*lines[:-1], *lines, end],
+        "holed.jsonl": [lines[0], *lines[2:], end],
+        "behind.jsonl": [*lines, end, lines[1], end],
         "garbled.jsonl": [lines[0], "{}\n"],
         "newer.jsonl": [lines[0].replace('"in_flight"', '"later":1,"in_flight"'), *lines[1:]],
-        "contradictory.jsonl": [line for line in lines if '"stage_started"' not in line],
+        "contradictory.jsonl": [*some, f'{{"events":{len(some)}}}\n'],
         "blank.jsonl": [],
     }
     for name, content in files.items():
@@ -1033,6 +1038,16 @@ def test_an_import_is_refused_as_a_whole(shop: Shop) -> None:
     assert {name: (one.code, re.split(", got Unable|: expected one of", one.err)[0]) for name, one in done.items()} == {
         "headless.jsonl": (Exit.FAILED, "saga: expected SagaStarted in line 1, got StageStarted; nothing was imported\n"),
         "twice.jsonl": (Exit.FAILED, f"saga: line {len(lines) + 1} begins saga s a second time; nothing was imported\n"),
+        "cut.jsonl": (
+            Exit.FAILED,
+            "saga: expected at the end how many events there are, got none: the file was cut. Export once more; nothing was imported\n",
+        ),
+        "cut_before.jsonl": (Exit.FAILED, f"saga: line {len(lines)} begins saga s a second time; nothing was imported\n"),
+        "holed.jsonl": (
+            Exit.FAILED,
+            f"saga: expected {len(lines)} events before line {len(lines)}, got {len(lines) - 1}; nothing was imported\n",
+        ),
+        "behind.jsonl": (Exit.FAILED, f"saga: expected SagaStarted in line {len(lines) + 2}, got StageStarted; nothing was imported\n"),
         "garbled.jsonl": (Exit.FAILED, "saga: expected an event of a saga in line 2"),
         "newer.jsonl": (Exit.FAILED, "saga: expected an event of a saga in line 1, got one of another version of saga"),
         "contradictory.jsonl": (Exit.FAILED, done["contradictory.jsonl"].err),
@@ -1041,6 +1056,16 @@ def test_an_import_is_refused_as_a_whole(shop: Shop) -> None:
     assert "StageCompleted" in done["contradictory.jsonl"].err
     assert done["contradictory.jsonl"].err.endswith(". Nothing was imported.\n")
     assert not (shop.folder / "new.db").exists()
+
+
+def test_several_exports_may_stand_in_one_file(shop: Shop) -> None:
+    for saga_id in ("s", "t"):
+        shop.saga("run", "shop:order", "--id", saga_id)
+    shop.write("both.jsonl", shop.saga("export", "s").out + shop.saga("export", "t").out)
+
+    done = shop.saga("import", "both.jsonl", "--ledger", "sqlite:///new.db")
+
+    assert done == (Exit.COMPLETED, "s  completed\nt  completed\n", "")
 
 
 def test_a_child_that_the_ledger_would_not_take_keeps_the_saga_that_runs_it_from_being_imported(shop: Shop) -> None:

@@ -62,6 +62,7 @@ _NO_FIELDS: Final = frozenset(inspect.signature(SagaCoordinator.run).parameters)
 """What `SagaCoordinator.run` takes beside the fields of a context."""
 _HIDDEN: Final = re.compile("@|password", re.IGNORECASE)
 """What the URL of a ledger has where it may hold a password."""
+_END_OF_EXPORT: Final = re.compile(r'\{"events":(\d+)\}\s*$')
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 app: Final = typer.Typer(
@@ -495,7 +496,7 @@ def _age(text: str) -> timedelta:
 
 @command("export")
 def export(saga_id: SagaId, ledger: LedgerUrl = None) -> None:
-    """Write the events of a saga, and of those that its stages run, as JSON lines."""
+    """Write the events of a saga, and of those that its stages run, as JSON lines, and how many there are."""
 
     async def events() -> list[AnyEvent]:
         async with _opened(_durable(ledger)) as opened:
@@ -503,8 +504,10 @@ def export(saga_id: SagaId, ledger: LedgerUrl = None) -> None:
             family = await Family.read(opened, saga_id)
             return [event for member in family.sagas for event in await opened.read(member)]
 
-    for event in asyncio.run(events()):
+    written = asyncio.run(events())
+    for event in written:
         _print_json(event_to_json(event))
+    _print_json(f'{{"events":{len(written)}}}')
 
 
 @command("import")
@@ -574,7 +577,14 @@ def _refuse_too_large(most: int | None, saga_id: str, events: Sequence[AnyEvent]
 def _sagas_in(lines: Iterator[str]) -> dict[str, list[AnyEvent]]:
     sagas: dict[str, list[AnyEvent]] = {}
     current: list[AnyEvent] | None = None
+    before = 0
     for number, line in enumerate(lines, 1):
+        if (end := _END_OF_EXPORT.match(line)) is not None:
+            if int(end[1]) != before:
+                raise LedgerCorrupt(f"expected {end[1]} events before line {number}, got {before}; nothing was imported")
+            current, before = None, 0
+            continue
+        before += 1
         try:
             event = event_from_json(line)
         except ValidationError as error:
@@ -595,6 +605,9 @@ def _sagas_in(lines: Iterator[str]) -> dict[str, list[AnyEvent]]:
         current.append(event)
     if not sagas:
         raise MisuseError("at least one saga", got="a file without any", hint="Nothing was imported.")
+    if before:
+        # Whoever goes on with a saga that lacks its end does that part of it again.
+        raise LedgerCorrupt("expected at the end how many events there are, got none: the file was cut. Export once more; nothing was imported")
     for saga_id, events in sagas.items():
         try:
             parent = SagaState(events).started.parent
