@@ -585,17 +585,7 @@ def _sagas_in(lines: Iterator[str]) -> dict[str, list[AnyEvent]]:
             current, before = None, 0
             continue
         before += 1
-        try:
-            event = event_from_json(line)
-        except ValidationError as error:
-            raise LedgerCorrupt(
-                f"expected an event of a saga in line {number}, got {error.errors()[0]['msg']}; nothing was imported"
-            ) from None
-        except PolicyInvalid as error:
-            # Whoever wrote it had a policy that is one.
-            raise LedgerCorrupt(
-                f"expected an event of a saga in line {number}, got one of another version of saga: {error}; nothing was imported"
-            ) from None
+        event = _event_in(line, number)
         if isinstance(event, SagaStarted):
             if event.saga_id in sagas:
                 raise LedgerCorrupt(f"line {number} begins saga {event.saga_id} a second time; nothing was imported")
@@ -607,7 +597,23 @@ def _sagas_in(lines: Iterator[str]) -> dict[str, list[AnyEvent]]:
         raise MisuseError("at least one saga", got="a file without any", hint="Nothing was imported.")
     if before:
         # Whoever goes on with a saga that lacks its end does that part of it again.
-        raise LedgerCorrupt("expected at the end how many events there are, got none: the file was cut. Export once more; nothing was imported")
+        raise LedgerCorrupt("expected at the end how many events there are, got none: the file was cut; nothing was imported")
+    _refuse_what_makes_no_sense(sagas)
+    return sagas
+
+
+def _event_in(line: str, number: int) -> AnyEvent:
+    try:
+        return event_from_json(line)
+    except ValidationError as error:
+        why = f"got {error.errors()[0]['msg']}"
+    except PolicyInvalid as error:
+        # Whoever wrote it had a policy that is one.
+        why = f"got one of another version of saga: {error}"
+    raise LedgerCorrupt(f"expected an event of a saga in line {number}, {why}; nothing was imported")
+
+
+def _refuse_what_makes_no_sense(sagas: Mapping[str, Sequence[AnyEvent]]) -> None:
     for saga_id, events in sagas.items():
         try:
             parent = SagaState(events).started.parent
@@ -617,7 +623,6 @@ def _sagas_in(lines: Iterator[str]) -> dict[str, list[AnyEvent]]:
             # What goes on with it, or lists it, begins with that one.
             hint = f"Export {parent}. Nothing was imported."
             raise MisuseError(f"the saga {parent}, which runs {saga_id}, in the file, too", got="none", hint=hint)
-    return sagas
 
 
 # -- what the commands have in common ----------------------------------------------------------------------------
