@@ -335,16 +335,17 @@ def _undeclared_effects(design: _Design) -> Iterator[Finding]:
 
 def _doubts_without_probe(design: _Design) -> Iterator[Finding]:
     for node in design.graph.nodes:
-        reasons = list(design.doubts(node.name))
-        if node.role is Role.PLAIN or node.can_probe or node.undo_in_doubt or not reasons:
+        reasons = ", ".join(design.doubts(node.name))
+        if not reasons or node.can_probe or node.undo_in_doubt:
             continue
-        copes = ", or a compensation that copes with not knowing (compensate_in_doubt = True)" if node.role is Role.COMPENSABLE else ""
-        yield Finding.of(
-            FindingCode.DOUBT_WITHOUT_PROBE,
-            node.name,
-            f"it can end in doubt ({', '.join(reasons)}), and then nobody knows whether to undo it: the saga is stuck",
-            f"Give it a probe(){copes}",
-        )
+        if node.role is not Role.PLAIN:
+            problem = f"it can end in doubt ({reasons}), and then nobody knows whether to undo it: the saga is stuck"
+            copes = ", or a compensation that copes with not knowing (compensate_in_doubt = True)" if node.role is Role.COMPENSABLE else ""
+            yield Finding.of(FindingCode.DOUBT_WITHOUT_PROBE, node.name, problem, f"Give it a probe(){copes}")
+        elif design.is_irreversible(node):
+            problem = f"it can be cut off ({reasons}) when it has had its effect; it then counts as failed, and nobody is told of that"
+            advice = "Make it a PivotStage with a probe(): that is in doubt then, and is asked"
+            yield Finding.of(FindingCode.DOUBT_WITHOUT_PROBE, node.name, problem, advice)
 
 
 def _fallible_after_pivot(design: _Design) -> Iterator[Finding]:

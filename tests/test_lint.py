@@ -165,6 +165,16 @@ def test_a_plain_stage_and_a_nested_saga_are_never_in_doubt_without_help() -> No
     assert found(pipeline(read=PURE, trip=nested(pipeline(hold=Hold))), harsh) == []
 
 
+def test_a_plain_stage_that_nobody_can_undo_is_not_to_be_cut_off() -> None:
+    (finding,) = check(pipeline(mail=MAILS), FailFast(timeout=5))
+
+    assert (finding.stage, finding.code) == ("mail", FindingCode.DOUBT_WITHOUT_PROBE)
+    assert "it can be cut off (after a timeout of 5 s) when it has had its effect" in finding.message
+    assert "PivotStage" in finding.advice
+    assert found(pipeline(mail=MAILS)) == []
+    assert found(pipeline(mail=a(Charge, probe=probe)), FailFast(timeout=5)) == []
+
+
 def test_the_bound_on_draining_singles_out_no_stage() -> None:
     assert found(pipeline(hold=Hold, book=Hold), FailFast(drain_timeout=1)) == []
 
