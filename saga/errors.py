@@ -196,9 +196,7 @@ class SagaUnrecorded(LedgerError):
         told: All of that in words, without how to go on.
     """
 
-    def __init__(
-        self, saga_id: str, why: BaseException | None, *, in_effect: Sequence[str], unknown: Sequence[str], goes_on: str = "resume"
-    ) -> None:
+    def __init__(self, saga_id: str, why: BaseException | None, *, in_effect: Sequence[str], unknown: Sequence[str], goes_on: str) -> None:
         self.saga_id = saga_id
         self.in_effect = tuple(in_effect)
         self.unknown = tuple(unknown)
@@ -206,7 +204,7 @@ class SagaUnrecorded(LedgerError):
             f"saga {saga_id} stopped, because its ledger failed: {str(why).rstrip('.')}. Nothing more was started. "
             f"In effect: {', '.join(in_effect) or 'nothing'}; not known: {', '.join(unknown) or 'nothing'}."
         )
-        super().__init__(f"{self.told} When the ledger is back, go on: await coordinator.{goes_on}({saga_id!r}, pipeline)")
+        super().__init__(f"{self.told} When the ledger is back, go on: await coordinator.{goes_on}")
 
 
 class NotStorable(SagaError, ValueError):

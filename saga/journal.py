@@ -250,9 +250,18 @@ class Journal:
         said: BaseException | None = error
         while isinstance(said, SagaUnrecorded):  # by a child
             said = said.__cause__
-        # Where that somebody wants it undone is not recorded, to resume it would run it on.
-        demanded = any(isinstance(event, SagaTurnedBack) and event.reason is TurnReason.REQUEST for event in self.unwritten)
-        return SagaUnrecorded(self.saga_id, said, in_effect=in_effect, unknown=unknown, goes_on="compensate" if demanded else "resume")
+        return SagaUnrecorded(self.saga_id, said, in_effect=in_effect, unknown=unknown, goes_on=self._call_again())
+
+    def _call_again(self) -> str:
+        """The call that goes on, with what is asked for that is not recorded: a plain `resume` may go the other way."""
+        for event in self.unwritten:
+            if isinstance(event, SagaTurnedBack) and event.reason is TurnReason.REQUEST:
+                return f"compensate({self.saga_id!r}, pipeline)"
+            if isinstance(event, SagaResumed):
+                forward = ", forward=True" if event.forward else ""
+                policy = ", policy=policy" if event.policy is not None else ""
+                return f"resume({self.saga_id!r}, pipeline{forward}{policy})"
+        return f"resume({self.saga_id!r}, pipeline)"
 
 
 def named(events: Sequence[AnyEvent]) -> str:

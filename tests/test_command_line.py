@@ -972,6 +972,20 @@ def test_where_the_ledger_fails_to_record_that_a_saga_is_to_be_undone_nobody_is_
     assert done.err.endswith("When the ledger is back, go on: saga compensate s shop:order\n")
 
 
+def test_where_the_ledger_fails_to_record_that_a_stuck_saga_runs_on_nobody_is_told_to_undo_it(shop: Shop) -> None:
+    """What the error gave was a plain resume, which goes on with what was stuck."""
+    shop.write("fast.toml", 'policy = "fail_fast"\ntimeout = 9\n')
+    shop.breaks_the_bank()
+    shop.saga("run", "shop:trip", "--id", "s")
+    with closing(sqlite3.connect(shop.folder / "sagas.db")) as file:
+        file.execute("CREATE TRIGGER full BEFORE INSERT ON events BEGIN SELECT RAISE(ABORT, 'the disk is full'); END")
+
+    done = shop.saga("resume", "s", "shop:trip", "--forward", "--policy", "fast.toml")
+
+    assert done.code == Exit.FAILED
+    assert done.err.endswith("When the ledger is back, go on: saga resume s shop:trip --forward --policy fast.toml\n")
+
+
 def test_show_prints_the_report_again(shop: Shop) -> None:
     ran = shop.saga("run", "shop:family", "--id", "s")
 

@@ -489,6 +489,28 @@ def test_when_the_ledger_breaks_before_it_has_that_a_saga_is_to_be_undone_nobody
         run(play())
 
 
+@pytest.mark.parametrize(
+    ("asked", "call"),
+    [({"forward": True}, "forward=True"), ({"forward": True, "policy": FailFast(timeout=9)}, "forward=True, policy=policy")],
+)
+def test_when_the_ledger_breaks_before_it_has_that_a_stuck_saga_goes_forward_nobody_is_told_to_undo_it(
+    asked: dict[str, Any], call: str
+) -> None:
+    """A plain resume goes on to undo it."""
+    world, pipeline = scene({"a": (), "b": ("a",)}, {"a": Script(undo_fails=9), "b": Script("raise")})
+    coordinator = SagaCoordinator(ledger=SlowLedger(SagaResumed))
+
+    async def play() -> None:
+        await coordinator.run(pipeline, saga_id="s")
+        await coordinator.resume("s", pipeline, **asked)
+
+    with pytest.raises(SagaUnrecorded) as caught:
+        run(play())
+
+    assert str(caught.value).endswith(f"go on: await coordinator.resume('s', pipeline, {call})")
+    assert world.undone() == []
+
+
 def test_when_the_ledger_breaks_while_going_backward_no_further_compensation_is_started() -> None:
     world, _, report = broken(CompensationCompleted, d=Script("raise"))
 

@@ -199,7 +199,8 @@ def resume(
         return await coordinator.resume(saga_id, pipeline, policy=chosen, forward=forward or None)
 
     decision = partial(resumption, policy=chosen, forward=forward or None, by="")
-    asyncio.run(_conduct(url, saga_id, work, _reach(target, ledger), decision=decision, as_json=as_json))
+    given = [*(["--forward"] if forward else ()), *(() if policy is None else ("--policy", str(policy)))]
+    asyncio.run(_conduct(url, saga_id, work, _reach(target, ledger), decision=decision, given=given, as_json=as_json))
 
 
 @command("compensate")
@@ -224,6 +225,7 @@ async def _conduct(
     policy: Policy | None = None,
     decision: Decision | None = None,
     again: str = "resume",
+    given: Sequence[str] = (),
     as_json: bool,
 ) -> NoReturn:
     goes_on = command_for(again, saga_id, reach)
@@ -231,7 +233,9 @@ async def _conduct(
         try:
             outcome = await conduct(ledger, saga_id, work, console=Stderr(), goes_on=goes_on, policy=policy)
         except SagaUnrecorded as stopped:
-            raise _unrecorded(stopped, goes_on) from stopped
+            # What was asked for may not be recorded, and to ask for it twice changes nothing.
+            options = " ".join(filter(None, [shlex.join(given), reach.options]))
+            raise _unrecorded(stopped, command_for(again, saga_id, reach._replace(options=options))) from stopped
         if outcome.idle and decision is not None and (why_not := decision(await ledger.read(saga_id), None).why_not):
             typer.echo(f"Nothing was done: {why_not}.", err=True)
     if outcome.report is None:
