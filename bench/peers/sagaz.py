@@ -98,14 +98,15 @@ class Sagaz:
 
 
 class SagazSaga:
-    """One sagaz saga, run again and again."""
+    """One sagaz saga, run again and again, or built anew for each run, as those have to be that run at once: one object has one id."""
 
-    def __init__(self, sagaz: Sagaz, shape: Shape, stamps: Stamps | None = None, *, listeners: bool = True) -> None:
-        """Take what `Sagaz.build` takes."""
+    def __init__(self, sagaz: Sagaz, shape: Shape, stamps: Stamps | None = None, *, listeners: bool = True, anew: bool = False) -> None:
+        """Take what `Sagaz.build` takes, and whether to build it for each run."""
         self._sagaz = sagaz
         self._shape = shape
         self._stamps = stamps
         self._listeners = listeners
+        self._anew = anew
         self._saga: Any = None
 
     async def prepare(self) -> None:
@@ -115,6 +116,8 @@ class SagazSaga:
 
     async def run(self) -> None:
         """Run it once."""
+        if self._anew:
+            self._saga = self._sagaz.build(self._shape, self._stamps, listeners=self._listeners)
         try:
             await self._saga.run({})
         except Failing:
