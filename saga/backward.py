@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Generator
 from contextvars import copy_context
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from stageflow.api import StageOutput, StageStatus
@@ -100,7 +99,7 @@ class Backward(Employer):
         await self._workers.disband(self)
         if self._broken is not None:
             raise self._broken
-        return await self._amendments.note_late(self._saga, self._is_in_hand) or self._is_overtaken
+        return await self._amendments.note_late(self._saga) or self._is_overtaken
 
     def _expire(self) -> None:
         self._expired = True
@@ -175,15 +174,15 @@ class Backward(Employer):
             noting.result()
 
     async def _note_late(self, worker: _Worker) -> None:
+        def is_in_hand(stage: str) -> bool:
+            return any(other.stage == stage for other in self._workers.members if other is not worker)
+
         try:
-            if await self._amendments.note_late(self._saga, partial(self._is_in_hand, besides=worker)):
+            if await self._amendments.note_late(self._saga, is_in_hand):
                 # It may depend on what is open now, and its own turn may be over.
                 self._is_overtaken = True
         finally:
             self._noting = None
-
-    def _is_in_hand(self, stage: str, besides: _Worker | None = None) -> bool:
-        return any(other.stage == stage for other in self._workers.members if other is not besides)
 
     async def _compensate(self, worker: _Worker, settings: Compensation) -> None:
         """Attempt the compensation as often as its retry allows; then it is undone or stuck."""
