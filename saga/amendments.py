@@ -111,7 +111,7 @@ class Amendments:
         if within and SagaState(events).ended_at is not None and not self._held.holds(saga_id):
             await self._amend(saga_id, partial(self._added, late=within))
 
-    async def is_to_hear(self, saga_id: str, events: Sequence[AnyEvent]) -> None:
+    async def let_hear(self, saga_id: str, events: Sequence[AnyEvent]) -> None:
         """Have a saga that is gone on with hear on its way what it has not heard of."""
         for child in await unheard(self._ledger, saga_id, events):
             self._late.setdefault(saga_id, []).append(_Within(child))

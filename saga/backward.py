@@ -72,7 +72,7 @@ class Backward(Employer):
             self._until = self._loop.time() + self._settings.deadline
             timer = self._loop.call_at(self._until, self._expire)
         try:
-            while await self._is_left_with_news():
+            while await self._undo_what_is_open():
                 self._is_overtaken = False
                 if not self._rollback.is_stopped:
                     self._rollback = Rollback(self._state, self._reason)
@@ -92,7 +92,7 @@ class Backward(Employer):
                 assert record.undo_failure is not None  # it waits for another attempt
                 await self._record(CompensationFailed(stage=stage, failure=record.undo_failure))
 
-    async def _is_left_with_news(self) -> bool:
+    async def _undo_what_is_open(self) -> bool:
         """Undo all that the plan has open; whether something has come late meanwhile, so that there may be more."""
         self._put_to_work()
         # Promise 7: a cancel can start a compensation, never interrupt one.

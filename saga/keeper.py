@@ -218,7 +218,7 @@ class SagaKeeper:
                 context = context_from(state.started.input)
                 if self._ledger.durable:
                     blueprint.restore_outputs(state.stages)
-                await self.amendments.is_to_hear(saga_id, events)
+                await self.amendments.let_hear(saga_id, events)
             except BaseException:
                 await self.held.give_back(saga_id, token)
                 raise
@@ -271,7 +271,7 @@ class SagaKeeper:
         """Wait for the saga to come to rest, also when the caller is cancelled meanwhile."""
         driver = start(self._closing(saga, work))
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        driver.add_done_callback(partial(self._is_over, saga, done))
+        driver.add_done_callback(partial(self._end_wait, saga, done))
         try:
             await done
         except asyncio.CancelledError as cancelled:
@@ -284,7 +284,7 @@ class SagaKeeper:
             raise
         return driver.result()
 
-    def _is_over(self, saga: LiveSaga, waiter: asyncio.Future[None], _: asyncio.Task[SagaReport]) -> None:
+    def _end_wait(self, saga: LiveSaga, waiter: asyncio.Future[None], _: asyncio.Task[SagaReport]) -> None:
         # It has been let go of, unless a Ctrl-C struck just where that was to be done, or to be seen to: its heart would beat on for ever.
         self.held.abandon(saga)
         if not waiter.done():
