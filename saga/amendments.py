@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -56,7 +57,7 @@ class Amendments:
         self._ledger: Final = ledger
         self._held: Final = held
         self._listeners: Final = listeners
-        self._late: Final[dict[str, list[Late | _Within]]] = {}
+        self._late: Final[defaultdict[str, list[Late | _Within]]] = defaultdict(list)
         self._tasks: Final[set[asyncio.Task[None]]] = set()
 
     async def settle(self, saga_id: str, said: StageSettled) -> None:
@@ -114,7 +115,7 @@ class Amendments:
     async def let_hear(self, saga_id: str, events: Sequence[AnyEvent]) -> None:
         """Have a saga that is gone on with hear on its way what it has not heard of."""
         for child in await unheard(self._ledger, saga_id, events):
-            self._late.setdefault(saga_id, []).append(_Within(child))
+            self._late[saga_id].append(_Within(child))
 
     async def _refuse_while_within(self, saga_id: str, said: StageSettled, path: str) -> None:
         """Refuse a word on what stands of a stage while a saga below it has not come to rest, or is in question itself."""
@@ -183,7 +184,7 @@ class Amendments:
 
     def comes_late(self, saga_id: str, late: Late) -> None:
         """Record at the next occasion what nobody waited for any more."""
-        self._late.setdefault(saga_id, []).append(late)
+        self._late[saga_id].append(late)
         if saga_id not in self._held.sagas:
             self.record_late(saga_id)
 
@@ -227,22 +228,21 @@ class Amendments:
             return is_in_hand(stage) or state.stages[stage].is_under_way
 
         for one in late:
-            if not isinstance(one, _Within):
-                if not is_busy(one.event.stage):
-                    for event in _own_news(state, one):
-                        yield event
-                else:
-                    # What it comes to first is not known yet.
-                    self._late.setdefault(saga_id, []).append(one)
-                continue
-            child = SagaState(await events_of(self._ledger, one.saga_id))
-            heard_of = heard(state, child, await report_with_children(self._ledger, child, {}))
-            is_early = is_busy(str(child.started.parent_stage)) or isinstance(heard_of, StageSettled)
-            if is_early and self._held.sagas[saga_id] is not None:
-                # What the stage comes to is not known yet, or a word is to be said, which nobody does before the saga has come to rest.
-                self._late.setdefault(saga_id, []).append(one)
-            elif heard_of is not None:
-                yield heard_of
+            event: Latecomer | StageProbed | StageSettled | None
+            if isinstance(one, Late):
+                # What its stage comes to first is not known yet.
+                is_early = is_busy(one.event.stage)
+                event = None if is_early else _own_news(state, one)
+            else:
+                child = SagaState(await events_of(self._ledger, one.saga_id))
+                event = heard(state, child, await report_with_children(self._ledger, child, {}))
+                # As above; or a word is to be said, which nobody does before the saga has come to rest.
+                is_early = is_busy(str(child.started.parent_stage)) or isinstance(event, StageSettled)
+                is_early = is_early and self._held.sagas[saga_id] is not None
+            if is_early:
+                self._late[saga_id].append(one)
+            elif event is not None:
+                yield event
 
     def record_late(self, saga_id: str, *, is_told: bool = False) -> None:
         """Record soon what came late for a saga that is held no more, if anything did; the log may be told already who is in the way."""
@@ -285,7 +285,7 @@ class Amendments:
             self._wait(saga_id, waiting, "it broke off; recover it", is_told=is_told)
         for parent, _ in above[-1:]:
             # What runs it may have been done with it: it hears of it now, or when it comes to rest.
-            self._late.setdefault(parent, []).append(_Within(saga_id))
+            self._late[parent].append(_Within(saga_id))
             await self._record_late(parent)
 
     async def _has_to_wait(self, saga_id: str) -> bool:
@@ -298,7 +298,7 @@ class Amendments:
         return bool(late) and all(_is_under_way(state, one) for one in late)
 
     def _wait(self, saga_id: str, late: Sequence[Late | _Within], why: object, *, is_told: bool) -> None:
-        self._late[saga_id] = [*late, *self._late.get(saga_id, ())]
+        self._late[saga_id][:0] = late
         if not is_told:
             _tell_of_delay(saga_id, late, why)
         self._try_again(saga_id)
@@ -347,7 +347,7 @@ def _is_under_way(state: SagaState, late: Late | _Within) -> bool:
     return isinstance(late, Late) and state.stages[late.event.stage].is_under_way
 
 
-def _own_news(state: SagaState, late: Late) -> Iterator[Latecomer | StageProbed]:
+def _own_news(state: SagaState, late: Late) -> Latecomer | StageProbed | None:
     """What came late of a stage, if it tells something new; what nobody but a person can make sense of, as a question."""
     event = late.event
     node, record = state.graph[event.stage], state.stages[event.stage]
@@ -366,14 +366,14 @@ def _own_news(state: SagaState, late: Late) -> Iterator[Latecomer | StageProbed]
             # What has run since, or completed late meanwhile, it may have undone as well, or not.
             may_follow = is_its_own and late.attempts == record.attempts and late.undo_attempts > record.late_beside
     if is_known:
-        return
+        return None
     if may_follow and state.may_follow(event):
-        yield event
-    elif node.role is Role.PLAIN:
+        return event
+    if node.role is Role.PLAIN:
         _tell_of_loss(state.started.saga_id, [late])
-    else:
-        output = event.output if isinstance(event, StageCompleted) else None
-        yield StageProbed(stage=event.stage, landed=None, output=output, failure=_question(state, late, record), held=True)
+        return None
+    output = event.output if isinstance(event, StageCompleted) else None
+    return StageProbed(stage=event.stage, landed=None, output=output, failure=_question(state, late, record), held=True)
 
 
 def _question(state: SagaState, late: Late, record: StageRecord) -> Failure:
