@@ -6,9 +6,10 @@ import asyncio
 import dataclasses
 import inspect
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from stageflow.events import NoOpEventSink
 
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
     from saga.keeper import SagaKeeper
     from saga.policies import ContinueWithFallback, FailFast, Policy
     from saga.report import SagaReport
-
-
-T = TypeVar("T")
 
 Latecomer = StageCompleted | EffectRecorded | CompensationCompleted
 """What code that was given up may come to after all."""
@@ -268,10 +266,11 @@ class LiveSaga(UndoHost):
         # In the ledger there is a text in the place of what it can't keep.
         refuse_unstorable(self.journal.ledger, event)
 
-    async def heeding(self, stage: str, asked: Awaitable[T]) -> T:
-        """What the keeper answers. Where the ledger fails a child, this saga records nothing more, whatever the stage makes of that."""
+    @contextmanager
+    def heeding(self, stage: str) -> Iterator[None]:
+        """Where the ledger fails a child of the stage, record nothing more of this saga, whatever the stage makes of that."""
         try:
-            return await asked
+            yield
         except LedgerError as error:
             # One that can't be read, or that somebody else holds, fails its stage, and tells nothing of this saga's own ledger.
             if not (isinstance(error, LedgerCorrupt) or (isinstance(error, LedgerConflict) and error.is_held)):
@@ -285,7 +284,8 @@ class LiveSaga(UndoHost):
         self._being_undone.setdefault(stage, set()).add(rests)
         try:
             await self._child_rests(saga_id)
-            within[saga_id] = report = await self.heeding(stage, self.keeper.undo_child(self, saga_id, pipeline))
+            with self.heeding(stage):
+                within[saga_id] = report = await self.keeper.undo_child(self, saga_id, pipeline)
         finally:
             self._being_undone[stage].discard(rests)
             rests.set_result(None)
@@ -298,7 +298,8 @@ class LiveSaga(UndoHost):
     async def rest_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """See to it that a child saga whose process is gone comes to rest, unless this saga runs on and sees to it itself."""
         await self._child_rests(saga_id)
-        return await self.heeding(stage, self.keeper.rest_child(self, saga_id, pipeline))
+        with self.heeding(stage):
+            return await self.keeper.rest_child(self, saga_id, pipeline)
 
     async def _child_rests(self, saga_id: str) -> None:
         """Wait for a child that a stage which was given up has left on its way back."""
@@ -308,10 +309,8 @@ class LiveSaga(UndoHost):
 
     async def child_reports(self, stage: str) -> list[SagaReport]:
         """The children that this execution of the stage has run, oldest first; without its fallback's while what used that is kept."""
-        return await self.heeding(stage, self._child_reports(stage))
-
-    async def _child_reports(self, stage: str) -> list[SagaReport]:
-        return await reports_of(self.journal.ledger, await self._children_of(stage))
+        with self.heeding(stage):
+            return await reports_of(self.journal.ledger, await self._children_of(stage))
 
     async def _children_of(self, stage: str, besides: Collection[str] = ()) -> list[str]:
         record = self.journal.state.stages[stage]
@@ -344,13 +343,11 @@ class LiveSaga(UndoHost):
         if not self.has_children or self.journal.state.graph[stage].role is not Role.COMPENSABLE:
             return None
         try:
-            return await self.heeding(stage, self._has_left(stage, besides))
+            with self.heeding(stage):
+                return await has_left(self.journal.ledger, await self._children_of(stage, besides))
         except (LedgerCorrupt, SagaNotFound):
             # Nobody knows what stands of a child that can't be read, or is not there any more.
             return True
-
-    async def _has_left(self, stage: str, besides: Collection[str]) -> bool:
-        return await has_left(self.journal.ledger, await self._children_of(stage, besides))
 
     def child_context(self, stage: str, pipeline: Pipeline, fields: dict[str, Any]) -> PipelineContext:
         """The input of a child saga: this saga's, with some fields replaced.
@@ -424,7 +421,8 @@ class Attempt(Host):
         answered = asyncio.get_running_loop().create_future()
         self._asked.add(answered)
         try:
-            report = await self._saga.heeding(self._stage, call())
+            with self._saga.heeding(self._stage):
+                report = await call()
             if report.ok:
                 self._ran.append(report.saga_id)
             return report
