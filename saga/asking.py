@@ -36,10 +36,8 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
     began, attempt = loop.time(), 0
     while True:
         attempt += 1
-        failure: Failure | None = None
-        answer: StageOutput | None = None
         try:
-            answer = await bounded(
+            answer: StageOutput | None = await bounded(
                 saga.actions.probe(saga.compensation_context(stage, attempt)),
                 seconds=settings.timeout,
                 grace=saga.policy.cancel_grace,
@@ -59,7 +57,7 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
                 failure = Failure.of(stage, FailureKind.INTERRUPTED, message, attempt=attempt)
             else:
                 failure = Failure.raised(stage, error, attempt=attempt, kind=FailureKind.COMPENSATION, of_probe=True)
-        if failure is None:
+        else:
             if answer is None:
                 # Whatever the stage has asked: the ledger knows of sagas that it ran.
                 left_within = await saga.left_within(stage)
