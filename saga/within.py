@@ -196,13 +196,15 @@ async def unheard(ledger: Ledger, saga_id: str, events: Sequence[AnyEvent]) -> l
 
 
 def _unheard_since(events: Sequence[AnyEvent], child: _Told) -> datetime | None:
-    """Since when something has come late in one that a saga's stage ran, and the saga has not heard of it; None if it has."""
-    at, stage = child.late_at, str(child.report.parent_stage)
+    """Since when something has come late in one that a stage ran, and its saga has not heard of it; None if it has, or nothing has."""
+    if (at := child.late_at) is None:
+        return None
+    stage = str(child.report.parent_stage)
     execution, now = execution_of(child.report.saga_id, str(child.report.parent), stage), 1
     for event in events:
         if isinstance(event, StageStarted) and event.stage == stage:
             now = event.execution
-        if at is None or not isinstance(event, StageProbed | StageSettled) or event.stage != stage or event.at < at:
+        if not isinstance(event, StageProbed | StageSettled) or event.stage != stage or event.at < at:
             continue
         # Another execution finds nothing of this one by itself: a person is asked for a word, or has said it.
         if now == execution or _is_for_all(event):
