@@ -350,12 +350,13 @@ class Forward(Stages, Employer):
         """Attempt the stage as often as its retry allows; the outcome is in the ledger when this returns."""
         retry = run.plan.retry or self._policy.retry
         seconds = run.plan.timeout or self._policy.timeout
-        loop, node, name = self._loop, run.node, run.name
+        loop, node, name, record = self._loop, run.node, run.name, run.record
         began, goes_on = loop.time(), True
-        tries = run.record.attempts - run.record.attempts_before
+        tries = record.attempts - record.attempts_before
         while goes_on:
             tries += 1
-            await self._record(self._start_of(run))
+            attempt = 1 if record.is_due_anew else record.attempts + 1
+            await self._record(StageStarted(stage=name, attempt=attempt, execution=record.next_execution))
             self._heed_early_cancel(run.task)
             if self.is_stopping():
                 failure = Failure.of(name, FailureKind.INTERRUPTED, "the saga stopped before it ran")
@@ -364,7 +365,7 @@ class Forward(Stages, Employer):
             outcome = await self._attempt(run, seconds)
             if not run.given_up:
                 outcome = await self._wound_up(run, outcome)
-            if run.given_up or run.record.state is _S.KEPT:
+            if run.given_up or record.state is _S.KEPT:
                 return outcome
             if outcome.failure is None:
                 await self._record(self._end_of(run, outcome))
@@ -392,16 +393,16 @@ class Forward(Stages, Employer):
             )
             if wait is None:
                 return outcome
-            if run.record.doubt and node.can_probe:
-                landed = await ask(self._saga, run.name, stop=self._interrupted)
+            if record.doubt and node.can_probe:
+                landed = await ask(self._saga, name, stop=self._interrupted)
                 if landed is not None:
                     return Outcome(output=landed)
-                if run.record.unanswered and not node.idempotent:
+                if record.unanswered and not node.idempotent:
                     wait = None
             self._give_anew(run)
             goes_on = wait is not None and await self._pause(wait)
         # Called off: the failure that was to be mended stands.
-        await self._record(StageFailed(stage=name, failure=failure, in_doubt=run.record.doubt, output=output))
+        await self._record(StageFailed(stage=name, failure=failure, in_doubt=record.doubt, output=output))
         return outcome
 
     async def _wound_up(self, run: _StageRun, outcome: Outcome) -> Outcome:
@@ -421,11 +422,6 @@ class Forward(Stages, Employer):
         except (MisuseError, NotStorable, RuntimeWarning) as error:
             return Outcome(failure=outcome.failure or Failure.raised(run.name, error, attempt=run.record.attempts))
         return outcome
-
-    def _start_of(self, run: _StageRun) -> StageStarted:
-        record = run.record
-        attempt = 1 if record.is_due_anew else record.attempts + 1
-        return StageStarted(stage=run.name, attempt=attempt, execution=record.next_execution)
 
     def _end_of(self, run: _StageRun, outcome: Outcome) -> StageCompleted | StageSkipped:
         output = outcome.output
