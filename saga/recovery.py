@@ -225,13 +225,12 @@ def final_status(state: SagaState) -> SagaStatus:
     """How a saga ends that ran to its end, or has gone backward as far as it could."""
     if state.reason is None and state.is_spotless:
         return SagaStatus.COMPLETED
-    unsettled = state.reason in {None, TurnReason.ORPHANS} and _has_doubt(state)
-    if state.reason is not None:
-        unsettled = unsettled or bool(left_to_undo(state, state.reason))
+    is_forward = state.reason is None or state.reason is TurnReason.ORPHANS
+    unsettled = (is_forward and _has_doubt(state)) or (state.reason is not None and left_to_undo(state, state.reason))
     # What is stuck may have left the scope: what came late, or a person's word, has given a use to what it was to be undone for.
     if unsettled or any(record.state is _S.STUCK or record.is_held for record in state.stages.values()):
         return SagaStatus.STUCK
-    if state.reason not in {None, TurnReason.ORPHANS}:
+    if not is_forward:
         return SagaStatus.HALTED if protected(state) else SagaStatus.COMPENSATED
     if not any(record.with_branch or record.failed for record in state.stages.values()):
         # What was undone, be it by hand, did not do its part, unless it skipped itself or something stands in: it can be run once more.
