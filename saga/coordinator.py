@@ -315,9 +315,9 @@ class SagaCoordinator:
         """
         state = SagaState(await events_of(self.ledger, saga_id))
         goes_back = undoes or (state.status is SagaStatus.STUCK and state.reason is not None and not forward)
-        for parent, stage in (await run_by(self.ledger, state))[:1]:
-            if goes_back and await is_left_alone(self.ledger, state, is_undone=undoes):
-                break
+        above = await run_by(self.ledger, state)
+        if above and not (goes_back and await is_left_alone(self.ledger, state, is_undone=undoes)):
+            parent, stage = above[0]
             raise MisuseError(
                 "a saga that no other one runs",
                 got=f"{saga_id}, which is run by stage {stage!r} of saga {parent}",
