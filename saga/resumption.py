@@ -141,26 +141,6 @@ def _awaits_fallback(state: SagaState, name: str) -> bool:
     return name in state.policy.fallbacks or (state.graph[name].has_fallback and not state.stages[name].fallback_failed)
 
 
-def halves(state: SagaState) -> tuple[str, ...]:
-    """The stages that would run again to be made whole, though they are not made for it."""
-    return tuple(
-        name
-        for name, record in state.stages.items()
-        if record.undone_in_part and not (record.fallback_serves or record.may_repeat or state.graph[name].idempotent)
-    )
-
-
-def undecided(state: SagaState) -> tuple[str, ...]:
-    """The stages that would run again, though nobody knows whether they have had their effect and nothing can tell."""
-    return tuple(
-        name
-        for name, record in state.stages.items()
-        if record.doubt
-        and record.state in {_S.IN_DOUBT, _S.STUCK}
-        and not (record.fallback_serves or record.may_repeat or state.graph[name].can_probe or state.graph[name].idempotent)
-    )
-
-
 def status_at_rest(state: SagaState) -> SagaStatus:
     """Where a saga stands that had come to rest, after something became known of one of its stages."""
     if state.reason is not None:
@@ -182,8 +162,8 @@ def crashed(state: SagaState, *, goes_on: bool) -> list[StageFailed | Compensati
         goes_on: Whether stages that were running are attempted again.
     """
     found: list[StageFailed | CompensationFailed] = []
+    message = "its process is gone; what became of it is not in the ledger"
     for name, record in state.stages.items():
-        message = "its process is gone; what became of it is not in the ledger"
         if record.state is _S.COMPENSATING:
             failure = Failure.of(name, FailureKind.CRASHED, message, attempt=record.undo_attempts)
             found.append(CompensationFailed(stage=name, failure=failure, will_retry=True))
@@ -198,6 +178,7 @@ def crashed(state: SagaState, *, goes_on: bool) -> list[StageFailed | Compensati
 
 
 def _refuse_undecided(state: SagaState) -> None:
+    """Refuse to run stages again of which nobody has said, and nothing can tell, that they may."""
     held = [name for name, record in state.stages.items() if record.held is not None]
     if held:
         raise MisuseError(
@@ -206,14 +187,16 @@ def _refuse_undecided(state: SagaState) -> None:
             hint="Look what stands, put it right by hand, then say so, of the innermost stage: "
             "settle(saga_id, stage, 'kept' or 'undone', note).",
         )
-    names = undecided(state)
-    if names:
+    unfit = [(node, state.stages[node.name]) for node in state.graph.nodes if not node.idempotent]
+    unfit = [(node, record) for node, record in unfit if not (record.fallback_serves or record.may_repeat)]
+    undecided = [node.name for node, record in unfit if record.doubt and record.state in {_S.IN_DOUBT, _S.STUCK} and not node.can_probe]
+    if undecided:
         raise MisuseError(
             "a saga whose stages in doubt can be asked, or can run again",
-            got=f"{', '.join(names)} in doubt, without a probe and not idempotent",
+            got=f"{', '.join(undecided)} in doubt, without a probe and not idempotent",
             hint="Look whether the effect has landed, then say so: settle(saga_id, stage, 'kept' or 'undone', note).",
         )
-    in_part = halves(state)
+    in_part = [node.name for node, record in unfit if record.undone_in_part]
     if in_part:
         raise MisuseError(
             "a saga whose half undone stages can run again",
