@@ -39,7 +39,7 @@ def storable(ledger: Ledger, event: AnyEvent) -> AnyEvent:
         event = event_from_json(event_to_json(event))
         if isinstance(event, StageCompleted | StageSkipped):
             event = replace(event, not_kept=brief(str(refused)))
-        return event if most is None or _size(event) <= most else _fitting(event, most // 2)
+        return event if most is None or bytes_of(event_to_json(event)) <= most else _fitting(event, most // 2)
     return event
 
 
@@ -72,10 +72,6 @@ def refuse_unstorable(ledger: Ledger, event: AnyEvent) -> None:
         largest = f"{name}[{shown([*sizes_of(value)][-1])}]" if type(value) is dict and value else name
         expected = f"at most {most:,} bytes of JSON in one event (max_event_bytes)"
         raise NotStorable(largest, expected, f"{size:,}, most of them in {largest}")
-
-
-def _size(event: AnyEvent) -> int:
-    return bytes_of(event_to_json(event))
 
 
 def _fitting(event: AnyEvent, room: int) -> AnyEvent:
