@@ -374,7 +374,7 @@ class Attempt(Host):
 
     __slots__ = ("_asked", "_attempt", "_is_fallback", "_is_over", "_ran", "_saga", "_stage")
 
-    def __init__(self, saga: LiveSaga, stage: str, attempt: int, *, is_fallback: bool = False) -> None:
+    def __init__(self, saga: LiveSaga, stage: str, attempt: int, *, is_fallback: bool) -> None:
         self._saga = saga
         self._stage = stage
         self._attempt = attempt

@@ -72,7 +72,7 @@ class Journal:
         token: int | None,
         owner: str,
         under: int | None = None,
-        listeners: Sequence[Listener] = (),
+        listeners: Sequence[Listener],
     ) -> None:
         self.saga_id: Final = saga_id
         self.state: Final = state
@@ -95,9 +95,7 @@ class Journal:
         self._within: dict[str, list[LedgerError]] = {}
 
     @classmethod
-    async def begin(
-        cls, ledger: Ledger, started: SagaStarted, owner: str, under: int | None = None, listeners: Sequence[Listener] = ()
-    ) -> Journal:
+    async def begin(cls, ledger: Ledger, started: SagaStarted, owner: str, under: int | None, listeners: Sequence[Listener]) -> Journal:
         """Begin the ledger of a new saga, under its parent's token; its first event is written at the latest before its first stage starts.
 
         Raises:
