@@ -56,7 +56,7 @@ class TurnReason(StrEnum):
     ORPHANS = "orphans"
     """It came to its end, and some effects serve nothing that is kept."""
     REQUEST = "request"
-    """Somebody asked for it, after it had ended."""
+    """Somebody asked for it, when nobody ran it."""
 
 
 class Verdict(StrEnum):
@@ -440,7 +440,7 @@ def _reader() -> TypeAdapter[Any]:
 
 @cache
 def _writer(kind: type[object]) -> TypeAdapter[Any]:
-    # The union's own writer looks for the event's type among sixteen first, and takes twice as long.
+    # The union's own writer looks for the event's type among all of them first, and takes twice as long.
     return TypeAdapter(kind)
 
 
