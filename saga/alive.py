@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from stageflow.events import NoOpEventSink
 
-from saga.compensable import CompensationContext, Host, Inputs, UndoHost, child_id, execution_key, refuse_record
+from saga.compensable import CompensationContext, Host, Inputs, UndoHost, child_id, execution_key
 from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, SagaNotFound
 from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
@@ -236,7 +236,7 @@ class LiveSaga(UndoHost):
 
     async def _record_effect(self, stage: str, effect: Any, *, by_fallback: bool) -> None:
         if self.journal.state.graph[stage].role is not Role.COMPENSABLE:
-            raise refuse_record(stage)
+            raise MisuseError("ctx.record only in a stage with a compensation", got="a stage without one", stage=stage)
         event = EffectRecorded(stage=stage, effect=effect)
         if by_fallback:
             self.comes_late(event)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from stageflow.api import StageContext, StageKind, StageOutput
 
-from saga.errors import MisuseError, PipelineInvalid
+from saga.errors import PipelineInvalid
 from saga.failures import Failure
 from saga.outputs import copied
 from saga.policies import Compensation, Policy, Retry, declared
@@ -452,8 +452,3 @@ def execution_of(child: str, parent: str, stage: str) -> int:
 def is_within(path: str, stage: str) -> bool:
     """Whether a path leads to a stage of a saga that this one runs: `book/charge` and, of one of several, `book#2/charge`."""
     return re.match(rf"{re.escape(stage)}(~\d+)?(#\d+(\.\d+)?)?/", path) is not None
-
-
-def refuse_record(stage: str) -> MisuseError:
-    """The error of a stage that records an effect that nothing would undo."""
-    return MisuseError("ctx.record only in a stage with a compensation", got="a stage without one", stage=stage)
