@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from stageflow.events import NoOpEventSink
 
-from saga.compensable import CompensationContext, Host, Inputs, UndoHost, child_id, execution_key
+from saga.compensable import CompensationContext, Host, Inputs, UndoHost
 from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, SagaNotFound
 from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
 from saga.family import run_in, run_within
 from saga.graph import Role
 from saga.inputs import no_such_field, with_dicts
+from saga.keys import child_id, execution_key
 from saga.outputs import copied, copied_output
 from saga.storable import refuse_unstorable
 from saga.watch import is_of_signal, leave_loop, outlast, retrieved, start

@@ -12,13 +12,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from saga.alive import Late
-from saga.compensable import execution_key, is_within
 from saga.errors import LedgerConflict, LedgerCorrupt, MisuseError
 from saga.events import CompensationCompleted, EffectRecorded, SagaEnded, StageCompleted, StageProbed, StageSettled, Verdict
 from saga.failures import Failure, FailureKind
 from saga.family import below, events_of, is_turned_back, located, run_by, run_in
 from saga.graph import Role
 from saga.journal import named, tell
+from saga.keys import execution_key, is_within
 from saga.ledger import ALIVE, StageState, answering, recorded
 from saga.record import StageRecord, Step, undo_step
 from saga.resumption import refusal, status_at_rest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -429,26 +428,3 @@ def compensable(
     if not callable(getattr(runner, "execute", runner)):
         raise PipelineInvalid("a stage class, a stage instance or an async callable", got=repr(runner))
     return _Composed(runner, given)
-
-
-def execution_key(saga_id: str, stage: str, execution: int) -> str:
-    """The idempotency key of a stage's execution."""
-    return f"{saga_id}/{stage}" if execution <= 1 else f"{saga_id}/{stage}~{execution}"
-
-
-def child_id(forward_key: str, attempt: int, number: int) -> str:
-    """The id of the first, second, ... saga that an attempt of a stage runs, from the idempotency key of its execution."""
-    if number > 1:
-        return f"{forward_key}#{attempt}.{number}"
-    return forward_key if attempt == 1 else f"{forward_key}#{attempt}"
-
-
-def execution_of(child: str, parent: str, stage: str) -> int:
-    """The execution of the parent's stage that ran a saga of that id."""
-    found = re.match(r"~(\d+)", child.removeprefix(f"{parent}/{stage}"))
-    return int(found[1]) if found is not None else 1
-
-
-def is_within(path: str, stage: str) -> bool:
-    """Whether a path leads to a stage of a saga that this one runs: `book/charge` and, of one of several, `book#2/charge`."""
-    return re.match(rf"{re.escape(stage)}(~\d+)?(#\d+(\.\d+)?)?/", path) is not None

@@ -7,9 +7,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from saga.blueprint import Blueprint
-from saga.compensable import execution_of
 from saga.errors import LedgerCorrupt, MisuseError, SagaNotFound
 from saga.events import SagaStarted, SagaStatus
+from saga.keys import execution_of
 from saga.ledger import MemoryLedger, StageState, answering, is_name, listed, recorded
 from saga.record import Step, undo_step
 from saga.state import SagaState

@@ -7,12 +7,12 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from saga.compensable import execution_key, execution_of
 from saga.errors import LedgerCorrupt, SagaNotFound
 from saga.events import SagaEnded, SagaResumed, SagaTurnedBack, StageProbed, StageSettled, StageStarted, TurnReason, Verdict
 from saga.failures import Failure, FailureKind
 from saga.family import events_of, is_turned_back, run_by, run_in, turns_back
 from saga.graph import Role
+from saga.keys import execution_key, execution_of
 from saga.ledger import StageState
 from saga.record import Step, undo_step
 from saga.report import NestedSagaFailed, SagaReport

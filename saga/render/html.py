@@ -12,8 +12,8 @@ from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING, Any, Final
 
-from saga.compensable import is_within
 from saga.failures import Failure
+from saga.keys import is_within
 from saga.ledger import StageState
 from saga.outputs import encoded
 from saga.render.colours import DARK, LIGHT, Scheme, stylesheet

@@ -7,9 +7,9 @@ from datetime import datetime
 from itertools import dropwhile, pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from saga.compensable import is_within
 from saga.events import SagaStatus, Verdict
 from saga.failures import Failure, FailureKind
+from saga.keys import is_within
 from saga.ledger import StageState
 from saga.render.lettering import aligned
 from saga.text import printable, quoted

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.api import Pipeline
 
-from saga.compensable import is_within
 from saga.errors import LedgerError, MisuseError, SagaError
 from saga.events import SagaEnded, SagaStatus, Verdict
 from saga.failures import Failure, FailureKind
 from saga.graph import Node, Role
+from saga.keys import is_within
 from saga.ledger import StageState
 from saga.policies import FailFast, Policy
 from saga.render.text import goes_on
