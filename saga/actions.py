@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from saga.blueprint import Blueprint, Runner
+from saga.blueprint import Blueprint, Hooks
 from saga.compensable import CompensationContext, SagaContext
 from saga.failures import Failure
 
@@ -40,26 +40,26 @@ class LocalActions:
 
     def __init__(self, blueprint: Blueprint) -> None:
         self._plans = blueprint.stages
-        self._runners: dict[str, Runner] = {}
+        self._made: dict[str, Hooks] = {}
 
-    def _runner(self, stage: str) -> Runner:
-        runner = self._runners.get(stage)
-        if runner is None:
-            runner = self._runners[stage] = self._plans[stage].make()
-        return runner
+    def _stage(self, stage: str) -> Hooks:
+        made = self._made.get(stage)
+        if made is None:
+            made = self._made[stage] = self._plans[stage].make()
+        return made
 
     def execute(self, ctx: SagaContext) -> Awaitable[Any]:
         """Run the stage that the context names."""
-        return self._runner(ctx.stage_name).execute(ctx)
+        return self._stage(ctx.stage_name).execute(ctx)
 
     def fallback(self, ctx: SagaContext, failure: Failure) -> Awaitable[Any]:
         """Run its fallback."""
-        return self._runner(ctx.stage_name).fallback(ctx, failure)
+        return self._stage(ctx.stage_name).fallback(ctx, failure)
 
     def compensate(self, ctx: CompensationContext) -> Awaitable[Any]:
         """Run its compensation."""
-        return self._runner(ctx.stage_name).compensate(ctx)
+        return self._stage(ctx.stage_name).compensate(ctx)
 
     def probe(self, ctx: CompensationContext) -> Awaitable[Any]:
         """Ask its probe."""
-        return self._runner(ctx.stage_name).probe(ctx)
+        return self._stage(ctx.stage_name).probe(ctx)

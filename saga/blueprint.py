@@ -51,7 +51,7 @@ DECLARABLE: Final = (
 """What a saga reads of a stage besides its `execute`, without which it is refused."""
 
 
-class Runner(Protocol):
+class Hooks(Protocol):
     """A stage as the saga calls it; only `execute` is always there."""
 
     execute: Callable[[Any], Awaitable[Any]]
@@ -88,7 +88,7 @@ class StagePlan:
     """
 
     spec: UnifiedStageSpec
-    make: Callable[[], Runner]
+    make: Callable[[], Hooks]
     retry: Retry | None
     timeout: float | None
     compensation: Compensation | None
@@ -164,7 +164,7 @@ class Blueprint:
 
     @classmethod
     def _read(cls, pipeline: Pipeline, specs: tuple[UnifiedStageSpec, ...], said: list[Any]) -> Blueprint:
-        read = {name: _read(name, spec) for name, spec in pipeline.stages.items()}
+        read = {name: _read_stage(name, spec) for name, spec in pipeline.stages.items()}
         for name, spec in pipeline.stages.items():
             _refuse_str(name, spec.dependencies, pipeline.stages)
         graph = Graph.of(node for node, _ in read.values())
@@ -263,11 +263,11 @@ def _refuse_str(name: str, dependencies: Sequence[str], stages: Mapping[str, obj
         raise PipelineInvalid("dependencies to be a tuple of names", got=f"the str {word!r}", stage=name, hint=hint)
 
 
-def _read(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
+def _read_stage(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
     _refuse_ambiguous(name)
     runner: Any = spec.runner
     config = spec.config
-    make: Callable[[], Runner]
+    make: Callable[[], Hooks]
     if isinstance(runner, type):
         make = (lambda: runner(**config)) if config else runner
         _refuse_abstract(name, runner)
