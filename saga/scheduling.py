@@ -212,8 +212,8 @@ class StageflowSchedule:
 
     def _graph(self, stages: Stages) -> UnifiedStageGraph:
         """What Pipeline.build() makes of a pipeline that has been checked; to make it at once takes half the time."""
-        names = self._saga.blueprint.stages
-        self._answers |= {name: given for name in names if (given := stages.given(name)) is not None}
+        plans = self._saga.blueprint.stages
+        self._answers |= {name: given for name in plans if (given := stages.given(name)) is not None}
         specs = [
             UnifiedStageSpec(
                 name=name,
@@ -222,7 +222,7 @@ class StageflowSchedule:
                 dependencies=plan.spec.dependencies,
                 conditional=plan.spec.conditional,
             )
-            for name, plan in self._saga.blueprint.stages.items()
+            for name, plan in plans.items()
         ]
         return UnifiedStageGraph(specs, interceptors=[*self._interceptors, self._listener])
 
