@@ -96,7 +96,7 @@ class Held:
     async def _beat(self) -> None:
         await self._ledger.beat(self.owner)
         for saga_id in tuple(self.sagas):
-            self.holds(saga_id)
+            self.holds(saga_id)  # or abandons it
         # Those within a saga before its own: who goes on with it would find them held, and it would get stuck. Else all together, which
         # a durable ledger carries out as one: the next beat waits for it, and there may be thousands.
         for _, level in groupby(sorted(self._owed, key=_depth, reverse=True), _depth):
