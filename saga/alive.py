@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -108,7 +108,7 @@ class LiveSaga(UndoHost):
         # Nobody else runs any meanwhile: to list them for each question would take the longer, the more there are.
         self._ran_before: dict[str, str] | None = {}
         self._ran_here: dict[str, str] = {}
-        self._begun: Counter[tuple[str, int]] = Counter()
+        self._begun: defaultdict[tuple[str, int], int] = defaultdict(int)
         self._being_undone: Final[dict[str, set[asyncio.Future[None]]]] = {}
         self._resting: Final[dict[LiveSaga, asyncio.Future[None]]] = {}
         self._recordings: dict[str, list[Coroutine[Any, Any, None]]] = {}
