@@ -57,13 +57,13 @@ class _Told(NamedTuple):
     late_at: datetime | None
 
 
-async def _told(ledger: Ledger, saga_id: str, *, goes_on: bool | None = None) -> _Told:
+async def _told(ledger: Ledger, saga_id: str, *, is_turned_back: bool | None = None) -> _Told:
     """A saga; None: whether those above it let it go forward is yet to be found out."""
     events = [*await events_of(ledger, saga_id)]
     state = SagaState(events)
-    if goes_on is None:
-        goes_on = await _goes_on(ledger, state)
-    children, unread = await _within(ledger, saga_id, state if goes_on else None)
+    if is_turned_back is None:
+        is_turned_back = await _is_turned_back(ledger, state)
+    children, unread = await _within(ledger, saga_id, None if is_turned_back else state)
     news: list[StageProbed | StageSettled] = []
     for child in children if state.ended_at is not None else ():
         at = _unheard_since(events, child)
@@ -72,17 +72,17 @@ async def _told(ledger: Ledger, saga_id: str, *, goes_on: bool | None = None) ->
             state.apply(news[-1])
     if news:
         state.apply(SagaEnded(status=status_at_rest(state), at=max(event.at for event in news)))
-    report = _report(state, children, unread, goes_on=goes_on)
+    report = _report(state, children, unread, is_turned_back=is_turned_back)
     return _Told(state, report, _came_late_at(saga_id, [*events, *news]))
 
 
-async def _goes_on(ledger: Ledger, state: SagaState) -> bool:
-    """Whether those above a saga let it go forward."""
+async def _is_turned_back(ledger: Ledger, state: SagaState) -> bool:
+    """Whether those above a saga let it go forward no more."""
     try:
-        return not await is_turned_back(ledger, await run_by(ledger, state), state.started.saga_id)
+        return await is_turned_back(ledger, await run_by(ledger, state), state.started.saga_id)
     except (LedgerCorrupt, SagaNotFound):
         # Damaged, or just forgotten: what the saga did is known all the same, and nobody takes it forward from there.
-        return False
+        return True
 
 
 async def _within(ledger: Ledger, saga_id: str, state: SagaState | None) -> tuple[list[_Told], dict[str, dict[str, str]]]:
@@ -94,7 +94,7 @@ async def _within(ledger: Ledger, saga_id: str, state: SagaState | None) -> tupl
     unread: dict[str, dict[str, str]] = {}
     for child, stage in await run_in(ledger, saga_id):
         try:
-            children.append(await _told(ledger, child, goes_on=state is not None and not turns_back(state, stage, child)))
+            children.append(await _told(ledger, child, is_turned_back=state is None or turns_back(state, stage, child)))
         except SagaNotFound:
             # Forgotten since it was listed, and the saga that ran it with it: nothing was left to do about either.
             continue
@@ -110,19 +110,19 @@ def _report(
     unread: Mapping[str, Mapping[str, str]],
     exceptions: Mapping[Failure, BaseException] | None = None,
     *,
-    goes_on: bool = True,
+    is_turned_back: bool = False,
 ) -> SagaReport:
     children: dict[str, tuple[SagaReport, ...]] = {}
     for child in within:
         stage = str(child.report.parent_stage)
         children[stage] = (*children.get(stage, ()), child.report)
-    return SagaReport.of(state, children, exceptions, unread, is_turned_back=not goes_on)
+    return SagaReport.of(state, children, exceptions, unread, is_turned_back=is_turned_back)
 
 
 async def reports_of(ledger: Ledger, children: Sequence[str]) -> list[SagaReport]:
     """The reports of children of a saga that is alive."""
     # It lets them go forward. To read for each of them what it has recorded would take the longer, the more there are.
-    return [(await _told(ledger, child, goes_on=True)).report for child in children]
+    return [(await _told(ledger, child, is_turned_back=False)).report for child in children]
 
 
 async def has_left(ledger: Ledger, children: Sequence[str]) -> bool:
