@@ -69,7 +69,7 @@ class LiveSaga(UndoHost):
         journal: Its ledger and its state.
         actions: How its stages' code is run.
         keeper: Whoever keeps it, and the sagas that its stages run.
-        children: The sagas that its stages run now.
+        children: The sagas that its stages run now; each with what is done when it has come to rest.
         failed: The stages whose last attempt, or fallback, has failed, and whose sagas are being stopped.
         has_children: Whether its stages have run any.
         exceptions: What those that ended have failed with.
@@ -96,7 +96,7 @@ class LiveSaga(UndoHost):
         self.actions: Final = actions
         self._context = context
         self.keeper: Final = keeper
-        self.children: Final[set[LiveSaga]] = set()
+        self.children: Final[dict[LiveSaga, asyncio.Future[None]]] = {}
         self.failed: Final[set[str]] = set()
         self.has_children = False
         self.exceptions: dict[Failure, BaseException] = {}
@@ -110,7 +110,6 @@ class LiveSaga(UndoHost):
         self._ran_here: dict[str, str] = {}
         self._begun: defaultdict[tuple[str, int], int] = defaultdict(int)
         self._being_undone: Final[dict[str, set[asyncio.Future[None]]]] = {}
-        self._resting: Final[dict[LiveSaga, asyncio.Future[None]]] = {}
         self._recordings: dict[str, list[Coroutine[Any, Any, None]]] = {}
 
     def private_context(self, first: Callable[..., None], last: Callable[..., None]) -> PipelineContext:
@@ -189,15 +188,13 @@ class LiveSaga(UndoHost):
     def takes_in(self, child: LiveSaga, stage: str) -> None:
         """A stage runs the child from here on."""
         self.has_children = True
-        self.children.add(child)
+        self.children[child] = self.loop.create_future()
         self._ran_here[child.id] = stage
-        self._resting[child] = self.loop.create_future()
 
     def parts_with(self, child: LiveSaga) -> None:
         """The child has come to rest."""
-        self.children.discard(child)
         # Not by its id: a stage may have gone on with it from where it had just been let go of.
-        self._resting.pop(child).set_result(None)
+        self.children.pop(child).set_result(None)
         if child.journal.token is None:
             del self._ran_here[child.id]  # the ledger has never heard of it
 
@@ -304,7 +301,7 @@ class LiveSaga(UndoHost):
 
     async def _child_rests(self, saga_id: str) -> None:
         """Wait for a child that a stage which was given up has left on its way back."""
-        resting = [rests for child, rests in self._resting.items() if child.id == saga_id]
+        resting = [rests for child, rests in self.children.items() if child.id == saga_id]
         if resting:
             await asyncio.wait(resting)
 
