@@ -129,12 +129,14 @@ class Amendments:
                     hint=f"If its process is gone, have it stopped first: saga recover, or coordinator.recover, with its pipeline "
                     f"{child.pipeline!r}.",
                 )
+        if said.verdict is Verdict.KEPT:
+            # It is kept with all that is within it.
+            return
         report = await report_of(self._ledger, saga_id)
         within = [
             f"{path.removesuffix(stage)}{inner}" for inner in (*report.stuck, *report.in_doubt, *report.blocked) if is_within(inner, stage)
         ]
-        # What is kept is kept with all that is within it.
-        if within and said.verdict is Verdict.UNDONE:
+        if within:
             raise MisuseError(
                 "a stage within which nothing is stuck, blocked or in doubt",
                 got=f"undone, while these are: {', '.join(within)}",
