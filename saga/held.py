@@ -128,11 +128,11 @@ class Held:
             # The ledger may carry it out all the same, and our heart would hold what nobody runs for as long as it beats for another saga.
             # In a task of its own: the caller may be cancelled more than once.
             with anyio.CancelScope(shield=True):
-                await outlast({start(self._give_back(saga_id, under))})
+                await outlast({start(self._release_unknown(saga_id, under))})
             raise
 
-    async def _give_back(self, saga_id: str, under: int | None) -> None:
-        # Whoever holds it gets it once more, behind the first time, and with a token that is known.
+    async def _release_unknown(self, saga_id: str, under: int | None) -> None:
+        # Of a lease with a token that nobody knows: whoever holds it gets it once more, behind the first time, and with one that is known.
         with contextlib.suppress(LedgerError), answering(f"give the lease of saga {saga_id} back"):
             await self._ledger.release(saga_id, await self._ledger.acquire(saga_id, self.owner, under=under))
 
