@@ -35,7 +35,7 @@ async def report_of(ledger: Ledger, saga_id: str) -> SagaReport:
     Raises:
         SagaNotFound: The ledger has no such saga.
     """
-    return (await _told(ledger, saga_id)).report
+    return (await _read(ledger, saga_id)).report
 
 
 async def report_with_children(ledger: Ledger, state: SagaState, exceptions: Mapping[Failure, BaseException]) -> SagaReport:
@@ -43,8 +43,8 @@ async def report_with_children(ledger: Ledger, state: SagaState, exceptions: Map
     return _report(state, *await _within(ledger, state.started.saga_id, state), exceptions)
 
 
-class _Told(NamedTuple):
-    """A saga as its events, and those of the sagas below it, leave it.
+class _Whole(NamedTuple):
+    """A saga with all that is below it, as their events leave it.
 
     Attributes:
         state: Where it stands.
@@ -57,8 +57,8 @@ class _Told(NamedTuple):
     late_at: datetime | None
 
 
-async def _told(ledger: Ledger, saga_id: str, *, is_turned_back: bool | None = None) -> _Told:
-    """A saga; None: whether those above it let it go forward is yet to be found out."""
+async def _read(ledger: Ledger, saga_id: str, *, is_turned_back: bool | None = None) -> _Whole:
+    """Read a saga and all that is below it; None: whether those above it let it go forward is yet to be found out."""
     events = [*await events_of(ledger, saga_id)]
     state = SagaState(events)
     if is_turned_back is None:
@@ -68,12 +68,12 @@ async def _told(ledger: Ledger, saga_id: str, *, is_turned_back: bool | None = N
     for child in children if state.ended_at is not None else ():
         at = _unheard_since(events, child)
         if at is not None and (event := heard(state, child.state, child.report)) is not None:
-            news.append(_told_at(event, at))
+            news.append(_as_of(event, at))
             state.apply(news[-1])
     if news:
         state.apply(SagaEnded(status=status_at_rest(state), at=max(event.at for event in news)))
     report = _report(state, children, unread, is_turned_back=is_turned_back)
-    return _Told(state, report, _came_late_at(saga_id, [*events, *news]))
+    return _Whole(state, report, _came_late_at(saga_id, [*events, *news]))
 
 
 async def _is_turned_back(ledger: Ledger, state: SagaState) -> bool:
@@ -85,16 +85,16 @@ async def _is_turned_back(ledger: Ledger, state: SagaState) -> bool:
         return True
 
 
-async def _within(ledger: Ledger, saga_id: str, state: SagaState | None) -> tuple[list[_Told], dict[str, dict[str, str]]]:
+async def _within(ledger: Ledger, saga_id: str, state: SagaState | None) -> tuple[list[_Whole], dict[str, dict[str, str]]]:
     """The sagas that a saga's stages run, oldest first; and by stage and id those that can't be read, with what the ledger says.
 
     They go forward as the saga's state lets them; None: not at all.
     """
-    children: list[_Told] = []
+    children: list[_Whole] = []
     unread: dict[str, dict[str, str]] = {}
     for child, stage in await run_in(ledger, saga_id):
         try:
-            children.append(await _told(ledger, child, is_turned_back=state is None or turns_back(state, stage, child)))
+            children.append(await _read(ledger, child, is_turned_back=state is None or turns_back(state, stage, child)))
         except SagaNotFound:
             # Forgotten since it was listed, and the saga that ran it with it: nothing was left to do about either.
             continue
@@ -106,7 +106,7 @@ async def _within(ledger: Ledger, saga_id: str, state: SagaState | None) -> tupl
 
 def _report(
     state: SagaState,
-    within: Sequence[_Told],
+    within: Sequence[_Whole],
     unread: Mapping[str, Mapping[str, str]],
     exceptions: Mapping[Failure, BaseException] | None = None,
     *,
@@ -122,7 +122,7 @@ def _report(
 async def reports_of(ledger: Ledger, children: Sequence[str]) -> list[SagaReport]:
     """The reports of children of a saga that is alive."""
     # It lets them go forward. To read for each of them what it has recorded would take the longer, the more there are.
-    return [(await _told(ledger, child, is_turned_back=False)).report for child in children]
+    return [(await _read(ledger, child, is_turned_back=False)).report for child in children]
 
 
 async def has_left(ledger: Ledger, children: Sequence[str]) -> bool:
@@ -195,7 +195,7 @@ async def unheard(ledger: Ledger, saga_id: str, events: Sequence[AnyEvent]) -> l
     return [child.report.saga_id for child in children if _unheard_since(events, child) is not None]
 
 
-def _unheard_since(events: Sequence[AnyEvent], child: _Told) -> datetime | None:
+def _unheard_since(events: Sequence[AnyEvent], child: _Whole) -> datetime | None:
     """Since when something has come late in one that a stage ran, and its saga has not heard of it; None if it has, or nothing has."""
     if (at := child.late_at) is None:
         return None
@@ -219,7 +219,7 @@ def _is_for_all(event: StageProbed | StageSettled) -> bool:
     return event.failure is not None and event.failure.kind is FailureKind.LATE
 
 
-def _told_at(event: StageProbed | StageSettled, at: datetime) -> StageProbed | StageSettled:
+def _as_of(event: StageProbed | StageSettled, at: datetime) -> StageProbed | StageSettled:
     """What a saga hears, as of when it came to be: whoever reads the ledgers twice reads the same."""
     if isinstance(event, StageProbed) and event.failure is not None:
         event = replace(event, failure=event.failure.model_copy(update={"at": at}))
