@@ -238,8 +238,9 @@ class SagaState:
             return False
         # The state allows it; is it one that the saga waits for?
         if kind is StageCompleted or kind is CompensationCompleted:
-            is_due = record.is_under_way or state is _S.STUCK or kind is StageCompleted or self._is_to_be_undone(event.stage)
-            return is_due and event.late is not record.is_under_way  # type: ignore[attr-defined] # of these two kinds
+            is_late = not record.is_under_way
+            is_due = kind is StageCompleted or not is_late or state is _S.STUCK or self._is_to_be_undone(event.stage)
+            return is_due and event.late is is_late  # type: ignore[attr-defined] # of these two kinds
         if state is _S.NOT_RUN or state is _S.RUNNING:
             return True
         if kind in _BEGINNINGS:
