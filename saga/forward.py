@@ -448,7 +448,6 @@ class Forward(Stages, Employer):
             return True
         except asyncio.CancelledError:
             self._stop_for_cancel()
-            return False
         return False
 
     async def _attempt(self, run: _StageRun, seconds: float | None) -> Outcome:
@@ -482,13 +481,13 @@ class Forward(Stages, Employer):
         left_within = await self._saga.left_within(run.name)
         if record.effects or record.doubt or left_within:
             # Its dependents would run on, and what stands of it could then not be undone before them.
-            message = (
-                f"expected a stage that skips itself to have recorded no effect, got a SKIP after {len(record.effects)} recorded effects"
-            )
             if left_within:
-                message = "expected a stage that skips itself to have left nothing standing, got a SKIP and sagas that stand"
-            elif not record.effects:
-                message = "expected a stage that skips itself to have had no effect, got a SKIP after an attempt that may have had one"
+                had = "left nothing standing, got a SKIP and sagas that stand"
+            elif record.effects:
+                had = f"recorded no effect, got a SKIP after {len(record.effects)} recorded effects"
+            else:
+                had = "had no effect, got a SKIP after an attempt that may have had one"
+            message = f"expected a stage that skips itself to have {had}"
             return Outcome(output, Failure.of(run.name, FailureKind.CONTRACT, message, attempt=record.attempts))
         return outcome
 
@@ -515,11 +514,8 @@ class Forward(Stages, Employer):
         self._saga.heed_signal(error)
         was_cancelled = await run.absorb()
         if run.reason is FailureKind.TIMEOUT:
-            return Outcome(
-                failure=Failure.of(
-                    name, FailureKind.TIMEOUT, f"no answer within {seconds:g} s", attempt=attempt, instead=instead_of_cancel(error)
-                )
-            )
+            why = f"no answer within {seconds:g} s"
+            return Outcome(failure=Failure.of(name, FailureKind.TIMEOUT, why, attempt=attempt, instead=instead_of_cancel(error)))
         if run.reason is FailureKind.INTERRUPTED or (was_cancelled and isinstance(error, asyncio.CancelledError)):
             why = "it was cancelled because the saga stopped" if self.cause is not None else "its task was cancelled from outside"
             return Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt, instead=instead_of_cancel(error)))
