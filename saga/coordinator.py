@@ -14,18 +14,8 @@ from stageflow.pipeline.interceptors import TimeoutInterceptor
 from stageflow.pipeline.retry import RetryInterceptor
 
 from saga.blueprint import by_name, is_async, is_generator, refuse_no_policy
-from saga.errors import (
-    GraphChanged,
-    LedgerConflict,
-    MisuseError,
-    SagaError,
-    SagaNotFound,
-)
-from saga.events import (
-    SagaStatus,
-    StageSettled,
-    Verdict,
-)
+from saga.errors import GraphChanged, LedgerConflict, MisuseError, SagaError, SagaNotFound
+from saga.events import SagaStatus, StageSettled, Verdict
 from saga.family import events_of, is_left_alone, refuse_no_id, run_by
 from saga.inputs import context_of
 from saga.journal import Listener
@@ -42,7 +32,6 @@ from saga.within import report_of
 
 if TYPE_CHECKING:
     from stageflow import BaseInterceptor
-
 
 T = TypeVar("T")
 
