@@ -65,7 +65,8 @@ class SagaState:
         reason: Why it went backward, the last time; None if it never did.
         failures: Every failure of every attempt, in the order of the ledger.
         stages: What the events say of each stage, in topological order.
-        is_spotless: No stage has failed, or skipped itself after it recorded an effect: nothing is left over.
+        is_spotless: It was never resumed, and no stage has failed, come into question, been settled or skipped itself after it recorded an
+            effect: nothing is left over.
 
     Raises:
         LedgerCorrupt: The first event is no `SagaStarted`, or one follows that may not.
