@@ -123,14 +123,14 @@ class Forward(Stages, Employer):
         if self._broken is not None:
             raise self._broken
 
-    def stop(self, cause: Failure, *, told: str | None = None) -> None:
-        """Start no further stage; the first cause stays the cause. The stage that is `told` answers for itself."""
+    def stop(self, cause: Failure, *, besides: str | None = None) -> None:
+        """Start no further stage; the first cause stays the cause. Whoever waits is answered so, `besides` the stage that is to answer."""
         if self.cause is not None:
             return
         self.cause = cause
         self._saga.is_stopping, self._saga.stopped_by = True, str(cause)
         self._stopped.set()
-        self._schedule.stop(told)
+        self._schedule.stop(besides)
         for child in self._saga.children:
             # A child is no single stage: it starts nothing more, either.
             child.interrupt("the saga that runs it is stopping")
@@ -555,7 +555,7 @@ class Forward(Stages, Employer):
             if policy.without_fallback == "skip_branch":
                 self._fallen.add(run.name)
                 return StageOutput.skip(f"{run.name} failed")
-        self.stop(failure, told=run.name)
+        self.stop(failure, besides=run.name)
         return failure
 
     async def _stands_in(self, run: _StageRun, failure: Failure, policy: ContinueWithFallback) -> StageOutput | None:

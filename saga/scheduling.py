@@ -68,8 +68,8 @@ class Schedule(Protocol):
         """Take a stage's answer for those that depend on it; a failure has stopped the saga."""
         ...
 
-    def stop(self, told: str | None, /) -> None:
-        """Start nothing more; the stage that is `told` answers for itself."""
+    def stop(self, besides: str | None, /) -> None:
+        """Start nothing more; whoever waits is answered so, `besides` the stage that is to answer."""
         ...
 
     async def tell(self, stages: Stages) -> None:
@@ -132,7 +132,7 @@ class OwnSchedule:
             assert isinstance(answer, StageOutput)  # a failure has stopped the saga
             self._start(stages, self._enabled(name, answer))
 
-    def stop(self, _told: str | None, /) -> None:
+    def stop(self, _besides: str | None, /) -> None:
         """Start nothing more."""
         self._over.set()
 
@@ -243,8 +243,7 @@ class StageflowSchedule:
 
     def ended(self, _stages: Stages, name: str, answer: StageOutput | Failure) -> None:
         """Have the stage's wrapper say so to stageflow."""
-        told = self._told(answer) if isinstance(answer, Failure) else answer
-        self._answers[name] = told
+        told = self._answers[name] = self._told(answer) if isinstance(answer, Failure) else answer
         self._release(name, told)
 
     def _told(self, failure: Failure) -> StageOutput | Exception:
@@ -254,11 +253,11 @@ class StageflowSchedule:
         # The user's interceptors get to see what went wrong.
         return failure.exception if isinstance(failure.exception, Exception) else RuntimeError(str(failure))
 
-    def stop(self, told: str | None, /) -> None:
+    def stop(self, besides: str | None, /) -> None:
         """Start nothing more."""
         for name in self._waiters:
             # One CANCEL is enough for stageflow to cancel and await its other wrappers and to end.
-            if name != told:
+            if name != besides:
                 self._release(name, STOPPING)
         # Those that have not come so far tell nobody anything.
         self._timer = asyncio.get_running_loop().call_later(self._saga.policy.cancel_grace, self._cut_off)
