@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import io
 import re
 import subprocess
 import sys
@@ -14,15 +15,18 @@ from textwrap import indent
 from typing import Any
 
 import pytest
+from rich.console import Console
 from stageflow.api import Pipeline
 
 import saga
 from saga import CompensableStage, Compensation, ContinueWithFallback, FailFast, FailureKind, Retry, SagaCoordinator, SagaStatus
+from saga.cli.family import Family
+from saga.cli.picture import picture
 from saga.events import CompensationFailed, CompensationStarted, StageFailed, StageStarted
 from saga.ledger import TRANSITIONS
 from saga.ledgers.postgres import PostgresLedger
 from saga.ledgers.sqlite import SQLiteLedger
-from tests.stories import Story, failure
+from tests.stories import Story, failure, moment
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```)?", re.MULTILINE | re.DOTALL)
@@ -158,6 +162,26 @@ def test_the_table_of_what_may_follow_is_the_ledgers() -> None:
     assert {state: set(re.findall(r"`(\w+)`", events)) for state, events in rows} == {
         state.value: {event.__name__ for event in events} for state, events in TRANSITIONS.items()
     }
+
+
+def test_the_tree_of_a_running_saga_in_the_readme_is_what_a_terminal_shows() -> None:
+    story = Story("book_trip", {"reserve_seat": (), "reserve_room": (), "charge_card": ("reserve_seat", "reserve_room")})
+    story.done("reserve_seat", 0.0, 0.3025).done("reserve_room", 0.001, 0.3)
+    story.tell(0.303, StageStarted, stage="charge_card", attempt=1)
+    first, last = (failure("charge_card", "the card was declined", 0.9, attempt=n, kind=FailureKind.REPORTED) for n in (1, 2))
+    story.tell(0.5, StageFailed, stage="charge_card", failure=first, will_retry=True)
+    story.tell(0.6, StageStarted, stage="charge_card", attempt=2).tell(0.9409, StageFailed, stage="charge_card", failure=last)
+    story.turns_back(0.95).tell(1.2, CompensationStarted, stage="reserve_room", attempt=1)
+    family = Family("7f3a")
+    for event in story.events:
+        family.hear("7f3a", event)
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+
+    with console.capture() as captured:
+        console.print(picture(family, moment(1.4), 120, 30, ""))
+
+    rows = [f"    {line.rstrip()}" for line in captured.get().replace("7f3a", "trip-1").splitlines()]
+    assert "\n".join(rows) in (ROOT / "README.md").read_text()
 
 
 SETTLE = (ROOT / "docs" / "how-to" / "settle-a-stuck-saga.md").read_text()
