@@ -186,7 +186,7 @@ class CompensationContext:
         output: What the stage gave when it completed; None if it never did.
         effects: What the stage recorded with `ctx.record`, oldest first.
         in_doubt: Whether nobody knows if the effect landed.
-        cause: The failure that turned the saga back; None if it was undone on demand.
+        cause: What stopped the saga; None if nothing did: a completed one is undone on demand, or a skipped branch is cleared away.
         attempt: Of this compensation; 1 for the first.
         idempotency_key: This compensation's own, the same for all its attempts; another one when the effect came late, after its undoing.
         forward_key: The `idempotency_key` that the execution had: the outside world knows the effect by it.

@@ -15,7 +15,7 @@ from uuid import uuid4
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stageflow.api import Pipeline, PipelineContext, StageOutput
+from stageflow.api import Pipeline, PipelineContext, StageContext, StageOutput
 from stageflow.context import Conversation, Enrichments, Message, ProfileEnrichment, RoutingDecision
 
 from saga import (
@@ -24,6 +24,7 @@ from saga import (
     CompensationContext,
     ContinueWithFallback,
     FailFast,
+    Failure,
     FailureKind,
     GraphChanged,
     LedgerConflict,
@@ -1007,6 +1008,28 @@ def test_a_second_undo_on_demand_does_nothing_and_says_so(caplog: pytest.LogCapt
     assert world.standing == {}
     assert "saga s: nothing that can be undone is left" in caplog.text
     assert "Nothing is left to do." in str(second)
+
+
+@pytest.mark.parametrize("kept_by", ["completion", "halt"])
+def test_a_compensation_asked_for_on_demand_is_told_what_had_stopped_the_saga(kept_by: str) -> None:
+    told: list[Failure | None] = []
+
+    async def hold(ctx: SagaContext) -> None: ...
+
+    async def release(ctx: CompensationContext) -> None:
+        told.append(ctx.cause)
+
+    async def charge(ctx: StageContext) -> StageOutput:
+        return StageOutput.fail("declined") if kept_by == "halt" else StageOutput.ok()
+
+    trip = Pipeline(name="p").with_stage("hold", compensable(hold, release)).with_stage("charge", charge, "work", dependencies=("hold",))
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"))
+    report = run(coordinator.run(trip, saga_id="s"))
+
+    run(coordinator.compensate("s", trip))
+
+    assert report.status is (SagaStatus.HALTED if kept_by == "halt" else SagaStatus.COMPLETED)
+    assert [cause and cause.message for cause in told] == ["declined" if kept_by == "halt" else None]
 
 
 # -- a process that died ---------------------------------------------------------------------------------------------
