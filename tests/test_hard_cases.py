@@ -183,6 +183,59 @@ def test_a_probe_that_hangs_is_bounded_by_the_compensations_timeout() -> None:
     assert report.failures[-1].message == "no answer within 3 s"
 
 
+@pytest.mark.parametrize("lost", ["the answer", "the time", "the refund's answer", "nothing"])
+def test_of_a_service_that_knows_neither_keys_nor_a_search_nothing_is_asked_twice_and_a_person_looks(lost: str) -> None:
+    """As `docs/how-to/write-a-stage.md` says to go about it."""
+    requests: list[str] = []
+
+    class Pay(CompensableStage):
+        retry = Retry(attempts=1)
+        timeout = 5
+
+        async def execute(self, ctx: SagaContext) -> None:
+            requests.append("pay")
+            if lost == "the answer":
+                await ctx.record("no answer")
+                raise ConnectionError
+            if lost == "the time":
+                await asyncio.Event().wait()
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            if ctx.output is None or ctx.attempt > 1:
+                raise LookupError("look by hand")
+            requests.append("refund")
+            if lost == "the refund's answer":
+                raise ConnectionError
+
+    _, pipeline = scene({"a": (), "pay": (), "end": ("a", "pay")}, {"end": Script("raise")})
+    stages = pipeline.stages | {"pay": replace(pipeline.stages["pay"], runner=Pay)}
+
+    report = run(SagaCoordinator(FailFast(retry=Retry(attempts=3, wait=0))).run(replace(pipeline, stages=stages)))
+
+    assert requests == (["pay"] if lost in {"the answer", "the time"} else ["pay", "refund"])
+    assert report.status is (SagaStatus.COMPENSATED if lost == "nothing" else SagaStatus.STUCK)
+    assert {*report.stuck, *report.in_doubt} == (set() if lost == "nothing" else {"pay"})
+
+
+def test_an_attempt_that_raised_is_followed_by_another_one_before_its_probe_is_asked() -> None:
+    told: list[str] = []
+
+    class Pay(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> None:
+            told.append("paid")
+            raise ConnectionError
+
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            told.append("asked")
+            return StageOutput.ok()
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    run(SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0))).run(Pipeline(name="p").with_stage("pay", Pay)))
+
+    assert told == ["paid", "paid", "asked"]
+
+
 def test_a_compensation_that_copes_with_doubt_is_asked_to() -> None:
     seen: list[tuple[bool, Any]] = []
 
