@@ -847,6 +847,16 @@ def test_a_stuck_saga_may_be_run_on_forward(shop: Shop) -> None:
     assert resumed.code == Exit.COMPLETED
 
 
+def test_a_saga_that_was_undone_runs_once_more_forward_as_the_help_says(shop: Shop) -> None:
+    shop.saga("run", "shop:paid", "--id", "s")
+    shop.saga("compensate", "s", "shop:paid")
+
+    help_, resumed = shop.saga("resume", "--help"), shop.saga("resume", "s", "shop:paid", "--forward")
+
+    assert "or that was undone" in " ".join(help_.out.split())
+    assert resumed.code == Exit.COMPLETED
+
+
 def test_the_commands_for_names_that_begin_with_a_dash_are_taken_as_they_are_printed(shop: Shop) -> None:
     shop.write(
         "dashed.py", SHOP + 'dashed = Pipeline(name="d").with_stage("-a", Charge).with_stage("b", decline, "work", dependencies=("-a",))'

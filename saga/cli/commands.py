@@ -186,7 +186,7 @@ def resume(
     saga_id: SagaId,
     target: KnownTarget = None,
     policy: PolicyFile = None,
-    forward: Annotated[bool, typer.Option("--forward", help="Run on, also a saga that is stuck on its way back.")] = False,
+    forward: Annotated[bool, typer.Option("--forward", help="Run on a saga that is stuck on its way back, or that was undone.")] = False,
     ledger: LedgerUrl = None,
     as_json: AsJson = False,
 ) -> None:
