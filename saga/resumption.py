@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Final
 
 from saga.errors import MisuseError
 from saga.events import (
@@ -29,6 +30,7 @@ from saga.recovery import Rollback, final_status, stage_states, status_of_cancel
 from saga.state import SagaState
 
 _S = StageState
+_UNSETTLED: Final = "nothing can be undone before what is stuck or in doubt is settled"
 
 
 class Direction(Enum):
@@ -92,7 +94,7 @@ def resumption(
         return Chapter(direction, (ahead, *crashed(state, goes_on=stop is None)), stop=stop)
     if state.status is SagaStatus.STUCK and state.reason is not None and not forward:
         if not len(Rollback(SagaState([*events, back]), state.reason)):
-            return Chapter(Direction.NOWHERE, why_not="nothing can be undone before what is stuck or in doubt is settled")
+            return Chapter(Direction.NOWHERE, why_not=_UNSETTLED)
         return Chapter(Direction.BACKWARD, (back,), state.reason)
     if state.status is SagaStatus.COMPENSATED and not forward:
         # Whoever has just settled the last stage that was stuck wants it undone, not begun again.
@@ -120,8 +122,9 @@ def undoing(events: Sequence[AnyEvent], graph: Graph | None = None, *, by: str) 
         return resumption(events, graph, forward=False, by=by)
     turned = SagaTurnedBack(reason=TurnReason.REQUEST, graph=graph)
     begun = (*crashed(state, goes_on=False), turned)
-    if state.ended_at is not None and not len(Rollback(SagaState([*events, *begun]), TurnReason.REQUEST)):
-        return Chapter(Direction.NOWHERE, why_not="nothing that can be undone is left")
+    if state.ended_at is not None and not len(Rollback(trial := SagaState([*events, *begun]), TurnReason.REQUEST)):
+        is_stuck = final_status(trial) is SagaStatus.STUCK
+        return Chapter(Direction.NOWHERE, why_not=_UNSETTLED if is_stuck else "nothing that can be undone is left")
     return Chapter(Direction.BACKWARD, begun, TurnReason.REQUEST)
 
 

@@ -342,6 +342,8 @@ COMPLETED = SagaEnded(status=SagaStatus.COMPLETED)
         (resumption, [*PATHS[StageState.KEPT], COMPLETED], "it is completed, nothing is left to run"),
         (recovering, [*PATHS[StageState.FAILED], HALTED], "it has come to rest meanwhile"),
         (undoing, [*PATHS[StageState.UNDONE], COMPENSATED], "nothing that can be undone is left"),
+        (undoing, [*PATHS[StageState.STUCK], STUCK], "nothing can be undone before what is stuck or in doubt is settled"),
+        (undoing, [*PATHS[StageState.IN_DOUBT], HALTED], "nothing can be undone before what is stuck or in doubt is settled"),
     ],
 )
 def test_of_a_saga_that_is_left_as_it_is_the_log_says_why(decide: Any, path: list[AnyEvent], why: str) -> None:
