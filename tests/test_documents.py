@@ -19,7 +19,7 @@ from rich.console import Console
 from stageflow.api import Pipeline
 
 import saga
-from saga import CompensableStage, Compensation, ContinueWithFallback, FailFast, FailureKind, Retry, SagaCoordinator, SagaStatus
+from saga import CompensableStage, Compensation, ContinueWithFallback, FailFast, FailureKind, Retry, SagaCoordinator, SagaStatus, nested
 from saga.cli.family import Family
 from saga.cli.picture import picture
 from saga.events import CompensationFailed, CompensationStarted, StageFailed, StageStarted
@@ -220,9 +220,14 @@ def test_the_keys_on_the_page_for_whoever_is_called_are_those_of_a_saga() -> Non
         await coordinator.resume("7f3a", pipeline, forward=True)
         await coordinator.compensate("7f3a", pipeline)
 
-    asyncio.run(twice())
+    async def within() -> None:
+        hotel = Pipeline(name="hotel").with_stage("charge_deposit", Charge)
+        await SagaCoordinator().run(Pipeline(name="p").with_stage("book_hotel", nested(hotel)), saga_id="7f3a")
 
-    assert len(keys) == 4
+    asyncio.run(twice())
+    asyncio.run(within())
+
+    assert len(keys) == 5
     assert all(f"`{key}`" in SETTLE for key in keys)
 
 
