@@ -119,6 +119,14 @@ def test_a_link_within_the_project_leads_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_the_readme_leads_to_every_page_on_how_to_do_something() -> None:
+    readme = (ROOT / "README.md").read_text()
+
+    missing = {page.name for page in (ROOT / "docs" / "how-to").glob("*.md") if f"docs/how-to/{page.name}" not in readme}
+
+    assert not missing
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     described = {name.rpartition(".")[2] for page in PAGES for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)}
     modules = {"saga.errors", "saga.events", "saga.lint"}
