@@ -102,11 +102,21 @@ class SagaContext(StageContext):
         """Run a pipeline as a child saga, one or several in an attempt; `nested` wraps this in a stage that also undoes it.
 
         What an earlier attempt has run stands beside it: that is in `child_sagas`, to go on with by `resume_saga`.
+
+        Returns:
+            The child's report, whatever became of it: a child that failed does not fail the stage by itself.
+
+        Raises:
+            MisuseError: The child can't work; nothing was run.
         """
         return await self._host.run_child(pipeline, context, policy, context_fields)
 
     async def resume_saga(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
-        """Go on with a child saga of an earlier attempt; of one that has completed, just its report."""
+        """Go on with a child saga of an earlier attempt; of one that has completed, just its report.
+
+        Raises:
+            MisuseError: There is no such saga, this one does not run it, or its pipeline is not the one that it was started with.
+        """
         return await self._host.resume_child(saga_id, pipeline)
 
     async def child_sagas(self) -> list[SagaReport]:
@@ -215,6 +225,9 @@ class CompensationContext:
         Returns:
             The child's report. Unless it is clean and not past its pivot, something of the child stands, and this compensation counts as
             failed, whatever it returns.
+
+        Raises:
+            MisuseError: There is no such saga, this one does not run it, or its pipeline is not the one that it was started with.
         """
         return await self._host.undo_child(self.stage_name, saga_id, pipeline)
 

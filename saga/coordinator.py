@@ -138,6 +138,8 @@ class SagaCoordinator:
             GraphChanged: The pipeline differs from the saga's, or one nested in it from that of a child of which anything stands.
             MisuseError: The saga is alive here, has stages in doubt that a person has to settle first, or is run by another one.
             LedgerConflict: Another coordinator holds it.
+            LedgerError: The ledger could not record or read; no further effect was started.
+            asyncio.CancelledError: The caller was cancelled, and the saga is at rest: as `on_interrupt` says, or undone.
         """
         if not isinstance(forward, bool | None):
             raise MisuseError("forward to be True, False or None", got=shown(forward))
@@ -154,6 +156,8 @@ class SagaCoordinator:
             GraphChanged: The pipeline differs from the saga's, or one nested in it from that of a child of which anything stands.
             MisuseError: The saga is alive here, or is run by another one.
             LedgerConflict: Another coordinator holds it.
+            LedgerError: The ledger could not record or read; nothing further was begun to be undone.
+            asyncio.CancelledError: The caller was cancelled, and the saga has been undone all the same.
         """
         await self._refuse_other(saga_id, pipeline, undoes=True)
         return await self._keeper.go_on(saga_id, pipeline, partial(undoing, by=user()))
@@ -178,6 +182,7 @@ class SagaCoordinator:
                 stuck, blocked or in doubt, an output is given beside the stage's own, or a retry could not tell anything new; nothing was
                 recorded.
             LedgerConflict: Another coordinator holds the saga.
+            LedgerError: The ledger could not record or read.
         """
         if verdict not in set(Verdict):
             raise MisuseError("undone, kept or retry as the verdict", got=repr(verdict), stage=stage)
@@ -217,6 +222,8 @@ class SagaCoordinator:
 
         Raises:
             MisuseError: These are no pipelines, several have one name, or `concurrency` is not at least 1.
+            LedgerError: The ledger can't tell of any saga. What fails with one of them is in `failed`.
+            asyncio.CancelledError: The caller was cancelled, and the sagas that went on have done what their policies say.
         """
         known = by_name(pipelines)
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
@@ -266,6 +273,7 @@ class SagaCoordinator:
 
         Raises:
             SagaNotFound: The ledger has no such saga.
+            LedgerError: The ledger can't read it.
         """
         return await report_of(self.ledger, saga_id)
 
