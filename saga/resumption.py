@@ -187,8 +187,7 @@ def _refuse_undecided(state: SagaState) -> None:
         raise MisuseError(
             "a saga in which nothing that came late waits for a person",
             got=f"{', '.join(held)} in doubt, of which something came late",
-            hint="Look what stands, put it right by hand, then say so, of the innermost stage: "
-            "settle(saga_id, stage, 'kept' or 'undone', note).",
+            hint="Look what stands, put it right by hand, then settle the innermost stage as kept or undone.",
         )
     unfit = [(node, state.stages[node.name]) for node in state.graph.nodes if not node.idempotent]
     unfit = [(node, record) for node, record in unfit if not (record.fallback_serves or record.may_repeat)]
@@ -197,14 +196,14 @@ def _refuse_undecided(state: SagaState) -> None:
         raise MisuseError(
             "a saga whose stages in doubt can be asked, or can run again",
             got=f"{', '.join(undecided)} in doubt, without a probe and not idempotent",
-            hint="Look whether the effect has landed, then say so: settle(saga_id, stage, 'kept' or 'undone', note).",
+            hint="Look whether the effect has landed, then settle it as kept or undone.",
         )
     in_part = [node.name for node, record in unfit if record.undone_in_part]
     if in_part:
         raise MisuseError(
             "a saga whose half undone stages can run again",
             got=f"{', '.join(in_part)}, not idempotent",
-            hint="Put it right by hand, then say what stands: settle(saga_id, stage, 'kept' or 'undone', note); or go on backward.",
+            hint="Put it right by hand, then settle it as kept or undone; or go on backward.",
         )
 
 

@@ -331,7 +331,7 @@ def test_all_that_has_to_be_settled_first_is_named() -> None:
 
     assert str(caught.value) == (
         "expected a saga whose stages in doubt can be asked, or can run again, got b, c in doubt, without a probe and not idempotent. "
-        "Look whether the effect has landed, then say so: settle(saga_id, stage, 'kept' or 'undone', note)."
+        "Look whether the effect has landed, then settle it as kept or undone."
     )
 
 

@@ -367,7 +367,7 @@ def test_all_that_is_half_undone_and_may_not_run_again_is_named_with_what_to_do(
 
     assert str(caught.value) == (
         "expected a saga whose half undone stages can run again, got a, b, not idempotent. "
-        "Put it right by hand, then say what stands: settle(saga_id, stage, 'kept' or 'undone', note); or go on backward."
+        "Put it right by hand, then settle it as kept or undone; or go on backward."
     )
 
 
