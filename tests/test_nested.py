@@ -628,7 +628,7 @@ def test_what_is_held_back_within_a_stage_in_doubt_that_nothing_can_tell_of_is_u
 
     assert told == [
         "To do: it was not undone to the end; go on with: saga compensate s/book",
-        "Nothing is left to do.",
+        "Nothing is left to do in it. What is left of the saga that runs it: saga show s",
         "  saga settle s book undone --note '...'",
         "Nothing is left to do.",
     ]

@@ -419,6 +419,10 @@ def what_to_do(report: SagaReport, reach: Reach = BY_ITSELF) -> list[str]:
             lines.append(f"What is kept stays. To run once more what was undone: {_resume(report, reach)}")
         case SagaStatus.HALTED:
             lines.append(f"To do: what was done is kept. Mend the cause, then: {_resume(report, reach)}")
+        case _ if report.parent is not None and not unread and not reach.is_lost:
+            # That one may be stuck for it all the same, until it is gone on with.
+            above = next_command("show", report.parent, options=reach.options)
+            lines.append(f"Nothing is left to do in it. What is left of the saga that runs it: {above}")
         case _ if not unread:
             lines.append("Nothing is left to do.")
     return lines
