@@ -847,6 +847,14 @@ def test_a_stuck_saga_may_be_run_on_forward(shop: Shop) -> None:
     assert resumed.code == Exit.COMPLETED
 
 
+@pytest.mark.parametrize("command", ["resume", "compensate", "recover"])
+def test_a_pipeline_that_may_be_left_out_stands_in_no_more_brackets_than_one(shop: Shop, command: str) -> None:
+    usage = shop.saga(command, "--help").out.splitlines()[0]
+
+    assert "MODULE:PIPELINE" in usage
+    assert "[[" not in usage
+
+
 def test_a_saga_that_was_undone_runs_once_more_forward_as_the_help_says(shop: Shop) -> None:
     shop.saga("run", "shop:paid", "--id", "s")
     shop.saga("compensate", "s", "shop:paid")

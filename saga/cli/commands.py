@@ -142,7 +142,7 @@ SagaId = Annotated[str, typer.Argument(metavar="ID", help="The saga's id.", auto
 Stage = Annotated[str, typer.Argument(metavar="STAGE", help="The stage; one of a nested saga by its path.", autocompletion=_known_stages)]
 Target = Annotated[str, typer.Argument(metavar="MODULE:PIPELINE", help="A Pipeline, or a function that returns one.")]
 KnownTarget = Annotated[
-    str | None, typer.Argument(metavar="[MODULE:PIPELINE]", help="Its pipeline; by default found in [tool.saga] pipelines.")
+    str | None, typer.Argument(metavar="MODULE:PIPELINE", help="Its pipeline; by default found in [tool.saga] pipelines.")
 ]
 LedgerUrl = Annotated[
     str | None,
@@ -252,7 +252,7 @@ def _unrecorded(stopped: SagaUnrecorded, goes_on: str) -> LedgerError:
 @command("recover")
 def recover(
     targets: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODULE:PIPELINE]...", help="The pipelines; by default [tool.saga] pipelines.")
+        list[str] | None, typer.Argument(metavar="MODULE:PIPELINE", help="The pipelines; by default [tool.saga] pipelines.")
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="How many sagas go on at once.")] = 10,
     ledger: LedgerUrl = None,
