@@ -312,7 +312,7 @@ class CompensableStage(SagaStage):
 class PivotStage(SagaStage):
     """The point of no return: once it has completed, it and all it depends on are never compensated.
 
-    It may define a `probe`, so that a pivot in doubt can be told apart.
+    It may define a `probe`, and should: in doubt it holds all that it depends on, and the saga is stuck. It may define a `fallback`, too.
     """
 
 
