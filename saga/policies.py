@@ -182,8 +182,9 @@ class Retry(_Frozen):
         max_elapsed: Seconds since the first attempt began; after them no further attempt starts.
         retry_on: Which failures are worth another attempt: `FailureKind`s, exception types (a subclass counts) or their
             qualified names; who runs out of time counts as having raised a `TimeoutError`. None: all but cancellation, interruption and a
-            broken contract; so also a timeout and a process that died, of which nobody knows whether the effect landed. In whatever way a
-            compensation or a probe fails, its kind is `compensation`.
+            broken contract; so also a timeout and a process that died, of which nobody knows whether the effect landed: a probe is asked
+            first. What raised counts as without effect, and runs again unasked. In whatever way a compensation or a probe fails, its kind
+            is `compensation`.
 
     Source: Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015.
     """
