@@ -1306,6 +1306,39 @@ def test_the_matrix_of_a_saga_that_is_wrong_says_what_and_what_helps() -> None:
     assert str(failed.value) == WRONG.strip("\n")
 
 
+def test_a_stage_that_has_a_probe_and_acts_anew_at_each_attempt_is_not_told_to_have_one() -> None:
+    class Bank:
+        balance = 0
+
+        def reset(self) -> None:
+            self.balance = 0
+
+        def look(self) -> int:
+            return self.balance
+
+    class Pay(CompensableStage):
+        retry = Retry(attempts=2)
+
+        async def execute(self, ctx: SagaContext) -> None:
+            bank.balance += 400
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            bank.balance -= 400 if bank.balance else 0
+
+        async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+            return StageOutput.ok() if bank.balance else None
+
+    bank = Bank()
+
+    with pytest.raises(VerificationFailed) as failed:
+        run(verify(Pipeline(name="p").with_stage("pay", Pay), None, bank, faults=Fault.RAISES_AFTER))
+
+    assert str(failed.value).splitlines()[-1] == (
+        "After an attempt that raised the next one runs unasked: let whoever carries it out recognise ctx.idempotency_key, "
+        "or have execute() look first whether the effect is there."
+    )
+
+
 WRONG = """
 trip: 1 trial went wrong
 

@@ -39,6 +39,10 @@ _UNDOES_OTHERWISE: Final = (
     "leaves something behind, or undoes what is not its own. Have it undo all that its stage did, and nothing else; a mere trace is to "
     "be left out of look()."
 )
+_RAN_UNASKED: Final = (
+    "After an attempt that raised the next one runs unasked: let whoever carries it out recognise ctx.idempotency_key, or have execute() "
+    "look first whether the effect is there."
+)
 _ADVICE: Final = {
     Fault.RAISES_AFTER: (
         "A lost answer looks like a failure: give the stage a probe(), or ctx.record its effects. A plain stage can have neither."
@@ -130,7 +134,15 @@ def _advice(wrong: str, alike: Collection[Trial], went_well: Iterable[Trial]) ->
         names = " or ".join(sorted(suspects - cleared or suspects))
         return (f"compensate(){names and f' of {names}'} {_UNDOES_OTHERWISE}",)
     # What failed by itself says why; only of a process that died there is more to say.
-    return dict.fromkeys(_ADVICE[trial.fault] for trial in alike if trial.fault in _ADVICE and (trial.fault in KILLS or is_of_world))
+    told = [trial for trial in alike if trial.fault in _ADVICE and (trial.fault in KILLS or is_of_world)]
+    return dict.fromkeys(_RAN_UNASKED if _ran_unasked(trial) else _ADVICE[trial.fault] for trial in told)
+
+
+def _ran_unasked(trial: Trial) -> bool:
+    """Whether a stage that has a probe was attempted again before that was asked."""
+    stages = {} if trial.report is None else dict(leaves_and_branches(trial.report))
+    stage = stages.get(trial.stage)
+    return trial.fault is Fault.RAISES_AFTER and stage is not None and stage.probed is not None and stage.attempts > 1
 
 
 def _undone(trial: Trial) -> set[str]:
