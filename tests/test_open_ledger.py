@@ -60,6 +60,18 @@ def test_any_other_url_is_refused_and_kept_secret(url: str) -> None:
     assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "given", ["host=db user=ann password=s3cret dbname=shop", "password=s3cret hostaddr=::1", "ann/s3cret@db.example", "ann@db:5433/shop"]
+)
+def test_what_names_no_scheme_is_refused_and_kept_secret(given: str) -> None:
+    """As a connection string of libpq, which a `PostgresLedger` takes."""
+    with pytest.raises(MisuseError) as caught:
+        open_ledger(given)
+
+    hint = "PostgresLedger(...) takes a connection string of libpq, too"
+    assert str(caught.value) == f"expected a ledger's URL: memory:, sqlite:///path or postgresql://..., got one without a scheme. {hint}."
+
+
 @pytest.mark.parametrize("url", ["sqlite:sagas.db", "sqlite:/sagas.db", "sqlite://sagas.db", "sqlite:///"])
 def test_a_url_of_sqlite_with_too_few_slashes_is_told_how_many_it_takes(url: str) -> None:
     with pytest.raises(

@@ -44,5 +44,7 @@ def open_ledger(url: str) -> MemoryLedger | SQLiteLedger | PostgresLedger:
 
         return PostgresLedger(url)
     # Not all of it is shown: it may hold a password.
+    if not {"=", "@"}.isdisjoint(scheme):
+        raise MisuseError(expected, got="one without a scheme", hint="PostgresLedger(...) takes a connection string of libpq, too.")
     hint = "Three slashes for a path from here, sqlite:///sagas.db; four from the root." if scheme == "sqlite" else ""
     raise MisuseError(expected, got=repr(scheme + colon), hint=hint)
