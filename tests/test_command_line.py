@@ -1261,6 +1261,18 @@ def test_the_shell_completes_ids_and_stages(shop: Shop, monkeypatch: pytest.Monk
     assert (done.code, done.out.split(), done.err) == (0, words, "")
 
 
+def test_to_complete_an_id_makes_no_ledger(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty one nobody would find the saga that they look for."""
+    monkeypatch.setenv("_SAGA_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "saga show ")
+    monkeypatch.setenv("COMP_CWORD", "2")
+
+    done = shop.saga()
+
+    assert done == (0, "\n", "")
+    assert not (shop.folder / "sagas.db").exists()
+
+
 def test_the_list_of_commands_says_all_of_what_each_is_for(shop: Shop) -> None:
     commands = shop.saga("--help").out.partition("Commands:")[2]
 

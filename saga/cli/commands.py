@@ -116,7 +116,7 @@ def _main(
 
 def _known_ids(ctx: typer.Context) -> list[str]:
     async def ids() -> list[str]:
-        async with _opened(_url(ctx.params.get("ledger"))) as ledger:
+        async with _opened(_durable(ctx.params.get("ledger"))) as ledger:
             return [*(await listed(ledger))[0]]
 
     return _completed(ids())
@@ -124,7 +124,7 @@ def _known_ids(ctx: typer.Context) -> list[str]:
 
 def _known_stages(ctx: typer.Context) -> list[str]:
     async def stages() -> list[str]:
-        async with _opened(_url(ctx.params.get("ledger"))) as ledger:
+        async with _opened(_durable(ctx.params.get("ledger"))) as ledger:
             family = await Family.read(ledger, ctx.params["saga_id"])
             return list(family.sagas[family.head].stages)
 
