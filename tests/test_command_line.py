@@ -1261,6 +1261,25 @@ def test_the_shell_completes_ids_and_stages(shop: Shop, monkeypatch: pytest.Monk
     assert (done.code, done.out.split(), done.err) == (0, words, "")
 
 
+@pytest.mark.parametrize("name", [r"\$(touch run)", "trip; touch run", "trip\ntouch", "trip 78", "'", "~root"])
+def test_the_shell_is_offered_no_name_that_it_would_read_as_more_than_a_word(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """zsh runs the first one when it is asked to complete, the others any shell when the line is entered."""
+    shop.write("shop.py", SHOP + f'hostile = seat.with_stage({name!r}, ship, "work")')
+    for saga_id in (name, "trip-77"):
+        shop.saga("run", "shop:hostile", "--id", saga_id)
+    monkeypatch.setenv("_SAGA_COMPLETE", "complete_bash")
+    offered = []
+
+    for typed in ("saga show ", "saga settle trip-77 "):
+        monkeypatch.setenv("COMP_WORDS", typed)
+        monkeypatch.setenv("COMP_CWORD", str(typed.count(" ")))
+        offered.append(shop.saga().out)
+
+    assert offered == ["trip-77\n", "reserve_seat\n"]
+
+
 def test_to_complete_an_id_makes_no_ledger(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty one nobody would find the saga that they look for."""
     monkeypatch.setenv("_SAGA_COMPLETE", "complete_bash")

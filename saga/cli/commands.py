@@ -49,7 +49,7 @@ from saga.render.text import Reach, command_for, next_command, recover_command, 
 from saga.report import Recovery, SagaReport
 from saga.resumption import Decision, resumption, undoing
 from saga.state import SagaState
-from saga.text import bytes_of, did_you_mean, printable
+from saga.text import bytes_of, did_you_mean, printable, quoted
 
 MEMORY: Final = "memory:"
 _VARIABLE: Final = "SAGA_LEDGER"
@@ -133,7 +133,8 @@ def _known_stages(ctx: typer.Context) -> list[str]:
 
 def _completed(words: Coroutine[Any, Any, list[str]]) -> list[str]:
     try:
-        return asyncio.run(words)
+        # The shell takes them for what was typed; zsh already when it offers them, and typer does not quote all that it would run.
+        return [word for word in asyncio.run(words) if quoted(word) == word]
     except Exception:  # noqa: BLE001 - a shell that completes a word has no place for an error
         return []
 
