@@ -24,7 +24,7 @@ from saga.record import StageRecord, Step, undo_step
 from saga.resumption import refusal, status_at_rest
 from saga.state import SagaState
 from saga.storable import storable
-from saga.text import glimpse
+from saga.text import glimpse, printable
 from saga.watch import outlast, start
 from saga.within import heard, report_of, report_with_children, unheard
 
@@ -399,12 +399,12 @@ def _question(state: SagaState, late: Late, record: StageRecord) -> Failure:
 
 def _tell_of_loss(saga_id: str, late: Sequence[Late | _Within], error: BaseException | None = None) -> None:
     message = "saga %s: what came late (%s) could not be recorded; look at its stages in the outside world"
-    _LOG.error(message, saga_id, _named(late), exc_info=error)
+    _LOG.error(message, printable(saga_id), printable(_named(late)), exc_info=error)
 
 
 def _tell_of_delay(saga_id: str, late: Sequence[Late | _Within], why: object) -> None:
     message = "saga %s: what came late (%s) waits to be recorded: %s. If its event loop ends first, look at its stages in the outside world"
-    _LOG.warning(message, saga_id, _named(late), why)
+    _LOG.warning(message, printable(saga_id), printable(_named(late)), printable(str(why)))
 
 
 def _named(late: Sequence[Late | _Within]) -> str:

@@ -26,7 +26,7 @@ from saga.quick import members
 from saga.report import NestedSagaFailed
 from saga.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
 from saga.storable import refuse_unstorable
-from saga.text import brief, reason_in
+from saga.text import brief, printable, reason_in
 from saga.watch import Crew, Employer, Watched, bounded, closes, cut_short_by, instead_of_cancel, is_of_signal, leave_loop, this_task
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ class Forward(Stages, Employer):
             message = (
                 "saga %s: %s, after it had been given up and its probe had answered that nothing had landed; look whether that is still so"
             )
-            _LOG.warning(message, self._saga.id, outcome.failure or f"stage {run.name!r} has ended")
+            _LOG.warning(message, printable(self._saga.id), printable(str(outcome.failure or f"stage {run.name!r} has ended")))
 
     def _is_due(self, name: str) -> bool:
         """Whether the stage has yet to run."""

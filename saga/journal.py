@@ -25,6 +25,7 @@ from saga.ledger import Ledger
 from saga.record import Step, undo_step
 from saga.state import SagaState
 from saga.storable import storable
+from saga.text import printable
 from saga.turns import Turns, turns
 from saga.watch import Answer, outlasting
 
@@ -277,4 +278,4 @@ def tell(listeners: Sequence[Listener], saga_id: str, events: Sequence[AnyEvent]
                 # A signal strikes whatever code runs.
                 raise
             except BaseException:  # noqa: BLE001 - whatever a listener raises
-                _LOG.exception("saga %s: a listener failed on %s; the saga goes on", saga_id, type(event).__name__)
+                _LOG.exception("saga %s: a listener failed on %s; the saga goes on", printable(saga_id), type(event).__name__)

@@ -35,7 +35,7 @@ from saga.report import SagaReport
 from saga.resumption import Chapter, Decision, Direction, recovering, resumption, undoing
 from saga.state import SagaState
 from saga.storable import refuse_unstorable
-from saga.text import shown
+from saga.text import printable, shown
 from saga.watch import outlast, start
 from saga.within import report_of, report_with_children
 
@@ -389,7 +389,7 @@ class SagaKeeper:
 
     async def _finish(self, saga: LiveSaga, chapter: Chapter) -> None:
         if chapter.direction is Direction.NOWHERE:
-            _LOG.info("saga %s: %s", saga.id, chapter.why_not)
+            _LOG.info("saga %s: %s", printable(saga.id), chapter.why_not)
             return
         await saga.journal.record(*chapter.events)
         if chapter.direction is Direction.CONCLUDE:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from pydantic import BaseModel, RootModel, ValidationError
 
 from saga.outputs import adapter_of, decoded, encoded
-from saga.text import qualified, said
+from saga.text import printable, qualified, said
 
 _LOG: Final = logging.getLogger("saga")
 
@@ -110,8 +110,8 @@ def _fields(model: Any, data: dict[str, Any]) -> dict[str, str]:
 
 
 def _misfit(error: Exception) -> str:
-    """Why data does not fit a model; without the data, which may be secret."""
+    """Why data does not fit a model, on one line; without the data, which may be secret."""
     if not isinstance(error, ValidationError):
-        return f"{type(error).__name__}: {said(error)}"
+        return printable(f"{type(error).__name__}: {said(error)}")
     found = error.errors(include_url=False, include_input=False)
-    return "; ".join(": ".join(filter(None, (".".join(map(str, one["loc"])), one["msg"]))) for one in found)
+    return printable("; ".join(": ".join(filter(None, (".".join(map(str, one["loc"])), one["msg"]))) for one in found))

@@ -986,8 +986,18 @@ class Moody(BaseModel):
         raise RuntimeError("not today")
 
 
+class Talkative(BaseModel):
+    booking: Any
+
+    @field_validator("booking")
+    @classmethod
+    def refuse(cls, _: Any) -> Any:
+        raise RuntimeError("not today\nsaga s: ended")
+
+
 MISFITS: dict[str, tuple[Any, str]] = {
     "a field that is missing": (Receipt, "tests.test_durable.Receipt (booking.price: Field required)"),
+    "a validator that says more than a line": (Talkative, "tests.test_durable.Talkative (RuntimeError: not today saga s: ended)"),
     "a validator that raises": (Moody, "tests.test_durable.Moody (RuntimeError: not today)"),
 }
 
@@ -1125,6 +1135,19 @@ def test_listeners_are_told_what_is_in_the_ledger_and_harm_no_saga(ledger: Any, 
 
     assert heard == [("s", event) for event in run(kept.read("s"))]
     assert "saga s: a listener failed on SagaStarted; the saga goes on" in caplog.text
+
+
+def test_no_id_makes_a_line_of_its_own_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    def fails(_: str, event: AnyEvent) -> None:
+        raise ValueError("deaf")
+
+    _, pipeline = scene({"a": ()})
+
+    with caplog.at_level(logging.INFO, "saga"):
+        report = run(SagaCoordinator(listeners=[fails]).run(pipeline, saga_id="s\nsaga t: \x1b[2Jended"))
+
+    assert report.ok
+    assert {message.partition(": a listener")[0] for message in caplog.messages} == {"saga s saga t: \\u001b[2Jended"}
 
 
 def test_an_output_model_that_is_none_is_refused() -> None:

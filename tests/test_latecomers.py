@@ -470,6 +470,22 @@ def test_a_late_failure_behind_the_probes_answer_is_told_to_the_log(kind: type[D
     )
 
 
+def test_what_a_stage_says_late_makes_no_line_of_its_own_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    world, _ = scene({})
+    stage = DeniedByProbe(world)
+    stage.outcome = lambda: StageOutput.fail("the line broke\nsaga s: ended")
+
+    async def main() -> None:
+        await SagaCoordinator(PROMPT).run(Pipeline().with_stage("deaf", stage), saga_id="s\nsaga t")
+        stage.released.set()
+        await settled_down()
+
+    run(main())
+
+    (told,) = caplog.messages
+    assert told.startswith("saga s saga t: stage 'deaf' reported a failure: the line broke saga s: ended, after it had been given up")
+
+
 @pytest.mark.parametrize("halts", [True, False])
 def test_a_way_back_that_is_planned_anew_goes_no_further_than_the_one_before(halts: bool) -> None:
     """What has failed under `on_failure="halt"`, or the compensations' deadline, holds for all of it."""
@@ -772,15 +788,15 @@ class Unreadable(MemoryLedger):
 
 def test_what_came_late_and_is_tried_again_when_the_ledger_is_gone_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
     world, pipeline = scene({"slow": ()}, {"slow": Script(undo_takes=20)})
-    ledger = Unreadable()
+    ledger, saga_id = Unreadable(), "s\nsaga t"
 
     async def main() -> None:
         stage = Deaf(world)
         trip = pipeline.with_stage("deaf", stage, dependencies=("slow",))
-        await SagaCoordinator(PROMPT.model_copy(update={"on_failure": "halt"}), ledger=ledger).run(trip, saga_id="s")
+        await SagaCoordinator(PROMPT.model_copy(update={"on_failure": "halt"}), ledger=ledger).run(trip, saga_id=saga_id)
         other = SagaCoordinator(ledger=ledger)
-        await other.settle("s", "deaf", "undone", "not in their books")
-        await while_slow_is_undone(other.compensate("s", trip), world, stage)
+        await other.settle(saga_id, "deaf", "undone", "not in their books")
+        await while_slow_is_undone(other.compensate(saga_id, trip), world, stage)
         ledger.is_gone = True
         await elapse(2)
 
@@ -788,8 +804,10 @@ def test_what_came_late_and_is_tried_again_when_the_ledger_is_gone_is_told_to_th
         run(main())
 
     waits, lost = caplog.messages
-    assert "waits to be recorded: saga s is held by" in waits
+    assert "waits to be recorded: saga s saga t is held by" in waits
     assert "(StageCompleted) could not be recorded; look at its stages in the outside world" in lost
+    assert waits.startswith("saga s saga t: ")
+    assert lost.startswith("saga s saga t: ")
 
 
 class SlowlyUndone(Deaf):
