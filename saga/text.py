@@ -71,9 +71,14 @@ def brief(text: str) -> str:
     return text if left_out <= 0 else f"{text[:_HALF]} [{left_out:,} characters left out] {text[-_HALF:]}"
 
 
+def harmless(text: str) -> str:
+    """The text, of which a terminal does nothing but show it: control characters, line breaks among them, are escaped as in JSON."""
+    return _CONTROL.sub(_escaped, text)
+
+
 def printable(text: str) -> str:
     """The text as one line of which a terminal does nothing but show it: control characters are escaped."""
-    return _CONTROL.sub(_escaped, _BREAK.sub(" ", written(text).strip()))
+    return harmless(_BREAK.sub(" ", written(text).strip()))
 
 
 def quoted(text: str) -> str:

@@ -1034,6 +1034,30 @@ def test_the_id_of_a_saga_from_elsewhere_is_shown_and_not_obeyed_by_a_terminal(s
     assert (imported.out, pruned.out) == ("s\\u001b[2J  completed\n", "s\\u001b[2J\n")
 
 
+def test_what_machines_read_is_not_obeyed_by_a_terminal_either(shop: Shop) -> None:
+    """JSON itself escapes only the oldest control characters: not the one that begins a sequence alone, nor those that turn text round."""
+    shop.write("shop.py", SHOP.replace('StageOutput.fail("declined")', r'StageOutput.fail("\x9b2J\u202e 北京")'))
+    shop.saga("run", "shop:trip", "--id", "s")
+
+    shown = shop.saga("show", "s", "--json").out
+    exported = shop.saga("export", "s").out
+    shop.write("s.jsonl", exported)
+    shop.saga("import", "s.jsonl", "--ledger", "sqlite:///new.db")
+
+    assert r"\u009b2J\u202e 北京" in shown
+    assert r"\u009b2J\u202e 北京" in exported
+    assert json.loads(shown)["cause"]["message"] == "\x9b2J\u202e 北京"
+    assert shop.saga("show", "s", "--json", "--ledger", "sqlite:///new.db").out == shown
+
+
+def test_a_traceback_is_not_obeyed_by_a_terminal(shop: Shop) -> None:
+    shop.write("shop.py", SHOP + r'raise ValueError("no\x1b[2J catalogue\n  at all")')
+
+    done = shop.saga("check", "shop:trip", "--traceback")
+
+    assert done.err.endswith("got ValueError: no\\u001b[2J catalogue\n  at all\n\n")
+
+
 def test_a_child_is_not_imported_without_the_saga_that_runs_it(shop: Shop) -> None:
     """saga list did not show it, and what its report said to settle and to resume was the other one."""
     shop.saga("run", "shop:family", "--id", "s")

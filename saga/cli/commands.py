@@ -49,7 +49,7 @@ from saga.render.text import Reach, command_for, next_command, recover_command, 
 from saga.report import Recovery, SagaReport
 from saga.resumption import Decision, resumption, undoing
 from saga.state import SagaState
-from saga.text import bytes_of, did_you_mean, printable, quoted
+from saga.text import bytes_of, did_you_mean, harmless, printable, quoted
 
 MEMORY: Final = "memory:"
 _VARIABLE: Final = "SAGA_LEDGER"
@@ -85,7 +85,8 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
             except (typer.Exit, typer.Abort, BrokenPipeError):
                 raise
             except Exception as error:  # noqa: BLE001 - at night, a line says more than a traceback
-                typer.echo(format_exc() if traceback else f"saga: {in_a_line(error)}", err=True)
+                told = "\n".join(map(harmless, format_exc().split("\n"))) if traceback else f"saga: {in_a_line(error)}"
+                typer.echo(told, err=True)
                 raise typer.Exit(exit_of_error(error)) from None
 
         signature = inspect.signature(function, eval_str=True)
@@ -741,7 +742,7 @@ def _print_report(report: SagaReport, reach: Reach, *, as_json: bool) -> None:
 
 
 def _print_json(text: str) -> None:
-    """Print it in UTF-8, which is what reads it again, whatever the locale takes text for."""
+    """Print a line of JSON in UTF-8, which is what reads it again, whatever the locale takes text for."""
     with suppress(AttributeError):  # whoever calls from Python may have put anything there
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr] # of a stream to the outside
-    typer.echo(text)
+    typer.echo(harmless(text))
