@@ -74,6 +74,15 @@ def test_rows_of_which_no_sense_can_be_made_hide_no_other(durable: Place) -> Non
             assert str(why) in str(told)
 
 
+def test_the_commands_for_a_damaged_saga_can_be_run_as_they_are_told_whatever_its_id(durable: Place) -> None:
+    on(durable.open(), create("trip; reboot"))
+    damage(durable, STATUS, "trip; reboot")
+
+    (told,) = on(durable.open(), lambda ledger: ledger.list())
+
+    assert "(saga show 'trip; reboot') and go on with it by its id (saga resume 'trip; reboot')" in str(told)
+
+
 def test_a_saga_whose_status_makes_no_sense_is_passed_over_by_nobody_who_asks_for_some(durable: Place) -> None:
     on(durable.open(), create("s"), create("t"))
     damage(durable, STATUS, "t")

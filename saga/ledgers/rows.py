@@ -13,7 +13,7 @@ from pydantic_core import PydanticSerializationError
 from saga.errors import LedgerCorrupt, LedgerError, PolicyInvalid, SagasDamaged
 from saga.events import AnyEvent, SagaStarted, SagaStatus, event_from_json, event_to_json, line_of, with_copies
 from saga.ledger import A_NAME, LONGEST_NAME, Entry, is_name, status_said
-from saga.text import bytes_of
+from saga.text import bytes_of, quoted
 
 Redact = Callable[[AnyEvent], AnyEvent]
 """Gives an event without what must not be stored."""
@@ -268,9 +268,10 @@ def entries_in(rows: Iterable[Sequence[Any]], when: Callable[[Any], datetime | N
             began, changed = datetime.fromisoformat(started_at), datetime.fromisoformat(updated_at)
             entries.append(Entry(saga_id, pipeline, SagaStatus(status), began, changed, parent, parent_stage, owner, when(until)))
         except (TypeError, ValueError, OverflowError) as error:
+            its_id = quoted(str(saga_id))
             damaged[str(saga_id)] = LedgerCorrupt(
                 f"the ledger is damaged: where saga {saga_id} stands can't be read: {error}. Nothing was changed. Look what its events say "
-                f"(saga show {saga_id}) and go on with it by its id (saga resume {saga_id}), or restore the ledger from a backup."
+                f"(saga show {its_id}) and go on with it by its id (saga resume {its_id}), or restore the ledger from a backup."
             )
     if damaged:
         raise SagasDamaged(damaged, entries)
