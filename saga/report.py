@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
 from stageflow.api import PipelineResults, StageOutput
 
-from saga.errors import LedgerConflict, MisuseError, SagaError, SagaFailed
+from saga.errors import LedgerConflict, MisuseError, PipelineInvalid, SagaError, SagaFailed
 from saga.events import AnyEvent, SagaStatus, StageSettled, Verdict
 from saga.failures import Failure, FailureKind
+from saga.graph import Graph, Node
 from saga.ledger import StageState
 from saga.outputs import Output, Plain, copied, copied_output
 from saga.quick import frozen, members
@@ -206,6 +207,32 @@ def _is_alive(report: SagaReport) -> bool:
     return report.ended_at is None or any(_is_alive(child) for stage in report.stages.values() for child in stage.children)
 
 
+def _in_order(stages: dict[str, StageReport]) -> dict[str, StageReport]:
+    """The stages in topological order, which what keeps a report's JSON may have changed: a jsonb of PostgreSQL's sorts keys."""
+    before: set[str] = set()
+    for name, stage in stages.items():
+        if not before.issuperset(stage.dependencies):
+            return _sorted_again(stages)
+        before.add(name)
+    return stages
+
+
+def _sorted_again(stages: dict[str, StageReport]) -> dict[str, StageReport]:
+    try:
+        graph = Graph.of(Node(name=name, dependencies=stage.dependencies) for name, stage in stages.items())
+    except PipelineInvalid as invalid:
+        raise ValueError(str(invalid)) from None
+    return {name: stages[name] for name in graph.names}
+
+
+def _of_stages(names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    stages = info.data.get("stages", names)  # missing where they are refused themselves
+    for name in names:
+        if name not in stages:
+            raise ValueError(f"expected stages of the report, got {name!r}")
+    return names
+
+
 class SagaReport(BaseModel):
     """What became of a saga. Reads and writes JSON: `model_dump_json()`, `model_validate_json(text)`.
 
@@ -233,8 +260,8 @@ class SagaReport(BaseModel):
     failures: tuple[Failure, ...] = ()
     started_at: datetime
     ended_at: datetime | None = None
-    stages: dict[str, StageReport]
-    compensation_order: tuple[str, ...] = ()
+    stages: Annotated[dict[str, StageReport], AfterValidator(_in_order)]
+    compensation_order: Annotated[tuple[str, ...], AfterValidator(_of_stages)] = ()
     past_pivot: bool = False
     parent: str | None = None
     parent_stage: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from stageflow.api import Pipeline, StageOutput
 
 from saga import ContinueWithFallback, FailureKind, MisuseError, SagaCoordinator, SagaReport, SagaStatus, StageState
@@ -621,6 +623,49 @@ def test_an_attempt_ends_when_its_outcome_is_known_and_not_when_a_fallback_a_pro
     for report, kind in ((called_off, FailureKind.EXCEPTION), (fell_back, FailureKind.EXCEPTION), (probed, FailureKind.TIMEOUT)):
         assert report.stages["a"].tries == ((moment(0), moment(1), kind),)
         assert report.stages["a"].ended_at == moment(9)
+
+
+def _by_length(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The keys of JSON as a jsonb of PostgreSQL's sorts them."""
+    return dict(sorted(pairs, key=lambda pair: (len(pair[0]), pair[0])))
+
+
+def test_a_report_is_drawn_also_if_what_kept_its_json_has_put_the_stages_in_another_order() -> None:
+    _, pipeline = scene({"first": (), "then": ("first",), "end": ("then",)}, {"end": Script("raise")})
+    report = run(SagaCoordinator().run(pipeline))
+    kept = json.loads(report.model_dump_json(), object_pairs_hook=_by_length)
+
+    again = SagaReport.model_validate_json(json.dumps(kept))
+
+    assert [*kept["stages"]] == ["end", "then", "first"]
+    assert [*again.stages] == ["first", "then", "end"]
+    assert again == report
+    assert again.to_html() == report.to_html()
+    assert again.to_svg("timeline") == report.to_svg("timeline")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"dependencies": ["lost"]}, "expected dependencies out of the pipeline's stages (a, b, c), for stage 'b', got 'lost'"),
+        ({"dependencies": ["a", "c"]}, "expected dependencies without a cycle, for stage 'b', got b -> c -> b"),
+    ],
+)
+def test_what_is_no_graph_is_refused_in_the_json_of_a_report(change: dict[str, Any], why: str) -> None:
+    report = run(SagaCoordinator().run(scene(SEQUENCE)[1])).model_dump(mode="json")
+    report["stages"]["b"] |= change
+
+    with pytest.raises(ValidationError) as refused:
+        SagaReport.model_validate_json(json.dumps(report))
+
+    assert [error["msg"] for error in refused.value.errors()] == [f"Value error, {why}"]
+
+
+def test_an_order_of_undoing_that_names_no_stage_is_refused_in_the_json_of_a_report() -> None:
+    report = run(SagaCoordinator().run(scene(SEQUENCE)[1])).model_dump(mode="json") | {"compensation_order": ["a", "lost"]}
+
+    with pytest.raises(ValidationError, match="expected stages of the report, got 'lost'"):
+        SagaReport.model_validate_json(json.dumps(report))
 
 
 def test_a_report_knows_each_attempt_and_each_dependency_also_after_json() -> None:
