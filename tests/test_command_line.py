@@ -697,12 +697,19 @@ def test_a_project_names_its_ledger_its_pipelines_and_its_policy(shop: Shop, mon
             "[tool.saga]\nledgr = 1",
             "saga: expected one of ledger, pipelines, policy in [tool.saga] of pyproject.toml, got 'ledgr'. Did you mean 'ledger'?\n",
         ),
-        ("[tool.saga]\nledger = 1", "saga: expected a URL for ledger in [tool.saga] of pyproject.toml, got 1\n"),
+        # What stands there instead may hold a password.
+        (
+            '[tool.saga]\nledger = ["postgresql://ann:s3cret@db/shop"]',
+            "saga: expected a URL for ledger in [tool.saga] of pyproject.toml, got a list\n",
+        ),
         (
             '[tool.saga]\npipelines = "shop:trip"',
             "saga: expected a list, as in [\"shop:book_trip\"], for pipelines in [tool.saga] of pyproject.toml, got 'shop:trip'\n",
         ),
-        ("[tool]\nsaga = 1", "saga: expected a table in [tool.saga] of pyproject.toml, got 1\n"),
+        (
+            '[tool]\nsaga = "postgresql://ann:s3cret@db/shop"',
+            "saga: expected a table in [tool.saga] of pyproject.toml, got a str\n",
+        ),
     ],
 )
 def test_a_project_that_says_what_makes_no_sense_is_refused(shop: Shop, monkeypatch: pytest.MonkeyPatch, text: str, said: str) -> None:

@@ -51,7 +51,9 @@ def _refused(error: ValidationError) -> MisuseError:
     if first["type"] == "extra_forbidden":
         known = Settings.model_fields
         return MisuseError(f"one of {', '.join(known)} {place}", got=repr(key), hint=did_you_mean(key, known))
+    # Of what may hold a ledger's URL, and so a password, nothing is shown.
+    got = shown(first["input"]) if key in {"pipelines", "policy"} else f"a {type(first['input']).__name__}"
     if not key:
-        return MisuseError(f"a table {place}", got=shown(first["input"]))
+        return MisuseError(f"a table {place}", got=got)
     wanted = {"ledger": "a URL", "pipelines": 'a list, as in ["shop:book_trip"],', "policy": "the path of a file"}
-    return MisuseError(f"{wanted[key]} for {key} {place}", got=shown(first["input"]))
+    return MisuseError(f"{wanted[key]} for {key} {place}", got=got)
