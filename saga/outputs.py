@@ -176,7 +176,7 @@ def _in_zone(kind: type[datetime | time], said: str | list[Any]) -> datetime | t
     when = kind.fromisoformat(text)
     try:
         return when.replace(tzinfo=ZoneInfo(key), fold=fold)
-    except (ZoneInfoNotFoundError, ValueError):
+    except (ZoneInfoNotFoundError, ValueError, OSError):
         return when  # this machine does not know it; the moment is the same
 
 

@@ -721,11 +721,19 @@ def test_a_time_comes_back_in_its_zone(when: datetime | time) -> None:
     assert (back, back.fold, back.tzinfo) == (when, when.fold, when.tzinfo)
 
 
-def test_where_a_zone_is_unknown_the_moment_comes_back() -> None:
+@pytest.mark.parametrize("zone", ["Europe/Atlantis", "Europe", "E" * 300, "../Europe"])
+def test_where_a_zone_is_unknown_the_moment_comes_back(zone: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of some the package tzdata says so with an OSError, as of one that is a directory in it."""
+    (tmp_path / "tzdata" / "zoneinfo" / "Europe").mkdir(parents=True)
+    for package in ("tzdata", "tzdata/zoneinfo"):
+        (tmp_path / package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
     plain = encoded(datetime(2026, 7, 1, 2, 30, tzinfo=ZoneInfo("Europe/Oslo")))
-    plain["value"][1] = "Europe/Atlantis"
+    plain["value"][1] = zone
 
-    assert decoded(plain) == datetime(2026, 7, 1, 0, 30, tzinfo=UTC)
+    back = decoded(plain)
+
+    assert back == datetime(2026, 7, 1, 0, 30, tzinfo=UTC)
 
 
 def test_a_path_comes_back_as_one() -> None:
