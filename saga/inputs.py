@@ -169,11 +169,15 @@ def _written(name: str, value: Any) -> Any:
     return {part.name: _written(part.name, getattr(value, part.name)) for part in fields_of(kind)} if isinstance(value, kind) else value
 
 
-def context_from(recorded: Mapping[str, Any]) -> PipelineContext:
+def context_from(recorded: Any) -> PipelineContext:
     """A context with the fields that a ledger has kept of one."""
-    # In the place of a dict redact may have left a text; stageflow takes none, and nobody could ever go on with the saga.
-    kept = {name: value for name, value in recorded.items() if name not in _DICTS or isinstance(value, Mapping)}
-    return PipelineContext.create(**{name: _made(name, value) for name, value in kept.items()})
+    # In the place of the whole, or of a dict in it, redact may have left a text, and fields of its own; stageflow takes none, and nobody
+    # could ever go on with the saga.
+    given = recorded if isinstance(recorded, Mapping) else {}
+    kept = {name: given[name] for name in _RECORDED if name in given}
+    return PipelineContext.create(
+        **{name: _made(name, value) for name, value in kept.items() if name not in _DICTS or isinstance(value, Mapping)}
+    )
 
 
 def _made(name: str, plain: Any) -> Any:

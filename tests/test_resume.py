@@ -1336,6 +1336,25 @@ def test_a_saga_is_undone_also_where_redact_has_left_a_text_in_the_place_of_a_di
     assert not world.standing
 
 
+@pytest.mark.parametrize("left", ["hidden", None, {"hidden": True}, {"input_text": "hidden", 7: "hidden"}], ids=str)
+def test_a_saga_is_undone_whatever_redact_has_left_in_the_place_of_its_input(left: Any, tmp_path: Path) -> None:
+    """Python's own error ended whatever would go on with it, for good."""
+    world, pipeline = scene(SEQUENCE)
+
+    def hide(event: AnyEvent) -> AnyEvent:
+        return replace(event, input=left) if isinstance(event, SagaStarted) else event
+
+    async def play() -> SagaReport:
+        async with SQLiteLedger(tmp_path / "sagas.db", redact=hide) as ledger:
+            await SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s", input_text="4711")
+            return await SagaCoordinator(ledger=ledger).compensate("s", pipeline)
+
+    report = asyncio.run(play())
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert not world.standing
+
+
 def test_a_stage_that_was_skipped_gives_the_same_when_its_saga_goes_on() -> None:
     world, pipeline = scene({"a": ()}, {"a": Script("raise", before=1, then=("ok",))})
     told: list[Any] = []
