@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
-from typing import ClassVar, Final, Self
+from typing import Annotated, ClassVar, Final, Self
 
-from pydantic import ConfigDict
+from pydantic import AfterValidator, ConfigDict
 
 from saga.errors import PipelineInvalid
 from saga.quick import frozen
@@ -73,6 +73,16 @@ _OFFERS: Final = frozenset({"can_probe", "undo_in_doubt", "idempotent", "has_fal
 """What may change while a saga is at rest, by its being mended: nothing that has been done counts for anything else because of it."""
 
 
+def _in_order(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+    """Refuse what is read and no `Graph.of` has sorted: no plan could be made of it, and no picture."""
+    before: set[str] = set()
+    for node in nodes:
+        if node.name in before or not before.issuperset(node.dependencies):
+            raise ValueError(f"expected each stage once, behind those that it depends on, got {node.name!r}")
+        before.add(node.name)
+    return nodes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Graph:
     """The stages of a pipeline in topological order.
@@ -82,7 +92,7 @@ class Graph:
 
     __pydantic_config__: ClassVar = _CLOSED
 
-    nodes: tuple[Node, ...]
+    nodes: Annotated[tuple[Node, ...], AfterValidator(_in_order)]
 
     @classmethod
     def of(cls, nodes: Iterable[Node]) -> Self:

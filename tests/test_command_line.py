@@ -1090,6 +1090,9 @@ def test_an_import_is_refused_as_a_whole(shop: Shop) -> None:
         "behind.jsonl": [*lines, end, lines[1], end],
         "garbled.jsonl": [lines[0], "{}\n"],
         "newer.jsonl": [lines[0].replace('"in_flight"', '"later":1,"in_flight"'), *lines[1:]],
+        "unknown.jsonl": [lines[0].replace('"dependencies":["reserve_seat"]', '"dependencies":["lost"]'), *lines[1:]],
+        "cycle.jsonl": [lines[0].replace('"dependencies":[]', '"dependencies":["ship"]'), *lines[1:]],
+        "doubled.jsonl": [lines[0].replace('"name":"ship"', '"name":"reserve_seat"'), *lines[1:]],
         "contradictory.jsonl": [*some, f'{{"events":{len(some)}}}\n'],
         "blank.jsonl": [],
     }
@@ -1113,6 +1116,14 @@ def test_an_import_is_refused_as_a_whole(shop: Shop) -> None:
         "behind.jsonl": (Exit.FAILED, f"saga: expected SagaStarted in line {len(lines) + 2}, got StageStarted; nothing was imported\n"),
         "garbled.jsonl": (Exit.FAILED, "saga: expected an event of a saga in line 2"),
         "newer.jsonl": (Exit.FAILED, "saga: expected an event of a saga in line 1, got one of another version of saga"),
+        **{
+            f"{name}.jsonl": (Exit.FAILED, f"saga: expected an event of a saga in line 1, got Value error, {why}; nothing was imported\n")
+            for name, why in {
+                "unknown": "expected each stage once, behind those that it depends on, got 'charge_card'",
+                "cycle": "expected each stage once, behind those that it depends on, got 'reserve_seat'",
+                "doubled": "expected each stage once, behind those that it depends on, got 'reserve_seat'",
+            }.items()
+        },
         "contradictory.jsonl": (Exit.FAILED, done["contradictory.jsonl"].err),
         "blank.jsonl": (Exit.MISUSE, "saga: expected at least one saga, got a file without any. Nothing was imported.\n"),
     }
