@@ -14,7 +14,7 @@ from enum import StrEnum
 from functools import cache, partial
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
-from pydantic import ConfigDict, Discriminator, TypeAdapter
+from pydantic import AwareDatetime, ConfigDict, Discriminator, TypeAdapter
 
 from saga.failures import Failure, FailureKind
 from saga.graph import Graph
@@ -88,7 +88,7 @@ class Event(_Written):
     # What a newer version of saga wrote is not read without what is new in it: a plan made of the rest would be another one.
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
-    at: datetime = field(default_factory=partial(datetime.now, UTC))
+    at: AwareDatetime = field(default_factory=partial(datetime.now, UTC))
 
 
 @frozen

@@ -8,7 +8,7 @@ from traceback import StackSummary, TracebackException, walk_tb
 from types import CodeType, TracebackType
 from typing import Any, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from saga.text import brief, qualified, said, written
 
@@ -59,7 +59,7 @@ class Failure(BaseModel):
     type: str = ""
     message: str
     attempt: int = 0
-    at: datetime
+    at: AwareDatetime
     traceback: str | None = None
     of_probe: bool = False
     exception: BaseException | None = Field(default=None, exclude=True, repr=False)

@@ -1172,6 +1172,12 @@ CHANGED: dict[str, tuple[AnyEvent, dict[str, Any], str]] = {
         "what redact gave can't be read again: failure: Input should be",
     ),
     "no time": (FIRST, {"at": "yesterday"}, "what redact gave can't be read again: at: Input should be a valid datetime"),
+    "a time of no zone": (FIRST, {"at": datetime(2026, 1, 2)}, "what redact gave can't be read again: at: Input should have timezone info"),  # noqa: DTZ001
+    "a failure of no zone": (
+        StageFailed(stage="a", failure=FAILURE),
+        {"failure": FAILURE.model_copy(update={"at": datetime(2026, 1, 2)})},  # noqa: DTZ001
+        "what redact gave can't be read again: failure: Input should have timezone info",
+    ),
     "no event": (FIRST, {"event": "gone"}, "what redact gave can't be read again: Input tag 'gone'"),
     "another event": (
         CompensationStarted(stage="a", attempt=1),
