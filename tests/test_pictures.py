@@ -958,6 +958,12 @@ def test_hostile_names_and_errors_are_on_the_page_word_for_word() -> None:
     assert {printable(name) for name in HOSTILE} <= words
 
 
+def test_what_would_end_the_isolation_of_somebodys_words_is_on_the_page_as_its_code() -> None:
+    page = Page(three_stages().model_copy(update={"saga_id": "s\u2069\u202ex \u2066y"}).to_html())
+
+    assert "s\\u2069\u202ex \\u2066y" in page.words["bdi"]
+
+
 @pytest.mark.parametrize("name", PICTURES)
 def test_the_pictures_of_the_docs_are_what_is_drawn_today(name: str) -> None:
     kept = (Path(__file__).parent.parent / "docs" / "pictures" / name).read_text(encoding="utf-8")

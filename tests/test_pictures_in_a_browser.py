@@ -91,6 +91,21 @@ def test_hostile_names_outputs_and_errors_become_text_and_nothing_else(browser: 
     assert shown[8] == HOSTILE[8]
 
 
+@pytest.mark.parametrize("hostile_id", ["s\u2069\u202ex", "s\u202ex"])
+def test_no_id_turns_round_what_is_read_behind_it(browser: Browser, tmp_path: Path, hostile_id: str) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(three_stages().model_copy(update={"saga_id": hostile_id}).to_html(), encoding="utf-8")
+
+    browser.open(page)
+
+    left = """(() => {
+        const times = document.querySelector('header time').firstChild, range = document.createRange();
+        return [0, 9].map(place => (range.setStart(times, place), range.setEnd(times, place + 1), range.getBoundingClientRect().left));
+    })()"""
+    year, day = browser.evaluate(left)
+    assert year < day
+
+
 def test_a_click_on_a_stage_opens_its_details(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["twelve"])
     assert browser.evaluate("document.querySelectorAll('details[open]').length") == 0

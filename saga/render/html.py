@@ -6,6 +6,7 @@ A node of the graph is a link to its stage's details, which the browser opens by
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable
 from datetime import datetime
 from importlib import resources
@@ -33,6 +34,7 @@ LINE: Final = 120
 """Columns of a name, or half of an explanation, that the overview shows; the details have all of it."""
 _MOST: Final = 50_000
 """Characters of one output, or of one traceback, that are shown; a browser chokes on much more."""
+_ISOLATES: Final = re.compile("[\u2066-\u2069]")
 
 
 def page(report: SagaReport) -> str:
@@ -68,7 +70,8 @@ def _variables(scheme: Scheme) -> str:
 
 def isolated(words: str) -> str:
     """Somebody else's words: their direction, left or right, is kept to themselves."""
-    return tag("bdi", escaped(words)) if words else ""
+    # A browser takes the end of an isolate in them for that of their element: what is behind it would be read from right to left.
+    return tag("bdi", escaped(_ISOLATES.sub(lambda found: f"\\u{ord(found[0]):04x}", words))) if words else ""
 
 
 def link_to(name: str, anchors: dict[str, str]) -> str:
