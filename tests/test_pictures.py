@@ -737,6 +737,16 @@ def test_mermaid_holds_nothing_but_plain_letters_and_numbered_characters(report:
     assert len(text) < 50_000
 
 
+def test_a_title_in_mermaid_is_what_yaml_can_hold() -> None:
+    """YAML refuses a text with a control character above 127, and Mermaid with it the whole diagram."""
+    report = three_stages().model_copy(update={"pipeline": 'a\x9b\u202e "trip"'})
+
+    title = report.to_mermaid().splitlines()[1].removeprefix("title: ")
+
+    assert title.isprintable()
+    assert json.loads(title) == 'a\x9b\u202e "trip": compensated after 1.24 s'
+
+
 def test_a_graph_with_too_many_arrows_for_mermaid_keeps_the_forward_ones_and_the_order() -> None:
     text = fan(250).to_mermaid()
 

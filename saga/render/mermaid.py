@@ -12,6 +12,7 @@ from saga.render.colours import LIGHT
 from saga.render.drawing import Box, Drawing
 from saga.render.lettering import one_line, shortened, wrapped, writable
 from saga.render.text import SIGNS
+from saga.text import harmless
 
 _MOST_ARROWS: Final = 500
 """Mermaid refuses more (`maxEdges`), and a diagram can't raise it."""
@@ -29,7 +30,8 @@ def graph_mermaid(drawing: Drawing) -> str:
     in the boxes, too.
     """
     ids = {box.name: f"s{index}" for index, box in enumerate(drawing.boxes)}
-    title = json.dumps(one_line(writable(f"{drawing.title}: {drawing.verdict}")), ensure_ascii=False)
+    # It is YAML, which takes the escapes of JSON, and no control characters.
+    title = harmless(json.dumps(one_line(writable(f"{drawing.title}: {drawing.verdict}")), ensure_ascii=False))
     lines = ["---", f"title: {title}", "---", "flowchart LR"]
     lines += [f'  {ids[box.name]}["{_label(box)}"]:::{box.state}' for box in drawing.boxes]
     lines += [f"  {ids[dependency]} --> {ids[name]}" for dependency, name in drawing.runs]
