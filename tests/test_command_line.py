@@ -405,6 +405,7 @@ def test_the_input_may_be_a_file_of_context_fields(shop: Shop) -> None:
     [
         ("{", "expected JSON for --input, got Expecting property name"),
         ("[1]", "expected a JSON object for --input, got [1]"),
+        ("[" * 200_000, "expected JSON for --input, got values that are nested too deeply\n"),
         ('{"colour": 1}', "expected fields of stageflow's PipelineContext, got "),
         ('{"saga_id": "s"}', "expected fields of stageflow's PipelineContext, got 'saga_id'. A saga's id is given with --id.\n"),
         (

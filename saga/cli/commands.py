@@ -695,6 +695,8 @@ def _json_object(given: str, option: str) -> dict[str, Any]:
         raise MisuseError(f"a file of JSON behind the @ of {option}", got=f"{given[1:]!r}: {error.strerror}") from None
     except ValueError as error:
         raise MisuseError(f"JSON for {option}", got=str(error)) from None
+    except RecursionError:
+        raise MisuseError(f"JSON for {option}", got="values that are nested too deeply") from None
     if not isinstance(found, dict):
         raise MisuseError(f"a JSON object for {option}", got=text[:80])
     return found
