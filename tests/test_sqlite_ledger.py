@@ -44,7 +44,7 @@ from tests.interrupting import interrupt_next_call
 from tests.places import SQLiteFile
 from tests.scripts.appending import AT_ONCE, SAGAS
 from tests.scripts.unsynced import CALLS
-from tests.test_ledger_contract import DONE, FIRST, SECOND, append, create, fork, forks, listed, on, prune, read, started
+from tests.test_ledger_contract import DONE, FIRST, SECOND, acquire, append, create, fork, forks, listed, on, prune, read, started
 from tests.world import SEQUENCE, Script, nothing, scene
 
 EVENTS = (started(), FIRST, SECOND, DONE)
@@ -327,6 +327,31 @@ def test_a_row_that_is_in_the_way_harms_only_the_saga_whose_it_is(path: Path) ->
     assert isinstance(answers[2], LedgerError)
     assert "UNIQUE" in str(answers[2])
     assert sagas == ["s", "first", "second", "third"]
+
+
+@pytest.mark.parametrize(
+    "change", ["owners SET until = 'soon'", "owners SET until = 1e300", "owners SET until = 9e999", "sagas SET token = 'x', owner = NULL"]
+)
+def test_a_lease_of_which_no_sense_can_be_made_harms_only_the_saga_whose_it_is(path: Path, change: str) -> None:
+    """What others recorded in the same commit was lost, and their sagas stopped."""
+    on(SQLiteLedger(path), create("bad", "other"))
+    execute(path, f"UPDATE {change}")
+    on(SQLiteLedger(path), create("first"))
+
+    async def together(ledger: Any) -> list[Any]:
+        acts = (append(FIRST, saga_id="first"), acquire("me", "bad"), append(FIRST, saga_id="bad", token=7), create("second"))
+        with locked(path):  # so that the others are there when the first is done
+            asked = [asyncio.create_task(act(ledger)) for act in acts]
+            await asyncio.sleep(0)
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    (recorded, taken, overtaken, begun), events = on(SQLiteLedger(path), together, read("first"))
+
+    assert (recorded, begun, len(events)) == (None, 1, 2)
+    for refused in (taken, overtaken):
+        assert type(refused) is LedgerCorrupt
+        assert str(refused).startswith("the ledger is damaged: who holds saga bad can't be read: ")
+        assert "Nothing was changed." in str(refused)
 
 
 # -- a file that is something else -----------------------------------------------------------------------------------

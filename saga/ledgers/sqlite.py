@@ -261,8 +261,8 @@ class _Store:
                 case Beat(owner):
                     return self._beat(connection, owner)
             return self._prune(connection, request)
-        except LedgerConflict as conflict:
-            return conflict
+        except (LedgerConflict, LedgerCorrupt) as refused:
+            return refused
 
     def _create(self, connection: sqlite3.Connection, request: Create) -> int:
         saga_id, owner, pipeline, parent, parent_stage, started_at, row, under = request
@@ -293,6 +293,15 @@ class _Store:
         found: tuple[int, int, str | None, float | None] | None = connection.execute(_HOLDER, (saga_id,)).fetchone()
         if found is None:
             raise LedgerConflict.missing(saga_id)
+        _, token, _, until = found
+        try:
+            _ = _when(until), token + 1  # what is made of them
+        except (TypeError, ValueError, OverflowError, OSError) as error:
+            # Told of this saga alone: what others ask for in the same transaction is carried out.
+            raise LedgerCorrupt(
+                f"the ledger is damaged: who holds saga {saga_id} can't be read: {error}. {_UNCHANGED} Restore the ledger from a backup, "
+                "or see to what this saga did by hand."
+            ) from error
         return found
 
     def _acquire(self, connection: sqlite3.Connection, request: Acquire) -> int:
