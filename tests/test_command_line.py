@@ -32,7 +32,7 @@ from saga import SagaCoordinator
 from saga.cli import main
 from saga.cli.commands import app
 from saga.cli.exits import Exit, exit_of_status
-from saga.events import SagaEnded, SagaResumed, SagaStarted, SagaStatus
+from saga.events import SagaEnded, SagaResumed, SagaStarted, SagaStatus, event_to_json
 from saga.graph import Graph, Node, Role
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.policies import FailFast
@@ -1075,6 +1075,31 @@ def test_a_child_is_not_imported_without_the_saga_that_runs_it(shop: Shop) -> No
 
     assert done.code == Exit.MISUSE
     assert done.err == "saga: expected the saga s, which runs s/book, in the file, too, got none. Export s. Nothing was imported.\n"
+    assert not (shop.folder / "new.db").exists()
+
+
+@pytest.mark.parametrize("parents", [{"s": "s"}, {"s": "t", "t": "s"}, {"s": None, "t": "s"}], ids=["itself", "each other", "another one"])
+def test_a_saga_that_is_none_of_its_parents_is_not_imported(shop: Shop, parents: dict[str, str | None]) -> None:
+    """Whatever followed the parents of one that runs itself never came to an end."""
+    graph = Graph.of([Node(name="reserve_seat", role=Role.COMPENSABLE)])
+    lines = [
+        event_to_json(
+            SagaStarted(
+                saga_id=saga_id, pipeline="seat", graph=graph, policy=FailFast(), parent=parent, parent_stage=parent and "reserve_seat"
+            )
+        )
+        for saga_id, parent in parents.items()
+    ]
+    shop.write("s.jsonl", "\n".join(lines))
+
+    done = shop.saga("import", "s.jsonl", "--ledger", "sqlite:///new.db")
+
+    child, parent = list(parents.items())[-1] if parents["s"] is None else ("s", parents["s"])
+    assert done == (
+        Exit.FAILED,
+        "",
+        f"saga: saga {child} is none that saga {parent} runs: its id would begin with {parent}/; nothing was imported\n",
+    )
     assert not (shop.folder / "new.db").exists()
 
 

@@ -625,6 +625,10 @@ def _refuse_what_makes_no_sense(sagas: Mapping[str, Sequence[AnyEvent]]) -> None
             parent = SagaState(events).started.parent
         except LedgerCorrupt as error:
             raise LedgerCorrupt(f"{error} Nothing was imported.") from None
+        if parent is not None and not saga_id.startswith(f"{parent}/"):
+            # So none runs itself, be it through others.
+            why = f"saga {saga_id} is none that saga {parent} runs: its id would begin with {parent}/"
+            raise LedgerCorrupt(f"{why}; nothing was imported")
         if parent is not None and parent not in sagas:
             # What goes on with it, or lists it, begins with that one.
             hint = f"Export {parent}. Nothing was imported."
