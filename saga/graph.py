@@ -73,13 +73,21 @@ _OFFERS: Final = frozenset({"can_probe", "undo_in_doubt", "idempotent", "has_fal
 """What may change while a saga is at rest, by its being mended: nothing that has been done counts for anything else because of it."""
 
 
-def _in_order(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
-    """Refuse what is read and no `Graph.of` has sorted: no plan could be made of it, and no picture."""
+def _misplaced(nodes: Iterable[Node]) -> str | None:
+    """The first stage that does not stand behind those that it depends on, or stands there twice; None: there is none."""
     before: set[str] = set()
     for node in nodes:
         if node.name in before or not before.issuperset(node.dependencies):
-            raise ValueError(f"expected each stage once, behind those that it depends on, got {node.name!r}")
+            return node.name
         before.add(node.name)
+    return None
+
+
+def _in_order(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+    """Refuse what is read and no `Graph.of` has sorted: no plan could be made of it, and no picture."""
+    name = _misplaced(nodes)
+    if name is not None:
+        raise ValueError(f"expected each stage once, behind those that it depends on, got {name!r}")
     return nodes
 
 
@@ -104,8 +112,6 @@ class Graph:
         by_name = {node.name: node for node in nodes}
         if not by_name:
             raise PipelineInvalid("a pipeline with at least one stage", got="an empty one")
-        came: set[str] = set()
-        is_sorted = True
         for node in by_name.values():
             if not node.name.strip():
                 raise PipelineInvalid("a stage name with at least one visible character", got=repr(node.name), stage=node.name)
@@ -117,9 +123,7 @@ class Graph:
                         stage=node.name,
                         hint=did_you_mean(dependency, by_name),
                     )
-            is_sorted = is_sorted and came.issuperset(node.dependencies)
-            came.add(node.name)
-        if is_sorted:
+        if _misplaced(by_name.values()) is None:
             return cls(nodes=tuple(by_name.values()))
         try:
             order = tuple(TopologicalSorter({name: node.dependencies for name, node in by_name.items()}).static_order())

@@ -1090,7 +1090,7 @@ def test_a_saga_that_is_none_of_its_parents_is_not_imported(shop: Shop, parents:
         )
         for saga_id, parent in parents.items()
     ]
-    shop.write("s.jsonl", "\n".join(lines))
+    shop.write("s.jsonl", "\n".join([*lines, f'{{"events":{len(lines)}}}']))
 
     done = shop.saga("import", "s.jsonl", "--ledger", "sqlite:///new.db")
 
