@@ -254,8 +254,8 @@ class SagaKeeper:
         return LocalActions(blueprint)
 
     async def _let_go(self, saga: LiveSaga) -> None:
-        if saga.loop.is_closed():
-            # What is left of it is being thrown away, and somebody may hold the saga anew.
+        if not saga.loop.is_running():
+            # What is left of it is being thrown away, and nothing can be awaited; somebody may hold the saga anew.
             self.held.abandon(saga)
             return
         self.held.let_go(saga.id)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from traceback import format_exception
 from typing import Any
 
@@ -40,6 +41,7 @@ from saga.events import (
     Verdict,
 )
 from saga.graph import Graph, Node, Role
+from saga.ledgers.sqlite import SQLiteLedger
 from saga.policies import Policy
 from saga.render.lettering import cells
 from saga.text import printable
@@ -861,6 +863,28 @@ def test_a_saga_whose_loop_is_thrown_away_makes_no_noise(
 
     assert unraisable == []
     assert all("was destroyed but it is pending" in complaint["message"] for complaint in complaints)
+
+
+def test_a_saga_that_is_thrown_away_before_its_loop_makes_no_noise(tmp_path: Path) -> None:
+    """At the end of a program Python closes what is left of it in any order; a loop that nobody closed may be the last."""
+    stage = Waits("execute")
+    pipeline = Pipeline().with_stage("waits", stage)
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)
+    caller = loop.create_task(SagaCoordinator(ledger=SQLiteLedger(tmp_path / "sagas.db")).run(pipeline))
+
+    async def until_reached() -> None:
+        while not stage.reached:
+            await asyncio.sleep(0)
+
+    loop.run_until_complete(until_reached())
+
+    for task in asyncio.all_tasks(loop):
+        code: Any = task.get_coro()
+        code.close()  # which raises what the code itself does then
+
+    loop.close()
+    assert not caller.done()
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------
