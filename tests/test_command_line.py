@@ -723,6 +723,26 @@ def test_a_project_that_says_what_makes_no_sense_is_refused(shop: Shop, monkeypa
     assert done.err.startswith(said)
 
 
+def test_in_a_folder_that_was_deleted_what_needs_it_is_refused_and_everything_else_goes_on(
+    shop: Shop, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in that of a release which a newer one has taken the place of: all that was said was "No such file or directory"."""
+    shop.breaks_the_bank()
+    shop.saga("run", "shop:trip", "--id", "s")
+    gone = tmp_path_factory.mktemp("release")
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+
+    from_here = [shop.saga("show", "s"), shop.saga("run", "shop:trip")]
+    monkeypatch.setenv("SAGA_LEDGER", f"sqlite:///{shop.folder}/sagas.db")
+    from_the_root = [shop.saga("show", "s"), shop.saga("settle", "s", "charge_card", "undone", "--note", "by hand")]
+
+    refused = "saga: expected a current folder that is there, got one that was deleted. Change to the one that has taken its place, "
+    assert [done.code for done in from_here] == [Exit.MISUSE, Exit.MISUSE]
+    assert all(done.err.startswith(refused) for done in from_here)
+    assert [done.code for done in from_the_root] == [Exit.COMPLETED, Exit.COMPLETED]
+
+
 def test_a_pipeline_that_the_project_does_not_name_is_asked_for(shop: Shop) -> None:
     shop.saga("run", "shop:order", "--id", "s")
 

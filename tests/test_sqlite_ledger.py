@@ -1892,6 +1892,16 @@ def test_a_ledger_says_where_it_is(path: Path) -> None:
     assert repr(SQLiteFile(path).open()) == f"SQLiteLedger({str(path)!r})"
 
 
+def test_a_path_from_a_folder_that_was_deleted_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+
+    with pytest.raises(MisuseError, match=r"^expected a path from the root where the current folder was deleted, got 'sagas.db'$"):
+        SQLiteLedger("sagas.db")
+
+
 def test_a_path_is_the_one_that_it_was_when_the_ledger_was_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(path.parent)
     ledger = SQLiteLedger(path.name)

@@ -32,7 +32,7 @@ from saga.cli.exits import Exit, exit_of_error, exit_of_status, in_a_line
 from saga.cli.family import Family
 from saga.cli.interrupt import interruptible
 from saga.cli.pipelines import load, load_all
-from saga.cli.settings import settings
+from saga.cli.settings import here, settings
 from saga.cli.view import Stderr, hanging_up, tell_on, view
 from saga.coordinator import SagaCoordinator
 from saga.errors import LedgerCorrupt, LedgerError, MisuseError, PolicyInvalid, SagaExists, SagaNotFound, SagasDamaged, SagaUnrecorded
@@ -261,7 +261,7 @@ def recover(
     as_json: AsJson = False,
 ) -> None:
     """Go on with every saga whose process is gone."""
-    pipelines = _pipelines(targets or settings(Path.cwd()).pipelines)
+    pipelines = _pipelines(targets or settings().pipelines)
     url = _durable(ledger)
     goes_on = next_command("recover", *(targets or ()), options=_reach(None, ledger).options)
 
@@ -650,7 +650,7 @@ async def _opened(url: str) -> AsyncIterator[Ledger]:
 def _url(given: str | None) -> str:
     # An empty one, as that of a variable that is not set, is no word for memory: what was run there is gone. click passes over an empty
     # SAGA_LEDGER.
-    said = given if given is not None else os.environ.get(_VARIABLE, settings(Path.cwd()).ledger)
+    said = given if given is not None else os.environ.get(_VARIABLE, settings().ledger)
     return said if said is not None else MEMORY
 
 
@@ -666,12 +666,12 @@ def _durable(given: str | None, *, exists: bool = True) -> str:
     file = Path(url.removeprefix("sqlite:///"))
     if exists and url.startswith("sqlite:///") and not file.exists():
         # Opening it would make an empty one, in which nobody finds the saga that they look for.
-        raise MisuseError("a ledger that is there", got=f"{url}, and there is no file {file.absolute()}")
+        raise MisuseError("a ledger that is there", got=f"{url}, and there is no file {here() / file}")
     return url
 
 
 def _policy(given: Path | None) -> Policy | None:
-    chosen = given or settings(Path.cwd()).policy
+    chosen = given or settings().policy
     return None if chosen is None else _loaded(chosen)
 
 
@@ -719,7 +719,7 @@ async def _pipeline_of(ledger: Ledger, saga_id: str, target: str | None, with_ta
     started = (await ledger.read(saga_id))[0]
     assert isinstance(started, SagaStarted)  # every ledger begins so
     hint = f"Give it as it was given to saga run: {with_target}"
-    known = _pipelines(settings(Path.cwd()).pipelines, hint)
+    known = _pipelines(settings().pipelines, hint)
     if started.pipeline not in known:
         raise MisuseError(f"the pipeline {started.pipeline!r} among [tool.saga] pipelines", got=", ".join(known), hint=hint)
     return known[started.pipeline]
@@ -736,7 +736,7 @@ def _reach(target: str | None, ledger: str | None) -> Reach:
     # What the environment says it will say again; and a URL may hold a password.
     url = "URL" if ledger is not None and _HIDDEN.search(ledger) else ledger
     option = [] if url is None or ledger == os.environ.get(_VARIABLE) else ["--ledger", url]
-    pipeline = target or ("" if settings(Path.cwd()).pipelines else _TARGET)
+    pipeline = target or ("" if settings().pipelines else _TARGET)
     return Reach(pipeline, shlex.join(option), is_lost=_url(ledger) == MEMORY)
 
 

@@ -6,7 +6,6 @@ import importlib
 import sys
 from collections.abc import Iterable
 from operator import attrgetter
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +13,7 @@ from stageflow.api import Pipeline
 
 from saga.blueprint import by_name
 from saga.cli.aside import aside
+from saga.cli.settings import here
 from saga.errors import MisuseError
 from saga.text import did_you_mean, said, shown
 
@@ -49,9 +49,9 @@ def load_all(targets: Iterable[str]) -> dict[str, Pipeline]:
 
 
 def _module(name: str) -> ModuleType:
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    folder = str(here())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     if name.startswith("."):  # as a path does; Python would ask for its package
         raise _unknown(name, name)
     try:
@@ -65,7 +65,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _unknown(name: str, missing: str) -> MisuseError:
-    near = sorted(path.stem for path in Path.cwd().iterdir() if path.suffix == ".py" or (path / "__init__.py").exists())
+    near = sorted(path.stem for path in here().iterdir() if path.suffix == ".py" or (path / "__init__.py").exists())
     # The name of its file is what a shell completes.
     last = name.removesuffix(".py").replace("/", ".") if name.endswith(".py") else missing
     return MisuseError("a module that can be imported from here", got=repr(name), hint=did_you_mean(last, near))

@@ -27,14 +27,27 @@ class Settings(BaseModel):
     policy: Path | None = None
 
 
-def settings(folder: Path) -> Settings:
-    """Read `[tool.saga]` from the pyproject.toml of this folder; without one there are no defaults.
+def here() -> Path:
+    """The current folder.
+
+    Raises:
+        MisuseError: It was deleted.
+    """
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        hint = 'Change to the one that has taken its place, if one has: cd "$PWD"'
+        raise MisuseError("a current folder that is there", got="one that was deleted", hint=hint) from None
+
+
+def settings() -> Settings:
+    """Read `[tool.saga]` from the pyproject.toml of the current folder; without one there are no defaults.
 
     Raises:
         MisuseError: It holds what makes no sense.
     """
     try:
-        text = (folder / "pyproject.toml").read_text(encoding="utf-8")
+        text = Path("pyproject.toml").read_text(encoding="utf-8")
     except FileNotFoundError:
         return Settings()
     try:

@@ -162,8 +162,11 @@ class SQLiteLedger(DurableLedger):
         if "://" in os.fspath(path):
             # Not shown: it may hold a password.
             raise MisuseError("the path of a file", got="a URL", hint="saga.ledgers.open_ledger(url) opens it.")
-        # Made absolute now: the working directory may be another one when the file is opened.
-        self.path: Final = Path(path).absolute()
+        try:
+            # Made absolute now: the working directory may be another one when the file is opened.
+            self.path: Final = Path(path).absolute()
+        except FileNotFoundError:
+            raise MisuseError("a path from the root where the current folder was deleted", got=repr(os.fspath(path))) from None
         super().__init__(
             f"SQLiteLedger({str(path)!r})",
             partial(_Store, self.path, lease, patience, clock, _Shared()),
