@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 if TYPE_CHECKING:
     from saga.ledger import Entry
+    from saga.report import SagaReport
 
 
 class SagaError(Exception):
@@ -230,7 +231,7 @@ class SagaFailed(ExceptionGroup, SagaError):
     its words and its traceback is pickled.
     """
 
-    report: object
+    report: SagaReport
 
     def __reduce__(self) -> tuple[object, ...]:
         """Be made again with all members: for one that can't be, the pool of processes to which they are sent breaks, or waits for ever."""
