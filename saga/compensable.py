@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, overload
 
 from stageflow.api import StageContext, StageKind, StageOutput
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from stageflow.context import ContextSnapshot
 
     from saga.report import SagaReport
+
+T = TypeVar("T")
 
 Returned = StageOutput | dict[str, Any] | None
 """What a stage may return."""
@@ -167,6 +169,10 @@ class Inputs(dict[str, StageOutput]):
         """All of them."""
         return self
 
+    @overload
+    def get(self, stage: str, default: None = None) -> StageOutput | None: ...
+    @overload
+    def get(self, stage: str, default: T) -> StageOutput | T: ...
     def get(self, stage: str, default: Any = None) -> Any:
         """The output of a direct dependency, as that of a dict.
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_type
 
 import pytest
 import tenacity
@@ -340,6 +340,19 @@ def test_a_compensation_reads_what_others_gave_as_the_stage_did() -> None:
 
     seat = StageOutput.ok(number="14A of seat")
     assert seen == ["14A of seat", 14, {"seat": seat}, seat, 14]
+
+
+def test_what_a_compensation_gets_is_an_output_and_a_type_checker_knows() -> None:
+    """It took it for the value that `execute` gets: `ctx.inputs.get("seat")["number"]` was well with it, and the undoing got stuck."""
+    seen: list[Any] = []
+
+    def read(ctx: CompensationContext) -> None:
+        seat, row = ctx.inputs.get("seat"), ctx.inputs.get("row", 14)
+        seen.extend([assert_type(seat, StageOutput | None), assert_type(row, StageOutput | int)])
+
+    undone_with(read)
+
+    assert seen == [StageOutput.ok(number="14A of seat"), 14]
 
 
 def test_a_compensation_reads_what_others_gave_by_whatever_its_stage_may_call() -> None:
