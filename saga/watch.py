@@ -131,8 +131,12 @@ def this_loop() -> asyncio.AbstractEventLoop:
 
 
 def this_task() -> asyncio.Task[Any]:
-    """The task that runs now."""
-    task = asyncio.current_task()
+    """The task that runs now.
+
+    Raises:
+        MisuseError: No event loop of asyncio runs.
+    """
+    task = asyncio.current_task(this_loop())
     assert task is not None  # a saga runs in tasks
     return task
 

@@ -1339,6 +1339,12 @@ def test_in_no_event_loop_of_asyncio_it_is_not_said_that_a_ledger_on_disk_has_fa
     _, trip = scene(SEQUENCE)
     coordinator = SagaCoordinator(ledger=SQLiteLedger(tmp_path / "sagas.db"))
 
-    for use in (coordinator.run(trip, saga_id="s"), coordinator.report("s"), coordinator.resume("s", trip), coordinator.recover(trip)):
+    for use in (
+        coordinator.run(trip, saga_id="s"),
+        coordinator.report("s"),
+        coordinator.resume("s", trip),
+        coordinator.settle("s", "a", "undone", "by hand"),
+        coordinator.recover(trip),
+    ):
         with pytest.raises(MisuseError, match=r"^expected an event loop of asyncio, got none that runs here\."):
             use.send(None)
