@@ -75,6 +75,16 @@ class SagaCoordinator:
         self._keeper = self._new_keeper()
         _COORDINATORS.add(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Be pickled and copied without what it holds: in another process, or beside this one, it is another owner."""
+        return {name: value for name, value in vars(self).items() if name != "_keeper"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Hold nothing yet."""
+        vars(self).update(state)
+        self._keeper = self._new_keeper()
+        _COORDINATORS.add(self)
+
     def _new_keeper(self) -> SagaKeeper:
         """An owner of its own, that holds nothing."""
         return SagaKeeper(self.ledger, self._interceptors, self._listeners)

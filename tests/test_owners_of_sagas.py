@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import gc
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +16,7 @@ from typing import Any
 
 import anyio
 import pytest
-from stageflow.api import Pipeline, PipelineContext
+from stageflow.api import Pipeline, PipelineContext, StageContext
 
 from saga import (
     CompensableStage,
@@ -384,6 +386,45 @@ def test_after_a_fork_a_coordinator_holds_nothing_and_has_another_name() -> None
 
     assert coordinator._keeper.held.owner != before
     assert coordinator._keeper.held.sagas == {}
+
+
+class Waiting:
+    """Waits until it may go on."""
+
+    def __init__(self) -> None:
+        self.begun, self.goes_on = asyncio.Event(), asyncio.Event()
+
+    async def execute(self, _ctx: StageContext) -> None:
+        self.begun.set()
+        await self.goes_on.wait()
+
+
+def pickled(coordinator: SagaCoordinator) -> SagaCoordinator:
+    sent: SagaCoordinator = pickle.loads(pickle.dumps(coordinator))  # noqa: S301 - our own bytes
+    return sent
+
+
+@pytest.mark.parametrize("sent", [pickled, copy.deepcopy])
+def test_a_coordinator_that_is_sent_to_another_process_is_another_owner_there(
+    sent: Callable[[SagaCoordinator], SagaCoordinator], tmp_path: Path
+) -> None:
+    """Given to a process that was spawned, it took a saga that ran here for its own: the card was charged twice at once."""
+    here = SagaCoordinator(ledger=SQLiteLedger(tmp_path / "ledger.db"))
+    there = sent(here)
+
+    async def play() -> tuple[Recovery, SagaReport]:
+        stage = Waiting()
+        pipeline = Pipeline(name="p").with_stage("pay", compensable(stage, nothing, idempotent=True))
+        running = asyncio.create_task(here.run(pipeline, saga_id="s"))
+        await stage.begun.wait()
+        recovery = await there.recover(pipeline)
+        stage.goes_on.set()
+        return recovery, await running
+
+    recovery, report = asyncio.run(asyncio.wait_for(play(), 60.0))
+
+    assert list(recovery.held) == ["s"]
+    assert report.status is SagaStatus.COMPLETED
 
 
 class Goes(CompensableStage):
