@@ -69,29 +69,14 @@ mutants: $(VENV)/.mutants  ## change the core at random: nine of ten changes hav
 	@$(BIN)/mutmut results --all true | awk -F'[. :]+' '{ all[$$3]++; if ($$NF == "killed" || $$NF == "timeout") dead[$$3]++ } \
 		END { for (m in all) { s = 100 * dead[m] / all[m]; printf "%-10s %d of %d: %.1f %%\n", m, dead[m], all[m], s; if (s < 90) low = 1 }; exit low || !NR }'
 
-$(VENV)/.core: pyproject.toml
+$(VENV)/.core: EXTRAS :=
+$(VENV)/.dev: EXTRAS := [test,lint]
+$(VENV)/.bench: EXTRAS := [bench]
+$(VENV)/.docs: EXTRAS := [docs]
+$(VENV)/.mutants: EXTRAS := [test,mutants]
+$(VENV)/.%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
-	touch $@
-
-$(VENV)/.dev: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
-	touch $(VENV)/.core $@
-
-$(VENV)/.bench: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
-	touch $(VENV)/.core $@
-
-$(VENV)/.docs: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
-	touch $(VENV)/.core $@
-
-$(VENV)/.mutants: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,mutants]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(EXTRAS)'
 	touch $(VENV)/.core $@
 
 clean:
