@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from saga.render.drawing import Box, Drawing
 from saga.render.layout import layout
 from saga.render.lettering import cells, escaped, shortened, wrapped
-from saga.render.svg import NAME_CELL, TEXT_CELL, Head, Key, document, number, path, pill, section, state_keys, tag, text
+from saga.render.svg import NAME_CELL, TEXT_CELL, Key, document, number, path, pill, section, state_keys, tag, text
 
 DESK: Final = 1100.0
 """Pixels that a picture may be wide on a desk without being scrolled."""
@@ -34,8 +34,7 @@ _BEND: Final = 14.0
 def graph_svg(drawing: Drawing) -> str:
     """A graph as a picture that stands for itself."""
     plan = _plan(drawing)
-    head = Head(drawing.title, drawing.verdict, drawing.state, drawing.cause, drawing.description)
-    return document(head, plan.parts(None), _keys(drawing), width=plan.width, height=plan.height)
+    return document(drawing, plan.parts(None), _keys(drawing), width=plan.width, height=plan.height)
 
 
 def graph_section(drawing: Drawing, links: Mapping[str, str]) -> str:

@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 from saga.ledger import StageState
 from saga.render.colours import stylesheet
+from saga.render.drawing import Drawing
 from saga.render.lettering import cells, escaped, one_line, shortened, wrapped
 from saga.render.text import SIGNS
 
@@ -66,24 +67,6 @@ def pill(x: float, y: float, state: StageState, size: float = _SMALL_PILL) -> st
     return tag("g", ground + text(x + size / 2, y + size / 2 + 4.5, SIGNS[state], "sign"), class_=f"saga-{state}")
 
 
-class Head(NamedTuple):
-    """What a picture that stands for itself says above its drawing.
-
-    Attributes:
-        title: What it is a picture of.
-        verdict: How it stands.
-        state: What that looks like.
-        cause: What stopped it; empty if nothing did.
-        description: The whole picture in words.
-    """
-
-    title: str
-    verdict: str
-    state: StageState
-    cause: str
-    description: str
-
-
 class Key(NamedTuple):
     """A sign in the legend.
 
@@ -104,16 +87,16 @@ def state_keys(states: Iterable[StageState], meanings: Mapping[StageState, str] 
     return [Key(pill(0, 0, state), _SMALL_PILL, meanings.get(state, words_of(state))) for state in StageState if state in present]
 
 
-def document(head: Head, drawn: Iterable[str], keys: Iterable[Key], *, width: float, height: float) -> str:
-    """A picture that stands for itself: with its colours, its ground, and words for those who can't see it."""
+def document(drawing: Drawing, drawn: Iterable[str], keys: Iterable[Key], *, width: float, height: float) -> str:
+    """A picture that stands for itself: with a headline, its colours, its ground, and words for those who can't see it."""
     wide = max(width, 520.0) + 2 * MARGIN
-    above, top = _headline(head, wide)
+    above, top = _headline(drawing, wide)
     below, high = _legend(keys, wide, top + height + MARGIN)
-    name = one_line(f"{head.title}: {head.verdict}")
+    name = one_line(f"{drawing.title}: {drawing.verdict}")
     inside = "".join(
         (
             tag("title", escaped(name)),
-            tag("desc", escaped(head.description)),
+            tag("desc", escaped(drawing.description)),
             tag("style", stylesheet()),
             tag("rect", class_="saga-paper", width=wide, height=high, rx=8.0),
             *above,
@@ -136,15 +119,15 @@ def _svg(inside: str, width: float, height: float, **attributes: str) -> str:
     return tag("svg", inside, class_="saga-picture", width=width, height=height, viewBox=box, **attributes)
 
 
-def _headline(head: Head, width: float) -> tuple[list[str], float]:
+def _headline(drawing: Drawing, width: float) -> tuple[list[str], float]:
     """What stands above a drawing, and where the drawing begins."""
     room = width - 2 * MARGIN
     parts = [
-        text(MARGIN, 38, shortened(head.title, int(room / _TITLE_CELL)), "title"),
-        pill(MARGIN, 52, head.state, 20),
-        text(MARGIN + 28, 66.5, head.verdict, font_weight="600"),
+        text(MARGIN, 38, shortened(drawing.title, int(room / _TITLE_CELL)), "title"),
+        pill(MARGIN, 52, drawing.state, 20),
+        text(MARGIN + 28, 66.5, drawing.verdict, font_weight="600"),
     ]
-    lines = wrapped(f"Cause: {head.cause}", int(room / TEXT_CELL), 3) if head.cause else []
+    lines = wrapped(f"Cause: {drawing.cause}", int(room / TEXT_CELL), 3) if drawing.cause else []
     parts += [text(MARGIN, 92 + _LINE * index, line) for index, line in enumerate(lines)]
     return parts, 100 + _LINE * len(lines)
 

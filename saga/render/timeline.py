@@ -17,7 +17,7 @@ from saga.ledger import StageState
 from saga.render.drawing import drawing
 from saga.render.graph import badge
 from saga.render.lettering import cells, escaped, shortened
-from saga.render.svg import NAME_CELL, Head, Key, document, moved, number, path, pill, section, state_keys, tag, text, words_of
+from saga.render.svg import NAME_CELL, Key, document, moved, number, path, pill, section, state_keys, tag, text, words_of
 from saga.render.text import SIGNS, duration, seconds
 
 if TYPE_CHECKING:
@@ -78,10 +78,9 @@ class _Row(NamedTuple):
 
 def timeline_svg(report: SagaReport) -> str:
     """A saga's timeline as a picture that stands for itself."""
-    its = drawing(report)
     panels = _panels(report)
     drawn, width, height = _drawn(panels)
-    return document(Head(its.title, its.verdict, its.state, its.cause, its.description), drawn, _keys(panels), width=width, height=height)
+    return document(drawing(report), drawn, _keys(panels), width=width, height=height)
 
 
 def timeline_section(report: SagaReport) -> str:
