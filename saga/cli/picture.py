@@ -18,7 +18,7 @@ from saga.graph import Graph
 from saga.ledger import StageState
 from saga.record import StageRecord
 from saga.recovery import stage_states
-from saga.render.text import SIGNS, seconds
+from saga.render.text import SIGNS, seconds, words_of
 from saga.state import SagaState
 from saga.text import printable
 
@@ -149,7 +149,7 @@ def rows(family: Family, saga_id: str, now: datetime, guide: str = "") -> Iterat
         record, where = state.stages[name], states[name]
         waits = name in remaining and where is not _S.COMPENSATING
         attempt, time = _effort(record, where, now)
-        label = "to undo" if waits else where.value.replace("_", " ")
+        label = "to undo" if waits else words_of(where)
         yield Row(f"{saga_id}/{name}", guide + lines, printable(name), where, label, attempt, time, printable(_note(state, name, where)))
         for child in family.children(saga_id, name):
             yield from rows(family, child, now, f"{guide}{_continued(lines)}  ")

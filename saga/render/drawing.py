@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from saga.ledger import StageState
 from saga.render.colours import LIKE
 from saga.render.lettering import one_line
-from saga.render.text import explanation, seconds, troubled
+from saga.render.text import explanation, seconds, troubled, words_of
 
 if TYPE_CHECKING:
     from saga.report import SagaReport, StageReport
@@ -73,7 +73,7 @@ class Drawing:
         for state in StageState:
             names = [box.name for box in self.boxes if box.state is state]
             if names:
-                meaning = self.meanings.get(state, state.value.replace("_", " "))
+                meaning = self.meanings.get(state, words_of(state))
                 said.append(f"{meaning.capitalize()}: {', '.join(names)}.")
         undone = sorted((box.order, box.name) for box in self.boxes if box.order is not None)
         if undone:
@@ -140,9 +140,7 @@ def way_back(
 
 
 def _label(stage: StageReport) -> str:
-    state = stage.state.value.replace("_", " ") + (
-        " · trouble within" if troubled(stage) or (stage.unread and not stage.is_known_by_word) else ""
-    )
+    state = words_of(stage.state) + (" · trouble within" if troubled(stage) or (stage.unread and not stage.is_known_by_word) else "")
     if stage.state in _TURNS and stage.failure is not None:
         return f"{state}: {one_line(stage.failure.message)}"
     if stage.state is _S.STUCK and stage.compensation is not None and stage.compensation.failure is not None:
@@ -153,6 +151,6 @@ def _label(stage: StageReport) -> str:
 
 def _hint(name: str, stage: StageReport, report: SagaReport) -> str:
     tries = f"{stage.attempts} attempt{'' if stage.attempts == 1 else 's'}" if stage.attempts else ""
-    facts = (stage.state.value.replace("_", " "), tries, seconds(stage.started_at, stage.ended_at))
+    facts = (words_of(stage.state), tries, seconds(stage.started_at, stage.ended_at))
     explained = explanation(name, report)
     return f"{name}: {', '.join(fact for fact in facts if fact)}" + (f"; {explained}" if explained else "")

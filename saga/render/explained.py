@@ -14,6 +14,7 @@ from saga.render.graph import graph_section
 from saga.render.html import LINE, filled, first_line, isolated, link_to, scrolling, sign, table
 from saga.render.lettering import shortened
 from saga.render.svg import tag
+from saga.render.text import words_of
 
 if TYPE_CHECKING:
     from saga.lint import Consequence, Explanation
@@ -47,7 +48,7 @@ def drawing_if(explanation: Explanation, stage: str) -> Drawing:
 
 def _box(name: str, consequence: Consequence, wave: int | None) -> Box:
     state = _state(name, consequence)
-    label = _MEANINGS.get(state, state.value.replace("_", " "))
+    label = _MEANINGS.get(state, words_of(state))
     order = f", number {wave} in the order of undoing" if wave is not None else ""
     return Box(name=name, state=state, label=label, hint=f"{name}: {label}{order}", order=wave, is_cause=name == consequence.stage)
 

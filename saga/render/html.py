@@ -21,8 +21,8 @@ from saga.render.colours import DARK, LIGHT, Scheme, stylesheet
 from saga.render.drawing import Drawing, drawing
 from saga.render.graph import graph_section, graph_svg
 from saga.render.lettering import cells, escaped, one_line, shortened, wrapped
-from saga.render.svg import tag, words_of
-from saga.render.text import SIGNS, duration, explanation, seconds, what_to_do
+from saga.render.svg import tag
+from saga.render.text import SIGNS, duration, explanation, seconds, what_to_do, words_of
 from saga.render.timeline import timeline_section
 
 if TYPE_CHECKING:

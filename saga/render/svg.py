@@ -13,7 +13,7 @@ from saga.ledger import StageState
 from saga.render.colours import stylesheet
 from saga.render.drawing import Drawing
 from saga.render.lettering import cells, escaped, one_line, shortened, wrapped
-from saga.render.text import SIGNS
+from saga.render.text import SIGNS, words_of
 
 NAME_CELL: Final = 7.9
 """Pixels of a column of a stage's name: fixed-width, 13 px, bold."""
@@ -54,11 +54,6 @@ def path(kind: str, lines: Iterable[str]) -> str:
 def moved(x: float, y: float, *parts: str) -> str:
     """The parts with their origin at that point."""
     return tag("g", "".join(parts), transform=f"translate({number(x)} {number(y)})")
-
-
-def words_of(state: StageState) -> str:
-    """A state as one says it."""
-    return state.value.replace("_", " ")
 
 
 def pill(x: float, y: float, state: StageState, size: float = _SMALL_PILL) -> str:

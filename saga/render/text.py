@@ -49,6 +49,11 @@ _CAME_TO_NOTHING: Final = frozenset(
 """The states of stages of which nothing is kept, unless it is within them."""
 
 
+def words_of(state: StageState) -> str:
+    """A state as one says it."""
+    return state.value.replace("_", " ")
+
+
 def seconds(start: datetime | None, end: datetime | None) -> str:
     """The time between, in a unit that reads well; empty when either end is missing."""
     if start is None or end is None:
@@ -104,7 +109,7 @@ def summary(report: SagaReport, reach: Reach = BY_ITSELF) -> str:
 def _row(name: str, report: SagaReport) -> tuple[str, str, str, str, str]:
     stage = report.stages[name]
     tries = f"{stage.attempts} attempt{'' if stage.attempts == 1 else 's'}" if stage.attempts else ""
-    state = f"{SIGNS[stage.state]} {stage.state.value.replace('_', ' ')}"
+    state = f"{SIGNS[stage.state]} {words_of(stage.state)}"
     return printable(name), state, tries, seconds(stage.started_at, stage.ended_at), printable(explanation(name, report))
 
 

@@ -17,8 +17,8 @@ from saga.ledger import StageState
 from saga.render.drawing import drawing
 from saga.render.graph import badge
 from saga.render.lettering import cells, escaped, shortened
-from saga.render.svg import NAME_CELL, Key, document, moved, number, path, pill, section, state_keys, tag, text, words_of
-from saga.render.text import SIGNS, duration, seconds
+from saga.render.svg import NAME_CELL, Key, document, moved, number, path, pill, section, state_keys, tag, text
+from saga.render.text import SIGNS, duration, seconds, words_of
 
 if TYPE_CHECKING:
     from saga.record import Try
