@@ -21,20 +21,7 @@ from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
 from saga.events import AnyEvent, SagaStatus
 from saga.ledger import FORGETTABLE, Entry
 from saga.ledgers.durable import MAX_EVENT_BYTES, DurableLedger
-from saga.ledgers.rows import (
-    Acquire,
-    Append,
-    Beat,
-    Create,
-    Prune,
-    Pruned,
-    Redact,
-    Release,
-    Request,
-    entries_in,
-    events_in,
-    others,
-)
+from saga.ledgers.rows import Acquire, Append, Beat, Create, Prune, Pruned, Redact, Release, Request, entries_in, events_in, others
 from saga.owners import is_gone
 
 MIGRATIONS: Final = (
@@ -274,7 +261,7 @@ class _Store:
         values = (saga_id, pipeline, parent, parent_stage, row.status, started_at, row.at, row.added, owner)
         if not connection.execute(_CREATE, values).rowcount:
             raise LedgerConflict.exists(saga_id)
-        self._insert(connection, saga_id, row.first, row.checksum, row.body)
+        connection.execute(_INSERT, (saga_id, row.first, row.checksum, row.body))
         self._beat(connection, owner)
         return 1
 
@@ -287,9 +274,6 @@ class _Store:
             raise LedgerConflict.outdated(saga_id, first, version)
         if status is not None:
             connection.execute(_STATUS, (status, saga_id))
-        self._insert(connection, saga_id, first, checksum, body)
-
-    def _insert(self, connection: sqlite3.Connection, saga_id: str, first: int, checksum: int, body: str) -> None:
         connection.execute(_INSERT, (saga_id, first, checksum, body))
 
     def _holder(self, connection: sqlite3.Connection, saga_id: str) -> tuple[int, int, str | None, float | None]:
