@@ -98,11 +98,11 @@ def _again(event: StageFailed | CompensationFailed | StageProbed) -> str:
 
 
 def _answer(event: StageProbed) -> str:
-    if event.failure is not None and event.is_of_late:
+    if event.failure is None:
+        return f"asked, it has {'' if event.landed else 'not '}landed"
+    if event.is_of_late:
         return said(event.failure)
-    if event.failure is not None:
-        return f"asked, no answer{in_its_words(event.failure)}{_again(event)}"
-    return f"asked, it has {'' if event.landed else 'not '}landed"
+    return f"asked, no answer{in_its_words(event.failure)}{_again(event)}"
 
 
 def said(failure: Failure) -> str:
