@@ -194,7 +194,7 @@ def _placed(rows: list[list[int]], room: list[float], before: list[list[int]], a
             edge += room[dot]
     # The last sweep minds both sides, so that a stage stands between what it needs and what needs it.
     for sweep in range(_SWEEPS + 1):
-        sides = [before, after][sweep % 2 : sweep % 2 + 1] if sweep < _SWEEPS else [before, after]
+        sides = [before, after] if sweep == _SWEEPS else [after if sweep % 2 else before]
         for row in rows if sweep % 2 == 0 else reversed(rows):
             wanted, weights = [], []
             for dot in row:
