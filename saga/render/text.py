@@ -33,7 +33,6 @@ SIGNS: Final = {
 }
 """A sign for each state, so that no reader depends on colour."""
 
-
 _MINUTE: Final = 60
 _TIME: Final = 3
 """The column of a row that has its time."""
@@ -169,7 +168,7 @@ def _said(failure: Failure) -> str:
 def _held(name: str, report: SagaReport) -> list[Failure]:
     """What of a stage came late and waits for a person's word."""
     stage = report.stages[name]
-    if stage.state not in {StageState.IN_DOUBT, StageState.STUCK}:
+    if stage.state not in _UNSETTLED:
         return []
     said = stage.settled
     # A retry tells nothing of it.
