@@ -20,15 +20,7 @@ from saga.keys import is_within
 from saga.ledger import StageState
 from saga.policies import FailFast, Policy
 from saga.render.text import goes_on
-from saga.testing.faults import (
-    KILLS,
-    TIMEOUTS,
-    UNDOING,
-    Fault,
-    FaultyActions,
-    InjectedFault,
-    Injection,
-)
+from saga.testing.faults import KILLS, TIMEOUTS, UNDOING, Fault, FaultyActions, InjectedFault, Injection
 from saga.testing.matrix import matrix
 from saga.testing.outside import ID, Outside, World, difference, is_same, leaves_and_branches
 from saga.testing.rehearsal import MortalLedger, Rehearsal
@@ -209,8 +201,9 @@ class _Verifier:
             got = f"one that gave (-), and then (+):\n{difference(before, again)}"
             hint = "Leave out what is new at each look, and give values that equal what they are copied from"
             raise MisuseError("a look() that gives the same as long as nothing happens", got=got, hint=hint)
-        coordinator = self._coordinator(self._ledger(), Injection())
-        report = await self._run(coordinator, Injection())
+        nothing = Injection()
+        coordinator = self._coordinator(self._ledger(), nothing)
+        report = await self._run(coordinator, nothing)
         after = await self._outside.look()
         if not report.ok:
             raise MisuseError("a saga that completes with this input when nothing is made to fail", got=f"this:\n{report}")
