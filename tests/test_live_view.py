@@ -278,6 +278,14 @@ def test_too_few_rows_show_those_around_what_happened_last() -> None:
     assert top[-2] == "… 22 below: 4 kept, 18 not run"
 
 
+def test_as_many_rows_as_there_is_room_for_are_all_shown() -> None:
+    chain = {f"s{number}": (f"s{number - 1}",) if number else () for number in range(10)}
+
+    lines = shown(family_of(chain), height=16)
+
+    assert [line.split()[0] for line in lines[1:-1]] == [*chain]
+
+
 def test_a_narrow_picture_leaves_the_notes_out_and_stays_within_its_width() -> None:
     lines = shown(family_of(SEQUENCE, *failed("a")), width=60)
 
