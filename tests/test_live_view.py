@@ -393,8 +393,8 @@ def on_paper() -> Console:
     return Console(file=io.StringIO(), width=40, force_terminal=False)
 
 
-def in_colour(width: int = 200) -> Console:
-    return Console(file=io.StringIO(), width=width, height=30, force_terminal=True, _environ={"TERM": "xterm"})
+def in_colour() -> Console:
+    return Console(file=io.StringIO(), width=200, height=30, force_terminal=True, _environ={"TERM": "xterm"})
 
 
 def written(console: Console) -> str:

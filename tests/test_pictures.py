@@ -91,8 +91,8 @@ def printable(text: str) -> str:
 # -- where things go ----------------------------------------------------------------------------------------------
 
 
-def laid(dependencies: Mapping[str, Sequence[str]], size: float = 60) -> Layout:
-    return layout(dependencies, dict.fromkeys(dependencies, size))
+def laid(dependencies: Mapping[str, Sequence[str]]) -> Layout:
+    return layout(dependencies, dict.fromkeys(dependencies, 60.0))
 
 
 @st.composite

@@ -1396,7 +1396,7 @@ def test_killed_twice_it_comes_back_all_the_same(kill: int, again: int) -> None:
     assert world.standing == {}
 
 
-def killed_while(pipeline: Pipeline, policy: Policy, kills: type[Any], stop: Any = None) -> tuple[SagaCoordinator, Exception]:
+def killed_while(pipeline: Pipeline, policy: Policy, kills: type[Any]) -> tuple[SagaCoordinator, Exception]:
     """Run a saga whose ledger takes nothing from an event of that type on."""
 
     class Killing(Dying):
