@@ -68,9 +68,11 @@ def unanswered(attempt: int) -> Failure:
     return Failure.raised("a", OSError("busy"), attempt=attempt, kind=FailureKind.COMPENSATION, of_probe=True)
 
 
-def family_of(shape: Mapping[str, tuple[str, ...]], *events: AnyEvent, policy: Policy | None = None) -> Family:
+def family_of(
+    shape: Mapping[str, tuple[str, ...]], *events: AnyEvent, policy: Policy | None = None, role: Role = Role.COMPENSABLE
+) -> Family:
     family = Family("s")
-    family.hear("s", SagaStarted(at=at(0), saga_id="s", pipeline="trip", graph=graph(shape), policy=policy or FailFast()))
+    family.hear("s", SagaStarted(at=at(0), saga_id="s", pipeline="trip", graph=graph(shape, role), policy=policy or FailFast()))
     for event in events:
         family.hear("s", event)
     return family
@@ -208,6 +210,16 @@ def test_a_stage_that_is_held_back_stuck_skipped_or_its_fallback_says_why() -> N
     assert shown(held)[2] == "b  ! stuck         attempt 1    1.00 s  could not be compensated: no line"
     assert shown(skipped)[1] == "a  - skipped           nothing to do"
     assert shown(fallback)[1] == "a  ~ fallback      attempt 1  500.0 ms  reported a failure: declined"
+
+
+def test_what_is_stuck_on_the_way_back_is_no_longer_to_undo_but_what_it_depends_on_is() -> None:
+    stuck = CompensationFailed(stage="b", failure=failure("b", FailureKind.COMPENSATION, "no line"))
+    family = family_of(SEQUENCE, *completed("a"), *completed("b"), *failed("c"), turned(), CompensationStarted(stage="b", attempt=1), stuck)
+
+    lines = shown(family)
+
+    assert lines[1].startswith("a  + to undo  ")
+    assert lines[2].startswith("b  ! stuck  ")
 
 
 def test_in_a_narrow_terminal_stages_keep_their_names() -> None:
@@ -625,6 +637,15 @@ def test_a_second_ctrl_c_gives_the_cursor_back_and_names_the_stages_of_nested_sa
     assert Notice(family, in_colour(), None).second() == (
         "\x1b[?25h\nStopped at once and left in effect: a/a; in doubt: a.\nThe ledger is in memory: nothing knows of that then.\n"
     )
+
+
+def test_neither_what_was_undone_nor_a_stage_without_a_compensation_is_left_in_effect() -> None:
+    undone = (turned(), CompensationStarted(stage="a", attempt=1), CompensationCompleted(stage="a"))
+    family = family_of(SEQUENCE, *completed("a"), *failed("b"), *undone)
+    plain = family_of(SEQUENCE, *completed("a"), role=Role.PLAIN)
+
+    assert Notice(family, on_paper(), None).second() == "Stopped at once and left nothing in effect.\n"
+    assert Notice(plain, on_paper(), None).second() == "Stopped at once and left nothing in effect.\n"
 
 
 def test_what_is_in_doubt_is_left_so_also_when_nothing_of_it_runs_any_more() -> None:
