@@ -119,6 +119,14 @@ def test_doubt_that_a_probe_clears_is_no_error(caplog: pytest.LogCaptureFixture)
     assert not any(line.startswith("ERROR") for line in logged)
 
 
+def test_of_doubt_with_an_attempt_left_it_is_said_that_the_probe_may_come_first(caplog: pytest.LogCaptureFixture) -> None:
+    report, logged = play(caplog, {"c": Script("hang", then=("ok",))}, FailFast(timeout=5, retry=Retry(attempts=2)), {"c": "probed"})
+
+    assert report.status is SagaStatus.COMPLETED
+    (warning,) = (line for line in logged if line.startswith("WARNING"))
+    assert warning.endswith("whether its effect landed is in doubt; it is asked or attempted again")
+
+
 def test_fallbacks_and_what_is_skipped_with_a_branch_are_warnings(caplog: pytest.LogCaptureFixture) -> None:
     _, logged = play(caplog, {"b": Script("raise")}, ContinueWithFallback(fallbacks={"b": {}}))
     assert "WARNING saga s: stage 'b' goes on with the fallback of its policy" in logged
