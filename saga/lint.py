@@ -35,7 +35,7 @@ from saga.events import (
 from saga.failures import Failure, FailureKind
 from saga.graph import Graph, Node, Role
 from saga.ledger import StageState
-from saga.policies import ContinueWithFallback, FailFast, declared
+from saga.policies import ContinueWithFallback, FailFast, Policy, declared
 from saga.recovery import Rollback, conclude, final_status, stage_states, unabsorbed
 from saga.render.drawing import Drawing
 from saga.render.explained import drawing_if, page
@@ -201,7 +201,7 @@ class Explanation:
         return drawing_if(self, stage)
 
 
-def check(pipeline: Pipeline, policy: FailFast | ContinueWithFallback | None = None) -> list[Finding]:
+def check(pipeline: Pipeline, policy: Policy | None = None) -> list[Finding]:
     """Find what is wrong with a pipeline that is to run under this policy; `FailFast()` by default.
 
     Returns:
@@ -216,7 +216,7 @@ def check(pipeline: Pipeline, policy: FailFast | ContinueWithFallback | None = N
     return sorted((finding for rule in _RULES for finding in rule(design)), key=lambda finding: place[finding.stage])
 
 
-def explain(pipeline: Pipeline, policy: FailFast | ContinueWithFallback | None = None) -> Explanation:
+def explain(pipeline: Pipeline, policy: Policy | None = None) -> Explanation:
     """Say for every stage what follows when it fails under this policy; `FailFast()` by default.
 
     It plays the failure to the code that also recovers real sagas, on these assumptions: the stage raises in its last attempt, its
@@ -247,11 +247,11 @@ class _Design:
     """
 
     blueprint: Blueprint
-    policy: FailFast | ContinueWithFallback
+    policy: Policy
     passes: dict[str, tuple[StageStarted, StageCompleted]]
 
     @classmethod
-    def of(cls, pipeline: Pipeline, policy: FailFast | ContinueWithFallback | None) -> Self:
+    def of(cls, pipeline: Pipeline, policy: Policy | None) -> Self:
         blueprint = Blueprint.of(pipeline)
         policy = policy if policy is not None else FailFast()
         blueprint.check_policy(policy)

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from typing import Final, TextIO
 
 STDOUT: Final = 1
-_STDERR: Final = 2
+STDERR: Final = 2
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def aside() -> Iterator[None]:
         if sys.__stdout__ is not None and sys.__stderr__ is not None:
             before = os.dup(STDOUT)
             afterwards.callback(os.close, before)
-            os.dup2(_STDERR, STDOUT)
+            os.dup2(STDERR, STDOUT)
             afterwards.callback(os.dup2, before, STDOUT)
             afterwards.callback(_write_out, sys.__stdout__)
         yield

@@ -51,7 +51,7 @@ from saga.resumption import Decision, resumption, undoing
 from saga.state import SagaState
 from saga.text import bytes_of, did_you_mean, harmless, printable, quoted
 
-MEMORY: Final = "memory:"
+_MEMORY: Final = "memory:"
 _VARIABLE: Final = "SAGA_LEDGER"
 _TARGET: Final = "MODULE:PIPELINE"
 _LOOKS: Final = 0.25
@@ -142,10 +142,8 @@ def _completed(words: Coroutine[Any, Any, list[str]]) -> list[str]:
 
 SagaId = Annotated[str, typer.Argument(metavar="ID", help="The saga's id.", autocompletion=_known_ids)]
 Stage = Annotated[str, typer.Argument(metavar="STAGE", help="The stage; one of a nested saga by its path.", autocompletion=_known_stages)]
-Target = Annotated[str, typer.Argument(metavar="MODULE:PIPELINE", help="A Pipeline, or a function that returns one.")]
-KnownTarget = Annotated[
-    str | None, typer.Argument(metavar="MODULE:PIPELINE", help="Its pipeline; by default found in [tool.saga] pipelines.")
-]
+Target = Annotated[str, typer.Argument(metavar=_TARGET, help="A Pipeline, or a function that returns one.")]
+KnownTarget = Annotated[str | None, typer.Argument(metavar=_TARGET, help="Its pipeline; by default found in [tool.saga] pipelines.")]
 LedgerUrl = Annotated[
     str | None,
     typer.Option("--ledger", metavar="URL", envvar=_VARIABLE, help="memory:, sqlite:///path or postgresql://...", show_default=False),
@@ -169,9 +167,7 @@ def run(
     """Run a pipeline as a saga."""
     pipeline, fields, chosen = load(target), _fields(text), _policy(policy)
     name = saga_id if saga_id is not None else secrets.token_hex(6)
-    url = _url(ledger)
-
-    reach = _reach(target, ledger)
+    url, reach = _url(ledger), _reach(target, ledger)
 
     async def work(coordinator: SagaCoordinator) -> SagaReport:
         try:
@@ -253,9 +249,7 @@ def _unrecorded(stopped: SagaUnrecorded, goes_on: str) -> LedgerError:
 
 @command("recover")
 def recover(
-    targets: Annotated[
-        list[str] | None, typer.Argument(metavar="MODULE:PIPELINE", help="The pipelines; by default [tool.saga] pipelines.")
-    ] = None,
+    targets: Annotated[list[str] | None, typer.Argument(metavar=_TARGET, help="The pipelines; by default [tool.saga] pipelines.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="How many sagas go on at once.")] = 10,
     ledger: LedgerUrl = None,
     as_json: AsJson = False,
@@ -651,16 +645,16 @@ def _url(given: str | None) -> str:
     # An empty one, as that of a variable that is not set, is no word for memory: what was run there is gone. click passes over an empty
     # SAGA_LEDGER.
     said = given if given is not None else os.environ.get(_VARIABLE, settings().ledger)
-    return said if said is not None else MEMORY
+    return said if said is not None else _MEMORY
 
 
 def _durable(given: str | None, *, exists: bool = True) -> str:
     """The URL of a ledger that outlives the process; of one that is there already, unless `exists` is False."""
     url = _url(given)
-    if url == MEMORY:
+    if url == _MEMORY:
         raise MisuseError(
             "a ledger that outlives the process",
-            got=MEMORY,
+            got=_MEMORY,
             hint="Give --ledger sqlite:///sagas.db, set SAGA_LEDGER, or set ledger in [tool.saga] of pyproject.toml.",
         )
     file = Path(url.removeprefix("sqlite:///"))
@@ -737,7 +731,7 @@ def _reach(target: str | None, ledger: str | None) -> Reach:
     url = "URL" if ledger is not None and _HIDDEN.search(ledger) else ledger
     option = [] if url is None or ledger == os.environ.get(_VARIABLE) else ["--ledger", url]
     pipeline = target or ("" if settings().pipelines else _TARGET)
-    return Reach(pipeline, shlex.join(option), is_lost=_url(ledger) == MEMORY)
+    return Reach(pipeline, shlex.join(option), is_lost=_url(ledger) == _MEMORY)
 
 
 def _print_report(report: SagaReport, reach: Reach, *, as_json: bool) -> None:

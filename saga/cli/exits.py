@@ -45,8 +45,6 @@ _BY_STATUS: Final = {
     SagaStatus.STUCK: Exit.STUCK,
     SagaStatus.CANCELLED: Exit.CANCELLED,
 }
-
-
 _ABSENT: Final = FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError | ModuleNotFoundError
 """A file or a driver that isn't there is the caller's to see to. A disk that is full is not: the saga may have run."""
 

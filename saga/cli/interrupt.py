@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final
 
+from saga.cli.aside import STDERR
 from saga.cli.exits import Exit
 
-_STDERR: Final = 2
 _HANGUP: Final = getattr(signal, "SIGHUP", None)
 """Says that the terminal was closed; Windows has no such signal."""
 
@@ -55,7 +55,7 @@ def interruptible(
             return
         try:
             # Past the streams: this may have come in the middle of a write to one.
-            os.write(_STDERR, second().encode())
+            os.write(STDERR, second().encode())
         finally:
             # Not by an exception: to unwind would cancel compensations in the middle. A process that dies is what ledgers are made for.
             leave(Exit.INTERRUPTED)
