@@ -788,6 +788,28 @@ def test_a_saga_goes_on_whatever_stands_in_for_what_a_saga_within_a_nested_one_g
     assert seen == [{"flights": None}] * 2
 
 
+def undone_after_a_crash(model: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """What the compensation of a stage is given that gave this, in another process."""
+    undone: list[dict[str, Any]] = []
+
+    class Charge(CompensableStage):
+        output_model = model
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            return StageOutput.ok(data)
+
+        async def compensate(self, ctx: CompensationContext) -> None:
+            assert ctx.output is not None
+            undone.append(ctx.output.data)
+
+    pipeline = Pipeline().with_stage("charge", Charge)
+    ledger = Stored()
+    run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+    run(SagaCoordinator(ledger=ledger).compensate("s", pipeline))
+    (given,) = undone
+    return given
+
+
 class Colour(Enum):
     RED = "red"
 
@@ -825,25 +847,8 @@ class Cellar(BaseModel):
 def test_models_within_models_come_back_as_they_were_however_they_write_themselves() -> None:
     wine = Wine(colour=Colour.RED, label=Path("1.png"), shop=HttpUrl("http://wine.example/"), no=7, bottled=date(1998, 10, 1))
     cellar = {"shelf": Shelf((wine,), best=wine), "by_colour": {Colour.RED: wine}}
-    undone: list[Any] = []
 
-    class Stock(CompensableStage):
-        output_model = Cellar
-
-        async def execute(self, ctx: SagaContext) -> StageOutput:
-            return StageOutput.ok(cellar)
-
-        async def compensate(self, ctx: CompensationContext) -> None:
-            assert ctx.output is not None
-            undone.append(ctx.output.data)
-
-    pipeline = Pipeline().with_stage("stock", Stock)
-    ledger = Stored()
-    run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
-
-    run(SagaCoordinator(ledger=ledger).compensate("s", pipeline))
-
-    assert undone == [cellar]
+    assert undone_after_a_crash(Cellar, cellar) == cellar
 
 
 def test_what_a_model_says_is_never_to_be_written_is_not_stored() -> None:
@@ -882,27 +887,6 @@ class Cents(BaseModel):
 
 class Refundable(BaseModel):
     paid: Cents
-
-
-def undone_after_a_crash(model: Any, data: dict[str, Any]) -> dict[str, Any]:
-    """What the compensation of a stage is given that gave this, in another process."""
-    undone: list[dict[str, Any]] = []
-
-    class Charge(CompensableStage):
-        output_model = model
-
-        async def execute(self, ctx: SagaContext) -> StageOutput:
-            return StageOutput.ok(data)
-
-        async def compensate(self, ctx: CompensationContext) -> None:
-            assert ctx.output is not None
-            undone.append(ctx.output.data)
-
-    pipeline = Pipeline().with_stage("charge", Charge)
-    ledger = Stored()
-    run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
-    run(SagaCoordinator(ledger=ledger).compensate("s", pipeline))
-    return undone[0]
 
 
 def test_a_validator_that_changes_an_amount_does_not_change_what_was_recorded_once_more(caplog: pytest.LogCaptureFixture) -> None:
@@ -1089,25 +1073,8 @@ MODELLED: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", MODELLED)
 def test_only_what_is_a_field_of_the_model_is_made_of_it(case: str) -> None:
     model, data = MODELLED[case]
-    undone: list[Any] = []
 
-    class Book(CompensableStage):
-        output_model = model
-
-        async def execute(self, ctx: SagaContext) -> StageOutput:
-            return StageOutput.ok(data)
-
-        async def compensate(self, ctx: CompensationContext) -> None:
-            assert ctx.output is not None
-            undone.append(ctx.output.data)
-
-    pipeline = Pipeline().with_stage("book", Book)
-    ledger = Stored()
-    run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
-
-    run(SagaCoordinator(ledger=ledger).compensate("s", pipeline))
-
-    assert undone == [data]
+    assert undone_after_a_crash(model, data) == data
 
 
 # -- listeners -------------------------------------------------------------------------------------------------------
