@@ -22,7 +22,7 @@ _FIELD: Final = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
 def schemas() -> dict[str, dict[str, Any]]:
     """The schemas by the names of their files: the policy as it may be written, the report and an event as they are stored."""
     return {
-        "policy.json": _schema("A saga's policy", _chosen_by("policy", TypeAdapter(Policy).json_schema(mode="validation"))),
+        "policy.json": _schema("A saga's policy", _with_its_key(TypeAdapter(Policy).json_schema(mode="validation"))),
         "report.json": _schema("A saga's report", TypeAdapter(SagaReport).json_schema(mode="serialization")),
         "events.json": _schema("An event of a saga's ledger", TypeAdapter(AnyEvent).json_schema(mode="serialization")),
     }
@@ -34,11 +34,11 @@ def _schema(title: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"$schema": _DIALECT, "title": title, **{key: value for key, value in schema.items() if key != "title"}}
 
 
-def _chosen_by(key: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """Require the key that says which of the alternatives it is: in Python each has its own as a default, a file has to name it."""
+def _with_its_key(schema: dict[str, Any]) -> dict[str, Any]:
+    """Require the key that says which policy it is: in Python each has its own as a default, a file has to name it."""
     for part in schema["$defs"].values():
-        if key in part["properties"]:
-            part["required"] = [key]
+        if "policy" in part["properties"]:
+            part["required"] = ["policy"]
     return schema
 
 

@@ -169,7 +169,7 @@ def _details(name: str, stage: StageReport, report: SagaReport, anchors: dict[st
         parts += [tag("h4", "Saga within"), tag("pre", isolated(_cut(str(child))))]
     for failure in report.failures:
         if failure.stage is not None and (failure.stage == name or is_within(failure.stage, name)):
-            parts += _failure(failure, str(failure))
+            parts += _failure(failure)
     return tag("details", summary + tag("div", "\n".join(parts), class_="inside", id=anchors[name], tabindex="-1"))
 
 
@@ -188,8 +188,8 @@ def _values(title: str, value: Any) -> list[str]:
     return [tag("h4", title), tag("pre", isolated(_cut(_json(value))), tabindex="0")] if value else []
 
 
-def _failure(failure: Failure, words: str) -> list[str]:
-    parts = [tag("h4", f"Failure, {_moment(failure.at)}"), tag("p", isolated(_cut(words)))]
+def _failure(failure: Failure) -> list[str]:
+    parts = [tag("h4", f"Failure, {_moment(failure.at)}"), tag("p", isolated(_cut(str(failure))))]
     return [*parts, tag("pre", isolated(_cut(failure.traceback)))] if failure.traceback else parts
 
 

@@ -236,7 +236,8 @@ def _panel(title: str, rows: list[_Row], gutter: float) -> tuple[list[str], floa
     bars = [bar for row in rows for bar in row.bars]
     height = _AXIS + _ROW * len(rows)
     wide = gutter + _WIDTH + _NOTE
-    bands = [moved(0, _AXIS + _ROW * index, _band(wide)) for index in range(0, len(rows), 2)]
+    band = tag("rect", class_="saga-band", width=wide, height=_ROW, rx=4.0)
+    bands = [moved(0, _AXIS + _ROW * index, band) for index in range(0, len(rows), 2)]
     parts = [text(0, 14, title, font_weight="600"), *bands]
     scale = _Scale(bars) if bars else None
     if scale is not None:
@@ -251,10 +252,6 @@ def _panel(title: str, rows: list[_Row], gutter: float) -> tuple[list[str], floa
         end = scale.at(row.bars[-1].end) + 8 if scale is not None and row.bars else 0.0
         parts.append(moved(gutter, _AXIS + _ROW * index, *drawn, text(end, 16, row.note, "faint")))
     return parts, height
-
-
-def _band(width: float) -> str:
-    return tag("rect", class_="saga-band", width=width, height=_ROW, rx=4.0)
 
 
 def _bars(bars: tuple[_Bar, ...], scale: _Scale) -> list[str]:
