@@ -179,7 +179,7 @@ def stopping(state: SagaState) -> Iterator[tuple[str, Failure]]:
 
 def unabsorbed(state: SagaState) -> Failure | None:
     """The first failure of a stage that the policy lets stop the saga."""
-    return min((failure for _, failure in stopping(state)), key=state.failures.index, default=None)
+    return state.first_of(failure for _, failure in stopping(state))
 
 
 def conclude(state: SagaState, stop: Failure | None) -> Move:

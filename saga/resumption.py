@@ -135,7 +135,7 @@ def stopped_by(state: SagaState) -> Failure | None:
     found = [failure for name, failure in stopping(state) if not _awaits_fallback(state, name)]
     cancelled = (record for record in state.stages.values() if record.state is _S.CANCELLED and not record.again)
     found += [record.failure for record in cancelled if record.failure is not None]
-    return min(found, key=state.failures.index, default=None)
+    return state.first_of(found)
 
 
 def _awaits_fallback(state: SagaState, name: str) -> bool:

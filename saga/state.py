@@ -63,7 +63,7 @@ class SagaState:
         stop: What is known to have stopped it beside the failures of its stages.
         cause: What stopped it first, since it was started or run on; None if nothing did.
         reason: Why it went backward, the last time; None if it never did.
-        failures: Every failure of every attempt, in the order of the ledger.
+        failures: Every failure of every attempt, in the order of the ledger, each once.
         stages: What the events say of each stage, in topological order.
         is_spotless: It was never resumed, and no stage has failed, come into question, been settled or skipped itself after it recorded an
             effect: nothing is left over.
@@ -84,7 +84,8 @@ class SagaState:
         self.stop: Failure | None = None
         self.cause: Failure | None = None
         self.reason: TurnReason | None = None
-        self.failures: list[Failure] = []
+        # Not a list: whether one is among thousands is asked for each of them.
+        self.failures: dict[Failure, None] = {}
         self.stages: Final[dict[str, StageRecord]] = {name: StageRecord() for name in self.graph.names}
         self.is_spotless = True
         self._started = 0
@@ -206,8 +207,13 @@ class SagaState:
 
     def _note(self, failure: Failure | None) -> None:
         # The cause of a turn is usually a stage's failure that is noted already.
-        if failure is not None and failure not in self.failures:
-            self.failures.append(failure)
+        if failure is not None:
+            self.failures[failure] = None
+
+    def first_of(self, failures: Iterable[Failure]) -> Failure | None:
+        """Which of some of its failures the ledger has first; None of none."""
+        place = {failure: number for number, failure in enumerate(self.failures)}
+        return min(failures, key=place.__getitem__, default=None)
 
     def forget_failures(self) -> None:
         """Let go of the exceptions of a saga that has come to rest; what may still follow on its events is known without them."""
@@ -371,11 +377,11 @@ class SagaState:
     def _fallback_failed(self, record: StageRecord, event: FallbackFailed) -> None:
         record.fallback_failed = True
         record.note_left(within=event.left_within)
-        self.failures.append(event.failure)
+        self._note(event.failure)
 
     def _stage_probed(self, record: StageRecord, event: StageProbed) -> None:
         if event.failure is not None:
-            self.failures.append(event.failure)
+            self._note(event.failure)
             if event.failure.kind is FailureKind.COMPENSATION:
                 record.undo_failure = event.failure
         if event.will_retry:
