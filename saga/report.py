@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
@@ -406,6 +407,24 @@ class SagaReport(BaseModel):
     def clean(self) -> bool:
         """Whether nothing is stuck, blocked or in doubt, and every saga within can be read."""
         return not (self.stuck or self.blocked or self.in_doubt or self.unread)
+
+    def failures_of(self, stage: str) -> Sequence[Failure]:
+        """Those of its failures that are told under this name, oldest first; a stage of a nested saga is named by its path."""
+        return self._failures_by_stage.get(stage, ())
+
+    @cached_property
+    def _failures_by_stage(self) -> Mapping[str | None, Sequence[Failure]]:
+        # Whoever puts a report into words asks for each stage, and everything may have failed at once.
+        found: dict[str | None, list[Failure]] = {}
+        for failure in self.failures:
+            found.setdefault(failure.stage, []).append(failure)
+        return found
+
+    def __copy__(self) -> Self:
+        """Its copy is a report of its own: `model_copy(update=...)` may give it other failures."""
+        copied = super().__copy__()
+        copied.__dict__.pop("_failures_by_stage", None)
+        return copied
 
     def raise_for_status(self) -> None:
         """Raise unless the saga came to its end going forward.

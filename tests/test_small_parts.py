@@ -47,6 +47,7 @@ from saga.render.lettering import cells
 from saga.text import printable
 from saga.watch import bounded
 from tests.controlled import elapse, run
+from tests.growth import growth
 from tests.stories import Story
 from tests.test_hard_cases import deaf
 from tests.world import SEQUENCE, CardDeclined, Script, Scripted, World, hooked, nothing, scene
@@ -397,6 +398,41 @@ def test_the_summary_of_a_stuck_saga_names_what_is_stuck_and_what_is_held_back_w
     lines = told(FailFast(compensation=Compensation(retry=Retry(attempts=1))), b=Script(undo_fails=9), c=Script("raise"))
 
     assert lines[-5:-3] == ["Still in effect, its undoing failed: b.", "Still in effect, held back: a."]
+
+
+@pytest.mark.parametrize("words", [str, SagaReport.to_html])
+def test_the_words_of_a_report_grow_with_its_stages_also_where_all_of_them_are_stuck(words: Callable[[SagaReport], str]) -> None:
+    """To print the report of a thousand took five seconds, and that of two thousand twenty."""
+
+    async def refuse(_: CompensationContext) -> None:
+        raise OSError("the bank is closed")
+
+    async def decline(_: Any) -> StageOutput:
+        return StageOutput.fail("declined")
+
+    def told_of(many: int) -> Callable[[], str]:
+        pipeline = Pipeline(name="p")
+        for number in range(many):
+            pipeline = pipeline.with_stage(f"book{number}", compensable(nothing, refuse))
+        pipeline = pipeline.with_stage("pay", decline, "work", dependencies=tuple(pipeline.stages))
+        report = run(SagaCoordinator(FailFast(compensation=Compensation(retry=Retry(attempts=1)))).run(pipeline))
+        assert len(report.stuck) == many
+        return lambda: words(report)
+
+    assert growth(told_of, 50) < 2.5
+
+
+def test_a_copy_of_a_report_with_other_failures_tells_of_these() -> None:
+    _, pipeline = scene(SEQUENCE, {"b": Script("raise")})
+    report = run(SagaCoordinator().run(pipeline))
+    (failure,) = report.failures_of("b")
+    other = failure.model_copy(update={"of_probe": True, "message": "no line"})
+
+    copied = report.model_copy(update={"failures": (*report.failures, other)})
+
+    assert copied.failures_of("b") == [failure, other]
+    assert report.failures_of("b") == [failure]
+    assert report.failures_of("a") == ()
 
 
 def test_the_summary_of_a_cancelled_saga_says_what_to_do_about_what_is_in_doubt() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from importlib import resources
 from string import Template
@@ -22,7 +22,7 @@ from saga.render.drawing import Drawing, drawing
 from saga.render.graph import graph_section, graph_svg
 from saga.render.lettering import cells, escaped, one_line, shortened, wrapped
 from saga.render.svg import tag
-from saga.render.text import SIGNS, duration, explanation, seconds, what_to_do, words_of
+from saga.render.text import SIGNS, duration, explanation, is_path, seconds, what_to_do, words_of
 from saga.render.timeline import timeline_section
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ def _header(report: SagaReport, its: Drawing) -> str:
 
 def _main(report: SagaReport, its: Drawing, anchors: dict[str, str]) -> str:
     links = {name: f"#{anchor}" for name, anchor in anchors.items()}
-    details = "\n".join(_details(name, stage, report, anchors) for name, stage in report.stages.items())
+    within = [(failure.stage, failure) for failure in report.failures if failure.stage is not None and is_path(failure.stage)]
+    details = "\n".join(_details(name, stage, report, anchors, within) for name, stage in report.stages.items())
     parts = (
         tag("h2", "Graph", id="graph"),
         scrolling("Graph, scrolls", graph_section(its, links)),
@@ -147,7 +148,7 @@ def _table(report: SagaReport, anchors: dict[str, str]) -> str:
     return table(report.stages, "".join(tag("th", words, scope="col", class_=kind) for words, kind in heads.items()), rows)
 
 
-def _details(name: str, stage: StageReport, report: SagaReport, anchors: dict[str, str]) -> str:
+def _details(name: str, stage: StageReport, report: SagaReport, anchors: dict[str, str], within: Sequence[tuple[str, Failure]]) -> str:
     heading = tag("h3", tag("span", isolated(name), class_="name"))
     summary = tag("summary", f"{sign(stage.state)} {heading} {tag('span', words_of(stage.state), class_='faint')}")
     needs = ", ".join(link_to(needed, anchors) for needed in stage.dependencies) or "nothing"
@@ -167,9 +168,9 @@ def _details(name: str, stage: StageReport, report: SagaReport, anchors: dict[st
         parts += _values("Output that came late", stage.late_output.data)
     for child in stage.children:
         parts += [tag("h4", "Saga within"), tag("pre", isolated(_cut(str(child))))]
-    for failure in report.failures:
-        if failure.stage is not None and (failure.stage == name or is_within(failure.stage, name)):
-            parts += _failure(failure)
+    its = [*report.failures_of(name), *(failure for path, failure in within if is_within(path, name))]
+    for failure in sorted(its, key=lambda failure: failure.at):
+        parts += _failure(failure)
     return tag("details", summary + tag("div", "\n".join(parts), class_="inside", id=anchors[name], tabindex="-1"))
 
 

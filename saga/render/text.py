@@ -173,19 +173,19 @@ def _held(name: str, report: SagaReport) -> list[Failure]:
     said = stage.settled
     # A retry tells nothing of it.
     since = said.at if said is not None and said.verdict is not Verdict.RETRY else report.started_at
-    return [failure for failure in report.failures if (failure.stage, failure.kind) == (name, FailureKind.LATE) and failure.at >= since]
+    return [failure for failure in report.failures_of(name) if failure.kind is FailureKind.LATE and failure.at >= since]
 
 
 def _of_probe(name: str, report: SagaReport) -> list[Failure]:
     """The failures of a stage's probe, of this execution."""
-    ours, tries = (failure for failure in report.failures if failure.stage == name and failure.of_probe), report.stages[name].tries
-    return [failure for failure in ours if not tries or failure.at >= tries[0].started_at]
+    tries = report.stages[name].tries
+    return [failure for failure in report.failures_of(name) if failure.of_probe and (not tries or failure.at >= tries[0].started_at)]
 
 
 def _of_fallback(name: str, report: SagaReport) -> list[Failure]:
     """The failures of a stage's fallback: those of the way forward after its last attempt's, but for a probe's that was cut off."""
-    ours, last = (failure for failure in report.failures if failure.stage == name), report.stages[name].failure
-    since = dropwhile(lambda failure: failure != last, ours)
+    last = report.stages[name].failure
+    since = dropwhile(lambda failure: failure != last, report.failures_of(name))
     # A saga that the stage ran has failures of its own, of no attempt, that are told under its stage's name.
     return [failure for failure in since if failure.attempt and failure.kind not in _NO_FALLBACKS and failure != last]
 
@@ -211,10 +211,12 @@ def recover_command(reach: Reach) -> str:
 def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
     """The exact next commands, for the innermost stages: what runs them finds out by itself."""
     open_ones = [*report.stuck, *report.in_doubt]
-    innermost = [name for name in open_ones if not any(is_within(other, name) for other in open_ones)]
+    within = list(filter(is_path, open_ones))
+    innermost = dict.fromkeys(name for name in open_ones if not any(is_within(other, name) for other in within))
+    blocked = list(filter(is_path, report.blocked))
     saga_id, path = _outer(report)
     resume = _resume(report, reach)
-    unclear = {name: _left_within(name, report, reach) for name in innermost if not goes_on(name, report)}
+    unclear = {name: _left_within(name, report, reach, blocked) for name in innermost if not goes_on(name, report)}
     to_say = [name for name, left in unclear.items() if not left]
     if not to_say and len(unclear) < len(innermost):
         return [
@@ -223,7 +225,7 @@ def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
     if not to_say:
         commands = dict.fromkeys(command for left in unclear.values() for command in left) or _unfinished(report, reach)
         return [f"To do: it was not undone to the end; go on with: {command}" for command in commands]
-    alive = [name for name in to_say if Verdict.KEPT not in _verdicts(name, report)]
+    alive = {name for name in to_say if Verdict.KEPT not in _verdicts(name, report)}
     first = [f"To do: a saga within has not come to rest: {_going_on(reach._replace(pipeline=''))}"] if alive else []
     to_say = [name for name in to_say if name not in alive]
     if not to_say:
@@ -232,7 +234,7 @@ def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
     waits = report.status in {SagaStatus.STUCK, SagaStatus.HALTED}
     # Where a stage around waits for a word of its own, that is told next: the saga can't go on before.
     then_goes_on = waits and not alive and all(name in innermost or not _waits_for_a_word(name, report) for name in open_ones)
-    told = {name: _word(name, report) for name in to_say}
+    told = {name: _word(name, blocked) for name in to_say}
     may_retry = [name for name, word in told.items() if word == "retry" or (waits and Verdict.RETRY in _verdicts(name, report))]
     words, then = _words(to_say, may_retry), "; then go on" if then_goes_on else ""
     return [
@@ -278,16 +280,16 @@ def _unfinished(report: SagaReport, reach: Reach) -> Iterator[str]:
             yield from _unfinished(child, reach)
 
 
-def _word(name: str, report: SagaReport) -> str:
+def _word(name: str, blocked: Sequence[str]) -> str:
     """What to say of a stage: that nothing of it stands is refused while something within it is still to be undone."""
-    return "retry" if any(is_within(inner, name) for inner in report.blocked) else "undone"
+    return "retry" if any(is_within(inner, name) for inner in blocked) else "undone"
 
 
-def _left_within(name: str, report: SagaReport, reach: Reach) -> list[str]:
+def _left_within(name: str, report: SagaReport, reach: Reach, blocked: Sequence[str]) -> list[str]:
     """The commands that undo what is held back within a stage, where the saga that goes backward can't try the stage that runs it."""
     way = _way(name, report)
     saga, innermost = way[-1]
-    if not (any(is_within(inner, name) for inner in report.blocked) or _is_to_be_tried(innermost, saga)):
+    if not (any(is_within(inner, name) for inner in blocked) or _is_to_be_tried(innermost, saga)):
         return []
     while way and not _was_passed(way):
         way.pop()
@@ -351,7 +353,7 @@ def _is_to_be_tried(name: str, saga: SagaReport) -> bool:
     if stage.verdicts and Verdict.RETRY not in stage.verdicts:
         # The saga has turned back since, where nothing can try it.
         return False
-    return all(failure.at <= said.at for failure in saga.failures if failure.stage == name)
+    return all(failure.at <= said.at for failure in saga.failures_of(name))
 
 
 def _word_on(stage: StageReport) -> Settlement | None:
@@ -365,11 +367,16 @@ def _word_on(stage: StageReport) -> Settlement | None:
 
 def _way(path: str, report: SagaReport) -> list[tuple[SagaReport, str]]:
     """The sagas and stages through which one of the report's paths leads, the outermost first."""
-    for name, stage in report.stages.items():
-        for begin, child in stage.children_by_path.items():
+    for name, stage in report.stages.items() if is_path(path) else ():
+        for begin, child in stage.children_by_path.items() if path.startswith(name) else ():
             if path.startswith(f"{begin}/"):
                 return [(report, name), *_way(path.removeprefix(f"{begin}/"), child)]
     return [(report, path)]
+
+
+def is_path(name: str) -> bool:
+    """Whether it may lead to a stage within another one."""
+    return "/" in name
 
 
 def _outer(report: SagaReport) -> tuple[str, str]:
