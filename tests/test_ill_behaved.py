@@ -33,6 +33,7 @@ from saga import (
 )
 from saga.events import SagaStarted, SagaTurnedBack, StageProbed, StageStarted
 from tests.controlled import ControlledLoop, elapse, run
+from tests.growth import growth
 from tests.slow import SlowDisk, SlowLedger
 from tests.world import Script, nothing, scene
 
@@ -434,6 +435,22 @@ def test_an_effect_is_recorded_as_it_was_when_it_was_noted_however_late_that_is_
 
     assert report.status is SagaStatus.COMPENSATED
     assert undone == [{"seat": "1A"}, {"seat": "1B"}, {"seat": "1C"}]
+
+
+def test_to_record_many_effects_at_once_takes_no_longer_for_each_the_more_there_are() -> None:
+    """Eight thousand took ten seconds: for each one all of those that had not begun were looked through."""
+
+    def recording(many: int) -> Callable[[], None]:
+        async def book(ctx: SagaContext) -> None:
+            await asyncio.gather(*[ctx.record(seat) for seat in range(many)])
+
+        def play() -> None:
+            report = run(SagaCoordinator().run(staged(("a", compensable(book, nothing)))))
+            assert len(report.stages["a"].effects) == many
+
+        return play
+
+    assert growth(recording, 200) < 2.5
 
 
 @pytest.mark.parametrize("then", ["returns", "raises"])
