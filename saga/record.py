@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum, auto
 from typing import Any, Final, NamedTuple
@@ -108,7 +108,7 @@ class StageRecord:
     doubt: bool = False
     answer: bool | None = None
     unanswered: bool = False
-    effects: tuple[Any, ...] = ()
+    effects: list[Any] = field(default_factory=list)
     failure: Failure | None = None
     failed: bool = False
     gave_up: bool = False
