@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -400,7 +401,8 @@ class MemoryLedger(Ledger):
         self._keep = keep
         self._sagas: dict[str, _Kept] = {}
         self._children: dict[str | None, dict[str, None]] = {}
-        self._done: dict[str, None] = {}
+        # A dict looks for its first key behind all those that were taken out, and the oldest is taken out for each saga that ends.
+        self._done: OrderedDict[str, None] = OrderedDict()
 
     async def create(self, saga_id: str, owner: str, events: Sequence[AnyEvent], *, under: int | None = None) -> int:
         """Record a new saga."""
