@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from html.parser import HTMLParser
@@ -33,11 +33,13 @@ from saga.events import (
     StageStarted,
 )
 from saga.render.colours import DARK, LIGHT, Scheme
-from saga.render.drawing import drawing
+from saga.render.drawing import Box, Drawing, drawing
+from saga.render.graph import graph_svg
 from saga.render.layout import Layout, layout
 from saga.render.lettering import cells, shortened, wrapped
 from saga.render.text import SIGNS, duration
 from tests.controlled import run
+from tests.growth import growth
 from tests.stories import (
     BEGIN,
     HOSTILE,
@@ -296,6 +298,19 @@ def test_hundreds_of_arrows_at_one_stage_share_one_track() -> None:
 
     onto_the_track = re.findall(r"Q([\d.]+),", path)
     assert len(set(onto_the_track)) == 2
+
+
+@pytest.mark.parametrize("all_need_the_first", [False, True])
+def test_a_long_graph_is_drawn_in_proportion_to_its_length(all_need_the_first: bool) -> None:
+    """All stages were gone through for each layer, and an arrow's whole way though others had shared it: 2,000 took nine seconds."""
+
+    def drawn(many: int) -> Callable[[], str]:
+        boxes = tuple(Box(f"s{place}", StageState.KEPT) for place in range(many))
+        runs = [(f"s{place - 1}", f"s{place}") for place in range(1, many)]
+        runs += [("s0", f"s{place}") for place in range(2, many) if all_need_the_first]
+        return lambda: graph_svg(Drawing("t", StageState.KEPT, "completed", "", boxes, tuple(runs), ()))
+
+    assert growth(drawn, 200) < 2.2
 
 
 def test_names_are_shortened_in_the_middle_so_that_both_ends_tell_them_apart() -> None:

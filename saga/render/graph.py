@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 from saga.render.drawing import Box, Drawing
@@ -127,30 +127,37 @@ class _Plan:
 
     def _lay(self) -> None:
         """Say where each layer begins and ends, and where between them the tracks run."""
-        far = {hop for run in self._runs for hop in self._hops(*run) if hop.is_far}
+        far = {hop for hop in self._hops(self._runs) if hop.is_far}
         met = Counter(end for hop in far for end in ((hop.layer, hop.source), (hop.layer, hop.target)))
-        between: list[list[tuple[str, int]]] = [[] for _ in self._tracks]
+        between: list[dict[tuple[str, int], None]] = [{} for _ in self._tracks]
         for hop in sorted(far):
             # What meets at one end shares a track.
             hub = hop.source if met[hop.layer, hop.source] >= met[hop.layer, hop.target] else hop.target
             self._hubs[hop] = hub
-            if hub not in between[hop.layer]:
-                between[hop.layer].append(hub)
+            between[hop.layer][hub] = None
+        names: list[list[str]] = [[] for _ in self._tracks]
+        for name, its in self._layout.layer.items():
+            names[its].append(name)
         along = 0.0
-        for layer, hubs in enumerate(between):
-            inside = [name for name, its in self._layout.layer.items() if its == layer]
+        for layer, (hubs, inside) in enumerate(zip(between, names, strict=True)):
             self._begin.append(along)
             self._end.append(along + (_HEIGHT if self._downward else max(self._wide[name] for name in inside)))
             first = self._end[-1] + max(_GAP / 2, *(self._socket(name) + _HEAD + _BEND for name in inside))
             self._tracks[layer] = {hub: first + _TRACK * index for index, hub in enumerate(hubs)}
             along = first + _TRACK * len(hubs) + _GAP / 2
 
-    def _hops(self, dependency: str, name: str) -> list[_Hop]:
-        """The stretches of one arrow."""
-        first, last = self._layout.layer[dependency], self._layout.layer[name]
-        stops = [self._layout.place[dependency], *self._layout.lanes[dependency][: last - first - 1], self._layout.place[name]]
-        knots = [*((dependency, step) for step in range(last - first)), (name, 0)]
-        return [_Hop(first + step, knots[step], knots[step + 1], stops[step], stops[step + 1]) for step in range(last - first)]
+    def _hops(self, arrows: Iterable[tuple[str, str]]) -> Iterator[_Hop]:
+        """The stretches of arrows; what several have of one stage's lanes comes once."""
+        come: dict[str, int] = {}
+        for dependency, name in arrows:
+            first, place, lanes = self._layout.layer[dependency], self._layout.place[dependency], self._layout.lanes[dependency]
+            steps = self._layout.layer[name] - first - 1
+            for step in range(come.get(dependency, 0), steps):
+                start = lanes[step - 1] if step else place
+                yield _Hop(first + step, (dependency, step), (dependency, step + 1), start, lanes[step])
+            come[dependency] = max(come.get(dependency, 0), steps)
+            start = lanes[steps - 1] if steps else place
+            yield _Hop(first + steps, (dependency, steps), (name, 0), start, self._layout.place[name])
 
     def parts(self, links: Mapping[str, str] | None) -> list[str]:
         """The arrows, and the boxes on top of them."""
@@ -209,7 +216,7 @@ class _Plan:
             before: How far behind a box they begin.
             behind: How far before a box they end.
         """
-        hops = dict.fromkeys(hop for arrow in arrows for hop in self._hops(*arrow))
+        hops = dict.fromkeys(self._hops(arrows))
         furthest: dict[tuple[int, tuple[str, int], bool], _Hop] = {}
         for hop in hops:
             if hop.is_far:

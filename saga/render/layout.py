@@ -123,8 +123,8 @@ class _Joined:
                 self._join(first, second)
         for name in names:
             for needed in dependencies[name]:
-                source = number[needed]
-                self._join([source, *self.lanes[source]][layer[name] - layer[needed] - 1], number[name])
+                source, steps = number[needed], layer[name] - layer[needed] - 1
+                self._join(self.lanes[source][steps - 1] if steps else source, number[name])
 
     def _join(self, first: int, second: int) -> None:
         self._after[first].append(second)
