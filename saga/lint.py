@@ -221,8 +221,8 @@ def explain(pipeline: Pipeline, policy: Policy | None = None) -> Explanation:
 
     It plays the failure to the code that also recovers real sagas, on these assumptions: the stage raises in its last attempt, its
     effect has not landed, and it has recorded none; all that doesn't depend on it has completed by then; nothing else fails,
-    neither a fallback nor a compensation. Each stage is one play, so the time grows with the square of their number: some
-    seconds for a thousand.
+    neither a fallback nor a compensation. Each stage is one play, so the time grows with the square of their number: ten to
+    fifteen seconds for a thousand.
 
     Raises:
         PipelineInvalid: It can't be run as a saga at all.
