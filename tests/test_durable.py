@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from enum import Enum
 from pathlib import Path
@@ -617,39 +616,6 @@ def test_a_ledger_in_memory_forgets_what_nobody_needs_the_oldest_first(keep: int
         run(coordinator.run(pipeline, saga_id=f"s{number}"))
 
     assert [entry.saga_id for entry in run(ledger.list())] == [f"s{number}" for number in range(6)][6 - keep :]
-
-
-def test_a_ledger_in_memory_takes_no_longer_to_forget_one_saga_the_more_it_has_forgotten() -> None:
-    """One that keeps a hundred thousand took as long to look for the oldest as a whole saga takes."""
-    _, pipeline = scene({"a": ()})
-    many = 30_000
-    ledger = MemoryLedger(keep=many)
-    origin = MemoryLedger()
-    run(SagaCoordinator(ledger=origin).run(pipeline, saga_id="s"))
-    started, *_, ended = run(origin.read("s"))
-    assert isinstance(started, SagaStarted)
-
-    async def seconds_for(first: int, number: int) -> float:
-        """Of the time of this thread, for so many sagas."""
-        before = time.thread_time()
-        for place in range(first, first + number):
-            saga_id = f"s{place}"
-            token = await ledger.create(saga_id, "o", [replace(started, saga_id=saga_id)])
-            await ledger.append(saga_id, [ended], expected_version=1, token=token, release=True)
-        return time.thread_time() - before
-
-    async def main() -> tuple[float, float]:
-        await seconds_for(0, many)
-        # The shortest of several: others use the machine, too.
-        early = min([await seconds_for(many + 100 * turn, 100) for turn in range(10)])
-        await seconds_for(many + 1_000, many - 2_000)
-        late = min([await seconds_for(2 * many - 1_000 + 100 * turn, 100) for turn in range(10)])
-        return early, late
-
-    early, late = asyncio.run(main())
-
-    assert len(run(ledger.list())) == many
-    assert late < 1.6 * early
 
 
 def test_where_no_saga_lost_its_process_there_is_nothing_to_recover() -> None:
