@@ -160,6 +160,16 @@ class LiveSaga(UndoHost):
             leave_loop(error)
             self.interrupt(f"the process got a {type(error).__name__}")
 
+    def heed_early_cancel(self, task: asyncio.Task[Any]) -> None:
+        """Stop if a task of ours was cancelled before it began, or while a ledger wrote that outlasts it: that has struck nothing."""
+        if task.cancelling():
+            self.stop_for_cancel()
+
+    def stop_for_cancel(self) -> None:
+        """Stop because a cancel has struck a task of ours."""
+        # Somebody cancels every task of the process; none of ours may die of it, or the saga would wait for it for ever.
+        self.interrupt("a task of the saga was cancelled from outside")
+
     def comes_late(self, event: Latecomer) -> None:
         """Hand over what something given up has come to after all."""
         record = self.journal.state.stages[event.stage]

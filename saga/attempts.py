@@ -1,0 +1,384 @@
+"""One stage's way through the forward run: its attempts, what they came to, and what stands in for it when they fail."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import warnings
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from stageflow.api import StageCancellationRequested, StageOutput, StageStatus
+
+from saga.alive import Attempt
+from saga.asking import ask
+from saga.compensable import SagaContext
+from saga.errors import MisuseError, NotStorable
+from saga.events import FallbackFailed, FallbackUsed, StageCompleted, StageFailed, StageSkipped, StageStarted
+from saga.failures import Failure, FailureKind
+from saga.graph import Role
+from saga.ledger import StageState
+from saga.outcomes import Outcome
+from saga.outputs import copied, copied_output
+from saga.quick import members
+from saga.report import NestedSagaFailed
+from saga.storable import refuse_unstorable
+from saga.text import brief, printable, reason_in
+from saga.watch import Employer, Watched, bounded, closes, instead_of_cancel, is_of_signal
+
+if TYPE_CHECKING:
+    from stageflow.stages.inputs import StageInputs
+
+    from saga.alive import LiveSaga
+    from saga.policies import ContinueWithFallback
+
+_LOG: Final = logging.getLogger("saga")
+_S: Final = members(StageState)
+_STATUS: Final = members(StageStatus)
+_SAID_NOTHING: Final = frozenset({FailureKind.EXCEPTION, FailureKind.REPORTED, FailureKind.CONTRACT})
+"""Of an attempt that failed so it is taken that it had no effect, and nobody has asked."""
+
+
+class WholeRun(Employer, Protocol):
+    """What a stage on its way needs of the run that it is a part of.
+
+    Attributes:
+        stopped: Set when no stage starts any more, and no further attempt of one.
+        interrupted: Set when what still runs is cancelled.
+        passed: What interceptors have let pass of stages' outputs, where a stage may have to be given that anew.
+    """
+
+    stopped: asyncio.Event
+    interrupted: asyncio.Event
+    passed: dict[str, StageOutput]
+
+    def refuse_unkept(self, name: str) -> None:
+        """Stop if the ledger could not keep what a stage gave."""
+        ...
+
+
+class StageRun(Watched):
+    """One stage on its way through the forward run.
+
+    Attributes:
+        name: Its name.
+        node: What the graph says of it.
+        record: What the events say of it.
+        inputs: What it is given.
+    """
+
+    __slots__ = ("_host", "_is_cut_off", "_plan", "_saga", "inputs", "name", "node", "record")
+    employer: WholeRun
+
+    def __init__(self, saga: LiveSaga, name: str, inputs: StageInputs, employer: WholeRun) -> None:
+        super().__init__(employer)
+        state = saga.journal.state
+        self.name = name
+        self.node = state.graph[name]
+        self.record = state.stages[name]
+        self.inputs = inputs
+        self._saga = saga
+        self._plan = saga.blueprint.stages[name]
+        self._host: Attempt
+        # Its fallback died with an earlier process, and sagas that it had run stand.
+        self._is_cut_off = False
+
+    @property
+    def may_be_given_anew(self) -> bool:
+        """Whether its code may be called more than once, with what those before gave."""
+        return self.node.has_fallback or (self._plan.retry or self._saga.policy.retry).attempts > 1
+
+    async def left_open(self) -> Outcome | None:
+        """What an earlier process left to be decided; None if the stage is to run."""
+        record, node = self.record, self.node
+        if record.state in {_S.FAILED, _S.IN_DOUBT} and not record.again:
+            # It died before what follows from this failure was recorded.
+            if record.awaits_fallback and await self._saga.left_within(self.name):
+                self._is_cut_off = True
+            return Outcome(failure=record.failure)
+        if not record.doubt:
+            return None
+        failure = record.failure
+        assert failure is not None  # it is in doubt because an attempt failed
+        may_repeat = node.idempotent or record.may_repeat
+        if node.idempotent and await self._saga.has_child_under_way(self.name):
+            # Run again, it goes on with that one; a probe could only say that nobody knows.
+            return None
+        if node.can_probe:
+            landed = await ask(self._saga, self.name, stop=self.employer.interrupted)
+            if landed is not None:
+                return Outcome(output=landed)
+            may_repeat = may_repeat or record.answer is False
+        elif not may_repeat:
+            retry = self._plan.retry or self._saga.policy.retry
+            tries = record.attempts - record.attempts_before
+            # Where it waited for its next attempt, that it gets one is in the ledger; what it failed with can't be asked once more.
+            was_waiting = record.state is _S.RUNNING and failure.kind is not FailureKind.CRASHED
+            may_repeat = was_waiting or retry.wait_before_next(failure, attempt=tries, elapsed=0.0) is not None
+        if may_repeat:
+            return None
+        if record.state is _S.RUNNING:
+            await self._saga.journal.record(StageFailed(stage=self.name, failure=failure, in_doubt=True))
+        return Outcome(failure=failure)
+
+    async def attempts(self) -> Outcome:
+        """Attempt the stage as often as its retry allows; the outcome is in the ledger when this returns."""
+        saga, node, name, record = self._saga, self.node, self.name, self.record
+        retry = self._plan.retry or saga.policy.retry
+        seconds = self._plan.timeout or saga.policy.timeout
+        began, goes_on = saga.loop.time(), True
+        tries = record.attempts - record.attempts_before
+        while goes_on:
+            tries += 1
+            attempt = 1 if record.is_due_anew else record.attempts + 1
+            await saga.journal.record(StageStarted(stage=name, attempt=attempt, execution=record.next_execution))
+            saga.heed_early_cancel(self.task)
+            if self.employer.stopped.is_set():
+                failure = Failure.of(name, FailureKind.INTERRUPTED, "the saga stopped before it ran")
+                await saga.journal.record(StageFailed(stage=name, failure=failure))
+                return Outcome(failure=failure)
+            outcome = await self._attempt(seconds)
+            if self.given_up:
+                return outcome
+            outcome = await self._wound_up(outcome)
+            if record.state is _S.KEPT:
+                return outcome
+            if outcome.failure is None:
+                await saga.journal.record(self._end_of(outcome))
+                self.employer.refuse_unkept(name)
+                return outcome
+            failure, error = outcome.failure, outcome.failure.exception
+            left_within = await saga.left_within(name)
+            # A plain stage has declared no effect, so there is nothing to be in doubt about.
+            in_doubt = failure.kind in {FailureKind.TIMEOUT, FailureKind.INTERRUPTED} and node.role is not Role.PLAIN
+            asked = outcome.output is not None and outcome.output.status is _STATUS.RETRY
+            wait = retry.wait_before_next(failure, attempt=tries, elapsed=saga.loop.time() - began, asked=asked)
+            if self.employer.stopped.is_set():
+                wait = None
+            output = None if outcome.output is None else copied_output(outcome.output)
+            await saga.journal.record(
+                StageFailed(
+                    stage=name,
+                    failure=failure,
+                    in_doubt=in_doubt,
+                    will_retry=wait is not None,
+                    past_pivot=node.is_point_of_no_return and isinstance(error, NestedSagaFailed) and error.past_pivot,
+                    left_within=left_within,
+                    output=output,
+                )
+            )
+            if wait is None:
+                return outcome
+            if record.doubt and node.can_probe:
+                landed = await ask(saga, name, stop=self.employer.interrupted)
+                if landed is not None:
+                    return Outcome(output=landed)
+                if record.unanswered and not node.idempotent:
+                    wait = None
+            self._give_anew()
+            goes_on = wait is not None and await self._pause(wait)
+        # Called off: the failure that was to be mended stands.
+        await saga.journal.record(StageFailed(stage=name, failure=failure, in_doubt=record.doubt, output=output))
+        return outcome
+
+    def _give_anew(self) -> None:
+        """Give a stage what those before gave, as it was given: an attempt may have changed it, and no crash would show that."""
+        recorded = {name: self._saga.journal.state.stages[name].output or given for name, given in self.inputs.prior_outputs.items()}
+        outputs = {name: copied_output(self.employer.passed.get(name, output)) for name, output in recorded.items()}
+        self.inputs = replace(self.inputs, prior_outputs=outputs)
+
+    async def _pause(self, seconds: float) -> bool:
+        """Wait for the next attempt; whether there is to be one."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.employer.stopped.wait()
+        except TimeoutError:
+            return True
+        except asyncio.CancelledError:
+            self._saga.stop_for_cancel()
+        return False
+
+    # -- one attempt ---------------------------------------------------------------------------------------------
+
+    async def _attempt(self, seconds: float | None) -> Outcome:
+        context = self._context()
+        self.begin(seconds, None if self._plan.patient else self._saga.policy.cancel_grace)
+        try:
+            returned = await self._saga.actions.execute(context)
+        except BaseException as error:
+            if closes(error, self.task):
+                raise
+            # A stage's failure is data, also when it calls sys.exit().
+            self.end()
+            return await self._raised(error, seconds)
+        self.end()
+        # A cancel that it did not heed was the stage's, and strikes nothing that comes after it.
+        await self.absorb()
+        return Outcome.of(self.name, self.record.attempts, returned)
+
+    def _context(self, *, is_fallback: bool = False) -> SagaContext:
+        saga = self._saga
+        root = saga.root
+        self._host = Attempt(saga, self.name, self.record.attempts, is_fallback=is_fallback)
+        return SagaContext(
+            snapshot=root.snapshot,
+            inputs=self.inputs,
+            stage_name=self.name,
+            timer=root.timer,
+            event_sink=root.event_sink,
+            _cancellation_probe=saga.is_cancelled,
+            _cancellation_reason_provider=saga.why_cancelled,
+            saga_id=saga.id,
+            attempt=self.record.attempts,
+            idempotency_key=saga.forward_key(self.name),
+            _host=self._host,
+        )
+
+    async def _raised(self, error: BaseException, seconds: float | None) -> Outcome:
+        name, attempt = self.name, self.record.attempts
+        self._saga.heed_signal(error)
+        was_cancelled = await self.absorb()
+        if self.reason is FailureKind.TIMEOUT:
+            why = f"no answer within {seconds:g} s"
+            return Outcome(failure=Failure.of(name, FailureKind.TIMEOUT, why, attempt=attempt, instead=instead_of_cancel(error)))
+        if self.reason is FailureKind.INTERRUPTED or (was_cancelled and isinstance(error, asyncio.CancelledError)):
+            why = "it was cancelled because the saga stopped" if self.employer.stopped.is_set() else "its task was cancelled from outside"
+            return Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt, instead=instead_of_cancel(error)))
+        if isinstance(error, StageCancellationRequested):
+            return Outcome.of(name, attempt, StageOutput.cancel(error.reason))
+        if is_of_signal(error):
+            why = f"a {type(error).__name__} struck while it ran"
+            return Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt))
+        return Outcome(failure=Failure.raised(name, error, attempt=attempt))
+
+    async def _wound_up(self, outcome: Outcome) -> Outcome:
+        """The outcome of an attempt of which nothing runs any more, seen against all that is known."""
+        is_well = outcome.failure is None and outcome.output is not None and outcome.output.status is _STATUS.OK
+        if not is_well:
+            await self._host.wind_up()
+        for recording in self._saga.forgotten(self.name):
+            outcome = await self._catch_up(recording, outcome)
+        return outcome if is_well else await self._checked(outcome)
+
+    async def _catch_up(self, recording: Coroutine[Any, Any, None], outcome: Outcome) -> Outcome:
+        """Record what the stage has recorded without `await`; the attempt's outcome with that."""
+        try:
+            await recording
+            warnings.warn(f"stage {self.name!r} called ctx.record(...) without await", RuntimeWarning, stacklevel=2)
+        except (MisuseError, NotStorable, RuntimeWarning) as error:
+            return Outcome(failure=outcome.failure or Failure.raised(self.name, error, attempt=self.record.attempts))
+        return outcome
+
+    async def _checked(self, outcome: Outcome) -> Outcome:
+        """The outcome of a stage that says that it has had no effect, seen against what its attempts before have come to."""
+        record, output = self.record, outcome.output
+        if output is None or output.status not in {_STATUS.SKIP, _STATUS.CANCEL}:
+            return outcome
+        if self.node.can_probe and any(earlier.failed in _SAID_NOTHING for earlier in record.tries):
+            # They are taken at their word where nothing else is known; where it can be asked, it is asked before the word counts.
+            landed = await ask(self._saga, self.name, stop=self.employer.interrupted)
+            if landed is not None:
+                return Outcome(output=landed, failure=outcome.failure)
+        if output.status is not _STATUS.SKIP:
+            return outcome
+        left_within = await self._saga.left_within(self.name)
+        if record.effects or record.doubt or left_within:
+            # Its dependents would run on, and what stands of it could then not be undone before them.
+            if left_within:
+                had = "left nothing standing, got a SKIP and sagas that stand"
+            elif record.effects:
+                had = f"recorded no effect, got a SKIP after {len(record.effects)} recorded effects"
+            else:
+                had = "had no effect, got a SKIP after an attempt that may have had one"
+            message = f"expected a stage that skips itself to have {had}"
+            return Outcome(output, Failure.of(self.name, FailureKind.CONTRACT, message, attempt=record.attempts))
+        return outcome
+
+    def _end_of(self, outcome: Outcome) -> StageCompleted | StageSkipped:
+        output = outcome.output
+        assert output is not None  # without a failure there is one
+        copy = copied_output(output)
+        if output.status is _STATUS.SKIP:
+            return StageSkipped(stage=self.name, reason=brief(reason_in(output.data.get("reason"), "it said so")), output=copy)
+        self._plan.warn_of_misfit(output)
+        return StageCompleted(stage=self.name, output=copy)
+
+    # -- a stage that was given up -------------------------------------------------------------------------------
+
+    async def leave_running(self) -> Failure:
+        """Record that nobody waits any more for code that ignored its cancel: it is in doubt, and may still be running."""
+        assert self.reason is not None  # it was cancelled before it was given up
+        self._host.give_up()
+        message = f"it ignored its cancel for {self._saga.policy.cancel_grace:g} s and was given up; it may still be running"
+        failure = Failure.of(self.name, self.reason, message, attempt=self.record.attempts)
+        in_doubt = self.node.role is not Role.PLAIN
+        await self._saga.journal.record(StageFailed(stage=self.name, failure=failure, in_doubt=in_doubt))
+        return failure
+
+    async def came_late(self, outcome: Outcome) -> None:
+        """Hand over what code came to that nobody waited for any more."""
+        if outcome.failure is None and outcome.output is not None and outcome.output.status is _STATUS.OK:
+            self._saga.comes_late(StageCompleted(stage=self.name, output=copied_output(outcome.output), late=True))
+        elif self.record.answer is False:
+            # Where nothing has answered it is in doubt, and a person looks anyway.
+            message = (
+                "saga %s: %s, after it had been given up and its probe had answered that nothing had landed; look whether that is still so"
+            )
+            _LOG.warning(message, printable(self._saga.id), printable(str(outcome.failure or f"stage {self.name!r} has ended")))
+        await self._saga.keeper.amendments.late_is_recorded()
+
+    # -- what stands in for it -----------------------------------------------------------------------------------
+
+    async def stands_in(self, failure: Failure, policy: ContinueWithFallback) -> StageOutput | None:
+        """The output that stands in for a failed stage's, recorded; None if there is none."""
+        node = self.node
+        # A fallback that died when it had run sagas is called once more: these would stand beside an effect that is found to have landed.
+        if node.can_probe and not self.record.unanswered and not self._is_cut_off:
+            # With a landed effect there is nothing to stand in for; and nothing is left that could not be undone in order.
+            landed = await ask(self._saga, self.name, stop=self.employer.interrupted)
+            if landed is not None:
+                return landed
+            if self.employer.stopped.is_set():
+                # Nothing goes on with it any more, and where the probe was cut off nobody knows that it is needed.
+                return None
+        output: StageOutput | None = None
+        if node.has_fallback and (self.record.again or not self.record.fallback_failed):
+            output = await self._fallback(failure)
+        if output is not None:
+            ran = self._host.ran
+            left_within = await self._saga.left_within(self.name, besides=ran)
+            used = FallbackUsed(stage=self.name, output=copied_output(output), source="stage", ran=ran, left_within=left_within)
+            await self._saga.journal.record(used)
+        elif self.name in policy.fallbacks:
+            output = StageOutput.ok(copied(policy.fallbacks[self.name]))
+            # It may have had a fallback of its own, which died with its process when it had run sagas.
+            left_within = await self._saga.left_within(self.name)
+            await self._saga.journal.record(
+                FallbackUsed(stage=self.name, output=copied_output(output), source="policy", left_within=left_within)
+            )
+        return output
+
+    async def _fallback(self, failure: Failure) -> StageOutput | None:
+        seconds, attempt = self._plan.timeout or self._saga.policy.timeout, self.record.attempts
+        self._give_anew()
+        try:
+            call = self._saga.actions.fallback(self._context(is_fallback=True), failure)
+            returned = await bounded(call, seconds=seconds, grace=self._saga.policy.cancel_grace, stop=self.employer.interrupted)
+            outcome = Outcome.of(self.name, attempt, returned)
+            if outcome.failure is None and outcome.output is not None:
+                refuse_unstorable(self._saga.journal.ledger, FallbackUsed(stage=self.name, output=outcome.output, source="stage"))
+        except BaseException as error:
+            if closes(error, self.task):
+                raise
+            # A fallback's failure is data.
+            self._saga.heed_signal(error)
+            outcome = Outcome(failure=Failure.raised(self.name, error, attempt=attempt))
+        for recording in self._saga.forgotten(self.name):
+            outcome = await self._catch_up(recording, outcome)
+        if outcome.failure is not None:
+            await self._host.wind_up()
+            left_within = await self._saga.left_within(self.name)
+            await self._saga.journal.record(FallbackFailed(stage=self.name, failure=outcome.failure, left_within=left_within))
+            return None
+        return outcome.output
