@@ -5,26 +5,23 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from stageflow.events import NoOpEventSink
 
+from saga.children import Children
 from saga.compensable import CompensationContext, Host, Inputs, UndoHost
-from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, SagaNotFound
+from saga.errors import MisuseError
 from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
-from saga.family import run_in, run_within
 from saga.graph import Role
 from saga.inputs import no_such_field, with_dicts
-from saga.keys import child_id, execution_key
+from saga.keys import execution_key
 from saga.outputs import copied, copied_output
 from saga.storable import refuse_unstorable
 from saga.watch import is_of_signal, leave_loop, outlast, retrieved, start
-from saga.within import has_left, reports_of
 
 if TYPE_CHECKING:
     from stageflow.api import Pipeline, PipelineContext, StageContext
@@ -69,11 +66,7 @@ class LiveSaga(UndoHost):
         journal: Its ledger and its state.
         actions: How its stages' code is run.
         keeper: Whoever keeps it, and the sagas that its stages run.
-        children: The sagas that its stages run now; each with what is done when it has come to rest.
-        failed: The stages whose last attempt, or fallback, has failed, and whose sagas are being stopped.
-        has_children: Whether its stages have run any.
-        exceptions: What those that ended have failed with.
-        undone_within: By stage the sagas that its compensation has turned to, and what it has made of each.
+        children: The sagas that its stages run.
         stop: Stops its forward run; None when it has none.
         is_stopping: Whether its forward run starts nothing more.
         stopped_by: What has stopped that, in words; None if nothing has.
@@ -96,20 +89,11 @@ class LiveSaga(UndoHost):
         self.actions: Final = actions
         self._context = context
         self.keeper: Final = keeper
-        self.children: Final[dict[LiveSaga, asyncio.Future[None]]] = {}
-        self.failed: Final[set[str]] = set()
-        self.has_children = False
-        self.exceptions: dict[Failure, BaseException] = {}
-        self.undone_within: Final[dict[str, dict[str, SagaReport]]] = {}
+        self.children: Final = Children(journal)
         self.stop: Callable[[Failure], None] | None = None
         self.is_stopping = False
         self.stopped_by: str | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        # Nobody else runs any meanwhile: to list them for each question would take the longer, the more there are.
-        self._ran_before: dict[str, str] | None = {}
-        self._ran_here: dict[str, str] = {}
-        self._begun: defaultdict[tuple[str, int], int] = defaultdict(int)
-        self._being_undone: Final[dict[str, set[asyncio.Future[None]]]] = {}
         self._recordings: Final[dict[str, dict[object, Coroutine[Any, Any, None]]]] = {}
 
     def private_context(self, first: Callable[..., None], last: Callable[..., None]) -> PipelineContext:
@@ -185,29 +169,6 @@ class LiveSaga(UndoHost):
         """The idempotency key of a stage's execution."""
         return execution_key(self.id, stage, self.journal.state.stages[stage].execution)
 
-    def next_child(self, stage: str, attempt: int) -> str:
-        """The id of the next saga that an attempt of a stage runs."""
-        key = self.forward_key(stage)
-        self._begun[key, attempt] += 1
-        return child_id(key, attempt, self._begun[key, attempt])
-
-    def goes_on(self) -> None:
-        """It may have run others before, which the ledger knows."""
-        self.has_children, self._ran_before = True, None
-
-    def takes_in(self, child: LiveSaga, stage: str) -> None:
-        """A stage runs the child from here on."""
-        self.has_children = True
-        self.children[child] = self.loop.create_future()
-        self._ran_here[child.id] = stage
-
-    def parts_with(self, child: LiveSaga) -> None:
-        """The child has come to rest."""
-        # Not by its id: a stage may have gone on with it from where it had just been let go of.
-        self.children.pop(child).set_result(None)
-        if child.journal.token is None:
-            del self._ran_here[child.id]  # the ledger has never heard of it
-
     def compensation_context(self, stage: str, attempt: int) -> CompensationContext:
         """What a compensation or a probe of the stage gets to know."""
         state = self.journal.state
@@ -277,88 +238,24 @@ class LiveSaga(UndoHost):
         # In the ledger there is a text in the place of what it can't keep.
         refuse_unstorable(self.journal.ledger, event)
 
-    @contextmanager
-    def heeding(self, stage: str) -> Iterator[None]:
-        """Where the ledger fails a child of the stage, record nothing more of this saga, whatever the stage makes of that."""
-        try:
-            yield
-        except LedgerError as error:
-            # One that can't be read, or that somebody else holds, fails its stage, and tells nothing of this saga's own ledger.
-            if not (isinstance(error, LedgerCorrupt) or (isinstance(error, LedgerConflict) and error.is_held)):
-                self.journal.break_off(stage, error)
-            raise
-
     async def undo_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child saga."""
-        within = self.undone_within.setdefault(stage, {})
-        rests = asyncio.get_running_loop().create_future()
-        self._being_undone.setdefault(stage, set()).add(rests)
-        try:
-            await self._child_rests(saga_id)
-            with self.heeding(stage):
-                within[saga_id] = report = await self.keeper.undo_child(self, saga_id, pipeline)
-        finally:
-            self._being_undone[stage].discard(rests)
-            rests.set_result(None)
+        children = self.children
+        with children.being_undone(stage) as made_of:
+            await children.rests(saga_id)
+            with children.heeding(stage):
+                made_of[saga_id] = report = await self.keeper.undo_child(self, saga_id, pipeline)
         return report
-
-    async def children_undone(self, stage: str) -> None:
-        """Wait for the sagas that a stage's compensation has left on their way back: asyncio.gather raises what the first comes to."""
-        await outlast(tuple(self._being_undone.get(stage, ())))
 
     async def rest_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """See to it that a child saga whose process is gone comes to rest, unless this saga runs on and sees to it itself."""
-        await self._child_rests(saga_id)
-        with self.heeding(stage):
+        await self.children.rests(saga_id)
+        with self.children.heeding(stage):
             return await self.keeper.rest_child(self, saga_id, pipeline)
-
-    async def _child_rests(self, saga_id: str) -> None:
-        """Wait for a child that a stage which was given up has left on its way back."""
-        resting = [rests for child, rests in self.children.items() if child.id == saga_id]
-        if resting:
-            await asyncio.wait(resting)
 
     async def child_reports(self, stage: str) -> list[SagaReport]:
         """The children that this execution of the stage has run, oldest first; without its fallback's while what used that is kept."""
-        with self.heeding(stage):
-            return await reports_of(self.journal.ledger, await self._children_of(stage))
-
-    async def _children_of(self, stage: str, besides: Collection[str] = ()) -> list[str]:
-        record = self.journal.state.stages[stage]
-        stand_in = () if record.undoes_fallback else record.fallback_ran
-        if self._ran_before is None:
-            self._ran_before = dict(await run_in(self.journal.ledger, self.id))
-        # Of one that has just begun a durable ledger learns with its first stage.
-        unheard = {child.id for child in self.children if child.journal.token is None}
-        ran = {**self._ran_before, **self._ran_here}
-        known = [child for child, runner in ran.items() if runner == stage and child not in unheard]
-        children = await run_within(self.journal.ledger, self.id, known, self.forward_key(stage))
-        return [child for child in children if child not in stand_in and child not in besides]
-
-    async def has_child_under_way(self, stage: str) -> bool:
-        """Whether the last child that this execution of the stage has run has not come to its end."""
-        try:
-            reports = await self.child_reports(stage)
-        except LedgerCorrupt:
-            # The stage's own code will meet it, too, and fail with it.
-            return False
-        return bool(reports) and reports[-1].ended_at is None
-
-    async def left_within(self, stage: str, besides: Collection[str] = ()) -> bool | None:
-        """Whether the children that this execution of the stage has run have left something standing; None: nobody could undo it.
-
-        Args:
-            stage: The stage.
-            besides: Those that are not asked for.
-        """
-        if not self.has_children or self.journal.state.graph[stage].role is not Role.COMPENSABLE:
-            return None
-        try:
-            with self.heeding(stage):
-                return await has_left(self.journal.ledger, await self._children_of(stage, besides))
-        except (LedgerCorrupt, SagaNotFound):
-            # Nobody knows what stands of a child that can't be read, or is not there any more.
-            return True
+        return await self.children.reports(stage)
 
     def child_context(self, stage: str, pipeline: Pipeline, fields: dict[str, Any]) -> PipelineContext:
         """The input of a child saga: this saga's, with some fields replaced.
@@ -397,7 +294,7 @@ class Attempt(Host):
     @property
     def ran(self) -> tuple[str, ...]:
         """The sagas that the code has run, or gone on with, and that have come to their ends, or run on."""
-        return (*self._ran, *(child.id for child in self._saga.children if child.journal.state.started.parent_stage == self._stage))
+        return (*self._ran, *(child.id for child in self._saga.children.run_by(self._stage)))
 
     def record_effect(self, effect: Any) -> Coroutine[Any, Any, None]:
         """Write one partial effect to the ledger, when it is awaited."""
@@ -418,7 +315,7 @@ class Attempt(Host):
 
     async def child_reports(self) -> list[SagaReport]:
         """The children that this execution of the stage has run, oldest first."""
-        return await self._saga.child_reports(self._stage)
+        return await self._saga.children.reports(self._stage)
 
     async def _asks(self, call: Callable[[], Awaitable[SagaReport]]) -> SagaReport:
         if self._is_over:
@@ -432,7 +329,7 @@ class Attempt(Host):
         answered = asyncio.get_running_loop().create_future()
         self._asked.add(answered)
         try:
-            with self._saga.heeding(self._stage):
+            with self._saga.children.heeding(self._stage):
                 report = await call()
             if report.ok:
                 self._ran.append(report.saga_id)
@@ -444,15 +341,14 @@ class Attempt(Host):
     def give_up(self) -> None:
         """Let the code run no more sagas, and stop those that it has left running."""
         self._is_over = True
-        for child in self._saga.children:
-            if child.journal.state.started.parent_stage == self._stage:
-                child.interrupt(STAGE_FAILED)
+        for child in self._saga.children.run_by(self._stage):
+            child.interrupt(STAGE_FAILED)
 
     async def wind_up(self) -> None:
         """Stop the sagas that the code has left running, or is just about to begin, and wait until they have come to rest."""
         self.give_up()
         if not self._asked:
             return
-        self._saga.failed.add(self._stage)
+        self._saga.children.failed.add(self._stage)
         await outlast(tuple(self._asked))
-        self._saga.failed.discard(self._stage)
+        self._saga.children.failed.discard(self._stage)

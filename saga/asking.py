@@ -60,7 +60,7 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
         else:
             if answer is None:
                 # Whatever the stage has asked: the ledger knows of sagas that it ran.
-                left_within = await saga.left_within(stage)
+                left_within = await saga.children.left_within(stage)
                 await saga.journal.record(StageProbed(stage=stage, landed=False, left_within=left_within))
                 return None
             await saga.journal.record(StageProbed(stage=stage, landed=True, output=copied_output(answer)))

@@ -94,7 +94,7 @@ class StageRun(Watched):
         record, node = self.record, self.node
         if record.state in {_S.FAILED, _S.IN_DOUBT} and not record.again:
             # It died before what follows from this failure was recorded.
-            if record.awaits_fallback and await self._saga.left_within(self.name):
+            if record.awaits_fallback and await self._saga.children.left_within(self.name):
                 self._is_cut_off = True
             return Outcome(failure=record.failure)
         if not record.doubt:
@@ -102,7 +102,7 @@ class StageRun(Watched):
         failure = record.failure
         assert failure is not None  # it is in doubt because an attempt failed
         may_repeat = node.idempotent or record.may_repeat
-        if node.idempotent and await self._saga.has_child_under_way(self.name):
+        if node.idempotent and await self._saga.children.has_under_way(self.name):
             # Run again, it goes on with that one; a probe could only say that nobody knows.
             return None
         if node.can_probe:
@@ -149,7 +149,7 @@ class StageRun(Watched):
                 self.employer.refuse_unkept(name)
                 return outcome
             failure, error = outcome.failure, outcome.failure.exception
-            left_within = await saga.left_within(name)
+            left_within = await saga.children.left_within(name)
             # A plain stage has declared no effect, so there is nothing to be in doubt about.
             in_doubt = failure.kind in {FailureKind.TIMEOUT, FailureKind.INTERRUPTED} and node.role is not Role.PLAIN
             asked = outcome.output is not None and outcome.output.status is _STATUS.RETRY
@@ -282,7 +282,7 @@ class StageRun(Watched):
                 return Outcome(output=landed, failure=outcome.failure)
         if output.status is not _STATUS.SKIP:
             return outcome
-        left_within = await self._saga.left_within(self.name)
+        left_within = await self._saga.children.left_within(self.name)
         if record.effects or record.doubt or left_within:
             # Its dependents would run on, and what stands of it could then not be undone before them.
             if left_within:
@@ -347,13 +347,13 @@ class StageRun(Watched):
             output = await self._fallback(failure)
         if output is not None:
             ran = self._host.ran
-            left_within = await self._saga.left_within(self.name, besides=ran)
+            left_within = await self._saga.children.left_within(self.name, besides=ran)
             used = FallbackUsed(stage=self.name, output=copied_output(output), source="stage", ran=ran, left_within=left_within)
             await self._saga.journal.record(used)
         elif self.name in policy.fallbacks:
             output = StageOutput.ok(copied(policy.fallbacks[self.name]))
             # It may have had a fallback of its own, which died with its process when it had run sagas.
-            left_within = await self._saga.left_within(self.name)
+            left_within = await self._saga.children.left_within(self.name)
             await self._saga.journal.record(
                 FallbackUsed(stage=self.name, output=copied_output(output), source="policy", left_within=left_within)
             )
@@ -378,7 +378,7 @@ class StageRun(Watched):
             outcome = await self._catch_up(recording, outcome)
         if outcome.failure is not None:
             await self._host.wind_up()
-            left_within = await self._saga.left_within(self.name)
+            left_within = await self._saga.children.left_within(self.name)
             await self._saga.journal.record(FallbackFailed(stage=self.name, failure=outcome.failure, left_within=left_within))
             return None
         return outcome.output

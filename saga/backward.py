@@ -46,6 +46,7 @@ class Backward(Employer):
         self._saga = saga
         self._reason = reason
         self._state = saga.journal.state
+        self._children = saga.children
         self._amendments = saga.keeper.amendments
         self._record = saga.journal.record
         self._settings = saga.policy.compensation
@@ -207,7 +208,7 @@ class Backward(Employer):
             past_pivot = isinstance(error, NestedSagaFailed) and error.past_pivot and not self._is_open_within(stage)
             if self._expired or past_pivot:
                 wait = None
-            in_part = stage in self._saga.undone_within
+            in_part = stage in self._children.undone_within
             can_be_asked = self._state.graph[stage].can_probe and not (record.unanswered or past_pivot or in_part)
             if wait is None and can_be_asked:
                 await self._record(CompensationFailed(stage=stage, failure=failure, will_retry=True))
@@ -246,7 +247,7 @@ class Backward(Employer):
             self._saga.heed_signal(raised)
             error = raised
             was_cancelled = await worker.absorb()
-            await self._saga.children_undone(worker.stage)
+            await self._children.undoing_ended(worker.stage)
             if worker.reason is not None:
                 instead = instead_of_cancel(raised)
                 error = TimeoutError(f"no answer within {settings.timeout:g} s{raised_instead(instead)}")
@@ -257,19 +258,19 @@ class Backward(Employer):
         worker.end()
         # A cancel that it did not heed was the compensation's, and strikes nothing that comes after it.
         await worker.absorb()
-        await self._saga.children_undone(worker.stage)
+        await self._children.undoing_ended(worker.stage)
         return _refusal(worker.stage, context.attempt, returned) or await self._left_within(worker.stage, context.attempt)
 
     def _is_open_within(self, stage: str) -> bool:
         """Whether a person has to act within, so that not only a point of no return is in the way, whatever the compensation says."""
-        return any(not report.clean for report in self._saga.undone_within.get(stage, {}).values())
+        return any(not report.clean for report in self._children.undone_within.get(stage, {}).values())
 
     async def _left_within(self, stage: str, attempt: int) -> Failure | None:
         # Whatever the compensation made of that report: a stage is not undone while something within it stands (promise 5).
-        for report in self._saga.undone_within.get(stage, {}).values():
+        for report in self._children.undone_within.get(stage, {}).values():
             if (failed := NestedSagaFailed.unless_undone(report)) is not None:
                 return Failure.raised(stage, failed, attempt=attempt, kind=FailureKind.COMPENSATION)
-        if await self._saga.left_within(stage):
+        if await self._children.left_within(stage):
             message = "it returned, and something stands of a saga that the stage ran and that it has not asked to be undone"
             return Failure.of(stage, FailureKind.COMPENSATION, message, attempt=attempt)
         return None

@@ -101,7 +101,7 @@ class Forward(Stages, WholeRun):
         self._saga.is_stopping, self._saga.stopped_by = True, str(cause)
         self.stopped.set()
         self._schedule.stop(besides)
-        for child in self._saga.children:
+        for child in self._saga.children.alive:
             # A child is no single stage: it starts nothing more, either.
             child.interrupt("the saga that runs it is stopping")
 

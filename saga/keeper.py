@@ -112,7 +112,7 @@ class SagaKeeper:
             context = parent.child_context(stage, pipeline, fields)
         while True:
             try:
-                saga = await self._begin(blueprint, policy, context, parent.next_child(stage, attempt), parent, stage)
+                saga = await self._begin(blueprint, policy, context, parent.children.next_id(stage, attempt), parent, stage)
             except SagaExists:
                 # A fallback whose process has died is called once more, in the same attempt.
                 continue
@@ -125,16 +125,16 @@ class SagaKeeper:
 
     async def _as_child(self, parent: LiveSaga, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
         stage = str(saga.journal.state.started.parent_stage)
-        parent.takes_in(saga, stage)
+        parent.children.takes_in(saga, stage)
         if parent.is_stopping:
             saga.interrupt("the saga that runs it is stopping")
-        elif stage in parent.failed:
+        elif stage in parent.children.failed:
             saga.interrupt(STAGE_FAILED)
         try:
             report = await self._unbroken(saga, work)
         finally:
-            parent.parts_with(saga)
-        parent.exceptions |= {failure: failure.exception for failure in report.failures if failure.exception is not None}
+            parent.children.parts_with(saga)
+        parent.children.exceptions |= {failure: failure.exception for failure in report.failures if failure.exception is not None}
         return report
 
     async def undo_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
@@ -227,7 +227,7 @@ class SagaKeeper:
             raise
         journal = Journal(self._ledger, saga_id, state, version=len(events), token=token, owner=self.held.owner, listeners=self._listeners)
         saga = self.lives(blueprint, chosen, journal, context)
-        saga.goes_on()
+        saga.children.heed_those_before()
         return saga, events
 
     async def _taken_over(
@@ -317,10 +317,10 @@ class SagaKeeper:
     async def _report(self, saga: LiveSaga) -> SagaReport:
         """The report of a saga that has come to rest, which is recorded whatever becomes of the report."""
         state = saga.journal.state
-        if not saga.has_children:
+        if not saga.children.has_any:
             return SagaReport.of(state)
         try:
-            return await report_with_children(self._ledger, state, saga.exceptions)
+            return await report_with_children(self._ledger, state, saga.children.exceptions)
         except LedgerError as error:
             kind = LedgerCorrupt if isinstance(error, LedgerCorrupt) else LedgerError
             raise kind(
@@ -352,12 +352,12 @@ class SagaKeeper:
     async def _note_cut_off(self, saga: LiveSaga) -> None:
         """Record which fallbacks were cut off with their process when they had run sagas that stand: nothing else tells of these."""
         state = saga.journal.state
-        if state.is_spotless or not saga.has_children:
+        if state.is_spotless or not saga.children.has_any:
             return
         for name, record in state.stages.items():
             # Of one in doubt it is looked up when that is asked.
             may_have_begun = record.state is StageState.FAILED and record.awaits_fallback and not record.fallback_failed
-            if may_have_begun and not record.stands_in_part and await saga.left_within(name):
+            if may_have_begun and not record.stands_in_part and await saga.children.left_within(name):
                 message = "the process of its fallback is gone; what became of it is not in the ledger"
                 failure = Failure.of(name, FailureKind.CRASHED, message, attempt=record.attempts)
                 await saga.journal.record(FallbackFailed(stage=name, failure=failure, left_within=True))
