@@ -34,6 +34,7 @@ from saga import (
     SagaStatus,
     StageState,
     compensable,
+    nested,
 )
 from saga.events import (
     StageSettled,
@@ -398,6 +399,46 @@ def test_the_summary_of_a_stuck_saga_names_what_is_stuck_and_what_is_held_back_w
     lines = told(FailFast(compensation=Compensation(retry=Retry(attempts=1))), b=Script(undo_fails=9), c=Script("raise"))
 
     assert lines[-5:-3] == ["Still in effect, its undoing failed: b.", "Still in effect, held back: a."]
+
+
+RECORDED = "Still in effect, recorded by what did not complete: b."
+
+
+@pytest.mark.parametrize(
+    ("policy", "b"),
+    [
+        (FailFast(on_failure="halt"), Script("raise", lands=True)),
+        (FailFast(), Script("cancel", lands=True)),
+        (ContinueWithFallback(on_failure="halt", fallbacks={"b": {}}), Script("raise", lands=True)),
+    ],
+)
+def test_the_summary_says_what_stands_of_a_stage_that_recorded_an_effect_and_did_not_complete(policy: Policy, b: Script) -> None:
+    world, pipeline = scene(SEQUENCE, {"b": b, "c": Script("raise")}, {"b": "recording"})
+
+    report = run(SagaCoordinator(policy).run(pipeline))
+
+    assert "b" in world.standing
+    assert RECORDED in str(report).splitlines()
+
+
+@pytest.mark.parametrize("policy", [FailFast(), ContinueWithFallback(fallbacks={"b": {}})])
+def test_the_summary_says_nothing_of_a_recorded_effect_that_was_undone(policy: Policy) -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("raise", lands=True, order_matters=False)}, {"b": "recording"})
+
+    report = run(SagaCoordinator(policy).run(pipeline))
+
+    assert "b" not in world.standing
+    assert RECORDED not in str(report)
+
+
+def test_the_summary_says_what_stands_of_a_stage_that_recorded_an_effect_within_a_saga() -> None:
+    _, inner = scene(SEQUENCE, {"b": Script("raise", lands=True)}, {"b": "recording"})
+
+    halts = FailFast(on_failure="halt")
+
+    report = run(SagaCoordinator(halts).run(Pipeline(name="outer").with_stage("nest", nested(inner, halts))))
+
+    assert "Still in effect, recorded by what did not complete: nest/b." in str(report).splitlines()
 
 
 @pytest.mark.parametrize("words", [str, SagaReport.to_html])

@@ -386,12 +386,33 @@ def _outer(report: SagaReport) -> tuple[str, str]:
 
 def _kept_within(report: SagaReport) -> Iterator[str]:
     """The stages that their own saga keeps, though the stage that ran it came to nothing, by their paths."""
+    for path, child in _within_nothing(report):
+        yield from (f"{path}/{inner}" for inner in (*child.kept, *_kept_within(child)))
+
+
+def _recorded(report: SagaReport) -> Iterator[str]:
+    """The stages of a saga at rest that came to nothing, and whose recorded effects stand, by their paths."""
+    if report.ended_at is not None:
+        yield from (name for name, stage in report.stages.items() if stage.effects and _is_left(stage))
+    for path, child in _within_nothing(report):
+        yield from (f"{path}/{inner}" for inner in _recorded(child))
+
+
+def _is_left(stage: StageReport) -> bool:
+    """Whether a stage that came to nothing was not undone, and nothing else says so."""
+    if stage.state not in _CAME_TO_NOTHING - _UNSETTLED or stage.is_undone_by_word:
+        return False
+    return stage.state is not StageState.FALLBACK or stage.compensation is None
+
+
+def _within_nothing(report: SagaReport) -> Iterator[tuple[str, SagaReport]]:
+    """The sagas of stages that came to nothing that may keep something, by what the paths to their stages begin with."""
     for stage in report.stages.values():
         if stage.state not in _CAME_TO_NOTHING or stage.is_undone_by_word:
             continue
         for path, child in stage.children_by_path.items():
             if child.clean and child.ended_at is not None and child.status is not SagaStatus.COMPENSATED:
-                yield from (f"{path}/{inner}" for inner in (*child.kept, *_kept_within(child)))
+                yield path, child
 
 
 def _going_on(reach: Reach) -> str:
@@ -407,6 +428,7 @@ def what_to_do(report: SagaReport, reach: Reach = BY_ITSELF) -> list[str]:
         ("Still in effect, its undoing failed", report.stuck),
         ("Still in effect, held back", report.blocked),
         ("In doubt, may be in effect", report.in_doubt),
+        ("Still in effect, recorded by what did not complete", [*_recorded(report)]),
     ):
         if names:
             lines.append(f"{label}: {', '.join(map(printable, names))}.")
