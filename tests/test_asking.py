@@ -14,10 +14,12 @@ from saga import (
     CompensableStage,
     Compensation,
     CompensationContext,
+    ContinueWithFallback,
     FailFast,
     FailureKind,
     MemoryLedger,
     PivotStage,
+    Policy,
     Retry,
     SagaContext,
     SagaCoordinator,
@@ -224,3 +226,49 @@ def test_a_stage_that_was_kept_from_running_is_not_asked_whether_its_effect_land
     assert (pay.attempts, pay.failure.message) == (1, "the saga stopped before it ran")
     assert (pay.state, report.status) == (StageState.FAILED, SagaStatus.COMPENSATED)
     assert world.standing == {}
+
+
+class Unsearchable(CompensableStage):
+    """As the docs have it where a service takes no key and can't be asked: a lost answer is for a person."""
+
+    retry = Retry(attempts=1)
+
+    def __init__(self, loses: str) -> None:
+        self.loses, self.calls = loses, list[str]()
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        self.calls.append("pay")
+        if self.loses == "pay":
+            await ctx.record("no answer")
+            raise ConnectionError("the answer is lost")
+        return StageOutput.ok()
+
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        if ctx.in_doubt or ctx.effects or ctx.output:
+            raise LookupError("nobody can tell")
+        return None
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        if ctx.attempt > 1:
+            raise LookupError("nobody can tell")
+        self.calls.append("refund")
+        raise ConnectionError("the answer is lost")
+
+
+@pytest.mark.parametrize("policy", [FailFast(), FailFast(on_failure="halt"), ContinueWithFallback(fallbacks={"pay": {}})])
+@pytest.mark.parametrize(("loses", "state"), [("pay", StageState.IN_DOUBT), ("refund", StageState.STUCK)])
+def test_what_nobody_can_tell_of_is_carried_out_once_and_left_to_a_person(loses: str, state: StageState, policy: Policy) -> None:
+    stage = Unsearchable(loses)
+    pipeline = Pipeline(name="p").with_stage("pay", stage)
+
+    async def main() -> list[SagaReport]:
+        coordinator = SagaCoordinator(policy)
+        first = await coordinator.run(pipeline, saga_id="s")
+        if first.ok:
+            first = await coordinator.compensate("s", pipeline)
+        return [first, await coordinator.resume("s", pipeline)]
+
+    reports = run(main())
+
+    assert [report.stages["pay"].state for report in reports] == [state, state]
+    assert stage.calls == ["pay", "refund"][: 1 if loses == "pay" else 2]
