@@ -1157,7 +1157,7 @@ def test_an_import_is_refused_as_a_whole(shop: Shop) -> None:
         "cut_before.jsonl": (Exit.FAILED, f"saga: line {len(lines)} begins saga s a second time; nothing was imported\n"),
         "holed.jsonl": (
             Exit.FAILED,
-            f"saga: expected {len(lines)} events before line {len(lines)}, got {len(lines) - 1}; nothing was imported\n",
+            f"saga: expected {len(lines)} events before line {len(lines)}, got {len(lines) - 1}: an export was cut; nothing was imported\n",
         ),
         "behind.jsonl": (Exit.FAILED, f"saga: expected SagaStarted in line {len(lines) + 2}, got StageStarted; nothing was imported\n"),
         "garbled.jsonl": (Exit.FAILED, "saga: expected an event of a saga in line 2"),

@@ -581,7 +581,7 @@ def _sagas_in(lines: Iterator[str]) -> dict[str, list[AnyEvent]]:
     for number, line in enumerate(lines, 1):
         if (end := _END_OF_EXPORT.match(line)) is not None:
             if int(end[1]) != before:
-                raise LedgerCorrupt(f"expected {end[1]} events before line {number}, got {before}; nothing was imported")
+                raise LedgerCorrupt(f"expected {end[1]} events before line {number}, got {before}: an export was cut; nothing was imported")
             current, before = None, 0
             continue
         before += 1
