@@ -752,7 +752,7 @@ def test_a_pipeline_that_the_project_does_not_name_is_asked_for(shop: Shop) -> N
     other = shop.saga("compensate", "s")
 
     neither = "saga: expected MODULE:PIPELINE, or pipelines in [tool.saga] of pyproject.toml, got neither. "
-    typed = "Give it as it was given to saga run: saga compensate s MODULE:PIPELINE\n"
+    typed = "Say where 'order' is: saga compensate s MODULE:PIPELINE\n"
     assert nothing.err == neither + typed
     assert elsewhere.err.endswith(f": saga resume s MODULE:PIPELINE --ledger sqlite:///{shop.folder}/sagas.db\n")
     assert other.err == f"saga: expected the pipeline 'order' among [tool.saga] pipelines, got seat. {typed}"

@@ -712,7 +712,7 @@ async def _pipeline_of(ledger: Ledger, saga_id: str, target: str | None, with_ta
         return load(target)
     started = (await ledger.read(saga_id))[0]
     assert isinstance(started, SagaStarted)  # every ledger begins so
-    hint = f"Give it as it was given to saga run: {with_target}"
+    hint = f"Say where {started.pipeline!r} is: {with_target}"
     known = _pipelines(settings().pipelines, hint)
     if started.pipeline not in known:
         raise MisuseError(f"the pipeline {started.pipeline!r} among [tool.saga] pipelines", got=", ".join(known), hint=hint)
