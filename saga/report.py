@@ -420,9 +420,10 @@ class SagaReport(BaseModel):
             found.setdefault(failure.stage, []).append(failure)
         return found
 
-    def __copy__(self) -> Self:
-        """Its copy is a report of its own: `model_copy(update=...)` may give it other failures."""
-        copied = super().__copy__()
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy it, with some fields replaced."""
+        copied = super().model_copy(update=update, deep=deep)
+        # It may have other failures, and what pydantic copies of a cached property depends on its version, and on `deep`.
         copied.__dict__.pop("_failures_by_stage", None)
         return copied
 

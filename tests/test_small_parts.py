@@ -463,13 +463,14 @@ def test_the_words_of_a_report_grow_with_its_stages_also_where_all_of_them_are_s
     assert growth(told_of, 50) < 2.5
 
 
-def test_a_copy_of_a_report_with_other_failures_tells_of_these() -> None:
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_copy_of_a_report_with_other_failures_tells_of_these(deep: bool) -> None:
     _, pipeline = scene(SEQUENCE, {"b": Script("raise")})
     report = run(SagaCoordinator().run(pipeline))
     (failure,) = report.failures_of("b")
     other = failure.model_copy(update={"of_probe": True, "message": "no line"})
 
-    copied = report.model_copy(update={"failures": (*report.failures, other)})
+    copied = report.model_copy(update={"failures": (*report.failures, other)}, deep=deep)
 
     assert copied.failures_of("b") == [failure, other]
     assert report.failures_of("b") == [failure]
