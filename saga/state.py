@@ -124,14 +124,22 @@ class SagaState:
     def _turn_back(self, event: SagaTurnedBack) -> None:
         # Promise 3: no compensation starts while a stage of the saga is running.
         self._refuse_while_running(event)
+        self._take_offers(event)
         self.status = SagaStatus.COMPENSATING
         self.reason = event.reason
-        self.graph = event.graph or self.graph
         if self.ended_at is not None:
             self._ask_anew()
         self.ended_at = None
         self.cause = self.cause or event.cause
         self._note(event.cause)
+
+    def _take_offers(self, event: SagaResumed | SagaTurnedBack) -> None:
+        if event.graph is None:
+            return
+        differences = self.graph.differences(event.graph)
+        if differences:
+            raise self._contradiction(f"a saga with another graph ({'; '.join(differences)})", event)
+        self.graph = event.graph
 
     def _stop(self, event: SagaStopped) -> None:
         self.stop = event.cause
@@ -144,9 +152,9 @@ class SagaState:
             raise self._contradiction("a saga that is compensating", event)
         if not event.forward and self.reason is None:
             raise self._contradiction("a saga that never turned back", event)
+        self._take_offers(event)
         self.is_spotless = False
         self.policy = event.policy or self.policy
-        self.graph = event.graph or self.graph
         self.ended_at = None
         self._ask_anew()
         if not event.forward:

@@ -279,6 +279,16 @@ CONTRADICTIONS: dict[str, tuple[list[AnyEvent], AnyEvent, str]] = {
         SagaResumed(forward=False, by="ann"),
         "a saga that never turned back",
     ),
+    "going on with other stages": (
+        [*PATHS[StageState.KEPT], HALTED],
+        SagaResumed(forward=True, graph=Graph.of([Node(name="a")]), by="ann"),
+        "SagaResumed can't follow on a saga with another graph (stage 'b' is gone; stage 'a': role was 'compensable', is 'plain')",
+    ),
+    "turning back with other stages": (
+        PATHS[StageState.KEPT],
+        SagaTurnedBack(reason=TurnReason.REQUEST, graph=Graph.of([*STARTED.graph.nodes, Node(name="z")])),
+        "SagaTurnedBack can't follow on a saga with another graph (stage 'z' is new)",
+    ),
     "undoing twice": (
         PATHS[StageState.UNDONE],
         CompensationStarted(stage="a", attempt=1),
