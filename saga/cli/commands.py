@@ -37,6 +37,7 @@ from saga.cli.view import Stderr, hanging_up, tell_on, view
 from saga.coordinator import SagaCoordinator
 from saga.errors import LedgerCorrupt, LedgerError, MisuseError, PolicyInvalid, SagaExists, SagaNotFound, SagasDamaged, SagaUnrecorded
 from saga.events import AnyEvent, SagaStarted, SagaStatus, Verdict, event_from_json, event_to_json, line_of
+from saga.keys import is_within
 from saga.ledger import ALIVE, Entry, Ledger, listed
 from saga.ledgers import open_ledger
 from saga.lint import Explanation, Finding, Severity
@@ -614,19 +615,26 @@ def _event_in(line: str, number: int) -> AnyEvent:
 
 
 def _refuse_what_makes_no_sense(sagas: Mapping[str, Sequence[AnyEvent]]) -> None:
-    for saga_id, events in sagas.items():
-        try:
-            parent = SagaState(events).started.parent
-        except LedgerCorrupt as error:
-            raise LedgerCorrupt(f"{error} Nothing was imported.") from None
-        if parent is not None and not saga_id.startswith(f"{parent}/"):
+    try:
+        states = {saga_id: SagaState(events) for saga_id, events in sagas.items()}
+    except LedgerCorrupt as error:
+        raise LedgerCorrupt(f"{error} Nothing was imported.") from None
+    for saga_id, state in states.items():
+        parent, stage = state.started.parent, state.started.parent_stage
+        if parent is None:
+            continue
+        if not is_within(f"{saga_id}/", f"{parent}/{stage}"):
             # So none runs itself, be it through others.
-            why = f"saga {saga_id} is none that saga {parent} runs: its id would begin with {parent}/"
+            why = f"saga {saga_id} is none that stage {stage!r} of saga {parent} runs: its id would begin with {parent}/{stage}"
             raise LedgerCorrupt(f"{why}; nothing was imported")
-        if parent is not None and parent not in sagas:
+        if parent not in states:
             # What goes on with it, or lists it, begins with that one.
             hint = f"Export {parent}. Nothing was imported."
             raise MisuseError(f"the saga {parent}, which runs {saga_id}, in the file, too", got="none", hint=hint)
+        if stage not in states[parent].stages:
+            # No report would tell of it.
+            why = f"stage {stage!r} of saga {parent}, which is said to run saga {saga_id}, is none of its stages"
+            raise LedgerCorrupt(f"{why} ({', '.join(states[parent].stages)}); nothing was imported")
 
 
 # -- what the commands have in common ----------------------------------------------------------------------------
