@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -94,7 +95,7 @@ class LiveSaga(UndoHost):
         self.is_stopping = False
         self.stopped_by: str | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._recordings: Final[dict[str, dict[object, Coroutine[Any, Any, None]]]] = {}
+        self._recordings: Final[defaultdict[str, list[Coroutine[Any, Any, None]]]] = defaultdict(list)
 
     def private_context(self, first: Callable[..., None], last: Callable[..., None]) -> PipelineContext:
         """Stageflow's context for this run alone, with stageflow's own timeouts off, and hooks that run before and after the user's."""
@@ -195,18 +196,15 @@ class LiveSaga(UndoHost):
 
     def record_effect(self, stage: str, effect: Any, *, by_fallback: bool) -> Coroutine[Any, Any, None]:
         """Write one partial effect of a running stage to the ledger, when it is awaited."""
-        place = object()
-        recording = self._record_effect(stage, effect, place, by_fallback=by_fallback)
-        self._recordings.setdefault(stage, {})[place] = recording
+        recording = self._record_effect(stage, effect, by_fallback=by_fallback)
+        self._recordings[stage].append(recording)
         return recording
 
     def forgotten(self, stage: str) -> list[Coroutine[Any, Any, None]]:
         """What a stage has recorded and not awaited."""
-        return [one for one in self._recordings.pop(stage, {}).values() if inspect.getcoroutinestate(one) == inspect.CORO_CREATED]
+        return [one for one in self._recordings.pop(stage, ()) if inspect.getcoroutinestate(one) == inspect.CORO_CREATED]
 
-    async def _record_effect(self, stage: str, effect: Any, place: object, *, by_fallback: bool) -> None:
-        # Begun, it is not forgotten; who begins thousands at once has them all here first.
-        self._recordings.get(stage, {}).pop(place, None)
+    async def _record_effect(self, stage: str, effect: Any, *, by_fallback: bool) -> None:
         if self.journal.state.graph[stage].role is not Role.COMPENSABLE:
             raise MisuseError("ctx.record only in a stage with a compensation", got="a stage without one", stage=stage)
         event = EffectRecorded(stage=stage, effect=effect)
