@@ -1590,10 +1590,11 @@ def test_a_terminal_that_can_do_nothing_gets_lines(shop: Shop) -> None:
     assert "s  ship: completed" in shown
 
 
-def test_a_terminal_that_is_closed_undoes(shop: Shop) -> None:
+@pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": ""}, {"TTY_COMPATIBLE": "0"}], ids=["as it is", "no colour", "incompatible"])
+def test_a_terminal_that_is_closed_undoes(shop: Shop, environment: dict[str, Any]) -> None:
     """It killed the process, and with a ledger in memory nobody knew then what stood."""
     shop.write("impatient.toml", IMPATIENT)
-    terminal = Terminal(shop, "run", "shop:slow", "--id", "s", "--policy", "impatient.toml")
+    terminal = Terminal(shop, "run", "shop:slow", "--id", "s", "--policy", "impatient.toml", **environment)
 
     terminal.until("the bank is asked")
     terminal.hang_up()
@@ -1618,6 +1619,25 @@ def test_a_signal_without_a_terminal_undoes_and_says_so(shop: Shop, number: sign
     assert process.returncode == Exit.INTERRUPTED
     assert SagaReport.model_validate_json(out).status is SagaStatus.COMPENSATED
     assert tuple(err.splitlines()[:3]) == INTERRUPTED
+
+
+def test_a_file_that_is_to_be_written_to_as_to_a_terminal_is_not_closed_with_one(shop: Shop) -> None:
+    """A log with colours ended where the terminal was closed, and did not say what was undone."""
+    shop.write("impatient.toml", IMPATIENT)
+    command = [sys.executable, "-W", "error", "-m", "saga", "run", "shop:slow", "--id", "s", "--policy", "impatient.toml"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    with subprocess.Popen(command, cwd=shop.folder, env=shop.environment(FORCE_COLOR="1"), **pipes) as process:
+        assert process.stderr is not None
+        before = ""
+        while "the bank is asked" not in before:
+            before = process.stderr.readline()
+            assert before
+        process.send_signal(signal.SIGHUP)
+        _, err = process.communicate()
+
+    assert process.returncode == Exit.INTERRUPTED
+    assert "cancelled " in err
 
 
 def test_a_saga_whose_process_died_is_recovered(shop: Shop) -> None:

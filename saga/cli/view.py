@@ -44,7 +44,8 @@ class Stderr(Console):
 
 def hanging_up(console: Console) -> Callable[[], None]:
     """What has it say nothing more when its terminal was closed; of one that was nobody can tell that it is a terminal."""
-    return console.on_broken_pipe if console.is_terminal else lambda: None
+    # rich takes for one, or for none, what the environment says: FORCE_COLOR, TTY_COMPATIBLE.
+    return console.on_broken_pipe if console.file.isatty() else lambda: None
 
 
 def view(family: Family, console: Console) -> AbstractAsyncContextManager[Listener]:
