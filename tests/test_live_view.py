@@ -492,6 +492,26 @@ def test_a_terminal_that_is_closed_counts_as_a_first_signal_and_never_as_a_secon
     assert left == []
 
 
+def test_a_session_that_ends_sends_no_second_signal() -> None:
+    """systemd ends one with a SIGTERM and a SIGHUP at once, of which Python hears the SIGHUP first: nothing was undone."""
+    left: list[int] = []
+
+    async def work() -> None:
+        task = asyncio.create_task(asyncio.Event().wait())
+        with interruptible(task, lambda: None, lambda: "second\n", lambda: None, left.append):
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            before = [*left]
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert before == []
+
+    asyncio.run(work())
+
+    assert left == [130]
+
+
 def test_a_process_that_is_to_outlive_its_terminal_goes_on_when_that_is_closed() -> None:
     async def work() -> None:
         task = asyncio.create_task(asyncio.sleep(0))

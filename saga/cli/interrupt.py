@@ -25,7 +25,7 @@ def interruptible(
     gone: Callable[[], object],
     leave: Callable[[int], object] = os._exit,
 ) -> Iterator[None]:
-    """For the length of a block, let SIGINT, SIGTERM or SIGHUP cancel the work, and another SIGINT or SIGTERM end the process at once.
+    """For the length of a block, let SIGINT, SIGTERM or SIGHUP cancel the work, and a second SIGINT or SIGTERM end the process at once.
 
     Args:
         work: What is cancelled.
@@ -47,11 +47,11 @@ def interruptible(
     def interrupt(number: int, _: FrameType | None) -> None:
         if number == _HANGUP:
             gone()
-            if came:
-                return  # it comes once of the terminal, and once more of the shell that ran in it
         came.append(number)
         if len(came) == 1:
             loop.call_soon_threadsafe(turn_back)
+        # A SIGHUP is none of the two: it comes of the terminal and once more of its shell, and with a SIGTERM where a session ends.
+        if number == _HANGUP or sum(one != _HANGUP for one in came) == 1:
             return
         try:
             # Past the streams: this may have come in the middle of a write to one.
