@@ -1495,11 +1495,11 @@ class Terminal:
         self.process.wait()
         os.close(self._mine)
 
-    def hang_up(self) -> None:
-        """Close the window, or lose the line, and wait for it to end."""
+    def hang_up(self) -> int:
+        """Close the window, or lose the line, and wait for it to end: its exit code."""
         os.close(self._mine)
         self._mine = os.open(os.devnull, os.O_RDONLY)
-        self.process.wait()
+        return self.process.wait()
 
     def press(self, keys: str) -> None:
         os.write(self._mine, keys.encode())
@@ -1597,8 +1597,9 @@ def test_a_terminal_that_is_closed_undoes(shop: Shop, environment: dict[str, Any
     terminal = Terminal(shop, "run", "shop:slow", "--id", "s", "--policy", "impatient.toml", **environment)
 
     terminal.until("the bank is asked")
-    terminal.hang_up()
+    code = terminal.hang_up()
 
+    assert code == Exit.INTERRUPTED
     assert SagaReport.model_validate_json(shop.saga("show", "s", "--json").out).status is SagaStatus.COMPENSATED
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from errno import EIO
 from functools import partial, wraps
 from hashlib import sha256
 from heapq import merge
@@ -26,7 +27,7 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 from stageflow.api import Pipeline
 
-from saga.cli.aside import aside
+from saga.cli.aside import STDOUT, aside, let_go
 from saga.cli.conduct import conduct
 from saga.cli.exits import Exit, exit_of_error, exit_of_status, in_a_line
 from saga.cli.family import Family
@@ -239,7 +240,13 @@ async def _conduct(
             typer.echo(f"Nothing was done: {why_not}.", err=True)
     if outcome.report is None:
         raise typer.Exit(Exit.INTERRUPTED)
-    _print_report(outcome.report, reach, as_json=as_json)
+    try:
+        _print_report(outcome.report, reach, as_json=as_json)
+    except OSError as error:
+        # It was interrupted by whoever closed the terminal on which that would stand.
+        if not (outcome.interrupted and error.errno == EIO):
+            raise
+        let_go(STDOUT)  # Python tries once more at its end
     raise typer.Exit(exit_of_status(outcome.report.status, interrupted=outcome.interrupted))
 
 

@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from saga.cli.aside import STDOUT
+from saga.cli.aside import STDOUT, let_go
 from saga.cli.family import Family
 from saga.cli.lines import tell
 from saga.cli.picture import picture
@@ -35,11 +35,10 @@ class Stderr(Console):
     def on_broken_pipe(self) -> None:
         """Say nothing more, and let nobody stumble who prints there; rich would end the process in the middle of a saga."""
         self.quiet = True
-        gone, nowhere = self.file.fileno(), os.open(os.devnull, os.O_WRONLY)
+        gone = self.file.fileno()
         if sys.__stdout__ is not None and os.path.sameopenfile(STDOUT, gone):
-            os.dup2(nowhere, STDOUT)  # where the programs print that stages start
-        os.dup2(nowhere, gone)
-        os.close(nowhere)
+            let_go(STDOUT)  # where the programs print that stages start
+        let_go(gone)
 
 
 def hanging_up(console: Console) -> Callable[[], None]:
