@@ -330,16 +330,24 @@ def test_a_row_that_is_in_the_way_harms_only_the_saga_whose_it_is(path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "change", ["owners SET until = 'soon'", "owners SET until = 1e300", "owners SET until = 9e999", "sagas SET token = 'x', owner = NULL"]
+    ("change", "token"),
+    [
+        ("owners SET until = 'soon'", 7),
+        ("owners SET until = 1e300", 7),
+        ("owners SET until = 9e999", 7),
+        ("sagas SET token = 'x', owner = NULL", 7),
+        ("sagas SET version = 'x'", 1),
+        ("sagas SET version = x'00'", 1),
+    ],
 )
-def test_a_lease_of_which_no_sense_can_be_made_harms_only_the_saga_whose_it_is(path: Path, change: str) -> None:
+def test_a_row_of_which_no_sense_can_be_made_harms_only_the_saga_whose_it_is(path: Path, change: str, token: int) -> None:
     """What others recorded in the same commit was lost, and their sagas stopped."""
     on(SQLiteLedger(path), create("bad", "other"))
     execute(path, f"UPDATE {change}")
     on(SQLiteLedger(path), create("first"))
 
     async def together(ledger: Any) -> list[Any]:
-        acts = (append(FIRST, saga_id="first"), acquire("me", "bad"), append(FIRST, saga_id="bad", token=7), create("second"))
+        acts = (append(FIRST, saga_id="first"), acquire("me", "bad"), append(FIRST, saga_id="bad", token=token), create("second"))
         with locked(path):  # so that the others are there when the first is done
             asked = [asyncio.create_task(act(ledger)) for act in acts]
             await asyncio.sleep(0)
@@ -350,7 +358,7 @@ def test_a_lease_of_which_no_sense_can_be_made_harms_only_the_saga_whose_it_is(p
     assert (recorded, begun, len(events)) == (None, 1, 2)
     for refused in (taken, overtaken):
         assert type(refused) is LedgerCorrupt
-        assert str(refused).startswith("the ledger is damaged: who holds saga bad can't be read: ")
+        assert str(refused).startswith("the ledger is damaged: who holds saga bad, or how many events it has, can't be read: ")
         assert "Nothing was changed." in str(refused)
 
 

@@ -280,14 +280,14 @@ class _Store:
         found: tuple[int, int, str | None, float | None] | None = connection.execute(_HOLDER, (saga_id,)).fetchone()
         if found is None:
             raise LedgerConflict.missing(saga_id)
-        _, token, _, until = found
+        version, token, _, until = found
         try:
-            _ = _when(until), token + 1  # what is made of them
+            _ = _when(until), token + 1, version + 1  # what is made of them
         except (TypeError, ValueError, OverflowError, OSError) as error:
             # Told of this saga alone: what others ask for in the same transaction is carried out.
             raise LedgerCorrupt(
-                f"the ledger is damaged: who holds saga {saga_id} can't be read: {error}. {_UNCHANGED} Restore the ledger from a backup, "
-                "or see to what this saga did by hand."
+                f"the ledger is damaged: who holds saga {saga_id}, or how many events it has, can't be read: {error}. {_UNCHANGED} "
+                "Restore the ledger from a backup, or see to what this saga did by hand."
             ) from error
         return found
 
