@@ -1365,7 +1365,7 @@ def test_the_shell_completes_ids_and_stages(shop: Shop, monkeypatch: pytest.Monk
     assert (done.code, done.out.split(), done.err) == (0, words, "")
 
 
-@pytest.mark.parametrize("name", [r"\$(touch run)", "trip; touch run", "trip\ntouch", "trip 78", "'", "~root"])
+@pytest.mark.parametrize("name", [r"\$(touch run)", "trip; touch run", "trip\ntouch", "trip 78", "'", "~root", "=ls"])
 def test_the_shell_is_offered_no_name_that_it_would_read_as_more_than_a_word(
     shop: Shop, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -1382,6 +1382,19 @@ def test_the_shell_is_offered_no_name_that_it_would_read_as_more_than_a_word(
         offered.append(shop.saga().out)
 
     assert offered == ["trip-77\n", "reserve_seat\n"]
+
+
+def test_the_shell_is_offered_a_name_in_any_letters(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell reads them as it does those of English."""
+    for saga_id in ("münchen-77", "北京-7"):
+        shop.saga("run", "shop:order", "--id", saga_id)
+    monkeypatch.setenv("_SAGA_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "saga show ")
+    monkeypatch.setenv("COMP_CWORD", "2")
+
+    done = shop.saga()
+
+    assert done.out.split() == ["münchen-77", "北京-7"]
 
 
 def test_to_complete_an_id_makes_no_ledger(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ from saga.render.text import Reach, command_for, next_command, recover_command, 
 from saga.report import Recovery, SagaReport
 from saga.resumption import Decision, resumption, undoing
 from saga.state import SagaState
-from saga.text import bytes_of, did_you_mean, harmless, printable, quoted
+from saga.text import bytes_of, did_you_mean, harmless, printable
 
 _MEMORY: Final = "memory:"
 _VARIABLE: Final = "SAGA_LEDGER"
@@ -64,6 +64,8 @@ _NO_FIELDS: Final = frozenset(inspect.signature(SagaCoordinator.run).parameters)
 """What `SagaCoordinator.run` takes beside the fields of a context."""
 _HIDDEN: Final = re.compile("@|password", re.IGNORECASE)
 """What the URL of a ledger has where it may hold a password."""
+_AS_IT_IS: Final = re.compile(r"(?!=)[\w@%+=:,./-]+")
+"""What every shell reads as it is. zsh looks for a program behind a first =; `shlex.quote` would quote all letters but those of English."""
 _END_OF_EXPORT: Final = re.compile(r'\{"events":(\d+)\}\s*$')
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -137,7 +139,7 @@ def _known_stages(ctx: typer.Context) -> list[str]:
 def _completed(words: Coroutine[Any, Any, list[str]]) -> list[str]:
     try:
         # The shell takes them for what was typed; zsh already when it offers them, and typer does not quote all that it would run.
-        return [word for word in asyncio.run(words) if quoted(word) == word]
+        return [word for word in asyncio.run(words) if _AS_IT_IS.fullmatch(word)]
     except Exception:  # noqa: BLE001 - a shell that completes a word has no place for an error
         return []
 
