@@ -723,6 +723,16 @@ def test_a_project_that_says_what_makes_no_sense_is_refused(shop: Shop, monkeypa
     assert done.err.startswith(said)
 
 
+def test_a_project_whose_file_is_not_utf_8_is_refused_by_its_name(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended with a UnicodeDecodeError of nobody knows what, and with 1, as where a ledger fails."""
+    monkeypatch.delenv("SAGA_LEDGER")
+    (shop.folder / "pyproject.toml").write_text('[project]\nauthors = [{name = "Müller"}]\n', encoding="latin-1")
+
+    done = shop.saga("run", "shop:seat")
+
+    assert done == (Exit.MISUSE, "", "saga: expected UTF-8 in pyproject.toml, got 0xfc at byte 31\n")
+
+
 def test_in_a_folder_that_was_deleted_what_needs_it_is_refused_and_everything_else_goes_on(
     shop: Shop, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,8 @@ def settings() -> Settings:
         text = Path("pyproject.toml").read_text(encoding="utf-8")
     except FileNotFoundError:
         return Settings()
+    except UnicodeDecodeError as error:
+        raise MisuseError("UTF-8 in pyproject.toml", got=f"{error.object[error.start]:#x} at byte {error.start}") from None
     try:
         return Settings.model_validate(tomllib.loads(text).get("tool", {}).get("saga", {}))
     except tomllib.TOMLDecodeError as error:
