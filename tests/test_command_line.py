@@ -1468,7 +1468,9 @@ INTERRUPTED = (
 class Terminal:
     """A real terminal in which `saga` runs."""
 
-    def __init__(self, shop: Shop, *arguments: str, columns: int = 100, rows: int = 30, **environment: str) -> None:
+    def __init__(
+        self, shop: Shop, *arguments: str, columns: int = 100, rows: int = 30, is_its_own: bool = True, **environment: str
+    ) -> None:
         self._mine, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         settings = termios.tcgetattr(theirs)
@@ -1476,7 +1478,9 @@ class Terminal:
         settings[3] |= termios.NOFLSH
         termios.tcsetattr(theirs, termios.TCSANOW, settings)
         takes_it = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
-        command = [sys.executable, "-c", takes_it, sys.executable, "-W", "error", "-m", "saga", *arguments]
+        command = [sys.executable, "-W", "error", "-m", "saga", *arguments]
+        if is_its_own:  # which hears that it is closed
+            command = [sys.executable, "-c", takes_it, *command]
         self.process = subprocess.Popen(
             command,
             cwd=shop.folder,
@@ -1518,11 +1522,10 @@ class Terminal:
         self.process.wait()
         os.close(self._mine)
 
-    def hang_up(self) -> int:
-        """Close the window, or lose the line, and wait for it to end: its exit code."""
+    def hang_up(self) -> None:
+        """Close the window, or lose the line."""
         os.close(self._mine)
         self._mine = os.open(os.devnull, os.O_RDONLY)
-        return self.process.wait()
 
     def press(self, keys: str) -> None:
         os.write(self._mine, keys.encode())
@@ -1620,7 +1623,8 @@ def test_a_terminal_that_is_closed_undoes(shop: Shop, environment: dict[str, Any
     terminal = Terminal(shop, "run", "shop:slow", "--id", "s", "--policy", "impatient.toml", **environment)
 
     terminal.until("the bank is asked")
-    code = terminal.hang_up()
+    terminal.hang_up()
+    code = terminal.process.wait()
 
     assert code == Exit.INTERRUPTED
     assert SagaReport.model_validate_json(shop.saga("show", "s", "--json").out).status is SagaStatus.COMPENSATED
@@ -1778,6 +1782,21 @@ async def wait(ctx):
 
 ship.has_effect""",
 )
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_terminal_that_is_closed_is_nothing_to_a_saga_that_does_not_hear_of_it(shop: Shop, term: str) -> None:
+    """As one that was begun by setsid: a compensation that printed to it failed of that, and its stage was stuck."""
+    waiting = WAITING.replace("await has_come.wait()", "await has_come.wait()\n        return StageOutput.fail('it is full')")
+    shop.write("shop.py", waiting.replace('ending("order", ship)', 'ending("order", wait)'))
+    terminal = Terminal(shop, "run", "shop:order", "--id", "s", is_its_own=False, TERM=term)
+    terminal.until("waiting for a lorry")
+
+    terminal.hang_up()
+    shop.brings_the_lorry()
+    terminal.process.wait()
+
+    assert SagaReport.model_validate_json(shop.saga("show", "s", "--json").out).status is SagaStatus.COMPENSATED
 
 
 def test_a_recovery_is_interrupted(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
+from errno import EIO
 from typing import Final
 
 from rich.console import Console, RenderableType
@@ -31,6 +32,15 @@ class Stderr(Console):
 
     def __init__(self) -> None:
         super().__init__(stderr=True, highlight=False)
+
+    def __exit__(self, *raised: object) -> None:
+        """Write what was printed; whom `setsid` or `disown` has parted from its terminal is not told that it was closed."""
+        try:
+            super().__exit__(*raised)
+        except OSError as error:
+            if error.errno != EIO:
+                raise
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         """Say nothing more, and let nobody stumble who prints there; rich would end the process in the middle of a saga."""
