@@ -23,15 +23,17 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import pytest
 from typer.main import get_command
 
 from saga import SagaCoordinator
 from saga.cli import main
+from saga.cli.aside import let_go
 from saga.cli.commands import app
 from saga.cli.exits import Exit, exit_of_status
+from saga.cli.view import Stderr
 from saga.events import SagaEnded, SagaResumed, SagaStarted, SagaStatus, event_to_json
 from saga.graph import Graph, Node, Role
 from saga.ledgers.sqlite import SQLiteLedger
@@ -1782,6 +1784,46 @@ async def wait(ctx):
 
 ship.has_effect""",
 )
+
+
+def closed_terminal() -> int:
+    mine, theirs = pty.openpty()
+    os.close(mine)
+    return theirs
+
+
+@contextmanager
+def unwritable(number: int) -> Iterator[TextIO]:
+    with os.fdopen(number, "w", encoding="utf-8") as file:
+        yield file
+        let_go(number)  # else it would be tried once more
+
+
+def test_only_of_an_interrupted_saga_nobody_has_to_read_the_report(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.write("shop.py", WAITING.replace('ending("order", ship)', 'ending("order", wait)'))
+    deeds = {"waiting for a lorry": interrupt_this_process, "Interrupted": shop.brings_the_lorry}
+
+    with unwritable(closed_terminal()) as closed, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", closed)
+        with once_it_shows(deeds, patched):
+            interrupted = shop.saga("run", "shop:order")
+    with unwritable(closed_terminal()) as closed, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", closed)
+        ran = shop.saga("run", "shop:seat")
+
+    assert interrupted.code == Exit.INTERRUPTED
+    assert ran.code == Exit.FAILED
+    assert ran.err.endswith("saga: [Errno 5] Input/output error\n")
+
+
+def test_of_what_can_not_be_said_only_that_nobody_reads_it_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with unwritable(closed_terminal()) as closed, unwritable(os.open("/dev/full", os.O_WRONLY)) as full:
+        monkeypatch.setattr(sys, "stderr", closed)
+        Stderr().print("anything")
+        print("anything", file=closed, flush=True)
+        monkeypatch.setattr(sys, "stderr", full)
+        with pytest.raises(OSError, match="No space left"):
+            Stderr().print("anything")
 
 
 @pytest.mark.parametrize("term", ["xterm", "dumb"])

@@ -27,7 +27,7 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 from stageflow.api import Pipeline
 
-from saga.cli.aside import STDOUT, aside, let_go
+from saga.cli.aside import aside, let_go
 from saga.cli.conduct import conduct
 from saga.cli.exits import Exit, exit_of_error, exit_of_status, in_a_line
 from saga.cli.family import Family
@@ -248,7 +248,7 @@ async def _conduct(
         # It was interrupted by whoever closed the terminal on which that would stand.
         if not (outcome.interrupted and error.errno == EIO):
             raise
-        let_go(STDOUT)  # Python tries once more at its end
+        let_go(sys.stdout.fileno())  # Python tries once more at its end
     raise typer.Exit(exit_of_status(outcome.report.status, interrupted=outcome.interrupted))
 
 
