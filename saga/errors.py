@@ -195,12 +195,23 @@ class SagaUnrecorded(LedgerError):
         unknown: The stages that were running or being undone when the ledger failed, were in doubt before, or are asked before anybody
             says that they had no effect.
         told: All of that in words, without how to go on.
+        asked_in_vain: What was asked for, to undo it or to go on with it, is not known to be recorded: it is to be asked for once more.
     """
 
-    def __init__(self, saga_id: str, why: BaseException | None, *, in_effect: Sequence[str], unknown: Sequence[str], goes_on: str) -> None:
+    def __init__(
+        self,
+        saga_id: str,
+        why: BaseException | None,
+        *,
+        in_effect: Sequence[str],
+        unknown: Sequence[str],
+        goes_on: str,
+        asked_in_vain: bool,
+    ) -> None:
         self.saga_id = saga_id
         self.in_effect = tuple(in_effect)
         self.unknown = tuple(unknown)
+        self.asked_in_vain = asked_in_vain
         self.told = (
             f"saga {saga_id} stopped, because its ledger failed: {str(why).rstrip('.')}. Nothing more was started. "
             f"In effect: {', '.join(in_effect) or 'nothing'}; not known: {', '.join(unknown) or 'nothing'}."

@@ -249,18 +249,31 @@ class Journal:
         said: BaseException | None = error
         while isinstance(said, SagaUnrecorded):  # by a child
             said = said.__cause__
-        return SagaUnrecorded(self.saga_id, said, in_effect=in_effect, unknown=unknown, goes_on=self._call_again())
+        asked = next((event for event in self.unwritten if _asks(event)), None)
+        return SagaUnrecorded(
+            self.saga_id,
+            said,
+            in_effect=in_effect,
+            unknown=unknown,
+            goes_on=_call(self.saga_id, asked),
+            asked_in_vain=asked is not None,
+        )
 
-    def _call_again(self) -> str:
-        """The call that goes on, with what is asked for that is not recorded: a plain `resume` may go the other way."""
-        for event in self.unwritten:
-            if isinstance(event, SagaTurnedBack) and event.reason is TurnReason.REQUEST:
-                return f"compensate({self.saga_id!r}, pipeline)"
-            if isinstance(event, SagaResumed):
-                forward = ", forward=True" if event.forward else ""
-                policy = ", policy=policy" if event.policy is not None else ""
-                return f"resume({self.saga_id!r}, pipeline{forward}{policy})"
-        return f"resume({self.saga_id!r}, pipeline)"
+
+def _asks(event: AnyEvent) -> bool:
+    """Whether somebody has asked for it."""
+    return isinstance(event, SagaResumed) or (isinstance(event, SagaTurnedBack) and event.reason is TurnReason.REQUEST)
+
+
+def _call(saga_id: str, asked: AnyEvent | None) -> str:
+    """The call that goes on, with what was asked for that is not recorded: a plain `resume` may go the other way."""
+    if isinstance(asked, SagaTurnedBack):
+        return f"compensate({saga_id!r}, pipeline)"
+    forward = policy = ""
+    if isinstance(asked, SagaResumed):
+        forward = ", forward=True" if asked.forward else ""
+        policy = ", policy=policy" if asked.policy is not None else ""
+    return f"resume({saga_id!r}, pipeline{forward}{policy})"
 
 
 def named(events: Sequence[AnyEvent]) -> str:

@@ -1044,6 +1044,22 @@ def test_where_the_ledger_fails_to_record_that_a_stuck_saga_runs_on_nobody_is_to
     assert done.err.endswith("When the ledger is back, go on: saga resume s shop:trip --forward --policy fast.toml\n")
 
 
+def test_where_the_ledger_fails_once_it_has_that_a_saga_runs_on_nobody_is_told_to_run_it_on_twice(shop: Shop) -> None:
+    """It may have been undone when its end was not recorded: a second --forward would run all of it anew."""
+    shop.breaks_the_bank()
+    shop.saga("run", "shop:trip", "--id", "s")
+    with closing(sqlite3.connect(shop.folder / "sagas.db")) as file:
+        file.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON events WHEN new.body LIKE '%saga_turned_back%' BEGIN SELECT RAISE(ABORT, 'full'); END"
+        )
+    shop.mends_the_bank()
+
+    done = shop.saga("resume", "s", "shop:trip", "--forward")
+
+    assert done.code == Exit.FAILED
+    assert done.err.endswith("When the ledger is back, go on: saga resume s shop:trip\n")
+
+
 def test_show_prints_the_report_again(shop: Shop) -> None:
     ran = shop.saga("run", "shop:family", "--id", "s")
 

@@ -49,7 +49,7 @@ ERRORS = [
     LedgerCorrupt("event 3 is no JSON"),
     SagasDamaged({}, []),
     LedgerConflict.held("s", holder="a", until=datetime(2026, 3, 14, tzinfo=UTC)),
-    SagaUnrecorded("s", OSError("disk full"), in_effect=["a"], unknown=["b"], goes_on="resume('s', pipeline)"),
+    SagaUnrecorded("s", OSError("disk full"), in_effect=["a"], unknown=["b"], goes_on="resume('s', pipeline)", asked_in_vain=False),
     ProcessDied("the process is gone"),
     NotStorable("data['connection']", "plain data at data['connection']", "a socket"),
     failed(),

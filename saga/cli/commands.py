@@ -235,9 +235,10 @@ async def _conduct(
         try:
             outcome = await conduct(ledger, saga_id, work, console=Stderr(), goes_on=goes_on, policy=policy)
         except SagaUnrecorded as stopped:
-            # What was asked for may not be recorded, and to ask for it twice changes nothing.
-            options = " ".join(filter(None, [shlex.join(given), reach.options]))
-            raise _unrecorded(stopped, command_for(again, saga_id, reach._replace(options=options))) from stopped
+            # One that was undone since what was asked for was recorded would be run once more.
+            options = [shlex.join(given)] if stopped.asked_in_vain else []
+            next_reach = reach._replace(options=" ".join(filter(None, [*options, reach.options])))
+            raise _unrecorded(stopped, command_for(again, saga_id, next_reach)) from stopped
         if outcome.idle and decision is not None and (why_not := decision(await ledger.read(saga_id), None).why_not):
             typer.echo(f"Nothing was done: {why_not}.", err=True)
     if outcome.report is None:
