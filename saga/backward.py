@@ -17,7 +17,7 @@ from saga.ledger import StageState
 from saga.quick import members
 from saga.record import Step, undo_step
 from saga.recovery import Rollback
-from saga.report import NestedSagaFailed
+from saga.report import NestedSagaFailed, SagaReport
 from saga.text import glimpse, qualified, reason_in, shown
 from saga.watch import Crew, Employer, Watched, closes, instead_of_cancel, outlast, start
 
@@ -208,7 +208,7 @@ class Backward(Employer):
             past_pivot = isinstance(error, NestedSagaFailed) and error.past_pivot and not self._is_open_within(stage)
             if self._expired or past_pivot:
                 wait = None
-            in_part = stage in self._children.undone_within
+            in_part = stage in self._children.undone_within and not (past_pivot and self._is_whole_within(stage))
             can_be_asked = self._state.graph[stage].can_probe and not (record.unanswered or past_pivot or in_part)
             if wait is None and can_be_asked:
                 await self._record(CompensationFailed(stage=stage, failure=failure, will_retry=True))
@@ -265,6 +265,10 @@ class Backward(Employer):
         """Whether a person has to act within, so that not only a point of no return is in the way, whatever the compensation says."""
         return any(not report.clean for report in self._children.undone_within.get(stage, {}).values())
 
+    def _is_whole_within(self, stage: str) -> bool:
+        """Whether nothing has been undone of any saga that its compensation has turned to, nor within those."""
+        return all(map(_is_whole, self._children.undone_within[stage].values()))
+
     async def _left_within(self, stage: str, attempt: int) -> Failure | None:
         # Whatever the compensation made of that report: a stage is not undone while something within it stands (promise 5).
         for report in self._children.undone_within.get(stage, {}).values():
@@ -301,6 +305,10 @@ class Backward(Employer):
 def _is_done(returned: Awaitable[object]) -> bool:
     """Whether it is a task that has come to its end, and that well."""
     return isinstance(returned, asyncio.Future) and returned.done() and not returned.cancelled() and returned.exception() is None
+
+
+def _is_whole(report: SagaReport) -> bool:
+    return not report.undone and all(_is_whole(child) for stage in report.stages.values() for child in stage.children)
 
 
 def _refusal(stage: str, attempt: int, returned: object) -> Failure | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -30,10 +31,11 @@ from tests.within import (
     fail,
     generations,
     killed_while_it_ran,
+    nothing_landed,
     undo_each,
     with_another_hotel,
 )
-from tests.world import CardDeclined, Script, scene
+from tests.world import CardDeclined, Script, World, scene
 
 
 def test_what_the_sagas_of_a_fallback_have_done_stands_below_a_pivot_that_used_it() -> None:
@@ -87,6 +89,40 @@ def test_a_compensation_that_passes_over_the_pivot_of_a_child_undoes_nothing_bef
 
     assert report.status is SagaStatus.HALTED
     assert [*report.kept] == ["before", "sell"]
+
+
+def sale_and_letter(letter: Sequence[str], fails: str) -> tuple[World, SagaCoordinator, Pipeline]:
+    """sell -> tell: the first runs a sale, which is a pivot with these stages behind it, as a saga; one of the two then fails once."""
+    world, sale = scene({"sale": (), **dict.fromkeys(letter, ("sale",))}, kinds={"sale": "pivot"})
+    failing = [fails]
+
+    async def sell(ctx: SagaContext) -> None:
+        begun = await ctx.child_sagas()
+        report = await (ctx.resume_saga(begun[0].saga_id, sale) if begun else ctx.run_saga(sale))
+        report.raise_for_status()
+        await tell(ctx)
+
+    async def tell(ctx: SagaContext) -> None:
+        if ctx.stage_name in failing:
+            failing.clear()
+            raise CardDeclined
+
+    trip = Pipeline(name="trip").with_stage("sell", compensable(sell, undo_each([sale])))
+    trip = trip.with_stage("tell", compensable(tell, nothing_landed), dependencies=("sell",))
+    return world, SagaCoordinator(), trip
+
+
+def test_a_stage_of_which_nothing_can_be_undone_beyond_the_pivot_of_a_child_is_gone_on_from() -> None:
+    """It was said to be half undone, which it was not: the saga could neither be resumed nor settled."""
+    world, coordinator, trip = sale_and_letter((), "tell")
+    halted = run(coordinator.run(trip, saga_id="s"))
+
+    report = run(coordinator.resume("s", trip))
+
+    assert halted.status is SagaStatus.HALTED
+    assert [*halted.kept] == ["sell"]
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+sale"]
 
 
 def test_what_a_fallback_stands_in_for_is_undone_when_what_used_that_turns_out_to_be_beyond_the_pivot_of_a_child() -> None:
