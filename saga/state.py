@@ -473,9 +473,19 @@ class SagaState:
         if event.past_pivot:
             record.let_go()
             record.past_pivot, record.doubt = True, False
-            record.state = _S.FALLBACK if record.fell_back else _S.KEPT if record.landed else _S.FAILED
+            self._stays_past_pivot(record, event)
         elif not event.will_retry:
             record.state, record.undo_ended_at = _S.STUCK, event.at
+
+    def _stays_past_pivot(self, record: StageRecord, event: CompensationFailed) -> None:
+        """It can't be undone any more, and counts as it did before; unless it did its part, and a part of that is undone by now."""
+        if not (record.landed or record.fell_back):
+            # It had failed before that: running again, it finds what is left.
+            record.state, record.undone_in_part, record.stands_in_part = _S.FAILED, False, True
+        elif record.undone_in_part and not (self.graph[event.stage].idempotent or record.may_repeat):
+            record.state, record.undo_ended_at = _S.STUCK, event.at
+        else:
+            record.state = _S.FALLBACK if record.fell_back else _S.KEPT
 
     def _stage_settled(self, record: StageRecord, event: StageSettled) -> None:
         self.is_spotless = False

@@ -125,6 +125,34 @@ def test_a_stage_of_which_nothing_can_be_undone_beyond_the_pivot_of_a_child_is_g
     assert world.log == ["+sale"]
 
 
+def test_a_stage_that_failed_and_is_half_undone_beyond_the_pivot_of_a_child_runs_again() -> None:
+    """As one that failed does without a word, whether it is idempotent or not; nobody could settle it."""
+    world, coordinator, trip = sale_and_letter(("letter",), "sell")
+    halted = run(coordinator.run(trip, saga_id="s"))
+
+    report = run(coordinator.resume("s", trip))
+
+    assert halted.status is SagaStatus.HALTED
+    assert halted.stages["sell"].state is StageState.FAILED
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+sale", "+letter", "-letter", "+letter"]
+
+
+@pytest.mark.parametrize("verdict", ["kept", "retry"])
+def test_a_stage_that_completed_and_is_half_undone_beyond_the_pivot_of_a_child_is_for_a_person(verdict: str) -> None:
+    """It was called kept, and the saga halted: resume refused it as half undone, and settle as kept."""
+    world, coordinator, trip = sale_and_letter(("letter",), "tell")
+    stuck = run(coordinator.run(trip, saga_id="s"))
+    run(coordinator.settle("s", "sell", verdict, "looked"))
+
+    report = run(coordinator.resume("s", trip, forward=True))
+
+    assert stuck.status is SagaStatus.STUCK
+    assert [*stuck.stuck] == ["sell"]
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+sale", "+letter", "-letter", *(["+letter"] if verdict == "retry" else [])]
+
+
 def test_what_a_fallback_stands_in_for_is_undone_when_what_used_that_turns_out_to_be_beyond_the_pivot_of_a_child() -> None:
     """Promise 12: whoever resumed the saga undid it, and until then a person was asked for."""
     world, before = scene({"seat": ()}, {"seat": Script("raise", lands=True)}, {"seat": "recording"})
