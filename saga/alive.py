@@ -67,6 +67,7 @@ class LiveSaga(UndoHost):
         journal: Its ledger and its state.
         actions: How its stages' code is run.
         keeper: Whoever keeps it, and the sagas that its stages run.
+        driver: Brings it to rest; there as long as the saga is held.
         children: The sagas that its stages run.
         stop: Stops its forward run; None when it has none.
         is_stopping: Whether its forward run starts nothing more.
@@ -90,6 +91,7 @@ class LiveSaga(UndoHost):
         self.actions: Final = actions
         self._context = context
         self.keeper: Final = keeper
+        self.driver: asyncio.Task[SagaReport]
         self.children: Final = Children(journal)
         self.stop: Callable[[Failure], None] | None = None
         self.is_stopping = False
@@ -238,18 +240,24 @@ class LiveSaga(UndoHost):
 
     async def undo_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what is left of a child saga."""
-        children = self.children
-        with children.being_undone(stage) as made_of:
-            await children.rests(saga_id)
-            with children.heeding(stage):
+        with self.children.being_undone(stage) as made_of:
+            await self.child_rests(saga_id)
+            with self.children.heeding(stage):
                 made_of[saga_id] = report = await self.keeper.undo_child(self, saga_id, pipeline)
         return report
 
     async def rest_child(self, stage: str, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """See to it that a child saga whose process is gone comes to rest, unless this saga runs on and sees to it itself."""
-        await self.children.rests(saga_id)
+        await self.child_rests(saga_id)
         with self.children.heeding(stage):
             return await self.keeper.rest_child(self, saga_id, pipeline)
+
+    async def child_rests(self, saga_id: str) -> None:
+        """Wait for a child that a stage which was given up has left on its way back, also before this saga was gone on with."""
+        child = self.keeper.held.sagas.get(saga_id)
+        # Any other one is refused; to wait for itself, or one that runs it, would take for ever.
+        if child is not None and child.journal.state.started.parent == self.id and child.loop is self.loop:
+            await asyncio.wait([child.driver])
 
     async def child_reports(self, stage: str) -> list[SagaReport]:
         """The children that this execution of the stage has run, oldest first; without its fallback's while what used that is kept."""
@@ -309,7 +317,11 @@ class Attempt(Host):
         """Go on with a child saga that has not come to its end."""
         # Whoever resumed this saga wants it to go forward; one that got stuck since then goes on to be undone.
         forward = True if self._saga.journal.state.stages[self._stage].is_first_since_resumed else None
-        return await self._asks(partial(self._saga.keeper.resume_child, self._saga, saga_id, pipeline, forward=forward))
+        return await self._asks(partial(self._resume_child, saga_id, pipeline, forward=forward))
+
+    async def _resume_child(self, saga_id: str, pipeline: Pipeline, *, forward: bool | None) -> SagaReport:
+        await self._saga.child_rests(saga_id)
+        return await self._saga.keeper.resume_child(self._saga, saga_id, pipeline, forward=forward)
 
     async def child_reports(self) -> list[SagaReport]:
         """The children that this execution of the stage has run, oldest first."""

@@ -26,7 +26,7 @@ class Children:
     """The sagas that the stages of one saga run.
 
     Attributes:
-        alive: Those that run now; each with what is done when it has come to rest.
+        alive: Those that run now, in the order in which they began to.
         failed: The stages whose last attempt, or fallback, has failed, and whose sagas are being stopped.
         has_any: Whether the stages have run any.
         exceptions: What those that ended have failed with.
@@ -34,7 +34,7 @@ class Children:
     """
 
     def __init__(self, journal: Journal) -> None:
-        self.alive: Final[dict[LiveSaga, asyncio.Future[None]]] = {}
+        self.alive: Final[dict[LiveSaga, None]] = {}
         self.failed: Final[set[str]] = set()
         self.has_any = False
         self.exceptions: dict[Failure, BaseException] = {}
@@ -60,25 +60,19 @@ class Children:
     def takes_in(self, child: LiveSaga, stage: str) -> None:
         """A stage runs the child from here on."""
         self.has_any = True
-        self.alive[child] = asyncio.get_running_loop().create_future()
+        self.alive[child] = None
         self._ran_here[child.id] = stage
 
     def parts_with(self, child: LiveSaga) -> None:
         """The child has come to rest."""
         # Not by its id: a stage may have gone on with it from where it had just been let go of.
-        self.alive.pop(child).set_result(None)
+        del self.alive[child]
         if child.journal.token is None:
             del self._ran_here[child.id]  # the ledger has never heard of it
 
     def run_by(self, stage: str) -> list[LiveSaga]:
         """Those that a stage runs now."""
         return [child for child in self.alive if child.journal.state.started.parent_stage == stage]
-
-    async def rests(self, saga_id: str) -> None:
-        """Wait for one that a stage which was given up has left on its way back."""
-        resting = [rests for child, rests in self.alive.items() if child.id == saga_id]
-        if resting:
-            await asyncio.wait(resting)
 
     @contextmanager
     def being_undone(self, stage: str) -> Iterator[dict[str, SagaReport]]:

@@ -269,7 +269,7 @@ class SagaKeeper:
 
     async def _unbroken(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
         """Wait for the saga to come to rest, also when the caller is cancelled meanwhile."""
-        driver = start(self._closing(saga, work))
+        driver = saga.driver = start(self._closing(saga, work))
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         driver.add_done_callback(partial(self._end_wait, saga, done))
         try:
@@ -287,6 +287,7 @@ class SagaKeeper:
     def _end_wait(self, saga: LiveSaga, waiter: asyncio.Future[None], _: asyncio.Task[SagaReport]) -> None:
         # It has been let go of, unless a Ctrl-C struck just where that was to be done, or to be seen to: its heart would beat on for ever.
         self.held.abandon(saga)
+        del saga.driver  # nobody finds it any more, and its context may hold the saga
         if not waiter.done():
             waiter.set_result(None)
 

@@ -16,6 +16,7 @@ from saga import (
     ContinueWithFallback,
     FailFast,
     FailureKind,
+    MisuseError,
     Retry,
     SagaContext,
     SagaCoordinator,
@@ -86,6 +87,57 @@ def test_what_was_half_undone_and_has_been_made_whole_does_not_run_again() -> No
     assert whole.status is SagaStatus.COMPLETED
     assert report == whole
     assert run(coordinator.ledger.read("s")) == before
+
+
+@pytest.mark.parametrize(("goes_on", "log"), [("compensate", ["+room", "-room"]), ("resume", ["+room", "-room", "+room"])])
+def test_a_saga_that_runs_on_from_before_its_own_was_gone_on_with_is_waited_for(goes_on: str, log: list[str]) -> None:
+    """It was refused as one that is running here: the stage was stuck at once, or failed."""
+    world, room = scene({"room": ()}, {"room": Script(before=20)})
+    still_runs: list[SagaStatus] = []
+
+    async def book(ctx: SagaContext) -> None:
+        begun = await ctx.child_sagas()
+        still_runs.extend(child.status for child in begun)
+        report = await (ctx.resume_saga(begun[0].saga_id, room) if begun else ctx.run_saga(room))
+        report.raise_for_status()
+
+    async def release(ctx: CompensationContext) -> None:
+        for child in await ctx.child_sagas():
+            still_runs.append(child.status)
+            await ctx.undo_saga(child.saga_id, room)
+
+    trip = Pipeline(name="trip").with_stage("book", compensable(book, release, idempotent=True, compensate_in_doubt=True))
+    coordinator = SagaCoordinator(FailFast(on_failure="halt", deadline=1, in_flight="cancel"))
+
+    async def play() -> SagaReport:
+        halted = await coordinator.run(trip, saga_id="s")
+        assert halted.status is SagaStatus.HALTED
+        if goes_on == "compensate":
+            return await coordinator.compensate("s", trip)
+        return await coordinator.resume("s", trip, policy=FailFast())
+
+    report = run(play())
+
+    assert still_runs == [SagaStatus.RUNNING]
+    assert report.status is (SagaStatus.COMPENSATED if goes_on == "compensate" else SagaStatus.COMPLETED)
+    assert world.log == log
+
+
+def test_a_saga_that_a_compensation_takes_for_its_own_child_is_refused_and_not_waited_for() -> None:
+    refused: list[str] = []
+
+    async def release(ctx: CompensationContext) -> None:
+        with pytest.raises(MisuseError) as caught:
+            await ctx.undo_saga(ctx.saga_id, trip)
+        refused.append(str(caught.value))
+
+    trip = Pipeline(name="trip").with_stage("book", compensable(fine, release))
+    trip = trip.with_stage("pay", declined, "work", dependencies=("book",))
+
+    run(SagaCoordinator().run(trip, saga_id="s"))
+
+    assert len(refused) == 1
+    assert "expected a saga that saga s runs, got s, which no saga runs" in refused[0]
 
 
 def test_a_compensation_that_returns_before_the_saga_that_it_undoes_is_undone_is_waited_for() -> None:
