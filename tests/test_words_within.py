@@ -24,7 +24,7 @@ from saga import (
     compensable,
     nested,
 )
-from saga.render.text import what_to_do
+from saga.render.text import Reach, what_to_do
 from saga.report import NestedSagaFailed
 from tests.controlled import elapse, run
 from tests.dying import Dying
@@ -442,6 +442,30 @@ def test_no_word_is_proposed_on_a_stage_of_a_saga_that_has_not_come_to_rest() ->
     assert [*early.in_doubt] == [*late.in_doubt] == ["book", "book/pay"]
     assert "To do: a saga within has not come to rest: it is running, or its process is gone. " in str(early)
     assert "saga settle s book/pay undone" in str(late)
+
+
+@pytest.mark.parametrize(("pipeline", "given"), [("", ""), ("shop:trip", " MODULE:PIPELINE")])
+def test_the_commands_for_a_saga_within_take_its_own_pipeline_where_they_find_none_by_themselves(pipeline: str, given: str) -> None:
+    """Typed as they were printed, they were refused for the want of it."""
+    _, hotel = scene({"room": (), "tour": ("room",)}, {"room": Script(undo_fails=1), "tour": Script(before=3)})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(hotel, policy=IMPATIENT)
+
+    trip = Pipeline(name="trip").with_stage("book", compensable(book, undo_each([hotel]), timeout=1))
+    coordinator = SagaCoordinator(FailFast(cancel_grace=1))
+
+    async def play() -> tuple[SagaReport, SagaReport]:
+        early = await coordinator.run(trip, saga_id="s")
+        await elapse(60)
+        await coordinator.settle("s", "book/room", "retry", "they answer again")
+        return early, await coordinator.resume("s", trip)
+
+    early, late = run(play())
+
+    reach = Reach(pipeline)
+    assert f"saga recover{given} goes on with it." in what_to_do(early, reach)[-1]
+    assert what_to_do(late, reach)[-1] == f"To do: it was not undone to the end; go on with: saga compensate s/book{given}"
 
 
 def test_what_is_stuck_in_several_children_of_a_stage_is_reported_and_settled_one_by_one() -> None:

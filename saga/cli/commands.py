@@ -47,7 +47,7 @@ from saga.lint import explain as consequences
 from saga.owners import is_gone
 from saga.policies import Policy, load_policy
 from saga.render.lettering import aligned
-from saga.render.text import Reach, command_for, next_command, recover_command, summary
+from saga.render.text import TARGET, Reach, command_for, next_command, recover_command, summary
 from saga.report import Recovery, SagaReport
 from saga.resumption import Decision, resumption, undoing
 from saga.state import SagaState
@@ -55,7 +55,6 @@ from saga.text import bytes_of, did_you_mean, harmless, printable
 
 _MEMORY: Final = "memory:"
 _VARIABLE: Final = "SAGA_LEDGER"
-_TARGET: Final = "MODULE:PIPELINE"
 _LOOKS: Final = 0.25
 """Seconds between two looks of `saga watch` into the ledger."""
 _SELDOM: Final = 8
@@ -146,8 +145,8 @@ def _completed(words: Coroutine[Any, Any, list[str]]) -> list[str]:
 
 SagaId = Annotated[str, typer.Argument(metavar="ID", help="The saga's id.", autocompletion=_known_ids)]
 Stage = Annotated[str, typer.Argument(metavar="STAGE", help="The stage; one of a nested saga by its path.", autocompletion=_known_stages)]
-Target = Annotated[str, typer.Argument(metavar=_TARGET, help="A Pipeline, or a function that returns one.")]
-KnownTarget = Annotated[str | None, typer.Argument(metavar=_TARGET, help="Its pipeline; by default found in [tool.saga] pipelines.")]
+Target = Annotated[str, typer.Argument(metavar=TARGET, help="A Pipeline, or a function that returns one.")]
+KnownTarget = Annotated[str | None, typer.Argument(metavar=TARGET, help="Its pipeline; by default found in [tool.saga] pipelines.")]
 LedgerUrl = Annotated[
     str | None,
     typer.Option("--ledger", metavar="URL", envvar=_VARIABLE, help="memory:, sqlite:///path or postgresql://...", show_default=False),
@@ -197,7 +196,7 @@ def resume(
     url = _durable(ledger)
 
     async def work(coordinator: SagaCoordinator) -> SagaReport:
-        pipeline = await _pipeline_of(coordinator.ledger, saga_id, target, command_for("resume", saga_id, _reach(_TARGET, ledger)))
+        pipeline = await _pipeline_of(coordinator.ledger, saga_id, target, command_for("resume", saga_id, _reach(TARGET, ledger)))
         return await coordinator.resume(saga_id, pipeline, policy=chosen, forward=forward or None)
 
     decision = partial(resumption, policy=chosen, forward=forward or None, by="")
@@ -211,7 +210,7 @@ def compensate(saga_id: SagaId, target: KnownTarget = None, ledger: LedgerUrl = 
     url = _durable(ledger)
 
     async def work(coordinator: SagaCoordinator) -> SagaReport:
-        pipeline = await _pipeline_of(coordinator.ledger, saga_id, target, command_for("compensate", saga_id, _reach(_TARGET, ledger)))
+        pipeline = await _pipeline_of(coordinator.ledger, saga_id, target, command_for("compensate", saga_id, _reach(TARGET, ledger)))
         return await coordinator.compensate(saga_id, pipeline)
 
     # Until it is recorded that it is to be undone, to resume it would run it on.
@@ -260,7 +259,7 @@ def _unrecorded(stopped: SagaUnrecorded, goes_on: str) -> LedgerError:
 
 @command("recover")
 def recover(
-    targets: Annotated[list[str] | None, typer.Argument(metavar=_TARGET, help="The pipelines; by default [tool.saga] pipelines.")] = None,
+    targets: Annotated[list[str] | None, typer.Argument(metavar=TARGET, help="The pipelines; by default [tool.saga] pipelines.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="How many sagas go on at once.")] = 10,
     ledger: LedgerUrl = None,
     as_json: AsJson = False,
@@ -720,7 +719,7 @@ def _json_object(given: str, option: str) -> dict[str, Any]:
 
 def _pipelines(targets: Sequence[str], hint: str = "") -> dict[str, Pipeline]:
     if not targets:
-        raise MisuseError(f"{_TARGET}, or pipelines in [tool.saga] of pyproject.toml", got="neither", hint=hint)
+        raise MisuseError(f"{TARGET}, or pipelines in [tool.saga] of pyproject.toml", got="neither", hint=hint)
     return load_all(targets)
 
 
@@ -748,7 +747,7 @@ def _reach(target: str | None, ledger: str | None) -> Reach:
     # What the environment says it will say again; and a URL may hold a password.
     url = "URL" if ledger is not None and _HIDDEN.search(ledger) else ledger
     option = [] if url is None or ledger == os.environ.get(_VARIABLE) else ["--ledger", url]
-    pipeline = target or ("" if settings().pipelines else _TARGET)
+    pipeline = target or ("" if settings().pipelines else TARGET)
     return Reach(pipeline, shlex.join(option), is_lost=_url(ledger) == _MEMORY)
 
 

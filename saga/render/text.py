@@ -72,6 +72,10 @@ def duration(span: float) -> str:
     return f"{minutes} min {rest} s" if minutes < _MINUTE else f"{minutes // _MINUTE} h {minutes % _MINUTE} min"
 
 
+TARGET: Final = "MODULE:PIPELINE"
+"""How a command is told a pipeline, where it isn't known which."""
+
+
 class Reach(NamedTuple):
     """How the next command of `saga` gets at a saga.
 
@@ -84,6 +88,11 @@ class Reach(NamedTuple):
     pipeline: str = ""
     options: str = ""
     is_lost: bool = False
+
+    @property
+    def to_another(self) -> Reach:
+        """The same, but to a saga of another pipeline."""
+        return self._replace(pipeline=TARGET if self.pipeline else "")
 
 
 BY_ITSELF: Final = Reach()
@@ -226,7 +235,7 @@ def _how_to_settle(report: SagaReport, reach: Reach) -> list[str]:
         commands = dict.fromkeys(command for left in unclear.values() for command in left) or _unfinished(report, reach)
         return [f"To do: it was not undone to the end; go on with: {command}" for command in commands]
     alive = {name for name in to_say if Verdict.KEPT not in _verdicts(name, report)}
-    first = [f"To do: a saga within has not come to rest: {_going_on(reach._replace(pipeline=''))}"] if alive else []
+    first = [f"To do: a saga within has not come to rest: {_going_on(reach.to_another)}"] if alive else []
     to_say = [name for name in to_say if name not in alive]
     if not to_say:
         return first
@@ -275,7 +284,7 @@ def _unfinished(report: SagaReport, reach: Reach) -> Iterator[str]:
         return
     for child in [child for stage in report.stages.values() for child in stage.children if not child.clean]:
         if child.status is SagaStatus.STUCK:
-            yield command_for("resume", child.saga_id, reach._replace(pipeline=""))
+            yield command_for("resume", child.saga_id, reach.to_another)
         else:
             yield from _unfinished(child, reach)
 
@@ -294,7 +303,7 @@ def _left_within(name: str, report: SagaReport, reach: Reach, blocked: Sequence[
     while way and not _was_passed(way):
         way.pop()
     left = [child for saga, runner in way[-1:] for child in saga.stages[runner].children if not child.clean]
-    return [command_for("compensate", child.saga_id, reach._replace(pipeline="")) for child in left]
+    return [command_for("compensate", child.saga_id, reach.to_another) for child in left]
 
 
 def _was_passed(way: Sequence[tuple[SagaReport, str]]) -> bool:
