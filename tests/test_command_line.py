@@ -36,6 +36,7 @@ from saga.cli.exits import Exit, exit_of_status
 from saga.cli.view import Stderr
 from saga.events import SagaEnded, SagaResumed, SagaStarted, SagaStatus, event_to_json
 from saga.graph import Graph, Node, Role
+from saga.ledger import StageState
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.policies import FailFast
 from saga.report import SagaReport
@@ -1058,6 +1059,42 @@ def test_where_the_ledger_fails_once_it_has_that_a_saga_runs_on_nobody_is_told_t
 
     assert done.code == Exit.FAILED
     assert done.err.endswith("When the ledger is back, go on: saga resume s shop:trip\n")
+
+
+DEAF = """
+class Deaf(Charge):
+    idempotent = True
+
+    async def execute(self, ctx):
+        while not Path("patience").exists():
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                Path("patience" if Path("asked").exists() else "asked").touch()
+        return StageOutput.ok(receipt=7)
+
+
+deaf = seat.with_stage("charge_card", Deaf, dependencies=("reserve_seat",))
+"""
+
+
+@pytest.mark.parametrize("command", ["run", "recover"])
+def test_what_was_given_up_ends_before_the_ledger_is_closed_and_the_report_tells_of_it(shop: Shop, command: str) -> None:
+    """The ledger was closed first: that the card was charged after all could not be recorded, and stderr was full of tracebacks."""
+    shop.write("hasty.toml", 'policy = "fail_fast"\ntimeout = 0.01\ncancel_grace = 0.01\non_failure = "halt"\n')
+    first = ["--id", "s", "--policy", "hasty.toml"]
+    if command == "recover":
+        shop.write("shop.py", SHOP + DEAF.replace("(self, ctx):", "(self, ctx):\n        os._exit(9)"))
+        shop.really("run", "shop:deaf", *first)
+    shop.write("shop.py", SHOP + DEAF)
+
+    done = shop.really(command, "shop:deaf", *(first if command == "run" else ()))
+
+    assert "Traceback" not in done.err
+    charge = SagaReport.model_validate_json(shop.saga("show", "s", "--json").out).stages["charge_card"]
+    assert charge.state is not StageState.IN_DOUBT
+    assert (charge.late_output or charge.output) is not None
+    assert done.code != Exit.STUCK
 
 
 def test_show_prints_the_report_again(shop: Shop) -> None:

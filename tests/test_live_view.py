@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import io
 import os
@@ -714,3 +715,39 @@ def test_all_sagas_of_a_stage_are_shown_in_their_order_also_from_the_ledger_but_
 
 def family_events() -> list[AnyEvent]:
     return [SagaStarted(at=at(0), saga_id="s", pipeline="trip", graph=graph(SEQUENCE), policy=FailFast()), *completed("a")]
+
+
+@pytest.mark.parametrize("leaves_it", [False, True])
+def test_what_was_given_up_and_takes_its_time_is_waited_for_unless_somebody_presses_ctrl_c(*, leaves_it: bool) -> None:
+    console = on_paper()
+    _, pipeline = scene({"a": ()})
+    ended: list[str] = []
+
+    async def stubborn() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        while "Waiting for what was given up" not in written(console):
+            await asyncio.sleep(0)
+        if leaves_it:
+            os.kill(os.getpid(), signal.SIGINT)
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+        ended.append("stubborn")
+
+    async def main() -> Outcome:
+        left: list[asyncio.Task[None]] = []
+
+        async def work(coordinator: SagaCoordinator) -> SagaReport:
+            left.append(asyncio.create_task(stubborn()))
+            return await coordinator.run(pipeline, saga_id="s")
+
+        outcome = await conduct(MemoryLedger(), "s", work, console=console, goes_on="")
+        ended.append("conduct")
+        return outcome
+
+    outcome = asyncio.run(main())
+
+    assert outcome.report is not None
+    assert outcome.report.status is SagaStatus.COMPLETED
+    assert ended == (["conduct", "stubborn"] if leaves_it else ["stubborn", "conduct"])
+    assert "Waiting for what was given up and still runs; Ctrl-C leaves it.\n" in written(console)

@@ -28,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 from stageflow.api import Pipeline
 
 from saga.cli.aside import aside, let_go
-from saga.cli.conduct import conduct
+from saga.cli.conduct import conduct, wound_up
 from saga.cli.exits import Exit, exit_of_error, exit_of_status, in_a_line
 from saga.cli.family import Family
 from saga.cli.interrupt import interruptible
@@ -274,13 +274,17 @@ def recover(
             console, gone_on_with = Stderr(), set[str]()
             coordinator = SagaCoordinator(ledger=opened, listeners=[tell_on(console), lambda saga_id, _: gone_on_with.add(saga_id)])
             task = asyncio.create_task(coordinator.recover(pipelines, concurrency=concurrency))
-            with interruptible(task, lambda: console.print(_FIRST, soft_wrap=True), lambda: _SECOND, hanging_up(console)):
-                try:
-                    with aside():
-                        recovery = await task
-                except asyncio.CancelledError:
-                    stuck, _ = await listed(opened, {SagaStatus.STUCK})
-                    return Exit.INTERRUPTED if gone_on_with.isdisjoint(stuck) else Exit.STUCK
+            recovery: Recovery | None = None
+            by_ctrl_c = interruptible(task, lambda: console.print(_FIRST, soft_wrap=True), lambda: _SECOND, hanging_up(console))
+            with by_ctrl_c, aside(), suppress(asyncio.CancelledError):
+                recovery = await task
+            with aside():
+                has_news = await wound_up(console)
+            if recovery is None:
+                stuck, _ = await listed(opened, {SagaStatus.STUCK})
+                return Exit.INTERRUPTED if gone_on_with.isdisjoint(stuck) else Exit.STUCK
+            if has_news:
+                recovery.reports.update({saga_id: await coordinator.report(saga_id) for saga_id in recovery.reports})
         unrecorded = {saga_id: error for saga_id, error in recovery.failed.items() if isinstance(error, SagaUnrecorded)}
         recovery.failed.update({saga_id: _unrecorded(stopped, goes_on) for saga_id, stopped in unrecorded.items()})
         if as_json:

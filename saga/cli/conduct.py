@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.text import Text
@@ -22,6 +22,7 @@ from saga.ledger import Ledger, StageState
 from saga.policies import Policy
 from saga.report import SagaReport
 from saga.text import printable
+from saga.watch import this_task
 
 _S = StageState
 
@@ -70,14 +71,41 @@ async def conduct(
             coordinator = SagaCoordinator(policy, ledger=ledger, listeners=[hear])
             warning = Notice(family, console, goes_on if ledger.durable else None)
             task = asyncio.create_task(work(coordinator))
-            with interruptible(task, warning.first, warning.second, hanging_up(console)):
-                try:
-                    report = await task
-                    return Outcome(report, interrupted=False, idle=report.ended_at == ended)
-                except asyncio.CancelledError:
-                    with contextlib.suppress(SagaNotFound):
-                        return Outcome(await coordinator.report(saga_id), interrupted=True)
-                    return Outcome(None, interrupted=True)
+            report: SagaReport | None = None
+            with interruptible(task, warning.first, warning.second, hanging_up(console)), contextlib.suppress(asyncio.CancelledError):
+                report = await task
+        interrupted = report is None
+        # What was given up may come to something that tells of the saga.
+        if await wound_up(console) or interrupted:
+            with contextlib.suppress(SagaNotFound):
+                report = await coordinator.report(saga_id)
+    return Outcome(report, interrupted, idle=report is not None and not interrupted and report.ended_at == ended)
+
+
+async def wound_up(console: Console) -> bool:
+    """Have code that was given up come to its end while its ledger is open; asyncio.run would do so only behind that. Whether any ran."""
+    left = asyncio.all_tasks() - {this_task()}
+    for task in left:
+        task.cancel()
+    try:
+        await _ended(left, _A_MOMENT)
+        if not all(task.done() for task in left):
+            console.print(Text(_WAITS, style="bold yellow"), soft_wrap=not console.is_terminal)
+            await _ended(left)
+    except asyncio.CancelledError:
+        # Whoever presses Ctrl-C waits no longer.
+        this_task().uncancel()
+    return bool(left)
+
+
+async def _ended(tasks: Collection[asyncio.Task[Any]], seconds: float | None = None) -> None:
+    if tasks:
+        await asyncio.wait(tasks, timeout=seconds)
+
+
+_A_MOMENT: Final = 0.2
+"""Seconds that nobody has to be told of."""
+_WAITS: Final = "Waiting for what was given up and still runs; Ctrl-C leaves it."
 
 
 @dataclass(frozen=True, slots=True)
