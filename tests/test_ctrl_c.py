@@ -41,6 +41,7 @@ from saga import (
 )
 from saga.events import AnyEvent, StageProbed
 from saga.keeper import SagaKeeper
+from saga.watch import Crew
 from tests.controlled import ControlledLoop, run
 from tests.interrupting import interrupt_next_call
 from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, World, hooked, scene
@@ -521,6 +522,24 @@ def test_whoever_waits_for_a_saga_that_was_struck_itself_learns_how_it_was_left(
     (message,) = told
     assert "the saga was cut short by a KeyboardInterrupt: it is left as if its process had been killed, resume it" in message
     assert "go on: await coordinator.resume('s', pipeline)" in message
+
+
+def test_whoever_waits_for_a_saga_in_which_a_compensations_task_was_struck_learns_how_it_was_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise")})
+    strike_once(pipeline, "b", "compensate", lambda: interrupt_next_call(monkeypatch, Crew, "dismiss"))
+    told: list[str] = []
+
+    async def call() -> None:
+        with pytest.raises(LedgerError) as caught:
+            await SagaCoordinator().run(pipeline, saga_id="s")
+        told.append(str(caught.value))
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(call())
+
+    (message,) = told
+    assert "the saga was cut short by a KeyboardInterrupt: it is left as if its process had been killed, resume it" in message
+    assert world.undone() == ["b", "a"]
 
 
 class StruckLog(logging.Handler):

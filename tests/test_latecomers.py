@@ -31,6 +31,7 @@ from saga import (
     nested,
 )
 from saga.events import (
+    CompensationCompleted,
     CompensationFailed,
     SagaEnded,
     SagaTurnedBack,
@@ -427,7 +428,7 @@ def test_nothing_is_undone_under_what_is_just_being_recorded_as_having_come_late
 
 def test_a_compensation_that_is_held_back_by_what_came_late_and_cant_be_undone_leaves_its_stage_stuck() -> None:
     """Between two attempts of it; a person can then say of both what stands."""
-    world, pipeline = scene({"a": ()}, {"a": Script(undo_fails=1)})
+    world, pipeline = scene({"other": (), "a": ()}, {"a": Script(undo_fails=1)})
     world.dependencies["deaf"] = ("a",)
 
     async def main() -> tuple[SagaReport, SagaReport]:
@@ -507,6 +508,28 @@ def test_a_way_back_that_is_planned_anew_goes_no_further_than_the_one_before(hal
     assert report.stages["deaf"].compensation is None
     assert "deaf" in world.standing
     assert "first" in world.standing
+
+
+class RecordsLate(Doubtful):
+    async def execute(self, ctx: SagaContext) -> None:
+        await self._wait()
+        await ctx.record("14A")
+
+
+def test_what_came_late_before_its_turn_and_waits_for_a_person_halts_nothing() -> None:
+    world, pipeline = scene({"first": (), "deaf": (), "slow": ()}, {"slow": Script(undo_takes=20)})
+    policy = PROMPT.model_copy(update={"compensation": Compensation(max_concurrency=1, on_failure="halt")})
+
+    async def main() -> SagaReport:
+        stage = RecordsLate(world)
+        run_in_turn = SagaCoordinator(policy).run(pipeline.with_stage("deaf", stage), saga_id="s")
+        return await while_slow_is_undone(run_in_turn, world, stage, after=5)
+
+    report = run(main())
+
+    assert world.undone() == ["slow", "first"]
+    assert [*report.in_doubt] == ["deaf"]
+    assert report.stages["deaf"].compensation is None
 
 
 @pytest.mark.parametrize("within", [False, True])
@@ -695,6 +718,8 @@ def test_a_compensation_that_comes_to_its_end_late_has_undone_its_stage() -> Non
     world, pipeline = scene({"a": ()})
     world.dependencies["deaf"] = ("a",)
 
+    ledger = MemoryLedger()
+
     async def main() -> tuple[SagaReport, SagaReport, SagaReport]:
         stage = Deaf(world, deaf_undo=True)
 
@@ -702,7 +727,8 @@ def test_a_compensation_that_comes_to_its_end_late_has_undone_its_stage() -> Non
             raise ValueError
 
         whole = pipeline.with_stage("deaf", stage, dependencies=("a",)).with_stage("fail", fail, "work", dependencies=("deaf",))
-        coordinator = SagaCoordinator(FailFast(cancel_grace=2, compensation=Compensation(timeout=10, retry=Retry(attempts=1))))
+        policy = FailFast(cancel_grace=2, compensation=Compensation(timeout=10, retry=Retry(attempts=1)))
+        coordinator = SagaCoordinator(policy, ledger=ledger)
         first = await coordinator.run(whole, saga_id="s")
         stage.released.set()
         for _ in range(20):
@@ -717,6 +743,8 @@ def test_a_compensation_that_comes_to_its_end_late_has_undone_its_stage() -> Non
     assert set(late.blocked) == {"a"}
     assert resumed.status is SagaStatus.COMPENSATED
     assert world.undone() == ["deaf", "a"]
+    completed = [event for event in run(ledger.read("s")) if isinstance(event, CompensationCompleted)]
+    assert [(event.stage, event.late) for event in completed] == [("deaf", True), ("a", False)]
 
 
 @pytest.mark.parametrize("error", [LedgerError("disk full"), OSError("a driver's own")])

@@ -266,7 +266,10 @@ def test_a_compensation_that_returns_what_nobody_has_awaited_has_undone_nothing(
 
     assert standing == {"charge"}
     assert (report.status, [*report.stuck]) == (SagaStatus.STUCK, ["a"])
-    assert report.failures[-1].message.endswith("which nobody has awaited. Write await before its call")
+    failure = report.failures[-1]
+    assert (failure.stage, failure.type, failure.attempt) == ("a", "coroutine", 3)
+    assert failure.message.startswith("it returned <coroutine object ")
+    assert failure.message.endswith("which nobody has awaited. Write await before its call")
 
 
 @pytest.mark.parametrize("of", ["async", "plain"])
@@ -296,7 +299,10 @@ def test_a_compensation_that_returns_a_generator_has_undone_nothing(of: str) -> 
 
     assert standing == {"charge"}
     assert (report.status, [*report.stuck]) == (SagaStatus.STUCK, ["a"])
-    assert report.failures[-1].message.endswith("which nobody has gone through to its end. Write return, and not yield, in it")
+    failure = report.failures[-1]
+    assert (failure.stage, failure.type, failure.attempt) == ("a", "async_generator" if of == "async" else "generator", 3)
+    assert failure.message.startswith(f"it returned <{failure.type} object ")
+    assert failure.message.endswith("which nobody has gone through to its end. Write return, and not yield, in it")
 
 
 @pytest.mark.parametrize(

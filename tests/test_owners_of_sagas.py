@@ -41,7 +41,7 @@ from saga import (
 )
 from saga import coordinator as coordinator_module
 from saga.blueprint import Blueprint
-from saga.events import AnyEvent, SagaStarted, StageSettled
+from saga.events import AnyEvent, CompensationStarted, SagaStarted, StageSettled
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.watch import this_task
 from tests.controlled import ControlledLoop, elapse, run
@@ -292,6 +292,27 @@ def test_a_saga_whose_event_loop_was_closed_is_gone_on_with_where_it_ran(kind: t
 
     assert recovery.reports["s"].status is SagaStatus.COMPLETED
     assert world.log == ["+a", "+b", "+c"]
+
+
+def test_a_compensation_that_ignored_its_cancel_goes_on_to_nothing_when_its_event_loop_was_closed() -> None:
+    async def undo(_: CompensationContext) -> None:
+        try:
+            await elapse(10.0)
+        except asyncio.CancelledError:
+            await elapse(10.0)
+
+    async def fails(_: Any) -> None:
+        raise ConnectionError("no line")
+
+    pipeline = Pipeline(name="trip").with_stage("a", compensable(nothing, undo)).with_stage("b", fails, "work", dependencies=("a",))
+    coordinator = SagaCoordinator(FailFast(cancel_grace=30.0, compensation=Compensation(timeout=1.0)))
+    abandoned(coordinator, pipeline, 5.0)
+    events = run(coordinator.ledger.read("s"))
+
+    del coordinator
+    gc.collect()
+
+    assert isinstance(events[-1], CompensationStarted)
 
 
 class BeginsSlowly(MemoryLedger):
