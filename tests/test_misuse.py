@@ -500,7 +500,7 @@ def test_what_is_no_ledger_is_refused_before_anything_is_run(given: Any, got: st
 
 
 def test_a_url_in_place_of_a_ledger_is_refused_without_its_password() -> None:
-    with pytest.raises(MisuseError, match=r"expected a ledger, got a str\. saga\.ledgers\.open_ledger") as caught:
+    with pytest.raises(MisuseError, match=r"expected a ledger, got a str\. .*open_ledger\(url\) opens the one at a URL\.$") as caught:
         SagaCoordinator(ledger="postgresql://ada:secret@db/sagas")  # type: ignore[arg-type] # the mistake
 
     assert "secret" not in str(caught.value)
