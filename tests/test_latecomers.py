@@ -1245,3 +1245,39 @@ def test_a_saga_stays_stuck_when_what_comes_late_has_a_use_for_what_could_not_be
     assert set(late.stuck) == {"a"}
     assert late.status is SagaStatus.STUCK
     assert set(world.standing) == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("retried", "becomes"), [(False, [StageState.STUCK, StageState.UNDONE]), (True, [StageState.KEPT, StageState.IN_DOUBT])]
+)
+def test_a_compensation_comes_late_to_what_is_used_by_what_came_late_before(retried: bool, becomes: list[StageState]) -> None:
+    """What is stuck it has undone; of what is kept, to be undone once more if need be, a person says whether it stands."""
+    world = World({"deaf": ()})
+    released = asyncio.Event()
+
+    async def tells(_: StageContext) -> None:
+        while not released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await released.wait()
+
+    async def main() -> list[SagaReport]:
+        stage = Deaf(world, deaf_undo=True)
+        pipeline = Pipeline().with_stage("deaf", stage).with_stage("tells", tells, "work", dependencies=("deaf",))
+        once = Compensation(timeout=10, retry=Retry(attempts=1))
+        policy = ContinueWithFallback(timeout=10, cancel_grace=2, without_fallback="skip_branch", compensation=once)
+        coordinator = SagaCoordinator(policy)
+        reports = [await coordinator.run(pipeline, saga_id="s")]
+        if retried:
+            await coordinator.settle("s", "deaf", "retry", "they answer again")
+        for comes_late in (released, stage.released):
+            comes_late.set()
+            await settled_down()
+            reports.append(await coordinator.report("s"))
+        return reports
+
+    first, used, late = run(main())
+
+    assert first.stages["deaf"].state is StageState.STUCK
+    assert [*used.kept] == [*(["deaf"] if retried else []), "tells"]
+    assert [used.stages["deaf"].state, late.stages["deaf"].state] == becomes
+    assert world.standing == {}

@@ -373,16 +373,19 @@ def test_each_time_that_a_fallbacks_sagas_are_to_be_undone_beside_what_was_they_
     assert state.stages["a"].undone_too_soon == 2
 
 
-def test_a_stage_that_was_stopped_before_its_code_ran_as_often_as_it_was_started_is_not_asked() -> None:
+def test_only_a_stage_that_was_stopped_before_its_code_ran_as_often_as_it_was_started_is_not_asked() -> None:
     probed = SagaStarted(
         saga_id="s", pipeline="p", graph=Graph.of([Node(name="a", role=Role.COMPENSABLE, can_probe=True)]), policy=FailFast(), input={}
     )
     stopped = StageFailed(stage="a", failure=Failure.of("a", FailureKind.INTERRUPTED, "the saga stopped before it ran"))
     again: list[AnyEvent] = [SagaEnded(status=SagaStatus.HALTED), SagaResumed(forward=True, by="ann")]
 
-    state = SagaState([probed, StageStarted(stage="a", attempt=1), stopped, *again, StageStarted(stage="a", attempt=2), stopped])
+    never: list[AnyEvent] = [StageStarted(stage="a", attempt=1), stopped, *again, StageStarted(stage="a", attempt=2), stopped]
+    once: list[AnyEvent] = [StageStarted(stage="a", attempt=1), StageFailed(stage="a", failure=FAILURE), *again, *never[-2:]]
 
-    assert undo_step(state.graph["a"], state.stages["a"]) is Step.CLEAR
+    steps = [undo_step(state.graph["a"], state.stages["a"]) for state in (SagaState([probed, *never]), SagaState([probed, *once]))]
+
+    assert steps == [Step.CLEAR, Step.PROBE]
 
 
 @pytest.mark.parametrize(("answer", "stands"), [(None, True), (True, True), (False, False)])
@@ -448,3 +451,23 @@ def test_what_a_probe_tells_after_a_crash_is_undone_of_a_stage_is_so_of_its_fall
     state = SagaState([STARTED, *path, StageProbed(stage="a", landed=False, left_within=False)])
 
     assert (state.stages["a"].fell_back, undo_step(state.graph["a"], state.stages["a"])) == (False, Step.CLEAR)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state", "again"),
+    [
+        (StageCompleted(stage="a", output=OUTPUT), StageState.KEPT, False),
+        (StageFailed(stage="a", failure=FAILURE), StageState.FAILED, True),
+    ],
+)
+def test_a_stage_that_was_half_undone_runs_again_until_it_has_completed(outcome: AnyEvent, state: StageState, again: bool) -> None:
+    half = CompensationFailed(stage="a", failure=FAILURE, in_part=True)
+    stuck: list[AnyEvent] = [*PATHS[StageState.COMPENSATING], half, SagaEnded(status=SagaStatus.STUCK)]
+    forward = SagaResumed(forward=True, by="ann")
+    ran: list[AnyEvent] = [StageStarted(stage="a", attempt=2), outcome, SagaEnded(status=SagaStatus.HALTED)]
+
+    once = SagaState([STARTED, *stuck, forward]).stages["a"]
+    twice = SagaState([STARTED, *stuck, forward, *ran, forward]).stages["a"]
+
+    assert (once.state, once.again) == (StageState.FAILED, True)
+    assert (twice.state, twice.again) == (state, again)
