@@ -766,10 +766,11 @@ def test_what_a_stage_returns_in_place_of_an_output_is_told_in_full(output: Stag
     assert (cause.stage, cause.attempt, cause.kind, cause.type, cause.message) == ("check", 2, *told)
 
 
-def test_a_cancel_outweighed_by_a_failure_during_the_drain_compensates() -> None:
-    world, pipeline = scene(BRANCHES, {"b": Script("cancel", before=1), "c": Script("raise", before=2)})
+@pytest.mark.parametrize("fails", [Script("raise", before=2), Script("hang")], ids=["failed", "in doubt"])
+def test_a_cancel_outweighed_by_a_failure_during_the_drain_compensates(fails: Script) -> None:
+    world, pipeline = scene(BRANCHES, {"b": Script("cancel", before=1), "c": fails}, {"c": "probed"})
 
-    report = run(SagaCoordinator().run(pipeline))
+    report = run(SagaCoordinator(FailFast(timeout=5)).run(pipeline))
 
     assert report.status is SagaStatus.COMPENSATED
     assert report.cause is not None

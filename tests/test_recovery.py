@@ -25,15 +25,18 @@ from saga import (
     StageState,
 )
 from saga.events import (
+    CompensationCompleted,
+    CompensationStarted,
+    EffectRecorded,
     SagaTurnedBack,
     StageFailed,
     StageStarted,
     TurnReason,
 )
-from saga.recovery import Move, conclude
+from saga.recovery import Move, conclude, stage_states
 from saga.state import SagaState
 from tests.controlled import run
-from tests.test_ledger import PATHS, STARTED
+from tests.test_ledger import BACK, PATHS, STARTED
 from tests.world import SEQUENCE, CardDeclined, Script, scene
 
 ONCE = Compensation(retry=Retry(attempts=1))
@@ -262,3 +265,12 @@ def test_a_stage_in_doubt_falls_back_and_stays_in_doubt(works: bool) -> None:
     assert report.stages["slow"].state is StageState.IN_DOUBT
     assert report.fallbacks == (("slow",) if works else ())
     assert [failure.message for failure in report.failures] == ["no answer within 1 s", *([] if works else ["no fallback either"])]
+
+
+def test_what_is_left_of_a_stage_behind_its_fallback_is_shown_as_it_is_undone() -> None:
+    charged = [StageStarted(stage="a", attempt=1), EffectRecorded(stage="a", effect="half"), *PATHS[StageState.FALLBACK][1:], BACK]
+
+    undoing = SagaState([STARTED, *charged, CompensationStarted(stage="a", attempt=1)])
+    undone = SagaState([STARTED, *charged, CompensationStarted(stage="a", attempt=1), CompensationCompleted(stage="a")])
+
+    assert [stage_states(state)["a"] for state in (undoing, undone)] == [StageState.COMPENSATING, StageState.FALLBACK]

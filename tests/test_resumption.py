@@ -60,11 +60,15 @@ IMPATIENT = FailFast(compensation=ONCE)
 SKIP_BRANCH = ContinueWithFallback(without_fallback="skip_branch", compensation=ONCE)
 
 
+@pytest.mark.parametrize("state", [StageState.FAILED, StageState.IN_DOUBT])
 @pytest.mark.parametrize("policy", [None, ContinueWithFallback()], ids=["fail fast", "no fallback"])
-def test_a_saga_that_a_stage_had_stopped_when_its_process_died_starts_nothing_more(policy: Any) -> None:
-    chapter = resumption([STARTED, *PATHS[StageState.FAILED]], policy=policy, forward=None, by="ann")
+def test_a_saga_that_a_stage_had_stopped_when_its_process_died_starts_nothing_more(policy: Any, state: StageState) -> None:
+    failed = PATHS[state][-1]
+    assert isinstance(failed, StageFailed)
 
-    assert (chapter.direction, chapter.stop) == (Direction.CONCLUDE, FAILURE)
+    chapter = resumption([STARTED, *PATHS[state]], policy=policy, forward=None, by="ann")
+
+    assert (chapter.direction, chapter.stop) == (Direction.CONCLUDE, failed.failure)
 
 
 @pytest.mark.parametrize("policy", [SKIP_BRANCH, ContinueWithFallback(fallbacks={"a": {}})], ids=["skip the branch", "a fallback"])
