@@ -321,7 +321,6 @@ class SagaState:
                 record.undone_too_soon += 1
             case _S.FALLBACK:
                 record.landed, record.doubt = True, False
-                return
             case _S.IN_DOUBT if record.late_to_undoing:
                 # Another attempt of it has come so before.
                 pass
@@ -330,7 +329,9 @@ class SagaState:
             case _:
                 # Where what it was worked out from is undone already, it serves nothing.
                 record.state, record.landed, record.doubt, record.failed = _S.KEPT, True, False, self._has_lost_ground(event.stage)
-        record.output, record.ended_at = event.output, event.at
+        if not record.fell_back:
+            # What stands in for it is what others have gone on with, and go on with.
+            record.output, record.ended_at = event.output, event.at
 
     def _has_lost_ground(self, stage: str) -> bool:
         below = [self.stages[name] for name in self.graph.with_ancestors([stage]) if name != stage]
@@ -411,7 +412,11 @@ class SagaState:
         if record.state in {_S.FALLBACK, _S.SKIPPED}:
             # What stands in for it was used already: what it gave comes too late.
             record.landed, record.late_output = event.landed, event.output
+        elif event.landed and record.fell_back and not record.again:
+            # It had come late to the undoing of what it had left before.
+            record.state, record.landed, record.late_output = _S.FALLBACK, True, event.output
         elif event.landed:
+            record.lose_fallback()
             record.state, record.landed, record.failed, record.again = _S.KEPT, True, False, False
             record.output, record.ended_at = event.output, event.at
         elif record.state is _S.IN_DOUBT:

@@ -210,24 +210,69 @@ def test_what_completes_late_when_it_could_not_be_undone_is_kept_with_what_runs_
     assert world.standing == {"deaf": 1, "ship": 1}
 
 
-def test_what_completes_late_when_it_could_not_be_undone_behind_its_fallback_is_undone_then() -> None:
+@pytest.mark.parametrize("ships_at", [1, 2])
+def test_what_completes_late_when_it_could_not_be_undone_behind_its_fallback_is_undone_then(ships_at: int) -> None:
+    """Also under what goes on only then: with what its fallback gave, as what it gave itself does not stand."""
     world = World({"deaf": ()})
+    shipped_with: list[StageOutput | None] = []
+
+    async def ship(ctx: SagaContext) -> StageOutput:
+        shipped_with.append(ctx.inputs.get_output("deaf"))
+        return StageOutput.ok() if len(shipped_with) == ships_at else StageOutput.fail("no")
 
     async def main() -> list[SagaReport]:
         stage = RefundFails(world)
-        pipeline = shipped(world, stage, "ok")
+        pipeline = Pipeline(name="trip").with_stage("deaf", stage).with_stage("ship", ship, "work", dependencies=("deaf",))  # type: ignore[arg-type] # stageflow's Stage takes its own context
         coordinator = SagaCoordinator(INSTEAD.model_copy(update={"compensation": Compensation(retry=Retry(attempts=1))}))
         first = await coordinator.run(pipeline, saga_id="s")
         stage.released.set()
         await settled_down()
-        return [first, await coordinator.resume("s", pipeline, forward=True)]
+        return [first, await coordinator.report("s"), await coordinator.resume("s", pipeline, forward=True)]
 
-    first, resumed = run(main())
+    first, late, resumed = run(main())
 
-    assert [*first.stuck] == ["deaf"]
+    assert [*first.stuck] == [*late.stuck] == ["deaf"]
     assert resumed.status is SagaStatus.DEGRADED
     assert resumed.fallbacks == ("deaf",)
-    assert world.standing == {"ship": 1}
+    assert shipped_with == [StageOutput.ok(seat=None)] * ships_at
+    assert late.stages["deaf"].output == resumed.stages["deaf"].output == StageOutput.ok(seat=None)
+    assert late.stages["deaf"].late_output == StageOutput.ok(seat="14A")
+    assert world.standing == {}
+
+
+class Partly(Doubtful):
+    """It records a part of what it does, and is found by its probe once it has done the rest."""
+
+    async def execute(self, ctx: SagaContext) -> Any:
+        await ctx.record("a part")
+        return await super().execute(ctx)
+
+    async def probe(self, _: CompensationContext) -> StageOutput | None:
+        return StageOutput.ok(found=True) if "deaf" in self.world.standing else None
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_what_comes_late_behind_its_fallback_when_a_part_of_it_was_undone_is_undone_too(forward: bool) -> None:
+    """Or kept, and its fallback serves no more, by who goes forward."""
+    world = World({"deaf": ()})
+
+    async def main() -> list[SagaReport]:
+        stage = Partly(world)
+        pipeline = shipped(world, stage, "ok")
+        coordinator = SagaCoordinator(INSTEAD)
+        first = await coordinator.run(pipeline, saga_id="s")
+        stage.released.set()
+        await settled_down()
+        return [first, await coordinator.report("s"), await coordinator.resume("s", pipeline, forward=forward)]
+
+    first, late, resumed = run(main())
+
+    assert (first.status, late.status) == (SagaStatus.DEGRADED, SagaStatus.STUCK)
+    assert [*late.in_doubt] == ["deaf"]
+    assert resumed.status is (SagaStatus.COMPLETED if forward else SagaStatus.DEGRADED)
+    assert resumed.fallbacks == (() if forward else ("deaf",))
+    assert resumed.stages["deaf"].output == (StageOutput.ok(found=True) if forward else StageOutput.ok(seat=None))
+    assert world.standing == ({"deaf": 1, "ship": 1} if forward else {"ship": 1})
 
 
 class InParts(Refunds):
