@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -302,3 +304,24 @@ def test_cancelling_every_task_while_a_probe_waits_to_be_asked_again_has_it_aske
 
     assert report.status is SagaStatus.COMPENSATED
     assert (Shy.asked, took) == (2, 5)
+
+
+def test_nothing_of_a_saga_that_was_undone_waits_for_its_backward_deadline() -> None:
+    class Held(CompensableStage):
+        async def execute(self, ctx: SagaContext) -> None: ...
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    async def play() -> weakref.ref[Held]:
+        stage = Held()
+        pipeline = Pipeline().with_stage("a", stage).with_stage("b", declined, "work", dependencies=("a",))
+        report = await SagaCoordinator(FailFast(compensation=Compensation(deadline=3600))).run(pipeline)
+        assert report.status is SagaStatus.COMPENSATED
+        return weakref.ref(stage)
+
+    async def main() -> Held | None:
+        held = await play()
+        gc.collect()
+        return held()
+
+    assert run(main()) is None

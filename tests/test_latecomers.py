@@ -444,6 +444,7 @@ def test_a_compensation_that_is_held_back_by_what_came_late_and_cant_be_undone_l
 
     assert report.status is SagaStatus.STUCK
     assert [*report.stuck] == ["a", "deaf"]
+    assert not any(failure.of_probe for failure in report.failures)
     assert world.refusals == []
     assert resumed.status is SagaStatus.COMPENSATED
     assert world.standing == {}

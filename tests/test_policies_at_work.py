@@ -606,6 +606,15 @@ def test_the_deadline_of_the_backward_run_starts_no_further_compensation() -> No
     assert set(world.standing) == {"a"}
 
 
+def test_the_deadline_of_the_backward_run_counts_from_when_that_begins() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script(undo_takes=5), "c": Script("raise", before=100)})
+
+    report = run(SagaCoordinator(FailFast(compensation=Compensation(deadline=10))).run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
 @pytest.mark.parametrize("stops", ["deadline", "halt"])
 @pytest.mark.parametrize("lands", [True, False])
 def test_what_the_backward_run_did_not_get_to_is_asked_for_all_the_same(stops: str, lands: bool) -> None:

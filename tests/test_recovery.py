@@ -148,6 +148,29 @@ def test_a_saga_in_which_a_branch_fell_and_nothing_has_to_be_undone_does_not_tur
     assert conclude(state, None) == Move()
 
 
+def test_a_saga_in_which_nothing_but_a_plain_stage_came_to_anything_is_compensated() -> None:
+    world, pipeline = scene({"quote": (), "hotel": ("quote",)}, {"hotel": Script("raise")}, {"quote": "plain"})
+
+    report = run(SagaCoordinator(SKIP_BRANCH).run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
+
+
+def test_a_saga_whose_branch_fell_with_a_stage_that_a_person_keeps_is_degraded() -> None:
+    _, pipeline = scene({"slow": (), "after": ("slow",), "other": ()}, {"slow": Script("hang")})
+    coordinator = SagaCoordinator(SKIP_BRANCH.model_copy(update={"timeout": 1.0}))
+
+    async def settled() -> SagaReport:
+        await coordinator.run(pipeline, saga_id="s")
+        return await coordinator.settle("s", "slow", "kept", "it is in their books")
+
+    report = run(settled())
+
+    assert [*report.kept] == ["slow", "other"]
+    assert report.status is SagaStatus.DEGRADED
+
+
 def test_a_cancel_that_turns_the_saga_back_is_its_cause() -> None:
     _, pipeline = scene(SEQUENCE, {"b": Script("cancel")})
 

@@ -49,6 +49,14 @@ def test_in_a_diamond_the_failure_of_the_join_undoes_both_branches_at_once_and_t
     assert report.compensation_order[-1] == "a"
 
 
+def test_when_the_join_of_a_diamond_is_undone_both_branches_are_undone_at_once() -> None:
+    world, report = failing(DIAMOND | {"e": ("d",)}, e=Script("raise"), b=Script(undo_takes=1), c=Script(undo_takes=1))
+
+    assert report.compensation_order[0] == "d"
+    assert world.most_undone_at_once == 2
+    assert world.undone()[-1] == "a"
+
+
 def test_a_fan_in_that_fails_has_all_its_inputs_undone_at_once() -> None:
     slow = {name: Script(undo_takes=1) for name in "abc"}
 
