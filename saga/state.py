@@ -148,7 +148,7 @@ class SagaState:
 
     def _resume(self, event: SagaResumed) -> None:
         had_ended = self.ended_at is not None
-        if event.forward and not had_ended and self.status is SagaStatus.COMPENSATING:
+        if event.forward and self.status is SagaStatus.COMPENSATING:
             raise self._contradiction("a saga that is compensating", event)
         if not event.forward and self.reason is None:
             raise self._contradiction("a saga that never turned back", event)
