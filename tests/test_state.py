@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -175,6 +176,16 @@ def test_a_failure_is_not_compared_with_each_one_before_it(monkeypatch: pytest.M
     assert [*map(id, state.failures)] == [*map(id, failures)]
     assert state.first_of(reversed(failures)) is failures[0]
     assert len(compared) < len(failures)
+
+
+def test_what_stopped_a_saga_first_is_its_cause_whatever_stops_or_turns_it_later() -> None:
+    late, cancelled = (Failure.of(None, kind, "enough") for kind in (FailureKind.TIMEOUT, FailureKind.INTERRUPTED))
+    stopped: list[AnyEvent] = [STARTED, *PATHS[StageState.KEPT], SagaStopped(cause=late)]
+    turned = SagaTurnedBack(reason=TurnReason.INTERRUPT, cause=cancelled)
+
+    again, back = SagaState([*stopped, SagaStopped(cause=cancelled)]), SagaState([*stopped, turned])
+
+    assert (again.cause, [*again.failures]) == (back.cause, [*back.failures]) == (late, [late, cancelled])
 
 
 def test_a_saga_is_spotless_until_a_stage_fails_or_skips_what_it_has_begun() -> None:
@@ -471,3 +482,66 @@ def test_a_stage_that_was_half_undone_runs_again_until_it_has_completed(outcome:
 
     assert (once.state, once.again) == (StageState.FAILED, True)
     assert (twice.state, twice.again) == (state, again)
+
+
+def test_a_fallback_serves_on_when_what_its_stage_has_left_is_half_undone() -> None:
+    left: list[AnyEvent] = [StageStarted(stage="a", attempt=1), EffectRecorded(stage="a", effect=1), *PATHS[StageState.FALLBACK][1:]]
+    half: list[AnyEvent] = [BACK, CompensationStarted(stage="a", attempt=1), CompensationFailed(stage="a", failure=FAILURE, in_part=True)]
+    retried: list[AnyEvent] = [
+        SagaEnded(status=SagaStatus.STUCK),
+        StageSettled(stage="a", verdict=Verdict.RETRY, note="mended", by="ann"),
+        SagaResumed(forward=True, by="ann"),
+    ]
+
+    record = SagaState([STARTED, *left, *half, *retried]).stages["a"]
+
+    assert (record.state, record.again) == (StageState.FALLBACK, False)
+
+
+CHAIN = replace(
+    STARTED,
+    graph=Graph.of([Node(name="a", role=Role.COMPENSABLE), Node(name="b", role=Role.COMPENSABLE, dependencies=("a",))]),
+)
+
+
+def of(stage: str, *events: AnyEvent) -> list[AnyEvent]:
+    return [replace(event, stage=stage) for event in events]  # type: ignore[arg-type] # all of them are of a stage
+
+
+DONE = PATHS[StageState.KEPT]
+UNDONE: list[AnyEvent] = [CompensationStarted(stage="a", attempt=1), CompensationCompleted(stage="a")]
+HALF_UNDONE: list[AnyEvent] = [
+    CompensationStarted(stage="a", attempt=1),
+    CompensationFailed(stage="a", failure=FAILURE, in_part=True),
+]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        [*DONE, *of("b", *DONE), BACK, *of("b", *HALF_UNDONE), *HALF_UNDONE],
+        [*DONE, *of("b", *PATHS[StageState.IN_DOUBT]), BACK, *UNDONE],
+    ],
+    ids=["half undone", "in doubt"],
+)
+def test_what_may_be_left_of_a_stage_runs_again_under_the_same_key_also_on_what_runs_anew(path: list[AnyEvent]) -> None:
+    record = SagaState([CHAIN, *path, SagaEnded(status=SagaStatus.STUCK), SagaResumed(forward=True, by="ann")]).stages["b"]
+
+    assert (record.again, record.anew, record.next_execution) == (True, False, 1)
+
+
+def test_a_plain_stage_runs_again_on_what_was_half_undone() -> None:
+    plain = replace(STARTED, graph=Graph.of([Node(name="a", role=Role.COMPENSABLE), Node(name="b", dependencies=("a",))]))
+    path = [*DONE, *of("b", *DONE), BACK, *HALF_UNDONE, SagaEnded(status=SagaStatus.STUCK), SagaResumed(forward=True, by="ann")]
+
+    record = SagaState([plain, *path]).stages["b"]
+
+    assert (record.again, record.anew) == (True, True)
+
+
+def test_a_stage_that_never_ran_runs_for_the_first_time_on_what_runs_anew() -> None:
+    path = [*DONE, BACK, *UNDONE, SagaEnded(status=SagaStatus.COMPENSATED), SagaResumed(forward=True, by="ann")]
+
+    record = SagaState([CHAIN, *path]).stages["b"]
+
+    assert (record.again, record.next_execution) == (False, 1)
