@@ -294,6 +294,11 @@ CONTRADICTIONS: dict[str, tuple[list[AnyEvent], AnyEvent, str]] = {
         CompensationStarted(stage="a", attempt=1),
         "CompensationStarted can't follow on stage 'a' in state undone",
     ),
+    "asking what is stuck": (
+        PATHS[StageState.STUCK],
+        StageProbed(stage="a", landed=True, output=OUTPUT),
+        "StageProbed can't follow on stage 'a' in state stuck",
+    ),
     "compensating while going forward": (PATHS[StageState.KEPT], CompensationStarted(stage="a", attempt=1), "a saga that is running"),
 }
 

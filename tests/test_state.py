@@ -43,7 +43,7 @@ from saga.record import Step, Try, undo_step
 from saga.recovery import stage_states
 from saga.scope import protected
 from saga.state import SagaState
-from tests.test_ledger import BACK, CONTRADICTIONS, FAILURE, LATE, OUTPUT, PATHS, STARTED, STUCK_WITH_REMAINS
+from tests.test_ledger import BACK, CONTRADICTIONS, FAILURE, HALTED, LATE, OUTPUT, PATHS, RUNS_ON, STARTED, STUCK_WITH_REMAINS
 
 LOST = Failure.of("a", FailureKind.CRASHED, "gone")
 
@@ -545,3 +545,79 @@ def test_a_stage_that_never_ran_runs_for_the_first_time_on_what_runs_anew() -> N
     record = SagaState([CHAIN, *path]).stages["b"]
 
     assert (record.again, record.next_execution) == (False, 1)
+
+
+def test_what_is_being_undone_when_a_pivot_comes_late_above_it_is_undone_all_the_same() -> None:
+    pivot = Node(name="b", role=Role.PIVOT, dependencies=("a",))
+    began = replace(STARTED, graph=Graph.of([Node(name="a", role=Role.COMPENSABLE), pivot]))
+    late = StageCompleted(stage="b", output=OUTPUT, late=True)
+
+    state = SagaState([began, *DONE, *of("b", *PATHS[StageState.FAILED]), BACK, UNDONE[0], late, UNDONE[1]])
+
+    assert [record.state for record in state.stages.values()] == [StageState.UNDONE, StageState.KEPT]
+
+
+def test_a_stage_that_runs_again_is_asked_about_anew_before_it_runs_once_more() -> None:
+    question = StageProbed(stage="a", landed=None, failure=Failure.of("a", FailureKind.COMPENSATION, "something within"), held=True)
+    word = StageSettled(stage="a", verdict=Verdict.RETRY, note="try", by="ann")
+    doubted: list[AnyEvent] = [*PATHS[StageState.IN_DOUBT], question, SagaEnded(status=SagaStatus.STUCK)]
+
+    waiting = [SagaState([STARTED, *doubted, *said, RUNS_ON]).stages["a"] for said in ([], [word])]
+    running = [SagaState([STARTED, *doubted, *said, RUNS_ON, StageStarted(stage="a", attempt=2)]).stages["a"] for said in ([], [word])]
+
+    assert [(one.gave_up, one.may_repeat, one.held) for one in waiting] == [(True, False, question), (True, True, None)]
+    assert [(one.gave_up, one.may_repeat, one.held) for one in running] == [(False, False, None)] * 2
+
+
+STUCK_UNFINISHED: list[AnyEvent] = [
+    StageStarted(stage="a", attempt=1),
+    EffectRecorded(stage="a", effect=1),
+    *PATHS[StageState.FALLBACK][1:],
+    BACK,
+    CompensationStarted(stage="a", attempt=1),
+    CompensationFailed(stage="a", failure=FAILURE),
+    SagaEnded(status=SagaStatus.STUCK),
+]
+
+
+@pytest.mark.parametrize(
+    ("goes_on", "state", "falls_back"),
+    [([], StageState.STUCK, True), ([RUNS_ON, HALTED], StageState.STUCK, True), ([RUNS_ON], StageState.KEPT, False)],
+    ids=["at rest", "halted before its turn", "going forward"],
+)
+def test_what_completes_late_and_is_stuck_behind_its_fallback_is_kept_only_by_who_goes_forward(
+    goes_on: list[AnyEvent], state: StageState, falls_back: bool
+) -> None:
+    late = StageCompleted(stage="a", output=OUTPUT, late=True)
+
+    record = SagaState([STARTED, *STUCK_UNFINISHED, *goes_on, late]).stages["a"]
+
+    assert (record.state, record.landed, record.fell_back, record.failed) == (state, True, falls_back, falls_back)
+
+
+def test_what_completes_late_has_not_failed_also_where_it_is_stuck() -> None:
+    without_fallback = [event for event in STUCK_UNFINISHED if not isinstance(event, FallbackUsed)]
+
+    record = SagaState([STARTED, *without_fallback, StageCompleted(stage="a", output=OUTPUT, late=True)]).stages["a"]
+
+    assert (record.state, record.failed) == (StageState.STUCK, False)
+
+
+@pytest.mark.parametrize(
+    ("below", "is_lost"),
+    [
+        ([*DONE, BACK, UNDONE[0]], True),
+        ([*DONE, BACK, *UNDONE], True),
+        ([*STUCK_UNFINISHED[:3], FallbackUsed(stage="a", output=OUTPUT, source="stage"), BACK, *UNDONE], False),
+        ([*STUCK_UNFINISHED[:3], FallbackUsed(stage="a", output=OUTPUT, source="stage", ran=("c",)), BACK, UNDONE[0]], True),
+    ],
+    ids=["being undone", "undone", "undone behind its fallback", "being undone with its fallback's sagas"],
+)
+def test_what_completes_late_serves_nothing_when_what_it_was_worked_out_from_is_gone(below: list[AnyEvent], is_lost: bool) -> None:
+    failed = of("b", *PATHS[StageState.FAILED])
+    turn = below.index(BACK)
+    late = StageCompleted(stage="b", output=OUTPUT, late=True)
+
+    record = SagaState([CHAIN, *below[:turn], *failed, *below[turn:], late]).stages["b"]
+
+    assert (record.state, record.failed) == (StageState.KEPT, is_lost)
