@@ -393,10 +393,11 @@ def test_only_a_stage_that_was_stopped_before_its_code_ran_as_often_as_it_was_st
 
     never: list[AnyEvent] = [StageStarted(stage="a", attempt=1), stopped, *again, StageStarted(stage="a", attempt=2), stopped]
     once: list[AnyEvent] = [StageStarted(stage="a", attempt=1), StageFailed(stage="a", failure=FAILURE), *again, *never[-2:]]
+    called_off: list[AnyEvent] = [StageStarted(stage="a", attempt=1), StageFailed(stage="a", failure=FAILURE, will_retry=True), stopped]
 
-    steps = [undo_step(state.graph["a"], state.stages["a"]) for state in (SagaState([probed, *never]), SagaState([probed, *once]))]
+    states = [SagaState([probed, *path]) for path in (never, once, called_off)]
 
-    assert steps == [Step.CLEAR, Step.PROBE]
+    assert [undo_step(state.graph["a"], state.stages["a"]) for state in states] == [Step.CLEAR, Step.PROBE, Step.PROBE]
 
 
 @pytest.mark.parametrize(("answer", "stands"), [(None, True), (True, True), (False, False)])
@@ -621,3 +622,119 @@ def test_what_completes_late_serves_nothing_when_what_it_was_worked_out_from_is_
     record = SagaState([CHAIN, *below[:turn], *failed, *below[turn:], late]).stages["b"]
 
     assert (record.state, record.failed) == (StageState.KEPT, is_lost)
+
+
+@pytest.mark.parametrize(
+    "kept_from_running",
+    [
+        StageFailed(stage="a", failure=Failure.of("a", FailureKind.INTERRUPTED, "the saga stopped before it ran")),
+        StageSkipped(stage="a", reason="a branch fell", output=OUTPUT, with_branch=True, not_kept="a lock"),
+    ],
+    ids=["failed", "skipped"],
+)
+def test_a_stage_that_was_kept_from_running_again_has_lost_its_fallback_and_its_turn(kept_from_running: AnyEvent) -> None:
+    record = SagaState([STARTED, *STUCK_UNFINISHED, RUNS_ON, kept_from_running]).stages["a"]
+
+    assert (record.fell_back, record.again) == (False, False)
+    assert record.not_kept == getattr(kept_from_running, "not_kept", None)
+
+
+def test_a_stage_ends_when_its_fallback_stands_in() -> None:
+    started, failed, used = (replace(event, at=at(second)) for second, event in enumerate(PATHS[StageState.FALLBACK]))
+
+    assert SagaState([STARTED, started, failed]).stages["a"].ended_at == at(1)
+    assert SagaState([STARTED, started, failed, used]).stages["a"].ended_at == at(2)
+
+
+def test_a_probe_that_is_asked_once_more_has_told_nothing_yet() -> None:
+    busy = StageProbed(stage="a", landed=None, failure=Failure.of("a", FailureKind.COMPENSATION, "no line"), will_retry=True)
+
+    record = SagaState([STARTED, *PATHS[StageState.FAILED], busy]).stages["a"]
+
+    assert (record.state, record.doubt, record.unanswered) == (StageState.FAILED, False, False)
+
+
+WITHIN = StageProbed(stage="a", landed=None, failure=Failure.of("a", FailureKind.COMPENSATION, "something came late within"), held=True)
+UNDONE_BEHIND_ITS_FALLBACK: list[AnyEvent] = [
+    *STUCK_UNFINISHED[:3],
+    FallbackUsed(stage="a", output=OUTPUT, source="stage"),
+    BACK,
+    *UNDONE,
+    StageCompleted(stage="a", output=OUTPUT, late=True),
+]
+RETRIED: list[AnyEvent] = [
+    StageStarted(stage="a", attempt=1),
+    StageFailed(stage="a", failure=FAILURE, in_doubt=True, will_retry=True),
+    StageStarted(stage="a", attempt=2),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "landed", "state"),
+    [
+        ([*RETRIED, StageSkipped(stage="a", reason="sold out", output=OUTPUT)], True, StageState.SKIPPED),
+        ([*RETRIED, StageSkipped(stage="a", reason="sold out", output=OUTPUT)], False, StageState.SKIPPED),
+        ([*PATHS[StageState.IN_DOUBT], FallbackUsed(stage="a", output=OUTPUT, source="stage")], True, StageState.FALLBACK),
+        ([*PATHS[StageState.FALLBACK], StageCompleted(stage="a", output=OUTPUT, late=True), WITHIN], False, StageState.FALLBACK),
+        (UNDONE_BEHIND_ITS_FALLBACK, True, StageState.FALLBACK),
+        (UNDONE_BEHIND_ITS_FALLBACK, False, StageState.UNDONE),
+    ],
+    ids=[
+        "skipped",
+        "skipped and nothing",
+        "fallback",
+        "fallback and nothing",
+        "undone behind its fallback",
+        "undone behind its fallback and nothing",
+    ],
+)
+def test_what_a_probe_finds_behind_what_stands_in_for_it_comes_too_late(path: list[AnyEvent], landed: bool, state: StageState) -> None:
+    found = StageOutput.ok(found=True) if landed else None
+
+    record = SagaState([STARTED, *path, StageProbed(stage="a", landed=landed, output=found)]).stages["a"]
+
+    assert (record.state, record.landed, record.doubt, record.output) == (state, landed, False, OUTPUT)
+    assert not landed or record.late_output == found
+
+
+def test_what_came_late_within_waits_no_more_once_the_stage_was_asked() -> None:
+    path: list[AnyEvent] = [*PATHS[StageState.IN_DOUBT], WITHIN]
+
+    asked = SagaState([STARTED, *path, StageProbed(stage="a", landed=True, output=OUTPUT)])
+
+    assert SagaState([STARTED, *path]).stages["a"].held == WITHIN
+    assert asked.stages["a"].held is None
+
+
+def test_what_came_late_within_does_not_take_the_place_of_what_waits_for_a_person() -> None:
+    assert SagaState([STARTED, *PATHS[StageState.IN_DOUBT], LATE, WITHIN]).stages["a"].held == LATE
+
+
+def test_a_stage_in_doubt_that_is_found_by_who_goes_forward_does_not_run_and_ended_then() -> None:
+    found = StageProbed(stage="a", landed=True, output=OUTPUT, at=at(9))
+
+    record = SagaState([STARTED, *PATHS[StageState.IN_DOUBT], HALTED, RUNS_ON, found]).stages["a"]
+
+    assert (record.state, record.again, record.ended_at) == (StageState.KEPT, False, at(9))
+
+
+SETTLED = StageSettled(stage="a", verdict=Verdict.UNDONE, note="by hand", by="ann")
+COMES_LATE = StageCompleted(stage="a", output=OUTPUT, late=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "left_within", "state"),
+    [
+        ([*PATHS[StageState.UNDONE], COMES_LATE], False, StageState.UNDONE),
+        ([*PATHS[StageState.UNDONE], COMES_LATE], True, StageState.FAILED),
+        ([*PATHS[StageState.IN_DOUBT], SagaEnded(status=SagaStatus.STUCK), SETTLED, COMES_LATE], False, StageState.UNDONE),
+        ([*PATHS[StageState.KEPT], WITHIN], False, StageState.FAILED),
+    ],
+    ids=["undone", "undone but for what is within", "undone by hand", "kept"],
+)
+def test_what_a_probe_does_not_find_is_undone_if_it_has_been_and_failed_otherwise(
+    path: list[AnyEvent], left_within: bool, state: StageState
+) -> None:
+    record = SagaState([STARTED, *path, StageProbed(stage="a", landed=False, left_within=left_within)]).stages["a"]
+
+    assert (record.state, record.landed, record.doubt) == (state, False, False)
