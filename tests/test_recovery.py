@@ -157,8 +157,18 @@ def test_a_saga_in_which_nothing_but_a_plain_stage_came_to_anything_is_compensat
     assert world.standing == {}
 
 
-def test_a_saga_whose_branch_fell_with_a_stage_that_a_person_keeps_is_degraded() -> None:
-    _, pipeline = scene({"slow": (), "after": ("slow",), "other": ()}, {"slow": Script("hang")})
+@pytest.mark.parametrize(
+    ("shape", "status"),
+    [
+        ({"slow": (), "other": ()}, SagaStatus.COMPLETED),
+        ({"slow": (), "after": ("slow",), "other": ()}, SagaStatus.DEGRADED),
+    ],
+    ids=["nothing fell", "a branch fell"],
+)
+def test_a_saga_is_degraded_after_a_person_kept_a_stage_if_a_branch_fell_with_it(
+    shape: dict[str, tuple[str, ...]], status: SagaStatus
+) -> None:
+    _, pipeline = scene(shape, {"slow": Script("hang")})
     coordinator = SagaCoordinator(SKIP_BRANCH.model_copy(update={"timeout": 1.0}))
 
     async def settled() -> SagaReport:
@@ -168,7 +178,7 @@ def test_a_saga_whose_branch_fell_with_a_stage_that_a_person_keeps_is_degraded()
     report = run(settled())
 
     assert [*report.kept] == ["slow", "other"]
-    assert report.status is SagaStatus.DEGRADED
+    assert report.status is status
 
 
 def test_a_cancel_that_turns_the_saga_back_is_its_cause() -> None:

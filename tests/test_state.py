@@ -706,6 +706,25 @@ def test_what_came_late_within_waits_no_more_once_the_stage_was_asked() -> None:
     assert asked.stages["a"].held is None
 
 
+def test_what_came_late_within_waits_no_more_once_the_stage_is_undone() -> None:
+    assert SagaState([STARTED, *DONE, WITHIN, BACK, *UNDONE]).stages["a"].held is None
+
+
+def test_what_came_late_within_what_was_undone_for_what_it_had_recorded_is_there_to_be_undone_again() -> None:
+    record = SagaState([STARTED, *STUCK_UNFINISHED[:3], BACK, *UNDONE, WITHIN]).stages["a"]
+
+    assert (record.state, record.doubt, record.undone_in_part) == (StageState.FAILED, False, True)
+
+
+def test_a_stage_that_was_half_undone_stays_so_when_another_attempt_gets_nowhere() -> None:
+    nowhere: list[AnyEvent] = [CompensationStarted(stage="a", attempt=2), CompensationFailed(stage="a", failure=FAILURE)]
+    half = CompensationFailed(stage="a", failure=FAILURE, in_part=True, will_retry=True)
+
+    record = SagaState([STARTED, *DONE, BACK, HALF_UNDONE[0], half, *nowhere]).stages["a"]
+
+    assert (record.state, record.undone_in_part) == (StageState.STUCK, True)
+
+
 def test_what_came_late_within_does_not_take_the_place_of_what_waits_for_a_person() -> None:
     assert SagaState([STARTED, *PATHS[StageState.IN_DOUBT], LATE, WITHIN]).stages["a"].held == LATE
 
