@@ -367,6 +367,24 @@ def test_a_compensation_is_not_tried_again_under_what_has_come_late_meanwhile(ki
     assert world.standing == {}
 
 
+def test_a_compensation_that_fails_is_not_tried_again_under_what_was_heard_of_beside_it_meanwhile() -> None:
+    """Promise 1."""
+    world, pipeline = scene({"a": (), "slow": ()}, {"a": Script(undo_fails=1, undo_takes=20), "slow": Script(undo_takes=5)})
+    world.dependencies["deaf"] = ("a",)
+    patient = PROMPT.model_copy(update={"compensation": Compensation(retry=Retry(attempts=2, wait=10, jitter=False))})
+
+    async def main() -> SagaReport:
+        stage = Doubtful(world)
+        running = SagaCoordinator(patient).run(pipeline.with_stage("deaf", stage, dependencies=("a",)), saga_id="s")
+        return await while_slow_is_undone(running, world, stage)
+
+    report = run(main())
+
+    assert world.refusals == []
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.undone() == ["slow", "deaf", "a"]
+
+
 def test_a_compensation_that_what_came_late_has_put_off_has_no_more_attempts_than_any_other() -> None:
     world, pipeline = scene({"a": ()}, {"a": Script(undo_fails=9)})
     world.dependencies["deaf"] = ("a",)

@@ -22,7 +22,7 @@ from saga import (
     compensable,
     nested,
 )
-from saga.events import StageCompleted
+from saga.events import CompensationFailed, StageCompleted
 from saga.report import NestedSagaFailed
 from tests.controlled import run
 from tests.dying import Dying
@@ -164,13 +164,16 @@ def test_what_a_fallback_stands_in_for_is_undone_when_what_used_that_turns_out_t
     trip = before.with_stage("sell", compensable(sell, undo_each([sale])), dependencies=("seat",))
     trip = trip.with_stage("fail", fail, "work", dependencies=("sell",))
 
-    report = run(SagaCoordinator(ContinueWithFallback(fallbacks={"seat": {}})).run(trip))
+    coordinator = SagaCoordinator(ContinueWithFallback(fallbacks={"seat": {}}))
+    report = run(coordinator.run(trip, saga_id="s"))
 
     assert report.status is SagaStatus.HALTED
     assert report.clean, str(report)
     assert [*report.kept] == ["seat", "sell"]
     assert report.fallbacks == ("seat",)
     assert world.undone() == ["seat"]
+    failed = [event for event in run(coordinator.ledger.read("s")) if isinstance(event, CompensationFailed)]
+    assert [(event.stage, event.past_pivot, event.will_retry) for event in failed] == [("sell", True, False)]
 
 
 def test_a_compensation_that_takes_what_is_stuck_beyond_the_pivot_of_a_child_for_kept_is_stuck() -> None:
