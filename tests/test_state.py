@@ -9,10 +9,12 @@ import pytest
 from stageflow.api import StageOutput
 
 from saga import (
+    ContinueWithFallback,
     FailFast,
     Failure,
     FailureKind,
     LedgerCorrupt,
+    Policy,
     SagaStatus,
     StageState,
 )
@@ -757,3 +759,30 @@ def test_what_a_probe_does_not_find_is_undone_if_it_has_been_and_failed_otherwis
     record = SagaState([STARTED, *path, StageProbed(stage="a", landed=False, left_within=left_within)]).stages["a"]
 
     assert (record.state, record.landed, record.doubt) == (state, False, False)
+
+
+ANSWERED = StageProbed(stage="a", landed=False)
+UNANSWERED = StageProbed(stage="a", landed=None, failure=Failure.of("a", FailureKind.COMPENSATION, "no line"))
+ON = ContinueWithFallback()
+
+
+@pytest.mark.parametrize(
+    ("policy", "offers", "path", "awaits"),
+    [
+        (ON, {"has_fallback": True}, PATHS[StageState.FAILED], True),
+        (ON, {}, PATHS[StageState.FAILED], False),
+        (FailFast(), {"has_fallback": True}, PATHS[StageState.FAILED], False),
+        (ON, {"has_fallback": True, "can_probe": True}, PATHS[StageState.FAILED], False),
+        (ON, {"has_fallback": True, "can_probe": True}, [*PATHS[StageState.FAILED], ANSWERED], True),
+        (ON, {"has_fallback": True, "can_probe": True}, [*PATHS[StageState.FAILED], UNANSWERED], True),
+        (ON, {"has_fallback": True, "can_probe": True}, [*RETRIED[:2], ANSWERED], False),
+        (ON, {"has_fallback": True, "can_probe": True}, [*PATHS[StageState.FAILED], BACK, ANSWERED], False),
+    ],
+    ids=["failed", "has none", "is not to go on", "not asked", "nothing landed", "no answer", "to be tried again", "turned back"],
+)
+def test_a_stage_awaits_its_own_fallback_once_it_has_failed_for_good_and_was_asked(
+    policy: Policy, offers: dict[str, bool], path: list[AnyEvent], awaits: bool
+) -> None:
+    began = replace(STARTED, policy=policy, graph=Graph.of([Node(name="a", role=Role.COMPENSABLE, **offers)]))  # type: ignore[arg-type] # the offers are bools
+
+    assert SagaState([began, *path]).stages["a"].awaits_fallback is awaits
