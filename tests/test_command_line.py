@@ -1097,6 +1097,48 @@ def test_what_was_given_up_ends_before_the_ledger_is_closed_and_the_report_tells
     assert done.code != Exit.STUCK
 
 
+def test_what_was_given_up_ends_before_the_ledger_is_closed_also_where_that_failed_meanwhile(shop: Shop) -> None:
+    """The ledger took it again, and was closed: that the card was charged after all was not recorded, and stderr was full of tracebacks."""
+    shop.write("hasty.toml", 'policy = "continue_with_fallback"\ncancel_grace = 0.01\n')
+    fails_meanwhile = """
+import sqlite3
+from contextlib import closing
+
+
+def tell_ledger(statement):
+    with closing(sqlite3.connect("sagas.db")) as file:
+        file.execute(statement)
+
+
+class Deafer(Deaf):
+    timeout = 0.01
+
+    async def execute(self, ctx):
+        output = await super().execute(ctx)
+        tell_ledger("DROP TRIGGER full")
+        return output
+
+    async def fallback(self, ctx, failure):
+        return StageOutput.ok(receipt=None)
+
+
+async def fill(ctx):
+    tell_ledger("CREATE TRIGGER full BEFORE INSERT ON events BEGIN SELECT RAISE(ABORT, 'full'); END")
+
+
+deafer = Pipeline(name="deafer").with_stage("charge_card", Deafer).with_stage("ship", fill, "work", dependencies=("charge_card",))
+"""
+    shop.write("shop.py", SHOP + DEAF + fails_meanwhile)
+
+    done = shop.really("run", "shop:deafer", "--id", "s", "--policy", "hasty.toml")
+
+    assert done.code == Exit.FAILED
+    assert "Traceback" not in done.err
+    assert done.err.endswith("When the ledger is back, go on: saga resume s shop:deafer\n")
+    charge = SagaReport.model_validate_json(shop.saga("show", "s", "--json").out).stages["charge_card"]
+    assert charge.late_output is not None
+
+
 def test_show_prints_the_report_again(shop: Shop) -> None:
     ran = shop.saga("run", "shop:family", "--id", "s")
 

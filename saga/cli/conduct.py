@@ -72,11 +72,14 @@ async def conduct(
             warning = Notice(family, console, goes_on if ledger.durable else None)
             task = asyncio.create_task(work(coordinator))
             report: SagaReport | None = None
-            with interruptible(task, warning.first, warning.second, hanging_up(console)), contextlib.suppress(asyncio.CancelledError):
-                report = await task
+            try:
+                with interruptible(task, warning.first, warning.second, hanging_up(console)), contextlib.suppress(asyncio.CancelledError):
+                    report = await task
+            finally:
+                has_news = await wound_up(console)
         interrupted = report is None
         # What was given up may come to something that tells of the saga.
-        if await wound_up(console) or interrupted:
+        if has_news or interrupted:
             with contextlib.suppress(SagaNotFound):
                 report = await coordinator.report(saga_id)
     return Outcome(report, interrupted, idle=report is not None and not interrupted and report.ended_at == ended)
