@@ -751,3 +751,31 @@ def test_what_was_given_up_and_takes_its_time_is_waited_for_unless_somebody_pres
     assert outcome.report.status is SagaStatus.COMPLETED
     assert ended == (["conduct", "stubborn"] if leaves_it else ["stubborn", "conduct"])
     assert "Waiting for what was given up and still runs; Ctrl-C leaves it.\n" in written(console)
+
+
+def test_the_picture_goes_on_while_what_was_given_up_is_waited_for() -> None:
+    """It stood still: of a saga within that was still being undone nothing more was seen."""
+    console = in_colour()
+    _, pipeline = scene({"a": ()})
+
+    async def stubborn() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        while "Waiting for what was given up" not in written(console):
+            await asyncio.sleep(0)
+        shown = len(written(console))
+        async with asyncio.timeout(10):
+            while len(written(console)) == shown:
+                await asyncio.sleep(0)
+
+    async def main() -> bool:
+        left: list[asyncio.Task[None]] = []
+
+        async def work(coordinator: SagaCoordinator) -> SagaReport:
+            left.append(asyncio.create_task(stubborn()))
+            return await coordinator.run(pipeline, saga_id="s")
+
+        await conduct(MemoryLedger(), "s", work, console=console, goes_on="")
+        return left[0].exception() is None
+
+    assert asyncio.run(main())

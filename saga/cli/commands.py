@@ -52,6 +52,7 @@ from saga.report import Recovery, SagaReport
 from saga.resumption import Decision, resumption, undoing
 from saga.state import SagaState
 from saga.text import bytes_of, did_you_mean, harmless, printable
+from saga.watch import this_task
 
 _MEMORY: Final = "memory:"
 _VARIABLE: Final = "SAGA_LEDGER"
@@ -279,7 +280,7 @@ def recover(
             with by_ctrl_c, aside(), suppress(asyncio.CancelledError):
                 recovery = await task
             with aside():
-                has_news = await wound_up(console)
+                has_news = await wound_up(console, {this_task()})
             if recovery is None:
                 stuck, _ = await listed(opened, {SagaStatus.STUCK})
                 return Exit.INTERRUPTED if gone_on_with.isdisjoint(stuck) else Exit.STUCK

@@ -70,13 +70,14 @@ async def conduct(
         async with view(family, console) as hear:
             coordinator = SagaCoordinator(policy, ledger=ledger, listeners=[hear])
             warning = Notice(family, console, goes_on if ledger.durable else None)
+            looking_on = asyncio.all_tasks()
             task = asyncio.create_task(work(coordinator))
             report: SagaReport | None = None
             try:
                 with interruptible(task, warning.first, warning.second, hanging_up(console)), contextlib.suppress(asyncio.CancelledError):
                     report = await task
             finally:
-                has_news = await wound_up(console)
+                has_news = await wound_up(console, looking_on)
         interrupted = report is None
         # What was given up may come to something that tells of the saga.
         if has_news or interrupted:
@@ -85,9 +86,14 @@ async def conduct(
     return Outcome(report, interrupted, idle=report is not None and not interrupted and report.ended_at == ended)
 
 
-async def wound_up(console: Console) -> bool:
-    """Have code that was given up come to its end while its ledger is open; asyncio.run would do so only behind that. Whether any ran."""
-    left = asyncio.all_tasks() - {this_task()}
+async def wound_up(console: Console, others: Collection[asyncio.Task[Any]]) -> bool:
+    """Have code that was given up come to its end while its ledger is open; asyncio.run would do so only behind that. Whether any ran.
+
+    Args:
+        console: Where it is said that something takes its time.
+        others: The tasks that are none of that code's.
+    """
+    left = asyncio.all_tasks().difference(others)
     for task in left:
         task.cancel()
     try:
