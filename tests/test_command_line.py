@@ -1097,6 +1097,34 @@ def test_what_was_given_up_ends_before_the_ledger_is_closed_and_the_report_tells
     assert done.code != Exit.STUCK
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("command", ["run", "recover"])
+def test_a_signal_leaves_what_was_given_up_and_does_not_end(shop: Shop, command: str, number: signal.Signals) -> None:
+    """After a Ctrl-C the command waited on, until another one ended it with 130; the others ended it without its report."""
+    shop.write("hasty.toml", 'policy = "fail_fast"\ntimeout = 0.01\ncancel_grace = 0.01\non_failure = "halt"\n')
+    first = ["--id", "s", "--policy", "hasty.toml"]
+    if command == "recover":
+        shop.write("shop.py", SHOP + DEAF.replace("(self, ctx):", "(self, ctx):\n        os._exit(9)"))
+        shop.really("run", "shop:deaf", *first)
+    shop.write("shop.py", SHOP + DEAF.replace('Path("patience" if', 'Path("asked" if'))
+    arguments = [sys.executable, "-W", "error", "-m", "saga", command, "shop:deaf", *(first if command == "run" else ())]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    with subprocess.Popen(arguments, cwd=shop.folder, env=shop.environment(), **pipes) as process:
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("Waiting for what was given up"):
+            assert process.poll() is None
+        process.send_signal(number)
+        try:
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+
+    assert process.returncode == Exit.HALTED
+    assert "halted" in out.lower()
+    assert err == ""
+
+
 def test_what_was_given_up_ends_before_the_ledger_is_closed_also_where_that_failed_meanwhile(shop: Shop) -> None:
     """The ledger took it again, and was closed: that the card was charged after all was not recorded, and stderr was full of tracebacks."""
     shop.write("hasty.toml", 'policy = "continue_with_fallback"\ncancel_grace = 0.01\n')

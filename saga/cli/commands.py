@@ -28,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 from stageflow.api import Pipeline
 
 from saga.cli.aside import aside, let_go
-from saga.cli.conduct import conduct, wound_up
+from saga.cli.conduct import conduct, to_the_end, wound_up
 from saga.cli.exits import Exit, exit_of_error, exit_of_status, in_a_line
 from saga.cli.family import Family
 from saga.cli.interrupt import interruptible
@@ -180,7 +180,7 @@ def run(
             hint = f"What became of that one: {next_command('show', name, options=reach.options)}"
             raise SagaExists(taken.expected, got=taken.got, hint=hint) from None
 
-    asyncio.run(_conduct(url, name, work, reach, policy=chosen, as_json=as_json))
+    _exit_with(_conduct(url, name, work, reach, policy=chosen, as_json=as_json))
 
 
 @command("resume")
@@ -202,7 +202,7 @@ def resume(
 
     decision = partial(resumption, policy=chosen, forward=forward or None, by="")
     given = [*(["--forward"] if forward else ()), *(() if policy is None else ("--policy", str(policy)))]
-    asyncio.run(_conduct(url, saga_id, work, _reach(target, ledger), decision=decision, given=given, as_json=as_json))
+    _exit_with(_conduct(url, saga_id, work, _reach(target, ledger), decision=decision, given=given, as_json=as_json))
 
 
 @command("compensate")
@@ -215,7 +215,11 @@ def compensate(saga_id: SagaId, target: KnownTarget = None, ledger: LedgerUrl = 
         return await coordinator.compensate(saga_id, pipeline)
 
     # Until it is recorded that it is to be undone, to resume it would run it on.
-    asyncio.run(_conduct(url, saga_id, work, _reach(target, ledger), decision=partial(undoing, by=""), again="compensate", as_json=as_json))
+    _exit_with(_conduct(url, saga_id, work, _reach(target, ledger), decision=partial(undoing, by=""), again="compensate", as_json=as_json))
+
+
+def _exit_with(command: Coroutine[Any, Any, Exit]) -> NoReturn:
+    raise typer.Exit(asyncio.run(to_the_end(command)))
 
 
 async def _conduct(
@@ -229,7 +233,7 @@ async def _conduct(
     again: str = "resume",
     given: Sequence[str] = (),
     as_json: bool,
-) -> NoReturn:
+) -> Exit:
     goes_on = command_for(again, saga_id, reach)
     async with _opened(url) as ledger:
         try:
@@ -242,7 +246,7 @@ async def _conduct(
         if outcome.idle and decision is not None and (why_not := decision(await ledger.read(saga_id), None).why_not):
             typer.echo(f"Nothing was done: {why_not}.", err=True)
     if outcome.report is None:
-        raise typer.Exit(Exit.INTERRUPTED)
+        return Exit.INTERRUPTED
     try:
         _print_report(outcome.report, reach, as_json=as_json)
     except OSError as error:
@@ -250,7 +254,7 @@ async def _conduct(
         if not (outcome.interrupted and error.errno == EIO):
             raise
         let_go(sys.stdout.fileno())  # Python tries once more at its end
-    raise typer.Exit(exit_of_status(outcome.report.status, interrupted=outcome.interrupted))
+    return exit_of_status(outcome.report.status, interrupted=outcome.interrupted)
 
 
 def _unrecorded(stopped: SagaUnrecorded, goes_on: str) -> LedgerError:
@@ -296,7 +300,7 @@ def recover(
         ends |= {Exit.FAILED} if recovery.failed else set()
         return next((gravest for gravest in (Exit.STUCK, Exit.FAILED, Exit.HALTED) if gravest in ends), Exit.COMPLETED)
 
-    raise typer.Exit(asyncio.run(all_of_them()))
+    _exit_with(all_of_them())
 
 
 def _as_json(recovery: Recovery) -> str:

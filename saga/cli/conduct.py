@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from saga.cli.aside import aside
+from saga.cli.exits import Exit
 from saga.cli.family import Family
 from saga.cli.interrupt import interruptible
 from saga.cli.view import hanging_up, view
@@ -22,7 +24,6 @@ from saga.ledger import Ledger, StageState
 from saga.policies import Policy
 from saga.report import SagaReport
 from saga.text import printable
-from saga.watch import this_task
 
 _S = StageState
 
@@ -93,28 +94,38 @@ async def wound_up(console: Console, others: Collection[asyncio.Task[Any]]) -> b
         console: Where it is said that something takes its time.
         others: The tasks that are none of that code's.
     """
-    left = asyncio.all_tasks().difference(others)
-    for task in left:
+    given_up = asyncio.all_tasks().difference(others)
+    if not given_up:
+        return False
+    for task in given_up:
         task.cancel()
-    try:
-        await _ended(left, _A_MOMENT)
-        if not all(task.done() for task in left):
-            console.print(Text(_WAITS, style="bold yellow"), soft_wrap=not console.is_terminal)
-            await _ended(left)
-    except asyncio.CancelledError:
-        # Whoever presses Ctrl-C waits no longer.
-        this_task().uncancel()
-    return bool(left)
+    waiting = asyncio.create_task(_waited_for(given_up, console))
+    with interruptible(waiting, lambda: None, str, hanging_up(console)), contextlib.suppress(asyncio.CancelledError):
+        await waiting
+    _LEFT.update(task for task in given_up if not task.done())
+    return True
 
 
-async def _ended(tasks: Collection[asyncio.Task[Any]], seconds: float | None = None) -> None:
-    if tasks:
-        await asyncio.wait(tasks, timeout=seconds)
+async def to_the_end(command: Coroutine[Any, Any, Exit]) -> Exit:
+    """What a command exits with; where code that was left still runs the process ends here: asyncio.run would wait for that."""
+    code = await command
+    if not all(task.done() for task in _LEFT):
+        os._exit(code)
+    return code
+
+
+async def _waited_for(tasks: Collection[asyncio.Task[Any]], console: Console) -> None:
+    _, late = await asyncio.wait(tasks, timeout=_A_MOMENT)
+    if late:
+        console.print(Text(_WAITS, style="bold yellow"), soft_wrap=not console.is_terminal)
+        await asyncio.wait(late)
 
 
 _A_MOMENT: Final = 0.2
 """Seconds that nobody has to be told of."""
 _WAITS: Final = "Waiting for what was given up and still runs; Ctrl-C leaves it."
+_LEFT: Final[set[asyncio.Task[Any]]] = set()
+"""What somebody has said to leave. asyncio does not hold it: one that waits for nothing else would be told of when it is collected."""
 
 
 @dataclass(frozen=True, slots=True)
