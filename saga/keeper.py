@@ -142,6 +142,12 @@ class SagaKeeper:
         decide = partial(undoing, by=f"saga {parent.id}")
         return await self._unbroken(*await self._taken_over(saga_id, pipeline, decide, parent=parent))
 
+    async def sagas_rest(self) -> None:
+        """Wait until none runs in this event loop any more, also of those that stages which were given up have left."""
+        loop = asyncio.get_running_loop()
+        while drivers := {saga.driver for saga in self.held.sagas.values() if saga is not None and saga.loop is loop}:
+            await asyncio.wait(drivers)
+
     async def rest_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """See to it that a child whose process is gone comes to rest: it is stopped, as those are that run when their parent stops."""
         if not parent.is_stopping:

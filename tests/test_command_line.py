@@ -1097,6 +1097,44 @@ def test_what_was_given_up_ends_before_the_ledger_is_closed_and_the_report_tells
     assert done.code != Exit.STUCK
 
 
+def test_a_saga_within_that_still_goes_back_is_waited_for_and_not_cut_short(shop: Shop) -> None:
+    """The command cancelled its compensation, and it was stuck."""
+    shop.write("hasty.toml", 'policy = "fail_fast"\ncancel_grace = 0.01\non_failure = "halt"\n')
+    slowly = """
+class RefundByLorry(Charge):
+    async def compensate(self, ctx):
+        await wait(ctx)
+
+
+paid_back = Pipeline(name="paid_back").with_stage("charge_card", RefundByLorry).with_stage(
+    "ship", decline, "work", dependencies=("charge_card",)
+)
+
+
+async def book(ctx):
+    await ctx.run_saga(paid_back)
+
+
+async def cancel(ctx): ...
+
+
+hasty = Pipeline(name="hasty").with_stage("book", compensable(book, cancel, timeout=0.1))
+"""
+    shop.write("shop.py", "from saga import compensable\n" + WAITING + slowly)
+    arguments = [sys.executable, "-W", "error", "-m", "saga", "run", "shop:hasty", "--id", "s", "--policy", "hasty.toml"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    with subprocess.Popen(arguments, cwd=shop.folder, env=shop.environment(), **pipes) as process:
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("Waiting for what was given up"):
+            assert process.poll() is None
+        shop.brings_the_lorry()
+        process.communicate()
+
+    assert process.returncode == Exit.HALTED
+    assert SagaReport.model_validate_json(shop.saga("show", "s/book", "--json").out).status is SagaStatus.COMPENSATED
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("command", ["run", "recover"])
 def test_a_signal_leaves_what_was_given_up_and_does_not_end(shop: Shop, command: str, number: signal.Signals) -> None:

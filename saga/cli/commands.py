@@ -284,7 +284,7 @@ def recover(
             with by_ctrl_c, aside(), suppress(asyncio.CancelledError):
                 recovery = await task
             with aside():
-                has_news = await wound_up(console, {this_task()})
+                has_news = await wound_up(coordinator, console, {this_task()})
             if recovery is None:
                 stuck, _ = await listed(opened, {SagaStatus.STUCK})
                 return Exit.INTERRUPTED if gone_on_with.isdisjoint(stuck) else Exit.STUCK

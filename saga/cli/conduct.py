@@ -24,6 +24,7 @@ from saga.ledger import Ledger, StageState
 from saga.policies import Policy
 from saga.report import SagaReport
 from saga.text import printable
+from saga.watch import this_task
 
 _S = StageState
 
@@ -78,7 +79,7 @@ async def conduct(
                 with interruptible(task, warning.first, warning.second, hanging_up(console)), contextlib.suppress(asyncio.CancelledError):
                     report = await task
             finally:
-                has_news = await wound_up(console, looking_on)
+                has_news = await wound_up(coordinator, console, looking_on)
         interrupted = report is None
         # What was given up may come to something that tells of the saga.
         if has_news or interrupted:
@@ -87,23 +88,35 @@ async def conduct(
     return Outcome(report, interrupted, idle=report is not None and not interrupted and report.ended_at == ended)
 
 
-async def wound_up(console: Console, others: Collection[asyncio.Task[Any]]) -> bool:
+async def wound_up(coordinator: SagaCoordinator, console: Console, others: Collection[asyncio.Task[Any]]) -> bool:
     """Have code that was given up come to its end while its ledger is open; asyncio.run would do so only behind that. Whether any ran.
 
     Args:
+        coordinator: Whose sagas' it is.
         console: Where it is said that something takes its time.
         others: The tasks that are none of that code's.
     """
-    given_up = asyncio.all_tasks().difference(others)
-    if not given_up:
+    if not asyncio.all_tasks().difference(others):
         return False
-    for task in given_up:
-        task.cancel()
-    waiting = asyncio.create_task(_waited_for(given_up, console))
+    words = Text(_WAITS, style="bold yellow")
+    telling = asyncio.get_running_loop().call_later(_A_MOMENT, lambda: console.print(words, soft_wrap=not console.is_terminal))
+    waiting = asyncio.create_task(_wind_up(coordinator, others))
     with interruptible(waiting, lambda: None, str, hanging_up(console)), contextlib.suppress(asyncio.CancelledError):
         await waiting
-    _LEFT.update(task for task in given_up if not task.done())
+    telling.cancel()
+    if waiting.cancelled():
+        _LEFT.update(asyncio.all_tasks().difference(others))
     return True
+
+
+async def _wind_up(coordinator: SagaCoordinator, others: Collection[asyncio.Task[Any]]) -> None:
+    # A saga within may be going back, and a cancel must not cut through a compensation.
+    await coordinator._keeper.sagas_rest()  # noqa: SLF001 - who runs sagas in a service has no need of it
+    given_up = asyncio.all_tasks().difference(others, {this_task()})
+    for task in given_up:
+        task.cancel()
+    if given_up:
+        await asyncio.wait(given_up)
 
 
 async def to_the_end(command: Coroutine[Any, Any, Exit]) -> Exit:
@@ -112,13 +125,6 @@ async def to_the_end(command: Coroutine[Any, Any, Exit]) -> Exit:
     if not all(task.done() for task in _LEFT):
         os._exit(code)
     return code
-
-
-async def _waited_for(tasks: Collection[asyncio.Task[Any]], console: Console) -> None:
-    _, late = await asyncio.wait(tasks, timeout=_A_MOMENT)
-    if late:
-        console.print(Text(_WAITS, style="bold yellow"), soft_wrap=not console.is_terminal)
-        await asyncio.wait(late)
 
 
 _A_MOMENT: Final = 0.2
