@@ -477,20 +477,25 @@ class SagaState:
         record.undone_in_part = record.undone_in_part or event.in_part
         if event.past_pivot:
             record.let_go()
-            record.past_pivot, record.doubt = True, False
+            record.past_pivot = True
             self._stays_past_pivot(record, event)
         elif not event.will_retry:
             record.state, record.undo_ended_at = _S.STUCK, event.at
 
     def _stays_past_pivot(self, record: StageRecord, event: CompensationFailed) -> None:
-        """It can't be undone any more, and counts as it did before; unless it did its part, and a part of that is undone by now."""
-        if not (record.landed or record.fell_back):
+        """It can't be undone any more, and counts as it did before; but what it has to lose by running again is for a person to say."""
+        may_repeat = self.graph[event.stage].idempotent or record.may_repeat
+        did_its_part = record.landed or record.fell_back
+        is_in_question = record.undone_in_part if did_its_part else record.doubt
+        # What one in doubt has done beside what is beyond that point nobody knows, still.
+        record.doubt = record.doubt and not (did_its_part or may_repeat)
+        if is_in_question and not may_repeat:
+            record.state, record.undo_ended_at = _S.STUCK, event.at
+        elif did_its_part:
+            record.state = _S.FALLBACK if record.fell_back else _S.KEPT
+        else:
             # It had failed before that: running again, it finds what is left.
             record.state, record.undone_in_part, record.stands_in_part = _S.FAILED, False, True
-        elif record.undone_in_part and not (self.graph[event.stage].idempotent or record.may_repeat):
-            record.state, record.undo_ended_at = _S.STUCK, event.at
-        else:
-            record.state = _S.FALLBACK if record.fell_back else _S.KEPT
 
     def _stage_settled(self, record: StageRecord, event: StageSettled) -> None:
         self.is_spotless = False

@@ -14,6 +14,7 @@ from saga import (
     CompensationContext,
     ContinueWithFallback,
     FailFast,
+    MisuseError,
     Retry,
     SagaContext,
     SagaCoordinator,
@@ -136,6 +137,32 @@ def test_a_stage_that_failed_and_is_half_undone_beyond_the_pivot_of_a_child_runs
     assert halted.stages["sell"].state is StageState.FAILED
     assert report.status is SagaStatus.COMPLETED
     assert world.log == ["+sale", "+letter", "-letter", "+letter"]
+
+
+@pytest.mark.parametrize("verdict", ["kept", "retry"])
+def test_a_stage_in_doubt_with_the_pivot_of_a_child_in_the_way_of_its_undoing_does_not_run_again_without_a_word(verdict: str) -> None:
+    """It was called failed and ran once more: nobody knows what it had done beside its saga."""
+    world, sale = scene({"sale": ()}, kinds={"sale": "pivot"})
+
+    async def sell(ctx: SagaContext) -> None:
+        begun = await ctx.child_sagas()
+        await (ctx.resume_saga(begun[0].saga_id, sale) if begun else ctx.run_saga(sale))
+        world.log.append("+card")
+        if not begun:
+            await asyncio.Event().wait()
+
+    stage = compensable(sell, undo_each([sale]), timeout=1, compensate_in_doubt=True)
+    trip, coordinator = Pipeline(name="trip").with_stage("sell", stage), SagaCoordinator()
+    stuck = run(coordinator.run(trip, saga_id="s"))
+    with pytest.raises(MisuseError, match="sell in doubt"):
+        run(coordinator.resume("s", trip, forward=True))
+    run(coordinator.settle("s", "sell", verdict, "looked"))
+
+    report = run(coordinator.resume("s", trip, forward=True))
+
+    assert stuck.status is SagaStatus.STUCK
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+sale", "+card", *(["+card"] if verdict == "retry" else [])]
 
 
 @pytest.mark.parametrize("verdict", ["kept", "retry"])

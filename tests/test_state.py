@@ -271,15 +271,19 @@ def test_a_stage_that_has_gone_beyond_its_own_point_of_no_return_stays_beyond_it
     assert protected(state) == {"a"}
 
 
-@pytest.mark.parametrize("before", [StageState.KEPT, StageState.IN_DOUBT])
-def test_what_has_gone_beyond_its_own_point_of_no_return_is_kept_only_if_it_had_landed(before: StageState) -> None:
+@pytest.mark.parametrize(
+    ("before", "doubt", "after"), [(StageState.KEPT, False, StageState.KEPT), (StageState.IN_DOUBT, True, StageState.STUCK)]
+)
+def test_what_has_gone_beyond_its_own_point_of_no_return_is_kept_only_if_it_had_landed(
+    before: StageState, doubt: bool, after: StageState
+) -> None:
     began = CompensationStarted(stage="a", attempt=1)
     failed = CompensationFailed(stage="a", failure=FAILURE, past_pivot=True)
 
     record = SagaState([STARTED, *PATHS[before], BACK, began, failed]).stages["a"]
 
-    assert (record.past_pivot, record.doubt) == (True, False)
-    assert record.state is (StageState.KEPT if before is StageState.KEPT else StageState.FAILED)
+    assert (record.past_pivot, record.doubt) == (True, doubt)
+    assert record.state is after
 
 
 def test_a_stage_in_doubt_that_completes_late_has_not_failed() -> None:
