@@ -38,6 +38,8 @@ Latecomer = StageCompleted | EffectRecorded | CompensationCompleted
 """What code that was given up may come to after all."""
 STAGE_FAILED: Final = "the stage that ran it has failed"
 """Why a saga is stopped that a stage has left running."""
+PARENT_STOPS: Final = "the saga that runs it is stopping"
+"""Why one is stopped whose own saga starts nothing more."""
 
 
 class Late(NamedTuple):
@@ -253,10 +255,12 @@ class LiveSaga(UndoHost):
             return await self.keeper.rest_child(self, saga_id, pipeline)
 
     async def child_rests(self, saga_id: str) -> None:
-        """Wait for a child that a stage which was given up has left on its way back, also before this saga was gone on with."""
+        """Wait for a child that a stage has left running, also before this saga was gone on with; on the way back it is stopped first."""
         child = self.keeper.held.sagas.get(saga_id)
         # Any other one is refused; to wait for itself, or one that runs it, would take for ever.
         if child is not None and child.journal.state.started.parent == self.id and child.loop is self.loop:
+            if self.is_stopping:
+                child.interrupt(PARENT_STOPS)
             await asyncio.wait([child.driver])
 
     async def child_reports(self, stage: str) -> list[SagaReport]:

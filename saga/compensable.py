@@ -226,7 +226,7 @@ class CompensationContext:
     async def undo_saga(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo what a child saga left standing; does nothing when nothing is.
 
-        One that the stage had left running when it was given up is waited for.
+        One that the stage had left running is stopped, as its parent's stop stops it, and waited for.
 
         Returns:
             The child's report. Unless it is clean and not past its pivot, something of the child stands, and this compensation counts as

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from stageflow.api import StageOutput, StageStatus
 
+from saga.alive import PARENT_STOPS
 from saga.attempts import StageRun, WholeRun
 from saga.errors import LedgerError
 from saga.events import SagaStopped, StageFailed, StageSkipped
@@ -103,7 +104,7 @@ class Forward(Stages, WholeRun):
         self._schedule.stop(besides)
         for child in self._saga.children.alive:
             # A child is no single stage: it starts nothing more, either.
-            child.interrupt("the saga that runs it is stopping")
+            child.interrupt(PARENT_STOPS)
 
     def _heed_what_is_missing(self) -> None:
         for name, record in self._state.stages.items():

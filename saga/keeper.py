@@ -14,7 +14,7 @@ import anyio
 from stageflow.api import Pipeline, PipelineContext
 
 from saga.actions import LocalActions
-from saga.alive import STAGE_FAILED, LiveSaga
+from saga.alive import PARENT_STOPS, STAGE_FAILED, LiveSaga
 from saga.amendments import Amendments
 from saga.asking import ask
 from saga.backward import Backward
@@ -127,7 +127,7 @@ class SagaKeeper:
         stage = str(saga.journal.state.started.parent_stage)
         parent.children.takes_in(saga, stage)
         if parent.is_stopping:
-            saga.interrupt("the saga that runs it is stopping")
+            saga.interrupt(PARENT_STOPS)
         elif stage in parent.children.failed:
             saga.interrupt(STAGE_FAILED)
         try:

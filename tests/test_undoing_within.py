@@ -123,6 +123,33 @@ def test_a_saga_that_runs_on_from_before_its_own_was_gone_on_with_is_waited_for(
     assert world.log == log
 
 
+def test_a_saga_that_a_completed_stage_left_running_is_stopped_before_it_is_undone() -> None:
+    """It ran on to its end, be it beyond a point of no return, while its own saga waited to undo it."""
+    world, room = scene({"room": (), "pay": ("room",)}, {"room": Script(before=20)}, {"pay": "pivot"})
+    left: list[asyncio.Task[SagaReport]] = []
+
+    async def book(ctx: SagaContext) -> None:
+        left.append(asyncio.create_task(ctx.run_saga(room)))
+        await asyncio.sleep(1)
+
+    async def release(ctx: CompensationContext) -> None:
+        for child in await ctx.child_sagas():
+            await ctx.undo_saga(child.saga_id, room)
+
+    trip, coordinator = Pipeline(name="trip").with_stage("book", compensable(book, release)), SagaCoordinator()
+
+    async def play() -> tuple[SagaReport, SagaReport]:
+        completed = await coordinator.run(trip, saga_id="s")
+        return completed, await coordinator.compensate("s", trip)
+
+    completed, report = run(play())
+
+    assert completed.status is SagaStatus.COMPLETED
+    assert left[0].done()
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.log == ["+room", "-room"]
+
+
 def test_a_saga_that_a_compensation_takes_for_its_own_child_is_refused_and_not_waited_for() -> None:
     refused: list[str] = []
 
