@@ -208,7 +208,7 @@ class Backward(Employer):
             past_pivot = isinstance(error, NestedSagaFailed) and error.past_pivot and not self._is_open_within(stage)
             if self._expired or past_pivot:
                 wait = None
-            in_part = stage in self._children.undone_within and not (past_pivot and self._is_whole_within(stage))
+            in_part = stage in self._children.undone_within and not (past_pivot and self._is_whole(stage))
             can_be_asked = self._state.graph[stage].can_probe and not (record.unanswered or past_pivot or in_part)
             if wait is None and can_be_asked:
                 await self._record(CompensationFailed(stage=stage, failure=failure, will_retry=True))
@@ -265,9 +265,9 @@ class Backward(Employer):
         """Whether a person has to act within, so that not only a point of no return is in the way, whatever the compensation says."""
         return any(not report.clean for report in self._children.undone_within.get(stage, {}).values())
 
-    def _is_whole_within(self, stage: str) -> bool:
-        """Whether nothing has been undone of any saga that its compensation has turned to, nor within those."""
-        return all(map(_is_whole, self._children.undone_within[stage].values()))
+    def _is_whole(self, stage: str) -> bool:
+        """Whether its compensation has undone nothing, as far as anybody knows: within, and of what the stage recorded itself."""
+        return not self._state.stages[stage].effects and all(map(_is_whole, self._children.undone_within[stage].values()))
 
     async def _left_within(self, stage: str, attempt: int) -> Failure | None:
         # Whatever the compensation made of that report: a stage is not undone while something within it stands (promise 5).

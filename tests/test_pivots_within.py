@@ -180,6 +180,30 @@ def test_a_stage_that_completed_and_is_half_undone_beyond_the_pivot_of_a_child_i
     assert world.log == ["+sale", "+letter", "-letter", *(["+letter"] if verdict == "retry" else [])]
 
 
+def test_a_stage_that_recorded_effects_beside_a_saga_beyond_its_pivot_is_not_called_kept_when_its_compensation_has_failed() -> None:
+    """It may have undone these before it met the pivot: the saga halted, and when it was resumed, it went on as if they stood."""
+    world, sale = scene({"sale": ()}, kinds={"sale": "pivot"})
+
+    async def sell(ctx: SagaContext) -> None:
+        await ctx.record("card")
+        world.log.append("+card")
+        await ctx.run_saga(sale)
+
+    async def refund(ctx: CompensationContext) -> None:
+        world.log.append("-card")
+        await undo_each([sale])(ctx)
+
+    trip = Pipeline(name="trip").with_stage("sell", compensable(sell, refund)).with_stage("tell", fail, "work", dependencies=("sell",))
+    coordinator = SagaCoordinator()
+    report = run(coordinator.run(trip, saga_id="s"))
+
+    with pytest.raises(MisuseError, match="half undone"):
+        run(coordinator.resume("s", trip, forward=True))
+
+    assert world.log == ["+card", "+sale", "-card"]
+    assert [*report.stuck] == ["sell"]
+
+
 def test_what_a_fallback_stands_in_for_is_undone_when_what_used_that_turns_out_to_be_beyond_the_pivot_of_a_child() -> None:
     """Promise 12: whoever resumed the saga undid it, and until then a person was asked for."""
     world, before = scene({"seat": ()}, {"seat": Script("raise", lands=True)}, {"seat": "recording"})
