@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from functools import partial
 from itertools import dropwhile
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from pydantic import BaseModel
@@ -395,6 +395,9 @@ def _takes(function: Any, count: int) -> bool:
 
 def is_async(function: object) -> bool:
     """Whether to call it gives something to await."""
+    code = getattr(function, "__code__", None)  # also of a method
+    if type(code) is CodeType and code.co_flags & inspect.CO_COROUTINE:
+        return True  # as nearly always, at a tenth of what inspect takes
     return any(map(inspect.iscoroutinefunction, _codes(function)))
 
 
