@@ -267,7 +267,7 @@ class Backward(Employer):
 
     def _is_whole(self, stage: str) -> bool:
         """Whether its compensation has undone nothing, as far as anybody knows: within, and of what the stage recorded itself."""
-        return not self._state.stages[stage].effects and all(map(_is_whole, self._children.undone_within[stage].values()))
+        return not self._state.stages[stage].effects and all(map(_nothing_is_undone, self._children.undone_within[stage].values()))
 
     async def _left_within(self, stage: str, attempt: int) -> Failure | None:
         # Whatever the compensation made of that report: a stage is not undone while something within it stands (promise 5).
@@ -307,8 +307,8 @@ def _is_done(returned: Awaitable[object]) -> bool:
     return isinstance(returned, asyncio.Future) and returned.done() and not returned.cancelled() and returned.exception() is None
 
 
-def _is_whole(report: SagaReport) -> bool:
-    return not report.undone and all(_is_whole(child) for stage in report.stages.values() for child in stage.children)
+def _nothing_is_undone(report: SagaReport) -> bool:
+    return not report.undone and all(_nothing_is_undone(child) for stage in report.stages.values() for child in stage.children)
 
 
 def _refusal(stage: str, attempt: int, returned: object) -> Failure | None:

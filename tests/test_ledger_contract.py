@@ -1165,6 +1165,7 @@ def test_what_redact_gives_has_to_be_the_event(durable: Place) -> None:
     assert events == ()
 
 
+NO_ZONE = datetime(2026, 1, 2)  # noqa: DTZ001 - that it has none is what it is for
 CHANGED: dict[str, tuple[AnyEvent, dict[str, Any], str]] = {
     "no failure": (
         StageFailed(stage="a", failure=FAILURE),
@@ -1172,10 +1173,10 @@ CHANGED: dict[str, tuple[AnyEvent, dict[str, Any], str]] = {
         "what redact gave can't be read again: failure: Input should be",
     ),
     "no time": (FIRST, {"at": "yesterday"}, "what redact gave can't be read again: at: Input should be a valid datetime"),
-    "a time of no zone": (FIRST, {"at": datetime(2026, 1, 2)}, "what redact gave can't be read again: at: Input should have timezone info"),  # noqa: DTZ001
+    "a time of no zone": (FIRST, {"at": NO_ZONE}, "what redact gave can't be read again: at: Input should have timezone info"),
     "a failure of no zone": (
         StageFailed(stage="a", failure=FAILURE),
-        {"failure": FAILURE.model_copy(update={"at": datetime(2026, 1, 2)})},  # noqa: DTZ001
+        {"failure": FAILURE.model_copy(update={"at": NO_ZONE})},
         "what redact gave can't be read again: failure: Input should have timezone info",
     ),
     "no event": (FIRST, {"event": "gone"}, "what redact gave can't be read again: Input tag 'gone'"),
