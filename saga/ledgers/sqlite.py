@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 import sqlite3
+import struct
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import chain, groupby
@@ -23,6 +24,9 @@ from saga.ledger import FORGETTABLE, Entry
 from saga.ledgers.durable import MAX_EVENT_BYTES, DurableLedger
 from saga.ledgers.rows import Acquire, Append, Beat, Create, Prune, Pruned, Redact, Release, Request, entries_in, events_in, others
 from saga.owners import is_gone
+
+if sys.platform == "linux":
+    import fcntl
 
 MIGRATIONS: Final = (
     (
@@ -61,6 +65,8 @@ _MOST_FREED: Final = 4_000
 """Pages; a step of forgetting ends when it has freed so many: each is read, and written anew where SQLite was built with SECURE_DELETE."""
 _LONGEST: Final = 2**31 // 1000
 """Seconds; SQLite counts the milliseconds that it waits for a lock in 32 bits, and takes more than they hold for none."""
+_SHARED_LOCK: Final = (0x40000002, 510)
+"""The bytes of a file, the first and how many, that whoever has it open holds a lock on: <https://sqlite.org/fileformat2.html#the_lock_byte_page>."""
 _FORGETTABLE: Final = ", ".join(f"'{status.value}'" for status in sorted(FORGETTABLE))
 
 _CREATE: Final = """
@@ -187,6 +193,7 @@ class _Store:
         self._is_fixed = False
         self._paths: Sequence[Path] = ()
         self._files: Sequence[tuple[int, int] | None] = ()
+        self._modified: int | None = None
         self._beaten: set[str] = set()
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -222,8 +229,7 @@ class _Store:
             with suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
             raise
-        if self._identities() != self._files:
-            raise LedgerError(f"{self._replaced()}; {_UNKNOWN}")
+        self._refuse_taken_away(_UNKNOWN)
         return answers
 
     def _commit(self, connection: sqlite3.Connection) -> None:
@@ -382,10 +388,7 @@ class _Store:
                 if not self.is_taken_away():
                     # As the last one it takes the log away itself: who opens the file just then is not to take that for another's deed.
                     _OPEN.discard(self)
-                elif _size(self._paths[1]) and sys.version_info >= (3, 12):  # pragma: no cover - not on 3.11
-                    # Else SQLite writes into the file what it knows of its log, which fits no longer, and deletes the log that is there.
-                    self._opened.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
-                with suppress(sqlite3.Error):
+                with _log_left(self._opened, self._path) if self._is_gone_past() else nullcontext(), suppress(sqlite3.Error):
                     self._opened.close()
                 self._opened = None
                 _OPEN.discard(self)
@@ -406,10 +409,11 @@ class _Store:
             before = self._identities()
             self._opened, self._is_fixed = _open(self._path, file, self._patience)
             self._files = self._shared.files = before if self._is_fixed else self._identities()
+            self._modified = _modified(self._path)
             _OPEN.add(self)
-        elif self.is_taken_away():
+        else:
             # SQLite would go on to write to files that nobody can find any more.
-            raise LedgerError(f"{self._replaced()}; nothing was recorded")
+            self._refuse_taken_away("nothing was recorded")
         return self._opened
 
     def _let_go_of_others(self) -> None:
@@ -424,6 +428,17 @@ class _Store:
         if self._is_fixed and self.is_taken_away():
             # It may be some from before and some from after they wrote.
             raise LedgerError(f"others have begun to use the ledger {self._path} while it was read; read it again. {_UNCHANGED}")
+
+    def _refuse_taken_away(self, outcome: str) -> None:
+        modified = _modified(self._path)
+        if self.is_taken_away():
+            raise LedgerError(f"{self._replaced()}; {outcome}")
+        self._modified = modified
+
+    def _is_gone_past(self) -> bool:
+        """Whether others have recorded since its log was taken away, so that what it has in it, which only it can see, fits no longer."""
+        file, log, _ = self._paths
+        return self.is_taken_away() and _identity(file) == self._files[0] and bool(_size(log) or _modified(file) != self._modified)
 
     def is_taken_away(self) -> bool:
         """Whether the files that it has open are no longer those that others find."""
@@ -475,6 +490,31 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
+
+
+def _modified(path: Path) -> int | None:
+    """When it was last written to: nanoseconds, by the clock of its file system."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+@contextmanager
+def _log_left(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
+    """Have a connection that is closed write nothing into the file, and leave the log that is there now.
+
+    Else SQLite, if nobody else has the file open, writes into it what it knows of its own log, and deletes the one that it finds.
+    """
+    with ExitStack() as stack:
+        if sys.version_info >= (3, 12):  # pragma: no cover - not on 3.11
+            connection.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
+        elif sys.platform == "linux":
+            with suppress(OSError):  # where it can't be had, it is closed all the same
+                another = stack.enter_context(path.open("rb"))
+                # A lock of this opening, not of the process: SQLite takes it for somebody else who has the file open.
+                fcntl.fcntl(another, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, *_SHARED_LOCK, 0))
+        yield
 
 
 def _open(path: Path, file: Path, patience: float) -> tuple[sqlite3.Connection, bool]:

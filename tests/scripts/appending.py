@@ -1,6 +1,6 @@
-"""A process that appends to several sagas at once and says what was acknowledged: `appending.py PATH [HOW OFTEN [PREFIX]]`, else forever.
+"""A process that appends to several sagas at once and says what was acknowledged: `appending.py PATH [HOW OFTEN [PREFIX [close]]]`.
 
-It doesn't close its ledger.
+Where it isn't told how often, it does so forever; it closes its ledger only where it is told to.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ async def _append(ledger: SQLiteLedger, saga_id: str, how_often: int | None) -> 
         print(saga_id, version + AT_ONCE, flush=True)
 
 
-async def _main(path: str, how_often: str = "", prefix: str = "") -> None:
+async def _main(path: str, how_often: str = "", prefix: str = "", close: str = "") -> None:
     ledger = SQLiteLedger(path)
     await asyncio.gather(*(_append(ledger, prefix + saga_id, int(how_often) if how_often else None) for saga_id in SAGAS))
+    if close:
+        await ledger.close()
 
 
 if __name__ == "__main__":
