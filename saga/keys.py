@@ -24,6 +24,11 @@ def execution_of(child: str, parent: str, stage: str) -> int:
     return int(found[1]) if found is not None else 1
 
 
+def is_path(name: str) -> bool:
+    """Whether it may lead to a stage within another one."""
+    return "/" in name
+
+
 def is_within(path: str, stage: str) -> bool:
     """Whether a path leads to a stage of a saga that this one runs: `book/charge` and, of one of several, `book#2/charge`."""
     # A pattern of its own for each stage is made anew where there are more than Python keeps, and most paths are tried in vain.

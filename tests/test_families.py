@@ -36,7 +36,7 @@ from saga import (
     StageState,
 )
 from saga.ledgers.sqlite import SQLiteLedger
-from saga.render.text import what_to_do
+from saga.render.advice import what_to_do
 from saga.report import StageReport
 from tests.controlled import elapse, run
 from tests.families import FamilyWorld, Kin, Leaf, Tree, may_fall_back, tokens

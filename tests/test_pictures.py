@@ -37,7 +37,7 @@ from saga.render.drawing import Box, Drawing, drawing
 from saga.render.graph import graph_svg
 from saga.render.layout import Layout, layout
 from saga.render.lettering import cells, shortened, wrapped
-from saga.render.text import SIGNS, duration
+from saga.render.wording import SIGNS, duration
 from tests.controlled import run
 from tests.growth import growth
 from tests.stories import (

@@ -24,7 +24,8 @@ from saga import (
     compensable,
     nested,
 )
-from saga.render.text import Reach, what_to_do
+from saga.render.advice import what_to_do
+from saga.render.reach import Reach
 from saga.report import NestedSagaFailed
 from tests.controlled import elapse, run
 from tests.dying import Dying

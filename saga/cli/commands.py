@@ -47,7 +47,8 @@ from saga.lint import explain as consequences
 from saga.owners import is_gone
 from saga.policies import Policy, load_policy
 from saga.render.lettering import aligned
-from saga.render.text import TARGET, Reach, command_for, next_command, recover_command, summary
+from saga.render.reach import TARGET, Reach, command_for, next_command, recover_command
+from saga.render.text import summary
 from saga.report import Recovery, SagaReport
 from saga.resumption import Decision, resumption, undoing
 from saga.state import SagaState

@@ -18,7 +18,7 @@ from saga.graph import Graph
 from saga.ledger import StageState
 from saga.record import StageRecord
 from saga.recovery import stage_states
-from saga.render.text import SIGNS, seconds, words_of
+from saga.render.wording import SIGNS, seconds, words_of
 from saga.state import SagaState
 from saga.text import printable
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final
 from saga.ledger import StageState
 from saga.render.colours import LIKE
 from saga.render.lettering import one_line
-from saga.render.text import explanation, seconds, troubled, words_of
+from saga.render.text import explanation, troubled
+from saga.render.wording import seconds, words_of
 
 if TYPE_CHECKING:
     from saga.report import SagaReport, StageReport

@@ -14,7 +14,7 @@ from saga.render.graph import graph_section
 from saga.render.html import LINE, filled, first_line, isolated, link_to, scrolling, sign, table
 from saga.render.lettering import shortened
 from saga.render.svg import tag
-from saga.render.text import words_of
+from saga.render.wording import words_of
 
 if TYPE_CHECKING:
     from saga.lint import Consequence, Explanation

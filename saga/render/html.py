@@ -14,16 +14,18 @@ from string import Template
 from typing import TYPE_CHECKING, Any, Final
 
 from saga.failures import Failure
-from saga.keys import is_within
+from saga.keys import is_path, is_within
 from saga.ledger import StageState
 from saga.outputs import encoded
+from saga.render.advice import what_to_do
 from saga.render.colours import DARK, LIGHT, Scheme, stylesheet
 from saga.render.drawing import Drawing, drawing
 from saga.render.graph import graph_section, graph_svg
 from saga.render.lettering import cells, escaped, one_line, shortened, wrapped
 from saga.render.svg import tag
-from saga.render.text import SIGNS, duration, explanation, is_path, seconds, what_to_do, words_of
+from saga.render.text import explanation
 from saga.render.timeline import timeline_section
+from saga.render.wording import SIGNS, duration, seconds, words_of
 
 if TYPE_CHECKING:
     from saga.record import Try

@@ -11,7 +11,7 @@ from saga.ledger import StageState
 from saga.render.colours import LIGHT
 from saga.render.drawing import Box, Drawing
 from saga.render.lettering import one_line, shortened, wrapped, writable
-from saga.render.text import SIGNS
+from saga.render.wording import SIGNS
 from saga.text import harmless
 
 _MOST_ARROWS: Final = 500

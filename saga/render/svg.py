@@ -13,7 +13,7 @@ from saga.ledger import StageState
 from saga.render.colours import stylesheet
 from saga.render.drawing import Drawing
 from saga.render.lettering import cells, escaped, one_line, shortened, wrapped
-from saga.render.text import SIGNS, words_of
+from saga.render.wording import SIGNS, words_of
 
 NAME_CELL: Final = 7.9
 """Pixels of a column of a stage's name: fixed-width, 13 px, bold."""

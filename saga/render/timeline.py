@@ -18,7 +18,7 @@ from saga.render.drawing import drawing
 from saga.render.graph import badge
 from saga.render.lettering import cells, escaped, shortened
 from saga.render.svg import NAME_CELL, Key, document, moved, number, path, pill, section, state_keys, tag, text
-from saga.render.text import SIGNS, duration, seconds, words_of
+from saga.render.wording import SIGNS, duration, seconds, words_of
 
 if TYPE_CHECKING:
     from saga.record import Try

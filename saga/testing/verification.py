@@ -19,7 +19,7 @@ from saga.graph import Node, Role
 from saga.keys import is_within
 from saga.ledger import StageState
 from saga.policies import FailFast, Policy
-from saga.render.text import goes_on
+from saga.render.advice import goes_on
 from saga.testing.faults import KILLS, TIMEOUTS, UNDOING, Fault, FaultyActions, InjectedFault, Injection
 from saga.testing.matrix import matrix
 from saga.testing.outside import ID, Outside, World, difference, is_same, leaves_and_branches
