@@ -586,7 +586,7 @@ def test_a_ledger_that_fails_is_no_misuse(shop: Shop) -> None:
 
 
 def test_what_nobody_foresaw_is_said_in_a_line_too(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saga.cli.commands.find", "no function")
+    monkeypatch.setattr("saga.cli.commands.checking.find", "no function")
 
     done = shop.saga("check", "shop:seat")
 
@@ -668,7 +668,8 @@ def test_without_its_extra_the_command_says_how_to_get_it(shop: Shop, monkeypatc
 
 
 def test_another_module_that_is_missing_is_not_taken_for_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "saga.cli.commands", raising=False)
+    for module in ("saga.cli.commands", "saga.cli.commands.checking"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "saga.lint", None)
 
     with pytest.raises(ModuleNotFoundError, match=r"saga\.lint"):
