@@ -22,7 +22,7 @@ from saga.inputs import no_such_field, with_dicts
 from saga.keys import execution_key
 from saga.outputs import copied, copied_output
 from saga.storable import refuse_unstorable
-from saga.watch import is_of_signal, leave_loop, outlast, retrieved, start
+from saga.tasks import is_of_signal, leave_loop, outlast, retrieved, start
 
 if TYPE_CHECKING:
     from stageflow.api import Pipeline, PipelineContext, StageContext

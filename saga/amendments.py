@@ -24,8 +24,8 @@ from saga.record import StageRecord, Step, undo_step
 from saga.resumption import refusal, status_at_rest
 from saga.state import SagaState
 from saga.storable import storable
+from saga.tasks import outlast, start
 from saga.text import glimpse, printable
-from saga.watch import outlast, start
 from saga.within import heard, report_of, report_with_children, unheard
 
 if TYPE_CHECKING:

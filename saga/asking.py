@@ -12,8 +12,9 @@ from saga.events import StageProbed
 from saga.failures import Failure, FailureKind
 from saga.outputs import copied_output
 from saga.storable import refuse_unstorable
+from saga.tasks import closes, this_task
 from saga.text import shown
-from saga.watch import bounded, closes, this_task
+from saga.watch import bounded
 
 if TYPE_CHECKING:
     from saga.alive import LiveSaga

@@ -24,8 +24,9 @@ from saga.outputs import copied, copied_output
 from saga.quick import members
 from saga.report import NestedSagaFailed
 from saga.storable import refuse_unstorable
+from saga.tasks import closes, instead_of_cancel, is_of_signal
 from saga.text import brief, printable, reason_in
-from saga.watch import Employer, Watched, bounded, closes, instead_of_cancel, is_of_signal
+from saga.watch import Employer, Watched, bounded
 
 if TYPE_CHECKING:
     from stageflow.stages.inputs import StageInputs

@@ -18,8 +18,9 @@ from saga.quick import members
 from saga.record import Step, undo_step
 from saga.recovery import Rollback
 from saga.report import NestedSagaFailed, SagaReport
+from saga.tasks import closes, instead_of_cancel, outlast, start
 from saga.text import glimpse, qualified, reason_in, shown
-from saga.watch import Crew, Employer, Watched, closes, instead_of_cancel, outlast, start
+from saga.watch import Crew, Employer, Watched
 
 if TYPE_CHECKING:
     from saga.alive import LiveSaga

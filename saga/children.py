@@ -12,7 +12,7 @@ from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, SagaNotFound
 from saga.family import run_in, run_within
 from saga.graph import Role
 from saga.keys import child_id, execution_key
-from saga.watch import outlast
+from saga.tasks import outlast
 from saga.within import has_left, reports_of
 
 if TYPE_CHECKING:

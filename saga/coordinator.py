@@ -26,8 +26,8 @@ from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.report import Recovery, SagaReport
 from saga.resumption import recovering, resumption, undoing
 from saga.state import SagaState
+from saga.tasks import this_task
 from saga.text import shown
-from saga.watch import this_task
 from saga.within import report_of
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
 from saga.quick import members
 from saga.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
+from saga.tasks import cut_short_by, leave_loop, this_task
 from saga.text import brief, reason_in
-from saga.watch import Crew, cut_short_by, leave_loop, this_task
+from saga.watch import Crew
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

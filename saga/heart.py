@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from saga.watch import start, this_task
+from saga.tasks import start, this_task
 
 _LOG: Final = logging.getLogger("saga")
 _HEARTS: Final[weakref.WeakSet[asyncio.Task[Any]]] = weakref.WeakSet()

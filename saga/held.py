@@ -14,7 +14,7 @@ from saga.errors import LedgerError, MisuseError
 from saga.heart import Heart
 from saga.ledger import answering
 from saga.owners import this_process
-from saga.watch import make_ready, outlast, start, this_loop
+from saga.tasks import make_ready, outlast, start, this_loop
 
 if TYPE_CHECKING:
     from saga.alive import LiveSaga

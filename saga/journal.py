@@ -25,9 +25,9 @@ from saga.ledger import Ledger
 from saga.record import Step, undo_step
 from saga.state import SagaState
 from saga.storable import storable
+from saga.tasks import Answer, outlasting
 from saga.text import printable
 from saga.turns import Turns, turns
-from saga.watch import Answer, outlasting
 
 Listener = Callable[[str, AnyEvent], None]
 """Is told of every event, with the saga's id, when it is in the ledger. What it raises is logged and harms no saga.

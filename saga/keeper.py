@@ -35,8 +35,8 @@ from saga.report import SagaReport
 from saga.resumption import Chapter, Decision, Direction, recovering, resumption, undoing
 from saga.state import SagaState
 from saga.storable import refuse_unstorable
+from saga.tasks import outlast, start
 from saga.text import printable, shown
-from saga.watch import outlast, start
 from saga.within import report_of, report_with_children
 
 if TYPE_CHECKING:

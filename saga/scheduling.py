@@ -14,7 +14,7 @@ from stageflow.pipeline.dag import UnifiedPipelineCancelled, UnifiedStageSpec
 from stageflow.stages.inputs import StageInputs
 
 from saga.failures import Failure, FailureKind
-from saga.watch import closes, this_task
+from saga.tasks import closes, this_task
 
 if TYPE_CHECKING:
     from stageflow.api import PipelineContext

@@ -43,7 +43,7 @@ from saga import coordinator as coordinator_module
 from saga.blueprint import Blueprint
 from saga.events import AnyEvent, CompensationStarted, SagaStarted, StageSettled
 from saga.ledgers.sqlite import SQLiteLedger
-from saga.watch import this_task
+from saga.tasks import this_task
 from tests.controlled import ControlledLoop, elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk, SlowLedger

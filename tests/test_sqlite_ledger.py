@@ -39,7 +39,7 @@ from saga.ledgers import open_ledger, sqlite, workers
 from saga.ledgers.postgres import PostgresLedger
 from saga.ledgers.rows import Prune, Writer, checksum
 from saga.ledgers.sqlite import MIGRATIONS, SQLiteLedger
-from saga.watch import this_task
+from saga.tasks import this_task
 from tests.interrupting import interrupt_next_call
 from tests.places import SQLiteFile
 from tests.scripts.appending import AT_ONCE, SAGAS

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from saga import LedgerError, watch
-from saga.watch import Answer, Crew, Employer, Watched, outlast, outlasting, start
+from saga import LedgerError, tasks
+from saga.tasks import Answer, outlast, outlasting, start
+from saga.watch import Crew, Employer, Watched
 from tests.controlled import ControlledLoop, elapse, run
 
 
@@ -77,7 +78,7 @@ def test_a_task_that_a_ctrl_c_strikes_before_it_begins_begins_all_the_same_and_l
         raise KeyboardInterrupt
 
     async def play() -> None:
-        monkeypatch.setattr(watch, "_first_step", first_step)
+        monkeypatch.setattr(tasks, "_first_step", first_step)
         await start(begin())
 
     left_by(KeyboardInterrupt, play)

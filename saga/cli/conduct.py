@@ -23,8 +23,8 @@ from saga.events import SagaStatus
 from saga.ledger import Ledger, StageState
 from saga.policies import Policy
 from saga.report import SagaReport
+from saga.tasks import this_task
 from saga.text import printable
-from saga.watch import this_task
 
 _S = StageState
 

@@ -15,8 +15,8 @@ from saga.events import AnyEvent, SagaStatus
 from saga.ledger import Entry, Ledger, asked_for, moment_ago
 from saga.ledgers.rows import Acquire, Append, Beat, Prune, Pruned, Redact, Release, Request, Writer, check_name, iso
 from saga.ledgers.workers import WORKING, Worker, again, failed
+from saga.tasks import outlasting
 from saga.text import shown
-from saga.watch import outlasting
 
 MAX_EVENT_BYTES: Final = 16 * 2**20
 _LONGEST_LEASE: Final = 10**9

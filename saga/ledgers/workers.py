@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from saga.errors import LedgerError
-from saga.watch import Answer, this_loop
+from saga.tasks import Answer, this_loop
 
 _MOST: Final = 2**24
 """A batch is closed when it holds so many bytes."""

@@ -20,12 +20,12 @@ from saga.keys import is_within
 from saga.ledger import StageState
 from saga.policies import FailFast, Policy
 from saga.render.advice import goes_on
+from saga.tasks import outlast
 from saga.testing.faults import KILLS, TIMEOUTS, UNDOING, Fault, FaultyActions, InjectedFault, Injection
 from saga.testing.matrix import matrix
 from saga.testing.outside import ID, Outside, World, difference, is_same, leaves_and_branches
 from saga.testing.rehearsal import MortalLedger, Rehearsal
 from saga.text import qualified
-from saga.watch import outlast
 
 if TYPE_CHECKING:
     from saga.report import SagaReport

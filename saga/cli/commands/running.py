@@ -35,7 +35,7 @@ from saga.policies import Policy
 from saga.render.reach import TARGET, Reach, command_for, next_command
 from saga.report import Recovery, SagaReport
 from saga.resumption import Decision, resumption, undoing
-from saga.watch import this_task
+from saga.tasks import this_task
 
 _NO_FIELDS: Final = frozenset(inspect.signature(SagaCoordinator.run).parameters) - {"context_fields"}
 """What `SagaCoordinator.run` takes beside the fields of a context."""
