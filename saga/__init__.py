@@ -4,7 +4,8 @@ A stage declares `compensate()` beside `execute()`; when a stage fails, what too
 they depend on, and a report says for every stage whether its output is kept, undone, or needs a person.
 """
 
-from saga.compensable import CompensableStage, CompensationContext, PivotStage, SagaContext, compensable
+from saga.compensable import CompensableStage, PivotStage, compensable
+from saga.contexts import CompensationContext, SagaContext
 from saga.coordinator import SagaCoordinator
 from saga.errors import (
     GraphChanged,

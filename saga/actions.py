@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from saga.blueprint import Blueprint, Hooks
-from saga.compensable import CompensationContext, SagaContext
+from saga.contexts import CompensationContext, SagaContext
 from saga.failures import Failure
 
 if TYPE_CHECKING:

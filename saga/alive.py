@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from stageflow.events import NoOpEventSink
 
 from saga.children import Children
-from saga.compensable import CompensationContext, Host, Inputs, UndoHost
+from saga.contexts import CompensationContext, Host, Inputs, UndoHost
 from saga.errors import MisuseError
 from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind

@@ -13,7 +13,7 @@ from stageflow.api import StageCancellationRequested, StageOutput, StageStatus
 
 from saga.alive import Attempt
 from saga.asking import ask
-from saga.compensable import SagaContext
+from saga.contexts import SagaContext
 from saga.errors import MisuseError, NotStorable
 from saga.events import FallbackFailed, FallbackUsed, StageCompleted, StageFailed, StageSkipped, StageStarted
 from saga.failures import Failure, FailureKind

@@ -24,7 +24,7 @@ from saga.watch import Crew, Employer, Watched
 
 if TYPE_CHECKING:
     from saga.alive import LiveSaga
-    from saga.compensable import CompensationContext
+    from saga.contexts import CompensationContext
     from saga.policies import Compensation
 
 _STEP: Final = members(Step)

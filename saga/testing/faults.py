@@ -13,7 +13,7 @@ from stageflow.api import StageOutput
 
 from saga.actions import LocalActions
 from saga.blueprint import Blueprint
-from saga.compensable import CompensationContext, Host, SagaContext
+from saga.contexts import CompensationContext, Host, SagaContext
 from saga.failures import Failure
 
 
