@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel, RootModel, ValidationError
 
-from saga.outputs import adapter_of, decoded, encoded
+from saga.encoding import adapter_of, decoded, encoded
 from saga.text import printable, qualified, said
 
 _LOG: Final = logging.getLogger("saga")

@@ -40,8 +40,8 @@ from saga import (
     heart,
     nested,
 )
+from saga.encoding import stored
 from saga.events import AnyEvent, SagaStarted, StageCompleted, StageProbed, StageStarted, event_from_json, event_to_json
-from saga.outputs import stored
 from saga.testing.rehearsal import MortalLedger
 from tests.controlled import ControlledLoop, elapse, run
 from tests.dying import Dying

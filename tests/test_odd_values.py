@@ -36,10 +36,11 @@ from saga import (
     StageState,
     compensable,
 )
+from saga.encoding import TAG, Opaque, decoded, encoded, stored
 from saga.errors import NotStorable
 from saga.events import AnyEvent, EffectRecorded, StageCompleted, event_from_json, event_to_json
 from saga.ledgers.sqlite import SQLiteLedger
-from saga.outputs import TAG, Opaque, copied, decoded, encoded, stored, stored_output
+from saga.outputs import copied, stored_output
 from saga.text import said, shown
 from tests.controlled import run
 from tests.world import nothing

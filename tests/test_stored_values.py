@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from stageflow.api import StageArtifact, StageEvent, StageOutput
 
 from saga import owners
+from saga.encoding import TAG, encoded, stored
 from saga.errors import NotStorable
 from saga.events import StageCompleted
-from saga.outputs import TAG, encoded, stored, stored_output
+from saga.outputs import stored_output
 from saga.owners import is_gone, this_process
 
 # -- values ----------------------------------------------------------------------------------------------------------

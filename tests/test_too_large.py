@@ -33,10 +33,10 @@ from saga import (
     StageState,
     compensable,
 )
+from saga.encoding import Opaque
 from saga.events import AnyEvent, EffectRecorded, SagaStarted, StageCompleted, StageFailed, StageProbed, StageSkipped, event_to_json
 from saga.failures import Failure, FailureKind
 from saga.ledgers.sqlite import SQLiteLedger
-from saga.outputs import Opaque
 from tests.controlled import elapse, run
 from tests.slow import SlowDisk
 from tests.world import World

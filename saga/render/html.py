@@ -13,10 +13,10 @@ from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING, Any, Final
 
+from saga.encoding import encoded
 from saga.failures import Failure
 from saga.keys import is_path, is_within
 from saga.ledger import StageState
-from saga.outputs import encoded
 from saga.render.advice import what_to_do
 from saga.render.colours import DARK, LIGHT, Scheme, stylesheet
 from saga.render.drawing import Drawing, drawing
