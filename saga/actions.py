@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from saga.blueprint import Blueprint, Hooks
+from saga.blueprint import Blueprint
 from saga.contexts import CompensationContext, SagaContext
 from saga.failures import Failure
+from saga.stages import Hooks
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable

@@ -13,7 +13,7 @@ from stageflow.api import Pipeline, PipelineContext, StageOutput
 from stageflow.pipeline.interceptors import TimeoutInterceptor
 from stageflow.pipeline.retry import RetryInterceptor
 
-from saga.blueprint import by_name, is_async, is_generator, refuse_no_policy
+from saga.blueprint import by_name, refuse_no_policy
 from saga.errors import GraphChanged, LedgerConflict, MisuseError, SagaError, SagaNotFound
 from saga.events import SagaStatus, StageSettled, Verdict
 from saga.family import events_of, is_left_alone, refuse_no_id, run_by
@@ -25,6 +25,7 @@ from saga.outputs import copied
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.report import Recovery, SagaReport
 from saga.resumption import recovering, resumption, undoing
+from saga.stages import is_async, is_generator
 from saga.state import SagaState
 from saga.tasks import this_task
 from saga.text import shown

@@ -13,7 +13,7 @@ from typing import Final, Literal, Self
 
 from stageflow.api import Pipeline, StageKind, StageOutput
 
-from saga.blueprint import DECLARABLE, Blueprint, StagePlan
+from saga.blueprint import Blueprint
 from saga.compensable import wrapped
 from saga.errors import MisuseError
 from saga.events import (
@@ -42,6 +42,7 @@ from saga.render.explained import drawing_if, page
 from saga.render.graph import graph_svg
 from saga.render.mermaid import graph_mermaid
 from saga.scope import undo_scope
+from saga.stages import DECLARABLE, StagePlan
 from saga.state import SagaState
 from saga.text import printable
 

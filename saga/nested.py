@@ -7,13 +7,14 @@ from typing import Any
 
 from stageflow.api import Pipeline, StageOutput
 
-from saga.blueprint import Blueprint, is_async, refuse_no_policy
+from saga.blueprint import Blueprint, refuse_no_policy
 from saga.compensable import CompensableStage
 from saga.contexts import CompensationContext, SagaContext
 from saga.errors import MisuseError
 from saga.events import SagaStatus
 from saga.policies import Compensation, Policy, Retry
 from saga.report import NestedSagaFailed, SagaReport
+from saga.stages import is_async
 from saga.text import shown
 
 

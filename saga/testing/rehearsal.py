@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
     from saga.actions import Actions
     from saga.alive import LiveSaga
-    from saga.blueprint import Blueprint, StagePlan
+    from saga.blueprint import Blueprint
     from saga.graph import Node
     from saga.journal import Journal
     from saga.ledger import Ledger
+    from saga.stages import StagePlan
 
 PATIENCE: Final = 0.05
 """Seconds after which a stage that is made to time out does."""
