@@ -109,31 +109,11 @@ def read_stage(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         PipelineInvalid: It can't be run in a saga.
     """
     _refuse_ambiguous(name)
-    runner: Any = spec.runner
-    config = spec.config
-    make: Callable[[], Hooks]
-    if isinstance(runner, type):
-        make = (lambda: runner(**config)) if config else runner
-        _refuse_abstract(name, runner)
-    elif hasattr(runner, "execute"):
-        make = lambda: runner  # noqa: E731 - a one-line sibling of the branch above
-    else:
-        called: Any = _Callable(runner)
-        make = lambda: called  # noqa: E731 - as above
+    make = _maker(name, spec.runner, spec.config)
     sample = _instance(name, make)
     _refuse_shadowed(name, sample)
-    if not callable(getattr(sample, "execute", None)):
-        hint = "A pipeline becomes a stage by nested(pipeline)." if isinstance(runner, Pipeline) else ""
-        raise PipelineInvalid("a stage with an async execute", got=glimpse(runner), stage=name, hint=hint)
-    offered = {hook: function for hook in _HOOKS if (function := getattr(sample, hook, None)) is not None}
-    for hook, function in offered.items():
-        _refuse_sync(name, hook, function)
-        _refuse_signature(name, hook, function, _HOOKS[hook])
-    can_compensate = "compensate" in offered
-    is_pivot = isinstance(sample, PivotStage)
-    if is_pivot and can_compensate:
-        raise PipelineInvalid("a pivot without compensate(): it is the point of no return", got="one with it", stage=name)
-    role = Role.PIVOT if is_pivot else Role.COMPENSABLE if can_compensate else Role.PLAIN
+    offered = _offered(name, sample, spec.runner)
+    role = _role(name, sample, can_compensate="compensate" in offered)
     node = Node(
         name=name,
         dependencies=tuple(dict.fromkeys(spec.dependencies)),
@@ -158,6 +138,34 @@ def read_stage(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         nested_pipeline=getattr(sample, "nested_pipeline", None),
     )
     return node, plan
+
+
+def _maker(name: str, runner: Any, config: dict[str, Any]) -> Callable[[], Hooks]:
+    """What gives the object that runs and compensates a stage: a new one of a class, else always the same."""
+    if isinstance(runner, type):
+        _refuse_abstract(name, runner)
+        return (lambda: runner(**config)) if config else runner
+    stage: Any = runner if hasattr(runner, "execute") else _Callable(runner)
+    return lambda: stage
+
+
+def _offered(name: str, sample: object, runner: object) -> frozenset[str]:
+    """What the stage can be called for, each of which is async and takes what it is called with."""
+    if not callable(getattr(sample, "execute", None)):
+        hint = "A pipeline becomes a stage by nested(pipeline)." if isinstance(runner, Pipeline) else ""
+        raise PipelineInvalid("a stage with an async execute", got=glimpse(runner), stage=name, hint=hint)
+    offered = {hook: function for hook in _HOOKS if (function := getattr(sample, hook, None)) is not None}
+    for hook, function in offered.items():
+        _refuse_sync(name, hook, function)
+        _refuse_signature(name, hook, function, _HOOKS[hook])
+    return frozenset(offered)
+
+
+def _role(name: str, sample: object, *, can_compensate: bool) -> Role:
+    is_pivot = isinstance(sample, PivotStage)
+    if is_pivot and can_compensate:
+        raise PipelineInvalid("a pivot without compensate(): it is the point of no return", got="one with it", stage=name)
+    return Role.PIVOT if is_pivot else Role.COMPENSABLE if can_compensate else Role.PLAIN
 
 
 def _refuse_ambiguous(name: str) -> None:
