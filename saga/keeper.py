@@ -1,4 +1,4 @@
-"""Keeps the sagas that are alive: the only place where forward, backward and the ledger meet."""
+"""Keeps the sagas that are alive: begins them, takes them over, and lets go of them."""
 
 from __future__ import annotations
 
@@ -16,27 +16,22 @@ from stageflow.api import Pipeline, PipelineContext
 from saga.actions import LocalActions
 from saga.alive import PARENT_STOPS, STAGE_FAILED, LiveSaga
 from saga.amendments import Amendments
-from saga.asking import ask
-from saga.backward import Backward
 from saga.blueprint import Blueprint
+from saga.course import Course
 from saga.errors import GraphChanged, LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, NotStorable, SagaExists
-from saga.events import AnyEvent, FallbackFailed, SagaEnded, SagaStarted, SagaStatus, SagaTurnedBack, TurnReason
-from saga.failures import Failure, FailureKind
+from saga.events import AnyEvent, SagaStarted
 from saga.family import differences_from, events_of
-from saga.forward import Forward
 from saga.held import Held
 from saga.inputs import context_from, recorded_input, refuse_both, refuse_unfit
 from saga.journal import Journal, Listener
-from saga.ledger import A_NAME, LONGEST_NAME, Ledger, StageState, is_name, recorded
+from saga.ledger import A_NAME, LONGEST_NAME, Ledger, is_name, recorded
 from saga.policies import ContinueWithFallback, FailFast, Policy
-from saga.record import Step, undo_step
-from saga.recovery import conclude, final_status, status_of_cancelled
 from saga.report import SagaReport
-from saga.resumption import Chapter, Decision, Direction, recovering, resumption, undoing
+from saga.resumption import Decision, recovering, resumption, undoing
 from saga.state import SagaState
 from saga.storable import refuse_unstorable
 from saga.tasks import outlast, start
-from saga.text import printable, shown
+from saga.text import shown
 from saga.within import report_of, report_with_children
 
 if TYPE_CHECKING:
@@ -72,7 +67,7 @@ class SagaKeeper:
     ) -> SagaReport:
         """Run a new saga."""
         saga = await self._begin(blueprint, policy, context, saga_id)
-        return await self._unbroken(saga, self._forward(saga))
+        return await self._unbroken(saga, self._course(saga).forward())
 
     async def go_on(
         self, saga_id: str, pipeline: Pipeline, decide: Decision, policy: Policy | None = None, *, interrupted: str | None = None
@@ -116,7 +111,7 @@ class SagaKeeper:
             except SagaExists:
                 # A fallback whose process has died is called once more, in the same attempt.
                 continue
-            return await self._as_child(parent, saga, self._forward(saga))
+            return await self._as_child(parent, saga, self._course(saga).forward())
 
     async def resume_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline, *, forward: bool | None) -> SagaReport:
         """Go on with a child of a saga's stage."""
@@ -244,7 +239,8 @@ class SagaKeeper:
         try:
             # Nothing is awaited before there is something to stop: a cancel by its id finds it.
             known, graph = saga.journal.state.graph, saga.journal.state.graph.offering(saga.blueprint.graph)
-            return saga, self._turn_to(saga, decide(events, graph if graph != known else None))
+            chapter = decide(events, graph if graph != known else None)
+            return saga, self._course(saga).turn_to(chapter)
         except BaseException:
             await self._let_go(saga)
             raise
@@ -269,9 +265,8 @@ class SagaKeeper:
         if token is not None:
             await self.held.give_back(saga.id, token)
 
-    def _forward(self, saga: LiveSaga, before: Sequence[AnyEvent] = ()) -> Coroutine[Any, Any, None]:
-        # Made here and not in its task: a cancel that comes before the task runs finds what it is to stop.
-        return self._drive(saga, Forward(saga, self._interceptors), before)
+    def _course(self, saga: LiveSaga) -> Course:
+        return Course(saga, self.amendments, self._interceptors)
 
     async def _unbroken(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
         """Wait for the saga to come to rest, also when the caller is cancelled meanwhile."""
@@ -334,77 +329,6 @@ class SagaKeeper:
                 f"saga {saga.id} is {state.status.value}, which is recorded; but the sagas that its stages ran can't be read: "
                 f"{error}. When the ledger is back, ask for the report: await coordinator.report({saga.id!r})"
             ) from error
-
-    async def _drive(self, saga: LiveSaga, forward: Forward, before: Sequence[AnyEvent]) -> None:
-        if before:
-            await saga.journal.record(*before)
-        await forward.run()
-        await self._conclude(saga, forward.cause)
-
-    async def _conclude(self, saga: LiveSaga, stop: Failure | None) -> None:
-        saga.is_stopping = True
-        await self.amendments.note_late(saga)
-        await self._note_cut_off(saga)
-        move = conclude(saga.journal.state, stop)
-        if move.turn is not None:
-            await saga.journal.record(SagaTurnedBack(reason=move.turn, cause=move.cause))
-            await self._back(saga, move.turn)
-            return
-        await self._ask_the_rest(saga)
-        status = move.status if move.status is not None else final_status(saga.journal.state)
-        if status is SagaStatus.CANCELLED:
-            status = status_of_cancelled(saga.journal.state)
-        await saga.journal.record(SagaEnded(status=status, cause=move.cause), release=True)
-
-    async def _note_cut_off(self, saga: LiveSaga) -> None:
-        """Record which fallbacks were cut off with their process when they had run sagas that stand: nothing else tells of these."""
-        state = saga.journal.state
-        if state.is_spotless or not saga.children.has_any:
-            return
-        for name, record in state.stages.items():
-            # Of one in doubt it is looked up when that is asked.
-            may_have_begun = record.state is StageState.FAILED and record.awaits_fallback and not record.fallback_failed
-            if may_have_begun and not record.stands_in_part and await saga.children.left_within(name):
-                message = "the process of its fallback is gone; what became of it is not in the ledger"
-                failure = Failure.of(name, FailureKind.CRASHED, message, attempt=record.attempts)
-                await saga.journal.record(FallbackFailed(stage=name, failure=failure, left_within=True))
-
-    async def _ask_the_rest(self, saga: LiveSaga) -> None:
-        """Ask for all that no compensation has asked for: to know is free, whatever the policy leaves standing."""
-        state = saga.journal.state
-        if state.is_spotless:
-            return
-        askable = [node.name for node in state.graph.nodes if undo_step(node, state.stages[node.name]) is Step.PROBE]
-        asking = [start(ask(saga, name)) for name in askable]
-        await outlast(asking)
-        # All of them are looked at: asyncio complains of an exception that nobody looked at.
-        for error in [asked.exception() for asked in asking]:
-            if error is not None:
-                raise error
-
-    async def _back(self, saga: LiveSaga, reason: TurnReason) -> None:
-        saga.is_stopping = True
-        await Backward(saga, reason).run()
-        await self._ask_the_rest(saga)
-        await saga.journal.record(SagaEnded(status=final_status(saga.journal.state)), release=True)
-
-    def _turn_to(self, saga: LiveSaga, chapter: Chapter) -> Coroutine[Any, Any, None]:
-        """The work of a new chapter of the saga, which begins with its being recorded."""
-        if chapter.direction is Direction.FORWARD:
-            return self._forward(saga, chapter.events)
-        return self._finish(saga, chapter)
-
-    async def _finish(self, saga: LiveSaga, chapter: Chapter) -> None:
-        if chapter.direction is Direction.NOWHERE:
-            _LOG.info("saga %s: %s", printable(saga.id), chapter.why_not)
-            return
-        await saga.journal.record(*chapter.events)
-        if chapter.direction is Direction.CONCLUDE:
-            await self._conclude(saga, chapter.stop)
-        else:
-            assert chapter.reason is not None  # a saga goes backward for a reason
-            await self._note_cut_off(saga)
-            await self._back(saga, chapter.reason)
 
 
 def read(pipeline: Pipeline, policy: FailFast | ContinueWithFallback) -> Blueprint:
