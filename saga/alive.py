@@ -8,7 +8,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.events import NoOpEventSink
 
@@ -20,6 +20,7 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.inputs import no_such_field, with_dicts
 from saga.keys import execution_key
+from saga.late import Late, Latecomer
 from saga.outputs import copied, copied_output
 from saga.storable import refuse_unstorable
 from saga.tasks import is_of_signal, leave_loop, outlast, retrieved, start
@@ -34,28 +35,10 @@ if TYPE_CHECKING:
     from saga.policies import ContinueWithFallback, FailFast, Policy
     from saga.report import SagaReport
 
-Latecomer = StageCompleted | EffectRecorded | CompensationCompleted
-"""What code that was given up may come to after all."""
 STAGE_FAILED: Final = "the stage that ran it has failed"
 """Why a saga is stopped that a stage has left running."""
 PARENT_STOPS: Final = "the saga that runs it is stopping"
 """Why one is stopped whose own saga starts nothing more."""
-
-
-class Late(NamedTuple):
-    """What code that was given up has come to after all, and of which run of its stage: that may have run again since.
-
-    Attributes:
-        event: What it has come to.
-        execution: The stage's execution that it comes of.
-        attempts: How many attempts of that had started by then.
-        undo_attempts: How many of its compensation had.
-    """
-
-    event: Latecomer
-    execution: int
-    attempts: int
-    undo_attempts: int
 
 
 class LiveSaga(UndoHost):

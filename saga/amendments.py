@@ -11,25 +11,23 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from saga.alive import Late
 from saga.errors import LedgerConflict, LedgerCorrupt, MisuseError
-from saga.events import CompensationCompleted, EffectRecorded, SagaEnded, StageCompleted, StageProbed, StageSettled, Verdict
-from saga.failures import Failure, FailureKind
+from saga.events import SagaEnded, StageProbed, StageSettled, Verdict
 from saga.family import below, events_of, is_turned_back, located, run_by, run_in
 from saga.graph import Role
 from saga.journal import named, tell
-from saga.keys import execution_key, is_within
-from saga.ledger import ALIVE, StageState, answering, recorded
-from saga.record import StageRecord, Step, undo_step
+from saga.keys import is_within
+from saga.late import Late, Latecomer, news_of
+from saga.ledger import ALIVE, answering, recorded
 from saga.resumption import refusal, status_at_rest
 from saga.state import SagaState
 from saga.storable import storable
 from saga.tasks import outlast, start
-from saga.text import glimpse, printable
+from saga.text import printable
 from saga.within import heard, report_of, report_with_children, unheard
 
 if TYPE_CHECKING:
-    from saga.alive import Latecomer, LiveSaga
+    from saga.alive import LiveSaga
     from saga.events import AnyEvent
     from saga.held import Held
     from saga.journal import Listener
@@ -350,51 +348,13 @@ def _is_under_way(state: SagaState, late: Late | _Within) -> bool:
 
 
 def _own_news(state: SagaState, late: Late) -> Latecomer | StageProbed | None:
-    """What came late of a stage, if it tells something new; what nobody but a person can make sense of, as a question."""
-    event = late.event
-    node, record = state.graph[event.stage], state.stages[event.stage]
-    # One that was to run anew and did not get its turn is done with that execution, too.
-    is_its_own = late.execution == record.execution and record.attempts > 0
-    match event:
-        case StageCompleted():
-            # A probe, a person or another attempt has told before.
-            is_known = is_its_own and record.state is StageState.KEPT
-            may_follow = is_its_own
-        case EffectRecorded():
-            # Whoever has told of the stage before did not know of it.
-            is_known = may_follow = False
-        case _:
-            is_known = record.state is StageState.UNDONE or undo_step(node, record) is Step.CLEAR
-            # What has run since, or completed late meanwhile, it may have undone as well, or not.
-            may_follow = is_its_own and late.attempts == record.attempts and late.undo_attempts > record.late_beside
-    if is_known:
-        return None
-    if may_follow and state.may_follow(event):
-        return event
-    if node.role is Role.PLAIN:
+    """What came late of a stage, if it tells its saga something new."""
+    event = news_of(state, late)
+    if isinstance(event, StageProbed) and state.graph[event.stage].role is Role.PLAIN:
+        # A plain stage is never in question, so nobody would be asked.
         _tell_of_loss(state.started.saga_id, [late])
         return None
-    output = event.output if isinstance(event, StageCompleted) else None
-    return StageProbed(stage=event.stage, landed=None, output=output, failure=_question(state, late, record), held=True)
-
-
-def _question(state: SagaState, late: Late, record: StageRecord) -> Failure:
-    """What came late, and what a person has to do about it."""
-    event, saga_id = late.event, state.started.saga_id
-    stage = event.stage
-    which = f"execution {late.execution} (key {execution_key(saga_id, stage, late.execution)!r})"
-    now = f"execution {record.execution} (key {execution_key(saga_id, stage, record.execution)!r})"
-    if isinstance(event, CompensationCompleted):
-        since = f"with {now}" if late.execution != record.execution else "with what it undoes"
-        what = f"the compensation of {which} had been given up and completed late, when the saga had gone on {since}: that may be gone"
-    else:
-        since = f"the saga had gone on with {now}" if late.execution != record.execution else "the saga had gone on without it"
-        came = "had been given up and completed late" if isinstance(event, StageCompleted) else f"recorded {glimpse(event.effect)} late"
-        what = f"{which} {came}, when {since}: what it did may stand, and nothing undoes it"
-    todo = (
-        "Look in the outside world and put it right by hand, then settle it: kept if what the saga counts on stands, undone if nothing does"
-    )
-    return Failure.of(stage, FailureKind.LATE, f"{what}. {todo}", attempt=late.attempts)
+    return event
 
 
 def _tell_of_loss(saga_id: str, late: Sequence[Late | _Within], error: BaseException | None = None) -> None:
