@@ -128,6 +128,17 @@ class Blueprint:
                 )
 
 
+def read(pipeline: Pipeline, policy: FailFast | ContinueWithFallback) -> Blueprint:
+    """Read a pipeline, for a policy.
+
+    Raises:
+        MisuseError: It can't work, or the policy is not for it.
+    """
+    blueprint = Blueprint.of(pipeline)
+    blueprint.check_policy(policy)
+    return blueprint
+
+
 def by_name(pipelines: object) -> dict[str, Pipeline]:
     """The pipelines under the names by which sagas are to find them.
 

@@ -13,13 +13,13 @@ from stageflow.api import Pipeline, PipelineContext, StageOutput
 from stageflow.pipeline.interceptors import TimeoutInterceptor
 from stageflow.pipeline.retry import RetryInterceptor
 
-from saga.blueprint import by_name, refuse_no_policy
+from saga.blueprint import by_name, read, refuse_no_policy
 from saga.errors import GraphChanged, LedgerConflict, MisuseError, SagaError, SagaNotFound
 from saga.events import SagaStatus, StageSettled, Verdict
 from saga.family import events_of, is_left_alone, refuse_no_id, run_by
 from saga.inputs import context_of
 from saga.journal import Listener
-from saga.keeper import SagaKeeper, read, user
+from saga.keeper import SagaKeeper, user
 from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, listed, recorded, refuse_no_ledger
 from saga.outputs import copied
 from saga.policies import ContinueWithFallback, FailFast, Policy

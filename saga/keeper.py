@@ -16,7 +16,7 @@ from stageflow.api import Pipeline, PipelineContext
 from saga.actions import LocalActions
 from saga.alive import PARENT_STOPS, STAGE_FAILED, LiveSaga
 from saga.amendments import Amendments
-from saga.blueprint import Blueprint
+from saga.blueprint import Blueprint, read
 from saga.course import Course
 from saga.errors import GraphChanged, LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, NotStorable, SagaExists
 from saga.events import AnyEvent, SagaStarted
@@ -329,17 +329,6 @@ class SagaKeeper:
                 f"saga {saga.id} is {state.status.value}, which is recorded; but the sagas that its stages ran can't be read: "
                 f"{error}. When the ledger is back, ask for the report: await coordinator.report({saga.id!r})"
             ) from error
-
-
-def read(pipeline: Pipeline, policy: FailFast | ContinueWithFallback) -> Blueprint:
-    """Read a pipeline, for a policy.
-
-    Raises:
-        MisuseError: It can't work, or the policy is not for it.
-    """
-    blueprint = Blueprint.of(pipeline)
-    blueprint.check_policy(policy)
-    return blueprint
 
 
 def user() -> str:

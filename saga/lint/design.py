@@ -8,7 +8,7 @@ from typing import Final, Literal, Self
 
 from stageflow.api import Pipeline, StageKind, StageOutput
 
-from saga.blueprint import Blueprint
+from saga.blueprint import Blueprint, read
 from saga.events import StageCompleted, StageStarted
 from saga.failures import FailureKind
 from saga.graph import Graph, Node, Role
@@ -38,9 +38,8 @@ class Design:
             PipelineInvalid: It can't be run as a saga at all.
             PolicyInvalid: The policy is none, or names a stage that isn't there.
         """
-        blueprint = Blueprint.of(pipeline)
         policy = policy if policy is not None else FailFast()
-        blueprint.check_policy(policy)
+        blueprint = read(pipeline, policy)
         output = StageOutput.ok()
         passes = {name: (StageStarted(stage=name, attempt=1), StageCompleted(stage=name, output=output)) for name in blueprint.graph.names}
         return cls(blueprint, policy, passes)
