@@ -161,8 +161,8 @@ class Amendments:
 
     async def _amend(self, saga_id: str, decide: Callable[[SagaState], Awaitable[list[AnyEvent]]]) -> None:
         """Add to the ledger of a saga that nobody runs."""
-        self._refuse_held(saga_id)
-        self._held.hold(saga_id)
+        if not self._held.hold(saga_id):
+            raise self._busy(saga_id)
         try:
             token = await self._held.acquire(saga_id)
             try:
@@ -180,7 +180,10 @@ class Amendments:
 
     def _refuse_held(self, saga_id: str) -> None:
         if self._held.holds(saga_id):
-            raise self._held.busy(saga_id, "a saga that has come to rest", "alive")
+            raise self._busy(saga_id)
+
+    def _busy(self, saga_id: str) -> MisuseError:
+        return self._held.busy(saga_id, "a saga that has come to rest", "alive")
 
     def comes_late(self, saga_id: str, late: Late) -> None:
         """Record at the next occasion what nobody waited for any more."""

@@ -301,7 +301,7 @@ class SagaCoordinator:
         """
         refuse_no_id(saga_id)
         held = self._keeper.held
-        saga = held.sagas[saga_id] if held.holds(saga_id) else None
+        saga = held.sagas.get(saga_id) if held.holds(saga_id) else None
         if saga is None:
             hint = "Only where it runs can it be stopped; what a saga at rest did is undone by compensate()."
             raise SagaNotFound("a saga that is alive in this coordinator", got=repr(saga_id), hint=hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from bisect import bisect_left, insort
 from itertools import groupby
 from typing import TYPE_CHECKING, Final
@@ -40,21 +41,27 @@ class Held:
         self._beating: Final[dict[str, Heart]] = {}
         # Sorted: what is within a saga is behind it. Where a ledger fails, it fails thousands at once.
         self._owed: Final[list[tuple[str, int]]] = []
+        # Loops of several threads may run sagas of one owner.
+        self._turn: Final = threading.RLock()
 
-    def hold(self, saga_id: str) -> None:
-        """Let nobody else here go on with a saga; say that its owner is alive until it is let go of.
+    def hold(self, saga_id: str) -> bool:
+        """Let nobody else here go on with a saga, and say that its owner is alive until it is let go of; False if it is held already.
 
         Raises:
             MisuseError: No event loop of asyncio runs.
         """
         loop = this_loop()
         make_ready()
-        self.sagas[saga_id] = None
-        if self._ledger.lease is not None:
-            if loop not in self._hearts:
-                self._hearts[loop] = Heart(self._beat, self.owner, self._ledger.lease / 3)
-            self._beating[saga_id] = self._hearts[loop]
-            self._hearts[loop].hold()
+        with self._turn:
+            if self.holds(saga_id):
+                return False
+            self.sagas[saga_id] = None
+            if self._ledger.lease is not None:
+                if loop not in self._hearts:
+                    self._hearts[loop] = Heart(self._beat, self.owner, self._ledger.lease / 3)
+                self._beating[saga_id] = self._hearts[loop]
+                self._hearts[loop].hold()
+        return True
 
     def holds(self, saga_id: str) -> bool:
         """Whether a saga is held here; nobody runs it any more whose event loop was closed in its midst."""
@@ -65,17 +72,19 @@ class Held:
 
     def abandon(self, saga: LiveSaga) -> None:
         """Hold a saga no more of which no further code can run; its lease is given back with a later sign of life."""
-        if self.sagas.get(saga.id) is saga:
-            self.let_go(saga.id)
-            if saga.journal.token is not None:
-                insort(self._owed, (saga.id, saga.journal.token))
+        with self._turn:
+            if self.sagas.get(saga.id) is saga:
+                self.let_go(saga.id)
+                if saga.journal.token is not None:
+                    insort(self._owed, (saga.id, saga.journal.token))
 
     def let_go(self, saga_id: str) -> None:
         """Hold a saga no more; its lease is given back with its last event, or behind that."""
-        del self.sagas[saga_id]
-        heart = self._beating.pop(saga_id, None)
-        if heart is not None and heart.let_go():
-            del self._hearts[heart.loop]
+        with self._turn:
+            del self.sagas[saga_id]
+            heart = self._beating.pop(saga_id, None)
+            if heart is not None and heart.let_go():
+                del self._hearts[heart.loop]
 
     async def give_back(self, saga_id: str, token: int) -> None:
         """Give the lease of a saga back; where the ledger fails, with a later sign of life, which else would hold that saga, too."""
@@ -110,7 +119,7 @@ class Held:
             expected: What it should be.
             state: What it is, if it is alive.
         """
-        if self.sagas[saga_id] is not None:
+        if self.sagas.get(saga_id) is not None:
             return MisuseError(expected, got=f"saga {saga_id}, which is {state}")
         return MisuseError(expected, got=f"saga {saga_id}, of which something is just being recorded here", hint="Try again in a moment.")
 

@@ -168,12 +168,12 @@ class SagaKeeper:
         if self._ledger.durable:
             # The ledger would refuse them, too, but with the error of one that has failed.
             _refuse_names({"saga id": saga_id or "", "pipeline name": blueprint.name})
+        is_there = saga_id is not None and bool(await recorded(self._ledger, saga_id))
         if saga_id is None:
             saga_id = secrets.token_hex(16)
-        elif await recorded(self._ledger, saga_id) or self.held.holds(saga_id):
-            # Looked for here at last: while the ledger was read, somebody else may have begun it.
+        # Held at last: while the ledger was read, somebody else may have begun it.
+        if is_there or not self.held.hold(saga_id):
             raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Read what became of it with report().")
-        self.held.hold(saga_id)
         try:
             started = SagaStarted(
                 saga_id=saga_id,
@@ -202,9 +202,8 @@ class SagaKeeper:
         events = await events_of(self._ledger, saga_id)
         if parent is not None:
             _refuse_others(SagaState(events).started, parent)
-        if self.held.holds(saga_id):
+        if not self.held.hold(saga_id):
             raise self.held.busy(saga_id, "a saga that nobody is running", f"{SagaState(events).status.value} here")
-        self.held.hold(saga_id)
         try:
             token = await self.held.acquire(saga_id, _token_of(parent))
             try:

@@ -9,7 +9,9 @@ import gc
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from saga import (
     nested,
 )
 from saga import coordinator as coordinator_module
+from saga import held as held_module
 from saga.blueprint import Blueprint
 from saga.events import AnyEvent, CompensationStarted, SagaStarted, StageSettled
 from saga.ledgers.sqlite import SQLiteLedger
@@ -887,6 +890,67 @@ def test_of_those_who_begin_a_saga_of_one_id_at_once_one_begins_it_and_the_other
     assert world.log == ["+a", "+b", "+c"]
     assert coordinator._keeper.held.sagas == {}
     assert coordinator._keeper.held._beating == {}
+
+
+class TwoThreads:
+    """Take a saga at the same instant, each when the other has found that nobody holds it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        meeting = threading.Barrier(2)
+        monkeypatch.setattr(held_module, "make_ready", lambda: meeting.wait(10))
+        self._one_has_ended = threading.Event()
+
+    def outlasting(self, pipeline: Pipeline) -> Pipeline:
+        """A pipeline whose sagas go on until one of the two has ended."""
+
+        async def outlast(_: Any) -> None:
+            await asyncio.to_thread(self._one_has_ended.wait, 10)
+
+        return pipeline.with_stage("d", outlast, "transform", dependencies=("c",))
+
+    def end_with(self, call: Callable[[], Coroutine[Any, Any, SagaReport]]) -> list[SagaReport | BaseException]:
+        """What the two end with, a report last."""
+        with ThreadPoolExecutor(2) as threads:
+            running = [threads.submit(lambda: asyncio.run(call())) for _ in range(2)]
+            for each in running:
+                each.add_done_callback(lambda _: self._one_has_ended.set())
+            return sorted([each.exception() or each.result() for each in running], key=lambda end: isinstance(end, SagaReport))
+
+
+@pytest.mark.parametrize("kind", [Leased, SlowDisk])
+def test_of_two_threads_that_begin_a_saga_of_one_id_at_once_one_begins_it_and_the_other_is_told(
+    kind: type[MemoryLedger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, pipeline = scene(SEQUENCE)
+    threads = TwoThreads(monkeypatch)
+    coordinator = SagaCoordinator(ledger=kind())
+
+    told, report = threads.end_with(lambda: coordinator.run(threads.outlasting(pipeline), saga_id="order-7"))
+
+    assert isinstance(report, SagaReport)
+    assert report.status is SagaStatus.COMPLETED
+    assert isinstance(told, SagaExists)
+    assert world.log == ["+a", "+b", "+c"]
+    assert coordinator._keeper.held.sagas == {}
+    assert coordinator._keeper.held._beating == {}
+
+
+def test_of_two_threads_that_resume_a_saga_at_once_one_goes_on_with_it_and_the_other_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("raise", then=("ok",))})
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"), ledger=Leased())
+    threads = TwoThreads(monkeypatch)
+    lasting = threads.outlasting(pipeline)
+    with monkeypatch.context() as alone:
+        alone.setattr(held_module, "make_ready", lambda: None)
+        asyncio.run(coordinator.run(lasting, saga_id="order-7"))
+
+    told, report = threads.end_with(lambda: coordinator.resume("order-7", lasting))
+
+    assert isinstance(report, SagaReport)
+    assert report.status is SagaStatus.COMPLETED
+    assert isinstance(told, MisuseError)
+    assert world.log == ["+a", "+b", "+c"]
+    assert coordinator._keeper.held.sagas == {}
 
 
 def test_a_saga_that_is_resumed_is_stopped_by_its_id_from_the_moment_in_which_it_is_alive() -> None:
