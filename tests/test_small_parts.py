@@ -45,7 +45,7 @@ from saga.graph import Graph, Node, Role
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.policies import Policy
 from saga.render.lettering import cells
-from saga.text import printable
+from saga.text import did_you_mean, printable
 from saga.watch import bounded
 from tests.controlled import elapse, run
 from tests.growth import growth
@@ -1006,3 +1006,15 @@ def test_a_difference_is_told_for_every_stage_also_behind_one_that_is_gone() -> 
         "stage 'b': role was 'compensable', is 'plain'",
         "stage 'c': dependencies was ['a', 'b'], is ['b']",
     ]
+
+
+# -- words -------------------------------------------------------------------------------------------------------
+
+
+def test_the_nearest_of_very_many_names_is_found_by_comparing_few() -> None:
+    def looking(many: int) -> Callable[[], object]:
+        names = [f"{number * 7_919 % 1_000_003:06}" for number in range(many)]
+        return lambda: did_you_mean("01x838", names)
+
+    assert looking(500)() == "Did you mean '015838'?"
+    assert growth(looking, 500) < 1.5
