@@ -42,6 +42,7 @@ from saga.events import (
     StageStarted,
     at_rest,
 )
+from saga.owners import is_gone
 from saga.text import said, shown, written
 
 
@@ -425,11 +426,11 @@ class MemoryLedger(Ledger):
             raise LedgerConflict.overtaken(str(started.parent), under, above.token, holder=above.owner)
 
     async def acquire(self, saga_id: str, owner: str, *, under: int | None = None) -> int:
-        """Take the lease; it lasts until it is released, because its holder lives in this process."""
+        """Take the lease; it lasts until it is released, or its holder's process is gone: a copy or a fork may outlive that."""
         with _TURN:
             saga = self._find(saga_id)
             self._refuse_overtaken(saga.started, under)
-            if saga.owner is not None and saga.owner != owner:
+            if saga.owner is not None and saga.owner != owner and not is_gone(saga.owner):
                 raise LedgerConflict.held(saga_id, holder=saga.owner)
             saga.owner = owner
             saga.token += 1

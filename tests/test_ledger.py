@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -55,10 +56,12 @@ from saga.events import (
 )
 from saga.graph import Graph, Node, Role
 from saga.ledger import TRANSITIONS
+from saga.owners import this_process
 from saga.recovery import Rollback
 from saga.state import SagaState
 from tests.controlled import run
 from tests.slow import SlowLedger
+from tests.test_owners import of_a_process_that_ended
 from tests.world import DIAMOND, SEQUENCE, Script, World, scene
 
 GRAPH = Graph.of([Node(name="b", dependencies=("a",), role=Role.COMPENSABLE), Node(name="a", role=Role.COMPENSABLE)])
@@ -410,6 +413,22 @@ def test_a_memory_ledger_serves_the_event_loops_of_several_threads() -> None:
         sys.setswitchinterval(interval)
 
     assert len(run(ledger.list())) == 5
+
+
+def test_a_copy_of_a_memory_ledger_lets_go_on_with_what_a_process_held_that_is_gone() -> None:
+    """One that was pickled, and has outlived the process; in a copy beside a process that lives on, that one's sagas are its own."""
+    ledger = MemoryLedger()
+    gone, alive, me = of_a_process_that_ended(), this_process(), this_process()
+
+    async def play() -> int:
+        await ledger.create("left", gone, [replace(STARTED, saga_id="left")])
+        await ledger.create("running", alive, [replace(STARTED, saga_id="running")])
+        copied: MemoryLedger = pickle.loads(pickle.dumps(ledger))  # noqa: S301 - our own bytes
+        with pytest.raises(LedgerConflict, match="saga running is held"):
+            await copied.acquire("running", me)
+        return await copied.acquire("left", me)
+
+    assert run(play()) == 2
 
 
 @pytest.mark.parametrize("keep", [None, "10", -1, float("nan"), True])
