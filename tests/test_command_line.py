@@ -25,6 +25,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import psycopg
 import pytest
 from typer.main import get_command
 
@@ -557,6 +558,50 @@ def test_a_mistyped_file_is_not_made_into_an_empty_ledger(shop: Shop) -> None:
     assert not (shop.folder / "saggas.db").exists()
 
 
+LOOKING = {
+    "list": ("list",),
+    "show": ("show", "s"),
+    "watch": ("watch", "s"),
+    "settle": ("settle", "s", "charge_card", "undone", "--note", "by hand"),
+    "resume": ("resume", "s", "shop:seat"),
+    "compensate": ("compensate", "s", "shop:seat"),
+    "recover": ("recover", "shop:seat"),
+    "export": ("export", "s"),
+    "prune": ("prune", "--older-than", "30d"),
+}
+
+
+@pytest.mark.parametrize("command", LOOKING)
+def test_in_a_mistyped_database_no_schema_is_made(shop: Shop, an_empty_database: str, command: str) -> None:
+    done = shop.saga(*LOOKING[command], "--ledger", an_empty_database)
+
+    assert done.code == Exit.FAILED
+    assert done.err == "saga: there is no ledger in schema 'saga' of this database; none was made\n"
+    assert not _has_a_ledger(an_empty_database)
+
+
+def test_in_an_empty_database_the_first_saga_makes_the_schema(shop: Shop, an_empty_database: str) -> None:
+    ran = shop.saga("run", "shop:seat", "--id", "s", "--ledger", an_empty_database)
+    shown = shop.saga("show", "s", "--ledger", an_empty_database)
+
+    assert (ran.code, shown.code) == (Exit.COMPLETED, Exit.COMPLETED)
+
+
+@pytest.fixture
+def an_empty_database(postgres: Any) -> Iterator[str]:
+    uri = postgres.get_uri()
+    with closing(psycopg.connect(uri, autocommit=True)) as server:
+        server.execute("CREATE DATABASE mistyped")
+        yield uri.replace("/postgres?", "/mistyped?")
+        server.execute("DROP DATABASE mistyped WITH (FORCE)")
+
+
+def _has_a_ledger(uri: str) -> bool:
+    with closing(psycopg.connect(uri)) as database:
+        found = database.execute("SELECT to_regnamespace('saga') IS NOT NULL").fetchone()
+    return found == (True,)
+
+
 @pytest.mark.parametrize("url", ["sqlite:sagas.db", "sqlite://sagas.db", "sqlite://localhost/sagas.db"])
 def test_a_url_with_too_few_slashes_is_not_taken_for_a_mistyped_file(shop: Shop, url: str) -> None:
     shop.saga("run", "shop:seat", "--id", "s")
@@ -751,9 +796,10 @@ def test_in_a_folder_that_was_deleted_what_needs_it_is_refused_and_everything_el
     monkeypatch.setenv("SAGA_LEDGER", f"sqlite:///{shop.folder}/sagas.db")
     from_the_root = [shop.saga("show", "s"), shop.saga("settle", "s", "charge_card", "undone", "--note", "by hand")]
 
-    refused = "saga: expected a current folder that is there, got one that was deleted. Change to the one that has taken its place, "
     assert [done.code for done in from_here] == [Exit.MISUSE, Exit.MISUSE]
-    assert all(done.err.startswith(refused) for done in from_here)
+    assert from_here[0].err == "saga: expected a path from the root where the current folder was deleted, got 'sagas.db'\n"
+    refused = "saga: expected a current folder that is there, got one that was deleted. Change to the one that has taken its place, "
+    assert from_here[1].err.startswith(refused)
     assert [done.code for done in from_the_root] == [Exit.COMPLETED, Exit.COMPLETED]
 
 

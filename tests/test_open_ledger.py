@@ -42,6 +42,14 @@ def test_a_ledger_may_be_opened_for_the_length_of_a_block(url: str, monkeypatch:
     assert asyncio.run(used()) == ["trip"]
 
 
+def test_a_file_that_is_to_be_there_already_is_refused_where_it_is_not(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/sagas.db"
+    with pytest.raises(MisuseError) as caught:
+        open_ledger(url, exists=True)
+
+    assert str(caught.value) == f"expected a ledger that is there, got {url}, and there is no file {tmp_path}/sagas.db"
+
+
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
 def test_a_url_of_postgresql_is_handed_to_libpq(scheme: str) -> None:
     ledger = open_ledger(f"{scheme}://ann@db.example:5433/shop")

@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     from saga.ledgers.sqlite import SQLiteLedger
 
 
-def open_ledger(url: str) -> MemoryLedger | SQLiteLedger | PostgresLedger:
+def open_ledger(url: str, *, exists: bool = False) -> MemoryLedger | SQLiteLedger | PostgresLedger:
     """The ledger at a URL: `memory:`, `sqlite:///path/to/file` (with four slashes from the root, without options) or `postgresql://...`.
 
     `async with open_ledger(url) as ledger:` closes it at the end.
 
+    Args:
+        url: The URL.
+        exists: It is there already: none is made where none is. For a file that is refused at once, a schema fails whoever first asks.
+
     Raises:
-        MisuseError: It is no such URL.
+        MisuseError: It is no such URL, or there is no such file.
         ModuleNotFoundError: The ledger's driver is not installed; the message says how to get it.
     """
     expected = "a ledger's URL: memory:, sqlite:///path or postgresql://..."
@@ -38,11 +42,14 @@ def open_ledger(url: str) -> MemoryLedger | SQLiteLedger | PostgresLedger:
             raise MisuseError("a path without options, and without spaces around it, behind sqlite:///", got="one with them", hint=hint)
         from saga.ledgers.sqlite import SQLiteLedger  # noqa: PLC0415 - see above
 
-        return SQLiteLedger(rest.removeprefix("///"))
+        ledger = SQLiteLedger(rest.removeprefix("///"))
+        if exists and not ledger.path.exists():
+            raise MisuseError("a ledger that is there", got=f"{url}, and there is no file {ledger.path}")
+        return ledger
     if scheme in {"postgresql", "postgres"} and rest.startswith("//"):
         from saga.ledgers.postgres import PostgresLedger  # noqa: PLC0415 - see above
 
-        return PostgresLedger(url)
+        return PostgresLedger(url, exists=exists)
     # Not all of it is shown: it may hold a password.
     if not {"=", "@"}.isdisjoint(scheme):
         raise MisuseError(expected, got="one without a scheme", hint="PostgresLedger(...) takes a connection string of libpq, too.")

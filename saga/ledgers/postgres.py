@@ -193,6 +193,7 @@ class PostgresLedger(DurableLedger):
     Args:
         dsn: Where the database is: a URL or a connection string of libpq.
         schema: The schema, with a name of at most 63 bytes; it is made when it is first used.
+        exists: The ledger is there already: where none is, none is made, and whoever asks it for something gets a `LedgerError`.
         lease: Seconds after which an owner that did not `beat` counts as gone, by the server's clock.
         patience: Seconds that a batch of appends waits for a server that is gone or may only be read, or for locks of others, before it
             fails; an append that comes meanwhile waits for that, too, and so does `beat`: at most a third of `lease`. A server that
@@ -209,6 +210,7 @@ class PostgresLedger(DurableLedger):
         dsn: str,
         *,
         schema: str = "saga",
+        exists: bool = False,
         lease: float = 30.0,
         patience: float = 10.0,
         max_event_bytes: int = MAX_EVENT_BYTES,
@@ -230,7 +232,7 @@ class PostgresLedger(DurableLedger):
             raise MisuseError(f"a name of 1 to {_LONGEST_SCHEMA} bytes for the schema, without NUL and surrogates", got=shown(schema))
         super().__init__(
             f"PostgresLedger({where.get('dbname', '')!r}, schema={schema!r})",
-            partial(_Store, dsn, schema, lease, patience, Event()),
+            partial(_Store, dsn, schema, lease, patience, Event(), exists=exists),
             lease=lease,
             patience=patience,
             max_event_bytes=max_event_bytes,
@@ -272,9 +274,10 @@ class _Connection(psycopg.Connection[Any]):
 
 
 class _Store:
-    def __init__(self, dsn: str, schema: str, lease: float, patience: float, was_there: Event) -> None:
+    def __init__(self, dsn: str, schema: str, lease: float, patience: float, was_there: Event, *, exists: bool = False) -> None:
         self._dsn = dsn
         self._schema = schema
+        self._exists = exists
         self._was_there = was_there
         self._lease = lease
         self._patience = min(patience, _LONGEST)
@@ -537,6 +540,8 @@ class _Store:
                 raise LedgerError(
                     f"the ledger in schema {self._schema!r} is gone; put it back, or restart to begin a new one. None was made in its place"
                 )
+            if self._exists:
+                raise LedgerError(f"there is no ledger in schema {self._schema!r} of this database; none was made")
             schema = sql.Identifier(self._schema)
             if connection.execute("SELECT to_regnamespace(%s)", (schema.as_string(),)).fetchone() == (None,):
                 connection.execute(sql.SQL("CREATE SCHEMA {}").format(schema))

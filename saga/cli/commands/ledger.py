@@ -7,12 +7,11 @@ import re
 import shlex
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
-from saga.cli.settings import here, settings
+from saga.cli.settings import settings
 from saga.errors import MisuseError, SagaNotFound
 from saga.ledger import Ledger, listed
 from saga.ledgers import open_ledger
@@ -30,9 +29,12 @@ LedgerUrl = Annotated[
 
 
 @asynccontextmanager
-async def ledger_at(url: str) -> AsyncIterator[Ledger]:
-    """The ledger at this URL, open for the length of a block."""
-    ledger = open_ledger(url)
+async def ledger_at(url: str, *, exists: bool = True) -> AsyncIterator[Ledger]:
+    """The ledger at this URL, open for the length of a block.
+
+    It is to be there already, unless `exists` is False: in a new one nobody finds the saga that they look for.
+    """
+    ledger = open_ledger(url, exists=exists)
     try:
         yield ledger
     finally:
@@ -47,11 +49,11 @@ def url_of(given: str | None) -> str:
     return said if said is not None else _MEMORY
 
 
-def durable(given: str | None, *, exists: bool = True) -> str:
-    """The URL of a ledger that outlives the process; of one that is there already, unless `exists` is False.
+def durable(given: str | None) -> str:
+    """The URL of a ledger that outlives the process.
 
     Raises:
-        MisuseError: It does not, or is not there.
+        MisuseError: It does not.
     """
     url = url_of(given)
     if url == _MEMORY:
@@ -60,10 +62,6 @@ def durable(given: str | None, *, exists: bool = True) -> str:
             got=_MEMORY,
             hint="Give --ledger sqlite:///sagas.db, set SAGA_LEDGER, or set ledger in [tool.saga] of pyproject.toml.",
         )
-    file = Path(url.removeprefix("sqlite:///"))
-    if exists and url.startswith("sqlite:///") and not file.exists():
-        # Opening it would make an empty one, in which nobody finds the saga that they look for.
-        raise MisuseError("a ledger that is there", got=f"{url}, and there is no file {here() / file}")
     return url
 
 

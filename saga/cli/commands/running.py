@@ -61,7 +61,7 @@ def run(
             hint = f"What became of that one: {next_command('show', name, options=reach.options)}"
             raise SagaExists(taken.expected, got=taken.got, hint=hint) from None
 
-    _exit_with(_conduct(url, name, work, reach, policy=chosen, as_json=as_json))
+    _exit_with(_conduct(url, name, work, reach, policy=chosen, exists=False, as_json=as_json))
 
 
 def resume(
@@ -113,10 +113,11 @@ async def _conduct(
     decision: Decision | None = None,
     again: str = "resume",
     given: Sequence[str] = (),
+    exists: bool = True,
     as_json: bool,
 ) -> Exit:
     goes_on = command_for(again, saga_id, reach)
-    async with ledger_at(url) as ledger:
+    async with ledger_at(url, exists=exists) as ledger:
         try:
             outcome = await conduct(ledger, saga_id, work, console=Stderr(), goes_on=goes_on, policy=policy)
         except SagaUnrecorded as stopped:

@@ -51,7 +51,7 @@ def import_(
         raise MisuseError("what saga export writes, which is UTF-8", got=str(error), hint="Nothing was imported.") from None
 
     async def taken_over() -> list[str]:
-        async with ledger_at(durable(ledger, exists=False)) as opened:
+        async with ledger_at(durable(ledger), exists=False) as opened:
             there = [saga_id for saga_id, events in sagas.items() if await _is_there(opened, saga_id, events)]
             if len(there) == len(sagas):
                 return there  # and somebody may have begun to go on with them
