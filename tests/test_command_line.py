@@ -188,7 +188,7 @@ class Shop:
         started = SagaStarted(saga_id=saga_id, pipeline=pipeline, graph=graph, policy=FailFast())
 
         async def begin() -> None:
-            async with SQLiteLedger("sagas.db", lease=lease) as ledger:
+            async with SQLiteLedger("sagas.db", lease=lease, patience=lease / 3) as ledger:
                 await ledger.create(saga_id, f"owner of {saga_id}", [started])
 
         asyncio.run(begin())

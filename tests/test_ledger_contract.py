@@ -512,6 +512,20 @@ def test_a_lease_that_ends_at_no_date_is_refused(durable: Place, lease: float) -
         durable.open(lease=lease)
 
 
+@pytest.mark.parametrize(("lease", "patience"), [(30, 10.5), (5, 10.0), (30, float("inf"))])
+def test_a_patience_for_which_the_word_that_a_process_is_alive_may_come_too_late_is_refused(
+    durable: Place, lease: float, patience: float
+) -> None:
+    with pytest.raises(MisuseError) as caught:
+        durable.open(lease=lease, patience=patience)
+
+    assert f"expected a patience of at most a third of the lease, got {patience:g} for patience and {lease} for lease" in str(caught.value)
+
+
+def test_a_patience_may_be_a_third_of_the_lease(durable: Place) -> None:
+    assert durable.open(lease=0.3, patience=0.1).lease == 0.3
+
+
 def test_the_longest_lease_ends_at_a_date(durable: Place) -> None:
     _, (entry,) = on(durable.open(lease=1e9), create(), lambda ledger: ledger.list())
 

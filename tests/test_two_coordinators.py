@@ -190,7 +190,7 @@ def test_a_database_that_is_restarted_under_two_hundred_sagas_loses_nothing(serv
         pipeline = pipeline.with_stage(name, Account(world, name), dependencies=dependencies)
 
     async def play() -> tuple[list[Any], list[SagaStatus]]:
-        async with PostgresLedger(server.get_uri(), patience=60.0) as ledger:
+        async with PostgresLedger(server.get_uri(), lease=180.0, patience=60.0) as ledger:
             coordinator = SagaCoordinator(FailFast(), ledger=ledger)
             running = [asyncio.create_task(coordinator.run(pipeline, saga_id=f"s{number}")) for number in range(200)]
             while len(world) < 300:

@@ -69,6 +69,11 @@ class DurableLedger(Ledger):
                 raise MisuseError(f"a number above 0 for {what}", got=repr(number))
         if lease > _LONGEST_LEASE:
             raise MisuseError(f"a lease of at most {_LONGEST_LEASE:,} seconds", got=repr(lease))
+        # The sign of life waits behind a write. (Three times 0.1 is a bit more than 0.3.)
+        if round(3 * patience, 9) > lease:
+            hint = "The word that the process is alive may wait for so long, and others take over from one that says nothing."
+            got = f"{patience:g} for patience and {lease:g} for lease"
+            raise MisuseError("a patience of at most a third of the lease", got=got, hint=hint)
         if redact is not None and not callable(redact):
             raise MisuseError("a function for redact", got=shown(redact))
         self.lease = lease
