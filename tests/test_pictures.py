@@ -35,7 +35,7 @@ from saga.events import (
 from saga.render.colours import DARK, LIGHT, Scheme
 from saga.render.drawing import Box, Drawing, drawing
 from saga.render.graph import graph_svg
-from saga.render.layout import Layout, layout
+from saga.render.layout import Layout, _crossings, layout
 from saga.render.lettering import cells, shortened, wrapped
 from saga.render.wording import SIGNS, duration
 from tests.controlled import run
@@ -153,6 +153,17 @@ def crossings(graph: Mapping[str, Sequence[str]], its: Layout) -> int:
 )
 def test_what_can_be_drawn_without_crossings_is(graph: dict[str, tuple[str, ...]]) -> None:
     assert crossings(graph, laid(graph)) == 0
+
+
+@given(st.data())
+def test_all_crossings_are_counted_and_no_other_ones(data: st.DataObject) -> None:
+    first = data.draw(st.permutations(range(data.draw(st.integers(1, 6)))))
+    second = data.draw(st.permutations(range(len(first), len(first) + data.draw(st.integers(1, 6)))))
+    after = [data.draw(st.lists(st.sampled_from(second), unique=True)) for _ in first] + [[] for _ in second]
+
+    joints = [(first.index(dot), second.index(other)) for dot in first for other in after[dot]]
+    crossed = sum((one[0] - other[0]) * (one[1] - other[1]) < 0 for one, other in itertools.combinations(joints, 2))
+    assert _crossings([first, second], after) == crossed
 
 
 def test_a_stage_stands_in_the_middle_of_what_it_needs() -> None:

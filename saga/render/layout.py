@@ -10,7 +10,6 @@ share their lanes, which keeps a stage on which hundreds depend readable.
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -171,16 +170,23 @@ def _along_the_arrows(before: list[list[int]], after: list[list[int]]) -> list[i
 
 
 def _crossings(rows: list[list[int]], after: list[list[int]]) -> int:
-    """How many pairs of joints between neighbouring layers cross."""
+    """How many pairs of joints between neighbouring layers cross: for each, how many that began before it end behind it.
+
+    Those that have begun are counted in a tree over the places where they end (Barth, Jünger and Mutzel, 2002).
+    """
     crossings = 0
     for row, following in pairwise(rows):
-        place = {dot: at for at, dot in enumerate(following)}
-        passed: list[int] = []
+        leaves = 1 << len(following).bit_length()
+        leaf = {dot: leaves + at for at, dot in enumerate(following)}
+        begun = [0] * (2 * leaves)
         for dot in row:
-            ends = [place[other] for other in after[dot]]
-            crossings += sum(len(passed) - bisect_right(passed, end) for end in ends)
-            for end in ends:
-                insort(passed, end)
+            # In order: of what begins in one place nothing crosses.
+            for node in sorted([leaf[other] for other in after[dot]]):
+                while node > 1:
+                    begun[node] += 1
+                    if node % 2 == 0:
+                        crossings += begun[node + 1]
+                    node //= 2  # noqa: PLW2901 - up to the root
     return crossings
 
 
