@@ -19,7 +19,7 @@ from saga.record import Step, undo_step
 from saga.recovery import Rollback
 from saga.report import NestedSagaFailed, SagaReport
 from saga.tasks import closes, instead_of_cancel, outlast, start
-from saga.text import glimpse, qualified, reason_in, shown
+from saga.text import glimpse, qualified, reason_in, said, shown
 from saga.watch import Crew, Employer, Watched
 
 if TYPE_CHECKING:
@@ -31,13 +31,19 @@ _STEP: Final = members(Step)
 
 
 class _Worker(Watched):
-    """Undoes one stage after another, as long as any is open, each in a task of its own."""
+    """Undoes one stage after another, as long as any is open, each in a task of its own.
 
-    __slots__ = ("stage",)
+    Attributes:
+        stage: The one that it undoes now.
+        raised: What that one's code has raised, while the sagas are waited for that it has left on their way back.
+    """
+
+    __slots__ = ("raised", "stage")
 
     def __init__(self, stage: str, employer: Employer) -> None:
         super().__init__(employer)
         self.stage = stage
+        self.raised: BaseException | None = None
 
 
 class Backward(Employer):
@@ -244,23 +250,29 @@ class Backward(Employer):
             if closes(raised, worker.task):
                 raise
             # A compensation's failure is data.
-            worker.end()
             self._saga.heed_signal(raised)
             error = raised
             was_cancelled = await worker.absorb()
-            await self._children.undoing_ended(worker.stage)
             if worker.reason is not None:
                 instead = instead_of_cancel(raised)
                 error = TimeoutError(f"no answer within {settings.timeout:g} s{raised_instead(instead)}")
                 error.__cause__ = instead
             elif was_cancelled and isinstance(raised, asyncio.CancelledError):
                 error = InterruptedError("its task was cancelled from outside")
-            return Failure.raised(worker.stage, error, attempt=context.attempt, kind=FailureKind.COMPENSATION)
+            failure = Failure.raised(worker.stage, error, attempt=context.attempt, kind=FailureKind.COMPENSATION)
+            worker.raised = raised
+            await self._end(worker)
+            worker.raised = None
+            return failure
+        await self._end(worker)
+        return _refusal(worker.stage, context.attempt, returned) or await self._left_within(worker.stage, context.attempt)
+
+    async def _end(self, worker: _Worker) -> None:
+        """Wait for what the code has left on its way back, in the time that the code has itself."""
+        await self._children.undoing_ended(worker.stage)
         worker.end()
         # A cancel that it did not heed was the compensation's, and strikes nothing that comes after it.
         await worker.absorb()
-        await self._children.undoing_ended(worker.stage)
-        return _refusal(worker.stage, context.attempt, returned) or await self._left_within(worker.stage, context.attempt)
 
     def _is_open_within(self, stage: str) -> bool:
         """Whether a person has to act within, so that not only a point of no return is in the way, whatever the compensation says."""
@@ -293,9 +305,13 @@ class Backward(Employer):
         """Go on without a compensation that ignored its cancel: its stage is stuck."""
         stage = worker.stage
         attempt = self._state.stages[stage].undo_attempts
-        error = TimeoutError(
-            f"it was not done in time, and it ignored its cancel for {self._saga.policy.cancel_grace:g} s; it may still be running"
-        )
+        if worker.raised is None:
+            why = f"it was not done in time, and it ignored its cancel for {self._saga.policy.cancel_grace:g} s; it may still be running"
+        else:
+            raised = f"{type(worker.raised).__name__}: {said(worker.raised)}"
+            why = f"it raised {raised}; a saga that it undoes besides was not undone in time, and may still be on its way back"
+        error = TimeoutError(why)
+        error.__cause__ = worker.raised
         failure = Failure.raised(stage, error, attempt=attempt, kind=FailureKind.COMPENSATION)
         await self._record(CompensationFailed(stage=stage, failure=failure))
         self._rollback.hold(stage)

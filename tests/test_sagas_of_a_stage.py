@@ -611,6 +611,42 @@ def test_a_compensation_that_fails_with_one_of_its_sagas_waits_until_the_others_
     assert world.refusals == []
 
 
+@pytest.mark.parametrize("raises_at", [0.0, 10.5])
+def test_a_compensation_that_fails_beside_a_saga_that_is_never_undone_is_given_up_when_its_time_is_over(raises_at: float) -> None:
+    """What asyncio.gather left running was waited for without end, whatever the compensation's timeout."""
+    world, room = scene({"room": ()}, {"room": Script(undo_takes=1_000)})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(room, policy=FailFast(compensation=Compensation(timeout=None)))
+
+    async def declined() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await elapse(raises_at)
+        raise CardDeclined("the card was declined")
+
+    async def release(ctx: CompensationContext) -> None:
+        await asyncio.gather(declined(), *(ctx.undo_saga(child.saga_id, room) for child in await ctx.child_sagas()))
+
+    trip = Pipeline().with_stage("book", compensable(book, release)).with_stage("fail", fail, "work", dependencies=("book",))
+    policy = FailFast(compensation=Compensation(timeout=10.0, retry=Retry(attempts=1)), cancel_grace=2.0)
+
+    coordinator = SagaCoordinator(policy)
+
+    async def play() -> tuple[float, SagaReport, SagaReport]:
+        report = await coordinator.run(trip, saga_id="s")
+        given_up_at = asyncio.get_running_loop().time()
+        await elapse(1_000)
+        return given_up_at, report, await coordinator.resume("s", trip)
+
+    given_up_at, report, later = run(play())
+
+    assert given_up_at == 12.0
+    assert report.status is SagaStatus.STUCK
+    assert "CardDeclined: the card was declined" in str(report.stages["book"].compensation)
+    assert later.stages["book"].children[0].status is SagaStatus.COMPENSATED
+    assert world.log == ["+room", "-room"]
+
+
 def test_what_undoes_a_stage_that_was_given_up_waits_for_its_saga_that_is_still_on_its_way_back() -> None:
     """A person was called, though all that was left to do was to wait."""
     world, hotel = scene({"room": (), "tour": ("room",)}, {"room": Script(undo_takes=20), "tour": Script(before=60)}, {"tour": "probed"})
