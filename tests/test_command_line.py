@@ -1252,6 +1252,45 @@ deafer = Pipeline(name="deafer").with_stage("charge_card", Deafer).with_stage("s
     assert charge.late_output is not None
 
 
+def test_a_signal_leaves_what_was_given_up_also_where_the_ledger_has_failed(shop: Shop) -> None:
+    """What had failed was not told, and the process not ended, before the signal had come a second time."""
+    shop.write("hasty.toml", 'policy = "continue_with_fallback"\ncancel_grace = 0.01\n')
+    fails_meanwhile = """
+class Deafer(Deaf):
+    timeout = 0.01
+
+    async def fallback(self, ctx, failure):
+        return StageOutput.ok(receipt=None)
+
+
+async def fill(ctx):
+    import sqlite3
+    with sqlite3.connect("sagas.db") as file:
+        file.execute("CREATE TRIGGER full BEFORE INSERT ON events BEGIN SELECT RAISE(ABORT, 'full'); END")
+
+
+deafer = Pipeline(name="deafer").with_stage("charge_card", Deafer).with_stage("ship", fill, "work", dependencies=("charge_card",))
+"""
+    shop.write("shop.py", SHOP + DEAF.replace('Path("patience" if', 'Path("asked" if') + fails_meanwhile)
+    arguments = [sys.executable, "-W", "error", "-m", "saga", "run", "shop:deafer", "--id", "s", "--policy", "hasty.toml"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    with subprocess.Popen(arguments, cwd=shop.folder, env=shop.environment(), **pipes) as process:
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("Waiting for what was given up"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        try:
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+
+    assert process.returncode == Exit.FAILED
+    assert out == ""
+    assert err.startswith("saga: saga s stopped, because its ledger failed")
+    assert err.endswith("When the ledger is back, go on: saga resume s shop:deafer\n")
+
+
 def test_show_prints_the_report_again(shop: Shop) -> None:
     ran = shop.saga("run", "shop:family", "--id", "s")
 

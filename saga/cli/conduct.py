@@ -119,12 +119,26 @@ async def _wind_up(coordinator: SagaCoordinator, others: Collection[asyncio.Task
         await asyncio.wait(given_up)
 
 
-async def to_the_end(command: Coroutine[Any, Any, Exit]) -> Exit:
-    """What a command exits with; where code that was left still runs the process ends here: asyncio.run would wait for that."""
-    code = await command
-    if not all(task.done() for task in _LEFT):
+async def to_the_end(command: Coroutine[Any, Any, Exit], tell: Callable[[Exception], Exit]) -> Exit:
+    """What a command exits with; where code that was left still runs the process ends here: asyncio.run would wait for that.
+
+    Args:
+        command: The command.
+        tell: Says what went wrong, and what to exit with then.
+    """
+    try:
+        code = await command
+    except Exception as error:
+        if not _is_left():
+            raise
+        code = tell(error)
+    if _is_left():
         os._exit(code)
     return code
+
+
+def _is_left() -> bool:
+    return not all(task.done() for task in _LEFT)
 
 
 _A_MOMENT: Final = 0.2

@@ -6,14 +6,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
-from traceback import format_exc
 from typing import Annotated, Any, Final
 
 import typer
 
 from saga.cli.commands import checking, looking, pruning, running, settling, transfer
-from saga.cli.exits import exit_of_error, in_a_line
-from saga.text import harmless
+from saga.cli.commands.printed import WITH_TRACEBACK, print_error
 
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")]
 _COMMANDS: Final[Mapping[str, Callable[..., None]]] = {
@@ -46,14 +44,13 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def guarded(*, traceback: bool, **given: Any) -> None:
+        WITH_TRACEBACK.set(traceback)
         try:
             function(**given)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except Exception as error:  # noqa: BLE001 - at night, a line says more than a traceback
-            told = "\n".join(map(harmless, format_exc().split("\n"))) if traceback else f"saga: {in_a_line(error)}"
-            typer.echo(told, err=True)
-            raise typer.Exit(exit_of_error(error)) from None
+            raise typer.Exit(print_error(error)) from None
 
     signature = inspect.signature(function, eval_str=True)
     option = inspect.Parameter("traceback", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Traceback)

@@ -20,7 +20,7 @@ from stageflow.api import Pipeline
 from saga.cli.aside import aside, let_go
 from saga.cli.commands.given import AsJson, KnownTarget, PolicyFile, SagaId, Target, json_object, policy_in, policy_of
 from saga.cli.commands.ledger import LedgerUrl, durable, ledger_at, reach_of, refuse_unknown, url_of
-from saga.cli.commands.printed import print_json, print_report
+from saga.cli.commands.printed import print_error, print_json, print_report
 from saga.cli.conduct import conduct, to_the_end, wound_up
 from saga.cli.exits import Exit, exit_of_status
 from saga.cli.interrupt import interruptible
@@ -100,7 +100,7 @@ def compensate(saga_id: SagaId, target: KnownTarget = None, ledger: LedgerUrl = 
 
 
 def _exit_with(command: Coroutine[Any, Any, Exit]) -> NoReturn:
-    raise typer.Exit(asyncio.run(to_the_end(command)))
+    raise typer.Exit(asyncio.run(to_the_end(command, print_error)))
 
 
 async def _conduct(
