@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
@@ -462,6 +463,11 @@ class SagaReport(BaseModel):
             elif name in self.failed and stage.failure is not None:
                 results[name] = _own(stage, StageOutput.fail(stage.failure.message))
         return results
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """Show in a line which one it is, and how many of its stages stand where: asyncio.run, too, asks for that of what it returns."""
+        yield from (("saga_id", self.saga_id), ("pipeline", self.pipeline), ("status", self.status))
+        yield "stages", dict(Counter(stage.state.value for stage in self.stages.values()))
 
     def __str__(self) -> str:
         """A summary for a terminal."""

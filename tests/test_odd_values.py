@@ -201,7 +201,7 @@ def test_of_what_cannot_be_shown_the_rest_of_a_report_is() -> None:
     assert "output=<stageflow.core.stage_output.StageOutput, which can't be shown: RuntimeError>, failure=None, " in odd_one
     assert "effects=<tuple, which can't be shown: RuntimeError>, fallback=False" in odd_one
     assert even.startswith("StageReport(state=<StageState.KEPT: 'kept'>, output=StageOutput(status=<StageStatus.OK: 'ok'>, data={}")
-    assert even in repr(report)
+    assert even in repr(report.stages)
 
 
 @pytest.mark.parametrize("case", ODD)
