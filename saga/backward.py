@@ -299,6 +299,7 @@ class Backward(Employer):
 
     def gives_up(self, worker: _Worker, /) -> None:
         """Go on without a compensation that ignored its cancel."""
+        self._saga.keeper.gives_up(worker.task)
         worker.successor = self._saga.spawn(self._workers.see_through(worker, self._given_up(worker)))
 
     async def _given_up(self, worker: _Worker) -> None:

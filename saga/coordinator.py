@@ -311,6 +311,17 @@ class SagaCoordinator:
             # Another thread's: it would not wake up for it.
             saga.loop.call_soon_threadsafe(saga.interrupt, reason)
 
+    async def wind_up(self) -> None:
+        """Wait for all that still runs in this event loop, sagas and code that was given up, and until what that comes to is recorded.
+
+        A ledger that is closed before takes nothing of it. Such code may never end: bound the wait with asyncio.timeout. A stage that
+        calls this waits for itself.
+
+        Raises:
+            asyncio.CancelledError: The caller was cancelled; what runs goes on.
+        """
+        await self._keeper.wind_up()
+
     async def _refuse_other(self, saga_id: str, pipeline: Pipeline, *, undoes: bool, forward: bool | None = None) -> None:
         """Refuse to go on with what is another saga's part, or with a pipeline of another name.
 

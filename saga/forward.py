@@ -282,6 +282,7 @@ class Forward(Stages, WholeRun):
 
     def gives_up(self, run: StageRun, /) -> None:
         """Go on without a stage that ignored its cancel."""
+        self._saga.keeper.gives_up(run.task)
         run.successor = self._saga.spawn(self._running.see_through(run, self._given_up(run)))
 
     async def _given_up(self, run: StageRun) -> None:

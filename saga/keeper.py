@@ -53,11 +53,13 @@ class SagaKeeper:
     Attributes:
         held: The sagas that are held here.
         amendments: What others than the sagas' own runs have to say.
+        given_up: The tasks in which code still runs that nobody waits for any more.
     """
 
     def __init__(self, ledger: Ledger, interceptors: Sequence[BaseInterceptor], listeners: Sequence[Listener]) -> None:
         self.held: Final = Held(ledger)
         self.amendments: Final = Amendments(ledger, self.held, listeners)
+        self.given_up: Final[set[asyncio.Task[None]]] = set()
         self._ledger: Final = ledger
         self._interceptors: Final = interceptors
         self._listeners: Final = listeners
@@ -140,8 +142,22 @@ class SagaKeeper:
     async def sagas_rest(self) -> None:
         """Wait until none runs in this event loop any more, also of those that stages which were given up have left."""
         loop = asyncio.get_running_loop()
-        while drivers := {saga.driver for saga in self.held.sagas.values() if saga is not None and saga.loop is loop}:
+        while drivers := {saga.driver for saga in tuple(self.held.sagas.values()) if saga is not None and saga.loop is loop}:
             await asyncio.wait(drivers)
+
+    def gives_up(self, task: asyncio.Task[None]) -> None:
+        """Note that nobody waits any more for the code that a task runs."""
+        self.given_up.add(task)
+        task.add_done_callback(self.given_up.discard)
+
+    async def wind_up(self) -> None:
+        """Wait until nothing runs in this event loop any more, and what it has come to is recorded."""
+        await self.sagas_rest()
+        loop = asyncio.get_running_loop()
+        while left := {task for task in tuple(self.given_up) if task.get_loop() is loop}:
+            await asyncio.wait(left)
+            await self.sagas_rest()
+        await self.amendments.late_is_recorded()
 
     async def rest_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """See to it that a child whose process is gone comes to rest: it is stopped, as those are that run when their parent stops."""

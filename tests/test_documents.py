@@ -137,7 +137,7 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 
 def test_a_coordinator_shows_its_users_nothing_but_what_is_for_them() -> None:
-    methods = {"run", "resume", "compensate", "settle", "recover", "report", "cancel"}
+    methods = {"run", "resume", "compensate", "settle", "recover", "report", "cancel", "wind_up"}
 
     shown = {name for name in dir(saga.SagaCoordinator()) if not name.startswith("_")}
 

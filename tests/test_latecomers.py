@@ -7,6 +7,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -39,6 +40,7 @@ from saga.events import (
     StageSettled,
 )
 from saga.failures import Failure, FailureKind
+from saga.ledgers.sqlite import SQLiteLedger
 from tests.controlled import ControlledLoop, elapse, run
 from tests.late import (
     INSTEAD,
@@ -940,6 +942,78 @@ def test_what_came_late_and_is_just_tried_again_when_somebody_here_goes_on_is_re
     assert report.status is SagaStatus.STUCK
     assert "deaf" in report.in_doubt
     assert report.failures[-1].kind is FailureKind.LATE
+
+
+def test_a_program_may_wait_for_what_was_given_up_before_it_closes_its_ledger(tmp_path: Path) -> None:
+    """What it came to was lost with the end of asyncio.run, behind that of the ledger."""
+    world, pipeline = scene({"a": ()})
+    stage = Deaf(world)
+    pipeline = pipeline.with_stage("deaf", stage, dependencies=("a",))
+
+    async def main() -> tuple[SagaReport, bool]:
+        async with SQLiteLedger(tmp_path / "sagas.db") as ledger:
+            coordinator = SagaCoordinator(FailFast(timeout=0.01, cancel_grace=0.01), ledger=ledger)
+            report = await coordinator.run(pipeline, saga_id="s")
+            winding_up = asyncio.create_task(coordinator.wind_up())
+            await ledger.read("s")
+            has_waited = not winding_up.done()
+            stage.released.set()
+            await winding_up
+        return report, has_waited
+
+    async def look() -> SagaReport:
+        async with SQLiteLedger(tmp_path / "sagas.db") as ledger:
+            return await SagaCoordinator(ledger=ledger).report("s")
+
+    first, has_waited = asyncio.run(main())
+    late = asyncio.run(look())
+
+    assert has_waited
+    assert set(first.in_doubt) == {"deaf"}
+    assert late.in_doubt == {}
+    assert late.stages["deaf"].late_output == StageOutput.ok(seat="14A")
+
+
+def test_a_program_that_winds_up_waits_for_its_sagas_and_for_compensations_that_were_given_up() -> None:
+    world, pipeline = scene({"a": ()}, {"a": Script(before=5)})
+    policy = FailFast(cancel_grace=2, compensation=Compensation(timeout=10, retry=Retry(attempts=1)))
+
+    async def main() -> tuple[float, list[SagaReport]]:
+        coordinator = SagaCoordinator(policy)
+        stage = Deaf(world, deaf_undo=True)
+        stage.released.set()
+        going = asyncio.create_task(coordinator.run(pipeline.with_stage("deaf", stage, dependencies=("a",)), saga_id="s"))
+        await elapse(1)
+        await coordinator.wind_up()
+        assert coordinator._keeper.held.sagas == {}
+        stage.released.clear()
+        stuck = await coordinator.compensate("s", pipeline.with_stage("deaf", stage, dependencies=("a",)))
+        asyncio.get_running_loop().call_later(30, stage.released.set)
+        await coordinator.wind_up()
+        return asyncio.get_running_loop().time(), [await going, stuck, await coordinator.report("s")]
+
+    ended_at, (completed, stuck, late) = run(main())
+
+    assert [completed.status, stuck.status] == [SagaStatus.COMPLETED, SagaStatus.STUCK]
+    assert late.stages["deaf"].state is StageState.UNDONE
+    assert ended_at == 47.0
+
+
+def test_a_wait_for_what_was_given_up_ends_when_whoever_waits_has_waited_enough() -> None:
+    world, pipeline = scene({"a": ()})
+    stage = Deaf(world)
+
+    async def main() -> SagaReport:
+        coordinator = SagaCoordinator(FailFast(timeout=10, cancel_grace=2))
+        report = await coordinator.run(pipeline.with_stage("deaf", stage, dependencies=("a",)), saga_id="s")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(30):
+                await coordinator.wind_up()
+        stage.released.set()
+        await coordinator.wind_up()
+        return report
+
+    assert set(run(main()).in_doubt) == {"deaf"}
 
 
 def test_a_blocked_thread_does_not_hold_up_the_report_and_its_completion_is_recorded() -> None:
