@@ -1113,6 +1113,16 @@ def test_what_is_no_world_is_refused(world: Any) -> None:
         run(verify(pipeline, None, world))
 
 
+def test_a_verification_in_no_event_loop_of_asyncio_is_refused_before_the_world_is_reset() -> None:
+    """As trio runs it, on which anyio's plugin for pytest runs each test once more."""
+    town, pipeline = trip()
+
+    with pytest.raises(MisuseError, match=r"^expected an event loop of asyncio, got none that runs here\. With anyio, choose the backend "):
+        verify(pipeline, None, town).send(None)
+
+    assert town.resets == 0
+
+
 def test_an_id_for_the_saga_is_refused() -> None:
     with pytest.raises(MisuseError, match=r"expected a saga without an id: .*, got saga_id='mine'"):
         verified(*trip(), saga_id="mine")

@@ -20,7 +20,7 @@ from saga.keys import is_within
 from saga.ledger import StageState
 from saga.policies import FailFast, Policy
 from saga.render.advice import goes_on
-from saga.tasks import outlast
+from saga.tasks import outlast, this_loop
 from saga.testing.faults import KILLS, TIMEOUTS, UNDOING, Fault, FaultyActions, InjectedFault, Injection
 from saga.testing.matrix import matrix
 from saga.testing.outside import ID, Outside, World, difference, is_same, leaves_and_branches
@@ -140,8 +140,9 @@ async def verify(
     Raises:
         VerificationFailed: The world was not where a report said, something failed that nothing made fail, or a fault never struck.
         MisuseError: Nothing can be verified: no fault is left to inject, the saga doesn't complete without any, or the world is none, can't
-            be reset or compared, or doesn't show what the saga does.
+            be reset or compared, or doesn't show what the saga does; or no event loop of asyncio runs.
     """
+    this_loop()  # before the world is reset
     if isinstance(world, type) or not all(callable(getattr(world, part, None)) for part in ("reset", "look")):
         raise MisuseError("a world with reset() and look()", got=repr(world))
     if "saga_id" in context_fields:
