@@ -11,7 +11,7 @@ import inspect
 import json
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -196,7 +196,7 @@ class Retry(_Frozen):
     jitter: bool = True
     max_elapsed: Seconds | None = None
     retry_on: Annotated[
-        tuple[FailureKind | type[BaseException] | str, ...] | None,
+        Collection[FailureKind | type[BaseException] | str] | None,
         PlainValidator(_names),
         PlainSerializer(lambda names: names if names is None else tuple(map(str, names))),
         WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),

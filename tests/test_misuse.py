@@ -9,14 +9,14 @@ import json
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
 from uuid import UUID
 
 import pytest
@@ -527,6 +527,12 @@ def test_exceptions_may_have_the_name_of_any_module_that_is_not_loaded_in_retry_
     retry = Retry(attempts=2, retry_on=[KeyError, "TimeoutError", "__main__.CardDeclined", "payments.declined", "timeout"])
 
     assert retry.retry_on == ("KeyError", "TimeoutError", "__main__.CardDeclined", "payments.declined", "timeout")
+
+
+def test_retry_on_takes_the_lists_of_the_pages_from_a_type_checker_without_pydantics_plugin_too() -> None:
+    declared = get_type_hints(Retry)["retry_on"]
+
+    assert any(get_origin(kind) is Collection for kind in get_args(declared))
 
 
 def test_an_exception_that_a_package_makes_as_it_goes_may_be_named_whether_that_is_loaded_or_not() -> None:
