@@ -194,11 +194,20 @@ def test_a_child_names_the_stage_that_runs_it(caplog: pytest.LogCaptureFixture) 
 def test_a_record_has_the_ids_as_fields(caplog: pytest.LogCaptureFixture) -> None:
     play(caplog, {"c": Script("raise")}, FailFast(retry=Retry(attempts=2)))
 
-    fields = [(r.__dict__["saga_id"], r.__dict__["event"], r.__dict__["stage"], r.__dict__["attempt"]) for r in caplog.records]
+    fields = [(r.__dict__["saga_id"], r.__dict__["saga_event"], r.__dict__["stage"], r.__dict__["attempt"]) for r in caplog.records]
     assert fields[0] == ("s", "saga_started", None, None)
     assert ("s", "stage_started", "c", 2) in fields
     assert ("s", "stage_failed", "c", 2) in fields
     assert ("s", "stage_completed", "a", None) in fields
+
+
+def test_no_field_of_a_record_takes_the_place_of_its_message_in_structlog(caplog: pytest.LogCaptureFixture) -> None:
+    """It keeps what is said under `event`, and its ExtraAdder puts a record's fields beside that."""
+    play(caplog, {"c": Script("raise")})
+
+    told = [{"event": record.getMessage()} | record.__dict__ for record in caplog.records]
+
+    assert "saga s: stage 'c' raised: CardDeclined: c was declined" in [line["event"] for line in told]
 
 
 def test_one_event_is_one_line_whatever_a_stage_says(caplog: pytest.LogCaptureFixture) -> None:

@@ -43,7 +43,7 @@ _ASKED: Final = "; it is asked or attempted again"
 def log_events(saga_id: str, event: AnyEvent) -> None:
     """Log an event: `SagaCoordinator(..., listeners=[log_events])`.
 
-    Every record has the fields `saga_id`, `event`, `stage` and `attempt`, the last two None where an event has none.
+    Every record has the fields `saga_id`, `saga_event`, `stage` and `attempt`, the last two None where an event has none.
 
     What goes well is DEBUG for a stage and INFO for a saga; what goes wrong and is dealt with is WARNING; ERROR is what a person has to
     act on: a stuck compensation, a probe that gave no answer, what came late and only a person can answer, a saga that ends stuck.
@@ -54,7 +54,8 @@ def log_events(saga_id: str, event: AnyEvent) -> None:
         return
     failure = getattr(event, "failure", None)
     attempt = getattr(event, "attempt", None) if failure is None else failure.attempt
-    fields = {"saga_id": saga_id, "event": event.event, "stage": getattr(event, "stage", None), "attempt": attempt}
+    # Not `event`: structlog keeps the message under that name, and the Elastic Common Schema an object.
+    fields = {"saga_id": saga_id, "saga_event": event.event, "stage": getattr(event, "stage", None), "attempt": attempt}
     # A stage's own words may have line breaks, and be looked at with a tool that goes by lines, or in a terminal.
     _LOG.log(level, "saga %s: %s", printable(saga_id), printable(words), extra=fields)
 
