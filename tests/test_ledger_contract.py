@@ -925,6 +925,19 @@ def test_a_ledger_is_closed_at_the_end_of_its_block(durable: Place) -> None:
     asyncio.run(play())
 
 
+def test_a_block_of_a_ledger_that_is_closed_does_not_begin(durable: Place) -> None:
+    """As when a service's lifespan begins anew around a module's ledger: it came up, and each of its sagas failed."""
+
+    async def play() -> None:
+        ledger = durable.open()
+        await ledger.close()
+        with pytest.raises(LedgerError, match=r"is closed, and can't be used again\. Make another one"):
+            async with ledger:  # type: ignore[attr-defined] # durable ledgers can be used for a block
+                raise AssertionError("it began")
+
+    asyncio.run(play())
+
+
 def test_a_ledger_that_was_never_used_can_be_closed(place: Place) -> None:
     assert on(place.open()) == []
 

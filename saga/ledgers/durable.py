@@ -157,7 +157,13 @@ class DurableLedger(Ledger):
                 await writer.end()
 
     async def __aenter__(self) -> Self:
-        """Use it for the length of a block."""
+        """Use it for the length of a block.
+
+        Raises:
+            LedgerError: It is closed.
+        """
+        if self._closed:
+            raise self._no_more()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -174,13 +180,16 @@ class DurableLedger(Ledger):
 
     def _workers(self) -> tuple[Worker[Store], Worker[Store]]:
         if self._closed:
-            raise LedgerError(f"{self._name} is closed")
+            raise self._no_more()
         # A process that was forked off has none of our threads, and must not touch their connections.
         if self._threads is None or self._threads[0].pid != os.getpid():
             with WORKING.lock:
                 self._start()
         assert self._threads is not None  # they have just been started
         return self._threads
+
+    def _no_more(self) -> LedgerError:
+        return LedgerError(f"{self._name} is closed, and can't be used again. Make another one")
 
     def _start(self) -> None:
         if self._threads is not None and self._threads[0].pid == os.getpid():
