@@ -110,6 +110,7 @@ class SagaCoordinator:
             The report, whatever became of the stages.
 
         Raises:
+            SagaExists: The id is taken, be it since a moment ago; nothing was run.
             MisuseError: Something can't work; nothing was run.
             LedgerError: The ledger could not record, or Ctrl-C struck the saga's own code; no further effect was started.
             asyncio.CancelledError: The caller was cancelled, and the saga has done what `on_interrupt` says.

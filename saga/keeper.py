@@ -68,8 +68,15 @@ class SagaKeeper:
         self, blueprint: Blueprint, policy: FailFast | ContinueWithFallback, context: PipelineContext, saga_id: str | None
     ) -> SagaReport:
         """Run a new saga."""
-        saga = await self._begin(blueprint, policy, context, saga_id)
-        return await self._unbroken(saga, self._course(saga).forward())
+        saga = None
+        try:
+            saga = await self._begin(blueprint, policy, context, saga_id)
+            return await self._unbroken(saga, self._course(saga).forward())
+        except LedgerConflict as conflict:
+            if saga is None or saga.journal.token is None:
+                # It never was in the ledger: when its first events came there, somebody else had begun it since it was looked for.
+                raise _taken(saga_id) from conflict
+            raise
 
     async def go_on(
         self, saga_id: str, pipeline: Pipeline, decide: Decision, policy: Policy | None = None, *, interrupted: str | None = None
@@ -189,7 +196,7 @@ class SagaKeeper:
             saga_id = secrets.token_hex(16)
         # Held at last: while the ledger was read, somebody else may have begun it.
         if is_there or not self.held.hold(saga_id):
-            raise SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Read what became of it with report().")
+            raise _taken(saga_id)
         try:
             started = SagaStarted(
                 saga_id=saga_id,
@@ -368,6 +375,10 @@ def _refuse_names(names: Mapping[str, str]) -> None:
         if not is_name(name):
             hint = "The id of a saga that a stage runs is made of that stage's name and its own saga's id." if what == "saga id" else ""
             raise MisuseError(f"a {what} {A_NAME}", got=f"one of {len(name)}: {name[:LONGEST_NAME]!r}", hint=hint)
+
+
+def _taken(saga_id: str | None) -> SagaExists:
+    return SagaExists("a saga id that is not in the ledger yet", got=repr(saga_id), hint="Read what became of it with report().")
 
 
 def _refuse_others(started: SagaStarted, parent: LiveSaga) -> None:

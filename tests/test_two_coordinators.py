@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,8 +12,20 @@ from typing import Any
 import pytest
 from stageflow.api import Pipeline, StageOutput
 
-from saga import CompensableStage, CompensationContext, FailFast, LedgerConflict, SagaContext, SagaCoordinator, SagaStatus
+from saga import (
+    CompensableStage,
+    CompensationContext,
+    FailFast,
+    LedgerConflict,
+    MemoryLedger,
+    SagaContext,
+    SagaCoordinator,
+    SagaExists,
+    SagaStatus,
+)
+from saga.events import AnyEvent
 from saga.ledgers.postgres import PostgresLedger
+from saga.ledgers.sqlite import SQLiteLedger
 from saga.nested import NestedSaga
 from tests.places import SQLiteFile, postgres_server
 from tests.world import SEQUENCE, Script, Scripted, scene
@@ -68,6 +80,50 @@ class HeldUp(Scripted):
             await gate.wait()
             self.world.undoing.discard("held up")
         await super().compensate(ctx)
+
+
+class _HeldUp:
+    """A ledger of which the first answer to a read is late."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.has_read, self.goes_on = asyncio.Event(), asyncio.Event()
+
+    async def read(self, saga_id: str) -> Sequence[AnyEvent]:
+        events: Sequence[AnyEvent] = await super().read(saga_id)  # type: ignore[misc] # of the ledger that it stands before
+        if not self.has_read.is_set():
+            self.has_read.set()
+            await self.goes_on.wait()
+        return events
+
+
+class HeldUpOnDisk(_HeldUp, SQLiteLedger): ...
+
+
+class HeldUpInMemory(_HeldUp, MemoryLedger): ...
+
+
+@pytest.mark.parametrize("shape", [SEQUENCE, {"a": (), "b": ()}], ids=["one stage first", "two stages first"])
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_who_begins_a_saga_that_another_coordinator_has_just_begun_is_told_that_its_id_is_taken(
+    on_disk: bool, shape: dict[str, tuple[str, ...]], tmp_path: Path
+) -> None:
+    """As by a second click that reaches another worker of a web service: it was told of a conflict, as of a lease that is lost."""
+    world, pipeline = scene(shape)
+
+    async def play() -> SagaStatus:
+        ledger = HeldUpOnDisk(tmp_path / "ledger") if on_disk else HeldUpInMemory()
+        second = asyncio.create_task(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="order-7"))
+        await ledger.has_read.wait()
+        report = await SagaCoordinator(ledger=ledger).run(pipeline, saga_id="order-7")
+        ledger.goes_on.set()
+        with pytest.raises(SagaExists, match="expected a saga id that is not in the ledger yet, got 'order-7'"):
+            await second
+        await ledger.close()
+        return report.status
+
+    assert asyncio.run(play()) is SagaStatus.COMPLETED
+    assert sorted(world.log) == [f"+{name}" for name in shape]
 
 
 def test_who_lost_its_lease_on_the_way_back_undoes_nothing_more(tmp_path: Path) -> None:
