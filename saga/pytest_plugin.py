@@ -79,7 +79,9 @@ class _Matrices:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # The last report of a test has what the ones before it have.
         if report.when == "teardown":
-            self._found += [(report.nodeid, str(drawn)) for name, drawn in report.user_properties if name == _MATRIX]
+            # Below hypothesis a test comes to the same one a hundred times.
+            drawn = dict.fromkeys(str(matrix) for name, matrix in report.user_properties if name == _MATRIX)
+            self._found += [(report.nodeid, matrix) for matrix in drawn]
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the matrices, unless pytest is to be quiet."""

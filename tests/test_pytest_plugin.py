@@ -29,12 +29,17 @@ A_TEST = """
     LOOKS = {looks}
 
     def test_it(verify_saga):
-        assert verify_saga(Pipeline(name="one").with_stage("tick", Ticks()), None, Ticks()).ok
+        for _ in range({times}):
+            assert verify_saga(Pipeline(name="one").with_stage("tick", Ticks()), None, Ticks()).ok
 """
 
 
-def run_pytest(pytester: pytest.Pytester, *options: str, looks: bool = True) -> pytest.RunResult:
-    pytester.makepyfile(A_TEST.replace("{looks}", str(looks)))
+def a_test(*, looks: bool = True, times: int = 1) -> str:
+    return A_TEST.replace("{looks}", str(looks)).replace("{times}", str(times))
+
+
+def run_pytest(pytester: pytest.Pytester, *options: str, looks: bool = True, times: int = 1) -> pytest.RunResult:
+    pytester.makepyfile(a_test(looks=looks, times=times))
     pytester.makeconftest('pytest_plugins = ("saga.pytest_plugin",)')
     return pytester.runpytest_inprocess("-p", "no:cacheprovider", *options)
 
@@ -44,6 +49,14 @@ def test_the_matrix_of_a_saga_that_was_verified_is_printed_at_the_end(pytester: 
 
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["*= saga: *::test_it =*", "one: wherever it failed, the world was where the report said", "tick *<*"])
+
+
+def test_a_matrix_that_a_test_comes_to_again_and_again_is_printed_once(pytester: pytest.Pytester) -> None:
+    """As below hypothesis, which calls a test a hundred times."""
+    result = run_pytest(pytester, times=3)
+
+    result.assert_outcomes(passed=1)
+    assert str(result.stdout).count("one: wherever it failed, the world was where the report said") == 1
 
 
 def test_a_saga_that_is_refuted_fails_its_test_in_the_words_of_the_matrix_and_no_others(pytester: pytest.Pytester) -> None:
@@ -107,7 +120,7 @@ AS_XDIST_DOES = """
 
 
 def test_the_matrix_is_printed_where_the_terminal_is_when_the_test_ran_in_another_process(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(A_TEST.replace("{looks}", "True"))
+    pytester.makepyfile(a_test())
     pytester.makeconftest(AS_XDIST_DOES)
 
     worker = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-q")
