@@ -756,8 +756,11 @@ def test_processes_that_open_a_copy_in_another_journal_mode_at_once_all_append_t
 
 
 @pytest.mark.parametrize("is_linked", [False, True])
-def test_a_log_that_another_process_took_away_is_not_written_to_any_more(path: Path, is_linked: bool) -> None:
-    """Where the process itself has opened and closed the file, its locks are gone: appends would be acknowledged, and be nowhere."""
+def test_a_log_that_another_process_took_away_is_not_written_to_any_more(
+    path: Path, is_linked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the process itself has opened and closed the file, SQLite's locks are gone: appends would be acknowledged, and be nowhere."""
+    monkeypatch.setattr("fcntl.F_OFD_SETLK", 0x7FFF, raising=False)  # as where the system has no locks that stay
     called = path.with_name("link.db") if is_linked else path
     if is_linked:
         called.symlink_to(path.name)
@@ -777,6 +780,84 @@ def test_a_log_that_another_process_took_away_is_not_written_to_any_more(path: P
     )
     assert recorded is None
     assert [*map(type, events)] == [SagaStarted, StageStarted]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there all locks of a process go when it closes the file")
+def test_a_process_that_copies_its_ledger_loses_nothing_to_another_one_that_closes_it(path: Path) -> None:
+    log = path.with_name(f"{path.name}-wal")
+    numbers: list[int] = []
+
+    async def copy(_: Any) -> None:
+        numbers.append(log.stat().st_ino)
+        await asyncio.to_thread(shutil.copy, path, path.with_name("backup.db"))
+        listing = [sys.executable, "-c", "from saga.cli import main; main()", "list", "--ledger", f"sqlite:///{path}"]
+        await asyncio.to_thread(subprocess.run, listing, check=True, stdout=subprocess.DEVNULL)
+
+    async def look(_: Any) -> None:
+        numbers.append(log.stat().st_ino)
+
+    acts = [create(), read(), copy, append(FIRST), look, copy, append(SECOND, version=2), read(), look]
+    *_, one, _, _, two, events, _ = on(SQLiteLedger(path), *acts)
+
+    assert (one, two) == (None, None)
+    assert events == (started(), FIRST, SECOND)
+    assert len(set(numbers)) == 1
+    assert sorted(path.parent.iterdir()) == [path.with_name("backup.db"), path]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a ledger opens its file past SQLite only there")
+def test_a_connection_of_ones_own_keeps_its_locks_when_the_ledger_beside_it_is_closed(path: Path) -> None:
+    listing = [sys.executable, "-c", "from saga.cli import main; main()", "list", "--ledger", f"sqlite:///{path}"]
+    on(SQLiteLedger(path), create())
+
+    with closing(sqlite3.connect(path)) as own:
+        own.execute("SELECT * FROM sagas").fetchall()
+        log = path.with_name(f"{path.name}-wal").stat().st_ino
+        for saga_id in ("t", "u"):
+            on(SQLiteLedger(path), create(saga_id))
+            subprocess.run(listing, check=True, stdout=subprocess.DEVNULL)
+
+        assert path.with_name(f"{path.name}-wal").stat().st_ino == log
+        assert own.execute("SELECT id FROM sagas ORDER BY id").fetchall() == [("s",), ("t",), ("u",)]
+    assert [*path.parent.iterdir()] == [path]
+
+
+_CLOSING = """
+import fcntl, sys
+file = open(sys.argv[1], "r+b")
+fcntl.lockf(file, fcntl.LOCK_EX, 510, 0x40000002)
+print("closing", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there all locks of a process go when it closes the file")
+def test_a_ledger_that_lost_its_locks_while_it_was_opened_is_not_used_while_another_process_closes_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(SQLiteLedger(path), create())
+    others: list[subprocess.Popen[str]] = []
+    connect = sqlite._open
+
+    def copy_meanwhile(*args: Any) -> Any:
+        opened = connect(*args)
+        path.read_bytes()
+        command = [sys.executable, "-c", _CLOSING, str(path)]
+        others.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert others[0].stdout is not None
+        others[0].stdout.readline()
+        monkeypatch.undo()
+        return opened
+
+    async def end(_: Any) -> None:
+        await asyncio.to_thread(others[0].communicate)
+
+    monkeypatch.setattr(sqlite, "_open", copy_meanwhile)
+    refused, _, recorded, events = on(SQLiteLedger(path), append(FIRST), end, append(FIRST), read())
+
+    assert "was moved, deleted or replaced while it was in use; nothing was recorded" in str(refused)
+    assert recorded is None
+    assert events == (started(), FIRST)
 
 
 @pytest.mark.parametrize("is_alone", [True, False], ids=["one ledger", "beside an idle one of the process"])

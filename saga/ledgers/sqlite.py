@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import sqlite3
-import struct
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import chain, groupby
@@ -22,11 +21,9 @@ from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
 from saga.events import AnyEvent, SagaStatus
 from saga.ledger import FORGETTABLE, Entry
 from saga.ledgers.durable import MAX_EVENT_BYTES, DurableLedger
+from saga.ledgers.guards import Guard
 from saga.ledgers.rows import Acquire, Append, Beat, Create, Prune, Pruned, Redact, Release, Request, entries_in, events_in, others
 from saga.owners import is_gone
-
-if sys.platform == "linux":
-    import fcntl
 
 MIGRATIONS: Final = (
     (
@@ -65,8 +62,6 @@ _MOST_FREED: Final = 4_000
 """Pages; a step of forgetting ends when it has freed so many: each is read, and written anew where SQLite was built with SECURE_DELETE."""
 _LONGEST: Final = 2**31 // 1000
 """Seconds; SQLite counts the milliseconds that it waits for a lock in 32 bits, and takes more than they hold for none."""
-_SHARED_LOCK: Final = (0x40000002, 510)
-"""The bytes of a file, the first and how many, that whoever has it open holds a lock on: <https://sqlite.org/fileformat2.html#the_lock_byte_page>."""
 _FORGETTABLE: Final = ", ".join(f"'{status.value}'" for status in sorted(FORGETTABLE))
 
 _CREATE: Final = """
@@ -191,6 +186,7 @@ class _Store:
         self._clock = clock
         self._opened: sqlite3.Connection | None = None
         self._is_fixed = False
+        self._guard: Guard | None = None
         self._paths: Sequence[Path] = ()
         self._files: Sequence[tuple[int, int] | None] = ()
         self._modified: int | None = None
@@ -388,9 +384,12 @@ class _Store:
                 if not self.is_taken_away():
                     # As the last one it takes the log away itself: who opens the file just then is not to take that for another's deed.
                     _OPEN.discard(self)
-                with _log_left(self._opened, self._path) if self._is_gone_past() else nullcontext(), suppress(sqlite3.Error):
+                is_left = self._is_gone_past()
+                if is_left:
+                    _leave_log(self._opened)
+                with self._guard.given_back(is_kept=is_left) if self._guard else nullcontext(), suppress(sqlite3.Error):
                     self._opened.close()
-                self._opened = None
+                self._opened = self._guard = None
                 _OPEN.discard(self)
 
     # -- the file ------------------------------------------------------------------------------------------------
@@ -411,10 +410,20 @@ class _Store:
             self._files = self._shared.files = before if self._is_fixed else self._identities()
             self._modified = _modified(self._path)
             _OPEN.add(self)
+            self._hold()
         else:
             # SQLite would go on to write to files that nobody can find any more.
             self._refuse_taken_away("nothing was recorded")
         return self._opened
+
+    def _hold(self) -> None:
+        if self._files[1] is None:
+            return  # without a log SQLite has the file to itself while it writes
+        self._guard = Guard.of(self._files[0], self._path)
+        try:
+            self._guard.hold()
+        except BlockingIOError:
+            raise LedgerError(f"{self._replaced()}; nothing was recorded") from None
 
     def _let_go_of_others(self) -> None:
         for other in _taken_away():
@@ -462,8 +471,7 @@ class _Store:
     def _identities(self) -> Sequence[tuple[int, int] | None]:
         """Which file it is, and which those beside it.
 
-        Where any code of a process opens and closes the file, POSIX drops the locks that the process has on it: the next process that
-        closes the ledger then takes itself for the last one, and the log away.
+        Where no `Guard` can be had, a process that has lost its locks finds by them that another one has taken its log away.
         """
         return [_identity(path) for path in self._paths]
 
@@ -500,21 +508,14 @@ def _modified(path: Path) -> int | None:
         return None
 
 
-@contextmanager
-def _log_left(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
-    """Have a connection that is closed write nothing into the file, and leave the log that is there now.
+def _leave_log(connection: sqlite3.Connection) -> None:
+    """Have a connection write nothing into the file when it is closed, and leave the log that is there now.
 
-    Else SQLite, if nobody else has the file open, writes into it what it knows of its own log, and deletes the one that it finds.
+    Else SQLite, if nobody else has the file open, writes into it what it knows of its own log, and deletes the one that it finds. Before
+    Python 3.12 it can't be told not to, and it takes the guard for somebody else.
     """
-    with ExitStack() as stack:
-        if sys.version_info >= (3, 12):  # pragma: no cover - not on 3.11
-            connection.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
-        elif sys.platform == "linux":
-            with suppress(OSError):  # where it can't be had, it is closed all the same
-                another = stack.enter_context(path.open("rb"))
-                # A lock of this opening, not of the process: SQLite takes it for somebody else who has the file open.
-                fcntl.fcntl(another, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, *_SHARED_LOCK, 0))
-        yield
+    if sys.version_info >= (3, 12):  # pragma: no cover - not on 3.11
+        connection.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
 
 
 def _open(path: Path, file: Path, patience: float) -> tuple[sqlite3.Connection, bool]:

@@ -1,0 +1,107 @@
+"""Locks on the files of SQLite ledgers that no other code of the process can drop."""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Lock
+from typing import Final
+
+_SHARED_LOCK: Final = (0x40000002, 510)
+"""The bytes of a file, the first and how many, that whoever has it open holds a lock on: <https://sqlite.org/fileformat2.html#the_lock_byte_page>."""
+
+if sys.platform == "linux":
+    import fcntl
+
+    def _fcntl(descriptor: int, command: int, kind: int) -> int:
+        flock = struct.pack("hhqqi4x", kind, os.SEEK_SET, *_SHARED_LOCK, 0)
+        return int.from_bytes(fcntl.fcntl(descriptor, command, flock)[:2], sys.byteorder)
+
+
+_GUARDS: Final[dict[tuple[int, int] | None, Guard]] = {}
+"""By their files; one for each, because to close a second opening of it would itself drop SQLite's locks."""
+_GUARDING: Final = Lock()
+
+
+class Guard:
+    """Keeps other processes from taking themselves for the last one that uses a file, as long as this one is connected to it.
+
+    Where any code of a process opens and closes a file, to copy it, say, POSIX drops the locks that the process has on it, SQLite's among
+    them. The next process that closes the ledger would then write its log into it, without any lock, and delete it, while this one writes
+    to it. On Linux a lock can be that of one opening of the file instead, and stays; SQLite takes it for that of one process more.
+
+    Attributes:
+        connections: How many of this process it is for.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.connections = 0
+        self._descriptor: int | None = None
+        if sys.platform == "linux":
+            with suppress(OSError):  # without it, SQLite's own locks have to do
+                self._descriptor = os.open(path, os.O_RDONLY)
+
+    @classmethod
+    def of(cls, file: tuple[int, int] | None, path: Path) -> Guard:
+        """The one of a file, for one more connection to it."""
+        with _GUARDING:
+            guard = _GUARDS.get(file) or _GUARDS.setdefault(file, cls(path))
+            guard.connections += 1
+        return guard
+
+    def hold(self) -> None:
+        """Have the lock; nobody needs to wait for it, because the connection has SQLite's by then.
+
+        Raises:
+            BlockingIOError: It has lost that already, and somebody is just taking the log away.
+        """
+        with _GUARDING:
+            self._lock(is_held=True)
+
+    @contextmanager
+    def given_back(self, *, is_kept: bool) -> Iterator[None]:
+        """Close a connection; when it is the last one it takes the log away, unless the lock is kept until it is closed.
+
+        One after the other: of two that close at once, neither is the last one to SQLite.
+        """
+        with _GUARDING:
+            self.connections -= 1
+            if not self.connections and not is_kept:
+                self._lock(is_held=False)
+            yield
+            if not self.connections:
+                self._lock(is_held=False)
+                for file in [file for file, guard in _GUARDS.items() if guard.is_done()]:
+                    _GUARDS.pop(file).close()
+
+    def _lock(self, *, is_held: bool) -> None:
+        if sys.platform == "linux" and self._descriptor is not None:
+            try:
+                _fcntl(self._descriptor, fcntl.F_OFD_SETLK, fcntl.F_RDLCK if is_held else fcntl.F_UNLCK)
+            except BlockingIOError:
+                raise
+            except OSError:
+                pass  # the system has no such locks
+
+    def is_done(self) -> bool:
+        """Whether nobody needs it, nor has a lock on the file: a connection of the application's own would lose its one."""
+        if self.connections:
+            return False
+        if sys.platform == "linux" and self._descriptor is not None:
+            with suppress(OSError):
+                return _fcntl(self._descriptor, fcntl.F_OFD_GETLK, fcntl.F_WRLCK) == fcntl.F_UNLCK
+        return True
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch - where processes don't fork, there is nothing to see to
+    # The openings of a process are shared with those that it forks off, and so are their locks.
+    os.register_at_fork(after_in_child=_GUARDS.clear)
