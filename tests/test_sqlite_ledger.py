@@ -947,6 +947,28 @@ def test_what_was_recorded_in_a_log_that_was_taken_away_is_there_if_others_have_
     assert on(SQLiteLedger(path), read()) == [(started(), FIRST)]
 
 
+def test_what_was_recorded_in_a_log_that_was_taken_away_is_there_though_it_is_closed_last_by_who_has_only_read(path: Path) -> None:
+    """The file was written to since it was opened to be read, but by the ledger itself."""
+    log = path.with_name(f"{path.name}-wal")
+    written: list[int] = []
+
+    async def look(_: Any) -> None:
+        written.append((await asyncio.to_thread(path.stat)).st_mtime_ns)
+
+    async def take_away(_: Any) -> None:
+        assert log.stat().st_size
+        for suffix in ("wal", "shm"):
+            path.with_name(f"{path.name}-{suffix}").unlink()
+
+    long = [append(large(1_100_000), version=version) for version in (1, 2)]
+    acts = [create(), read(), look, *long, append(FIRST, version=3), look, take_away, append(SECOND, version=4), read()]
+    *_, refused, events = on(SQLiteLedger(path), *acts)
+
+    assert written[0] != written[1]
+    assert "was moved, deleted or replaced while it was in use; nothing was recorded" in str(refused)
+    assert [*map(type, events)] == [SagaStarted, StageCompleted, StageCompleted, StageStarted]
+
+
 def test_a_link_that_leads_to_another_file_since_is_noticed(whole: bytes, path: Path) -> None:
     link, other = path.with_name("link.db"), path.with_name("other.db")
     link.symlink_to(path.name)

@@ -36,10 +36,11 @@ class Guard:
 
     Attributes:
         connections: How many of this process it is for.
+        modified: When the file had been written to last, as far as those that were closed have seen; nanoseconds.
     """
 
     def __init__(self, path: Path) -> None:
-        self.connections = 0
+        self.connections = self.modified = 0
         self._descriptor: int | None = None
         if sys.platform == "linux":
             with suppress(OSError):  # without it, SQLite's own locks have to do
@@ -63,20 +64,20 @@ class Guard:
             self._lock(is_held=True)
 
     @contextmanager
-    def given_back(self, *, is_kept: bool) -> Iterator[None]:
-        """Close a connection; when it is the last one it takes the log away, unless the lock is kept until it is closed.
-
-        One after the other: of two that close at once, neither is the last one to SQLite.
-        """
+    def given_back(self) -> Iterator[None]:
+        """Close a connection; one after the other: of two that close at once, neither is the last one to SQLite."""
         with _GUARDING:
             self.connections -= 1
-            if not self.connections and not is_kept:
-                self._lock(is_held=False)
             yield
             if not self.connections:
                 self._lock(is_held=False)
                 for file in [file for file, guard in _GUARDS.items() if guard.is_done()]:
                     _GUARDS.pop(file).close()
+
+    def let_go(self) -> None:
+        """Let the connection that is just given back take the log away, if it is the last one."""
+        if not self.connections:
+            self._lock(is_held=False)
 
     def _lock(self, *, is_held: bool) -> None:
         if sys.platform == "linux" and self._descriptor is not None:

@@ -189,7 +189,7 @@ class _Store:
         self._guard: Guard | None = None
         self._paths: Sequence[Path] = ()
         self._files: Sequence[tuple[int, int] | None] = ()
-        self._modified: int | None = None
+        self._modified = 0
         self._beaten: set[str] = set()
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -384,13 +384,21 @@ class _Store:
                 if not self.is_taken_away():
                     # As the last one it takes the log away itself: who opens the file just then is not to take that for another's deed.
                     _OPEN.discard(self)
-                is_left = self._is_gone_past()
-                if is_left:
-                    _leave_log(self._opened)
-                with self._guard.given_back(is_kept=is_left) if self._guard else nullcontext(), suppress(sqlite3.Error):
+                with self._guard.given_back() if self._guard else nullcontext(), suppress(sqlite3.Error):
+                    self._leave_or_let_go(self._opened)
                     self._opened.close()
                 self._opened = self._guard = None
                 _OPEN.discard(self)
+
+    def _leave_or_let_go(self, connection: sqlite3.Connection) -> None:
+        if self._guard is None:
+            return
+        # The last one that is closed may have looked long ago, and writes into the file what others have put into the log.
+        self._guard.modified = max(self._guard.modified, self._modified)
+        if self._is_gone_past(self._guard.modified):
+            _leave_log(connection)
+        else:
+            self._guard.let_go()
 
     # -- the file ------------------------------------------------------------------------------------------------
 
@@ -444,10 +452,14 @@ class _Store:
             raise LedgerError(f"{self._replaced()}; {outcome}")
         self._modified = modified
 
-    def _is_gone_past(self) -> bool:
-        """Whether others have recorded since its log was taken away, so that what it has in it, which only it can see, fits no longer."""
+    def _is_gone_past(self, modified: int) -> bool:
+        """Whether others have recorded since its log was taken away, so that what it has in it, which only it can see, fits no longer.
+
+        Args:
+            modified: When anybody of this process has seen the file written to last.
+        """
         file, log, _ = self._paths
-        return self.is_taken_away() and _identity(file) == self._files[0] and bool(_size(log) or _modified(file) != self._modified)
+        return self.is_taken_away() and _identity(file) == self._files[0] and bool(_size(log) or _modified(file) != modified)
 
     def is_taken_away(self) -> bool:
         """Whether the files that it has open are no longer those that others find."""
@@ -500,12 +512,12 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _modified(path: Path) -> int | None:
+def _modified(path: Path) -> int:
     """When it was last written to: nanoseconds, by the clock of its file system."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
-        return None
+        return 0
 
 
 def _leave_log(connection: sqlite3.Connection) -> None:
