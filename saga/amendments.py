@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from saga.journal import named, tell
 from saga.keys import is_within
 from saga.late import Late, Latecomer, news_of
 from saga.ledger import ALIVE, answering, recorded
+from saga.log import LOG
 from saga.resumption import refusal, status_at_rest
 from saga.state import SagaState
 from saga.storable import storable
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from saga.journal import Listener
     from saga.ledger import Ledger
 
-_LOG: Final = logging.getLogger("saga")
 _AGAIN: Final = 1.0
 """Seconds until what came late for a saga that another coordinator holds, or has died with, is recorded, if it is at rest by then."""
 
@@ -362,12 +361,12 @@ def _own_news(state: SagaState, late: Late) -> Latecomer | StageProbed | None:
 
 def _tell_of_loss(saga_id: str, late: Sequence[Late | _Within], error: BaseException | None = None) -> None:
     message = "saga %s: what came late (%s) could not be recorded; look at its stages in the outside world"
-    _LOG.error(message, printable(saga_id), printable(_named(late)), exc_info=error)
+    LOG.error(message, printable(saga_id), printable(_named(late)), exc_info=error)
 
 
 def _tell_of_delay(saga_id: str, late: Sequence[Late | _Within], why: object) -> None:
     message = "saga %s: what came late (%s) waits to be recorded: %s. If its event loop ends first, look at its stages in the outside world"
-    _LOG.warning(message, printable(saga_id), printable(_named(late)), printable(str(why)))
+    LOG.warning(message, printable(saga_id), printable(_named(late)), printable(str(why)))
 
 
 def _named(late: Sequence[Late | _Within]) -> str:

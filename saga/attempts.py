@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import warnings
 from collections.abc import Coroutine
 from dataclasses import replace
@@ -19,6 +18,7 @@ from saga.events import FallbackFailed, FallbackUsed, StageCompleted, StageFaile
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.ledger import StageState
+from saga.log import LOG
 from saga.outcomes import Outcome
 from saga.outputs import copied, copied_output
 from saga.quick import members
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from saga.alive import LiveSaga
     from saga.policies import ContinueWithFallback
 
-_LOG: Final = logging.getLogger("saga")
 _S: Final = members(StageState)
 _STATUS: Final = members(StageStatus)
 _SAID_NOTHING: Final = frozenset({FailureKind.EXCEPTION, FailureKind.REPORTED, FailureKind.CONTRACT})
@@ -326,7 +325,7 @@ class StageRun(Watched):
             message = (
                 "saga %s: %s, after it had been given up and its probe had answered that nothing had landed; look whether that is still so"
             )
-            _LOG.warning(message, printable(self._saga.id), printable(str(outcome.failure or f"stage {self.name!r} has ended")))
+            LOG.warning(message, printable(self._saga.id), printable(str(outcome.failure or f"stage {self.name!r} has ended")))
         await self._saga.keeper.amendments.late_is_recorded()
 
     # -- what stands in for it -----------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,6 +11,7 @@ from saga.events import AnyEvent, FallbackFailed, SagaEnded, SagaStatus, SagaTur
 from saga.failures import Failure, FailureKind
 from saga.forward import Forward
 from saga.ledger import StageState
+from saga.log import LOG
 from saga.record import Step, undo_step
 from saga.recovery import conclude, final_status, status_of_cancelled
 from saga.resumption import Chapter, Direction
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from saga.alive import LiveSaga
     from saga.amendments import Amendments
-
-_LOG: Final = logging.getLogger("saga")
 
 
 class Course:
@@ -55,7 +53,7 @@ class Course:
 
     async def _finish(self, chapter: Chapter) -> None:
         if chapter.direction is Direction.NOWHERE:
-            _LOG.info("saga %s: %s", printable(self._saga.id), chapter.why_not)
+            LOG.info("saga %s: %s", printable(self._saga.id), chapter.why_not)
             return
         await self._saga.journal.record(*chapter.events)
         if chapter.direction is Direction.CONCLUDE:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+from saga.log import LOG
 from saga.tasks import start, this_task
 
-_LOG: Final = logging.getLogger("saga")
 _HEARTS: Final[weakref.WeakSet[asyncio.Task[Any]]] = weakref.WeakSet()
 """Those of all threads: one may begin while another one looks here, so nobody goes through them."""
 
@@ -77,4 +76,4 @@ class Heart:
         except (Exception, asyncio.CancelledError):  # noqa: BLE001 - whatever a ledger's driver raises
             # A lease that is lost is noticed by the next append, which is refused. Of one that is given back meanwhile nobody need be told.
             if self._held:
-                _LOG.warning("the ledger could not be told that %s is alive", self._owner, exc_info=True)
+                LOG.warning("the ledger could not be told that %s is alive", self._owner, exc_info=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -22,6 +21,7 @@ from saga.events import (
     told_to,
 )
 from saga.ledger import Ledger
+from saga.log import LOG
 from saga.record import Step, undo_step
 from saga.state import SagaState
 from saga.storable import storable
@@ -35,7 +35,6 @@ Listener = Callable[[str, AnyEvent], None]
 It is told of the start of an attempt in the task that then runs the attempt, so what it sets in the context holds for that attempt.
 """
 
-_LOG: Final = logging.getLogger("saga")
 _AWAITED: Final = (StageStarted, CompensationStarted, EffectRecorded, SagaResumed, SagaEnded)
 """What has to be in the ledger before anybody goes on; everything else may be written together with the next of these."""
 
@@ -291,4 +290,4 @@ def tell(listeners: Sequence[Listener], saga_id: str, events: Sequence[AnyEvent]
                 # A signal strikes whatever code runs.
                 raise
             except BaseException:  # noqa: BLE001 - whatever a listener raises
-                _LOG.exception("saga %s: a listener failed on %s; the saga goes on", printable(saga_id), type(event).__name__)
+                LOG.exception("saga %s: a listener failed on %s; the saga goes on", printable(saga_id), type(event).__name__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import getpass
-import logging
 import secrets
 from collections.abc import Coroutine, Mapping, Sequence
 from functools import partial
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from stageflow import BaseInterceptor
 
     from saga.actions import Actions
-
-_LOG: Final = logging.getLogger("saga")
 
 
 class SagaKeeper:

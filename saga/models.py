@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, Final
+from typing import Any
 
 from pydantic import BaseModel, RootModel, ValidationError
 
 from saga.encoding import adapter_of, decoded, encoded
+from saga.log import LOG
 from saga.text import printable, qualified, said
-
-_LOG: Final = logging.getLogger("saga")
 
 
 def warn_of_misfit(stage: str, model: Any, data: dict[str, Any]) -> None:
@@ -22,7 +20,7 @@ def warn_of_misfit(stage: str, model: Any, data: dict[str, Any]) -> None:
         back = _made(model, decoded(encoded(data)))
         changed = [name for name in _names_of(model) if not _is_as_it_was(getattr(made, name), getattr(back, name))]
         if changed:
-            _LOG.warning(
+            LOG.warning(
                 "stage %r: of its output, %s would come back from a durable ledger as another value than was given: "
                 "its output_model %s does not make the same of it again",
                 stage,
@@ -30,7 +28,7 @@ def warn_of_misfit(stage: str, model: Any, data: dict[str, Any]) -> None:
                 qualified(model),
             )
     except Exception as error:  # noqa: BLE001 - whatever the user's validators raise
-        _LOG.warning(
+        LOG.warning(
             "stage %r: its output does not fit its output_model %s (%s); a durable ledger will give it back as plain data",
             stage,
             qualified(model),
@@ -45,7 +43,7 @@ def restored(stage: str, model: Any, data: dict[str, Any]) -> dict[str, Any]:
         _refuse_unstable(model, value)
         return {key: getattr(value, names[key], plain) if key in names else plain for key, plain in data.items()}
     except Exception as error:  # noqa: BLE001 - whatever the user's validators raise
-        _LOG.warning(
+        LOG.warning(
             "stage %r: its recorded output does not fit its output_model %s (%s); it stays plain data",
             stage,
             qualified(model),

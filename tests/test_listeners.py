@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from typing import Any, get_args
 
@@ -368,6 +369,50 @@ def test_a_sink_that_raises_harms_no_saga_and_no_other_listener(caplog: pytest.L
     assert report.status is SagaStatus.COMPENSATED
     assert len(sink.events) == len([line for line in lines(caplog) if "a listener failed on" in line])
     assert sink.events[-1][0] == "saga.ended"
+
+
+class Refused(logging.Handler):
+    """A handler of somebody's own, whose server does not answer."""
+
+    def emit(self, _record: logging.LogRecord) -> None:
+        raise ConnectionError("the log server is gone")
+
+
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.WARNING])
+def test_a_handler_of_the_log_that_raises_harms_no_saga(level: int, capsys: pytest.CaptureFixture[str]) -> None:
+    log, handler = logging.getLogger("saga"), Refused()
+    log.addHandler(handler)
+    before = log.level
+    log.setLevel(level)
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise")})
+
+    try:
+        report = run(SagaCoordinator(listeners=[log_events]).run(pipeline))
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert not world.standing
+    said = capsys.readouterr().err
+    assert "ConnectionError: the log server is gone" in said
+    assert "a listener failed on" in said
+
+
+def test_a_log_that_goes_to_a_stderr_that_was_closed_harms_no_saga(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a program closes it that goes into the background: Python's own handlers then raise a ValueError."""
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr("sys.stderr", closed)
+    log = logging.getLogger("saga")
+    monkeypatch.setattr(log, "handlers", [logging.StreamHandler(closed)])
+    monkeypatch.setattr(log, "propagate", False)
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise")})
+
+    report = run(SagaCoordinator(listeners=[log_events]).run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert not world.standing
 
 
 def test_what_a_listener_takes_out_of_an_event_is_missing_for_no_one_else() -> None:
