@@ -1110,7 +1110,7 @@ def test_where_the_ledger_fails_once_it_has_that_a_saga_runs_on_nobody_is_told_t
 
 DEAF = """
 class Deaf(Charge):
-    idempotent = True
+    idempotent, timeout = True, 0.01
 
     async def execute(self, ctx):
         while not Path("patience").exists():
@@ -1128,7 +1128,7 @@ deaf = seat.with_stage("charge_card", Deaf, dependencies=("reserve_seat",))
 @pytest.mark.parametrize("command", ["run", "recover"])
 def test_what_was_given_up_ends_before_the_ledger_is_closed_and_the_report_tells_of_it(shop: Shop, command: str) -> None:
     """The ledger was closed first: that the card was charged after all could not be recorded, and stderr was full of tracebacks."""
-    shop.write("hasty.toml", 'policy = "fail_fast"\ntimeout = 0.01\ncancel_grace = 0.01\non_failure = "halt"\n')
+    shop.write("hasty.toml", 'policy = "fail_fast"\ncancel_grace = 0.01\non_failure = "halt"\n')
     first = ["--id", "s", "--policy", "hasty.toml"]
     if command == "recover":
         shop.write("shop.py", SHOP + DEAF.replace("(self, ctx):", "(self, ctx):\n        os._exit(9)"))
@@ -1186,7 +1186,7 @@ hasty = Pipeline(name="hasty").with_stage("book", compensable(book, cancel, time
 @pytest.mark.parametrize("command", ["run", "recover"])
 def test_a_signal_leaves_what_was_given_up_and_does_not_end(shop: Shop, command: str, number: signal.Signals) -> None:
     """After a Ctrl-C the command waited on, until another one ended it with 130; the others ended it without its report."""
-    shop.write("hasty.toml", 'policy = "fail_fast"\ntimeout = 0.01\ncancel_grace = 0.01\non_failure = "halt"\n')
+    shop.write("hasty.toml", 'policy = "fail_fast"\ncancel_grace = 0.01\non_failure = "halt"\n')
     first = ["--id", "s", "--policy", "hasty.toml"]
     if command == "recover":
         shop.write("shop.py", SHOP + DEAF.replace("(self, ctx):", "(self, ctx):\n        os._exit(9)"))
@@ -1224,8 +1224,6 @@ def tell_ledger(statement):
 
 
 class Deafer(Deaf):
-    timeout = 0.01
-
     async def execute(self, ctx):
         output = await super().execute(ctx)
         tell_ledger("DROP TRIGGER full")
@@ -1257,8 +1255,6 @@ def test_a_signal_leaves_what_was_given_up_also_where_the_ledger_has_failed(shop
     shop.write("hasty.toml", 'policy = "continue_with_fallback"\ncancel_grace = 0.01\n')
     fails_meanwhile = """
 class Deafer(Deaf):
-    timeout = 0.01
-
     async def fallback(self, ctx, failure):
         return StageOutput.ok(receipt=None)
 
