@@ -1418,6 +1418,28 @@ def test_a_ledger_that_was_closed_has_no_threads(path: Path) -> None:
     assert threads_of(path) == []
 
 
+def test_a_ledger_that_gets_one_thread_only_lets_it_go_and_is_used_when_there_are_two(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system refuses them above a user's limit: whoever tries again would take each that becomes free."""
+    ledger = SQLiteLedger(path)
+    begun: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def start_one(thread: threading.Thread) -> None:
+        if begun:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", start_one)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            asyncio.run(create()(ledger))
+    begun[0].join(5)
+
+    assert not begun[0].is_alive()
+    assert on(ledger, create(), read())[1] == (started(),)
+
+
 def test_a_ledger_is_opened_while_another_one_takes_its_log_away_because_it_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     is_last, has_closed, goes_on = threading.Event(), threading.Event(), threading.Event()
 

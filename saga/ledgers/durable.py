@@ -194,10 +194,14 @@ class DurableLedger(Ledger):
     def _start(self) -> None:
         if self._threads is not None and self._threads[0].pid == os.getpid():
             return  # the event loop of another thread was faster
-        self._threads = (
-            Worker(f"{self._name} (writes)", self._store, _at_once),
-            Worker(f"{self._name} (reads)", self._store, partial(_one_by_one, self._patience)),
-        )
+        writer = Worker(f"{self._name} (writes)", self._store, _at_once)
+        try:
+            reader = Worker(f"{self._name} (reads)", self._store, partial(_one_by_one, self._patience))
+        except BaseException:
+            # The system may refuse a thread; whoever tries again would leave one behind each time.
+            writer.stop()
+            raise
+        self._threads = writer, reader
         for worker in self._threads:
             # At the end of the process, workers.py sees to it that they end, and waits for that.
             weakref.finalize(self, worker.stop).atexit = False
