@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import cached_property
+from heapq import merge
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
@@ -302,8 +303,7 @@ class SagaReport(BaseModel):
             pipeline=state.started.pipeline,
             status=state.status,
             cause=state.cause,
-            # The saga's own (deadline, caller) reach the ledger when the stages have been drained.
-            failures=tuple(sorted([*state.failures, *_of_children(stages.values(), exceptions or {})], key=lambda failure: failure.at)),
+            failures=_oldest_first(state, _of_children(stages.values(), exceptions or {})),
             started_at=state.started.at,
             ended_at=state.ended_at,
             stages=stages,
@@ -558,16 +558,33 @@ def _parts(error: BaseException) -> Iterator[BaseException]:
         yield from _parts(part)
 
 
-def _of_children(stages: Iterable[StageReport], exceptions: Mapping[Failure, BaseException]) -> list[Failure]:
-    """The failures of child sagas, their stages named by their paths."""
+def _oldest_first(state: SagaState, within: Sequence[Sequence[Failure]]) -> tuple[Failure, ...]:
+    """The failures of a saga and of those that its stages ran, each saga's as its ledger has them: a clock may be set back."""
+    if not (state.failures or within):
+        return ()  # as nearly always
+    failures = list(state.failures)
+    if state.stop is not None and state.stop in failures:
+        # What has stopped it may be in the ledger behind the stages that were interrupted for that.
+        place = failures.index(state.stop)
+        while place and failures[place - 1].kind is FailureKind.INTERRUPTED and failures[place - 1].at > state.stop.at:
+            place -= 1
+        failures.remove(state.stop)
+        failures.insert(place, state.stop)
+    return tuple(merge(failures, *within, key=lambda failure: failure.at))
+
+
+def _of_children(stages: Iterable[StageReport], exceptions: Mapping[Failure, BaseException]) -> list[list[Failure]]:
+    """The failures of each child saga, their stages named by their paths."""
     return [
-        failure.model_copy(
-            update={"stage": path if failure.stage is None else f"{path}/{failure.stage}", "exception": exceptions.get(failure)}
-        )
+        [
+            failure.model_copy(
+                update={"stage": path if failure.stage is None else f"{path}/{failure.stage}", "exception": exceptions.get(failure)}
+            )
+            for failure in report.failures
+        ]
         for stage in stages
         if stage.children
         for path, report in stage.children_by_path.items()
-        for failure in report.failures
     ]
 
 

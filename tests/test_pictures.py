@@ -18,12 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from stageflow.api import Pipeline, StageOutput
+from stageflow.api import Pipeline, PipelineContext, StageOutput
 
-from saga import ContinueWithFallback, FailureKind, MisuseError, SagaCoordinator, SagaReport, SagaStatus, StageState
+from saga import ContinueWithFallback, FailFast, FailureKind, MisuseError, SagaCoordinator, SagaReport, SagaStatus, StageState
 from saga.events import (
     CompensationStarted,
     EffectRecorded,
+    FallbackFailed,
     FallbackUsed,
     SagaResumed,
     StageCompleted,
@@ -54,7 +55,7 @@ from tests.stories import (
     three_stages,
     twelve_stages,
 )
-from tests.world import DIAMOND, SEQUENCE, Script, scene
+from tests.world import DIAMOND, SEQUENCE, Script, hooked, scene
 
 SVG = "{http://www.w3.org/2000/svg}"
 ALL = {"three": three_stages, "twelve": twelve_stages, "three hundred": many_stages, "chain": lambda: chain(40), "hostile": hostile}
@@ -506,6 +507,28 @@ def test_a_clock_that_was_set_back_draws_no_bar_backward() -> None:
     report = report.model_copy(update={"stages": {"a": replace(report.stages["a"], tries=tries)}})
 
     assert [width for _, _, width in bars(report).values()] == [3]
+
+
+def test_failures_are_told_in_the_order_of_the_ledger_though_the_clock_was_set_back_in_their_midst() -> None:
+    story = Story("p", {"a": ()}, policy=ContinueWithFallback()).fails("a", 1, 2, "declined")
+    unhelpful = failure("a", "no other price", -3600).model_copy(update={"type": "shop.errors.NoPrice"})
+    story.tell(-3600, FallbackFailed, stage="a", failure=unhelpful)
+    story.turns_back(-3599).ends(-3598, SagaStatus.COMPENSATED)
+
+    report = SagaReport.from_events(story.events)
+
+    assert [each.message for each in report.failures] == ["declined", "no other price"]
+    assert "its fallback failed: NoPrice: no other price" in str(report)
+    assert ["declined" in part for part in report.to_html().split("<h4>Failure, ")[1:]] == [True, False]
+
+
+@pytest.mark.parametrize("context", [None, hooked()], ids=["alone", "under a hook"])
+def test_the_deadline_of_a_saga_is_told_before_what_was_interrupted_for_it(context: PipelineContext | None) -> None:
+    _, pipeline = scene({"a": ()}, {"a": Script("hang")})
+
+    report = run(SagaCoordinator(FailFast(deadline=5)).run(pipeline, context))
+
+    assert [each.kind for each in report.failures] == [FailureKind.TIMEOUT, FailureKind.INTERRUPTED]
 
 
 @pytest.mark.parametrize(

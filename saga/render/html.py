@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
+from heapq import merge
 from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING, Any, Final
@@ -170,8 +171,8 @@ def _details(name: str, stage: StageReport, report: SagaReport, anchors: dict[st
         parts += _values("Output that came late", stage.late_output.data)
     for child in stage.children:
         parts += [tag("h4", "Saga within"), tag("pre", isolated(_cut(str(child))))]
-    its = [*report.failures_of(name), *(failure for path, failure in within if is_within(path, name))]
-    for failure in sorted(its, key=lambda failure: failure.at):
+    inner = [failure for path, failure in within if is_within(path, name)]
+    for failure in merge(report.failures_of(name), inner, key=lambda failure: failure.at):
         parts += _failure(failure)
     return tag("details", summary + tag("div", "\n".join(parts), class_="inside", id=anchors[name], tabindex="-1"))
 
