@@ -24,7 +24,7 @@ from saga.state import SagaState
 from saga.storable import storable
 from saga.tasks import outlast, start
 from saga.text import printable
-from saga.within import heard, report_of, report_with_children, unheard
+from saga.within import heard, recorded_around, report_of, report_with_children, unheard
 
 if TYPE_CHECKING:
     from saga.alive import LiveSaga
@@ -312,14 +312,15 @@ class Amendments:
     async def _added(self, state: SagaState, late: Sequence[Late | _Within]) -> list[AnyEvent]:
         """What came late and tells a saga that nobody runs something new, and where it stands then."""
         events: list[AnyEvent] = []
+        behind = await recorded_around(self._ledger, state)
         async for event in self._news(state, late):
-            kept = storable(self._ledger, event)
+            kept = storable(self._ledger, dataclasses.replace(event, at=max(event.at, behind)))
             state.apply(kept)
             events.append(kept)
         if not events or state.ended_at is None:
             # It broke off, and whoever recovers it brings it to its end.
             return events
-        return [*events, SagaEnded(status=status_at_rest(state))]
+        return [*events, SagaEnded(status=status_at_rest(state), at=events[-1].at)]
 
 
 class _Refused(NamedTuple):

@@ -13,7 +13,7 @@ from saga.failures import Failure, FailureKind
 from saga.family import events_of, is_turned_back, run_by, run_in, turns_back
 from saga.graph import Role
 from saga.keys import execution_key, execution_of
-from saga.ledger import StageState
+from saga.ledger import StageState, listed, recorded
 from saga.record import Step, undo_step
 from saga.report import NestedSagaFailed, SagaReport
 from saga.resumption import status_at_rest
@@ -193,6 +193,16 @@ async def unheard(ledger: Ledger, saga_id: str, events: Sequence[AnyEvent]) -> l
     """
     children, _ = await _within(ledger, saga_id, None)  # of those that can't be read, whoever asks for the report is told
     return [child.report.saga_id for child in children if _unheard_since(events, child) is not None]
+
+
+async def recorded_around(ledger: Ledger, state: SagaState) -> datetime:
+    """When something was last recorded of the sagas above one, or of those that it runs, by whosever clock.
+
+    What comes late in it comes behind that, and only times tell so across ledgers: a clock may be set back, or be another machine's.
+    """
+    above = [event.at for saga_id, _ in await run_by(ledger, state) for event in await recorded(ledger, saga_id)]
+    below, _ = await listed(ledger, parent=state.started.saga_id)
+    return max([state.started.at, *above, *(entry.updated_at for entry in below.values())])
 
 
 def _unheard_since(events: Sequence[AnyEvent], child: _Whole) -> datetime | None:

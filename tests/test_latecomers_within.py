@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -200,6 +202,53 @@ def test_what_came_late_within_is_heard_of_by_who_goes_on_when_the_process_died_
     assert str(left).endswith("saga resume s")
     assert report.status is SagaStatus.COMPENSATED
     assert report.clean
+    assert world.standing == {}
+
+
+class Ahead(StopsAtWord):
+    """Another machine, or this one before its clock was set back, records with a clock that is an hour ahead."""
+
+    is_ahead = True
+
+    def _timed(self, events: Any) -> Any:
+        return [replace(event, at=event.at + timedelta(hours=1)) for event in events] if self.is_ahead else events
+
+    async def create(self, saga_id: str, owner: str, events: Any, *, under: int | None = None) -> int:
+        return await super().create(saga_id, owner, self._timed(events), under=under)
+
+    async def append(self, saga_id: str, events: Any, *, expected_version: int, token: int, release: bool = False) -> None:
+        await super().append(saga_id, self._timed(events), expected_version=expected_version, token=token, release=release)
+
+
+@pytest.mark.parametrize("ahead", ["before", "when it came late"])
+@pytest.mark.parametrize("killed_at", [None, "child", "inner"])
+@pytest.mark.parametrize("kind", [Doubtful, Deaf])
+def test_what_came_late_within_is_heard_of_once_whatever_the_clocks_say(kind: type[Deaf], killed_at: str | None, ahead: str) -> None:
+    """Promise 5: by their clocks what came late was older than what those above had heard before, or what they heard of it older yet."""
+    world = World({"deaf": ()})
+    ledger = Ahead()
+
+    async def main() -> tuple[SagaReport, SagaReport, SagaReport]:
+        stage = kind(world)
+        trip = nested_in(stage, "inner", "child")
+        ledger.is_ahead = ahead == "before"
+        await SagaCoordinator(ledger=ledger).run(trip, saga_id="s")
+        ledger.is_ahead = not ledger.is_ahead
+        ledger.stage = killed_at
+        stage.released.set()
+        await settled_down()
+        assert ledger.has_stopped()
+        assert world.standing == {"deaf": 1}
+        coordinator = SagaCoordinator(ledger=ledger)
+        ledger.is_ahead = False
+        left = await coordinator.report("s")
+        return left, await coordinator.resume("s", trip), await coordinator.report("s")
+
+    left, report, then = run(main())
+
+    assert left.status is SagaStatus.STUCK
+    assert report.status is SagaStatus.COMPENSATED
+    assert then == report
     assert world.standing == {}
 
 
