@@ -112,7 +112,8 @@ class SagaCoordinator:
         Raises:
             SagaExists: The id is taken, be it since a moment ago; nothing was run.
             MisuseError: Something can't work; nothing was run.
-            LedgerError: The ledger could not record, or Ctrl-C struck the saga's own code; no further effect was started.
+            LedgerError: The ledger could not record, or Ctrl-C, or a want of memory or of stack, struck the saga's own code; no further
+                effect was started.
             asyncio.CancelledError: The caller was cancelled, and the saga has done what `on_interrupt` says.
         """
         blueprint = read(pipeline, self.policy)

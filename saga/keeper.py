@@ -29,7 +29,7 @@ from saga.report import SagaReport
 from saga.resumption import Decision, recovering, resumption, undoing
 from saga.state import SagaState
 from saga.storable import refuse_unstorable
-from saga.tasks import outlast, start
+from saga.tasks import cut_short, outlast, start
 from saga.text import shown
 from saga.within import report_of, report_with_children
 
@@ -334,6 +334,9 @@ class SagaKeeper:
                 # What is missing may be what an append before it was to write, and failed.
                 why = saga.journal.error or error
             raise saga.journal.left_unrecorded(why) from why
+        except (MemoryError, RecursionError) as error:
+            # Whatever code runs, these strike it: what is in effect is said, as where a Ctrl-C does.
+            raise saga.journal.left_unrecorded(cut_short(error)) from error
 
     async def _report(self, saga: LiveSaga) -> SagaReport:
         """The report of a saga that has come to rest, which is recorded whatever becomes of the report."""

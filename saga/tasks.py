@@ -188,8 +188,11 @@ def closes(error: BaseException, task: asyncio.Task[Any]) -> bool:
 
 def cut_short_by(error: BaseException) -> Exception:
     """What a saga ends with when this has struck its own code."""
-    if isinstance(error, Exception):
-        return error
+    return error if isinstance(error, Exception) else cut_short(error)
+
+
+def cut_short(error: BaseException) -> LedgerError:
+    """That something has struck a saga's own code which may strike any."""
     return LedgerError(f"the saga was cut short by a {type(error).__name__}: it is left as if its process had been killed, resume it")
 
 

@@ -366,6 +366,39 @@ def test_a_saga_of_which_its_ledger_knows_nothing_any_more_says_what_is_in_effec
     )
 
 
+class Short(MemoryLedger):
+    """For a line of JSON that is to be made of what a stage gave there is no memory left; MemoryError is Python's own."""
+
+    durable = True
+    is_short = False
+
+    @property
+    def max_event_bytes(self) -> int | None:  # type: ignore[override] # what is asked when that line is made
+        if self.is_short:
+            raise MemoryError
+        return None
+
+
+def test_a_saga_whose_own_code_runs_out_of_memory_says_what_is_in_effect() -> None:
+    ledger = Short()
+
+    async def hungry(_: object) -> StageOutput:
+        ledger.is_short = True
+        return StageOutput.ok()
+
+    world, pipeline = scene({"a": ()})
+    pipeline = pipeline.with_stage("b", hungry, "work", dependencies=("a",))
+    coordinator = SagaCoordinator(ledger=ledger)
+    with pytest.raises(SagaUnrecorded, match=r"cut short by a MemoryError.* In effect: a;") as raised:
+        run(coordinator.run(pipeline, saga_id="s"))
+    ledger.is_short = False
+    report = run(coordinator.compensate("s", pipeline))
+
+    assert isinstance(raised.value.__cause__, MemoryError)
+    assert report.status is SagaStatus.COMPENSATED
+    assert not world.standing
+
+
 @pytest.mark.parametrize(
     ("lost", "said"),
     [
