@@ -656,6 +656,21 @@ def test_what_takes_how_long_is_measured_in_seconds_from_its_own_start_or_from_w
     assert [(span.end_time or 0) - (span.start_time or 0) for span in backend.spans if span.name == "saga scene"] == [4 * 10**9, 64 * 10**9]
 
 
+def test_what_ended_after_the_clock_was_set_back_is_counted_and_took_no_time(caplog: pytest.LogCaptureFixture) -> None:
+    backend = Backend()
+    story = Story("scene", {"a": (), "b": ("a",)}).done("a", 3_600, -1).fails("b", 0, 1, "no").turns_back(1).undone("a", 2, -3_600)
+    story.ends(-3_599, SagaStatus.COMPENSATED)
+
+    for event in story.events:
+        backend.listener("s", event)
+
+    assert backend.points("saga.duration") == {key(saga__status="compensated"): 1}
+    assert backend.points("saga.compensation.duration") == {key(saga__stage__name="a"): 1}
+    assert sum(backend.points("saga.stage.duration").values()) == 2
+    assert all((span.end_time or 0) >= (span.start_time or 0) for span in backend.spans)
+    assert not caplog.records
+
+
 def test_a_saga_that_went_on_elsewhere_meanwhile_loses_its_counts_and_not_its_spans() -> None:
     backend = Backend()
     _, pipeline = scene(SEQUENCE, {"c": Script("raise")})

@@ -204,9 +204,10 @@ class OpenTelemetryListener:
             # What was undone because somebody asked for it is no error.
             if cause is not None or event.status is SagaStatus.STUCK:
                 saga.root.set_status(Status(StatusCode.ERROR, event.status.value if cause is None else f"{event.status.value}: {cause}"))
-            saga.root.end(_nanoseconds(event.at))
+            ended = _not_before(saga.began, event.at)
+            saga.root.end(_nanoseconds(ended))
             taken = {"saga.pipeline.name": saga.pipeline, "saga.status": event.status.value}
-            self._duration.record((event.at - saga.began).total_seconds(), taken)
+            self._duration.record((ended - saga.began).total_seconds(), taken)
             self._counts_as(saga, None)
             saga.root, saga.inside = None, Context()
             saga.failed.clear()
@@ -307,9 +308,10 @@ class OpenTelemetryListener:
             attempt.span.set_status(Status(StatusCode.ERROR, str(failure)))
         if isinstance(event, StageFailed):
             attempt.span.set_attribute("saga.stage.in_doubt", event.in_doubt)
-        attempt.span.end(_nanoseconds(event.at))
+        ended = _not_before(attempt.began, event.at)
+        attempt.span.end(_nanoseconds(ended))
         durations = self._compensated if attempt.undoes else self._executed
-        durations.record((event.at - attempt.began).total_seconds(), measured)
+        durations.record((ended - attempt.began).total_seconds(), measured)
 
     def _note(self, saga: _Saga, event: AnyEvent, attributes: Attributes) -> None:
         """Add an event to the span of the stage's attempt, else to the saga's."""
@@ -336,6 +338,11 @@ def _fold(saga: _Saga, event: AnyEvent) -> None:
     except LedgerCorrupt:
         # Another process went on with the saga, and what it recorded was told there. The spans still tell of this one.
         saga.state = None
+
+
+def _not_before(began: datetime, ended: datetime) -> datetime:
+    """When something ended; it took no time if the clock was set back: OpenTelemetry drops a negative one, and would not count it."""
+    return max(began, ended)
 
 
 def _nanoseconds(at: datetime) -> int:
