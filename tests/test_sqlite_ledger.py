@@ -1440,6 +1440,23 @@ def test_a_ledger_that_gets_one_thread_only_lets_it_go_and_is_used_when_there_ar
     assert on(ledger, create(), read())[1] == (started(),)
 
 
+def test_a_ledger_is_told_to_be_shut_out_by_the_limit_of_open_files_and_is_opened_when_there_is_room(path: Path) -> None:
+    ledger = SQLiteLedger(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def main() -> Sequence[AnyEvent]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            with pytest.raises(LedgerError, match="how many files this process may have open"):
+                await create()(ledger)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await create()(ledger)
+        return await ledger.read("s")
+
+    assert asyncio.run(main()) == (started(),)
+
+
 def test_a_ledger_is_opened_while_another_one_takes_its_log_away_because_it_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     is_last, has_closed, goes_on = threading.Event(), threading.Event(), threading.Event()
 

@@ -674,7 +674,8 @@ def _told(error: sqlite3.Error, path: Path, patience: float, outcome: str = "not
         "SQLITE_BUSY": f"another process or program has held its lock for more than {patience:g} s",
         "SQLITE_FULL": "there is no room left for it",
         "SQLITE_READONLY": "it, its log or its directory can't be written to; see to their owners and permissions",
-        "SQLITE_CANTOPEN": "it, or its log beside it, can't be opened; see to the directory and its permissions",
+        "SQLITE_CANTOPEN": "it, or its log beside it, can't be opened; see to the directory and its permissions, and to how many files "
+        "this process may have open",
         "SQLITE_IOERR_FSYNC": "the disk failed to sync",
         "SQLITE_IOERR_SHMSIZE": "there is no room left for the index of its log",
         "SQLITE_IOERR": "the disk failed",
