@@ -1146,10 +1146,14 @@ def test_what_was_given_up_ends_before_the_ledger_is_closed_and_the_report_tells
 
 def test_a_saga_within_that_still_goes_back_is_waited_for_and_not_cut_short(shop: Shop) -> None:
     """The command cancelled its compensation, and it was stuck."""
-    shop.write("hasty.toml", 'policy = "fail_fast"\ncancel_grace = 0.01\non_failure = "halt"\n')
+    shop.write("hasty.toml", 'policy = "fail_fast"\nin_flight = "cancel"\ncancel_grace = 0.01\non_failure = "halt"\n')
     slowly = """
+is_undoing = asyncio.Event()
+
+
 class RefundByLorry(Charge):
     async def compensate(self, ctx):
+        is_undoing.set()
         await wait(ctx)
 
 
@@ -1165,7 +1169,12 @@ async def book(ctx):
 async def cancel(ctx): ...
 
 
-hasty = Pipeline(name="hasty").with_stage("book", compensable(book, cancel, timeout=0.1))
+async def fail_meanwhile(ctx):
+    await is_undoing.wait()
+    return StageOutput.fail("no time")
+
+
+hasty = Pipeline(name="hasty").with_stage("book", compensable(book, cancel)).with_stage("hurry", fail_meanwhile, "work")
 """
     shop.write("shop.py", "from saga import compensable\n" + WAITING + slowly)
     arguments = [sys.executable, "-W", "error", "-m", "saga", "run", "shop:hasty", "--id", "s", "--policy", "hasty.toml"]
