@@ -2216,7 +2216,8 @@ def once_it_shows(deeds: Mapping[str, Callable[[], object]], monkeypatch: pytest
 
 def test_watch_looks_on_until_the_saga_has_come_to_rest(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.write("shop.py", WAITING.replace('ending("order", ship)', 'ending("order", wait)'))
-    running = Terminal(shop, "run", "shop:order", "--id", "s")
+    # Its picture would fill the terminal, which nobody reads meanwhile, and hold it up.
+    running = Terminal(shop, "run", "shop:order", "--id", "s", TERM="dumb")
     running.until("waiting for a lorry")
 
     with once_it_shows({"2 of 3 done": shop.brings_the_lorry}, monkeypatch) as shown:
@@ -2276,7 +2277,8 @@ def test_watch_tells_of_a_family_in_the_order_in_which_it_happened(shop: Shop, m
 
 def test_ctrl_c_ends_the_watching_and_not_the_saga(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.write("shop.py", WAITING.replace('ending("order", ship)', 'ending("order", wait)'))
-    running = Terminal(shop, "run", "shop:order", "--id", "s")
+    # Its picture would fill the terminal, which nobody reads meanwhile, and hold it up.
+    running = Terminal(shop, "run", "shop:order", "--id", "s", TERM="dumb")
     running.until("waiting for a lorry")
 
     with once_it_shows({"2 of 3 done": interrupt_this_process}, monkeypatch) as shown:
