@@ -1022,7 +1022,7 @@ def test_list_says_whether_somebody_runs_what_has_not_come_to_rest(shop: Shop) -
     shop.write("exported", shop.saga("export", "killed").out.replace('"killed"', '"imported"'))
     shop.saga("import", "exported")
     shop.begin_elsewhere("silent", lease=1e-9)
-    shop.begin_elsewhere("alive", lease=30)
+    shop.begin_elsewhere("alive", lease=3600)
 
     listed = shop.saga("list").out.splitlines()[1:]
 
@@ -2006,7 +2006,7 @@ theft = seat.with_stage("take_away", TakeAway, dependencies=("reserve_seat",))
 def test_a_recovery_is_told_in_json(shop: Shop) -> None:
     shop.really("run", "shop:crash", "--id", "gone")
     shop.write("shop.py", SHOP.replace('ending("crash", die)', 'ending("crash", decline)'))
-    shop.begin_elsewhere("held", "crash", lease=30)
+    shop.begin_elsewhere("held", "crash", lease=3600)
     shop.begin_elsewhere("unknown", "another", lease=1e-9)
 
     done = shop.saga("recover", "shop:crash", "--json")

@@ -38,7 +38,7 @@ def test_who_lost_its_lease_starts_nothing_more_and_the_other_is_told_before_and
 
     async def play() -> tuple[LedgerConflict, LedgerConflict, Any]:
         script.gate = asyncio.Event()
-        slow, quick = place.open(), place.open()
+        slow, quick = place.open(lease=600.0), place.open(lease=600.0)
         first, second = SagaCoordinator(ledger=slow), SagaCoordinator(ledger=quick)
         running = asyncio.create_task(first.run(pipeline, saga_id="s"))
         while "b" not in world.running:
@@ -46,7 +46,7 @@ def test_who_lost_its_lease_starts_nothing_more_and_the_other_is_told_before_and
         with pytest.raises(LedgerConflict) as held:
             await second.resume("s", pipeline)
 
-        place.pass_time(100)
+        place.pass_time(700)
         gate, script.gate = script.gate, None
         report = await second.resume("s", pipeline)
         gate.set()
@@ -135,11 +135,11 @@ def test_who_lost_its_lease_on_the_way_back_undoes_nothing_more(tmp_path: Path) 
 
     async def play() -> tuple[LedgerConflict, Any]:
         gate = stage.gate = asyncio.Event()
-        async with place.open() as slow, place.open() as quick:
+        async with place.open(lease=600.0) as slow, place.open(lease=600.0) as quick:
             running = asyncio.create_task(SagaCoordinator(ledger=slow).run(pipeline, saga_id="s"))
             while "held up" not in world.undoing:
                 await asyncio.sleep(0)
-            place.pass_time(100)
+            place.pass_time(700)
             report = await SagaCoordinator(ledger=quick).resume("s", pipeline)
             gate.set()
             with pytest.raises(LedgerConflict) as lost:
@@ -177,14 +177,14 @@ def test_who_lost_its_lease_begins_no_child_and_goes_on_with_none(held_up_in: st
     trip = Pipeline(name="trip").with_stage("book", Book(hotel))
 
     async def play() -> Any:
-        async with place.open() as slow, place.open() as quick:
+        async with place.open(lease=600.0) as slow, place.open(lease=600.0) as quick:
             if held_up_in == "a child":
                 gates.append(asyncio.Event())
                 in_room.gate = gates[0]
             running = asyncio.create_task(SagaCoordinator(ledger=slow).run(trip, saga_id="s"))
             while not gates or (held_up_in == "a child" and "room" not in world.running):
                 await asyncio.sleep(0)
-            place.pass_time(100)
+            place.pass_time(700)
             in_room.gate = None
             # The owner that lost the saga says at the last moment that it is alive.
             owner = (await quick.list())[0].owner
