@@ -33,7 +33,7 @@ _FLAGS: Final = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
-_PATIENCE: Final = 30.0
+_PATIENCE: Final = 60.0
 
 
 class BrowserSaidNo(AssertionError):

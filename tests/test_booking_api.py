@@ -20,7 +20,7 @@ from examples.booking_api.bookings import DECLINED, NEEDS_APPROVAL, TAKES_NOTHIN
 from saga import SagaReport, SagaStatus, StageState
 from saga.events import AnyEvent, SagaEnded, StageStarted
 
-PATIENCE = 20
+PATIENCE = 60
 """Seconds, for what takes milliseconds."""
 
 

@@ -1210,7 +1210,7 @@ def test_a_signal_leaves_what_was_given_up_and_does_not_end(shop: Shop, command:
             assert process.poll() is None
         process.send_signal(number)
         try:
-            out, err = process.communicate(timeout=30)
+            out, err = process.communicate(timeout=60)
         finally:
             process.kill()
 

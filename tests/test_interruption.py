@@ -560,7 +560,7 @@ def test_a_saga_outlasts_the_cancel_of_every_task_while_its_ledger_writes(
 
 def test_a_saga_is_stopped_by_its_id_from_the_event_loop_of_another_thread() -> None:
     world, pipeline = scene({"a": ()}, {}, {"a": "probed"})
-    coordinator = SagaCoordinator(FailFast(in_flight="cancel", timeout=20))
+    coordinator = SagaCoordinator(FailFast(in_flight="cancel", timeout=100))
     begun = threading.Event()
 
     async def hangs(_: Any) -> None:
@@ -569,9 +569,9 @@ def test_a_saga_is_stopped_by_its_id_from_the_event_loop_of_another_thread() -> 
 
     with ThreadPoolExecutor(max_workers=1) as elsewhere:
         running = elsewhere.submit(asyncio.run, coordinator.run(pipeline.with_stage("b", hangs, "work", dependencies=("a",)), saga_id="s"))
-        assert begun.wait(10)
+        assert begun.wait(60)
         asyncio.run(coordinator.cancel("s", "the customer left"))
-        report = running.result(10)
+        report = running.result(60)
 
     assert report.status is SagaStatus.COMPENSATED
     assert str(report.cause) == "the saga was interrupted: the customer left"

@@ -1007,7 +1007,7 @@ def test_processes_that_are_forked_off_while_their_parent_writes_without_a_pause
 
     writer = threading.Thread(target=lambda: asyncio.run(write_all()))
     writer.start()
-    assert is_writing.wait(30)
+    assert is_writing.wait(60)
     # Every other one with a ledger of its own.
     used = [durable.open() if number % 2 else ledger for number in range(12)]
     children = [fork(partial(on, one, create(f"child {number}"))) for number, one in enumerate(used)]
@@ -1131,7 +1131,7 @@ def test_any_other_name_will_do(durable: Place, name: str) -> None:
 
 def test_what_is_asked_for_is_done_though_the_loop_never_rests(durable: Place) -> None:
     """Python's lock goes to a thread only if the loop lets go of it for longer than it takes the thread to wake up."""
-    given_up = 20.0
+    given_up = 60.0
 
     async def play() -> tuple[float, Any]:
         loop = asyncio.get_running_loop()

@@ -560,7 +560,7 @@ def test_what_can_not_be_said_keeps_nobody_from_turning_back(caplog: pytest.LogC
         task = asyncio.create_task(asyncio.Event().wait())
         with interruptible(task, speechless, lambda: "second\n", lambda: None):
             os.kill(os.getpid(), signal.SIGTERM)
-            await asyncio.wait({task}, timeout=10)
+            await asyncio.wait({task}, timeout=60)
             assert task.cancelled()
 
     asyncio.run(work())
@@ -764,7 +764,7 @@ def test_the_picture_goes_on_while_what_was_given_up_is_waited_for() -> None:
         while "Waiting for what was given up" not in written(console):
             await asyncio.sleep(0)
         shown = len(written(console))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(written(console)) == shown:
                 await asyncio.sleep(0)
 

@@ -1465,7 +1465,7 @@ def test_a_ledger_is_opened_while_another_one_takes_its_log_away_because_it_is_c
             super().close()
             if is_last.is_set():
                 has_closed.set()
-                goes_on.wait(5)
+                goes_on.wait(60)
 
     monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Lingers))
 
@@ -1518,7 +1518,7 @@ class Door:
 
 
 def wait_for(_: Door, requests: Sequence[threading.Event]) -> Sequence[bool]:
-    return [request.wait(5) for request in requests]
+    return [request.wait(60) for request in requests]
 
 
 def opened() -> threading.Event:
@@ -1541,7 +1541,7 @@ def test_who_has_been_alone_for_a_while_is_not_held_up_for_others() -> None:
             await worker.ask(threading.Event())
         asked = worker.ask(reached)
 
-        assert reached.wait(5)  # before this turn of the loop ends
+        assert reached.wait(60)  # before this turn of the loop ends
 
         await asked
         await worker.end()
@@ -1589,7 +1589,7 @@ def test_a_loop_that_never_rests_stands_back_for_what_another_one_waits_for() ->
     gone.close()
     busy = threading.Thread(target=lambda: asyncio.run(be_busy()), name="busy")
     busy.start()
-    assert is_busy.wait(30)
+    assert is_busy.wait(60)
     worker._has_answered = Pause("busy", has_stood_back)
     answer = asyncio.run(wait())
     busy.join()
@@ -1641,14 +1641,14 @@ def test_what_was_done_before_the_end_is_answered_so_though_it_was_asked_for_onc
         first = threading.Event()
         worker.ask(first)
         await asyncio.sleep(0)
-        assert begun.wait(5)
+        assert begun.wait(60)
         asked = worker.ask(opened())
         await asyncio.sleep(0)
         worker.stop()
         asked.cancel()
 
         first.set()
-        worker.join(5)
+        worker.join(60)
         asked.cancel()
 
         assert asked.late is not None
@@ -1710,7 +1710,7 @@ def test_a_ledger_answers_in_a_loop_that_goes_on_after_a_ctrl_c_cut_off_what_it_
         return await ledger.read("s")
 
     async def goes_on() -> list[Any]:
-        return await asyncio.wait_for(asyncio.gather(*asking, ledger.read("s")), 5)
+        return await asyncio.wait_for(asyncio.gather(*asking, ledger.read("s")), 60)
 
     with asyncio.Runner() as runner:
         ledger = SQLiteLedger(path)
@@ -1740,7 +1740,7 @@ def test_a_ledger_answers_in_a_loop_that_goes_on_after_one_ctrl_c_struck_where_i
         await asyncio.Event().wait()
 
     async def goes_on() -> bool:
-        return bool(await asyncio.wait_for(asking[0], 5))
+        return bool(await asyncio.wait_for(asking[0], 60))
 
     first = threading.Event()
     asking: list[asyncio.Future[Any]] = []
@@ -1777,7 +1777,7 @@ def test_a_ledger_that_nobody_holds_any_more_ends_its_threads_and_closes_its_con
     del ledger
     gc.collect()
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
 
     assert threads_of(path) == []
     assert list(path.parent.iterdir()) == [path]
@@ -1837,7 +1837,7 @@ def test_a_fork_waits_until_the_batch_under_way_is_on_disk(path: Path) -> None:
     ledger = SQLiteLedger(path, clock=clock)
     writer = threading.Thread(target=lambda: asyncio.run(create()(ledger)))
     writer.start()
-    assert is_writing.wait(30)
+    assert is_writing.wait(60)
     child = fork(look)
     child.join()
     writer.join()
@@ -1871,7 +1871,7 @@ def test_a_signal_whose_handler_raises_does_not_have_a_fork_go_ahead_of_the_batc
     writer = threading.Thread(target=lambda: asyncio.run(create()(ledger)))
     writer.start()
     try:
-        assert is_writing.wait(30)
+        assert is_writing.wait(60)
         child = fork(lambda: on(SQLiteLedger(path), append(FIRST)))
         child.join()
     finally:

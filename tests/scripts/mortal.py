@@ -41,7 +41,7 @@ class Books:
             db.execute("CREATE TABLE IF NOT EXISTS calls (stage TEXT, key TEXT)")
 
     def _open(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=30)
+        return sqlite3.connect(self.path, timeout=60)
 
     def do(self, key: str, stage: str) -> None:
         with closing(self._open()) as db, db:
