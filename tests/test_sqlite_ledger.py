@@ -24,6 +24,7 @@ from functools import partial
 from itertools import product
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -1547,6 +1548,45 @@ def test_who_has_been_alone_for_a_while_is_not_held_up_for_others() -> None:
         await worker.end()
 
     asyncio.run(play())
+
+
+class Taken(SimpleQueue[Any]):
+    """What is put into it is taken at once, as where the thread that takes it is the faster one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_taken = threading.Event()
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:  # noqa: FBT002 - as in Python's own
+        self.is_taken.clear()
+        super().put(item)
+        assert self.is_taken.wait(60)
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:  # noqa: FBT002 - as in Python's own
+        item = super().get(block, timeout)
+        self.is_taken.set()
+        return item
+
+
+def test_what_is_asked_for_in_one_turn_of_a_loop_is_one_batch_though_the_thread_takes_the_first_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches: list[Sequence[int]] = []
+
+    def work(_: Door, requests: Sequence[int]) -> Sequence[None]:
+        batches.append(requests)
+        return [None] * len(requests)
+
+    async def play() -> None:
+        worker = workers.Worker("w", Door, work)
+        await asyncio.gather(*map(worker.ask, range(3)))
+        await worker.end()
+
+    monkeypatch.setattr(workers, "SimpleQueue", Taken)
+
+    asyncio.run(play())
+
+    assert batches == [[0, 1, 2]]
 
 
 class Pause(threading.Event):

@@ -8,7 +8,8 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -103,7 +104,8 @@ class Worker(Generic[S]):
     def __init__(self, name: str, store: Callable[[], S], work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> None:
         self.pid: Final = os.getpid()
         self._asked: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
-        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._jobs: SimpleQueue[Sequence[_Job]] = SimpleQueue()
+        self._taken: deque[_Job] = deque()
         self._alone = 0
         self._numbers = itertools.count(1)
         self._newest = self._answered = 0
@@ -189,8 +191,9 @@ class Worker(Generic[S]):
         self._asked.pop(loop, None)
 
     def _hand_over(self, jobs: Sequence[_Job]) -> None:
-        for job in jobs:
-            self._jobs.put(job)
+        if jobs:
+            # All at once: the thread may take the first before the second is there. A copy: a turn that was cut off goes on with its own.
+            self._jobs.put(tuple(jobs))
         if self._has_ended:
             self._refuse_late()
 
@@ -198,11 +201,14 @@ class Worker(Generic[S]):
         """Answer what came too late: from the thread when it ends, and from whoever hands over after that."""
         with suppress(Empty):
             while True:
-                job = self._jobs.get_nowait()
-                if isinstance(job.request, _Rest):
-                    job.request.reached.set()
-                if _is_new(job):
-                    self._give([job], [LedgerError("the ledger is closed")])
+                self._refuse(self._jobs.get_nowait())
+
+    def _refuse(self, jobs: Iterable[_Job]) -> None:
+        for job in jobs:
+            if isinstance(job.request, _Rest):
+                job.request.reached.set()
+            if _is_new(job):
+                self._give([job], [LedgerError("the ledger is closed")])
 
     async def end(self) -> None:
         """Do what was asked for before, and end; a worker to which somebody else has said so is waited for."""
@@ -212,7 +218,7 @@ class Worker(Generic[S]):
 
     def stop(self) -> None:
         """Have it end, too, but wait for nothing; for who has no event loop."""
-        self._jobs.put(_Job(_END))
+        self._jobs.put([_Job(_END)])
 
     def join(self, seconds: float) -> None:
         """Wait so long until it has ended."""
@@ -235,6 +241,7 @@ class Worker(Generic[S]):
             end = self._turn(work)
         self._store.close()
         self._has_ended = True
+        self._refuse(self._taken)  # it came together with the order to end, and behind it
         self._refuse_late()
         self._give([end], [None])
 
@@ -259,10 +266,12 @@ class Worker(Generic[S]):
         self._has_answered.set()
 
     def _take(self) -> list[_Job]:
-        jobs = [self._jobs.get()]
-        size = jobs[0].size
-        while size < _MOST and not isinstance(jobs[-1].request, _Order) and not self._jobs.empty():
-            jobs.append(self._jobs.get())
+        jobs: list[_Job] = []
+        size = 0
+        while not jobs or (size < _MOST and not isinstance(jobs[-1].request, _Order) and (self._taken or not self._jobs.empty())):
+            if not self._taken:
+                self._taken.extend(self._jobs.get())
+            jobs.append(self._taken.popleft())
             size += jobs[-1].size
         self._alone = self._alone + 1 if len(jobs) == 1 else 0
         return jobs
