@@ -19,6 +19,9 @@ from saga import Ledger, MemoryLedger
 from saga.ledgers.postgres import PostgresLedger
 from saga.ledgers.sqlite import SQLiteLedger
 
+PATIENCE = 60.0
+"""Seconds that a ledger waits for others where a test says nothing else: a machine that does other things, too, is no defect."""
+
 
 @contextlib.contextmanager
 def postgres_server() -> Iterator[Any]:
@@ -68,7 +71,8 @@ class SQLiteFile(Place):
         self.ahead = 0.0
 
     def open(self, **options: Any) -> SQLiteLedger:
-        return SQLiteLedger(self.path, **({"clock": lambda: time.time() + self.ahead} | options))
+        usual: dict[str, Any] = {"clock": lambda: time.time() + self.ahead, "patience": PATIENCE}
+        return SQLiteLedger(self.path, **(usual | options))
 
     def execute(self, statement: str) -> list[tuple[Any, ...]]:
         """Run a statement in the file, past the ledger."""
@@ -87,7 +91,8 @@ class PostgresSchema(Place):
         self.dsn, self.schema = dsn, schema
 
     def open(self, **options: Any) -> PostgresLedger:
-        return PostgresLedger(**({"dsn": self.dsn, "schema": self.schema} | options))
+        usual: dict[str, Any] = {"dsn": self.dsn, "schema": self.schema, "patience": PATIENCE}
+        return PostgresLedger(**(usual | options))
 
     def execute(self, statement: Any, *values: Any) -> list[tuple[Any, ...]]:
         """Run a statement in the schema, past the ledger."""
