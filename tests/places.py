@@ -71,7 +71,7 @@ class SQLiteFile(Place):
         self.ahead = 0.0
 
     def open(self, **options: Any) -> SQLiteLedger:
-        usual: dict[str, Any] = {"clock": lambda: time.time() + self.ahead, "patience": PATIENCE}
+        usual: dict[str, Any] = {"clock": lambda: time.time() + self.ahead, "lease": 3 * PATIENCE}
         return SQLiteLedger(self.path, **(usual | options))
 
     def execute(self, statement: str) -> list[tuple[Any, ...]]:
@@ -91,7 +91,7 @@ class PostgresSchema(Place):
         self.dsn, self.schema = dsn, schema
 
     def open(self, **options: Any) -> PostgresLedger:
-        usual: dict[str, Any] = {"dsn": self.dsn, "schema": self.schema, "patience": PATIENCE}
+        usual: dict[str, Any] = {"dsn": self.dsn, "schema": self.schema, "lease": 3 * PATIENCE}
         return PostgresLedger(**(usual | options))
 
     def execute(self, statement: Any, *values: Any) -> list[tuple[Any, ...]]:

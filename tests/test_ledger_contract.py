@@ -519,6 +519,10 @@ def test_a_patience_for_which_the_word_that_a_process_is_alive_may_come_too_late
     assert f"expected a patience of at most a third of the lease, got {patience:g} for patience and {lease} for lease" in str(caught.value)
 
 
+def test_a_lease_alone_may_be_short(durable: Place) -> None:
+    assert on(durable.open(lease=0.3, patience=None), create(), read())[-1] == (started(),)
+
+
 def test_a_patience_may_be_a_third_of_the_lease(durable: Place) -> None:
     assert durable.open(lease=0.3, patience=0.1).lease == 0.3
 

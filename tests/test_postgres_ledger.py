@@ -176,7 +176,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def over(network: Network, place: PostgresSchema, **options: Any) -> PostgresLedger:
     dsn = f"host=127.0.0.1 port={network.port} user=postgres dbname=postgres sslmode=disable gssencmode=disable"
-    usual: dict[str, Any] = {"schema": place.schema, "patience": PATIENCE}
+    usual: dict[str, Any] = {"schema": place.schema, "lease": 3 * PATIENCE}
     return PostgresLedger(dsn, **(usual | options))
 
 

@@ -62,11 +62,19 @@ class DurableLedger(Ledger):
     max_event_bytes: int | None
 
     def __init__(
-        self, name: str, store: Callable[[], Store], *, lease: float, patience: float, max_event_bytes: int, redact: Redact | None
+        self,
+        name: str,
+        store: Callable[..., Store],
+        *,
+        lease: float,
+        patience: float | None,
+        max_event_bytes: int,
+        redact: Redact | None,
     ) -> None:
-        for what, number in (("lease", lease), ("patience", patience), ("max_event_bytes", max_event_bytes)):
-            if isinstance(number, bool) or not isinstance(number, int | float) or not number > 0:
-                raise MisuseError(f"a number above 0 for {what}", got=repr(number))
+        _refuse_no_number("lease", lease)
+        patience = lease / 3 if patience is None else patience
+        _refuse_no_number("patience", patience)
+        _refuse_no_number("max_event_bytes", max_event_bytes)
         if lease > _LONGEST_LEASE:
             raise MisuseError(f"a lease of at most {_LONGEST_LEASE:,} seconds", got=repr(lease))
         # The sign of life waits behind a write. (Three times 0.1 is a bit more than 0.3.)
@@ -79,7 +87,7 @@ class DurableLedger(Ledger):
         self.lease = lease
         self.max_event_bytes = max_event_bytes
         self._name = name
-        self._store = store
+        self._store: Callable[[], Store] = partial(store, patience=patience)
         self._patience = patience
         self._rows = Writer(max_event_bytes, redact)
         self._threads: tuple[Worker[Store], Worker[Store]] | None = None
@@ -209,6 +217,11 @@ class DurableLedger(Ledger):
 
 def _at_once(store: Store, requests: Sequence[Request]) -> Sequence[Any]:
     return store.write(requests)
+
+
+def _refuse_no_number(what: str, number: float) -> None:
+    if isinstance(number, bool) or not isinstance(number, int | float) or not number > 0:
+        raise MisuseError(f"a number above 0 for {what}", got=repr(number))
 
 
 def _one_by_one(patience: float, store: Store, reads: Sequence[Callable[[Store], Any]]) -> Sequence[Any]:

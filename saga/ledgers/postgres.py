@@ -196,8 +196,8 @@ class PostgresLedger(DurableLedger):
         exists: The ledger is there already: where none is, none is made, and whoever asks it for something gets a `LedgerError`.
         lease: Seconds after which an owner that did not `beat` counts as gone, by the server's clock.
         patience: Seconds that a batch of appends waits for a server that is gone or may only be read, or for locks of others, before it
-            fails; an append that comes meanwhile waits for that, too, and so does `beat`: at most a third of `lease`. A server that
-            hangs is given up when it has said nothing for twice as long.
+            fails; an append that comes meanwhile waits for that, too, and so does `beat`: at most a third of `lease`, which is the
+            default. A server that hangs is given up when it has said nothing for twice as long.
         max_event_bytes: How many bytes of JSON one event may have.
         redact: What every event goes through before it is stored. What it takes out is missing when a saga is resumed, too.
 
@@ -212,7 +212,7 @@ class PostgresLedger(DurableLedger):
         schema: str = "saga",
         exists: bool = False,
         lease: float = 30.0,
-        patience: float = 10.0,
+        patience: float | None = None,
         max_event_bytes: int = MAX_EVENT_BYTES,
         redact: Redact | None = None,
     ) -> None:
@@ -232,7 +232,7 @@ class PostgresLedger(DurableLedger):
             raise MisuseError(f"a name of 1 to {_LONGEST_SCHEMA} bytes for the schema, without NUL and surrogates", got=shown(schema))
         super().__init__(
             f"PostgresLedger({where.get('dbname', '')!r}, schema={schema!r})",
-            partial(_Store, dsn, schema, lease, patience, Event(), exists=exists),
+            partial(_Store, dsn, schema, lease, was_there=Event(), exists=exists),
             lease=lease,
             patience=patience,
             max_event_bytes=max_event_bytes,

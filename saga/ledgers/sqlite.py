@@ -124,7 +124,8 @@ class SQLiteLedger(DurableLedger):
     Args:
         path: The file. It is made when it is first used; its directory has to be there.
         lease: Seconds after which an owner that did not `beat` counts as gone.
-        patience: Seconds that a batch of appends waits for other processes that write. At most a third of `lease`: `beat` waits behind it.
+        patience: Seconds that a batch of appends waits for other processes that write. At most a third of `lease`, which is
+            the default: `beat` waits behind it.
         max_event_bytes: How many bytes of JSON one event may have.
         redact: What every event goes through before it is stored. What it takes out is missing when a saga is resumed, too.
         clock: What time it is for the leases, in seconds; the same for all processes that use the file.
@@ -138,7 +139,7 @@ class SQLiteLedger(DurableLedger):
         path: str | os.PathLike[str],
         *,
         lease: float = 30.0,
-        patience: float = 10.0,
+        patience: float | None = None,
         max_event_bytes: int = MAX_EVENT_BYTES,
         redact: Redact | None = None,
         clock: Callable[[], float] = time.time,
@@ -157,7 +158,7 @@ class SQLiteLedger(DurableLedger):
             raise MisuseError("a path from the root where the current folder was deleted", got=repr(os.fspath(path))) from None
         super().__init__(
             f"SQLiteLedger({str(path)!r})",
-            partial(_Store, self.path, lease, patience, clock, _Shared()),
+            partial(_Store, self.path, lease, clock=clock, shared=_Shared()),
             lease=lease,
             patience=patience,
             max_event_bytes=max_event_bytes,
