@@ -1,8 +1,11 @@
-"""What tests share: a PostgreSQL server that is started once, places for durable ledgers, and no limit to the time of one drawn case."""
+"""What tests share: signals that are heard, a PostgreSQL server that is started once, places for durable ledgers, and no limit to the time
+of one drawn case.
+"""
 
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,12 @@ import pytest
 from hypothesis import settings
 
 from tests.places import Place, PostgresSchema, SQLiteFile, postgres_server
+
+# What a shell runs in the background has to ignore Ctrl-C, and what nohup runs that its terminal is closed; so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 pytest_plugins = ("pytester", "saga.pytest_plugin")
 
