@@ -522,6 +522,16 @@ def test_failures_are_told_in_the_order_of_the_ledger_though_the_clock_was_set_b
     assert ["declined" in part for part in report.to_html().split("<h4>Failure, ")[1:]] == [True, False]
 
 
+def test_what_came_late_is_told_though_the_clock_was_set_back_behind_the_start_of_the_saga() -> None:
+    story = Story("p", {"a": ()}).fails("a", 0, 1, "no answer", kind=FailureKind.TIMEOUT, in_doubt=True).ends(2, SagaStatus.HALTED)
+    late = failure("a", "it completed late: settle it", -3_600, kind=FailureKind.LATE)
+    story.tell(-3_600, StageProbed, stage="a", landed=None, failure=late, held=True).ends(-3_600, SagaStatus.HALTED)
+
+    report = SagaReport.from_events(story.events)
+
+    assert "it completed late: settle it" in str(report)
+
+
 @pytest.mark.parametrize("context", [None, hooked()], ids=["alone", "under a hook"])
 def test_the_deadline_of_a_saga_is_told_before_what_was_interrupted_for_it(context: PipelineContext | None) -> None:
     _, pipeline = scene({"a": ()}, {"a": Script("hang")})

@@ -235,10 +235,10 @@ def held(name: str, report: SagaReport) -> list[Failure]:
     stage = report.stages[name]
     if stage.state not in _UNSETTLED:
         return []
+    late = [failure for failure in report.failures_of(name) if failure.kind is FailureKind.LATE]
     said = stage.settled
     # A retry tells nothing of it.
-    since = said.at if said is not None and said.verdict is not Verdict.RETRY else report.started_at
-    return [failure for failure in report.failures_of(name) if failure.kind is FailureKind.LATE and failure.at >= since]
+    return late if said is None or said.verdict is Verdict.RETRY else [failure for failure in late if failure.at >= said.at]
 
 
 def _outer(report: SagaReport) -> tuple[str, str]:
