@@ -532,6 +532,16 @@ def test_what_came_late_is_told_though_the_clock_was_set_back_behind_the_start_o
     assert "it completed late: settle it" in str(report)
 
 
+def test_a_probe_that_failed_is_told_of_though_the_clock_was_set_back_before() -> None:
+    story = Story("p", {"a": ()}).fails("a", 0, 1, "no answer", kind=FailureKind.TIMEOUT, in_doubt=True)
+    unanswered = failure("a", "the line is dead", -3_600, kind=FailureKind.COMPENSATION).model_copy(update={"of_probe": True})
+    story.tell(-3_600, StageProbed, stage="a", landed=None, failure=unanswered).ends(-3_600, SagaStatus.HALTED)
+
+    report = SagaReport.from_events(story.events)
+
+    assert "its probe failed once: Unreachable: the line is dead" in str(report)
+
+
 @pytest.mark.parametrize("context", [None, hooked()], ids=["alone", "under a hook"])
 def test_the_deadline_of_a_saga_is_told_before_what_was_interrupted_for_it(context: PipelineContext | None) -> None:
     _, pipeline = scene({"a": ()}, {"a": Script("hang")})

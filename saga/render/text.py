@@ -102,8 +102,10 @@ def _said(failure: Failure) -> str:
 
 def _of_probe(name: str, report: SagaReport) -> list[Failure]:
     """The failures of a stage's probe, of this execution."""
-    tries = report.stages[name].tries
-    return [failure for failure in report.failures_of(name) if failure.of_probe and (not tries or failure.at >= tries[0].started_at)]
+    stage = report.stages[name]
+    asked = [failure for failure in report.failures_of(name) if failure.of_probe]
+    # Of an execution before there is nothing to be told apart where there was none.
+    return asked if stage.executions <= 1 or not stage.tries else [one for one in asked if one.at >= stage.tries[0].started_at]
 
 
 def _of_fallback(name: str, report: SagaReport) -> list[Failure]:
