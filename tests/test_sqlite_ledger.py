@@ -970,6 +970,48 @@ def test_what_was_recorded_in_a_log_that_was_taken_away_is_there_though_it_is_cl
     assert [*map(type, events)] == [SagaStarted, StageCompleted, StageCompleted, StageStarted]
 
 
+_IDLE = """
+import asyncio, sys
+from saga.ledgers.sqlite import SQLiteLedger
+from tests.test_ledger_contract import FIRST, append, create
+
+async def main(path):
+    async with SQLiteLedger(path) as ledger:
+        await create("t")(ledger)
+        print("recorded", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        for _ in range(2):
+            try:
+                await append(FIRST, saga_id="t")(ledger)
+            except Exception as refused:
+                print(refused, flush=True)
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there nobody can be kept from opening the file meanwhile")
+@pytest.mark.parametrize("taken", [("wal",), ("shm",), ("wal", "shm")], ids=["the log", "its index", "both"])
+def test_what_processes_recorded_in_a_log_that_was_deleted_is_there_though_none_is_the_last(path: Path, taken: Sequence[str]) -> None:
+    with subprocess.Popen([sys.executable, "-c", _IDLE, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as idle:
+        assert idle.stdout is not None
+        idle.stdout.readline()
+
+        async def take_away(_: Any) -> None:
+            for suffix in taken:
+                path.with_name(f"{path.name}-{suffix}").unlink()
+
+        *_, refused, recorded, ids = on(SQLiteLedger(path), create("s"), take_away, append(FIRST), append(FIRST), listed())
+        told, _ = idle.communicate("go on")
+
+    assert "was moved, deleted or replaced while it was in use; nothing was recorded" in str(refused)
+    assert recorded is None
+    assert ids == ["t", "s"]
+    assert "was moved, deleted or replaced while it was in use; nothing was recorded" in told
+    for events in on(SQLiteLedger(path), read("s"), read("t")):
+        assert [*map(type, events)] == [SagaStarted, StageStarted]
+
+
 def test_a_link_that_leads_to_another_file_since_is_noticed(whole: bytes, path: Path) -> None:
     link, other = path.with_name("link.db"), path.with_name("other.db")
     link.symlink_to(path.name)

@@ -6,19 +6,21 @@ import os
 import struct
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Final
 
 _SHARED_LOCK: Final = (0x40000002, 510)
 """The bytes of a file, the first and how many, that whoever has it open holds a lock on: <https://sqlite.org/fileformat2.html#the_lock_byte_page>."""
+_PENDING_LOCK: Final = (0x40000000, 1)
+"""Those that whoever opens it needs a lock on first."""
 
 if sys.platform == "linux":
     import fcntl
 
-    def _fcntl(descriptor: int, command: int, kind: int) -> int:
-        flock = struct.pack("hhqqi4x", kind, os.SEEK_SET, *_SHARED_LOCK, 0)
+    def _fcntl(descriptor: int, command: int, kind: int, place: tuple[int, int] = _SHARED_LOCK) -> int:
+        flock = struct.pack("hhqqi4x", kind, os.SEEK_SET, *place, 0)
         return int.from_bytes(fcntl.fcntl(descriptor, command, flock)[:2], sys.byteorder)
 
 
@@ -43,8 +45,8 @@ class Guard:
         self.connections = self.modified = 0
         self._descriptor: int | None = None
         if sys.platform == "linux":
-            with suppress(OSError):  # without it, SQLite's own locks have to do
-                self._descriptor = os.open(path, os.O_RDONLY)
+            with suppress(OSError):  # who may only read it loses nothing
+                self._descriptor = os.open(path, os.O_RDWR)
 
     @classmethod
     def of(cls, file: tuple[int, int] | None, path: Path) -> Guard:
@@ -62,6 +64,18 @@ class Guard:
         """
         with _GUARDING:
             self._lock(is_held=True)
+
+    @contextmanager
+    def shut(self) -> Iterator[bool]:
+        """Have no other process open the file meanwhile, if that can be had; whether it can."""
+        is_shut = False
+        with ExitStack() as stack:
+            if sys.platform == "linux" and self._descriptor is not None:
+                with suppress(OSError):
+                    _fcntl(self._descriptor, fcntl.F_OFD_SETLK, fcntl.F_WRLCK, _PENDING_LOCK)
+                    stack.callback(_fcntl, self._descriptor, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, _PENDING_LOCK)
+                    is_shut = True
+            yield is_shut
 
     @contextmanager
     def given_back(self) -> Iterator[None]:

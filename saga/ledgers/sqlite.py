@@ -385,11 +385,22 @@ class _Store:
                 if not self.is_taken_away():
                     # As the last one it takes the log away itself: who opens the file just then is not to take that for another's deed.
                     _OPEN.discard(self)
+                elif self._guard:
+                    self._save(self._opened, self._guard)
                 with self._guard.given_back() if self._guard else nullcontext(), suppress(sqlite3.Error):
                     self._leave_or_let_go(self._opened)
                     self._opened.close()
                 self._opened = self._guard = None
                 _OPEN.discard(self)
+
+    def _save(self, connection: sqlite3.Connection, guard: Guard) -> None:
+        """Take what is recorded out of a log that was taken away; where others use it, too, no connection is the last one that would."""
+        with guard.shut() as is_shut, suppress(sqlite3.Error):
+            file, *beside = self._identities()
+            # Whoever opens it makes what is missing, and what they record doesn't fit to what is in this one.
+            is_alone = None in beside and all(found in {None, ours} for found, ours in zip(beside, self._files[1:], strict=True))
+            if is_shut and is_alone and file == self._files[0]:
+                connection.execute("PRAGMA wal_checkpoint(FULL)")
 
     def _leave_or_let_go(self, connection: sqlite3.Connection) -> None:
         if self._guard is None:
