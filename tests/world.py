@@ -76,13 +76,15 @@ class World:
         self.undoing.add(name)
         self.most_undone_at_once = max(self.most_undone_at_once, len(self.undoing))
 
-    def undo(self, name: str) -> None:
+    def undo(self, name: str, key: str | None = None) -> None:
         if name not in self.standing:
             self._refuse(f"{name} is undone, and nothing of it stands")
         self.standing[name] -= 1
         if not self.standing[name]:
             del self.standing[name]
         self.log.append(f"-{name}")
+        if key is not None:
+            self.keys.add(key)
 
     def end_undo(self, name: str) -> None:
         self.undoing.discard(name)
@@ -205,8 +207,7 @@ class Scripted(CompensableStage):
                 await elapse(self.script.undo_takes)
             if self.script.undo_attempts <= self.script.undo_fails:
                 raise CardDeclined(f"undoing {self.name} was declined")
-            self.world.undo(self.name)
-            self.world.keys.add(ctx.idempotency_key)
+            self.world.undo(self.name, ctx.idempotency_key)
         except asyncio.CancelledError:
             self.world.refusals.append(f"the compensation of {self.name} was interrupted")
             raise
