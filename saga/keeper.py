@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import getpass
 import secrets
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -289,9 +289,10 @@ class SagaKeeper:
 
     async def _unbroken(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
         """Wait for the saga to come to rest, also when the caller is cancelled meanwhile."""
-        driver = saga.driver = start(self._closing(saga, work))
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        driver.add_done_callback(partial(self._end_wait, saga, done))
+        ended = partial(self._end_wait, saga, done)
+        driver = saga.driver = start(self._closing(saga, work, ended))
+        driver.add_done_callback(ended)
         try:
             await done
         except asyncio.CancelledError as cancelled:
@@ -311,16 +312,22 @@ class SagaKeeper:
         if not waiter.done():
             waiter.set_result(None)
 
-    async def _closing(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:
+    async def _closing(
+        self, saga: LiveSaga, work: Coroutine[Any, Any, None], ended: Callable[[asyncio.Task[SagaReport]], None]
+    ) -> SagaReport:
         try:
             await self._to_rest(saga, work)
-            return await self._report(saga)
+            report = await self._report(saga)
         finally:
             await self._let_go(saga)
             saga.say_again()
             # The report has them; the frames of a stage's code hold its context, and that holds the saga.
             saga.journal.state.forget_failures()
             self.amendments.record_late(saga.id)
+        # Nothing is awaited any more: when whoever waits goes on, this task has ended. To be told by it takes a turn of the loop more.
+        saga.driver.remove_done_callback(ended)
+        ended(saga.driver)
+        return report
 
     async def _to_rest(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> None:
         try:
