@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.events import NoOpEventSink
@@ -26,7 +26,7 @@ from saga.storable import refuse_unstorable
 from saga.tasks import is_of_signal, leave_loop, outlast, retrieved, start
 
 if TYPE_CHECKING:
-    from stageflow.api import Pipeline, PipelineContext, StageContext
+    from stageflow.api import Pipeline, PipelineContext
 
     from saga.actions import Actions
     from saga.blueprint import Blueprint
@@ -53,6 +53,10 @@ class LiveSaga(UndoHost):
         actions: How its stages' code is run.
         keeper: Whoever keeps it, and the sagas that its stages run.
         driver: Brings it to rest; there as long as the saga is held.
+        snapshot: What all stages share of the caller's context: stageflow's immutable view of the input.
+        ports: The capabilities that it brings, if any.
+        timer: Since when it runs.
+        event_sink: Where its stages may emit events.
         children: The sagas that its stages run.
         stop: Stops its forward run; None when it has none.
         is_stopping: Whether its forward run starts nothing more.
@@ -75,6 +79,11 @@ class LiveSaga(UndoHost):
         self.journal: Final = journal
         self.actions: Final = actions
         self._context = context
+        root = context.derive_root_stage_context()
+        self.snapshot: Final = root.snapshot
+        self.ports: Final = root.inputs.ports
+        self.timer: Final = root.timer
+        self.event_sink: Final = root.event_sink
         self.keeper: Final = keeper
         self.driver: asyncio.Task[SagaReport]
         self.children: Final = Children(journal)
@@ -93,7 +102,7 @@ class LiveSaga(UndoHost):
     def needs_stageflow(self) -> bool:
         """Whether the caller's context has what only stageflow calls: a hook, or a sink for events."""
         has_hooks = bool(self._context._before_stage_start_hooks)  # noqa: SLF001 - stageflow has no other word for it
-        return has_hooks or type(self._context.event_sink) is not NoOpEventSink
+        return has_hooks or type(self.event_sink) is not NoOpEventSink
 
     def cancellation(self) -> str | None:
         """Why the caller's context was cancelled, or None if it was not."""
@@ -108,11 +117,6 @@ class LiveSaga(UndoHost):
     def why_cancelled(self) -> str | None:
         """Why it is to; None if it is not."""
         return self.stopped_by or self.cancellation()
-
-    @cached_property
-    def root(self) -> StageContext:
-        """What all stages share: stageflow's immutable view of the input, its ports, its timer."""
-        return self._context.derive_root_stage_context()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run something in a task that is kept until it ends."""
@@ -177,7 +181,7 @@ class LiveSaga(UndoHost):
             idempotency_key=f"{key}/undo{again}",
             forward_key=key,
             inputs=Inputs({name: copied_output(output) for name, output in outputs if output is not None}),
-            snapshot=self.root.snapshot,
+            snapshot=self.snapshot,
             _host=self,
         )
 

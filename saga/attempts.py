@@ -219,14 +219,13 @@ class StageRun(Watched):
 
     def _context(self, *, is_fallback: bool = False) -> SagaContext:
         saga = self._saga
-        root = saga.root
         self._host = Attempt(saga, self.name, self.record.attempts, is_fallback=is_fallback)
         return SagaContext(
-            snapshot=root.snapshot,
+            snapshot=saga.snapshot,
             inputs=self.inputs,
             stage_name=self.name,
-            timer=root.timer,
-            event_sink=root.event_sink,
+            timer=saga.timer,
+            event_sink=saga.event_sink,
             _cancellation_probe=saga.is_cancelled,
             _cancellation_reason_provider=saga.why_cancelled,
             saga_id=saga.id,

@@ -82,7 +82,8 @@ class OwnSchedule:
 
     def __init__(self, saga: LiveSaga) -> None:
         self._graph = saga.blueprint.graph
-        self._root = saga.root
+        self._snapshot = saga.snapshot
+        self._ports = saga.ports
         # Stages are started where another one has ended: in its context, what it bound would be bound for them.
         self._context = copy_context()
         self._inputs: dict[str, dict[str, StageOutput]] = {name: {} for name in self._graph.names}
@@ -105,9 +106,9 @@ class OwnSchedule:
 
     def _inputs_of(self, name: str) -> StageInputs:
         return StageInputs(
-            snapshot=self._root.snapshot,
+            snapshot=self._snapshot,
             prior_outputs=self._inputs[name],
-            ports=self._root.inputs.ports,
+            ports=self._ports,
             declared_deps=frozenset(self._graph[name].dependencies),
             stage_name=name,
         )
