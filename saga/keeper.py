@@ -29,7 +29,7 @@ from saga.report import SagaReport
 from saga.resumption import Decision, recovering, resumption, undoing
 from saga.state import SagaState
 from saga.storable import refuse_unstorable
-from saga.tasks import cut_short, outlast, start
+from saga.tasks import cut_short, end, outlast, start
 from saga.text import shown
 from saga.within import report_of, report_with_children
 
@@ -309,8 +309,7 @@ class SagaKeeper:
         # It has been let go of, unless a Ctrl-C struck just where that was to be done, or to be seen to: its heart would beat on for ever.
         self.held.abandon(saga)
         del saga.driver  # nobody finds it any more, and its context may hold the saga
-        if not waiter.done():
-            waiter.set_result(None)
+        end(waiter)
 
     async def _closing(
         self, saga: LiveSaga, work: Coroutine[Any, Any, None], ended: Callable[[asyncio.Task[SagaReport]], None]

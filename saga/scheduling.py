@@ -14,7 +14,7 @@ from stageflow.pipeline.dag import UnifiedPipelineCancelled, UnifiedStageSpec
 from stageflow.stages.inputs import StageInputs
 
 from saga.failures import Failure, FailureKind
-from saga.tasks import closes, this_task
+from saga.tasks import closes, end, this_task
 
 if TYPE_CHECKING:
     from stageflow.api import PipelineContext
@@ -88,12 +88,12 @@ class OwnSchedule:
         self._context = copy_context()
         self._inputs: dict[str, dict[str, StageOutput]] = {name: {} for name in self._graph.names}
         self._left = len(self._inputs)
-        self._over = asyncio.Event()
+        self._over: asyncio.Future[None] = saga.loop.create_future()
 
     async def run(self, stages: Stages) -> None:
         """Start the stages, until all have ended or the saga stops."""
         self._start(stages, [node.name for node in self._graph.nodes if not node.dependencies])
-        await self._over.wait()
+        await self._over
 
     def _start(self, stages: Stages, ready: list[str]) -> None:
         for name in ready:
@@ -117,7 +117,7 @@ class OwnSchedule:
         """The stages that have waited for this one only."""
         self._left -= 1
         if not self._left:
-            self._over.set()
+            end(self._over)
         enabled = []
         for dependent in self._graph.dependents[name]:
             inputs = self._inputs[dependent]
@@ -135,7 +135,7 @@ class OwnSchedule:
 
     def stop(self, _besides: str | None, /) -> None:
         """Start nothing more."""
-        self._over.set()
+        end(self._over)
 
     async def tell(self, _stages: Stages) -> None:
         """Nothing else answers for a stage."""

@@ -66,6 +66,12 @@ async def outlast(tasks: Collection[asyncio.Future[Any]]) -> None:
             await asyncio.wait(tasks)
 
 
+def end(wait: asyncio.Future[None]) -> None:
+    """Let whoever waits go on, unless the wait has ended already."""
+    if not wait.done():
+        wait.set_result(None)
+
+
 class Answer(asyncio.Future[T]):
     """What somebody waits for who gets it even if he is cancelled meanwhile: see `outlasting`.
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Coroutine
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from saga.failures import FailureKind
-from saga.tasks import closes, cut_short_by, leave_loop, retrieved, start
+from saga.tasks import closes, cut_short_by, end, leave_loop, retrieved, start
 
 W = TypeVar("W", bound="Watched")
 
@@ -118,7 +118,7 @@ class Crew(Generic[W]):
 
     def __init__(self) -> None:
         self.members: Final[set[W]] = set()
-        self._turn = asyncio.Event()
+        self._turn: asyncio.Future[None] | None = None
         self._alarm: asyncio.Handle | None = None
         self._rings_at = 0.0
 
@@ -169,7 +169,8 @@ class Crew(Generic[W]):
     def dismiss(self, member: W) -> None:
         """Wait for it no longer."""
         self.members.discard(member)
-        self._turn.set()
+        if self._turn is not None:
+            end(self._turn)
         if not self.members:
             self._stop_clock()
 
@@ -177,9 +178,9 @@ class Crew(Generic[W]):
         """Wait until nobody works any more, whatever strikes their employer, who waits."""
         # Asked of the tasks themselves: a Ctrl-C may have killed one before it was dismissed.
         while any(not (member.successor or member.task).done() for member in self.members):
-            self._turn.clear()
+            self._turn = asyncio.get_running_loop().create_future()
             try:
-                await self._turn.wait()
+                await self._turn
             except asyncio.CancelledError:
                 continue
             except (KeyboardInterrupt, SystemExit) as error:

@@ -155,8 +155,13 @@ def test_whoever_waits_for_a_crew_goes_on_waiting_when_a_ctrl_c_strikes() -> Non
 
     async def wait() -> None:
         crew = crew_of(elapse(3), employer=notes)
-        # As a strike in the step in which the wait is resumed would.
-        asyncio.get_running_loop().call_later(1, lambda: crew._turn._waiters[0].set_exception(KeyboardInterrupt()))
+
+        def strike() -> None:
+            # As one in the step in which the wait is resumed would.
+            assert crew._turn is not None  # the crew is waited for
+            crew._turn.set_exception(KeyboardInterrupt())
+
+        asyncio.get_running_loop().call_later(1, strike)
         await crew.disband(notes)
         ended.append(asyncio.get_running_loop().time())
 
