@@ -52,16 +52,24 @@ def _deep(value: Any) -> Any:
 
 def copied_output(output: StageOutput) -> StageOutput:
     """Copy an output deeply enough that no later stage can change what was recorded."""
-    if not output.data and not output.artifacts and not output.events:
-        return output
+    if type(output) is StageOutput:
+        made = object.__new__(_Unfrozen)
+        fresh: Any = made
+        fresh.status, fresh.error, fresh.duration_ms, fresh.version = output.status, output.error, output.duration_ms, output.version
+        fresh.data = copied(output.data)
+        fresh.artifacts = copied(output.artifacts) if output.artifacts else []
+        fresh.events = copied(output.events) if output.events else []
+        fresh.__class__ = StageOutput
+        return made
     # Without a constructor: a type that somebody derived may have one of its own.
-    made = object.__new__(type(output))
+    derived: StageOutput = object.__new__(type(output))
     for field in dataclasses.fields(output):
         value = getattr(output, field.name)
-        object.__setattr__(made, field.name, copied(value) if field.name in _MUTABLE else value)
-    return made
+        object.__setattr__(derived, field.name, copied(value) if field.name in _MUTABLE else value)
+    return derived
 
 
+_Unfrozen: Final = unfrozen(StageOutput)
 _MUTABLE: Final = frozenset({"data", "artifacts", "events"})
 """What of an output can be changed in place."""
 

@@ -37,10 +37,14 @@ def frozen(kind: type[T]) -> type[T]:
     return made
 
 
+def unfrozen(kind: type[T]) -> type[T]:
+    """A class like a frozen one that lets fields be stored: what has them all is made one of the frozen class."""
+    return type(kind.__name__, (kind,), {"__slots__": (), "__setattr__": object.__setattr__, "__delattr__": object.__delattr__})
+
+
 def _constructor(made: type[Any]) -> Any:
     """What stores the fields of a new instance; those of a derived class are left to the constructor that dataclasses have made."""
-    unfrozen = type(made.__name__, (made,), {"__slots__": (), "__setattr__": object.__setattr__, "__delattr__": object.__delattr__})
-    known: dict[str, Any] = {"_made": made, "_unfrozen": unfrozen, "_as_dataclasses_do": made.__init__, "_set": object.__setattr__}
+    known: dict[str, Any] = {"_made": made, "_unfrozen": unfrozen(made), "_as_dataclasses_do": made.__init__, "_set": object.__setattr__}
     each = fields(made)
     source = f"""
 def __init__(self, {", ".join(_parameters(each, known))}):

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from stageflow.api import StageOutput
+from stageflow.api import Pipeline, StageOutput
 
 from saga import (
     ContinueWithFallback,
@@ -340,8 +340,6 @@ def test_completions_count_what_was_found_by_asking_and_what_was_undone_later() 
 
 
 def test_what_a_later_stage_does_to_an_output_does_not_reach_the_ledger() -> None:
-    from stageflow.api import Pipeline
-
     async def first(_: Any) -> StageOutput:
         return StageOutput.ok(items=[1])
 
@@ -353,6 +351,34 @@ def test_what_a_later_stage_does_to_an_output_does_not_reach_the_ledger() -> Non
     report = run(SagaCoordinator().run(pipeline))
 
     assert report.kept["first"].data == {"items": [1]}
+
+
+def test_what_a_later_stage_adds_to_an_empty_output_does_not_reach_the_ledger() -> None:
+    async def first(_: Any) -> None: ...
+
+    async def second(ctx: Any) -> None:
+        given = ctx.inputs.get_output("first")
+        given.data["smuggled"] = True
+        given.artifacts.append("smuggled")
+        given.events.append("smuggled")
+
+    pipeline = Pipeline().with_stage("first", first, "work").with_stage("second", second, "work", dependencies=("first",))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert report.kept["first"] == StageOutput.ok()
+
+
+def test_what_is_added_to_an_empty_output_of_a_report_is_in_no_other_report() -> None:
+    async def gives_nothing(_: Any) -> None: ...
+
+    coordinator = SagaCoordinator()
+    report = run(coordinator.run(Pipeline().with_stage("a", gives_nothing, "work"), saga_id="s"))
+    report.kept["a"].data["added"] = True
+
+    again = run(coordinator.report("s"))
+
+    assert again.kept["a"] == StageOutput.ok()
 
 
 def test_a_memory_ledger_refuses_a_wrong_version_a_stale_token_and_a_second_owner() -> None:
