@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from saga.contexts import CompensationContext
     from saga.policies import Compensation
 
+_S: Final = members(StageState)
 _STEP: Final = members(Step)
 
 
@@ -92,11 +93,11 @@ class Backward(Employer):
     async def _leave_what_is_held_back(self) -> None:
         """Call stuck what came late in the midst of its undoing has put off for good."""
         for stage, record in self._state.stages.items():
-            if record.state is not StageState.COMPENSATING:
+            if record.state is not _S.COMPENSATING:
                 continue
             if undo_step(self._state.graph[stage], record) is _STEP.PROBE:
                 await ask(self._saga, stage)
-            if record.state is StageState.COMPENSATING:
+            if record.state is _S.COMPENSATING:
                 assert record.undo_failure is not None  # it waits for another attempt
                 await self._record(CompensationFailed(stage=stage, failure=record.undo_failure))
 
@@ -240,7 +241,7 @@ class Backward(Employer):
     async def _got_through(self, stage: str) -> bool:
         """Ask whether a compensation that failed has undone its stage all the same: that is not to be called stuck, or kept after it."""
         await ask(self._saga, stage)
-        return self._state.stages[stage].state is StageState.UNDONE
+        return self._state.stages[stage].state is _S.UNDONE
 
     async def _attempt(self, worker: _Worker, context: CompensationContext, settings: Compensation) -> Failure | None:
         worker.begin(settings.timeout, self._saga.policy.cancel_grace)

@@ -12,6 +12,7 @@ from saga.failures import Failure, FailureKind
 from saga.forward import Forward
 from saga.ledger import StageState
 from saga.log import LOG
+from saga.quick import members
 from saga.record import Step, undo_step
 from saga.recovery import conclude, final_status, status_of_cancelled
 from saga.resumption import Chapter, Direction
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from saga.alive import LiveSaga
     from saga.amendments import Amendments
+
+_STEP: Final = members(Step)
 
 
 class Course:
@@ -103,7 +106,7 @@ class Course:
         state = self._state
         if state.is_spotless:
             return
-        askable = [node.name for node in state.graph.nodes if undo_step(node, state.stages[node.name]) is Step.PROBE]
+        askable = [node.name for node in state.graph.nodes if undo_step(node, state.stages[node.name]) is _STEP.PROBE]
         asking = [start(ask(self._saga, name)) for name in askable]
         await outlast(asking)
         # All of them are looked at: asyncio complains of an exception that nobody looked at.

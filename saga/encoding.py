@@ -18,7 +18,6 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from pydantic import BaseModel, RootModel, TypeAdapter
 
 from saga.errors import NotStorable
-from saga.quick import unfrozen
 from saga.text import brief, qualified, said, shown, written
 
 TAG: Final = "$saga"

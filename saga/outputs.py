@@ -15,6 +15,7 @@ from pydantic import PlainSerializer, PlainValidator, SerializationInfo, Validat
 from stageflow.api import StageArtifact, StageEvent, StageOutput, StageStatus
 
 from saga.encoding import ATOMS, decoded, encoded, stored
+from saga.quick import unfrozen
 from saga.text import said
 
 

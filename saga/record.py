@@ -16,6 +16,7 @@ from saga.ledger import StageState
 from saga.quick import members
 
 _S: Final = members(StageState)
+_KIND: Final = members(FailureKind)
 _ROLE: Final = members(Role)
 
 
@@ -43,7 +44,7 @@ def ended(tries: tuple[Try, ...], at: datetime, failed: FailureKind | None = Non
     if not tries or not tries[-1].is_open:
         return tries
     # When a process was lost, nobody knows; it is noticed when the saga is resumed, which may be a week later.
-    return (*tries[:-1], Try(tries[-1].started_at, None if failed is FailureKind.CRASHED else at, failed))
+    return (*tries[:-1], Try(tries[-1].started_at, None if failed is _KIND.CRASHED else at, failed))
 
 
 @dataclass(slots=True, eq=False)

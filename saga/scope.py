@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from saga.state import SagaState
 
 _S: Final = members(StageState)
+_REASON: Final = members(TurnReason)
 _ROLE: Final = members(Role)
 _STEP: Final = members(Step)
 
@@ -54,7 +55,7 @@ def groundless(state: SagaState) -> set[str]:
 
 def _useless(state: SagaState, reason: TurnReason) -> frozenset[str]:
     """The stages that serve nothing that stays when the saga goes backward for this reason: all of them is undone, their fallbacks, too."""
-    if reason is not TurnReason.ORPHANS:
+    if reason is not _REASON.ORPHANS:
         return frozenset(state.graph.names) - protected(state)
     # Read off what happened forward, which stays: a stage that is undone or stuck meanwhile is still one of them.
     lost = orphans(state) if isinstance(state.policy, ContinueWithFallback) and state.policy.orphans == "compensate" else frozenset()
@@ -65,7 +66,7 @@ def undo_scope(state: SagaState, reason: TurnReason) -> frozenset[str]:
     """The stages that going backward for this reason is about; the others stand and hold nothing up."""
     records = state.stages.items()
     asked = set(_useless(state, reason))
-    if reason is TurnReason.ORPHANS:
+    if reason is _REASON.ORPHANS:
         asked |= {name for name, record in records if record.failed or record.skip_reason is not None}
     else:
         # What a fallback stands in for is no foundation of what followed, so nothing protects its remains; nor does a stage's own point

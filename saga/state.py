@@ -43,6 +43,7 @@ from saga.record import StageRecord, Try, ended
 from saga.scope import spared, undo_scope
 
 _S: Final = members(StageState)
+_STATUS: Final = members(SagaStatus)
 _ROLE: Final = members(Role)
 _ANSWERS: Final = frozenset({FailureKind.REPORTED, FailureKind.CANCELLED})
 """What a stage says of its own accord when it has had no effect."""
@@ -79,7 +80,7 @@ class SagaState:
         self.started: Final = first
         self.graph: Graph = first.graph
         self.policy: FailFast | ContinueWithFallback = first.policy
-        self.status = SagaStatus.RUNNING
+        self.status = _STATUS.RUNNING
         self.ended_at: datetime | None = None
         self.stop: Failure | None = None
         self.cause: Failure | None = None
@@ -125,7 +126,7 @@ class SagaState:
         # Promise 3: no compensation starts while a stage of the saga is running.
         self._refuse_while_running(event)
         self._take_offers(event)
-        self.status = SagaStatus.COMPENSATING
+        self.status = _STATUS.COMPENSATING
         self.reason = event.reason
         if self.ended_at is not None:
             self._ask_anew()
@@ -148,7 +149,7 @@ class SagaState:
 
     def _resume(self, event: SagaResumed) -> None:
         had_ended = self.ended_at is not None
-        if event.forward and self.status is SagaStatus.COMPENSATING:
+        if event.forward and self.status is _STATUS.COMPENSATING:
             raise self._contradiction("a saga that is compensating", event)
         if not event.forward and self.reason is None:
             raise self._contradiction("a saga that never turned back", event)
@@ -158,9 +159,9 @@ class SagaState:
         self.ended_at = None
         self._ask_anew()
         if not event.forward:
-            self.status = SagaStatus.COMPENSATING
+            self.status = _STATUS.COMPENSATING
             return
-        self.status = SagaStatus.RUNNING
+        self.status = _STATUS.RUNNING
         if had_ended:
             self.stop = self.cause = self.reason = None
             self._reopen()
@@ -172,7 +173,7 @@ class SagaState:
     def _note_next(self, record: StageRecord, stage: str) -> None:
         """Whether a stage that has failed gets its own fallback next: its probe, if it has one, is asked before."""
         node = self.graph[stage]
-        falls_back = isinstance(self.policy, ContinueWithFallback) and node.has_fallback and self.status is SagaStatus.RUNNING
+        falls_back = isinstance(self.policy, ContinueWithFallback) and node.has_fallback and self.status is _STATUS.RUNNING
         is_asked = not node.can_probe or record.unanswered or record.answer is False
         record.awaits_fallback = record.awaits_fallback or (record.gave_up and falls_back and is_asked)
 
@@ -273,7 +274,7 @@ class SagaState:
         return self.reason is not None and stage in undo_scope(self, self.reason)
 
     def _stage_started(self, record: StageRecord, event: StageStarted) -> None:
-        if self.status is not SagaStatus.RUNNING:
+        if self.status is not _STATUS.RUNNING:
             raise self._contradiction(f"a saga that is {self.status.value}", event)
         if event.execution != record.execution and record.execution:
             record.forget()
@@ -308,7 +309,7 @@ class SagaState:
 
     def _completed_late(self, record: StageRecord, event: StageCompleted) -> None:
         record.late_output, record.late_beside = event.output, record.undo_attempts
-        if record.again and record.state is _S.STUCK and self.status is SagaStatus.RUNNING:
+        if record.again and record.state is _S.STUCK and self.status is _STATUS.RUNNING:
             # Who goes forward need not undo it, nor put a fallback in its place.
             record.lose_fallback()
             record.state = _S.FAILED
@@ -448,7 +449,7 @@ class SagaState:
         record.unstick()
 
     def _compensation_started(self, record: StageRecord, event: CompensationStarted) -> None:
-        if self.status is not SagaStatus.COMPENSATING:
+        if self.status is not _STATUS.COMPENSATING:
             raise self._contradiction(f"a saga that is {self.status.value}", event)
         if record.state is _S.UNDONE:
             # What it had left is undone; this is about the sagas of its fallback, which nothing uses any more.
