@@ -161,6 +161,9 @@ def _formatted(error: BaseException) -> str:
             # For the marks under each line Python would parse the source, all in all longer than a saga takes to be undone.
             frame.colno = None
         parts += [inner for inner in (part.__cause__, part.__context__, *(part.exceptions or ())) if inner is not None]
+    if whole.__cause__ is None and whole.__context__ is None and whole.exceptions is None and whole.stack:
+        # As nearly always; and Python would indent each line by nothing.
+        return "".join(["Traceback (most recent call last):\n", *whole.stack.format(), *whole.format_exception_only()])
     return "".join(whole.format())
 
 
