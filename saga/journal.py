@@ -77,7 +77,7 @@ class Journal:
         self.saga_id: Final = saga_id
         self.state: Final = state
         self.error: LedgerError | None = None
-        self.unwritten: list[AnyEvent] = []
+        self.unwritten: Sequence[AnyEvent] = ()
         self.ledger: Final = ledger
         self._durable = ledger.durable
         self._version = version
@@ -89,8 +89,8 @@ class Journal:
         self._turns: Turns | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._late_write: asyncio.Task[None] | None = None
-        self._is_creating = False
-        self._behind: list[tuple[Sequence[AnyEvent], Answer[None]]] = []
+        # What comes while the saga is being created; None: it is not.
+        self._behind: list[tuple[Sequence[AnyEvent], Answer[None]]] | None = None
         self._released = False
         self._within: dict[str, list[LedgerError]] = {}
 
@@ -169,12 +169,14 @@ class Journal:
             if self.token is not None:
                 await self.ledger.append(self.saga_id, events, expected_version=version, token=self.token, release=release)
                 self._released = release
-            elif self._is_creating:
-                await self._wait_for_creation(events)
+            elif self._behind is not None:
+                waiter: Answer[None] = Answer(loop=asyncio.get_running_loop())
+                self._behind.append((events, waiter))
+                await outlasting(waiter)
             else:
                 await self._create(events)
         except (Exception, asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
-            self.unwritten += events
+            self.unwritten = (*self.unwritten, *events)
             told = self._told(error, events)
             self.error = self.error or told
             if isinstance(error, KeyboardInterrupt | SystemExit | LedgerError):
@@ -195,24 +197,20 @@ class Journal:
         return LedgerError(f"the process was told to end while {named(events)} of saga {self.saga_id} was recorded")
 
     async def _create(self, events: Sequence[AnyEvent]) -> None:
-        self._is_creating = True
+        behind = self._behind = []
         try:
             self.token = await self.ledger.create(self.saga_id, self._owner, events, under=self._under)
-            if self._behind:
+            self._behind = None
+            if behind:
                 # In one append, and at once: what comes from here on goes behind them.
-                late = [event for more, _ in self._behind for event in more]
+                late = [event for more, _ in behind for event in more]
                 await self.ledger.append(self.saga_id, late, expected_version=len(events), token=self.token)
         except BaseException as error:
-            for _, waiter in self._behind:
+            for _, waiter in behind:
                 waiter.give(LedgerError(f"the ledger failed to begin saga {self.saga_id}: {error}"))
             raise
-        for _, waiter in self._behind:
+        for _, waiter in behind:
             waiter.give(None)
-
-    async def _wait_for_creation(self, events: Sequence[AnyEvent]) -> None:
-        waiter: Answer[None] = Answer(loop=asyncio.get_running_loop())
-        self._behind.append((events, waiter))
-        await outlasting(waiter)
 
     async def close(self) -> int | None:
         """Write what is left; the token of the lease that is still to be given back, if any is."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
 from typing import Any, Final, NamedTuple
@@ -65,7 +65,7 @@ class StageRecord:
         doubt: It may have landed, and nobody knows.
         answer: What its probe answered, whether it had landed; None while there is no answer.
         unanswered: A probe has failed for good.
-        effects: What it recorded, oldest first.
+        effects: What it recorded, oldest first; None: nothing.
         failure: Its last failure forward.
         failed: Its execution failed for good, and no probe found its effect; also when that was undone later.
         gave_up: Its execution failed for good, whatever a probe found after that.
@@ -109,7 +109,7 @@ class StageRecord:
     doubt: bool = False
     answer: bool | None = None
     unanswered: bool = False
-    effects: list[Any] = field(default_factory=list)
+    effects: list[Any] | None = None
     failure: Failure | None = None
     failed: bool = False
     gave_up: bool = False

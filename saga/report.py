@@ -182,7 +182,7 @@ class StageReport:
             attempts=record.attempts,
             started_at=record.started_at,
             ended_at=record.ended_at,
-            effects=tuple([copied(effect) for effect in record.effects]),
+            effects=tuple([copied(effect) for effect in record.effects or ()]),
             fallback=record.fell_back,
             skip_reason=record.skip_reason,
             late_output=None if late_output is None else copied_output(late_output),

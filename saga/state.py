@@ -296,6 +296,8 @@ class SagaState:
         record.let_go()
 
     def _effect_recorded(self, record: StageRecord, event: EffectRecorded) -> None:
+        if record.effects is None:
+            record.effects = []
         record.effects.append(event.effect)
 
     def _stage_completed(self, record: StageRecord, event: StageCompleted) -> None:
@@ -453,7 +455,7 @@ class SagaState:
             raise self._contradiction(f"a saga that is {self.status.value}", event)
         if record.state is _S.UNDONE:
             # What it had left is undone; this is about the sagas of its fallback, which nothing uses any more.
-            record.landed, record.effects, record.late_output = False, [], None
+            record.landed, record.effects, record.late_output = False, None, None
             record.undone_too_soon += 1
             record.undo_order, record.undo_tries = -1, ()
         if record.fallback_ran and self.reason is not None:

@@ -157,7 +157,7 @@ def test_an_effect_is_recorded_without_copying_those_before_it() -> None:
 
     assert state.stages["a"].effects is effects
     assert effects == ["1A", "1B"]
-    assert state.stages["b"].effects == []
+    assert state.stages["b"].effects is None
 
 
 def test_a_failure_is_not_compared_with_each_one_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
