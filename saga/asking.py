@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from saga.alive import LiveSaga
 
 
-async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) -> StageOutput | None:
+async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Future[None] | None = None) -> StageOutput | None:
     """Ask the stage's probe, with the compensation's retry and timeout; the answer is in the ledger when this returns.
 
     Args:
         saga: The saga.
         stage: The stage to ask for.
-        stop: When it is set, nobody waits for the answer any more; it is asked again when the saga has come so far.
+        stop: When it is done, nobody waits for the answer any more; it is asked again when the saga has come so far.
 
     Returns:
         The output if the effect landed; None if it did not, or if the probe failed for good, be it with an output that a durable
@@ -53,7 +53,7 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
                 raise
             # A probe's failure is data.
             saga.heed_signal(error)
-            if stop is not None and stop.is_set() and isinstance(error, asyncio.CancelledError):
+            if stop is not None and stop.done() and isinstance(error, asyncio.CancelledError):
                 message = "the saga stopped before its probe had answered"
                 failure = Failure.of(stage, FailureKind.INTERRUPTED, message, attempt=attempt)
             else:
@@ -67,19 +67,18 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Event | None = None) 
             await saga.journal.record(StageProbed(stage=stage, landed=True, output=copied_output(answer)))
             return answer
         wait = settings.retry.wait_before_next(failure, attempt=attempt, elapsed=loop.time() - began)
-        if stop is not None and stop.is_set():
+        if stop is not None and stop.done():
             wait = None
         await saga.journal.record(StageProbed(stage=stage, landed=None, failure=failure, will_retry=wait is not None))
         if wait is None:
             return None
-        await _pause(wait, stop if stop is not None else asyncio.Event())
+        await _pause(wait, stop)
 
 
-async def _pause(seconds: float, stop: asyncio.Event) -> None:
+async def _pause(seconds: float, stop: asyncio.Future[None] | None) -> None:
     # Somebody may cancel every task of the process: then the probe is asked sooner, and the saga still ends.
-    with contextlib.suppress(TimeoutError, asyncio.CancelledError):
-        async with asyncio.timeout(seconds):
-            await stop.wait()
+    with contextlib.suppress(asyncio.CancelledError):
+        await (asyncio.sleep(seconds) if stop is None else asyncio.wait({stop}, timeout=seconds))
 
 
 def _check(answer: object) -> None:

@@ -44,13 +44,13 @@ class WholeRun(Employer, Protocol):
     """What a stage on its way needs of the run that it is a part of.
 
     Attributes:
-        stopped: Set when no stage starts any more, and no further attempt of one.
-        interrupted: Set when what still runs is cancelled.
+        stopped: Done when no stage starts any more, and no further attempt of one.
+        interrupted: Done when what still runs is cancelled.
         passed: What interceptors have let pass of stages' outputs, where a stage may have to be given that anew.
     """
 
-    stopped: asyncio.Event
-    interrupted: asyncio.Event
+    stopped: asyncio.Future[None]
+    interrupted: asyncio.Future[None]
     passed: dict[str, StageOutput]
 
     def refuse_unkept(self, name: str) -> None:
@@ -134,7 +134,7 @@ class StageRun(Watched):
             attempt = 1 if record.is_due_anew else record.attempts + 1
             await saga.journal.record(StageStarted(stage=name, attempt=attempt, execution=record.next_execution))
             saga.heed_early_cancel(self.task)
-            if self.employer.stopped.is_set():
+            if self.employer.stopped.done():
                 failure = Failure.of(name, FailureKind.INTERRUPTED, "the saga stopped before it ran")
                 await saga.journal.record(StageFailed(stage=name, failure=failure))
                 return Outcome(failure=failure)
@@ -154,7 +154,7 @@ class StageRun(Watched):
             in_doubt = failure.kind in {FailureKind.TIMEOUT, FailureKind.INTERRUPTED} and node.role is not Role.PLAIN
             asked = outcome.output is not None and outcome.output.status is _STATUS.RETRY
             wait = retry.wait_before_next(failure, attempt=tries, elapsed=saga.loop.time() - began, asked=asked)
-            if self.employer.stopped.is_set():
+            if self.employer.stopped.done():
                 wait = None
             output = None if outcome.output is None else copied_output(outcome.output)
             await saga.journal.record(
@@ -191,13 +191,10 @@ class StageRun(Watched):
     async def _pause(self, seconds: float) -> bool:
         """Wait for the next attempt; whether there is to be one."""
         try:
-            async with asyncio.timeout(seconds):
-                await self.employer.stopped.wait()
-        except TimeoutError:
-            return True
+            await asyncio.wait({self.employer.stopped}, timeout=seconds)
         except asyncio.CancelledError:
             self._saga.stop_for_cancel()
-        return False
+        return not self.employer.stopped.done()
 
     # -- one attempt ---------------------------------------------------------------------------------------------
 
@@ -242,7 +239,7 @@ class StageRun(Watched):
             why = f"no answer within {seconds:g} s"
             return Outcome(failure=Failure.of(name, FailureKind.TIMEOUT, why, attempt=attempt, instead=instead_of_cancel(error)))
         if self.reason is FailureKind.INTERRUPTED or (was_cancelled and isinstance(error, asyncio.CancelledError)):
-            why = "it was cancelled because the saga stopped" if self.employer.stopped.is_set() else "its task was cancelled from outside"
+            why = "it was cancelled because the saga stopped" if self.employer.stopped.done() else "its task was cancelled from outside"
             return Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt, instead=instead_of_cancel(error)))
         if isinstance(error, StageCancellationRequested):
             return Outcome.of(name, attempt, StageOutput.cancel(error.reason))
@@ -338,7 +335,7 @@ class StageRun(Watched):
             landed = await ask(self._saga, self.name, stop=self.employer.interrupted)
             if landed is not None:
                 return landed
-            if self.employer.stopped.is_set():
+            if self.employer.stopped.done():
                 # Nothing goes on with it any more, and where the probe was cut off nobody knows that it is needed.
                 return None
         output: StageOutput | None = None

@@ -18,7 +18,7 @@ from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
 from saga.quick import members
 from saga.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
-from saga.tasks import cut_short_by, leave_loop, this_task
+from saga.tasks import cut_short_by, end, leave_loop, this_task
 from saga.text import brief, reason_in
 from saga.watch import Crew
 
@@ -44,8 +44,8 @@ class Forward(Stages, WholeRun):
 
     def __init__(self, saga: LiveSaga, interceptors: Sequence[BaseInterceptor]) -> None:
         self.cause: Failure | None = None
-        self.stopped = asyncio.Event()
-        self.interrupted = asyncio.Event()
+        self.stopped: asyncio.Future[None] = saga.loop.create_future()
+        self.interrupted: asyncio.Future[None] = saga.loop.create_future()
         # What interceptors have let pass is not what is recorded: they may have changed it on its way to the others.
         self.passed: dict[str, StageOutput] = {}
         self._saga = saga
@@ -55,7 +55,7 @@ class Forward(Stages, WholeRun):
         by_stageflow = interceptors or saga.needs_stageflow()
         self._is_intercepted = bool(interceptors)
         self._schedule: Schedule = StageflowSchedule(saga, interceptors) if by_stageflow else OwnSchedule(saga)
-        self._loop = asyncio.get_running_loop()
+        self._loop = saga.loop
         self._running: Crew[StageRun] = Crew()
         self._fallen: set[str] = set()
         self._until: float | None = None
@@ -101,7 +101,7 @@ class Forward(Stages, WholeRun):
             return
         self.cause = cause
         self._saga.is_stopping, self._saga.stopped_by = True, str(cause)
-        self.stopped.set()
+        end(self.stopped)
         self._schedule.stop(besides)
         for child in self._saga.children.alive:
             # A child is no single stage: it starts nothing more, either.
@@ -155,7 +155,7 @@ class Forward(Stages, WholeRun):
             timer.cancel()
 
     def _interrupt(self, spared: Role | None = None) -> None:
-        self.interrupted.set()
+        end(self.interrupted)
         for run in self._running.members:
             if run.node.role is not spared:
                 run.cancel(FailureKind.INTERRUPTED)

@@ -191,15 +191,15 @@ class Crew(Generic[W]):
             employer.breaks(cut_short_by(killed_by))
 
 
-async def bounded(call: Awaitable[Any], *, seconds: float | None, grace: float, stop: asyncio.Event | None = None) -> Any:
-    """Run somebody else's code for at most so many seconds, or until `stop` is set.
+async def bounded(call: Awaitable[Any], *, seconds: float | None, grace: float, stop: asyncio.Future[None] | None = None) -> Any:
+    """Run somebody else's code for at most so many seconds, or until `stop` is done.
 
     Returns in time whatever the code does: what ignores its cancel for longer than the grace is left to itself.
     It costs a task more than to be `Watched`, so it is for what runs seldom.
 
     Raises:
         TimeoutError: The time was up.
-        asyncio.CancelledError: `stop` was set, or the code cancelled itself.
+        asyncio.CancelledError: `stop` was done, or the code cancelled itself.
         BaseException: Whatever the code raises.
     """
 
@@ -212,7 +212,7 @@ async def bounded(call: Awaitable[Any], *, seconds: float | None, grace: float, 
 
     task = start(run())
     task.add_done_callback(retrieved)
-    waiting: set[asyncio.Task[Any]] = {task} if stop is None else {task, asyncio.create_task(stop.wait())}
+    waiting: set[asyncio.Future[Any]] = {task} if stop is None else {task, stop}
     try:
         await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         in_time = task.done()
@@ -220,19 +220,14 @@ async def bounded(call: Awaitable[Any], *, seconds: float | None, grace: float, 
             task.cancel()
             await asyncio.wait({task}, timeout=grace)
     except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
-        _cancel(waiting)
+        task.cancel()
         raise
-    _cancel(waiting)
+    task.cancel()
     if in_time or (task.done() and not task.cancelled() and task.exception() is None):
         returned, error = task.result()
         if error is not None:
             raise error
         return returned
-    if stop is not None and stop.is_set():
+    if stop is not None and stop.done():
         raise asyncio.CancelledError("the saga stopped before it had answered")
     raise TimeoutError(f"no answer within {seconds:g} s")
-
-
-def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()

@@ -657,7 +657,8 @@ def test_what_another_attempt_cannot_mend_is_not_retried(kind: FailureKind) -> N
 
 def test_a_bounded_call_ends_in_time_whatever_it_does() -> None:
     async def play() -> None:
-        loop, released, stop = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+        loop, released = asyncio.get_running_loop(), asyncio.Event()
+        stop = loop.create_future()
 
         async def answer() -> int:
             return 42
@@ -688,7 +689,7 @@ def test_a_bounded_call_ends_in_time_whatever_it_does() -> None:
         with pytest.raises(TimeoutError):
             await bounded(deaf(released), seconds=5, grace=2)
         assert loop.time() - began == 7
-        loop.call_later(3, stop.set)
+        loop.call_later(3, stop.set_result, None)
         with pytest.raises(asyncio.CancelledError):
             await bounded(deaf(released), seconds=None, grace=2, stop=stop)
         assert loop.time() - began == 12
