@@ -107,7 +107,7 @@ class OwnSchedule:
     def _inputs_of(self, name: str) -> StageInputs:
         return StageInputs(
             snapshot=self._snapshot,
-            prior_outputs=self._inputs[name],
+            prior_outputs=self._inputs.pop(name),  # what nobody needs any more may be large
             ports=self._ports,
             declared_deps=frozenset(self._graph[name].dependencies),
             stage_name=name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from contextvars import ContextVar
 from typing import Any
 
@@ -47,6 +48,30 @@ def staged(pipeline: Pipeline, name: str, runner: Any, *dependencies: str, condi
 
 
 async def undo(_: Any) -> None: ...
+
+
+def test_what_a_stage_gave_is_let_go_of_when_those_that_use_it_have_ended() -> None:
+    """It may be large; what the ledger has of it is a copy."""
+
+    class Large: ...
+
+    large: list[weakref.ref[Large]] = []
+    is_there: list[bool] = []
+
+    async def gives(_: SagaContext) -> dict[str, Any]:
+        given = Large()
+        large.append(weakref.ref(given))
+        return {"large": given}
+
+    async def looks(_: SagaContext) -> None:
+        is_there.append(large[0]() is not None)
+
+    pipeline = staged(staged(Pipeline(name="p"), "gives", gives), "uses", looks, "gives")
+    pipeline = staged(staged(pipeline, "next", looks, "uses"), "last", looks, "next")
+
+    run(SagaCoordinator().run(pipeline))
+
+    assert is_there == [True, False, False]
 
 
 @BY_US_OR_STAGEFLOW
