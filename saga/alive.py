@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -91,7 +90,7 @@ class LiveSaga(UndoHost):
         self.is_stopping = False
         self.stopped_by: str | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._recordings: Final[defaultdict[str, list[Coroutine[Any, Any, None]]]] = defaultdict(list)
+        self._recordings: Final[dict[str, list[Coroutine[Any, Any, None]]]] = {}
 
     def private_context(self, first: Callable[..., None], last: Callable[..., None]) -> PipelineContext:
         """Stageflow's context for this run alone, with stageflow's own timeouts off, and hooks that run before and after the user's."""
@@ -188,7 +187,7 @@ class LiveSaga(UndoHost):
     def record_effect(self, stage: str, effect: Any, *, by_fallback: bool) -> Coroutine[Any, Any, None]:
         """Write one partial effect of a running stage to the ledger, when it is awaited."""
         recording = self._record_effect(stage, effect, by_fallback=by_fallback)
-        self._recordings[stage].append(recording)
+        self._recordings.setdefault(stage, []).append(recording)
         return recording
 
     def forgotten(self, stage: str) -> list[Coroutine[Any, Any, None]]:
@@ -286,7 +285,7 @@ class Attempt(Host):
         self._is_fallback = is_fallback
         self._asked: set[asyncio.Future[None]] = set()
         self._is_over = False
-        self._ran: list[str] = []
+        self._ran: tuple[str, ...] = ()
 
     @property
     def ran(self) -> tuple[str, ...]:
@@ -333,7 +332,7 @@ class Attempt(Host):
             with self._saga.children.heeding(self._stage):
                 report = await call()
             if report.ok:
-                self._ran.append(report.saga_id)
+                self._ran = (*self._ran, report.saga_id)
             return report
         finally:
             self._asked.discard(answered)

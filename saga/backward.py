@@ -56,7 +56,7 @@ class Backward(Employer):
         self._state = saga.journal.state
         self._children = saga.children
         self._amendments = saga.keeper.amendments
-        self._record = saga.journal.record
+        self._journal = saga.journal
         self._settings = saga.policy.compensation
         self._rollback = Rollback(self._state, reason)
         self._workers: Crew[_Worker] = Crew()
@@ -99,7 +99,7 @@ class Backward(Employer):
                 await ask(self._saga, stage)
             if record.state is _S.COMPENSATING:
                 assert record.undo_failure is not None  # it waits for another attempt
-                await self._record(CompensationFailed(stage=stage, failure=record.undo_failure))
+                await self._journal.record(CompensationFailed(stage=stage, failure=record.undo_failure))
 
     async def _undo_what_is_open(self) -> bool:
         """Undo all that the plan has open; whether something has come late meanwhile, so that there may be more."""
@@ -200,7 +200,7 @@ class Backward(Employer):
         while True:
             tries += 1
             attempt = record.undo_attempts + 1
-            await self._record(CompensationStarted(stage=stage, attempt=attempt))
+            await self._journal.record(CompensationStarted(stage=stage, attempt=attempt))
             context = self._saga.compensation_context(stage, attempt)
             failure = await self._attempt(worker, context, settings)
             if worker.given_up:
@@ -209,7 +209,7 @@ class Backward(Employer):
                     await self._amendments.late_is_recorded()
                 return
             if failure is None:
-                await self._record(CompensationCompleted(stage=stage))
+                await self._journal.record(CompensationCompleted(stage=stage))
                 return
             wait = settings.retry.wait_before_next(failure, attempt=tries, elapsed=self._loop.time() - began)
             error = failure.exception
@@ -219,11 +219,11 @@ class Backward(Employer):
             in_part = stage in self._children.undone_within and not (past_pivot and self._is_whole(stage))
             can_be_asked = self._state.graph[stage].can_probe and not (record.unanswered or past_pivot or in_part)
             if wait is None and can_be_asked:
-                await self._record(CompensationFailed(stage=stage, failure=failure, will_retry=True))
+                await self._journal.record(CompensationFailed(stage=stage, failure=failure, will_retry=True))
                 if await self._got_through(stage):
                     return
             failed = CompensationFailed(stage=stage, failure=failure, will_retry=wait is not None, past_pivot=past_pivot, in_part=in_part)
-            await self._record(failed)
+            await self._journal.record(failed)
             # One that is past its pivot is kept, and no longer to be undone before what a fallback below it stood in for.
             self._is_overtaken = self._is_overtaken or past_pivot
             if wait is None:
@@ -231,7 +231,7 @@ class Backward(Employer):
             await self._sleep(wait)
             if self._expired:
                 if not (can_be_asked and await self._got_through(stage)):
-                    await self._record(CompensationFailed(stage=stage, failure=failure))
+                    await self._journal.record(CompensationFailed(stage=stage, failure=failure))
                 return
             await self._heed_late(worker)
             if self._is_overtaken:
@@ -315,7 +315,7 @@ class Backward(Employer):
         error = TimeoutError(why)
         error.__cause__ = worker.raised
         failure = Failure.raised(stage, error, attempt=attempt, kind=FailureKind.COMPENSATION)
-        await self._record(CompensationFailed(stage=stage, failure=failure))
+        await self._journal.record(CompensationFailed(stage=stage, failure=failure))
         self._rollback.hold(stage)
         self._workers.dismiss(worker)
         self._put_to_work()

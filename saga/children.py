@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
@@ -43,7 +42,7 @@ class Children:
         # Nobody else runs any meanwhile: to list them for each question would take the longer, the more there are.
         self._ran_before: dict[str, str] | None = {}
         self._ran_here: dict[str, str] = {}
-        self._begun: defaultdict[tuple[str, int], int] = defaultdict(int)
+        self._begun: Final[dict[tuple[str, int], int]] = {}
         self._being_undone: Final[dict[str, set[asyncio.Future[None]]]] = {}
 
     # -- those that run now --------------------------------------------------------------------------------------
@@ -51,8 +50,8 @@ class Children:
     def next_id(self, stage: str, attempt: int) -> str:
         """The id of the next one that an attempt of a stage runs."""
         key = self._key(stage)
-        self._begun[key, attempt] += 1
-        return child_id(key, attempt, self._begun[key, attempt])
+        number = self._begun[key, attempt] = self._begun.get((key, attempt), 0) + 1
+        return child_id(key, attempt, number)
 
     def _key(self, stage: str) -> str:
         return execution_key(self._journal.saga_id, stage, self._journal.state.stages[stage].execution)

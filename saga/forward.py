@@ -50,7 +50,7 @@ class Forward(Stages, WholeRun):
         self.passed: dict[str, StageOutput] = {}
         self._saga = saga
         self._state = saga.journal.state
-        self._record = saga.journal.record
+        self._journal = saga.journal
         self._policy = saga.policy
         by_stageflow = interceptors or saga.needs_stageflow()
         self._is_intercepted = bool(interceptors)
@@ -138,7 +138,7 @@ class Forward(Stages, WholeRun):
         if self._broken is not None:
             return
         try:
-            await self._record(event)
+            await self._journal.record(event)
         except LedgerError as error:
             self.breaks(error)
 
@@ -229,7 +229,7 @@ class Forward(Stages, WholeRun):
     async def _falls_with(self, run: StageRun, dependency: str) -> StageOutput:
         self._fallen.add(run.name)
         output = StageOutput.skip(f"{dependency} did not complete")
-        await self._record(StageSkipped(stage=run.name, reason=str(output.data["reason"]), output=output, with_branch=True))
+        await self._journal.record(StageSkipped(stage=run.name, reason=str(output.data["reason"]), output=output, with_branch=True))
         return output
 
     def _is_due(self, name: str) -> bool:
@@ -243,7 +243,7 @@ class Forward(Stages, WholeRun):
             return
         skipped = output.status is _STATUS.SKIP
         reason = brief(reason_in(output.data.get("reason"), "stageflow skipped it")) if skipped else "an interceptor answered for it"
-        await self._record(StageSkipped(stage=name, reason=reason, output=copied_output(output)))
+        await self._journal.record(StageSkipped(stage=name, reason=reason, output=copied_output(output)))
         self.refuse_unkept(name)
 
     async def refused(self, stage: str, error: Exception) -> None:
