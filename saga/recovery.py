@@ -46,7 +46,7 @@ class Rollback:
         self._on_failure = state.policy.compensation.on_failure
         self._scope = undo_scope(state, reason)
         self._spared = spared(state, reason)
-        self._waits = {name: sum(1 for dependent in state.graph.dependents[name] if dependent in self._scope) for name in self._scope}
+        self._waits = {name: len(self._scope.intersection(state.graph.dependents[name])) for name in self._scope}
         self._open: list[tuple[int, str]] = []
         self.is_stopped = False
         self._settle([name for name in state.graph.names if self._waits.get(name) == 0])
