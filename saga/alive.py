@@ -173,7 +173,7 @@ class LiveSaga(UndoHost):
             saga_id=self.id,
             stage_name=stage,
             output=copied_output(given) if record.landed and given is not None else None,
-            effects=tuple([copied(effect) for effect in record.effects or ()]),
+            effects=tuple(map(copied, record.effects or ())),
             in_doubt=record.doubt,
             cause=state.cause,
             attempt=attempt,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from stageflow.stages.inputs import StageInputs
 
     from saga.alive import LiveSaga
-    from saga.policies import ContinueWithFallback
+    from saga.policies import ContinueWithFallback, Retry
 
 _S: Final = members(StageState)
 _STATUS: Final = members(StageStatus)
@@ -87,7 +87,11 @@ class StageRun(Watched):
     @property
     def may_be_given_anew(self) -> bool:
         """Whether its code may be called more than once, with what those before gave."""
-        return self.node.has_fallback or (self._plan.retry or self._saga.policy.retry).attempts > 1
+        return self.node.has_fallback or self._retry.attempts > 1
+
+    @property
+    def _retry(self) -> Retry:
+        return self._plan.retry or self._saga.policy.retry
 
     async def left_open(self) -> Outcome | None:
         """What an earlier process left to be decided; None if the stage is to run."""
@@ -111,11 +115,9 @@ class StageRun(Watched):
                 return Outcome(output=landed)
             may_repeat = may_repeat or record.answer is False
         elif not may_repeat:
-            retry = self._plan.retry or self._saga.policy.retry
-            tries = record.attempts - record.attempts_before
             # Where it waited for its next attempt, that it gets one is in the ledger; what it failed with can't be asked once more.
             was_waiting = record.state is _S.RUNNING and failure.kind is not FailureKind.CRASHED
-            may_repeat = was_waiting or retry.wait_before_next(failure, attempt=tries, elapsed=0.0) is not None
+            may_repeat = was_waiting or self._retry.wait_before_next(failure, attempt=record.attempts_since, elapsed=0.0) is not None
         if may_repeat:
             return None
         if record.state is _S.RUNNING:
@@ -125,12 +127,9 @@ class StageRun(Watched):
     async def attempts(self) -> Outcome:
         """Attempt the stage as often as its retry allows; the outcome is in the ledger when this returns."""
         saga, node, name, record = self._saga, self.node, self.name, self.record
-        retry = self._plan.retry or saga.policy.retry
         seconds = self._plan.timeout or saga.policy.timeout
         began, goes_on = saga.loop.time(), True
-        tries = record.attempts - record.attempts_before
         while goes_on:
-            tries += 1
             attempt = 1 if record.is_due_anew else record.attempts + 1
             await saga.journal.record(StageStarted(stage=name, attempt=attempt, execution=record.next_execution))
             saga.heed_early_cancel(self.task)
@@ -153,7 +152,7 @@ class StageRun(Watched):
             # A plain stage has declared no effect, so there is nothing to be in doubt about.
             in_doubt = failure.kind in {FailureKind.TIMEOUT, FailureKind.INTERRUPTED} and node.role is not Role.PLAIN
             asked = outcome.output is not None and outcome.output.status is _STATUS.RETRY
-            wait = retry.wait_before_next(failure, attempt=tries, elapsed=saga.loop.time() - began, asked=asked)
+            wait = self._retry.wait_before_next(failure, attempt=record.attempts_since, elapsed=saga.loop.time() - began, asked=asked)
             if self.employer.stopped.done():
                 wait = None
             output = None if outcome.output is None else copied_output(outcome.output)

@@ -181,6 +181,11 @@ class StageRecord:
         return self.again and self.anew
 
     @property
+    def attempts_since(self) -> int:
+        """How many attempts of this execution have started since the saga was resumed, or began."""
+        return self.attempts - self.attempts_before
+
+    @property
     def is_first_since_resumed(self) -> bool:
         """Its attempt is the first one since the saga was resumed, beside such as died with their processes; else its very first."""
         before = self.tries[self.attempts_before : -1]
@@ -190,7 +195,7 @@ class StageRecord:
     def next_execution(self) -> int:
         """The execution of the attempt that starts next; one that was undone, or replaced before it began, is never gone on with."""
         is_over = self.is_due_anew or (self.execution > 0 and not self.attempts)
-        return max(self.execution, 1) + is_over
+        return (self.execution or 1) + is_over
 
     def ask_anew(self) -> None:
         """What its probe answered, or did not, holds no more."""

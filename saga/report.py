@@ -182,7 +182,7 @@ class StageReport:
             attempts=record.attempts,
             started_at=record.started_at,
             ended_at=record.ended_at,
-            effects=tuple([copied(effect) for effect in record.effects or ()]),
+            effects=tuple(map(copied, record.effects or ())),
             fallback=record.fell_back,
             skip_reason=record.skip_reason,
             late_output=None if late_output is None else copied_output(late_output),
@@ -288,15 +288,15 @@ class SagaReport(BaseModel):
         undone = sorted([(record.undo_order, name) for name, record in state.stages.items() if record.undo_order >= 0])
         shown = stage_states(state)
         stages = {
-            name: StageReport.of(
-                state.stages[name],
-                shown[name],
-                state.graph[name].dependencies,
-                children.get(name, ()),
-                unread.get(name),
-                verdicts_on(state, name, is_turned_back=is_turned_back),
+            node.name: StageReport.of(
+                state.stages[node.name],
+                shown[node.name],
+                node.dependencies,
+                children.get(node.name, ()),
+                unread.get(node.name),
+                verdicts_on(state, node.name, is_turned_back=is_turned_back),
             )
-            for name in state.graph.names
+            for node in state.graph.nodes
         }
         return cls(
             saga_id=state.started.saga_id,
