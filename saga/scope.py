@@ -93,15 +93,15 @@ def left_to_undo(state: SagaState, reason: TurnReason) -> dict[str, Step]:
 def _standing(state: SagaState) -> set[str]:
     """What stands for good: by a person's word, or because nobody can undo it and a person can say nothing new of it."""
     standing, kept = set(), set()
-    for name, record in state.stages.items():
-        node = state.graph[name]
+    for node in state.graph.nodes:
+        record = state.stages[node.name]
         if record.is_kept_by_word:
-            kept.add(name)
+            kept.add(node.name)
         elif node.role is _ROLE.PIVOT and record.landed:
             # Behind its fallback it serves nothing, but it has landed.
-            standing.add(name)
+            standing.add(node.name)
         elif record.past_pivot and undo_step(node, record) is _STEP.HOLD and not record.is_in_question:
-            standing.add(name)
+            standing.add(node.name)
     # A word keeps what it is about and all that this stands on, which the remains of a replaced stage are not.
     below = {name for name in state.graph.with_ancestors(kept) if not state.stages[name].fell_back}
     return standing | kept | below
