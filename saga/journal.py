@@ -152,8 +152,8 @@ class Journal:
         self._late_write = asyncio.get_running_loop().create_task(self._write_late())
 
     async def _write_late(self) -> None:
-        if not self._pending:
-            # Somebody recorded meanwhile, and took them along.
+        if not self._pending or self.unwritten:
+            # Somebody recorded meanwhile, and took them along; or the ledger has failed, and nothing more is written.
             return
         events = tuple(self._pending)
         self._forget_pending()
@@ -214,9 +214,10 @@ class Journal:
 
     async def close(self) -> int | None:
         """Write what is left; the token of the lease that is still to be given back, if any is."""
-        if self._within and not self.unwritten:
+        if self._within:
             # What other stages have come to is known, and this ledger may still take it.
             await self._write_late()
+        self.unwritten = (*self.unwritten, *self._pending)
         self._forget_pending()
         return None if self._released else self.token
 

@@ -42,6 +42,7 @@ from saga import (
 )
 from saga.encoding import stored
 from saga.events import AnyEvent, SagaStarted, StageCompleted, StageProbed, StageStarted, event_from_json, event_to_json
+from saga.journal import Journal
 from saga.testing.rehearsal import MortalLedger
 from tests.controlled import ControlledLoop, elapse, run
 from tests.dying import Dying
@@ -139,6 +140,26 @@ def test_when_the_first_write_fails_every_branch_learns_of_it_and_nothing_runs(b
         run(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
 
     assert sorted(world.log) == (["+a", "+b", "+c"] if breaks_at is StageCompleted else [])
+
+
+def test_what_was_to_be_written_soon_waits_for_no_saga_that_could_not_begin() -> None:
+    """That the caller was cancelled is due to be written in the turn of the loop in which the ledger fails: no cancel ended that wait."""
+    _, pipeline = scene(SEQUENCE)
+    ledger = SlowDisk(seconds=1)
+    ledger.breaks_at = SagaStarted
+
+    async def play() -> set[str]:
+        saga = asyncio.create_task(SagaCoordinator(ledger=ledger).run(pipeline))
+        await elapse(1 - Journal.linger)
+        saga.cancel()
+        with pytest.raises(LedgerError, match="no space left"):
+            await saga
+        await elapse(1)
+        return {str(task.get_coro()) for task in asyncio.all_tasks() - {asyncio.current_task()}}
+
+    left = run(play())
+
+    assert left == set()
 
 
 def test_when_the_second_write_fails_those_who_waited_for_it_learn_of_it() -> None:
