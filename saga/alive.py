@@ -164,7 +164,7 @@ class LiveSaga(UndoHost):
         """What a compensation or a probe of the stage gets to know."""
         state = self.journal.state
         record = state.stages[stage]
-        outputs = [(name, state.stages[name].output) for name in state.graph[stage].dependencies]
+        before = state.graph[stage].dependencies
         key = self.forward_key(stage)
         # Whoever recognises a repeated request to undo would answer that it was carried out, which was before there was anything to undo.
         again = f"~{record.undone_too_soon + 1}" if record.undone_too_soon else ""
@@ -179,7 +179,7 @@ class LiveSaga(UndoHost):
             attempt=attempt,
             idempotency_key=f"{key}/undo{again}",
             forward_key=key,
-            inputs=Inputs({name: copied_output(output) for name, output in outputs if output is not None}),
+            inputs=Inputs({name: copied_output(output) for name in before if (output := state.stages[name].output) is not None}),
             snapshot=self.snapshot,
             _host=self,
         )

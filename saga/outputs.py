@@ -57,7 +57,7 @@ def copied_output(output: StageOutput) -> StageOutput:
         made = object.__new__(_Unfrozen)
         fresh: Any = made
         fresh.status, fresh.error, fresh.duration_ms, fresh.version = output.status, output.error, output.duration_ms, output.version
-        fresh.data = copied(output.data)
+        fresh.data = copied(output.data) if output.data else {}
         fresh.artifacts = copied(output.artifacts) if output.artifacts else []
         fresh.events = copied(output.events) if output.events else []
         fresh.__class__ = StageOutput
