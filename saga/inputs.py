@@ -113,11 +113,14 @@ def with_dicts(fields: dict[str, Any]) -> dict[str, Any]:
     Raises:
         MisuseError: One can't be a dict.
     """
-    dicts = {name: {} if fields[name] is None else fields[name] for name in _DICTS if name in fields}
-    for name, value in dicts.items():
-        if not isinstance(value, Mapping):
-            raise _no_dict(name, value)
-    return fields | {name: dict(value) for name, value in dicts.items()}
+    given = fields.copy()
+    for name in _DICTS:
+        if name in fields:
+            value = {} if fields[name] is None else fields[name]
+            if not isinstance(value, Mapping):
+                raise _no_dict(name, value)
+            given[name] = dict(value)
+    return given
 
 
 def _no_dict(name: str, value: object) -> MisuseError:
@@ -155,8 +158,12 @@ def refuse_unfit(context: PipelineContext) -> None:
 
 def recorded_input(context: PipelineContext) -> dict[str, Any]:
     """The fields of a context that a ledger keeps."""
-    given = {name: value for name in _RECORDED if (value := getattr(context, name)) or (value is not None and name not in _EMPTY)}
-    return {name: copied(_written(name, value) if name in _BUNDLES else value) for name, value in given.items()}
+    recorded = {}
+    for name in _RECORDED:
+        value = getattr(context, name)
+        if value or (value is not None and name not in _EMPTY):
+            recorded[name] = copied(_written(name, value) if name in _BUNDLES else value)
+    return recorded
 
 
 def _written(name: str, value: Any) -> Any:
