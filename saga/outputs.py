@@ -36,11 +36,11 @@ def _copied(value: Any) -> Any:
     if kind in ATOMS:
         return value
     if kind is dict:
-        if _ATOMS.issuperset(map(type, value.values())):
+        if ATOMS.issuperset(map(type, value.values())):
             return value.copy()  # as most are, or what is in them; it takes a third of the time
         return {key: _copied(item) for key, item in value.items()}
     if kind is list:
-        if _ATOMS.issuperset(map(type, value)):
+        if ATOMS.issuperset(map(type, value)):
             return value.copy()
         return [_copied(item) for item in value]
     if kind is tuple:

@@ -253,8 +253,8 @@ def test_the_defaults_in_the_docs_are_those_of_the_code() -> None:
         assert worded.get(said, said) == (f"{default:g}" if isinstance(default, float) else default)
     for made in (SQLiteLedger, PostgresLedger):
         told = {name: parameter.default for name, parameter in inspect.signature(made).parameters.items()}
-        assert ledger == {"lease": f"{told['lease']:g}", "patience": f"{told['patience']:g}", "max_event_bytes": "16 MiB", "redact": "none"}
-        assert (told["max_event_bytes"], told["redact"]) == (16 * 2**20, None)
+        assert ledger == {"lease": f"{told['lease']:g}", "patience": "a third of that", "max_event_bytes": "16 MiB", "redact": "none"}
+        assert (told["patience"], told["max_event_bytes"], told["redact"]) == (None, 16 * 2**20, None)
 
 
 def test_the_shape_of_the_code_names_every_module() -> None:
