@@ -56,9 +56,8 @@ _BUNDLES: Final[Mapping[str, Any]] = {
     "documents": DocumentEnrichment,
 }
 """What of it is recorded as dicts of its fields, and made of them again."""
-_EMPTY: Final = frozenset({"data", "metadata"})
-"""What is empty where nothing was given."""
 _DICTS: Final = ("configuration", "metadata", "data")
+"""What is empty where nothing was given."""
 _WIDE_EVENTS: Final = ("emit_stage_wide_events", "emit_pipeline_wide_event", "wide_event_emitter")
 """With which `Pipeline.run` is asked for stageflow's wide events."""
 _ELSEWHERE: Final = {
@@ -161,7 +160,7 @@ def recorded_input(context: PipelineContext) -> dict[str, Any]:
     recorded = {}
     for name in _RECORDED:
         value = getattr(context, name)
-        if value or (value is not None and name not in _EMPTY):
+        if value or (value is not None and name not in _DICTS):
             recorded[name] = copied(_written(name, value) if name in _BUNDLES else value)
     return recorded
 
