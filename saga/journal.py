@@ -56,7 +56,7 @@ class Journal:
         state: What they come to.
         token: That of the lease under which it writes; None while the saga is not in the ledger.
         error: What went wrong with an append, the first that failed; None if nothing did.
-        unwritten: The events that were to be written then: what they were to guard has not run.
+        unwritten: The events that were to be written then, and those left when it was closed: what they were to guard has not run.
         linger: Seconds after which an event is written although nobody waits for it, when some turns of the event loop have passed.
     """
 
