@@ -164,10 +164,10 @@ def by_name(pipelines: object) -> dict[str, Pipeline]:
 
 
 def refuse_no_policy(policy: object) -> None:
-    """Refuse what is no policy; None stands for one elsewhere.
+    """Refuse what is neither a policy nor None.
 
     Raises:
-        PolicyInvalid: It is none.
+        PolicyInvalid: It is something else.
     """
     if policy is not None and not isinstance(policy, FailFast | ContinueWithFallback):
         hint = f"Write {policy.__name__}()." if isinstance(policy, type) and issubclass(policy, FailFast | ContinueWithFallback) else ""

@@ -127,7 +127,7 @@ class Inputs(dict[str, StageOutput]):
         """One value of what a direct dependency gave, as `execute` gets it.
 
         Raises:
-            KeyError: The stage is none.
+            KeyError: The stage is no direct dependency.
         """
         return self[stage].data.get(key, default)
 
@@ -135,7 +135,7 @@ class Inputs(dict[str, StageOutput]):
         """One value that a direct dependency has to have given.
 
         Raises:
-            KeyError: The stage is none, or gave no such value.
+            KeyError: The stage is no direct dependency, or gave no such value.
         """
         data = self[stage].data
         if key not in data:
@@ -146,7 +146,7 @@ class Inputs(dict[str, StageOutput]):
         """All that a direct dependency gave.
 
         Raises:
-            KeyError: The stage is none.
+            KeyError: The stage is no direct dependency.
         """
         return self[stage]
 
@@ -154,7 +154,7 @@ class Inputs(dict[str, StageOutput]):
         """True, as every direct dependency of a stage that ran has given one.
 
         Raises:
-            KeyError: The stage is none.
+            KeyError: The stage is no direct dependency.
         """
         return bool(self[stage])
 

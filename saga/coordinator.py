@@ -51,8 +51,8 @@ class SagaCoordinator:
             own time, so they have to be quick; what they raise is logged and harms no saga.
 
     Raises:
-        MisuseError: The ledger is none, or an interceptor or a listener is, or these come in no list.
-        PolicyInvalid: The policy is none.
+        MisuseError: What is given as the ledger, an interceptor or a listener is not one, or interceptors or listeners come in no list.
+        PolicyInvalid: What is given as the policy is not one.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class SagaCoordinator:
             The report, whatever became of the stages.
 
         Raises:
-            SagaExists: The id is taken, be it since a moment ago; nothing was run.
+            SagaExists: The id is taken, even if only since a moment ago; nothing was run.
             MisuseError: Something can't work; nothing was run.
             LedgerError: The ledger could not record, or Ctrl-C, or a want of memory or of stack, struck the saga's own code; no further
                 effect was started.

@@ -65,7 +65,7 @@ _ELSEWHERE: Final = {
     "It is given to SagaCoordinator(...).": frozenset({"ledger", "listeners"}),
     "The id of a saga that a stage runs is made of the stage's.": frozenset({"saga_id"}),
 }
-"""Where to give what looks like a field of the context, and is none."""
+"""Where to give what is taken for a field of the context."""
 
 
 def context_of(name: str, context: PipelineContext | None, fields: dict[str, Any]) -> PipelineContext:

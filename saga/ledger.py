@@ -166,7 +166,7 @@ def asked_for(statuses: Collection[SagaStatus] | None) -> frozenset[SagaStatus] 
     """The statuses by which sagas are listed, also where they are asked for by their words; None: all.
 
     Raises:
-        MisuseError: They are none.
+        MisuseError: One of them is no status, or they come in no collection.
     """
     try:
         return None if statuses is None else frozenset(map(SagaStatus, statuses))
@@ -270,7 +270,7 @@ class Ledger(Protocol):
         """The sagas in the order in which they were created: all, those in some statuses, the children of one.
 
         Raises:
-            MisuseError: `statuses` are none, or a single one.
+            MisuseError: One of `statuses` is no status, or a single one is given in place of a collection.
             SagasDamaged: Of some of them it can't tell where they stand, so they may be among those that were asked for, or not; the error
                 has the others.
             LedgerCorrupt: It can't tell of any.
@@ -327,10 +327,10 @@ class _Kept:
 
 
 def refuse_no_ledger(ledger: object) -> None:
-    """Refuse what is no ledger; None stands for one elsewhere.
+    """Refuse what is neither a ledger nor None.
 
     Raises:
-        MisuseError: It is none.
+        MisuseError: It is something else.
     """
     if isinstance(ledger, type):
         raise MisuseError("a ledger", got=f"the class {ledger.__qualname__}", hint=f"Write {ledger.__qualname__}(...).")

@@ -132,6 +132,6 @@ def nested(
         fields: Gives the fields of the child's context that differ from the parent's, as `{"input_text": ...}`.
 
     Raises:
-        MisuseError: It is no pipeline or can't be run as a saga, the policy is none, or the fields are given by no function.
+        MisuseError: It is no pipeline or can't be run as a saga, the policy is not one, or the fields are given by no plain function.
     """
     return NestedSaga(pipeline, policy, fields)

@@ -120,7 +120,7 @@ def _output_to_json(output: StageOutput, encode: Callable[[Any, str], Any]) -> d
 
 
 def _part_to_json(part: Any, name: str, fields: tuple[str, ...], encode: Callable[[Any, str], Any]) -> list[Any]:
-    """An artifact or an event of an output by its fields; what is none, and stageflow looks at no type, as the one item that it is."""
+    """An artifact or an event of an output by its fields; anything else, for stageflow checks no type, as one item."""
     if all(hasattr(part, field) for field in fields):
         return [encode(getattr(part, field), f"{name}.{field}") for field in fields]
     return [encode(part, name)]

@@ -1379,7 +1379,7 @@ def test_a_saga_that_is_none_of_its_parents_is_not_imported(shop: Shop, parents:
     done = shop.saga("import", "s.jsonl", "--ledger", "sqlite:///new.db")
 
     child, parent = list(parents.items())[-1] if parents["s"] is None else ("s", parents["s"])
-    why = f"saga {child} is none that stage 'reserve_seat' of saga {parent} runs: its id would begin with {parent}/reserve_seat"
+    why = f"saga {child} is not one that stage 'reserve_seat' of saga {parent} runs: its id would begin with {parent}/reserve_seat"
     assert done == (Exit.FAILED, "", f"saga: {why}; nothing was imported\n")
     assert not (shop.folder / "new.db").exists()
 
@@ -1387,8 +1387,8 @@ def test_a_saga_that_is_none_of_its_parents_is_not_imported(shop: Shop, parents:
 @pytest.mark.parametrize(
     ("child", "stage", "why"),
     [
-        ("s/room", "room", "stage 'room' of saga s, which is said to run saga s/room, is none of its stages (book)"),
-        ("s/room", "book", "saga s/room is none that stage 'book' of saga s runs: its id would begin with s/book"),
+        ("s/room", "room", "stage 'room' of saga s, which is said to run saga s/room, is not among its stages (book)"),
+        ("s/room", "book", "saga s/room is not one that stage 'book' of saga s runs: its id would begin with s/book"),
     ],
 )
 def test_a_saga_that_no_stage_of_its_parent_runs_is_not_imported(shop: Shop, child: str, stage: str, why: str) -> None:

@@ -129,7 +129,7 @@ def read_books(folder: Path) -> Books:
     """Read the databases.
 
     Raises:
-        sqlite3.Error: One of them is missing, or is none.
+        sqlite3.Error: One of them is missing, or is no database.
     """
     with ExitStack() as files:
         inventory, bank, carrier = databases = [files.enter_context(closing(_open(folder / name))) for name in DATABASES]

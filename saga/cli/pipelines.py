@@ -25,7 +25,7 @@ def load(target: str) -> Pipeline:
         target: `module:attribute`; the attribute is a `Pipeline`, or takes no arguments and returns one.
 
     Raises:
-        MisuseError: There is none.
+        MisuseError: There is no such pipeline.
     """
     module_name, colon, attribute = target.partition(":")
     if not (module_name and colon and attribute):
@@ -43,7 +43,7 @@ def load_all(targets: Iterable[str]) -> dict[str, Pipeline]:
     """Import pipelines, by their names.
 
     Raises:
-        MisuseError: There is none, or two that differ have one name.
+        MisuseError: A pipeline is not there, or two that differ have one name.
     """
     return by_name(map(load, dict.fromkeys(targets)))
 

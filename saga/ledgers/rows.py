@@ -287,7 +287,7 @@ def _refuse_no_texts(*found: object) -> None:
 def others(statuses: Collection[SagaStatus]) -> list[str]:
     """All statuses but these, as they are written.
 
-    Who is asked for sagas that do not stand otherwise, rather than for those that stand so, also finds those whose status is none.
+    To ask for sagas that stand in none of these, rather than for those in the wanted ones, also finds those whose status was damaged.
     """
     return sorted({status.value for status in SagaStatus} - {status.value for status in statuses})
 

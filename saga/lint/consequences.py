@@ -132,7 +132,7 @@ def explain(pipeline: Pipeline, policy: Policy | None = None) -> Explanation:
 
     Raises:
         PipelineInvalid: It can't be run as a saga at all.
-        PolicyInvalid: The policy is none, or names a stage that isn't there.
+        PolicyInvalid: The policy is not one, or names a stage that isn't there.
     """
     design = Design.of(pipeline, policy)
     return Explanation(

@@ -36,7 +36,7 @@ class Design:
 
         Raises:
             PipelineInvalid: It can't be run as a saga at all.
-            PolicyInvalid: The policy is none, or names a stage that isn't there.
+            PolicyInvalid: The policy is not one, or names a stage that isn't there.
         """
         policy = policy if policy is not None else FailFast()
         blueprint = read(pipeline, policy)

@@ -96,7 +96,7 @@ def check(pipeline: Pipeline, policy: Policy | None = None) -> list[Finding]:
 
     Raises:
         PipelineInvalid: It can't be run as a saga at all.
-        PolicyInvalid: The policy is none, or names a stage that isn't there.
+        PolicyInvalid: The policy is not one, or names a stage that isn't there.
     """
     design = Design.of(pipeline, policy)
     place = {name: position for position, name in enumerate(design.graph.names)}

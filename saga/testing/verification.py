@@ -139,8 +139,8 @@ async def verify(
 
     Raises:
         VerificationFailed: The world was not where a report said, something failed that nothing made fail, or a fault never struck.
-        MisuseError: Nothing can be verified: no fault is left to inject, the saga doesn't complete without any, or the world is none, can't
-            be reset or compared, or doesn't show what the saga does; or no event loop of asyncio runs.
+        MisuseError: Nothing can be verified: no fault is left to inject, the saga doesn't complete without any, or the world is not one,
+            can't be reset or compared, or doesn't show what the saga does; or no event loop of asyncio runs.
     """
     this_loop()  # before the world is reset
     if isinstance(world, type) or not all(callable(getattr(world, part, None)) for part in ("reset", "look")):

@@ -78,7 +78,7 @@ def json_object(given: str, option: str) -> dict[str, Any]:
     """The JSON object that an option was given: itself, or behind an @ the file that holds it.
 
     Raises:
-        MisuseError: There is none.
+        MisuseError: There is no such object.
     """
     try:
         text = Path(given[1:]).read_text(encoding="utf-8") if given.startswith("@") else given

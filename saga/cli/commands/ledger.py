@@ -69,7 +69,7 @@ async def refuse_unknown(ledger: Ledger, saga_id: str) -> None:
     """Refuse the id of a saga that the ledger does not have.
 
     Raises:
-        SagaNotFound: It is one; the error says which is the nearest.
+        SagaNotFound: It has none of that id; the error names the nearest.
     """
     if not await ledger.read(saga_id):
         known, _ = await listed(ledger)

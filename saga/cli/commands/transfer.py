@@ -152,8 +152,8 @@ def _refuse_what_makes_no_sense(sagas: Mapping[str, Sequence[AnyEvent]]) -> None
         if parent is None:
             continue
         if not is_within(f"{saga_id}/", f"{parent}/{stage}"):
-            # So none runs itself, be it through others.
-            why = f"saga {saga_id} is none that stage {stage!r} of saga {parent} runs: its id would begin with {parent}/{stage}"
+            # So none runs itself, not even through others.
+            why = f"saga {saga_id} is not one that stage {stage!r} of saga {parent} runs: its id would begin with {parent}/{stage}"
             raise LedgerCorrupt(f"{why}; nothing was imported")
         if parent not in states:
             # What goes on with it, or lists it, begins with that one.
@@ -161,5 +161,5 @@ def _refuse_what_makes_no_sense(sagas: Mapping[str, Sequence[AnyEvent]]) -> None
             raise MisuseError(f"the saga {parent}, which runs {saga_id}, in the file, too", got="none", hint=hint)
         if stage not in states[parent].stages:
             # No report would tell of it.
-            why = f"stage {stage!r} of saga {parent}, which is said to run saga {saga_id}, is none of its stages"
+            why = f"stage {stage!r} of saga {parent}, which is said to run saga {saga_id}, is not among its stages"
             raise LedgerCorrupt(f"{why} ({', '.join(states[parent].stages)}); nothing was imported")
