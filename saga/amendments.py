@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from saga.errors import LedgerConflict, LedgerCorrupt, MisuseError
 from saga.events import SagaEnded, StageProbed, StageSettled, Verdict
-from saga.family import below, events_of, is_turned_back, located, run_by, run_in
+from saga.family import children_of, events_of, is_turned_back, located, sagas_above, sagas_below
 from saga.graph import Role
 from saga.journal import named, tell
 from saga.keys import is_within
@@ -71,7 +71,7 @@ class Amendments:
         """
         path = said.stage
         state = SagaState(await events_of(self._ledger, saga_id))
-        *above, (owner, leaf) = [*await run_by(self._ledger, state), *await located(self._ledger, state, path)]
+        *above, (owner, leaf) = [*await sagas_above(self._ledger, state), *await located(self._ledger, state, path)]
         said = dataclasses.replace(said, stage=leaf)
         for parent, _ in above:
             # The word is for those above, too: one that is taken below and not there would have to be said again.
@@ -101,7 +101,7 @@ class Amendments:
         Raises:
             LedgerConflict: Another coordinator holds one of them.
         """
-        for child, _ in await run_in(self._ledger, saga_id):
+        for child, _ in await children_of(self._ledger, saga_id):
             with contextlib.suppress(LedgerCorrupt):
                 await self.catch_up(child)
         events = await recorded(self._ledger, saga_id)
@@ -117,7 +117,7 @@ class Amendments:
     async def _refuse_while_within(self, saga_id: str, said: StageSettled, path: str) -> None:
         """Refuse a word on what stands of a stage while a saga below it has not come to rest, or is in question itself."""
         stage = said.stage
-        for child in await below(self._ledger, saga_id, stage):
+        for child in await sagas_below(self._ledger, saga_id, stage):
             if child.status in ALIVE:
                 raise MisuseError(
                     "a stage whose own sagas have come to rest",
@@ -270,7 +270,7 @@ class Amendments:
             waiting[:] = [one for one in late if _is_under_way(state, one)]
             events = await self._added(state, [one for one in late if one not in waiting])
             if events:
-                above.extend(await run_by(self._ledger, state))
+                above.extend(await sagas_above(self._ledger, state))
             return events
 
         try:

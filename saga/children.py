@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, SagaNotFound
-from saga.family import run_in, run_within
+from saga.family import children_of, children_of_execution
 from saga.graph import Role
 from saga.keys import child_id, execution_key
 from saga.tasks import outlast
@@ -140,10 +140,10 @@ class Children:
         record = self._journal.state.stages[stage]
         stand_in = () if record.undoes_fallback else record.fallback_ran
         if self._ran_before is None:
-            self._ran_before = dict(await run_in(self._journal.ledger, self._journal.saga_id))
+            self._ran_before = dict(await children_of(self._journal.ledger, self._journal.saga_id))
         # Of one that has just begun a durable ledger learns with its first stage.
         unheard = {child.id for child in self.alive if child.journal.token is None}
         ran = {**self._ran_before, **self._ran_here}
         known = [child for child, runner in ran.items() if runner == stage and child not in unheard]
-        children = await run_within(self._journal.ledger, self._journal.saga_id, known, self._key(stage))
+        children = await children_of_execution(self._journal.ledger, self._journal.saga_id, known, self._key(stage))
         return [child for child in children if child not in stand_in and child not in besides]

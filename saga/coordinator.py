@@ -16,7 +16,7 @@ from stageflow.pipeline.retry import RetryInterceptor
 from saga.blueprint import by_name, read, refuse_no_policy
 from saga.errors import GraphChanged, LedgerConflict, MisuseError, SagaError, SagaNotFound
 from saga.events import SagaStatus, StageSettled, Verdict
-from saga.family import events_of, is_left_alone, refuse_no_id, run_by
+from saga.family import events_of, is_left_alone, refuse_no_id, sagas_above
 from saga.inputs import context_of
 from saga.journal import Listener
 from saga.keeper import SagaKeeper, user
@@ -336,7 +336,7 @@ class SagaCoordinator:
         """
         state = SagaState(await events_of(self.ledger, saga_id))
         goes_back = undoes or (state.status is SagaStatus.STUCK and state.reason is not None and not forward)
-        above = await run_by(self.ledger, state)
+        above = await sagas_above(self.ledger, state)
         if above and not (goes_back and await is_left_alone(self.ledger, state, is_undone=undoes)):
             parent, stage = above[0]
             raise MisuseError(

@@ -63,33 +63,33 @@ async def differences_from(ledger: Ledger, state: SagaState, blueprint: Blueprin
     return found
 
 
-async def run_within(ledger: Ledger, saga_id: str, children: Sequence[str], prefix: str) -> list[str]:
-    """Those of the sagas that a saga's stage ran whose ids begin so."""
-    found = [child for child in children if child == prefix or child.startswith(f"{prefix}#")]
+async def children_of_execution(ledger: Ledger, saga_id: str, children: Sequence[str], key: str) -> list[str]:
+    """Those of a saga's children that an execution of a stage has run: their ids begin with the execution's idempotency key."""
+    found = [child for child in children if child == key or child.startswith(f"{key}#")]
     # One that a damaged ledger does not list would be forgotten, or run a second time: the first is also asked for by its name.
-    lost = await recorded(ledger, prefix) if prefix not in found and is_name(prefix) else ()
-    return [prefix, *found] if any(isinstance(event, SagaStarted) and event.parent == saga_id for event in lost[:1]) else found
+    lost = await recorded(ledger, key) if key not in found and is_name(key) else ()
+    return [key, *found] if any(isinstance(event, SagaStarted) and event.parent == saga_id for event in lost[:1]) else found
 
 
-async def run_in(ledger: Ledger, saga_id: str) -> list[tuple[str, str]]:
+async def children_of(ledger: Ledger, saga_id: str) -> list[tuple[str, str]]:
     """The sagas that a saga's stages run, oldest first, with the stages; behind them those whose rows make no sense, by their events."""
     entries, damaged = await listed(ledger, parent=saga_id)
     found = [(child, str(entry.parent_stage)) for child, entry in entries.items()]
     return found + [(child, str(SagaState(await events_of(ledger, child)).started.parent_stage)) for child in damaged]
 
 
-async def below(ledger: Ledger, saga_id: str, stage: str | None = None) -> list[Entry]:
+async def sagas_below(ledger: Ledger, saga_id: str, stage: str | None = None) -> list[Entry]:
     """All sagas below a saga, or below one of its stages, the upper ones first."""
     found: list[Entry] = []
     with answering("list its sagas"):
         children = await ledger.list(parent=saga_id)
     for child in children:
         if stage is None or child.parent_stage == stage:
-            found += [child, *await below(ledger, child.saga_id)]
+            found += [child, *await sagas_below(ledger, child.saga_id)]
     return found
 
 
-async def run_by(ledger: Ledger, state: SagaState) -> list[tuple[str, str]]:
+async def sagas_above(ledger: Ledger, state: SagaState) -> list[tuple[str, str]]:
     """The sagas and stages that run a saga, the outermost first; those of them that the ledger has."""
     found: list[tuple[str, str]] = []
     while (parent := state.started.parent) is not None and (events := await recorded(ledger, parent)):
@@ -132,7 +132,7 @@ async def is_left_alone(ledger: Ledger, state: SagaState, *, is_undone: bool) ->
         state: The saga's.
         is_undone: Whether it would be undone whole, so that the stage must not stand on it; else it goes on with what it has begun itself.
     """
-    above = [SagaState(await recorded(ledger, saga_id)) for saga_id, _ in await run_by(ledger, state)]
+    above = [SagaState(await recorded(ledger, saga_id)) for saga_id, _ in await sagas_above(ledger, state)]
     stage, parent = str(state.started.parent_stage), above[-1]
     node, record = parent.graph[stage], parent.stages[stage]
     if any(saga.ended_at is None for saga in above):
@@ -177,7 +177,7 @@ async def _ways(ledger: Ledger, state: SagaState, path: str) -> list[list[tuple[
     if path in state.stages:
         return [[(saga_id, path)]]
     first, _, rest = path.partition("/")
-    children = await run_in(ledger, saga_id) if rest else []
+    children = await children_of(ledger, saga_id) if rest else []
     # Whoever has the very id that a path begins with is meant by it, whatever other sagas the stage has run.
     named = [(child, stage) for child, stage in children if child == f"{saga_id}/{first}"]
     found: list[list[tuple[str, str]]] = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from saga.errors import LedgerCorrupt, SagaNotFound
 from saga.events import SagaEnded, SagaResumed, SagaTurnedBack, StageProbed, StageSettled, StageStarted, TurnReason, Verdict
 from saga.failures import Failure, FailureKind
-from saga.family import events_of, is_turned_back, run_by, run_in, turns_back
+from saga.family import children_of, events_of, is_turned_back, sagas_above, turns_back
 from saga.graph import Role
 from saga.keys import execution_key, execution_of
 from saga.ledger import StageState, listed, recorded
@@ -79,7 +79,7 @@ async def _read(ledger: Ledger, saga_id: str, *, is_turned_back: bool | None = N
 async def _is_turned_back(ledger: Ledger, state: SagaState) -> bool:
     """Whether those above a saga let it go forward no more."""
     try:
-        return await is_turned_back(ledger, await run_by(ledger, state), state.started.saga_id)
+        return await is_turned_back(ledger, await sagas_above(ledger, state), state.started.saga_id)
     except (LedgerCorrupt, SagaNotFound):
         # Damaged, or just forgotten: what the saga did is known all the same, and nobody takes it forward from there.
         return True
@@ -92,7 +92,7 @@ async def _within(ledger: Ledger, saga_id: str, state: SagaState | None) -> tupl
     """
     children: list[_Whole] = []
     unread: dict[str, dict[str, str]] = {}
-    for child, stage in await run_in(ledger, saga_id):
+    for child, stage in await children_of(ledger, saga_id):
         try:
             children.append(await _read(ledger, child, is_turned_back=state is None or turns_back(state, stage, child)))
         except SagaNotFound:
@@ -200,7 +200,7 @@ async def recorded_around(ledger: Ledger, state: SagaState) -> datetime:
 
     What comes late in it comes behind that, and only times tell so across ledgers: a clock may be set back, or be another machine's.
     """
-    above = [event.at for saga_id, _ in await run_by(ledger, state) for event in await recorded(ledger, saga_id)]
+    above = [event.at for saga_id, _ in await sagas_above(ledger, state) for event in await recorded(ledger, saga_id)]
     below, _ = await listed(ledger, parent=state.started.saga_id)
     return max([state.started.at, *above, *(entry.updated_at for entry in below.values())])
 
