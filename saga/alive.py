@@ -273,7 +273,7 @@ class LiveSaga(UndoHost):
             raise no_such_field(error, fields) from None
 
 
-class Attempt(Host):
+class AttemptHost(Host):
     """The saga as the code of one attempt of a stage has it, or of its fallback: it may run others until it has failed, or was given up."""
 
     __slots__ = ("_asked", "_attempt", "_is_fallback", "_is_over", "_ran", "_saga", "_stage")

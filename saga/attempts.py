@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from stageflow.api import StageCancellationRequested, StageOutput, StageStatus
 
-from saga.alive import Attempt
+from saga.alive import AttemptHost
 from saga.asking import ask
 from saga.contexts import SagaContext
 from saga.errors import MisuseError, NotStorable
@@ -80,7 +80,7 @@ class StageRun(Watched):
         self.inputs = inputs
         self._saga = saga
         self._plan = saga.blueprint.stages[name]
-        self._host: Attempt
+        self._host: AttemptHost
         # Its fallback died with an earlier process, and sagas that it had run stand.
         self._is_cut_off = False
 
@@ -215,7 +215,7 @@ class StageRun(Watched):
 
     def _context(self, *, is_fallback: bool = False) -> SagaContext:
         saga = self._saga
-        self._host = Attempt(saga, self.name, self.record.attempts, is_fallback=is_fallback)
+        self._host = AttemptHost(saga, self.name, self.record.attempts, is_fallback=is_fallback)
         return SagaContext(
             snapshot=saga.snapshot,
             inputs=self.inputs,
