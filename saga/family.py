@@ -142,7 +142,7 @@ async def is_left_alone(ledger: Ledger, state: SagaState, *, is_undone: bool) ->
     if record.state in {StageState.KEPT, StageState.FALLBACK} and not is_undone:
         return True
     step = undo_step(node, record, spares=state.started.saga_id not in record.fallback_ran)
-    is_for_a_person = record.is_held or record.state in {StageState.IN_DOUBT, StageState.FALLBACK}
+    is_for_a_person = record.has_late_question or record.state in {StageState.IN_DOUBT, StageState.FALLBACK}
     return step is Step.CLEAR or (step is Step.HOLD and is_for_a_person)
 
 

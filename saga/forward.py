@@ -112,7 +112,7 @@ class Forward(Stages, WholeRun):
             if record.not_kept is not None and not record.again and any(map(self._is_due, self._state.graph.dependents[name])):
                 # They would get a text where a value was.
                 self.refuse_unkept(name)
-            if record.held is not None and record.held.failure is not None and record.is_held and self.given(name) is None:
+            if record.held is not None and record.held.failure is not None and record.has_late_question and self.given(name) is None:
                 # It came late while nobody ran the saga: to ask, run or replace the stage is for a person to allow.
                 self.stop(record.held.failure)
 

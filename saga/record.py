@@ -68,7 +68,7 @@ class StageRecord:
         effects: What it recorded, oldest first; None: nothing.
         failure: Its last failure forward.
         failed: Its execution failed for good, and no probe found its effect; also when that was undone later.
-        gave_up: Its execution failed for good, whatever a probe found after that.
+        attempts_failed: Its attempts failed for good, whatever a probe found after that.
         fell_back: Its fallback stands in.
         awaits_fallback: Its execution has failed, and its own fallback was next, its probe asked: whether that has begun no event says.
         fallback_failed: Its own fallback failed.
@@ -79,13 +79,13 @@ class StageRecord:
         not_kept: What of its output the ledger could not keep, and why: nothing can go on from that.
         late_output: What it gave when nobody waited for it any more.
         settled: What a person said of it last.
-        held: What came late and waits for a person's word on the stage, or within; None if nothing does.
+        held: What came late, of it or in a saga that it ran, and waits for a person's word; None if nothing does.
         may_repeat: Though it is in doubt: a person said so.
         undo_in_question: A process died while it was being compensated.
         undone_in_part: Its compensation has failed, and a part of it may be undone.
         stands_in_part: It is not known to have landed as a whole, and something of it stands.
-        undone_too_soon: How often something of it was there to be undone when it had been undone before.
-        late_to_undoing: It came so, and has not run since.
+        undone_too_soon: How often something of it turned out to stand when it had been undone.
+        late_to_undoing: It completed late, when it had been undone, and has not run since.
         late_beside: How many attempts of its compensation had started when it last completed late: which came last, nobody knows.
         undo_was_tried: Its compensation has been attempted since it ran last.
         undo_attempts: Compensation attempts that started.
@@ -112,7 +112,7 @@ class StageRecord:
     effects: list[Any] | None = None
     failure: Failure | None = None
     failed: bool = False
-    gave_up: bool = False
+    attempts_failed: bool = False
     fell_back: bool = False
     awaits_fallback: bool = False
     fallback_failed: bool = False
@@ -161,8 +161,8 @@ class StageRecord:
         return self.state is _S.STUCK or (self.doubt and not self.is_under_way)
 
     @property
-    def is_held(self) -> bool:
-        """Something of it came late, and whatever it can be asked or undone with would be about another execution than that of it."""
+    def has_late_question(self) -> bool:
+        """What came late and waits is of its own code: to ask, undo or run it may be about another execution, and tells nothing of that."""
         return self.held is not None and self.held.failure is not None and self.held.failure.kind is FailureKind.LATE
 
     @property
@@ -218,7 +218,7 @@ class StageRecord:
 
     def let_go(self) -> None:
         """What came late within waits no more for a person: the stage has found out itself."""
-        if not self.is_held:
+        if not self.has_late_question:
             self.held = None
 
     def unstick(self) -> None:
@@ -233,7 +233,7 @@ class StageRecord:
 
     def forget(self) -> None:
         """Nothing of the execution that is over stands, also where another one does not begin; its number is not given again."""
-        StageRecord.__init__(self, execution=self.execution, held=self.held if self.is_held else None)
+        StageRecord.__init__(self, execution=self.execution, held=self.held if self.has_late_question else None)
 
 
 class Step(Enum):
@@ -263,7 +263,7 @@ def undo_step(node: Node, record: StageRecord, *, spares: bool = False) -> Step:
         return _STEP.CLEAR
     if record.state is _S.COMPENSATING:
         return _STEP.PROBE if record.undo_in_question and node.can_probe else _STEP.COMPENSATE
-    if record.is_held or record.state is _S.STUCK:
+    if record.has_late_question or record.state is _S.STUCK:
         return _STEP.HOLD
     fallback_stands = bool(record.fallback_ran) and not spares
     if record.state is _S.UNDONE and not fallback_stands:

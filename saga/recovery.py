@@ -134,7 +134,7 @@ def verdicts_on(state: SagaState, stage: str, *, is_turned_back: bool) -> tuple[
     record = state.stages[stage]
     if state.ended_at is None or not record.is_in_question:
         return ()
-    if record.is_held:
+    if record.has_late_question:
         # To ask, undo or run it tells nothing of what came late.
         return (Verdict.UNDONE, Verdict.KEPT)
     # Going forward, a retry runs it once more, unless a fallback stands in; going backward, something has to be there to be tried.
@@ -171,7 +171,7 @@ def stopping(state: SagaState) -> Iterator[tuple[str, Failure]]:
         return
     for name, record in state.stages.items():
         failure = record.failure
-        if failure is None or record.again or not record.gave_up or record.state not in {_S.FAILED, _S.IN_DOUBT}:
+        if failure is None or record.again or not record.attempts_failed or record.state not in {_S.FAILED, _S.IN_DOUBT}:
             continue
         if failure.kind is not FailureKind.INTERRUPTED:
             yield name, failure
@@ -228,7 +228,7 @@ def final_status(state: SagaState) -> SagaStatus:
     is_forward = state.reason is None or state.reason is TurnReason.ORPHANS
     unsettled = (is_forward and _has_doubt(state)) or (state.reason is not None and left_to_undo(state, state.reason))
     # What is stuck may have left the scope: what came late, or a person's word, has given a use to what it was to be undone for.
-    if unsettled or any(record.state is _S.STUCK or record.is_held for record in state.stages.values()):
+    if unsettled or any(record.state is _S.STUCK or record.has_late_question for record in state.stages.values()):
         return SagaStatus.STUCK
     if not is_forward:
         return SagaStatus.HALTED if protected(state) else SagaStatus.COMPENSATED

@@ -178,7 +178,7 @@ class StageReport:
             state=state,
             output=None if record.output is None else copied_output(record.output),
             failure=record.failure,
-            failed=record.gave_up,
+            failed=record.attempts_failed,
             attempts=record.attempts,
             started_at=record.started_at,
             ended_at=record.ended_at,

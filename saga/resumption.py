@@ -230,13 +230,13 @@ def refusal(state: SagaState, said: StageSettled, *, is_turned_back: bool = Fals
         shown = stage_states(state)[said.stage]
         return MisuseError("a stage that is stuck or in doubt", got=f"one that is {shown.value}", stage=said.stage)
     # Of one of which something came late, what is kept may be what that gave.
-    has_its_own = record.landed and record.output is not None and not record.is_held
+    has_its_own = record.landed and record.output is not None and not record.has_late_question
     if said.output is not None and (has_its_own or record.fell_back):
         own = "its fallback's" if record.fell_back else "its own"
         return MisuseError("an output only of a stage that gave none", got=f"one beside {own}", stage=said.stage)
     if said.verdict not in verdicts:
         hint = "It has neither a probe nor a compensation that copes with doubt."
-        if record.is_held:
+        if record.has_late_question:
             hint = "Something of it came late: to ask, undo or run it tells nothing of that."
         return MisuseError(" or ".join(verdicts), got=said.verdict, stage=said.stage, hint=hint)
     return None

@@ -175,7 +175,7 @@ class SagaState:
         node = self.graph[stage]
         falls_back = isinstance(self.policy, ContinueWithFallback) and node.has_fallback and self.status is _STATUS.RUNNING
         is_asked = not node.can_probe or record.unanswered or record.answer is False
-        record.awaits_fallback = record.awaits_fallback or (record.gave_up and falls_back and is_asked)
+        record.awaits_fallback = record.awaits_fallback or (record.attempts_failed and falls_back and is_asked)
 
     def _ask_anew(self) -> None:
         """Whoever goes on with a saga that came to rest hopes for the answers that it did not get."""
@@ -240,7 +240,7 @@ class SagaState:
         if not self._may_follow(record, event):
             raise self._contradiction(f"stage {event.stage!r} in state {record.state.value}", event)
         self._FOLD[type(event)](self, record, event)
-        if record.is_held:
+        if record.has_late_question:
             # Whatever becomes known of another execution.
             record.doubt = True
 
@@ -290,7 +290,7 @@ class SagaState:
         """What was said of the attempts before it, of a stage that has run or was skipped."""
         record.lose_fallback()
         record.ask_anew()
-        record.again, record.failed, record.gave_up = False, False, False
+        record.again, record.failed, record.attempts_failed = False, False, False
         record.with_branch, record.skip_reason, record.may_repeat = False, None, False
         record.late_to_undoing, record.undo_was_tried = False, False
         record.let_go()
@@ -361,7 +361,7 @@ class SagaState:
         if event.will_retry:
             return
         record.again = False
-        record.failed, record.gave_up, record.ended_at, record.output = True, True, event.at, event.output
+        record.failed, record.attempts_failed, record.ended_at, record.output = True, True, event.at, event.output
         self._note_next(record, event.stage)
         if record.doubt:
             record.state = _S.IN_DOUBT
@@ -431,7 +431,7 @@ class SagaState:
     def _comes_into_question(self, record: StageRecord, event: StageProbed) -> None:
         """Nobody can tell what stands of it, also where it was done with: something has come late, of it or within."""
         self.is_spotless = False
-        if event.held and not record.is_held:
+        if event.held and not record.has_late_question:
             record.held = event
         if event.failure is not None and event.failure.kind is FailureKind.LATE:
             # What is known of the execution that stands stays so, and the saga goes the way that follows from it.

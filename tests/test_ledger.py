@@ -105,9 +105,9 @@ def test_a_fresh_saga_begins_with_its_start() -> None:
         SagaState([StageStarted(stage="a", attempt=1)])
 
 
-@pytest.mark.parametrize(("came", "is_held"), [(LATE, True), (StageProbed(stage="a", landed=None, failure=FAILURE, held=True), False)])
+@pytest.mark.parametrize(("came", "is_late"), [(LATE, True), (StageProbed(stage="a", landed=None, failure=FAILURE, held=True), False)])
 def test_what_came_late_of_an_execution_before_is_still_a_question_when_the_next_one_does_not_begin(
-    came: StageProbed, is_held: bool
+    came: StageProbed, is_late: bool
 ) -> None:
     """What came late within is of the execution that is over."""
     past: list[AnyEvent] = [StageStarted(stage="a", attempt=1), StageCompleted(stage="a", output=OUTPUT)]
@@ -116,9 +116,9 @@ def test_what_came_late_of_an_execution_before_is_still_a_question_when_the_next
 
     state = SagaState([STARTED, *past, StageSkipped(stage="a", reason="b failed", output=OUTPUT, with_branch=True)])
 
-    assert state.stages["a"].is_held is is_held
-    assert state.stages["a"].doubt is is_held
-    assert state.stages["a"].held == (came if is_held else None)
+    assert state.stages["a"].has_late_question is is_late
+    assert state.stages["a"].doubt is is_late
+    assert state.stages["a"].held == (came if is_late else None)
 
 
 PATHS: dict[StageState, list[AnyEvent]] = {

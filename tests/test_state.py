@@ -572,8 +572,8 @@ def test_a_stage_that_runs_again_is_asked_about_anew_before_it_runs_once_more() 
     waiting = [SagaState([STARTED, *doubted, *said, RUNS_ON]).stages["a"] for said in ([], [word])]
     running = [SagaState([STARTED, *doubted, *said, RUNS_ON, StageStarted(stage="a", attempt=2)]).stages["a"] for said in ([], [word])]
 
-    assert [(one.gave_up, one.may_repeat, one.held) for one in waiting] == [(True, False, question), (True, True, None)]
-    assert [(one.gave_up, one.may_repeat, one.held) for one in running] == [(False, False, None)] * 2
+    assert [(one.attempts_failed, one.may_repeat, one.held) for one in waiting] == [(True, False, question), (True, True, None)]
+    assert [(one.attempts_failed, one.may_repeat, one.held) for one in running] == [(False, False, None)] * 2
 
 
 STUCK_UNFINISHED: list[AnyEvent] = [
