@@ -29,7 +29,7 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Future[None] | None =
         stop: When it is done, nobody waits for the answer any more; it is asked again when the saga has come so far.
 
     Returns:
-        The output if the effect landed; None if it did not, or if the probe failed for good, be it with an output that a durable
+        The output if the effect landed; None if it did not, or if the probe failed for good: so does one whose output a durable
         ledger can't keep.
     """
     settings = saga.blueprint.stages[stage].undone_under(saga.policy.compensation)

@@ -39,7 +39,7 @@ class Children:
         self.exceptions: dict[Failure, BaseException] = {}
         self.undone_within: Final[dict[str, dict[str, SagaReport]]] = {}
         self._journal = journal
-        # Nobody else runs any meanwhile: to list them for each question would take the longer, the more there are.
+        # Nobody else runs any meanwhile: to list them for each question would take longer, the more there are.
         self._ran_before: dict[str, str] | None = {}
         self._ran_here: dict[str, str] = {}
         self._begun: Final[dict[tuple[str, int], int]] = {}

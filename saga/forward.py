@@ -185,7 +185,7 @@ class Forward(Stages, WholeRun):
         return run.given_up
 
     async def _answer(self, run: StageRun) -> StageOutput | Failure:
-        """What a stage answers to those that depend on it, be it that its turn does not come."""
+        """What a stage answers to those that depend on it, also when its turn does not come."""
         node = run.node
         if node.conditional and (skipped := await self._skipped(run)):
             return skipped

@@ -30,7 +30,7 @@ class Held:
 
     Attributes:
         owner: Its name.
-        sagas: By id those that are alive; None of one in whose ledger something is just being recorded.
+        sagas: By id, those that are alive; None for one in whose ledger something is just being recorded.
     """
 
     def __init__(self, ledger: Ledger) -> None:

@@ -176,7 +176,7 @@ class Retry(_Frozen):
         attempts: Executions in total, the first included; at least 1. It has to be given where anything else is.
         wait: Seconds before the second attempt; grows by `multiplier` up to `wait_max`.
         multiplier: What the wait is multiplied with after each attempt; at least 1.
-        wait_max: Seconds; no wait is longer, the first not either.
+        wait_max: Seconds; no wait is longer, not even the first.
         jitter: Full jitter: the wait before attempt n + 1 is uniform in
             [0, min(wait_max, wait * multiplier**(n - 1))]; without it, the wait is the upper end.
         max_elapsed: Seconds since the first attempt began; after them no further attempt starts.

@@ -233,7 +233,7 @@ def final_status(state: SagaState) -> SagaStatus:
     if not is_forward:
         return SagaStatus.HALTED if protected(state) else SagaStatus.COMPENSATED
     if not any(record.with_branch or record.failed for record in state.stages.values()):
-        # What was undone, be it by hand, did not do its part, unless it skipped itself or something stands in: it can be run once more.
+        # What was undone, also by hand, did not do its part, unless it skipped itself or something stands in: it can be run once more.
         lacks = any(record.state is _S.UNDONE and record.skip_reason is None and not record.fell_back for record in state.stages.values())
         return SagaStatus.HALTED if lacks else SagaStatus.COMPLETED
     lost = orphans(state)

@@ -208,7 +208,7 @@ class SagaState:
             if name in in_part:
                 # What is left of it, running again or undoing it finds out; until it has completed, to run again may come to nothing.
                 record.landed, record.undone_in_part, record.stands_in_part, record.state = False, False, True, _S.FAILED
-            # Whoever goes forward goes on with it, be it that it came late.
+            # Whoever goes forward goes on with it, also with one that came late.
             record.failed = record.failed and (record.fell_back or not stands)
             if stands or record.doubt or record.fallback_serves:
                 # It could not be undone; now it need not be, and who goes forward may ask for it again.

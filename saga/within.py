@@ -121,7 +121,7 @@ def _report(
 
 async def reports_of(ledger: Ledger, children: Sequence[str]) -> list[SagaReport]:
     """The reports of children of a saga that is alive."""
-    # It lets them go forward. To read for each of them what it has recorded would take the longer, the more there are.
+    # It lets them go forward. To read for each of them what it has recorded would take longer, the more there are.
     return [(await _read(ledger, child, is_turned_back=False)).report for child in children]
 
 

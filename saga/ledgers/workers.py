@@ -66,7 +66,7 @@ class _Asked(Answer[Any]):
     Attributes:
         ask_again: Hands the request over once more.
         is_taken: The thread has it; it takes it only once.
-        brought: The answer, from when it is there, be it that nobody gives it.
+        brought: The answer, once it is there, even if nobody gives it.
     """
 
     ask_again: Callable[[_Asked], None]

@@ -44,7 +44,7 @@ def import_(
     file: Annotated[typer.FileText, typer.Argument(metavar="FILE", encoding="utf-8", help="What export wrote; - for stdin.")],
     ledger: LedgerUrl = None,
 ) -> None:
-    """Take over sagas that `saga export` has written, be it from another ledger."""
+    """Take over sagas that `saga export` has written, also from another ledger."""
     try:
         sagas = _sagas_in(file)
     except UnicodeDecodeError as error:
