@@ -40,13 +40,13 @@ class LocalActions:
     """Runs the stages' own code, each on one object from its first attempt to its compensation."""
 
     def __init__(self, blueprint: Blueprint) -> None:
-        self._plans = blueprint.stages
+        self._offers = blueprint.stages
         self._made: dict[str, Hooks] = {}
 
     def _stage(self, stage: str) -> Hooks:
         made = self._made.get(stage)
         if made is None:
-            made = self._made[stage] = self._plans[stage].make()
+            made = self._made[stage] = self._offers[stage].make()
         return made
 
     def execute(self, ctx: SagaContext) -> Awaitable[Any]:

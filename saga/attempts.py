@@ -68,7 +68,7 @@ class StageRun(Watched):
         inputs: What it is given.
     """
 
-    __slots__ = ("_host", "_is_cut_off", "_plan", "_saga", "inputs", "name", "node", "record")
+    __slots__ = ("_host", "_is_cut_off", "_offer", "_saga", "inputs", "name", "node", "record")
     employer: WholeRun
 
     def __init__(self, saga: LiveSaga, name: str, inputs: StageInputs, employer: WholeRun) -> None:
@@ -79,7 +79,7 @@ class StageRun(Watched):
         self.record = state.stages[name]
         self.inputs = inputs
         self._saga = saga
-        self._plan = saga.blueprint.stages[name]
+        self._offer = saga.blueprint.stages[name]
         self._host: AttemptHost
         # Its fallback died with an earlier process, and sagas that it had run stand.
         self._is_cut_off = False
@@ -91,7 +91,7 @@ class StageRun(Watched):
 
     @property
     def _retry(self) -> Retry:
-        return self._plan.retry or self._saga.policy.retry
+        return self._offer.retry or self._saga.policy.retry
 
     async def left_open(self) -> Outcome | None:
         """What an earlier process left to be decided; None if the stage is to run."""
@@ -127,7 +127,7 @@ class StageRun(Watched):
     async def attempts(self) -> Outcome:
         """Attempt the stage as often as its retry allows; the outcome is in the ledger when this returns."""
         saga, node, name, record = self._saga, self.node, self.name, self.record
-        seconds = self._plan.timeout or saga.policy.timeout
+        seconds = self._offer.timeout or saga.policy.timeout
         began, goes_on = saga.loop.time(), True
         while goes_on:
             attempt = 1 if record.is_due_anew else record.attempts + 1
@@ -199,7 +199,7 @@ class StageRun(Watched):
 
     async def _attempt(self, seconds: float | None) -> Outcome:
         context = self._context()
-        self.begin(seconds, None if self._plan.patient else self._saga.policy.cancel_grace)
+        self.begin(seconds, None if self._offer.patient else self._saga.policy.cancel_grace)
         try:
             returned = await self._saga.actions.execute(context)
         except BaseException as error:
@@ -296,7 +296,7 @@ class StageRun(Watched):
         copy = copied_output(output)
         if output.status is _STATUS.SKIP:
             return StageSkipped(stage=self.name, reason=brief(reason_in(output.data.get("reason"), "it said so")), output=copy)
-        self._plan.warn_of_misfit(output)
+        self._offer.warn_of_misfit(output)
         return StageCompleted(stage=self.name, output=copy)
 
     # -- a stage that was given up -------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ class StageRun(Watched):
         return output
 
     async def _fallback(self, failure: Failure) -> StageOutput | None:
-        seconds, attempt = self._plan.timeout or self._saga.policy.timeout, self.record.attempts
+        seconds, attempt = self._offer.timeout or self._saga.policy.timeout, self.record.attempts
         self._give_anew()
         try:
             call = self._saga.actions.fallback(self._context(is_fallback=True), failure)

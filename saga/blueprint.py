@@ -18,7 +18,7 @@ from saga.graph import Graph
 from saga.models import restored
 from saga.policies import ContinueWithFallback, FailFast
 from saga.quick import frozen
-from saga.stages import DECLARABLE, StagePlan, read_stage
+from saga.stages import DECLARABLE, StageOffer, read_stage
 from saga.text import did_you_mean, shown
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Blueprint:
 
     name: str
     graph: Graph
-    stages: dict[str, StagePlan]
+    stages: dict[str, StageOffer]
     specs: tuple[UnifiedStageSpec, ...]
     said: list[Any]
     without_timeouts: dict[str, int]
@@ -91,12 +91,12 @@ class Blueprint:
         return {name: self._restored(self.stages[name], data) if name in self.stages else data for name, data in outputs.items()}
 
     @staticmethod
-    def _restored(plan: StagePlan, data: Any) -> Any:
+    def _restored(offer: StageOffer, data: Any) -> Any:
         """The data of one, made what the stage, or each one of the saga that it runs, declares it to be."""
-        if plan.output_model is not None:
-            return restored(plan.spec.name, plan.output_model, data)
-        if plan.nested_pipeline is not None and isinstance(data, dict) and isinstance(within := data.get("outputs"), dict):
-            return data | {"outputs": Blueprint.of(plan.nested_pipeline).restored(within)}
+        if offer.output_model is not None:
+            return restored(offer.spec.name, offer.output_model, data)
+        if offer.nested_pipeline is not None and isinstance(data, dict) and isinstance(within := data.get("outputs"), dict):
+            return data | {"outputs": Blueprint.of(offer.nested_pipeline).restored(within)}
         return data
 
     def restore_outputs(self, records: Mapping[str, StageRecord]) -> None:
@@ -105,12 +105,12 @@ class Blueprint:
         One that does not fit its stage's `output_model` stays plain data, and the log says why. It is no reason to refuse
         the saga: what was recorded stays as it is, and nobody could ever go on with it.
         """
-        for name, plan in self.stages.items():
+        for name, offer in self.stages.items():
             record = records[name]
             for part in ("output", "late_output"):
                 output: StageOutput | None = getattr(record, part)
                 if output is not None and (record.landed or record.fell_back):
-                    setattr(record, part, replace(output, data=self._restored(plan, output.data)))
+                    setattr(record, part, replace(output, data=self._restored(offer, output.data)))
 
     def check_policy(self, policy: FailFast | ContinueWithFallback) -> None:
         """Refuse a policy that speaks of stages that aren't there.

@@ -48,7 +48,7 @@ def refuse_no_id(saga_id: object) -> None:
 async def differences_from(ledger: Ledger, state: SagaState, blueprint: Blueprint) -> list[str]:
     """How a pipeline differs from the one that a saga was started with; or those nested in it, from those of its children that stand."""
     found = state.graph.differences(blueprint.graph)
-    nested = {name: plan.nested_pipeline for name, plan in blueprint.stages.items() if plan.nested_pipeline is not None}
+    nested = {name: offer.nested_pipeline for name, offer in blueprint.stages.items() if offer.nested_pipeline is not None}
     if found or not nested:
         return found
     entries, _ = await listed(ledger, parent=state.started.saga_id)

@@ -176,7 +176,7 @@ class StageflowSchedule:
         self._listener = _Listener(self._called)
         self._answers: dict[str, StageOutput | Exception] = {}
         self._waiters: dict[str, asyncio.Future[StageOutput | Exception]] = {}
-        self._conditional = frozenset(name for name, plan in saga.blueprint.stages.items() if plan.spec.conditional)
+        self._conditional = frozenset(name for name, offer in saga.blueprint.stages.items() if offer.spec.conditional)
         self._skipped: dict[str, StageOutput] = {}
         self._results: dict[str, StageOutput] = {}
         self._wrappers: set[asyncio.Task[Any]] = set()
@@ -213,17 +213,17 @@ class StageflowSchedule:
 
     def _graph(self, stages: Stages) -> UnifiedStageGraph:
         """What Pipeline.build() makes of a pipeline that has been checked; to make it at once takes half the time."""
-        plans = self._saga.blueprint.stages
-        self._answers |= {name: given for name in plans if (given := stages.given(name)) is not None}
+        offers = self._saga.blueprint.stages
+        self._answers |= {name: given for name in offers if (given := stages.given(name)) is not None}
         specs = [
             UnifiedStageSpec(
                 name=name,
                 runner=partial(self._wait_for, stages, name),
-                kind=plan.spec.kind,
-                dependencies=plan.spec.dependencies,
-                conditional=plan.spec.conditional,
+                kind=offer.spec.kind,
+                dependencies=offer.spec.dependencies,
+                conditional=offer.spec.conditional,
             )
-            for name, plan in plans.items()
+            for name, offer in offers.items()
         ]
         return UnifiedStageGraph(specs, interceptors=[*self._interceptors, self._listener])
 

@@ -63,7 +63,7 @@ class _Callable:
 
 
 @frozen
-class StagePlan:
+class StageOffer:
     """What one stage offers.
 
     Attributes:
@@ -102,7 +102,7 @@ class StagePlan:
             warn_of_misfit(self.spec.name, self.output_model, output.data)
 
 
-def read_stage(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
+def read_stage(name: str, spec: UnifiedStageSpec) -> tuple[Node, StageOffer]:
     """Read what a stage offers: for the graph, and what that can't hold.
 
     Raises:
@@ -126,7 +126,7 @@ def read_stage(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         holds_pivot=bool(getattr(sample, "holds_pivot", False)),
         has_fallback="fallback" in offered,
     )
-    plan = StagePlan(
+    offer = StageOffer(
         spec=spec,
         make=make,
         retry=_declared(name, sample, "retry", Retry),
@@ -137,7 +137,7 @@ def read_stage(name: str, spec: UnifiedStageSpec) -> tuple[Node, StagePlan]:
         has_effect=_declared(name, sample, "has_effect", bool),
         nested_pipeline=getattr(sample, "nested_pipeline", None),
     )
-    return node, plan
+    return node, offer
 
 
 def _maker(name: str, runner: Any, config: dict[str, Any]) -> Callable[[], Hooks]:

@@ -145,9 +145,9 @@ def test_a_class_that_was_made_compensable_may_get_further_bases() -> None:
         def auditor(self) -> str:
             return "Ada"
 
-    plan = Blueprint.of(Pipeline(name="p").with_stage("a", AuditedPatient)).stages["a"]
+    offer = Blueprint.of(Pipeline(name="p").with_stage("a", AuditedPatient)).stages["a"]
 
-    assert plan.retry == Retry(attempts=4, wait=0)
+    assert offer.retry == Retry(attempts=4, wait=0)
 
 
 class Charge:

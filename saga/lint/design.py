@@ -13,7 +13,7 @@ from saga.events import StageCompleted, StageStarted
 from saga.failures import FailureKind
 from saga.graph import Graph, Node, Role
 from saga.policies import ContinueWithFallback, FailFast, Policy
-from saga.stages import StagePlan
+from saga.stages import StageOffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Design:
         """The pipeline's."""
         return self.blueprint.graph
 
-    def plan(self, name: str) -> StagePlan:
+    def offer(self, name: str) -> StageOffer:
         """What a stage offers."""
         return self.blueprint.stages[name]
 
@@ -67,15 +67,15 @@ class Design:
 
     def is_silent(self, node: Node) -> bool:
         """Whether a stage of a kind that changes things says nothing of its effect."""
-        return node.role is Role.PLAIN and node.kind in _CHANGES_THINGS and self.plan(node.name).has_effect is None
+        return node.role is Role.PLAIN and node.kind in _CHANGES_THINGS and self.offer(node.name).has_effect is None
 
     def is_irreversible(self, node: Node) -> bool:
         """Whether a stage says that it has an effect, and that nobody can undo it."""
-        return node.role is Role.PLAIN and self.plan(node.name).has_effect is True
+        return node.role is Role.PLAIN and self.offer(node.name).has_effect is True
 
     def is_retried(self, name: str) -> bool:
         """Whether the stage is attempted again if it fails and not only if it runs out of time; for which exceptions, is its own affair."""
-        retry = self.plan(name).retry or self.policy.retry
+        retry = self.offer(name).retry or self.policy.retry
         return retry.attempts > 1 and (retry.retry_on is None or not _OUT_OF_TIME.issuperset(retry.retry_on))
 
     def fallback(self, name: str) -> Literal["stage", "policy"] | None:
@@ -95,7 +95,7 @@ class Design:
 
         Not `drain_timeout`, nor a process that dies: either can leave any stage in doubt, so a finding for them would single out none.
         """
-        seconds = self.plan(name).timeout or self.policy.timeout
+        seconds = self.offer(name).timeout or self.policy.timeout
         if seconds is not None:
             yield f"after a timeout of {seconds:g} s"
         if self.policy.in_flight == "cancel" and self.graph[name].role is not Role.PIVOT:

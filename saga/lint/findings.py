@@ -213,7 +213,7 @@ def _never_read(design: Design) -> Iterator[Finding]:
             continue
         # A pivot is asked by its probe, as often and as long as its compensation says.
         read = {"probe", "compensation"} if node.can_probe else set()
-        runner = design.plan(node.name).spec.runner
+        runner = design.offer(node.name).spec.runner
         passed_over = [part for part in _OF_UNDOING if part not in read and declared(runner, part)]
         if passed_over:
             yield Finding.of(
@@ -229,7 +229,7 @@ _OF_UNDOING: Final = ("probe", "compensation", "compensate_in_doubt")
 
 def _misspelt(design: Design) -> Iterator[Finding]:
     for name in design.graph.names:
-        meant = _nearly_declared(design.plan(name).spec.runner)
+        meant = _nearly_declared(design.offer(name).spec.runner)
         if meant:
             yield Finding.of(
                 FindingCode.MISSPELT,

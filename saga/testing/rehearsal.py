@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from saga.graph import Node
     from saga.journal import Journal
     from saga.ledger import Ledger
-    from saga.stages import StagePlan
+    from saga.stages import StageOffer
 
 PATIENCE: Final = 0.05
 """Seconds after which a stage that is made to time out does."""
@@ -76,19 +76,19 @@ class _Rehearsing(SagaKeeper):
         self._nodes |= {prefix + node.name: node for node in blueprint.graph.nodes}
         # On a busy machine, too, the same events go into the same writes.
         journal.linger = PATIENCE
-        stages = {name: self._hurried(plan, prefix + name, policy) for name, plan in blueprint.stages.items()}
+        stages = {name: self._hurried(offer, prefix + name, policy) for name, offer in blueprint.stages.items()}
         return super().lives(replace(blueprint, stages=stages), _without_waits(policy), journal, context)
 
-    def _hurried(self, plan: StagePlan, path: str, policy: Policy) -> StagePlan:
+    def _hurried(self, offer: StageOffer, path: str, policy: Policy) -> StageOffer:
         return replace(
-            plan,
-            retry=None if plan.retry is None else _at_once(plan.retry),
-            timeout=PATIENCE if path in self._impatient_of else plan.timeout,
+            offer,
+            retry=None if offer.retry is None else _at_once(offer.retry),
+            timeout=PATIENCE if path in self._impatient_of else offer.timeout,
             # Its effect is to land before anybody asks for it, however long it takes.
-            patient=plan.patient or path in self._impatient_of,
-            compensation=None if plan.compensation is None else _undone_at_once(plan.undone_under(policy.compensation)),
+            patient=offer.patient or path in self._impatient_of,
+            compensation=None if offer.compensation is None else _undone_at_once(offer.undone_under(policy.compensation)),
             # What stands in for the output of a stage that is not to run fits no model; and only a durable ledger asks for one.
-            output_model=plan.output_model if self._ledger.durable else None,
+            output_model=offer.output_model if self._ledger.durable else None,
         )
 
     def actions(self, blueprint: Blueprint, saga_id: str) -> Actions:
