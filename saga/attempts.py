@@ -199,7 +199,7 @@ class StageRun(Watched):
 
     async def _attempt(self, seconds: float | None) -> Outcome:
         context = self._context()
-        self.begin(seconds, None if self._offer.patient else self._saga.policy.cancel_grace)
+        self.begin(seconds, None if self._offer.bounds_itself else self._saga.policy.cancel_grace)
         try:
             returned = await self._saga.actions.execute(context)
         except BaseException as error:

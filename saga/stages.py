@@ -74,7 +74,7 @@ class StageOffer:
         compensation: Its own, or None.
         output_model: What its output's data is made of again when it comes from a durable ledger; None: plain data,
             which is also what stays of data that does not fit.
-        patient: It bounds itself: it is never given up, however long it takes to end after a cancel.
+        bounds_itself: It sees to its own limits, and is never given up, however long it takes to end after a cancel.
         has_effect: What it says of its effect, or None.
         nested_pipeline: The one that it runs as a saga, as `nested` does; None: it runs none, or takes care of that itself.
     """
@@ -85,7 +85,7 @@ class StageOffer:
     timeout: float | None
     compensation: Compensation | None
     output_model: Any
-    patient: bool
+    bounds_itself: bool
     has_effect: bool | None
     nested_pipeline: Pipeline | None
 
@@ -133,7 +133,7 @@ def read_stage(name: str, spec: UnifiedStageSpec) -> tuple[Node, StageOffer]:
         timeout=_declared_seconds(name, sample),
         compensation=_declared_compensation(name, sample),
         output_model=_declared_model(name, sample),
-        patient=bool(getattr(sample, "bounds_itself", False)),
+        bounds_itself=bool(getattr(sample, "bounds_itself", False)),
         has_effect=_declared(name, sample, "has_effect", bool),
         nested_pipeline=getattr(sample, "nested_pipeline", None),
     )

@@ -85,7 +85,7 @@ class _Rehearsing(SagaKeeper):
             retry=None if offer.retry is None else _at_once(offer.retry),
             timeout=PATIENCE if path in self._impatient_of else offer.timeout,
             # Its effect is to land before anybody asks for it, however long it takes.
-            patient=offer.patient or path in self._impatient_of,
+            bounds_itself=offer.bounds_itself or path in self._impatient_of,
             compensation=None if offer.compensation is None else _undone_at_once(offer.undone_under(policy.compensation)),
             # What stands in for the output of a stage that is not to run fits no model; and only a durable ledger asks for one.
             output_model=offer.output_model if self._ledger.durable else None,
