@@ -78,7 +78,7 @@ class Forward(Stages, WholeRun):
             self._until = self._loop.time() + self._policy.deadline
             timer = self._loop.call_at(self._until, self._out_of_time)
         self._saga.heed_early_cancel(this_task())
-        self._heed_what_is_missing()
+        self._heed_what_is_in_the_way()
         try:
             await self._schedule.run(self)
         except asyncio.CancelledError:
@@ -107,7 +107,8 @@ class Forward(Stages, WholeRun):
             # A child is no single stage: it starts nothing more, either.
             child.interrupt(PARENT_STOPS)
 
-    def _heed_what_is_missing(self) -> None:
+    def _heed_what_is_in_the_way(self) -> None:
+        """Stop at once where the ledger lacks an output that is needed, or a person's word."""
         for name, record in self._state.stages.items():
             if record.not_kept is not None and not record.again and any(map(self._is_due, self._state.graph.dependents[name])):
                 # They would get a text where a value was.

@@ -49,7 +49,7 @@ class Rollback:
         self._waits = {name: len(self._scope.intersection(state.graph.dependents[name])) for name in self._scope}
         self._open: list[tuple[int, str]] = []
         self.is_stopped = False
-        self._settle([name for name in state.graph.names if self._waits.get(name) == 0])
+        self._open_or_pass([name for name in state.graph.names if self._waits.get(name) == 0])
 
     def __len__(self) -> int:
         """How many stages could be taken now."""
@@ -65,7 +65,7 @@ class Rollback:
 
     def clear(self, name: str) -> None:
         """Nothing of this stage stands any more: what waited for it alone opens."""
-        self._settle(self._release(name))
+        self._open_or_pass(self._release(name))
 
     def hold(self, name: str) -> None:
         """This stage stands and will go on standing."""
@@ -91,7 +91,8 @@ class Rollback:
                     freed.append(dependency)
         return freed
 
-    def _settle(self, pending: list[str]) -> None:
+    def _open_or_pass(self, pending: list[str]) -> None:
+        """Open these stages; in the place of one of which nothing is to be undone, or that holds nothing up, those that waited for it."""
         while pending:
             name = pending.pop()
             match self.step(name):
@@ -108,7 +109,7 @@ def stage_states(state: SagaState) -> dict[str, StageState]:
     """Where every stage stands, in topological order; each is in exactly one state (promise 4)."""
     blocked: Collection[str] = ()
     if state.status is SagaStatus.STUCK:
-        # One that never turned back did not for want of anything that could be undone: what is left over waits for that.
+        # One that never turned back had nothing that could be undone: what is left over waits until it can be.
         blocked = left_to_undo(state, state.reason or TurnReason.ORPHANS)
     states = {}
     for name, record in state.stages.items():

@@ -318,12 +318,12 @@ def _answer(jobs: Sequence[_Job], answers: Sequence[Any]) -> None:
             by_loop.setdefault(job.loop, []).append((job.future, answer))
     for loop, answered in by_loop.items():
         try:
-            loop.call_soon_threadsafe(_settle, answered)
+            loop.call_soon_threadsafe(_give_all, answered)
         except RuntimeError:
             continue  # the loop is closed, and whoever asked is gone with it
 
 
-def _settle(answered: Sequence[tuple[Answer[Any], Any]]) -> None:
+def _give_all(answered: Sequence[tuple[Answer[Any], Any]]) -> None:
     for future, answer in answered:
         future.give(answer)
 
