@@ -139,8 +139,9 @@ class SagaCoordinator:
             pipeline: The one that it was started with; its stages' code may have been mended meanwhile, and have been given a
                 probe, a fallback, `idempotent` or `compensate_in_doubt`, or lost one.
             policy: The saga's from here on, which is recorded if it goes on; None: as before.
-            forward: None: a saga that is stuck, or was on its way back, goes on to be undone, one that was undone stays so, any
-                other one goes on forward. True lets these go on forward, too. False is as None: what undoes a saga is `compensate`.
+            forward: None: a saga that is stuck on its way back, or whose process died there, goes on to be undone; one that was undone
+                stays so; any other one goes on forward. True: of these, one that is stuck or was undone goes on forward, too. False is
+                as None: what undoes a saga is `compensate`.
             by: Who resumes it, for the ledger; the user of this process by default.
 
         Returns:
