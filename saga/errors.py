@@ -17,7 +17,8 @@
      ├── NotStorable           a value can't be written as JSON and read back, or is too large
      └── SagaFailed            raised on request, by `SagaReport.raise_for_status()`
 
-A failing stage raises none of these: `SagaCoordinator.run` answers with a report.
+A failing stage raises none of these: `SagaCoordinator.run` answers with a report. One that `nested` made, and whose saga did not complete,
+fails with a `saga.report.NestedSagaFailed`, a SagaError, too.
 """
 
 from __future__ import annotations
