@@ -173,7 +173,7 @@ class Retry(_Frozen):
     """How patiently one action is attempted.
 
     Attributes:
-        attempts: Executions in total, the first included; at least 1. It has to be given where anything else is.
+        attempts: Executions in total, the first included; at least 1. It has to be given where any of the others is.
         wait: Seconds before the second attempt; grows by `multiplier` up to `wait_max`.
         multiplier: What the wait is multiplied with after each attempt; at least 1.
         wait_max: Seconds; no wait is longer, not even the first.
@@ -181,10 +181,10 @@ class Retry(_Frozen):
             [0, min(wait_max, wait * multiplier**(n - 1))]; without it, the wait is the upper end.
         max_elapsed: Seconds since the first attempt began; after them no further attempt starts.
         retry_on: Which failures are worth another attempt: `FailureKind`s, exception types (a subclass counts) or their
-            qualified names; who runs out of time counts as having raised a `TimeoutError`. None: all but cancellation, interruption and a
-            broken contract; so also a timeout and a process that died, of which nobody knows whether the effect landed: a probe is asked
-            first. What raised counts as without effect, and runs again unasked. In whatever way a compensation or a probe fails, its kind
-            is `compensation`.
+            qualified names; running out of time counts as having raised a `TimeoutError`. None: all but cancellation, interruption and a
+            broken contract. After a timeout, or when the process died, nobody knows whether the effect landed: a probe, where there is
+            one, is asked first. A stage that raised counts as without effect, and runs again unasked. In whatever way a compensation or a
+            probe fails, its kind is `compensation`.
 
     Source: Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015.
     """
@@ -313,7 +313,7 @@ class FailFast(_Policy):
         compensation: How effects are undone.
         in_flight: What happens to running stages once the saga stops: `drain` lets them end, `cancel` cancels all but pivots, whose outcome
             decides what may be undone.
-        drain_timeout: Seconds that those which are not cancelled get before they are; None: as long as they take.
+        drain_timeout: Seconds that those left to end get before they are cancelled, too; None: as long as they take.
         cancel_grace: Seconds that a cancelled stage or compensation gets to end; after them it is given up as in doubt, or stuck.
         on_failure: `compensate` undoes, `halt` keeps everything for a later redrive.
         on_cancel: What a stage that returned CANCEL leads to: `keep` its predecessors' effects, or `compensate` them.
