@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ from saga.events import SagaStatus, StageSettled, Verdict
 from saga.family import events_of, is_left_alone, refuse_no_id, sagas_above
 from saga.inputs import context_of
 from saga.journal import Listener
-from saga.keeper import SagaKeeper, user
+from saga.keeper import SagaKeeper
 from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, listed, recorded, refuse_no_ledger
 from saga.outputs import copied
 from saga.policies import ContinueWithFallback, FailFast, Policy
@@ -174,7 +175,7 @@ class SagaCoordinator:
             asyncio.CancelledError: The caller was cancelled, and the saga has been undone all the same.
         """
         await self._refuse_other(saga_id, pipeline, undoes=True)
-        return await self._keeper.go_on(saga_id, pipeline, partial(undoing, by=user()))
+        return await self._keeper.go_on(saga_id, pipeline, partial(undoing, by=_user()))
 
     async def settle(
         self, saga_id: str, stage: str, verdict: Verdict | str, note: str, *, output: dict[str, Any] | None = None, by: str | None = None
@@ -367,7 +368,15 @@ def _who(by: str | None) -> str:
     if by is not None and not isinstance(by, str):
         # It would be recorded, and nobody could read the saga again.
         raise MisuseError("a text that says by whom", got=shown(by))
-    return by or user()
+    return by or _user()
+
+
+def _user() -> str:
+    """Who runs this process, for the ledger."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
 
 
 def _checked(given: Sequence[T], what: str) -> tuple[T, ...]:

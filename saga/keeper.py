@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
 import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
@@ -357,14 +356,6 @@ class SagaKeeper:
                 f"saga {saga.id} is {state.status.value}, which is recorded; but the sagas that its stages ran can't be read: "
                 f"{error}. When the ledger is back, ask for the report: await coordinator.report({saga.id!r})"
             ) from error
-
-
-def user() -> str:
-    """Who runs this process, for the ledger."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"
 
 
 def _token_of(parent: LiveSaga | None) -> int | None:
