@@ -168,9 +168,9 @@ class SagaState:
             return
         for name, record in self.stages.items():
             # One that failed before its process died may have got a fallback, or its saga a policy that calls it.
-            self._note_next(record, name)
+            self._note_fallback_due(record, name)
 
-    def _note_next(self, record: StageRecord, stage: str) -> None:
+    def _note_fallback_due(self, record: StageRecord, stage: str) -> None:
         """Whether a stage that has failed gets its own fallback next: its probe, if it has one, is asked before."""
         node = self.graph[stage]
         falls_back = isinstance(self.policy, ContinueWithFallback) and node.has_fallback and self.status is _STATUS.RUNNING
@@ -362,7 +362,7 @@ class SagaState:
             return
         record.again = False
         record.failed, record.attempts_failed, record.ended_at, record.output = True, True, event.at, event.output
-        self._note_next(record, event.stage)
+        self._note_fallback_due(record, event.stage)
         if record.doubt:
             record.state = _S.IN_DOUBT
         elif event.failure.kind is FailureKind.CANCELLED:
@@ -407,10 +407,10 @@ class SagaState:
             return
         if event.landed is None:
             self._comes_into_question(record, event)
-            self._note_next(record, event.stage)
+            self._note_fallback_due(record, event.stage)
             return
         record.answer, record.doubt = event.landed, False
-        self._note_next(record, event.stage)
+        self._note_fallback_due(record, event.stage)
         record.let_go()
         if record.state in {_S.FALLBACK, _S.SKIPPED}:
             # What stands in for it was used already: what it gave comes too late.
