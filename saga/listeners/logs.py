@@ -30,6 +30,7 @@ from saga.events import (
     reads_only,
 )
 from saga.failures import FailureKind, in_its_words
+from saga.render.wording import counted
 from saga.text import printable
 
 _LOG: Final = logging.getLogger("saga")
@@ -62,8 +63,7 @@ def log_events(saga_id: str, event: AnyEvent) -> None:
 
 def _saga_started(event: SagaStarted) -> _Words:
     child = "" if event.parent is None else f" for stage {event.parent_stage!r} of saga {event.parent}"
-    stages = len(event.graph.names)
-    return logging.INFO, f"started {event.pipeline!r}, {stages} stage{'' if stages == 1 else 's'}{child}"
+    return logging.INFO, f"started {event.pipeline!r}, {counted(len(event.graph.names), 'stage')}{child}"
 
 
 def _saga_stopped(event: SagaStopped) -> _Words:

@@ -10,7 +10,7 @@ from saga.ledger import StageState
 from saga.render.colours import LIKE
 from saga.render.lettering import one_line
 from saga.render.text import explanation, troubled
-from saga.render.wording import seconds, words_of
+from saga.render.wording import counted, seconds, words_of
 
 if TYPE_CHECKING:
     from saga.report import SagaReport, StageReport
@@ -151,7 +151,7 @@ def _label(stage: StageReport) -> str:
 
 
 def _hint(name: str, stage: StageReport, report: SagaReport) -> str:
-    tries = f"{stage.attempts} attempt{'' if stage.attempts == 1 else 's'}" if stage.attempts else ""
+    tries = counted(stage.attempts, "attempt") if stage.attempts else ""
     facts = (words_of(stage.state), tries, seconds(stage.started_at, stage.ended_at))
     explained = explanation(name, report)
     return f"{name}: {', '.join(fact for fact in facts if fact)}" + (f"; {explained}" if explained else "")

@@ -10,6 +10,7 @@ from saga.render.drawing import Box, Drawing
 from saga.render.layout import layout
 from saga.render.lettering import cells, escaped, shortened, wrapped
 from saga.render.svg import NAME_CELL, TEXT_CELL, Key, document, number, path, pill, section, state_keys, tag, text
+from saga.render.wording import counted
 
 DESK: Final = 1100.0
 """Pixels that a picture may be wide on a desk without being scrolled."""
@@ -40,7 +41,7 @@ def graph_svg(drawing: Drawing) -> str:
 def graph_section(drawing: Drawing, links: Mapping[str, str]) -> str:
     """A graph as a part of a page, each stage a link to where `links` says."""
     plan = _plan(drawing)
-    label = f"Graph of {drawing.title}: {len(drawing.boxes)} stage{'' if len(drawing.boxes) == 1 else 's'}"
+    label = f"Graph of {drawing.title}: {counted(len(drawing.boxes), 'stage')}"
     return section(label, plan.parts(links), _keys(drawing), width=plan.width, height=plan.height, role="group")
 
 

@@ -1,6 +1,6 @@
-"""Text in pictures: made harmless, measured, shortened, broken into lines.
+"""Text in pictures and tables: made harmless, measured, aligned, shortened, broken into lines.
 
-What is drawn comes from users: a stage's name, an error's words. It may hold markup, line breaks, control characters, ten
+What is shown comes from users: a stage's name, an error's words. It may hold markup, line breaks, control characters, ten
 thousand characters, or half of a surrogate pair.
 """
 

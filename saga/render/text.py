@@ -11,7 +11,7 @@ from saga.ledger import StageState
 from saga.render.advice import held, what_to_do
 from saga.render.lettering import aligned
 from saga.render.reach import BY_ITSELF, Reach
-from saga.render.wording import SIGNS, seconds, words_of
+from saga.render.wording import SIGNS, counted, seconds, words_of
 from saga.text import printable
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def summary(report: SagaReport, reach: Reach = BY_ITSELF) -> str:
 
 def _row(name: str, report: SagaReport) -> tuple[str, str, str, str, str]:
     stage = report.stages[name]
-    tries = f"{stage.attempts} attempt{'' if stage.attempts == 1 else 's'}" if stage.attempts else ""
+    tries = counted(stage.attempts, "attempt") if stage.attempts else ""
     state = f"{SIGNS[stage.state]} {words_of(stage.state)}"
     return printable(name), state, tries, seconds(stage.started_at, stage.ended_at), printable(explanation(name, report))
 

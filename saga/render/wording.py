@@ -1,4 +1,4 @@
-"""States and spans of time, as one says them wherever a saga is shown."""
+"""States, numbers and spans of time, as one says them wherever a saga is shown."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ _MINUTE: Final = 60
 def words_of(state: StageState) -> str:
     """A state as one says it."""
     return state.value.replace("_", " ")
+
+
+def counted(number: int, noun: str) -> str:
+    """So many of what a noun with a plural in -s names."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def seconds(start: datetime | None, end: datetime | None) -> str:
