@@ -17,7 +17,7 @@ from rich.console import Console
 from stageflow.api import StageOutput
 
 from saga import ContinueWithFallback, FailFast, MemoryLedger, Policy, SagaCoordinator, SagaReport
-from saga.cli.conduct import Notice, Outcome, conduct
+from saga.cli.conduct import Conducted, Notice, conduct
 from saga.cli.family import Family
 from saga.cli.interrupt import interruptible
 from saga.cli.lines import tell
@@ -568,7 +568,7 @@ def test_what_can_not_be_said_keeps_nobody_from_turning_back(caplog: pytest.LogC
     assert "no space left" in caplog.text
 
 
-async def interrupted(shape: Mapping[str, tuple[str, ...]], console: Console, policy: FailFast, **scripts: Script) -> Outcome:
+async def interrupted(shape: Mapping[str, tuple[str, ...]], console: Console, policy: FailFast, **scripts: Script) -> Conducted:
     """Run a saga that presses Ctrl-C itself when its stage b has started."""
     gate = asyncio.Event()
     _, pipeline = scene(shape, {"b": Script(gate=gate)} | scripts)
@@ -632,7 +632,7 @@ def test_ctrl_c_before_the_saga_has_begun_leaves_nothing() -> None:
 
     outcome = asyncio.run(conduct(MemoryLedger(), "s", work, console=console, goes_on="saga resume s"))
 
-    assert outcome == Outcome(None, interrupted=True)
+    assert outcome == Conducted(None, interrupted=True)
     assert written(console) == ("Interrupted: nothing has been done yet.\nA second Ctrl-C stops at once and leaves nothing in effect.\n")
 
 
@@ -734,7 +734,7 @@ def test_what_was_given_up_and_takes_its_time_is_waited_for_unless_somebody_pres
                 await asyncio.Event().wait()
         ended.append("stubborn")
 
-    async def main() -> Outcome:
+    async def main() -> Conducted:
         left: list[asyncio.Task[None]] = []
 
         async def work(coordinator: SagaCoordinator) -> SagaReport:

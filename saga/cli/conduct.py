@@ -30,8 +30,8 @@ _S = StageState
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of it.
+class Conducted:
+    """What came of some work on a saga.
 
     Attributes:
         report: The saga's; None if it was interrupted before there was one.
@@ -52,7 +52,7 @@ async def conduct(
     console: Console,
     goes_on: str,
     policy: Policy | None = None,
-) -> Outcome:
+) -> Conducted:
     """Carry out some work on a saga, show it, and see to it that an interruption undoes what was done.
 
     What stages print, and the programs that they start, goes to stderr: stdout is for the report.
@@ -85,7 +85,7 @@ async def conduct(
         if has_news or interrupted:
             with contextlib.suppress(SagaNotFound):
                 report = await coordinator.report(saga_id)
-    return Outcome(report, interrupted, idle=report is not None and not interrupted and report.ended_at == ended)
+    return Conducted(report, interrupted, idle=report is not None and not interrupted and report.ended_at == ended)
 
 
 async def wound_up(coordinator: SagaCoordinator, console: Console, others: Collection[asyncio.Task[Any]]) -> bool:
