@@ -113,7 +113,7 @@ class SagaCoordinator:
         Raises:
             SagaExists: The id is taken, even if only since a moment ago; nothing was run.
             MisuseError: Something can't work; nothing was run.
-            LedgerError: The ledger could not record, or Ctrl-C, or a want of memory or of stack, struck the saga's own code; no further
+            LedgerError: The ledger could not record, or Ctrl-C, or a lack of memory or of stack, struck the saga's own code; no further
                 effect was started.
             asyncio.CancelledError: The caller was cancelled, and the saga has done what `on_interrupt` says.
         """
@@ -225,7 +225,7 @@ class SagaCoordinator:
         """Go on with every saga in the ledger whose process is gone, as `resume` does; nested ones go on with those that run them.
 
         Where a saga has come to rest and left one behind that a stage of it had run, that one is stopped, as if it had run on until then.
-        One of which the ledger can't tell where it stands has failed, too; those that it runs are left to it.
+        A saga of which the ledger can't tell where it stands is in `failed`, too; those that it runs are left to it.
 
         Args:
             pipelines: The one, or those, that the sagas were started with, found by their names; as a mapping, by its keys.
@@ -318,7 +318,7 @@ class SagaCoordinator:
     async def wind_up(self) -> None:
         """Wait for all that still runs in this event loop, sagas and code that was given up, and until what that comes to is recorded.
 
-        A ledger that is closed before takes nothing of it. Such code may never end: bound the wait with asyncio.timeout. A stage that
+        A ledger that is closed before then records none of that. Such code may never end: bound the wait with asyncio.timeout. A stage that
         calls this waits for itself.
 
         Raises:

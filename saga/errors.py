@@ -104,10 +104,10 @@ class LedgerCorrupt(LedgerError):
 
 
 class SagasDamaged(LedgerCorrupt):
-    """Where some sagas stand the ledger can't tell; it tells of all others.
+    """The ledger can't tell where some sagas stand; it tells of all others.
 
     Attributes:
-        damaged: By id, of each of them why not, and what to do.
+        damaged: By id, why not, and what to do.
         entries: The others, of those that were asked for.
     """
 
@@ -117,7 +117,7 @@ class SagasDamaged(LedgerCorrupt):
         super().__init__(" ".join(map(str, damaged.values())))
 
 
-_PUT_BACK: Final = "as where it was put back, or a server took over that lacked the last commits"
+_PUT_BACK: Final = "as where an older copy was put back, or a server took over that lacked the last commits"
 
 
 class LedgerConflict(LedgerError):
@@ -127,8 +127,8 @@ class LedgerConflict(LedgerError):
         holder: Who holds it, if it is about that.
         until: When the holder counts as gone unless it says that it is alive, UTC; None: not before it lets go.
         is_held: Whether the lease could not be had, so that nothing was begun; not whether one that was had is lost.
-        is_missing: Whether it is not in the ledger, or less of it than its holder was told is recorded, as where the ledger was put back;
-            so nobody else can say what of it is in effect.
+        is_missing: Whether the saga, or a part of it that its holder was told is recorded, is not in the ledger, as where an older copy was
+            put back: then nobody else can say what of it is in effect.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class LedgerConflict(LedgerError):
     def outdated(cls, saga_id: str, expected: int, found: int) -> Self:
         """There are more or fewer events than the writer knew of."""
         is_missing = found < expected
-        why = f"what is to be before these is not in the ledger, {_PUT_BACK}" if is_missing else "somebody else wrote to it"
+        why = f"what comes before these is not in the ledger, {_PUT_BACK}" if is_missing else "somebody else wrote to it"
         return cls(f"saga {saga_id} has {found} events, expected {expected}: {why}; nothing was recorded", is_missing=is_missing)
 
 

@@ -487,7 +487,7 @@ def with_copies(event: AnyEvent) -> AnyEvent:
 
 
 def reads_only(listener: T) -> T:
-    """Say of a listener, a function or a class, that it changes nothing of what it is told: to copy a large output takes its time."""
+    """Say of a listener, a function or a class, that it changes nothing of what it is told: then it gets no copies, which take time."""
     _READERS.add(id(listener))
     return listener
 

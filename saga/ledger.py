@@ -386,7 +386,7 @@ class MemoryLedger(Ledger):
     As in any other ledger, a failure is kept with its text and its traceback's, but without the exception object.
 
     Args:
-        keep: How many sagas about which nothing is left to do are kept; the oldest are forgotten first. Nothing else ever is.
+        keep: How many sagas about which nothing is left to do are kept; the oldest are forgotten first. No other one ever is.
 
     Raises:
         MisuseError: `keep` is no number, or below 0.

@@ -423,7 +423,7 @@ def test_a_saga_whose_own_code_runs_out_of_memory_says_what_is_in_effect() -> No
 @pytest.mark.parametrize(
     ("lost", "said"),
     [
-        ("DELETE FROM events WHERE first > 0; UPDATE sagas SET version = 2", "saga s has 2 events, expected 4: what is to be before these"),
+        ("DELETE FROM events WHERE first > 0; UPDATE sagas SET version = 2", "saga s has 2 events, expected 4: what comes before these"),
         ("UPDATE sagas SET token = 0, owner = 'you'", "saga s is written with lease token 1, the current one is 0: that"),
     ],
     ids=["events", "lease"],
@@ -438,7 +438,8 @@ def test_a_saga_whose_ledger_was_put_back_as_it_was_before_says_what_is_in_effec
 
     assert world.log == ["+a", "+b"]
     assert (error.in_effect, error.unknown) == (("a", "b"), ())
-    assert str(error).startswith(f"saga s stopped, because its ledger failed: {said} is not in the ledger, as where it was put back")
+    why = f"{said} is not in the ledger, as where an older copy was put back"
+    assert str(error).startswith(f"saga s stopped, because its ledger failed: {why}")
 
 
 def test_a_saga_whose_ledger_knows_nothing_any_more_of_one_within_says_what_is_in_effect(durable: SQLiteFile | PostgresSchema) -> None:

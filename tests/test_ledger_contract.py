@@ -196,7 +196,8 @@ def test_an_append_behind_more_or_fewer_events_is_refused_whole(place: Place, ve
     *_, refused, events = on(place.open(), create(), append(FIRST), append(SECOND, DONE, version=version), read())
 
     assert isinstance(refused, LedgerConflict)
-    why = "what is to be before these is not in the ledger, as where it was put back" if version > 2 else "somebody else wrote to it"
+    missing = "what comes before these is not in the ledger, as where an older copy was put back"
+    why = missing if version > 2 else "somebody else wrote to it"
     assert str(refused).startswith(f"saga s has 2 events, expected {version}: {why}")
     assert str(refused).endswith("; nothing was recorded")
     assert refused.is_missing == (version > 2)

@@ -22,7 +22,7 @@ def open_ledger(url: str, *, exists: bool = False) -> MemoryLedger | SQLiteLedge
 
     Args:
         url: The URL.
-        exists: It is there already: none is made where none is. For a file that is refused at once, a schema fails whoever first asks.
+        exists: The ledger is there already: where none is, none is made. A missing file is refused at once, a missing schema when used.
 
     Raises:
         MisuseError: It is no such URL, or there is no such file.

@@ -104,7 +104,7 @@ class OpenTelemetryListener:
     Args:
         tracer_provider: Makes the spans; None: the global one.
         meter_provider: Takes the measurements; None: the global one.
-        remember: Of so many sagas at rest, the last ones, is remembered what links and counts need if they go on: a few hundred bytes a
+        remember: Of how many sagas at rest, the last ones, to remember what links and counts need if they go on: a few hundred bytes a
             stage, and the outputs of those in which something failed. Those in which something waits for a person come on top.
     """
 

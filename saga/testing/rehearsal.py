@@ -120,7 +120,7 @@ class MortalLedger(MemoryLedger):
 
     Attributes:
         struck_at: The path of the stage that the last event or write was about; empty for the saga as a whole, None while it lives.
-        struck_events: What did not come to be recorded, or was recorded last.
+        struck_events: The events that were not recorded any more, or those that were recorded last.
     """
 
     def __init__(self, *, durable: bool) -> None:

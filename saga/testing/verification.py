@@ -41,7 +41,7 @@ class Trial:
     Attributes:
         fault: What went wrong.
         stage: Where, by its path; of a kill, the stage that the event or write was about, empty for one about the saga as a whole.
-        events: Of a kill, what did not come to be recorded any more, or what was recorded last.
+        events: Of a kill, the events that were not recorded any more, or those that were recorded last.
         reached: Whether the fault struck.
         report: How the saga came to rest; None if it never began.
         mended: How it came to rest when the fault was mended and the saga was resumed; None if that was not called for.
@@ -131,7 +131,7 @@ async def verify(
         world: What the stages have their effects on. It is reset before every saga.
         faults: Which fault, or faults, to inject; all by default.
         leave_out: The stage, or stages, that no fault is injected at, by their paths: those that don't run with this input.
-        durable: Hand what is resumed the outputs as a durable ledger would; False: as they were.
+        durable: Give the stages of a resumed saga what others gave as a durable ledger keeps it; False: as it was.
         context_fields: The saga's input, as in `SagaCoordinator.run`.
 
     Returns:
