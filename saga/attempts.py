@@ -128,8 +128,8 @@ class StageRun(Watched):
         """Attempt the stage as often as its retry allows; the outcome is in the ledger when this returns."""
         saga, node, name, record = self._saga, self.node, self.name, self.record
         seconds = self._offer.timeout or saga.policy.timeout
-        began, goes_on = saga.loop.time(), True
-        while goes_on:
+        began = saga.loop.time()
+        while True:
             attempt = 1 if record.is_due_anew else record.attempts + 1
             await saga.journal.record(StageStarted(stage=name, attempt=attempt, execution=record.next_execution))
             saga.heed_early_cancel(self.task)
@@ -176,10 +176,10 @@ class StageRun(Watched):
                 if record.unanswered and not node.idempotent:
                     wait = None
             self._give_anew()
-            goes_on = wait is not None and await self._pause(wait)
-        # Called off: the failure that was to be mended stands.
-        await saga.journal.record(StageFailed(stage=name, failure=failure, in_doubt=record.doubt, output=output))
-        return outcome
+            if wait is None or not await self._pause(wait):
+                # Called off: the failure that was to be mended stands.
+                await saga.journal.record(StageFailed(stage=name, failure=failure, in_doubt=record.doubt, output=output))
+                return outcome
 
     def _give_anew(self) -> None:
         """Give a stage what those before gave, as it was given: an attempt may have changed it, and no crash would show that."""
