@@ -105,7 +105,7 @@ class Failure(BaseModel):
         return isinstance(other, Failure) and self._stored() == other._stored()
 
     def __hash__(self) -> int:
-        """Hash of what is stored the part that tells nearly all of them apart."""
+        """Hash the part of what is stored that tells nearly all of them apart."""
         return hash((self.stage, self.at))
 
     def __getstate__(self) -> dict[Any, Any]:

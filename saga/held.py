@@ -147,5 +147,5 @@ class Held:
 
 
 def _depth(lease: tuple[str, int]) -> int:
-    """In how many sagas that of a lease is, at most: the id of one that a stage runs is its own saga's with a "/" and more behind it."""
+    """How many sagas that of a lease is within, at most: the id of one that a stage runs is its parent's, with a "/" and more behind it."""
     return lease[0].count("/")

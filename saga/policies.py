@@ -98,7 +98,7 @@ def _refuse_no_exception(name: str, place: str) -> None:
         wanted = f"an exception of Python's own, or one with its module, for Retry.retry_on{place}"
         raise PolicyInvalid(wanted, got=repr(name), hint=hint or f"As in payments.{name}.")
     if near or module.partition(".")[0] in sys.stdlib_module_names:
-        # What Python's own modules don't have there is none of; others make exceptions that only the class that made them has.
+        # What Python's own modules lack does not exist; others make exceptions that only the class that made them has.
         raise PolicyInvalid(f"an exception of {module} for Retry.retry_on{place}", got=repr(name), hint=hint)
 
 

@@ -40,7 +40,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _in_common(one: Iterable[str], other: Iterable[str]) -> int:
-    """How long they are the same from their beginning."""
+    """How far they are the same from their beginning."""
     return sum(takewhile(bool, map(eq, one, other)))
 
 

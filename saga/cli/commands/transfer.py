@@ -74,7 +74,7 @@ def import_(
 
 
 def _slashes(saga_id: str) -> int:
-    """More of them than in the id of the saga that runs this one, which this one's begins with."""
+    """How many there are: more than in the id of the saga that runs this one, with which this one's begins."""
     return saga_id.count("/")
 
 
