@@ -1740,7 +1740,7 @@ def test_what_was_done_before_the_end_is_answered_so_though_it_was_asked_for_onc
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True])
-@pytest.mark.parametrize(("place", "name"), [(workers.Worker, "_end_turn"), (workers.Worker, "_hand_over"), (workers, "_settle")])
+@pytest.mark.parametrize(("place", "name"), [(workers.Worker, "_end_turn"), (workers.Worker, "_hand_over"), (workers, "_give_all")])
 def test_a_write_that_a_ctrl_c_cuts_off_from_its_answer_is_answered_all_the_same(
     place: Any, name: str, is_cancelled: bool, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
