@@ -61,9 +61,12 @@ def copied_output(output: StageOutput) -> StageOutput:
         made = object.__new__(_Unfrozen)
         fresh: Any = made
         fresh.status, fresh.error, fresh.duration_ms, fresh.version = output.status, output.error, output.duration_ms, output.version
-        fresh.data = copied(output.data) if output.data else {}
-        fresh.artifacts = copied(output.artifacts) if output.artifacts else []
-        fresh.events = copied(output.events) if output.events else []
+        try:
+            fresh.data = copied(output.data) if output.data else {}
+            fresh.artifacts = copied(output.artifacts) if output.artifacts else []
+            fresh.events = copied(output.events) if output.events else []
+        except Exception:  # noqa: BLE001 - what else stands in the place of one may be neither empty nor not, as an array of numbers
+            fresh.data, fresh.artifacts, fresh.events = map(copied, (output.data, output.artifacts, output.events))
         fresh.__class__ = StageOutput
         return made
     # Without a constructor: a type that somebody derived may have one of its own.

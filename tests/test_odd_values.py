@@ -991,6 +991,29 @@ def test_what_stands_in_the_place_of_artifacts_or_events_is_kept_as_it_is_and_ha
     assert read == ran
 
 
+@pytest.mark.parametrize("part", ["artifacts", "events"])
+def test_what_stands_there_and_can_not_say_whether_it_is_empty_harms_no_saga(part: str) -> None:
+    """As a table or an array of numbers: the saga was cut short by its error, and the effect stood."""
+    value, seen = Undecided(), []
+
+    async def book(_: Any) -> StageOutput:
+        return StageOutput(status=StageStatus.OK, data={"seat": "14A"}, **{part: value})  # type: ignore[arg-type] # what the test is about
+
+    async def cancel(ctx: CompensationContext) -> None:
+        assert ctx.output is not None
+        seen.append(type(getattr(ctx.output, part)))
+
+    async def fail(_: Any) -> None:
+        raise ValueError("no")
+
+    pipeline = Pipeline().with_stage("book", compensable(book, cancel)).with_stage("fail", fail, "work", dependencies=("book",))
+
+    report = run(SagaCoordinator().run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert seen == [Undecided]
+
+
 @pytest.mark.parametrize("field", ["duration_ms", "error", "version"])
 def test_an_empty_field_of_an_output_is_told_from_none(field: str) -> None:
     for value in (None, 0 if field == "duration_ms" else ""):
