@@ -307,8 +307,9 @@ class SagaKeeper:
     def _end_wait(self, saga: LiveSaga, waiter: asyncio.Future[None], _: asyncio.Task[SagaReport]) -> None:
         # It has been let go of, unless a Ctrl-C struck just where that was to be done, or to be seen to: its heart would beat on for ever.
         self.held.abandon(saga)
-        del saga.driver  # nobody finds it any more, and its context may hold the saga
         end(waiter)
+        if hasattr(saga, "driver"):
+            del saga.driver  # nobody finds it any more, and its context may hold the saga
 
     async def _closing(
         self, saga: LiveSaga, work: Coroutine[Any, Any, None], ended: Callable[[asyncio.Task[SagaReport]], None]
@@ -323,8 +324,10 @@ class SagaKeeper:
             saga.journal.state.forget_failures()
             self.amendments.record_late(saga.id)
         # Nothing is awaited any more: when whoever waits goes on, this task has ended. To be told by it takes a turn of the loop more.
-        saga.driver.remove_done_callback(ended)
-        ended(saga.driver)
+        driver = saga.driver
+        ended(driver)
+        # Last: where a Ctrl-C strikes before, the callback ends the wait.
+        driver.remove_done_callback(ended)
         return report
 
     async def _to_rest(self, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> None:

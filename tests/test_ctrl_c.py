@@ -37,6 +37,7 @@ from saga import (
     SagaReport,
     SagaStatus,
     StageState,
+    keeper,
     nested,
 )
 from saga.events import AnyEvent, StageProbed
@@ -671,6 +672,24 @@ def test_a_saga_that_is_struck_where_it_has_not_begun_is_held_no_more(monkeypatc
 
     with pytest.raises(KeyboardInterrupt):
         interrupted(coordinator.run(pipeline, saga_id="s"))
+
+    assert coordinator._keeper.held.sagas == {}
+
+
+def test_whoever_waits_for_a_saga_that_is_struck_where_it_says_that_it_has_ended_goes_on_in_a_loop_that_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody cancels what waits in a loop that is simply run again, as asyncio.run does."""
+    _, pipeline, policy = telling()
+    coordinator = SagaCoordinator(policy)
+    interrupt_next_call(monkeypatch, keeper, "end")
+
+    with closing(ControlledLoop()) as loop:
+        waits = loop.create_task(coordinator.run(pipeline, saga_id="s"))
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(waits)
+        with pytest.raises(LedgerError, match="cut short by a KeyboardInterrupt"):
+            loop.run_until_complete(waits)
 
     assert coordinator._keeper.held.sagas == {}
 
