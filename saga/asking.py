@@ -42,6 +42,7 @@ async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Future[None] | None =
                 saga.actions.probe(saga.compensation_context(stage, attempt)),
                 seconds=settings.timeout,
                 grace=saga.policy.cancel_grace,
+                gives_up=saga.keeper.gives_up,
                 stop=stop,
             )
             _check(answer)

@@ -359,7 +359,13 @@ class StageRun(Watched):
         self._give_anew()
         try:
             call = self._saga.actions.fallback(self._context(is_fallback=True), failure)
-            returned = await bounded(call, seconds=seconds, grace=self._saga.policy.cancel_grace, stop=self.employer.interrupted)
+            returned = await bounded(
+                call,
+                seconds=seconds,
+                grace=self._saga.policy.cancel_grace,
+                gives_up=self._saga.keeper.gives_up,
+                stop=self.employer.interrupted,
+            )
             outcome = Outcome.of(self.name, attempt, returned)
             if outcome.failure is None and outcome.output is not None:
                 refuse_unstorable(self._saga.journal.ledger, FallbackUsed(stage=self.name, output=outcome.output, source="stage"))

@@ -55,7 +55,7 @@ class SagaKeeper:
     def __init__(self, ledger: Ledger, interceptors: Sequence[BaseInterceptor], listeners: Sequence[Listener]) -> None:
         self.held: Final = Held(ledger)
         self.amendments: Final = Amendments(ledger, self.held, listeners)
-        self.given_up: Final[set[asyncio.Task[None]]] = set()
+        self.given_up: Final[set[asyncio.Task[Any]]] = set()
         self._ledger: Final = ledger
         self._interceptors: Final = interceptors
         self._listeners: Final = listeners
@@ -148,7 +148,7 @@ class SagaKeeper:
         while drivers := {saga.driver for saga in tuple(self.held.sagas.values()) if saga is not None and saga.loop is loop}:
             await asyncio.wait(drivers)
 
-    def gives_up(self, task: asyncio.Task[None]) -> None:
+    def gives_up(self, task: asyncio.Task[Any]) -> None:
         """Note that nobody waits any more for the code that a task runs."""
         self.given_up.add(task)
         task.add_done_callback(self.given_up.discard)

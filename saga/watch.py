@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from saga.failures import FailureKind
@@ -191,10 +191,17 @@ class Crew(Generic[W]):
             employer.breaks(cut_short_by(killed_by))
 
 
-async def bounded(call: Awaitable[Any], *, seconds: float | None, grace: float, stop: asyncio.Future[None] | None = None) -> Any:
+async def bounded(
+    call: Awaitable[Any],
+    *,
+    seconds: float | None,
+    grace: float,
+    gives_up: Callable[[asyncio.Task[Any]], None],
+    stop: asyncio.Future[None] | None = None,
+) -> Any:
     """Run somebody else's code for at most so many seconds, or until `stop` is done.
 
-    Returns in time whatever the code does: what ignores its cancel for longer than the grace is left to itself.
+    Returns in time whatever the code does: what ignores its cancel for longer than the grace is left to itself, and `gives_up` told of it.
     It costs a task more than to be `Watched`, so it is for what runs seldom.
 
     Raises:
@@ -221,8 +228,11 @@ async def bounded(call: Awaitable[Any], *, seconds: float | None, grace: float, 
             await asyncio.wait({task}, timeout=grace)
     except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
         task.cancel()
+        gives_up(task)
         raise
     task.cancel()
+    if not task.done():
+        gives_up(task)
     if in_time or (task.done() and not task.cancelled() and task.exception() is None):
         returned, error = task.result()
         if error is not None:

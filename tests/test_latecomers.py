@@ -29,6 +29,7 @@ from saga import (
     SagaReport,
     SagaStatus,
     StageState,
+    compensable,
     nested,
 )
 from saga.events import (
@@ -1374,3 +1375,41 @@ def test_a_compensation_comes_late_to_what_is_used_by_what_came_late_before(retr
     assert [*used.kept] == [*(["deaf"] if retried else []), "tells"]
     assert [used.stages["deaf"].state, late.stages["deaf"].state] == becomes
     assert world.standing == {}
+
+
+@pytest.mark.parametrize("hook", ["fallback", "probe"])
+def test_a_program_that_winds_up_waits_for_a_fallback_or_a_probe_that_was_given_up(hook: str) -> None:
+    """What a fallback recorded came when the ledger was closed, and nobody was asked about it."""
+    released, ended = asyncio.Event(), []
+
+    async def book(_: SagaContext) -> None:
+        raise ValueError("no")
+
+    async def cancel(_: CompensationContext) -> None: ...
+
+    async def never_heeds(ctx: Any, *_: Any) -> StageOutput | None:
+        while not released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await released.wait()
+        ended.append(hook)
+        if hook == "probe":
+            return None
+        await ctx.record({"seat": "14A"})
+        return StageOutput.ok()
+
+    hooks: dict[str, Any] = {hook: never_heeds}
+    pipeline = Pipeline().with_stage("book", compensable(book, cancel, **hooks))
+    policy = ContinueWithFallback(timeout=10, cancel_grace=2, compensation=Compensation(timeout=10, retry=Retry(attempts=1)))
+
+    async def main() -> SagaReport:
+        coordinator = SagaCoordinator(policy)
+        await coordinator.run(pipeline, saga_id="s")
+        assert ended == []
+        asyncio.get_running_loop().call_later(30, released.set)
+        await coordinator.wind_up()
+        return await coordinator.report("s")
+
+    report = run(main())
+
+    assert ended == [hook]
+    assert [failure.kind for failure in report.failures].count(FailureKind.LATE) == (hook == "fallback")

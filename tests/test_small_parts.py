@@ -659,6 +659,7 @@ def test_a_bounded_call_ends_in_time_whatever_it_does() -> None:
     async def play() -> None:
         loop, released = asyncio.get_running_loop(), asyncio.Event()
         stop = loop.create_future()
+        given_up: list[asyncio.Task[Any]] = []
 
         async def answer() -> int:
             return 42
@@ -679,20 +680,22 @@ def test_a_bounded_call_ends_in_time_whatever_it_does() -> None:
             except asyncio.CancelledError:
                 raise CardDeclined from None
 
-        assert await bounded(answer(), seconds=None, grace=1) == 42
+        assert await bounded(answer(), seconds=None, grace=1, gives_up=given_up.append) == 42
         with pytest.raises(CardDeclined):
-            await bounded(fail(), seconds=5, grace=1)
-        assert await bounded(late(), seconds=5, grace=2) == "late, but in time for the grace"
+            await bounded(fail(), seconds=5, grace=1, gives_up=given_up.append)
+        assert await bounded(late(), seconds=5, grace=2, gives_up=given_up.append) == "late, but in time for the grace"
         with pytest.raises(TimeoutError, match="no answer within 5 s"):
-            await bounded(late_error(), seconds=5, grace=2)
+            await bounded(late_error(), seconds=5, grace=2, gives_up=given_up.append)
         began = loop.time()
         with pytest.raises(TimeoutError):
-            await bounded(deaf(released), seconds=5, grace=2)
+            await bounded(deaf(released), seconds=5, grace=2, gives_up=given_up.append)
         assert loop.time() - began == 7
+        assert len(given_up) == 1
         loop.call_later(3, stop.set_result, None)
         with pytest.raises(asyncio.CancelledError):
-            await bounded(deaf(released), seconds=None, grace=2, stop=stop)
+            await bounded(deaf(released), seconds=None, grace=2, gives_up=given_up.append, stop=stop)
         assert loop.time() - began == 12
+        assert len(given_up) == 2
         released.set()
 
     run(play())
