@@ -115,6 +115,7 @@ class SagaCoordinator:
             MisuseError: Something can't work; nothing was run.
             LedgerError: The ledger could not record, or Ctrl-C, or a lack of memory or of stack, struck the saga's own code; no further
                 effect was started.
+            SagaError: For the report there was no memory, or no stack; what became of the saga is recorded.
             asyncio.CancelledError: The caller was cancelled, and the saga has done what `on_interrupt` says.
         """
         blueprint = read(pipeline, self.policy)
@@ -154,6 +155,7 @@ class SagaCoordinator:
             MisuseError: The saga is alive here, has stages in doubt that a person has to settle first, or is run by another one.
             LedgerConflict: Another coordinator holds it.
             LedgerError: The ledger could not record or read; no further effect was started.
+            SagaError: As for `run`.
             asyncio.CancelledError: The caller was cancelled, and the saga is at rest: as `on_interrupt` says, or undone.
         """
         if not isinstance(forward, bool | None):
@@ -172,6 +174,7 @@ class SagaCoordinator:
             MisuseError: The saga is alive here, or is run by another one.
             LedgerConflict: Another coordinator holds it.
             LedgerError: The ledger could not record or read; nothing further was begun to be undone.
+            SagaError: As for `run`.
             asyncio.CancelledError: The caller was cancelled, and the saga has been undone all the same.
         """
         await self._refuse_other(saga_id, pipeline, undoes=True)

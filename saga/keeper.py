@@ -16,7 +16,7 @@ from saga.alive import PARENT_STOPS, STAGE_FAILED, LiveSaga
 from saga.amendments import Amendments
 from saga.blueprint import Blueprint, read
 from saga.course import Course
-from saga.errors import GraphChanged, LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, NotStorable, SagaExists
+from saga.errors import GraphChanged, LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, NotStorable, SagaError, SagaExists
 from saga.events import AnyEvent, SagaStarted
 from saga.family import differences_from, events_of
 from saga.held import Held
@@ -349,15 +349,21 @@ class SagaKeeper:
     async def _report(self, saga: LiveSaga) -> SagaReport:
         """The report of a saga that has come to rest, which is recorded whatever becomes of the report."""
         state = saga.journal.state
-        if not saga.children.has_any:
-            return SagaReport.of(state)
         try:
+            if not saga.children.has_any:
+                return SagaReport.of(state)
             return await report_with_children(self._ledger, state, saga.children.exceptions)
         except LedgerError as error:
             kind = LedgerCorrupt if isinstance(error, LedgerCorrupt) else LedgerError
             raise kind(
                 f"saga {saga.id} is {state.status.value}, which is recorded; but the sagas that its stages ran can't be read: "
                 f"{error}. When the ledger is back, ask for the report: await coordinator.report({saga.id!r})"
+            ) from error
+        except (MemoryError, RecursionError) as error:
+            # No error of the ledger's, of which a saga that runs this one would break off: all of this one is known.
+            raise SagaError(
+                f"saga {saga.id} is {state.status.value}, which is recorded; but a {type(error).__name__} struck while its report was "
+                f"made. Ask for it: await coordinator.report({saga.id!r})"
             ) from error
 
 

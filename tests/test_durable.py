@@ -34,6 +34,7 @@ from saga import (
     Retry,
     SagaContext,
     SagaCoordinator,
+    SagaError,
     SagaStatus,
     SagaUnrecorded,
     compensable,
@@ -41,7 +42,7 @@ from saga import (
     nested,
 )
 from saga.encoding import stored
-from saga.events import AnyEvent, SagaStarted, StageCompleted, StageProbed, StageStarted, event_from_json, event_to_json
+from saga.events import AnyEvent, SagaEnded, SagaStarted, StageCompleted, StageProbed, StageStarted, event_from_json, event_to_json
 from saga.journal import Journal
 from saga.testing.rehearsal import MortalLedger
 from tests.controlled import ControlledLoop, elapse, run
@@ -418,6 +419,38 @@ def test_a_saga_whose_own_code_runs_out_of_memory_says_what_is_in_effect() -> No
     assert isinstance(raised.value.__cause__, MemoryError)
     assert report.status is SagaStatus.COMPENSATED
     assert not world.standing
+
+
+class _Large(type):
+    """For a copy of one there is no memory left; what asks for its type's hash is about to make one."""
+
+    is_too_large = False
+
+    def __hash__(cls) -> int:
+        if _Large.is_too_large:
+            raise MemoryError
+        return super().__hash__()
+
+
+class Scan(metaclass=_Large):
+    pass
+
+
+def test_a_saga_for_whose_report_there_is_no_memory_says_that_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scan(_: object) -> StageOutput:
+        return StageOutput.ok(scan=Scan())
+
+    def at_its_end(_: str, event: AnyEvent) -> None:
+        monkeypatch.setattr(_Large, "is_too_large", isinstance(event, SagaEnded))
+
+    coordinator = SagaCoordinator(listeners=[at_its_end])
+    with pytest.raises(SagaError, match=r"saga s is completed, which is recorded; .* await coordinator.report\('s'\)") as raised:
+        run(coordinator.run(Pipeline().with_stage("scan", scan, "work"), saga_id="s"))
+    monkeypatch.undo()
+    report = run(coordinator.report("s"))
+
+    assert isinstance(raised.value.__cause__, MemoryError)
+    assert list(report.kept) == ["scan"]
 
 
 @pytest.mark.parametrize(
