@@ -66,8 +66,8 @@ class SagaKeeper:
         """Run a new saga."""
         saga = None
         try:
-            saga = await self._begin(blueprint, policy, context, saga_id)
-            return await self._unbroken(saga, self._course(saga).forward())
+            saga, work = await self._begin(blueprint, policy, context, saga_id)
+            return await self._unbroken(saga, work)
         except LedgerConflict as conflict:
             if saga is None or saga.journal.token is None:
                 # It never was in the ledger: when its first events came there, somebody else had begun it since it was looked for.
@@ -112,11 +112,11 @@ class SagaKeeper:
             context = parent.child_context(stage, pipeline, fields)
         while True:
             try:
-                saga = await self._begin(blueprint, policy, context, parent.children.next_id(stage, attempt), parent, stage)
+                saga, work = await self._begin(blueprint, policy, context, parent.children.next_id(stage, attempt), parent, stage)
             except SagaExists:
                 # A fallback whose process has died is called once more, in the same attempt.
                 continue
-            return await self._as_child(parent, saga, self._course(saga).forward())
+            return await self._as_child(parent, saga, work)
 
     async def resume_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline, *, forward: bool | None) -> SagaReport:
         """Go on with a child of a saga's stage."""
@@ -179,7 +179,8 @@ class SagaKeeper:
         saga_id: str | None,
         parent: LiveSaga | None = None,
         parent_stage: str | None = None,
-    ) -> LiveSaga:
+    ) -> tuple[LiveSaga, Coroutine[Any, Any, None]]:
+        """A new saga, held from here on, and the work of it."""
         if saga_id is not None and (not isinstance(saga_id, str) or not saga_id.strip()):
             hint = "" if isinstance(saga_id, str) else "An id is a str."
             raise MisuseError("a saga id with at least one visible character", got=shown(saga_id), hint=hint)
@@ -193,6 +194,7 @@ class SagaKeeper:
         # Held at last: while the ledger was read, somebody else may have begun it.
         if is_there or not self.held.hold(saga_id):
             raise _taken(saga_id)
+        journal = None
         try:
             started = SagaStarted(
                 saga_id=saga_id,
@@ -209,10 +211,13 @@ class SagaKeeper:
                 hint = "The ledger keeps the context, so that the saga can go on without its caller."
                 raise MisuseError(refused.expected, got=refused.got, hint=hint) from None
             journal = await Journal.begin(self._ledger, started, self.held.owner, _token_of(parent), self._listeners)
+            saga = self.lives(blueprint, policy, journal, context)
+            return saga, self._course(saga).forward()
         except BaseException:
             self.held.let_go(saga_id)
+            if journal is not None and (token := await journal.close()) is not None:
+                await self.held.give_back(saga_id, token)
             raise
-        return self.lives(blueprint, policy, journal, context)
 
     async def _take(
         self, saga_id: str, pipeline: Pipeline, policy: Policy | None, parent: LiveSaga | None
@@ -238,14 +243,15 @@ class SagaKeeper:
                 if self._ledger.durable:
                     blueprint.restore_outputs(state.stages)
                 await self.amendments.let_hear(saga_id, events)
+                owner, listeners = self.held.owner, self._listeners
+                journal = Journal(self._ledger, saga_id, state, version=len(events), token=token, owner=owner, listeners=listeners)
+                saga = self.lives(blueprint, chosen, journal, context)
             except BaseException:
                 await self.held.give_back(saga_id, token)
                 raise
         except BaseException:
             self.held.let_go(saga_id)
             raise
-        journal = Journal(self._ledger, saga_id, state, version=len(events), token=token, owner=self.held.owner, listeners=self._listeners)
-        saga = self.lives(blueprint, chosen, journal, context)
         saga.children.heed_those_before()
         return saga, events
 

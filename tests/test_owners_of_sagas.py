@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import gc
 import pickle
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 import anyio
 import pytest
+from stageflow import BaseInterceptor
 from stageflow.api import Pipeline, PipelineContext, StageContext
 
 from saga import (
@@ -951,6 +953,50 @@ def test_of_two_threads_that_resume_a_saga_at_once_one_goes_on_with_it_and_the_o
     assert isinstance(told, MisuseError)
     assert world.log == ["+a", "+b", "+c"]
     assert coordinator._keeper.held.sagas == {}
+
+
+class Unready(PipelineContext):
+    """Whose snapshot is not there yet."""
+
+    def to_snapshot(self) -> Any:
+        raise ValueError("no snapshot yet")
+
+
+class OfATenant(PipelineContext):
+    """That can't be made again from its fields, as stageflow's interceptors need it."""
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields, service="the tenant's")
+
+
+class Watches(BaseInterceptor):
+    name = "watches"
+
+    async def before(self, stage_name: str, ctx: PipelineContext) -> None: ...
+
+    async def after(self, stage_name: str, result: Any, ctx: PipelineContext) -> None: ...
+
+
+@pytest.mark.parametrize(("kind", "raises"), [(Unready, ValueError), (OfATenant, TypeError)])
+def test_a_saga_that_nothing_can_be_made_of_to_run_it_is_not_held(
+    kind: Callable[..., PipelineContext], raises: type[Exception], tmp_path: Path
+) -> None:
+    """Its id was taken as long as the process lived, whose heart beat for it, and who waited for all to rest got an AttributeError."""
+    world, pipeline = scene(SEQUENCE)
+    like = PipelineContext.create()
+    fields = {field.name: getattr(like, field.name) for field in dataclasses.fields(like) if field.init and field.name != "service"}
+
+    async def main() -> SagaReport:
+        async with SQLiteLedger(tmp_path / "sagas.db") as ledger:
+            coordinator = SagaCoordinator(ledger=ledger, interceptors=[Watches()])
+            with pytest.raises(raises):
+                await coordinator.run(pipeline, kind(**fields), saga_id="s")
+            await coordinator.wind_up()
+            assert coordinator._keeper.held.sagas == {}
+            return await coordinator.run(pipeline, saga_id="s")
+
+    assert asyncio.run(main()).ok
+    assert set(world.standing) == set(SEQUENCE)
 
 
 def test_a_saga_that_is_resumed_is_stopped_by_its_id_from_the_moment_in_which_it_is_alive() -> None:
