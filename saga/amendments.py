@@ -190,13 +190,17 @@ class Amendments:
         if saga_id not in self._held.sagas:
             self.record_late(saga_id)
 
+    def recordings(self) -> set[asyncio.Task[None]]:
+        """The tasks that are just recording in this event loop what came late."""
+        loop = asyncio.get_running_loop()
+        return {task for task in tuple(self._tasks) if task.get_loop() is loop and not task.done()}
+
     async def late_is_recorded(self) -> None:
         """Wait until nothing that came late is just being recorded in this event loop.
 
         When that ends, asyncio.run waits for code that was given up, and for nothing that begins only then.
         """
-        loop = asyncio.get_running_loop()
-        await outlast([task for task in tuple(self._tasks) if task.get_loop() is loop])
+        await outlast(self.recordings())
 
     def has_late(self, saga_id: str) -> bool:
         """Whether anything came late for a saga that is not recorded yet."""

@@ -1144,6 +1144,47 @@ def test_what_was_given_up_ends_before_the_ledger_is_closed_and_the_report_tells
     assert done.code != Exit.STUCK
 
 
+def test_what_came_late_while_the_saga_still_ran_is_recorded_before_the_ledger_is_closed(shop: Shop) -> None:
+    """The command cancelled its recording, and the card stayed in doubt."""
+    shop.write("hasty.toml", 'policy = "fail_fast"\ncancel_grace = 0.01\non_failure = "halt"\n')
+    meanwhile = """
+answers = asyncio.Event()
+is_charged = asyncio.Event()
+
+
+class Deaf(Charge):
+    timeout = 0.01
+
+    async def execute(self, ctx):
+        while not answers.is_set():
+            try:
+                await answers.wait()
+            except asyncio.CancelledError:
+                continue
+        is_charged.set()
+        return StageOutput.ok(receipt=7)
+
+
+class Ship(Charge):
+    async def execute(self, ctx):
+        raise ConnectionError("no lorry")
+
+    async def probe(self, ctx):
+        answers.set()
+        await is_charged.wait()
+
+
+meanwhile = Pipeline(name="meanwhile").with_stage("charge_card", Deaf).with_stage("ship", Ship)
+"""
+    shop.write("shop.py", SHOP + meanwhile)
+
+    done = shop.really("run", "shop:meanwhile", "--id", "s", "--policy", "hasty.toml")
+
+    assert "Traceback" not in done.err
+    charge = SagaReport.model_validate_json(shop.saga("show", "s", "--json").out).stages["charge_card"]
+    assert charge.late_output is not None
+
+
 def test_a_saga_within_that_still_goes_back_is_waited_for_and_not_cut_short(shop: Shop) -> None:
     """The command cancelled its compensation, and it was stuck."""
     shop.write("hasty.toml", 'policy = "fail_fast"\nin_flight = "cancel"\ncancel_grace = 0.01\non_failure = "halt"\n')

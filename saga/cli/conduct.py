@@ -110,13 +110,15 @@ async def wound_up(coordinator: SagaCoordinator, console: Console, others: Colle
 
 
 async def _wind_up(coordinator: SagaCoordinator, others: Collection[asyncio.Task[Any]]) -> None:
-    # A saga within may be going back, and a cancel must not cut through a compensation.
-    await coordinator._keeper.sagas_rest()  # noqa: SLF001 - who runs sagas in a service has no need of it
-    given_up = asyncio.all_tasks().difference(others, {this_task()})
-    for task in given_up:
+    keeper = coordinator._keeper  # noqa: SLF001 - who runs sagas in a service has no need of it
+    # A saga within may be going back, and a cancel must not cut through a compensation, nor through the recording of what came late.
+    await keeper.sagas_rest()
+    left = asyncio.all_tasks().difference(others, {this_task()})
+    for task in left - keeper.amendments.recordings():
         task.cancel()
-    if given_up:
-        await asyncio.wait(given_up)
+    if left:
+        await asyncio.wait(left)
+    await keeper.wind_up()
 
 
 async def to_the_end(command: Coroutine[Any, Any, Exit], tell: Callable[[Exception], Exit]) -> Exit:
