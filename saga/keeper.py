@@ -157,10 +157,9 @@ class SagaKeeper:
         """Wait until nothing runs in this event loop any more, and what it has come to is recorded."""
         await self.sagas_rest()
         loop = asyncio.get_running_loop()
-        while left := {task for task in tuple(self.given_up) if task.get_loop() is loop}:
+        while left := {task for task in tuple(self.given_up) if task.get_loop() is loop} | self.amendments.recordings():
             await asyncio.wait(left)
             await self.sagas_rest()
-        await self.amendments.late_is_recorded()
 
     async def rest_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """See to it that a child whose process is gone comes to rest: it is stopped, as those are that run when their parent stops."""

@@ -1017,6 +1017,39 @@ def test_a_wait_for_what_was_given_up_ends_when_whoever_waits_has_waited_enough(
     assert set(run(main()).in_doubt) == {"deaf"}
 
 
+class Releases(CompensableStage):
+    """Fails, and when it is asked whether its effect has landed, another stage comes to its end."""
+
+    def __init__(self, deaf: Deaf) -> None:
+        self.deaf = deaf
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        raise ConnectionError("no line")
+
+    async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    async def probe(self, ctx: CompensationContext) -> None:
+        self.deaf.released.set()
+        await elapse(1)
+
+
+def test_a_wait_for_what_came_late_ends_when_whoever_waits_has_waited_enough_while_it_is_recorded() -> None:
+    """The cancel was swallowed, and with it the time limit."""
+    stage = Deaf(World({}))
+    trip = Pipeline(name="trip").with_stage("deaf", stage).with_stage("releases", Releases(stage))
+
+    async def main() -> SagaReport:
+        coordinator = SagaCoordinator(PROMPT.model_copy(update={"on_failure": "halt"}), ledger=SlowLedger(seconds=5))
+        await coordinator.run(trip, saga_id="s")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1):
+                await coordinator.wind_up()
+        await coordinator.wind_up()
+        return await coordinator.report("s")
+
+    assert run(main()).stages["deaf"].late_output is not None
+
+
 def test_a_blocked_thread_does_not_hold_up_the_report_and_its_completion_is_recorded() -> None:
     """In real time: a thread that nobody can cancel."""
     go = threading.Event()
