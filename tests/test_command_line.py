@@ -1391,6 +1391,21 @@ def test_a_traceback_is_not_obeyed_by_a_terminal(shop: Shop) -> None:
     assert done.err.endswith("got ValueError: no\\u001b[2J catalogue\n  at all\n\n")
 
 
+def test_sagas_that_were_imported_are_listed_by_their_age_too(shop: Shop) -> None:
+    """They stood last, and those within before the one that runs them."""
+    new = ("--ledger", "sqlite:///new.db")
+    shop.saga("run", "shop:family", "--id", "older")
+    shop.write("older.jsonl", shop.saga("export", "older").out)
+    shop.saga("run", "shop:seat", "--id", "younger", *new)
+    shop.saga("import", "older.jsonl", *new)
+
+    listed = shop.saga("list", "--nested", *new)
+    in_json = shop.saga("list", "--nested", "--json", *new)
+
+    assert [line.split()[0] for line in listed.out.splitlines()[1:]] == ["older", "older/book", "younger"]
+    assert [entry["saga_id"] for entry in json.loads(in_json.out)] == ["older", "older/book", "younger"]
+
+
 def test_a_child_is_not_imported_without_the_saga_that_runs_it(shop: Shop) -> None:
     """saga list did not show it, and what its report said to settle and to resume was the other one."""
     shop.saga("run", "shop:family", "--id", "s")
@@ -1554,7 +1569,7 @@ def test_an_import_that_was_cut_off_leaves_no_saga_without_its_children_and_is_d
     third = shop.saga("import", "s.jsonl", "--ledger", "sqlite:///new.db")
 
     assert cut_off.code == Exit.FAILED
-    assert [line.split()[0] for line in there.splitlines()[1:]] == ["other", "s/book"]
+    assert [line.split()[0] for line in there.splitlines()[1:]] == ["s/book", "other"]
     assert again == (Exit.COMPLETED, "s  compensated\ns/book  compensated, was there already\n", "")
     assert shop.saga("show", "s", "--ledger", "sqlite:///new.db").out == ran.out
     with closing(sqlite3.connect("new.db")) as connection:

@@ -45,7 +45,9 @@ def list_(
     async def entries() -> tuple[list[Entry], Mapping[str, LedgerCorrupt]]:
         async with ledger_at(durable(ledger)) as opened:
             known, damaged = await listed(opened, statuses or None)
-            return [entry for entry in known.values() if nested or entry.parent is None], damaged
+            shown = [entry for entry in known.values() if nested or entry.parent is None]
+            # The ledger has them as they came to it, those that were imported behind all that ran there before.
+            return sorted(shown, key=lambda entry: entry.started_at), damaged
 
     found, damaged = asyncio.run(entries())
     if as_json:
