@@ -1901,6 +1901,28 @@ def test_a_process_that_is_forked_off_inherits_no_connection_and_no_worker(path:
 
 
 @forks
+def test_a_process_that_is_forked_off_inherits_no_lock_of_a_ledger_that_others_use(path: Path) -> None:
+    """While others use the file, the opening of it that is locked stays for the next connection: after the fork, too."""
+    ledger = SQLiteLedger(path)
+
+    def look() -> None:
+        assert in_use(path) == []
+
+    with subprocess.Popen([sys.executable, "-c", _IDLE, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as idle:
+        assert idle.stdout is not None
+        idle.stdout.readline()
+        asyncio.run(create()(ledger))
+        child = fork(look)
+        child.join()
+        kept = in_use(path)
+        asyncio.run(ledger.close())
+        idle.communicate("go on")
+
+    assert kept == [str(path)]
+    assert child.exitcode == 0
+
+
+@forks
 def test_a_fork_waits_until_the_batch_under_way_is_on_disk(path: Path) -> None:
     is_writing = threading.Event()
 

@@ -117,6 +117,11 @@ class Guard:
             os.close(self._descriptor)
 
 
+def _begin_anew() -> None:  # pragma: no cover - coverage keeps no account of a process that was forked off
+    """Let go of the openings that a forked process shares with its parent: a lock would stay as long as any of the two has them."""
+    while _GUARDS:
+        _GUARDS.popitem()[1].close()
+
+
 if hasattr(os, "register_at_fork"):  # pragma: no branch - where processes don't fork, there is nothing to see to
-    # The openings of a process are shared with those that it forks off, and so are their locks.
-    os.register_at_fork(after_in_child=_GUARDS.clear)
+    os.register_at_fork(after_in_child=_begin_anew)
