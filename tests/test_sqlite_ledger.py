@@ -1502,13 +1502,14 @@ def test_a_ledger_is_told_to_be_shut_out_by_the_limit_of_open_files_and_is_opene
 
 def test_a_ledger_is_opened_while_another_one_takes_its_log_away_because_it_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     is_last, has_closed, goes_on = threading.Event(), threading.Event(), threading.Event()
+    came: list[bool] = []
 
     class Lingers(sqlite3.Connection):
         def close(self) -> None:
             super().close()
             if is_last.is_set():
                 has_closed.set()
-                goes_on.wait(60)
+                came.append(goes_on.wait(60))
 
     monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Lingers))
 
@@ -1529,6 +1530,7 @@ def test_a_ledger_is_opened_while_another_one_takes_its_log_away_because_it_is_c
 
     asyncio.run(play())
 
+    assert came == [True], "it waited for that to end"
     assert SQLiteFile(path).owners() == ["me", "you"]
 
 

@@ -43,6 +43,7 @@ class Guard:
 
     def __init__(self, path: Path) -> None:
         self.connections = self.modified = 0
+        self._closing = Lock()
         self._descriptor: int | None = None
         if sys.platform == "linux":
             with suppress(OSError):  # who may only read it loses nothing
@@ -80,18 +81,20 @@ class Guard:
     @contextmanager
     def given_back(self) -> Iterator[None]:
         """Close a connection; one after the other: of two that close at once, neither is the last one to SQLite."""
-        with _GUARDING:
-            self.connections -= 1
+        with self._closing:
             yield
-            if not self.connections:
-                self._lock(is_held=False)
+            with _GUARDING:
+                self.connections -= 1
+                if not self.connections:
+                    self._lock(is_held=False)
                 for file in [file for file, guard in _GUARDS.items() if guard.is_done()]:
                     _GUARDS.pop(file).close()
 
     def let_go(self) -> None:
         """Let the connection that is just given back take the log away, if it is the last one."""
-        if not self.connections:
-            self._lock(is_held=False)
+        with _GUARDING:
+            if self.connections == 1:
+                self._lock(is_held=False)
 
     def _lock(self, *, is_held: bool) -> None:
         if sys.platform == "linux" and self._descriptor is not None:
