@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import platform
@@ -1498,6 +1499,50 @@ def test_a_ledger_is_told_to_be_shut_out_by_the_limit_of_open_files_and_is_opene
         return await ledger.read("s")
 
     assert asyncio.run(main()) == (started(),)
+
+
+def opening_fails(monkeypatch: pytest.MonkeyPatch, why: int) -> None:
+    """Let the ledger's own opening of its file fail, and none of SQLite's."""
+
+    def fail(*_: Any) -> int:
+        raise OSError(why, os.strerror(why))
+
+    monkeypatch.setattr(os, "open", fail)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a ledger opens its file past SQLite only there")
+def test_a_ledger_that_has_no_room_for_its_lock_is_not_used_before_there_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(SQLiteLedger(path), create())
+
+    async def make_room(_: Any) -> None:
+        monkeypatch.undo()
+
+    async def look(_: Any) -> list[str]:
+        return in_use(path)
+
+    opening_fails(monkeypatch, errno.EMFILE)
+    refused, _, recorded, files = on(SQLiteLedger(path), append(FIRST), make_room, append(FIRST), look)
+
+    assert f"the ledger {path} can't be locked: [Errno 24] Too many open files (see to how many files" in str(refused)
+    assert recorded is None
+    assert files.count(str(path)) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a ledger opens its file past SQLite only there")
+def test_a_ledger_that_could_only_be_read_at_first_is_locked_when_it_can_be_written_to(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(SQLiteLedger(path), create())
+
+    async def mount_anew(_: Any) -> None:
+        monkeypatch.undo()
+
+    async def look(_: Any) -> list[str]:
+        return in_use(path)
+
+    opening_fails(monkeypatch, errno.EROFS)
+    before, one, _, recorded, two = on(SQLiteLedger(path), read(), look, mount_anew, append(FIRST), look)
+
+    assert (before, recorded) == ((started(),), None)
+    assert (one.count(str(path)), two.count(str(path))) == (1, 3)
 
 
 def test_a_ledger_is_opened_while_another_one_takes_its_log_away_because_it_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import sys
@@ -41,29 +42,34 @@ class Guard:
         modified: When the file had been written to last, as far as those that were closed have seen; nanoseconds.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self) -> None:
         self.connections = self.modified = 0
         self._closing = Lock()
         self._descriptor: int | None = None
-        if sys.platform == "linux":
-            with suppress(OSError):  # who may only read it loses nothing
-                self._descriptor = os.open(path, os.O_RDWR)
 
     @classmethod
-    def of(cls, file: tuple[int, int] | None, path: Path) -> Guard:
+    def of(cls, file: tuple[int, int] | None) -> Guard:
         """The one of a file, for one more connection to it."""
         with _GUARDING:
-            guard = _GUARDS.get(file) or _GUARDS.setdefault(file, cls(path))
+            guard = _GUARDS.get(file) or _GUARDS.setdefault(file, cls())
             guard.connections += 1
         return guard
 
-    def hold(self) -> None:
+    def hold(self, path: Path) -> None:
         """Have the lock; nobody needs to wait for it, because the connection has SQLite's by then.
 
         Raises:
             BlockingIOError: It has lost that already, and somebody is just taking the log away.
+            OSError: Too many files are open.
         """
         with _GUARDING:
+            if sys.platform == "linux" and self._descriptor is None:
+                try:
+                    self._descriptor = os.open(path, os.O_RDWR)
+                except OSError as error:
+                    if error.errno in {errno.EMFILE, errno.ENFILE}:
+                        raise
+                    # Who may only read it loses nothing; and who may write to it later asks anew.
             self._lock(is_held=True)
 
     @contextmanager

@@ -439,11 +439,14 @@ class _Store:
     def _hold(self) -> None:
         if self._files[1] is None:
             return  # without a log SQLite has the file to itself while it writes
-        self._guard = Guard.of(self._files[0], self._path)
+        self._guard = Guard.of(self._files[0])
         try:
-            self._guard.hold()
+            self._guard.hold(self._path)
         except BlockingIOError:
             raise LedgerError(f"{self._replaced()}; nothing was recorded") from None
+        except OSError as error:
+            hint = "see to how many files this process may have open"
+            raise LedgerError(f"the ledger {self._path} can't be locked: {error} ({hint}); nothing was recorded") from error
 
     def _let_go_of_others(self) -> None:
         for other in _taken_away():
