@@ -385,13 +385,22 @@ class _Store:
                 if not self.is_taken_away():
                     # As the last one it takes the log away itself: who opens the file just then is not to take that for another's deed.
                     _OPEN.discard(self)
-                elif self._guard:
-                    self._save(self._opened, self._guard)
                 with self._guard.given_back() if self._guard else nullcontext(), suppress(sqlite3.Error):
-                    self._leave_or_let_go(self._opened)
+                    if self._guard:
+                        self._save_or_leave(self._opened, self._guard)
                     self._opened.close()
                 self._opened = self._guard = None
                 _OPEN.discard(self)
+
+    def _save_or_leave(self, connection: sqlite3.Connection, guard: Guard) -> None:
+        if self.is_taken_away():
+            self._save(connection, guard)
+        # The last one that is closed may have looked long ago, and writes into the file what others have put into the log.
+        guard.modified = max(guard.modified, self._modified)
+        if self._is_gone_past(guard.modified):
+            _leave_log(connection)
+        else:
+            guard.let_go()
 
     def _save(self, connection: sqlite3.Connection, guard: Guard) -> None:
         """Take what is recorded out of a log that was taken away; where others use it, too, no connection is the last one that would."""
@@ -401,16 +410,6 @@ class _Store:
             is_alone = None in beside and all(found in {None, ours} for found, ours in zip(beside, self._files[1:], strict=True))
             if is_shut and is_alone and file == self._files[0]:
                 connection.execute("PRAGMA wal_checkpoint(FULL)")
-
-    def _leave_or_let_go(self, connection: sqlite3.Connection) -> None:
-        if self._guard is None:
-            return
-        # The last one that is closed may have looked long ago, and writes into the file what others have put into the log.
-        self._guard.modified = max(self._guard.modified, self._modified)
-        if self._is_gone_past(self._guard.modified):
-            _leave_log(connection)
-        else:
-            self._guard.let_go()
 
     # -- the file ------------------------------------------------------------------------------------------------
 
