@@ -1013,6 +1013,19 @@ def test_what_processes_recorded_in_a_log_that_was_deleted_is_there_though_none_
         assert [*map(type, events)] == [SagaStarted, StageStarted]
 
 
+def test_a_log_that_was_deleted_without_its_index_is_no_failure_of_the_disk(path: Path) -> None:
+    on(SQLiteLedger(path), create())
+
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("UPDATE sagas SET status = 'stuck'")
+        other.commit()
+        path.with_name(f"{path.name}-wal").unlink()
+        answers = on(SQLiteLedger(path), read(), append(FIRST))
+
+    assert all("its log was deleted while others use it; end all that do); nothing was recorded" in str(answer) for answer in answers)
+    assert on(SQLiteLedger(path), read()) == [(started(),)]
+
+
 def test_a_link_that_leads_to_another_file_since_is_noticed(whole: bytes, path: Path) -> None:
     link, other = path.with_name("link.db"), path.with_name("other.db")
     link.symlink_to(path.name)

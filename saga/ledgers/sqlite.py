@@ -692,6 +692,7 @@ def _told(error: sqlite3.Error, path: Path, patience: float, outcome: str = "not
         "this process may have open",
         "SQLITE_IOERR_FSYNC": "the disk failed to sync",
         "SQLITE_IOERR_SHMSIZE": "there is no room left for the index of its log",
+        "SQLITE_IOERR_SHORT_READ": "it was cut, or its log was deleted while others use it; end all that do",
         "SQLITE_IOERR": "the disk failed",
     }
     hint = next((f" ({hint})" for start, hint in hints.items() if name.startswith(start)), "")
