@@ -992,8 +992,15 @@ asyncio.run(main(sys.argv[1]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there nobody can be kept from opening the file meanwhile")
-@pytest.mark.parametrize("taken", [("wal",), ("shm",), ("wal", "shm")], ids=["the log", "its index", "both"])
-def test_what_processes_recorded_in_a_log_that_was_deleted_is_there_though_none_is_the_last(path: Path, taken: Sequence[str]) -> None:
+@pytest.mark.parametrize(
+    ("taken", "is_looked_at"),
+    [(("wal",), False), (("shm",), False), (("wal", "shm"), False), (("wal", "shm"), True)],
+    ids=["the log", "its index", "both", "both, and somebody has looked since"],
+)
+def test_what_processes_recorded_in_a_log_that_was_deleted_is_there_though_none_is_the_last(
+    path: Path, taken: Sequence[str], is_looked_at: bool
+) -> None:
+    listing = [sys.executable, "-c", "from saga.cli import main; main()", "list", "--ledger", f"sqlite:///{path}"]
     with subprocess.Popen([sys.executable, "-c", _IDLE, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as idle:
         assert idle.stdout is not None
         idle.stdout.readline()
@@ -1001,6 +1008,8 @@ def test_what_processes_recorded_in_a_log_that_was_deleted_is_there_though_none_
         async def take_away(_: Any) -> None:
             for suffix in taken:
                 path.with_name(f"{path.name}-{suffix}").unlink()
+            if is_looked_at:
+                await asyncio.to_thread(subprocess.run, listing, check=True, stdout=subprocess.DEVNULL)
 
         *_, refused, recorded, ids = on(SQLiteLedger(path), create("s"), take_away, append(FIRST), append(FIRST), listed())
         told, _ = idle.communicate("go on")
@@ -1011,6 +1020,39 @@ def test_what_processes_recorded_in_a_log_that_was_deleted_is_there_though_none_
     assert "was moved, deleted or replaced while it was in use; nothing was recorded" in told
     for events in on(SQLiteLedger(path), read("s"), read("t")):
         assert [*map(type, events)] == [SagaStarted, StageStarted]
+
+
+_LOOKING = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+print(connection.execute("SELECT count(*) FROM sagas").fetchone()[0], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_file_is_not_changed_under_who_has_opened_it_since_its_log_was_deleted(path: Path) -> None:
+    """What they have read would no longer fit to what is there, and what they record damage it."""
+    on(SQLiteLedger(path), create("s"))
+    others: list[subprocess.Popen[str]] = []
+
+    def look() -> None:
+        for suffix in ("wal", "shm"):
+            path.with_name(f"{path.name}-{suffix}").unlink()
+        others.append(subprocess.Popen([sys.executable, "-c", _LOOKING, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert others[0].stdout is not None
+        assert others[0].stdout.readline() == "1\n"
+
+    async def have_somebody_look(_: Any) -> None:
+        await asyncio.to_thread(look)
+
+    before = path.read_bytes()
+    *_, refused = on(SQLiteLedger(path), create("t"), have_somebody_look, create("u"))
+    after = path.read_bytes()
+    with others[0] as other:
+        other.communicate()
+
+    assert "was moved, deleted or replaced while it was in use; nothing was recorded" in str(refused)
+    assert after == before
 
 
 def test_a_log_that_was_deleted_without_its_index_is_no_failure_of_the_disk(path: Path) -> None:

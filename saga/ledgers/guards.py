@@ -16,6 +16,8 @@ _SHARED_LOCK: Final = (0x40000002, 510)
 """The bytes of a file, the first and how many, that whoever has it open holds a lock on: <https://sqlite.org/fileformat2.html#the_lock_byte_page>."""
 _PENDING_LOCK: Final = (0x40000000, 1)
 """Those that whoever opens it needs a lock on first."""
+_INDEX_LOCK: Final = (128, 1)
+"""Those of a log's index that whoever uses it holds a lock on: <https://sqlite.org/walformat.html>."""
 
 if sys.platform == "linux":
     import fcntl
@@ -124,6 +126,15 @@ class Guard:
         """Close the file."""
         if self._descriptor is not None:
             os.close(self._descriptor)
+
+
+def is_in_use(index: Path) -> bool:
+    """Whether anybody uses a log by this index; where that can't be told, it is taken to be so."""
+    is_used = True
+    if sys.platform == "linux":
+        with suppress(OSError), index.open("rb") as file:
+            is_used = _fcntl(file.fileno(), fcntl.F_OFD_GETLK, fcntl.F_WRLCK, _INDEX_LOCK) != fcntl.F_UNLCK
+    return is_used
 
 
 def _begin_anew() -> None:  # pragma: no cover - coverage keeps no account of a process that was forked off

@@ -21,7 +21,7 @@ from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, MisuseError
 from saga.events import AnyEvent, SagaStatus
 from saga.ledger import FORGETTABLE, Entry
 from saga.ledgers.durable import MAX_EVENT_BYTES, DurableLedger
-from saga.ledgers.guards import Guard
+from saga.ledgers.guards import Guard, is_in_use
 from saga.ledgers.rows import Acquire, Append, Beat, Create, Prune, Pruned, Redact, Release, Request, entries_in, events_in, others
 from saga.owners import is_gone
 
@@ -393,10 +393,10 @@ class _Store:
                 _OPEN.discard(self)
 
     def _save_or_leave(self, connection: sqlite3.Connection, guard: Guard) -> None:
-        if self.is_taken_away():
-            self._save(connection, guard)
         # The last one that is closed may have looked long ago, and writes into the file what others have put into the log.
         guard.modified = max(guard.modified, self._modified)
+        if self.is_taken_away():
+            self._save(connection, guard)
         if self._is_gone_past(guard.modified):
             _leave_log(connection)
         else:
@@ -405,11 +405,23 @@ class _Store:
     def _save(self, connection: sqlite3.Connection, guard: Guard) -> None:
         """Take what is recorded out of a log that was taken away; where others use it, too, no connection is the last one that would."""
         with guard.shut() as is_shut, suppress(sqlite3.Error):
-            file, *beside = self._identities()
-            # Whoever opens it makes what is missing, and what they record doesn't fit to what is in this one.
-            is_alone = None in beside and all(found in {None, ours} for found, ours in zip(beside, self._files[1:], strict=True))
-            if is_shut and is_alone and file == self._files[0]:
+            if is_shut and self._fits(guard.modified):
                 connection.execute("PRAGMA wal_checkpoint(FULL)")
+                guard.modified = _modified(self._path)
+
+    def _fits(self, modified: int) -> bool:
+        """Whether what is in a log that was taken away fits to the file: not to what others have recorded, or read to go by, since then.
+
+        Args:
+            modified: When anybody of this process has seen the file written to last.
+        """
+        (file, *beside), (own, *own_beside) = self._identities(), self._files
+        if None in beside and all(found in {None, ours} for found, ours in zip(beside, own_beside, strict=True)):
+            # Whoever opens it makes what is missing.
+            return file == own
+        # SQLite's locks on an index of our own would be gone when it is closed.
+        is_another = beside[1] not in {None, own_beside[1]}
+        return is_another and not self._is_gone_past(modified) and not is_in_use(self._paths[2])
 
     # -- the file ------------------------------------------------------------------------------------------------
 
