@@ -253,7 +253,12 @@ def test_the_defaults_in_the_docs_are_those_of_the_code() -> None:
         assert worded.get(said, said) == (f"{default:g}" if isinstance(default, float) else default)
     for made in (SQLiteLedger, PostgresLedger):
         told = {name: parameter.default for name, parameter in inspect.signature(made).parameters.items()}
-        assert ledger == {"lease": f"{told['lease']:g}", "patience": "a third of that", "max_event_bytes": "16 MiB", "redact": "none"}
+        assert ledger == {
+            "lease": f"{told['lease']:g}",
+            "patience": "a third of that up to 10",
+            "max_event_bytes": "16 MiB",
+            "redact": "none",
+        }
         assert (told["patience"], told["max_event_bytes"], told["redact"]) == (None, 16 * 2**20, None)
 
 

@@ -483,6 +483,24 @@ def test_a_ledger_whose_lock_another_program_holds_fails_in_time_and_works_again
     assert events == (started(), FIRST)
 
 
+@pytest.mark.parametrize(("lease", "patience"), [(3.0, 1.0), (30.0, 10.0), (3_600.0, 10.0)])
+def test_a_long_lease_alone_has_nobody_wait_longer_for_a_lock(
+    path: Path, monkeypatch: pytest.MonkeyPatch, lease: float, patience: float
+) -> None:
+    waits: set[float] = set()
+    connect = sqlite3.connect
+
+    def note(database: Any, **options: Any) -> Any:
+        waits.add(options.get("timeout", patience))
+        return connect(database, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", note)
+
+    on(SQLiteLedger(path, lease=lease), create(), read())
+
+    assert waits == {patience}
+
+
 def test_however_long_the_patience_it_is_not_over_at_once(path: Path) -> None:
     on(SQLiteLedger(path), create())
 

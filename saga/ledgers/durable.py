@@ -21,6 +21,8 @@ from saga.text import shown
 MAX_EVENT_BYTES: Final = 16 * 2**20
 _LONGEST_LEASE: Final = 10**9
 """When a longer one ends no date can say."""
+_PATIENCE: Final = 10.0
+"""Seconds; it is no longer for a longer lease: whoever waits for a database that is gone would hear of it only after that."""
 
 
 class Store(Protocol):
@@ -72,7 +74,7 @@ class DurableLedger(Ledger):
         redact: Redact | None,
     ) -> None:
         _refuse_no_number("lease", lease)
-        patience = lease / 3 if patience is None else patience
+        patience = min(_PATIENCE, lease / 3) if patience is None else patience
         _refuse_no_number("patience", patience)
         _refuse_no_number("max_event_bytes", max_event_bytes)
         if lease > _LONGEST_LEASE:

@@ -196,8 +196,8 @@ class PostgresLedger(DurableLedger):
         exists: The ledger is there already: where none is, none is made, and whoever asks it for something gets a `LedgerError`.
         lease: Seconds after which an owner that did not `beat` counts as gone, by the server's clock.
         patience: Seconds that a batch of appends waits for a server that is gone or may only be read, or for locks of others, before it
-            fails; an append that comes meanwhile waits for that, too, and so does `beat`: at most a third of `lease`, which is the
-            default. A server that hangs is given up when it has said nothing for twice as long.
+            fails; an append that comes meanwhile waits for that, too, and so does `beat`: at most a third of `lease`. The default is 10,
+            or that third if it is less. A server that hangs is given up when it has said nothing for twice as long.
         max_event_bytes: How many bytes of JSON one event may have.
         redact: What every event goes through before it is stored. What it takes out is missing when a saga is resumed, too.
 

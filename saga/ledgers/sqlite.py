@@ -124,8 +124,8 @@ class SQLiteLedger(DurableLedger):
     Args:
         path: The file. It is made when it is first used; its directory has to be there.
         lease: Seconds after which an owner that did not `beat` counts as gone.
-        patience: Seconds that a batch of appends waits for other processes that write. At most a third of `lease`, which is
-            the default: `beat` waits behind it.
+        patience: Seconds that a batch of appends waits for other processes that write. At most a third of `lease`, because `beat` waits
+            behind it; the default is 10, or that third if it is less.
         max_event_bytes: How many bytes of JSON one event may have.
         redact: What every event goes through before it is stored. What it takes out is missing when a saga is resumed, too.
         clock: What time it is for the leases, in seconds; the same for all processes that use the file.

@@ -27,7 +27,7 @@ async def _append(ledger: SQLiteLedger, saga_id: str, how_often: int | None) -> 
 
 
 async def _main(path: str, how_often: str = "", prefix: str = "", close: str = "") -> None:
-    ledger = SQLiteLedger(path, lease=180.0)  # a third is its patience: others may be stopped in the middle of a write
+    ledger = SQLiteLedger(path, lease=180.0, patience=60.0)  # others may be stopped in the middle of a write
     await asyncio.gather(*(_append(ledger, prefix + saga_id, int(how_often) if how_often else None) for saga_id in SAGAS))
     if close:
         await ledger.close()
