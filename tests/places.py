@@ -25,6 +25,11 @@ PATIENCE = 60.0
 """Seconds that a ledger waits for others where a test says nothing else: a machine that does other things, too, is no defect."""
 
 
+def patient(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a ledger, and a lease that is long enough for that patience, where they speak of neither."""
+    return options if {"lease", "patience"} & options.keys() else {"lease": 3 * PATIENCE, "patience": PATIENCE} | options
+
+
 @contextlib.contextmanager
 def postgres_server() -> Iterator[Any]:
     """A real PostgreSQL server of its own, out of a Python package, reached by a socket in its directory."""
@@ -81,8 +86,8 @@ class SQLiteFile(Place):
         self.ahead = 0.0
 
     def open(self, **options: Any) -> SQLiteLedger:
-        usual: dict[str, Any] = {"clock": lambda: time.time() + self.ahead, "lease": 3 * PATIENCE}
-        return SQLiteLedger(self.path, **(usual | options))
+        usual: dict[str, Any] = {"clock": lambda: time.time() + self.ahead}
+        return SQLiteLedger(self.path, **(usual | patient(options)))
 
     def execute(self, statement: str) -> list[tuple[Any, ...]]:
         """Run a statement in the file, past the ledger."""
@@ -101,8 +106,8 @@ class PostgresSchema(Place):
         self.dsn, self.schema = dsn, schema
 
     def open(self, **options: Any) -> PostgresLedger:
-        usual: dict[str, Any] = {"dsn": self.dsn, "schema": self.schema, "lease": 3 * PATIENCE}
-        return PostgresLedger(**(usual | options))
+        usual: dict[str, Any] = {"dsn": self.dsn, "schema": self.schema}
+        return PostgresLedger(**(usual | patient(options)))
 
     def execute(self, statement: Any, *values: Any) -> list[tuple[Any, ...]]:
         """Run a statement in the schema, past the ledger."""

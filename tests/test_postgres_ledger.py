@@ -27,7 +27,7 @@ from saga.events import SagaEnded, SagaStarted, StageStarted
 from saga.ledgers import durable as durable_module
 from saga.ledgers import postgres as module
 from saga.ledgers.postgres import PostgresLedger
-from tests.places import PATIENCE, PostgresSchema
+from tests.places import PostgresSchema, patient
 from tests.test_ledger import GRAPH
 
 
@@ -186,8 +186,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def over(network: Network, place: PostgresSchema, **options: Any) -> PostgresLedger:
     dsn = f"host=127.0.0.1 port={network.port} user=postgres dbname=postgres sslmode=disable gssencmode=disable"
-    usual: dict[str, Any] = {"schema": place.schema, "lease": 3 * PATIENCE}
-    return PostgresLedger(dsn, **(usual | options))
+    return PostgresLedger(dsn, schema=place.schema, **patient(options))
 
 
 @pytest.mark.parametrize("lost", ["question", "answer"])
