@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from enum import StrEnum
 from traceback import StackSummary, TracebackException, walk_tb
-from types import CodeType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, Final, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
@@ -199,9 +199,13 @@ def _stack(trace: TracebackType | None) -> StackSummary:
 
 def _by_user(trace: TracebackType | None) -> TracebackType | None:
     """Where it begins with the user's code; how that was called is the same for every failure."""
-    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_globals.get("__package__") == __package__:
+    while trace is not None and trace.tb_next is not None and _is_ours(trace.tb_frame):
         trace = trace.tb_next
     return trace
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return f"{frame.f_globals.get('__package__')}.".startswith(f"{__package__}.")
 
 
 _NAMED_BY_TYPE: Final = frozenset({FailureKind.EXCEPTION, FailureKind.COMPENSATION})

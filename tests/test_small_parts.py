@@ -10,7 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from traceback import format_exception
+from traceback import format_exception, walk_tb
 from typing import Any
 
 import pytest
@@ -192,6 +192,31 @@ def test_the_tracebacks_in_a_report_begin_with_the_users_code() -> None:
 
     begins = [str(failure.traceback).splitlines()[1].rpartition(", in ")[2] for failure in report.failures]
     assert begins == ["execute", "compensate"]
+
+
+def failure_by_way_of(*packages: str | None) -> Failure:
+    """Of what a function raises that one calls, and so on: one in a module of each package, the outermost first."""
+
+    def declines() -> None:
+        raise CardDeclined("limit")
+
+    call: Callable[[], None] = declines
+    for package in reversed(packages):
+        module: dict[str, Any] = {"__package__": package, "call": call}
+        exec("def calls():\n    call()", module)  # noqa: S102 - it is written here
+        call = module["calls"]
+    with pytest.raises(CardDeclined) as raised:
+        call()
+    return Failure.raised("pay", raised.value.with_traceback(raised.tb.tb_next), attempt=1)
+
+
+@pytest.mark.parametrize("package", ["sagas", "saga_shop.stages", "shop.saga", "examples.booking_api", "tests", "", None])
+def test_a_traceback_begins_with_the_users_code_wherever_in_saga_that_was_called(package: str | None) -> None:
+    failure = failure_by_way_of("saga", "saga.testing", "saga.cli.commands", package, "saga.ledgers")
+
+    assert failure.exception is not None
+    frames = [frame.f_globals["__package__"] for frame, _ in walk_tb(failure.exception.__traceback__)]
+    assert frames == [package, "saga.ledgers", "tests"]
 
 
 def test_raise_for_status_raises_the_stages_own_exceptions_the_cause_first() -> None:
