@@ -66,8 +66,9 @@ peer-%: bench/peers/%.txt
 mutants: $(VENV)/.mutants  ## change the core at random: nine of ten changes have to be noticed
 	rm -rf mutants
 	SAGA_CASES=150 $(BIN)/mutmut run --max-children $(or $(JOBS),1)
-	@$(BIN)/mutmut results --all true | awk -F'[. :]+' '{ all[$$3]++; if ($$NF == "killed" || $$NF == "timeout") dead[$$3]++ } \
-		END { for (m in all) { s = 100 * dead[m] / all[m]; printf "%-10s %d of %d: %.1f %%\n", m, dead[m], all[m], s; if (s < 90) low = 1 }; exit low || !NR }'
+	@$(BIN)/mutmut results --all true | awk -F'[ :]+' \
+		'{ sub(/\.[^.]*$$/, "", $$2); all[$$2]++; if ($$NF == "killed" || $$NF == "timeout") dead[$$2]++ } \
+		END { for (m in all) { s = 100 * dead[m] / all[m]; printf "%-24s %d of %d: %.1f %%\n", m, dead[m], all[m], s; if (s < 90) low = 1 }; exit low || !NR }'
 
 $(VENV)/.core: EXTRAS :=
 $(VENV)/.dev: EXTRAS := [test,lint]

@@ -16,7 +16,7 @@ from saga.blueprint import Blueprint
 from saga.events import SagaEnded, SagaStarted, StageCompleted, StageStarted
 from saga.inputs import context_of, recorded_input
 from saga.outputs import copied_output
-from saga.state import SagaState
+from saga.recovery.state import SagaState
 
 if TYPE_CHECKING:
     from bench.workloads import Shape

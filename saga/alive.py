@@ -19,8 +19,8 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.inputs import no_such_field, with_dicts
 from saga.keys import execution_key
-from saga.late import Late, Latecomer
 from saga.outputs import copied, copied_output
+from saga.recovery.late import Late, Latecomer
 from saga.storable import refuse_unstorable
 from saga.tasks import is_of_signal, leave_loop, outlast, retrieved, start
 

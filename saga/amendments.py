@@ -16,11 +16,11 @@ from saga.family import children_of, events_of, is_turned_back, located, sagas_a
 from saga.graph import Role
 from saga.journal import named, tell
 from saga.keys import is_within
-from saga.late import Late, Latecomer, news_of
 from saga.ledger import ALIVE, answering, recorded
 from saga.log import LOG
-from saga.resumption import refusal, status_at_rest
-from saga.state import SagaState
+from saga.recovery.late import Late, Latecomer, news_of
+from saga.recovery.resumption import refusal, status_at_rest
+from saga.recovery.state import SagaState
 from saga.storable import storable
 from saga.tasks import outlast, start
 from saga.text import printable

@@ -15,8 +15,8 @@ from saga.events import CompensationCompleted, CompensationFailed, CompensationS
 from saga.failures import Failure, FailureKind, raised_instead
 from saga.ledger import StageState
 from saga.quick import members
-from saga.record import Step, undo_step
 from saga.recovery import Rollback
+from saga.recovery.record import Step, undo_step
 from saga.report import NestedSagaFailed, SagaReport
 from saga.tasks import closes, instead_of_cancel, outlast, start
 from saga.text import glimpse, qualified, reason_in, said, shown

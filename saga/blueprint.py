@@ -24,7 +24,7 @@ from saga.text import did_you_mean, shown
 if TYPE_CHECKING:
     from stageflow.pipeline.pipeline import UnifiedStageSpec
 
-    from saga.record import StageRecord
+    from saga.recovery.record import StageRecord
 
 
 @frozen

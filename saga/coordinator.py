@@ -24,10 +24,10 @@ from saga.keeper import SagaKeeper
 from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, listed, recorded, refuse_no_ledger
 from saga.outputs import copied
 from saga.policies import ContinueWithFallback, FailFast, Policy
+from saga.recovery.resumption import recovering, resumption, undoing
+from saga.recovery.state import SagaState
 from saga.report import Recovery, SagaReport
-from saga.resumption import recovering, resumption, undoing
 from saga.stages import is_async, is_generator
-from saga.state import SagaState
 from saga.tasks import this_task
 from saga.text import shown
 from saga.within import report_of

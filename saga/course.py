@@ -13,9 +13,9 @@ from saga.forward import Forward
 from saga.ledger import StageState
 from saga.log import LOG
 from saga.quick import members
-from saga.record import Step, undo_step
 from saga.recovery import conclude, final_status, status_of_cancelled
-from saga.resumption import Chapter, Direction
+from saga.recovery.record import Step, undo_step
+from saga.recovery.resumption import Chapter, Direction
 from saga.tasks import outlast, start
 from saga.text import printable
 

@@ -11,8 +11,8 @@ from saga.errors import LedgerCorrupt, MisuseError, SagaNotFound
 from saga.events import SagaStarted, SagaStatus
 from saga.keys import execution_of
 from saga.ledger import MemoryLedger, StageState, answering, is_name, listed, recorded
-from saga.record import Step, undo_step
-from saga.state import SagaState
+from saga.recovery.record import Step, undo_step
+from saga.recovery.state import SagaState
 from saga.text import shown
 
 if TYPE_CHECKING:

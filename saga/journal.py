@@ -22,8 +22,8 @@ from saga.events import (
 )
 from saga.ledger import Ledger
 from saga.log import LOG
-from saga.record import Step, undo_step
-from saga.state import SagaState
+from saga.recovery.record import Step, undo_step
+from saga.recovery.state import SagaState
 from saga.storable import storable
 from saga.tasks import Answer, outlasting
 from saga.text import printable

@@ -24,9 +24,9 @@ from saga.inputs import context_from, recorded_input, refuse_both, refuse_unfit
 from saga.journal import Journal, Listener
 from saga.ledger import A_NAME, LONGEST_NAME, Ledger, is_name, recorded
 from saga.policies import ContinueWithFallback, FailFast, Policy
+from saga.recovery.resumption import Decision, recovering, resumption, undoing
+from saga.recovery.state import SagaState
 from saga.report import SagaReport
-from saga.resumption import Decision, recovering, resumption, undoing
-from saga.state import SagaState
 from saga.storable import refuse_unstorable
 from saga.tasks import cut_short, end, outlast, start
 from saga.text import shown

@@ -20,11 +20,11 @@ from saga.graph import Graph, Node
 from saga.ledger import StageState
 from saga.outputs import Output, Plain, copied, copied_output
 from saga.quick import frozen, members
-from saga.record import StageRecord, Try
 from saga.recovery import stage_states, verdicts_on
+from saga.recovery.record import StageRecord, Try
+from saga.recovery.scope import protected
+from saga.recovery.state import SagaState
 from saga.render.text import summary
-from saga.scope import protected
-from saga.state import SagaState
 from saga.text import printable, shown
 
 _S: Final = members(StageState)

@@ -14,10 +14,10 @@ from saga.family import children_of, events_of, is_turned_back, sagas_above, tur
 from saga.graph import Role
 from saga.keys import execution_key, execution_of
 from saga.ledger import StageState, listed, recorded
-from saga.record import Step, undo_step
+from saga.recovery.record import Step, undo_step
+from saga.recovery.resumption import status_at_rest
+from saga.recovery.state import SagaState
 from saga.report import NestedSagaFailed, SagaReport
-from saga.resumption import status_at_rest
-from saga.state import SagaState
 
 if TYPE_CHECKING:
     from saga.events import AnyEvent

@@ -32,8 +32,8 @@ from saga.events import (
     StageStarted,
 )
 from saga.ledgers.sqlite import SQLiteLedger
+from saga.recovery.state import SagaState
 from saga.report import SagaReport
-from saga.state import SagaState
 from tests.scripts.mortal import HALVES, Books, named
 from tests.world import DIAMOND
 

@@ -58,7 +58,7 @@ from saga.graph import Graph, Node, Role
 from saga.ledger import TRANSITIONS
 from saga.owners import this_process
 from saga.recovery import Rollback
-from saga.state import SagaState
+from saga.recovery.state import SagaState
 from tests.controlled import run
 from tests.slow import SlowLedger
 from tests.test_owners import of_a_process_that_ended

@@ -29,8 +29,8 @@ from saga.backward import Backward
 from saga.events import Event
 from saga.forward import Forward
 from saga.journal import Journal
-from saga.record import StageRecord
-from saga.state import SagaState
+from saga.recovery.record import StageRecord
+from saga.recovery.state import SagaState
 from tests.controlled import elapse, run
 from tests.world import CardDeclined
 

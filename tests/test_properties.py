@@ -48,8 +48,8 @@ from saga.events import (
 from saga.failures import FailureKind
 from saga.graph import Role
 from saga.recovery import Rollback
+from saga.recovery.state import SagaState
 from saga.render.text import explanation
-from saga.state import SagaState
 from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk

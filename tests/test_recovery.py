@@ -34,7 +34,7 @@ from saga.events import (
     TurnReason,
 )
 from saga.recovery import Move, conclude, stage_states
-from saga.state import SagaState
+from saga.recovery.state import SagaState
 from tests.controlled import run
 from tests.test_ledger import BACK, PATHS, STARTED
 from tests.world import SEQUENCE, CardDeclined, Script, scene

@@ -58,7 +58,7 @@ from saga.events import (
     StageStarted,
 )
 from saga.ledgers.sqlite import SQLiteLedger
-from saga.state import SagaState
+from saga.recovery.state import SagaState
 from saga.testing.rehearsal import MortalLedger
 from tests.controlled import elapse, run
 from tests.dying import Dying

@@ -46,8 +46,8 @@ from saga.events import (
 )
 from saga.graph import Graph, Node, Role
 from saga.recovery import Rollback
-from saga.resumption import Direction, crashed, recovering, refusal, resumption, status_at_rest, undoing
-from saga.state import SagaState
+from saga.recovery.resumption import Direction, crashed, recovering, refusal, resumption, status_at_rest, undoing
+from saga.recovery.state import SagaState
 from tests.controlled import elapse, run
 from tests.slow import SlowLedger
 from tests.test_hard_cases import deaf

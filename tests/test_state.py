@@ -41,10 +41,10 @@ from saga.events import (
     Verdict,
 )
 from saga.graph import Graph, Node, Role
-from saga.record import Step, Try, undo_step
 from saga.recovery import stage_states
-from saga.scope import protected
-from saga.state import SagaState
+from saga.recovery.record import Step, Try, undo_step
+from saga.recovery.scope import protected
+from saga.recovery.state import SagaState
 from tests.test_ledger import BACK, CONTRADICTIONS, FAILURE, HALTED, LATE, OUTPUT, PATHS, RUNS_ON, STARTED, STUCK_WITH_REMAINS
 
 LOST = Failure.of("a", FailureKind.CRASHED, "gone")

@@ -28,7 +28,7 @@ from saga.events import (
     Verdict,
 )
 from saga.graph import Graph, Node, Role
-from saga.state import SagaState
+from saga.recovery.state import SagaState
 from saga.within import heard
 
 FAILURE = Failure.of("book", FailureKind.EXCEPTION, "no")

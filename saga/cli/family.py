@@ -9,10 +9,10 @@ from typing import Self
 from saga.events import AnyEvent, SagaStarted, SagaStatus
 from saga.graph import Role
 from saga.ledger import Ledger, StageState
-from saga.record import Step
 from saga.recovery import stage_states
-from saga.scope import left_to_undo
-from saga.state import SagaState
+from saga.recovery.record import Step
+from saga.recovery.scope import left_to_undo
+from saga.recovery.state import SagaState
 
 _S = StageState
 

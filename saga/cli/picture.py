@@ -16,10 +16,10 @@ from saga.cli.lines import said
 from saga.events import SagaStatus
 from saga.graph import Graph
 from saga.ledger import StageState
-from saga.record import StageRecord
 from saga.recovery import stage_states
+from saga.recovery.record import StageRecord
+from saga.recovery.state import SagaState
 from saga.render.wording import SIGNS, seconds, words_of
-from saga.state import SagaState
 from saga.text import printable
 
 _S = StageState

@@ -28,12 +28,12 @@ from saga.ledger import StageState
 from saga.lint.design import Design
 from saga.policies import Policy
 from saga.recovery import Rollback, conclude, final_status, stage_states, unabsorbed
+from saga.recovery.scope import undo_scope
+from saga.recovery.state import SagaState
 from saga.render.drawing import Drawing
 from saga.render.explained import drawing_if, page
 from saga.render.graph import graph_svg
 from saga.render.mermaid import graph_mermaid
-from saga.scope import undo_scope
-from saga.state import SagaState
 from saga.text import printable
 
 

@@ -41,7 +41,7 @@ from saga.events import (
 from saga.failures import Failure, FailureKind
 from saga.ledger import Ledger, StageState, listed
 from saga.recovery import stage_states
-from saga.state import SagaState
+from saga.recovery.state import SagaState
 
 SCOPE: Final = "saga"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)

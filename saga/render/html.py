@@ -29,7 +29,7 @@ from saga.render.timeline import timeline_section
 from saga.render.wording import SIGNS, duration, seconds, words_of
 
 if TYPE_CHECKING:
-    from saga.record import Try
+    from saga.recovery.record import Try
     from saga.report import SagaReport, StageReport
 
 _NAME_ROOM: Final = 30

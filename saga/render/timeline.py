@@ -21,7 +21,7 @@ from saga.render.svg import NAME_CELL, Key, document, moved, number, path, pill,
 from saga.render.wording import SIGNS, duration, seconds, words_of
 
 if TYPE_CHECKING:
-    from saga.record import Try
+    from saga.recovery.record import Try
     from saga.report import SagaReport
 
 _S = StageState

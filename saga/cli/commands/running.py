@@ -32,9 +32,9 @@ from saga.errors import LedgerError, MisuseError, SagaExists, SagaUnrecorded
 from saga.events import SagaStarted, SagaStatus
 from saga.ledger import Ledger, listed
 from saga.policies import Policy
+from saga.recovery.resumption import Decision, resumption, undoing
 from saga.render.reach import TARGET, Reach, command_for, next_command
 from saga.report import Recovery, SagaReport
-from saga.resumption import Decision, resumption, undoing
 from saga.tasks import this_task
 
 _NO_FIELDS: Final = frozenset(inspect.signature(SagaCoordinator.run).parameters) - {"context_fields"}

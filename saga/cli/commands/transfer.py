@@ -19,7 +19,7 @@ from saga.errors import LedgerCorrupt, LedgerError, MisuseError, PolicyInvalid, 
 from saga.events import AnyEvent, SagaStarted, event_from_json, event_to_json, line_of
 from saga.keys import is_within
 from saga.ledger import Ledger
-from saga.state import SagaState
+from saga.recovery.state import SagaState
 from saga.text import bytes_of, printable
 
 _END_OF_EXPORT: Final = re.compile(r'\{"events":(\d+)\}\s*$')

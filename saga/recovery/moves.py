@@ -19,9 +19,9 @@ from saga.graph import Role
 from saga.ledger import StageState
 from saga.policies import ContinueWithFallback
 from saga.quick import members
-from saga.record import StageRecord, Step, undo_step
-from saga.scope import left_to_undo, orphans, protected, spared, undo_scope
-from saga.state import SagaState
+from saga.recovery.record import StageRecord, Step, undo_step
+from saga.recovery.scope import left_to_undo, orphans, protected, spared, undo_scope
+from saga.recovery.state import SagaState
 
 _S: Final = members(StageState)
 _ROLE: Final = members(Role)

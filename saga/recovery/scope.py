@@ -9,10 +9,10 @@ from saga.graph import Role
 from saga.ledger import StageState
 from saga.policies import ContinueWithFallback
 from saga.quick import members
-from saga.record import Step, undo_step
+from saga.recovery.record import Step, undo_step
 
 if TYPE_CHECKING:
-    from saga.state import SagaState
+    from saga.recovery.state import SagaState
 
 _S: Final = members(StageState)
 _REASON: Final = members(TurnReason)

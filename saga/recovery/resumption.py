@@ -26,8 +26,8 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Graph, Role
 from saga.ledger import StageState
 from saga.policies import ContinueWithFallback, Policy
-from saga.recovery import Rollback, final_status, stage_states, status_of_cancelled, stopping, verdicts_on
-from saga.state import SagaState
+from saga.recovery.moves import Rollback, final_status, stage_states, status_of_cancelled, stopping, verdicts_on
+from saga.recovery.state import SagaState
 
 _S = StageState
 _UNSETTLED: Final = "nothing can be undone before what is stuck or in doubt is settled"

@@ -8,8 +8,8 @@ from saga.events import CompensationCompleted, EffectRecorded, StageCompleted, S
 from saga.failures import Failure, FailureKind
 from saga.keys import execution_key
 from saga.ledger import StageState
-from saga.record import StageRecord, Step, undo_step
-from saga.state import SagaState
+from saga.recovery.record import StageRecord, Step, undo_step
+from saga.recovery.state import SagaState
 from saga.text import glimpse
 
 Latecomer = StageCompleted | EffectRecorded | CompensationCompleted

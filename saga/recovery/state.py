@@ -39,8 +39,8 @@ from saga.graph import Graph, Role
 from saga.ledger import TRANSITIONS, StageState
 from saga.policies import ContinueWithFallback, FailFast
 from saga.quick import members
-from saga.record import StageRecord, Try, ended
-from saga.scope import spared, undo_scope
+from saga.recovery.record import StageRecord, Try, ended
+from saga.recovery.scope import spared, undo_scope
 
 _S: Final = members(StageState)
 _STATUS: Final = members(SagaStatus)
