@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from saga.alive import LiveSaga
     from saga.events import AnyEvent
     from saga.held import Held
-    from saga.journal import Listener
     from saga.ledger import Ledger
+    from saga.listeners import Listener
 
 _AGAIN: Final = 1.0
 """Seconds until what came late for a saga that another coordinator holds, or has died with, is recorded, if it is at rest by then."""

@@ -19,9 +19,9 @@ from saga.errors import GraphChanged, LedgerConflict, MisuseError, SagaError, Sa
 from saga.events import SagaStatus, StageSettled, Verdict
 from saga.family import events_of, is_left_alone, refuse_no_id, sagas_above
 from saga.inputs import context_of
-from saga.journal import Listener
 from saga.keeper import SagaKeeper
 from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, listed, recorded, refuse_no_ledger
+from saga.listeners import Listener
 from saga.outputs import copied
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery.resumption import recovering, resumption, undoing

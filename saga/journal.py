@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from saga.errors import LedgerError, SagaUnrecorded
@@ -21,6 +21,7 @@ from saga.events import (
     told_to,
 )
 from saga.ledger import Ledger
+from saga.listeners import Listener
 from saga.log import LOG
 from saga.recovery.record import Step, undo_step
 from saga.recovery.state import SagaState
@@ -28,12 +29,6 @@ from saga.storable import storable
 from saga.tasks import Answer, outlasting
 from saga.text import printable
 from saga.turns import Turns, turns
-
-Listener = Callable[[str, AnyEvent], None]
-"""Is told of every event, with the saga's id, when it is in the ledger. What it raises is logged and harms no saga.
-
-It is told of the start of an attempt in the task that then runs the attempt, so what it sets in the context holds for that attempt.
-"""
 
 _AWAITED: Final = (StageStarted, CompensationStarted, EffectRecorded, SagaResumed, SagaEnded)
 """What has to be in the ledger before anybody goes on; everything else may be written together with the next of these."""

@@ -21,8 +21,9 @@ from saga.events import AnyEvent, SagaStarted
 from saga.family import differences_from, events_of
 from saga.held import Held
 from saga.inputs import context_from, recorded_input, refuse_both, refuse_unfit
-from saga.journal import Journal, Listener
+from saga.journal import Journal
 from saga.ledger import A_NAME, LONGEST_NAME, Ledger, is_name, recorded
+from saga.listeners import Listener
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery.resumption import Decision, recovering, resumption, undoing
 from saga.recovery.state import SagaState

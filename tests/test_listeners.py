@@ -40,7 +40,7 @@ from saga.events import (
     StageProbed,
 )
 from saga.failures import Failure, FailureKind
-from saga.journal import Listener
+from saga.listeners import Listener
 from saga.listeners.logs import _SAY, log_events
 from saga.listeners.otel import OpenTelemetryListener
 from saga.listeners.sink import SinkListener

@@ -11,7 +11,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from examples.booking_api.bookings import Bookings
 from examples.booking_api.stages import Trip, book_trip
 from saga import Compensation, FailFast, Retry, SagaCoordinator, SagaNotFound, SagaReport, SagaStatus
-from saga.journal import Listener
+from saga.listeners import Listener
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from saga.cli.family import Family
 from saga.cli.lines import tell
 from saga.cli.picture import picture
 from saga.events import AnyEvent
-from saga.journal import Listener
+from saga.listeners import Listener
 from saga.text import printable
 
 _FRAMES: Final = 0.1
