@@ -14,7 +14,7 @@ from bench.workloads import MeasurementError, NoOp, pipeline
 from saga import FailFast, SagaContext, SagaReport, SagaStatus
 from saga.blueprint import Blueprint
 from saga.events import SagaEnded, SagaStarted, StageCompleted, StageStarted
-from saga.inputs import context_of, recorded_input
+from saga.live.inputs import context_of, recorded_input
 from saga.outputs import copied_output
 from saga.recovery.state import SagaState
 

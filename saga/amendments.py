@@ -14,9 +14,9 @@ from saga.errors import LedgerConflict, LedgerCorrupt, MisuseError
 from saga.events import SagaEnded, StageProbed, StageSettled, Verdict
 from saga.family import children_of, events_of, is_turned_back, located, sagas_above, sagas_below
 from saga.graph import Role
-from saga.journal import named, tell
 from saga.keys import is_within
 from saga.ledger import ALIVE, answering, recorded
+from saga.live.journal import named, tell
 from saga.log import LOG
 from saga.recovery.late import Late, Latecomer, news_of
 from saga.recovery.resumption import refusal, status_at_rest
@@ -27,11 +27,11 @@ from saga.text import printable
 from saga.within import heard, recorded_around, report_of, report_with_children, unheard
 
 if TYPE_CHECKING:
-    from saga.alive import LiveSaga
     from saga.events import AnyEvent
-    from saga.held import Held
     from saga.ledger import Ledger
     from saga.listeners import Listener
+    from saga.live.held import Held
+    from saga.live.saga import LiveSaga
 
 _AGAIN: Final = 1.0
 """Seconds until what came late for a saga that another coordinator holds, or has died with, is recorded, if it is at rest by then."""

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final
 
 from stageflow.api import StageOutput, StageStatus
 
-from saga.asking import ask
 from saga.events import CompensationCompleted, CompensationFailed, CompensationStarted, TurnReason
 from saga.failures import Failure, FailureKind, raised_instead
 from saga.ledger import StageState
+from saga.live.asking import ask
 from saga.quick import members
 from saga.recovery import Rollback
 from saga.recovery.record import Step, undo_step
@@ -23,8 +23,8 @@ from saga.text import glimpse, qualified, reason_in, said, shown
 from saga.watch import Crew, Employer, Watched
 
 if TYPE_CHECKING:
-    from saga.alive import LiveSaga
     from saga.contexts import CompensationContext
+    from saga.live.saga import LiveSaga
     from saga.policies import Compensation
 
 _S: Final = members(StageState)

@@ -18,10 +18,10 @@ from saga.blueprint import by_name, read, refuse_no_policy
 from saga.errors import GraphChanged, LedgerConflict, MisuseError, SagaError, SagaNotFound
 from saga.events import SagaStatus, StageSettled, Verdict
 from saga.family import events_of, is_left_alone, refuse_no_id, sagas_above
-from saga.inputs import context_of
 from saga.keeper import SagaKeeper
 from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, listed, recorded, refuse_no_ledger
 from saga.listeners import Listener
+from saga.live.inputs import context_of
 from saga.outputs import copied
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery.resumption import recovering, resumption, undoing

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from saga.asking import ask
 from saga.backward import Backward
 from saga.events import AnyEvent, FallbackFailed, SagaEnded, SagaStatus, SagaTurnedBack, TurnReason
 from saga.failures import Failure, FailureKind
 from saga.forward import Forward
 from saga.ledger import StageState
+from saga.live.asking import ask
 from saga.log import LOG
 from saga.quick import members
 from saga.recovery import conclude, final_status, status_of_cancelled
@@ -22,8 +22,8 @@ from saga.text import printable
 if TYPE_CHECKING:
     from stageflow import BaseInterceptor
 
-    from saga.alive import LiveSaga
     from saga.amendments import Amendments
+    from saga.live.saga import LiveSaga
 
 _STEP: Final = members(Step)
 

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Final
 
 from stageflow.api import StageOutput, StageStatus
 
-from saga.alive import PARENT_STOPS
-from saga.attempts import StageRun, WholeRun
 from saga.errors import LedgerError
 from saga.events import SagaStopped, StageFailed, StageSkipped
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.ledger import StageState
+from saga.live.attempts import StageRun, WholeRun
+from saga.live.saga import PARENT_STOPS
+from saga.live.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
 from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
 from saga.quick import members
-from saga.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
 from saga.tasks import cut_short_by, end, leave_loop, this_task
 from saga.text import brief, reason_in
 from saga.watch import Crew
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from stageflow import BaseInterceptor
     from stageflow.stages.inputs import StageInputs
 
-    from saga.alive import LiveSaga
+    from saga.live.saga import LiveSaga
 
 _S: Final = members(StageState)
 _STATUS: Final = members(StageStatus)

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 from stageflow.api import Pipeline, PipelineContext
 
-from saga.actions import LocalActions
-from saga.alive import PARENT_STOPS, STAGE_FAILED, LiveSaga
 from saga.amendments import Amendments
 from saga.blueprint import Blueprint, read
 from saga.course import Course
 from saga.errors import GraphChanged, LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, NotStorable, SagaError, SagaExists
 from saga.events import AnyEvent, SagaStarted
 from saga.family import differences_from, events_of
-from saga.held import Held
-from saga.inputs import context_from, recorded_input, refuse_both, refuse_unfit
-from saga.journal import Journal
 from saga.ledger import A_NAME, LONGEST_NAME, Ledger, is_name, recorded
 from saga.listeners import Listener
+from saga.live.actions import LocalActions
+from saga.live.held import Held
+from saga.live.inputs import context_from, recorded_input, refuse_both, refuse_unfit
+from saga.live.journal import Journal
+from saga.live.saga import PARENT_STOPS, STAGE_FAILED, LiveSaga
 from saga.policies import ContinueWithFallback, FailFast, Policy
 from saga.recovery.resumption import Decision, recovering, resumption, undoing
 from saga.recovery.state import SagaState
@@ -36,7 +36,7 @@ from saga.within import report_of, report_with_children
 if TYPE_CHECKING:
     from stageflow import BaseInterceptor
 
-    from saga.actions import Actions
+    from saga.live.actions import Actions
 
 
 class SagaKeeper:

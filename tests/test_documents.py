@@ -268,3 +268,12 @@ def test_the_shape_of_the_code_names_every_module() -> None:
     modules = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "saga").iterdir()} - {"__pycache__/", "py.typed"}
 
     assert not {name for name in modules if f"`saga/{name}`" not in shape}
+
+
+def test_the_shape_of_the_code_names_every_module_of_a_package() -> None:
+    shape = (ROOT / "docs" / "explanation" / "shape.md").read_text()
+    rows = {package: row for row in shape.splitlines() for package in re.findall(r"`saga/(\w+)/`", row)}
+
+    modules = {path for path in (ROOT / "saga").glob("*/*.py") if path.name != "__init__.py"}
+
+    assert not {path for path in modules if not re.search(rf"`{path.stem}(\.py)?`", rows[path.parent.name])}

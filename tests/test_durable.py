@@ -38,12 +38,12 @@ from saga import (
     SagaStatus,
     SagaUnrecorded,
     compensable,
-    heart,
     nested,
 )
 from saga.encoding import stored
 from saga.events import AnyEvent, SagaEnded, SagaStarted, StageCompleted, StageProbed, StageStarted, event_from_json, event_to_json
-from saga.journal import Journal
+from saga.live import heart
+from saga.live.journal import Journal
 from saga.testing.rehearsal import MortalLedger
 from tests.controlled import ControlledLoop, elapse, run
 from tests.dying import Dying

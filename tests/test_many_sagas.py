@@ -24,11 +24,11 @@ from saga import (
     SagaStatus,
     compensable,
 )
-from saga.alive import LiveSaga
 from saga.backward import Backward
 from saga.events import Event
 from saga.forward import Forward
-from saga.journal import Journal
+from saga.live.journal import Journal
+from saga.live.saga import LiveSaga
 from saga.recovery.record import StageRecord
 from saga.recovery.state import SagaState
 from tests.controlled import elapse, run

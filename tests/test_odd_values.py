@@ -349,7 +349,7 @@ def test_a_defect_of_ours_ends_the_saga_with_an_error_instead_of_hanging_it(monk
     def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("our own mistake")
 
-    for where in ("saga.outcomes.Outcome.of", "saga.alive.LiveSaga.compensation_context"):
+    for where in ("saga.outcomes.Outcome.of", "saga.live.saga.LiveSaga.compensation_context"):
         with monkeypatch.context() as patched:
             patched.setattr(where, broken)
 

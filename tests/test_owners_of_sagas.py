@@ -44,10 +44,10 @@ from saga import (
     nested,
 )
 from saga import coordinator as coordinator_module
-from saga import held as held_module
 from saga.blueprint import Blueprint
 from saga.events import AnyEvent, CompensationStarted, SagaStarted, StageSettled
 from saga.ledgers.sqlite import SQLiteLedger
+from saga.live import held as held_module
 from saga.tasks import this_task
 from tests.controlled import ControlledLoop, elapse, run
 from tests.dying import Dying

@@ -11,10 +11,10 @@ from typing import Any, Final
 
 from stageflow.api import StageOutput
 
-from saga.actions import LocalActions
 from saga.blueprint import Blueprint
 from saga.contexts import CompensationContext, Host, SagaContext
 from saga.failures import Failure
+from saga.live.actions import LocalActions
 
 
 class Fault(StrEnum):

@@ -18,12 +18,12 @@ from saga.policies import Compensation, Policy, Retry
 if TYPE_CHECKING:
     from stageflow.api import PipelineContext
 
-    from saga.actions import Actions
-    from saga.alive import LiveSaga
     from saga.blueprint import Blueprint
     from saga.graph import Node
-    from saga.journal import Journal
     from saga.ledger import Ledger
+    from saga.live.actions import Actions
+    from saga.live.journal import Journal
+    from saga.live.saga import LiveSaga
     from saga.stages import StageOffer
 
 PATIENCE: Final = 0.05

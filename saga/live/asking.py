@@ -17,7 +17,7 @@ from saga.text import shown
 from saga.watch import bounded
 
 if TYPE_CHECKING:
-    from saga.alive import LiveSaga
+    from saga.live.saga import LiveSaga
 
 
 async def ask(saga: LiveSaga, stage: str, *, stop: asyncio.Future[None] | None = None) -> StageOutput | None:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.events import NoOpEventSink
 
-from saga.children import Children
 from saga.contexts import CompensationContext, Host, Inputs, UndoHost
 from saga.errors import MisuseError
 from saga.events import CompensationCompleted, EffectRecorded, StageCompleted
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
-from saga.inputs import no_such_field, with_dicts
 from saga.keys import execution_key
+from saga.live.children import Children
+from saga.live.inputs import no_such_field, with_dicts
 from saga.outputs import copied, copied_output
 from saga.recovery.late import Late, Latecomer
 from saga.storable import refuse_unstorable
@@ -27,10 +27,10 @@ from saga.tasks import is_of_signal, leave_loop, outlast, retrieved, start
 if TYPE_CHECKING:
     from stageflow.api import Pipeline, PipelineContext
 
-    from saga.actions import Actions
     from saga.blueprint import Blueprint
-    from saga.journal import Journal
     from saga.keeper import SagaKeeper
+    from saga.live.actions import Actions
+    from saga.live.journal import Journal
     from saga.policies import ContinueWithFallback, FailFast, Policy
     from saga.report import SagaReport
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stageflow.api import PipelineContext
     from stageflow.stages.result import StageResult
 
-    from saga.alive import LiveSaga
+    from saga.live.saga import LiveSaga
 
 STOPPING: Final = StageOutput.cancel("the saga is stopping")
 """The answer of a stage that has nothing to give to those that depend on it, because the saga is stopping."""

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Final
 import anyio
 
 from saga.errors import LedgerError, MisuseError
-from saga.heart import Heart
 from saga.ledger import answering
+from saga.live.heart import Heart
 from saga.owners import this_process
 from saga.tasks import make_ready, outlast, start, this_loop
 
 if TYPE_CHECKING:
-    from saga.alive import LiveSaga
     from saga.ledger import Ledger
+    from saga.live.saga import LiveSaga
 
 
 class Held:

@@ -15,9 +15,9 @@ from saga.tasks import outlast
 from saga.within import has_left, reports_of
 
 if TYPE_CHECKING:
-    from saga.alive import LiveSaga
     from saga.failures import Failure
-    from saga.journal import Journal
+    from saga.live.journal import Journal
+    from saga.live.saga import LiveSaga
     from saga.report import SagaReport
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from stageflow.api import StageCancellationRequested, StageOutput, StageStatus
 
-from saga.alive import AttemptHost
-from saga.asking import ask
 from saga.contexts import SagaContext
 from saga.errors import MisuseError, NotStorable
 from saga.events import FallbackFailed, FallbackUsed, StageCompleted, StageFailed, StageSkipped, StageStarted
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.ledger import StageState
+from saga.live.asking import ask
+from saga.live.saga import AttemptHost
 from saga.log import LOG
 from saga.outcomes import Outcome
 from saga.outputs import copied, copied_output
@@ -31,7 +31,7 @@ from saga.watch import Employer, Watched, bounded
 if TYPE_CHECKING:
     from stageflow.stages.inputs import StageInputs
 
-    from saga.alive import LiveSaga
+    from saga.live.saga import LiveSaga
     from saga.policies import ContinueWithFallback, Retry
 
 _S: Final = members(StageState)
