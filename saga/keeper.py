@@ -314,8 +314,7 @@ class SagaKeeper:
         # It has been let go of, unless a Ctrl-C struck just where that was to be done, or to be seen to: its heart would beat on for ever.
         self.held.abandon(saga)
         end(waiter)
-        if hasattr(saga, "driver"):
-            del saga.driver  # nobody finds it any more, and its context may hold the saga
+        vars(saga).pop("driver", None)  # nobody finds it any more, and its context may hold the saga
 
     async def _closing(
         self, saga: LiveSaga, work: Coroutine[Any, Any, None], ended: Callable[[asyncio.Task[SagaReport]], None]

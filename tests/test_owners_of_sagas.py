@@ -999,6 +999,24 @@ def test_a_saga_that_nothing_can_be_made_of_to_run_it_is_not_held(
     assert set(world.standing) == set(SEQUENCE)
 
 
+def test_of_a_saga_that_could_not_be_run_and_is_in_memory_already_the_lease_is_given_back() -> None:
+    world, pipeline = scene(SEQUENCE)
+    ledger = MemoryLedger()
+    like = PipelineContext.create()
+    fields = {field.name: getattr(like, field.name) for field in dataclasses.fields(like) if field.init and field.name != "service"}
+
+    async def main() -> Recovery:
+        with pytest.raises(ValueError, match="no snapshot yet"):
+            await SagaCoordinator(ledger=ledger).run(pipeline, Unready(**fields), saga_id="s")
+        return await SagaCoordinator(ledger=ledger).recover(pipeline)
+
+    recovery = asyncio.run(main())
+
+    assert recovery.reports["s"].ok
+    assert (recovery.held, recovery.failed) == ({}, {})
+    assert set(world.standing) == set(SEQUENCE)
+
+
 def test_a_saga_that_is_resumed_is_stopped_by_its_id_from_the_moment_in_which_it_is_alive() -> None:
     world, pipeline = scene(SEQUENCE, {"b": Script("raise", before=5, then=("ok",))})
     coordinator = SagaCoordinator(FailFast(on_failure="halt"), ledger=SlowToRead())

@@ -113,11 +113,9 @@ async def _wind_up(coordinator: SagaCoordinator, others: Collection[asyncio.Task
     keeper = coordinator._keeper  # noqa: SLF001 - who runs sagas in a service has no need of it
     # A saga within may be going back, and a cancel must not cut through a compensation, nor through the recording of what came late.
     await keeper.sagas_rest()
-    left = asyncio.all_tasks().difference(others, {this_task()})
-    for task in left - keeper.amendments.recordings():
+    for task in asyncio.all_tasks().difference(others, {this_task()}, keeper.amendments.recordings()):
         task.cancel()
-    if left:
-        await asyncio.wait(left)
+        keeper.gives_up(task)
     await keeper.wind_up()
 
 

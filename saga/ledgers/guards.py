@@ -19,7 +19,7 @@ _PENDING_LOCK: Final = (0x40000000, 1)
 _INDEX_LOCK: Final = (128, 1)
 """Those of a log's index that whoever uses it holds a lock on: <https://sqlite.org/walformat.html>."""
 
-if sys.platform == "linux":
+if sys.platform == "linux":  # pragma: no branch - a run is on one system
     import fcntl
 
     def _fcntl(descriptor: int, command: int, kind: int, place: tuple[int, int] = _SHARED_LOCK) -> int:
@@ -79,7 +79,7 @@ class Guard:
         """Have no other process open the file meanwhile, if that can be had; whether it can."""
         is_shut = False
         with ExitStack() as stack:
-            if sys.platform == "linux" and self._descriptor is not None:
+            if sys.platform == "linux" and self._descriptor is not None:  # pragma: no branch - as above
                 with suppress(OSError):
                     _fcntl(self._descriptor, fcntl.F_OFD_SETLK, fcntl.F_WRLCK, _PENDING_LOCK)
                     stack.callback(_fcntl, self._descriptor, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, _PENDING_LOCK)
@@ -131,7 +131,7 @@ class Guard:
 def is_in_use(index: Path) -> bool:
     """Whether anybody uses a log by this index; where that can't be told, it is taken to be so."""
     is_used = True
-    if sys.platform == "linux":
+    if sys.platform == "linux":  # pragma: no branch - as above
         with suppress(OSError), index.open("rb") as file:
             is_used = _fcntl(file.fileno(), fcntl.F_OFD_GETLK, fcntl.F_WRLCK, _INDEX_LOCK) != fcntl.F_UNLCK
     return is_used
