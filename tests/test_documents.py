@@ -277,3 +277,16 @@ def test_the_shape_of_the_code_names_every_module_of_a_package() -> None:
     modules = {path for path in (ROOT / "saga").glob("*/*.py") if path.name != "__init__.py"}
 
     assert not {path for path in modules if not re.search(rf"`{path.stem}(\.py)?`", rows[path.parent.name])}
+
+
+def test_the_imports_point_down_the_table_of_the_shape_of_the_code() -> None:
+    shape = (ROOT / "docs" / "explanation" / "shape.md").read_text()
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract.get("containers") == ["saga"])
+    depths = {name: depth for depth, names in enumerate(layers) for name in names.split(" | ")}
+
+    rows = [re.findall(r"`saga/(\w+)", row) for row in re.findall(r"^\| ([^|]+) \|", shape, re.MULTILINE)]
+    told = [depth for row in rows for depth in sorted(depths[name] for name in row if name in depths)]
+
+    assert len(told) == len(depths)
+    assert told == sorted(told)
