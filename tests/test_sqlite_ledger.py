@@ -880,6 +880,39 @@ def test_a_ledger_that_lost_its_locks_while_it_was_opened_is_not_used_while_anot
     assert events == (started(), FIRST)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="there all locks of a process go when it closes the file")
+def test_a_ledger_that_lost_its_locks_while_it_was_opened_is_not_used_when_another_process_has_closed_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would record in a log that nobody can find, and what others record meanwhile would be written over."""
+
+    def another_appends_and_closes(prefix: str) -> None:
+        command = [sys.executable, "-m", "tests.scripts.appending", str(path), "1", prefix, "close"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    on(SQLiteLedger(path), create())
+    connect = sqlite._open
+
+    def copy_meanwhile(*args: Any) -> Any:
+        opened = connect(*args)
+        path.read_bytes()
+        another_appends_and_closes("t")
+        monkeypatch.undo()
+        return opened
+
+    async def have_another_append(_: Any) -> None:
+        await asyncio.to_thread(another_appends_and_closes, "u")
+
+    monkeypatch.setattr(sqlite, "_open", copy_meanwhile)
+    refused, _, recorded, events = on(SQLiteLedger(path), append(FIRST), have_another_append, append(FIRST), read())
+
+    assert "was moved, deleted or replaced while it was in use; nothing was recorded" in str(refused)
+    assert recorded is None
+    assert events == (started(), FIRST)
+    (ids,) = on(SQLiteLedger(path), listed())
+    assert sorted(ids) == ["s", *(f"{prefix}{saga_id}" for prefix in "tu" for saga_id in SAGAS)]
+
+
 @pytest.mark.parametrize("is_alone", [True, False], ids=["one ledger", "beside an idle one of the process"])
 @pytest.mark.parametrize("taken", [("shm",), ("wal", "shm")], ids=["the index of the log", "both, as by who takes itself for the last"])
 def test_what_processes_record_on_both_sides_of_a_log_that_was_taken_away_is_all_there(

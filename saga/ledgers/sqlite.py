@@ -441,14 +441,17 @@ class _Store:
             self._files = self._shared.files = before if self._is_fixed else self._identities()
             self._modified = _modified(self._path)
             _OPEN.add(self)
-            self._hold()
+            self._hold(self._opened)
         else:
             # SQLite would go on to write to files that nobody can find any more.
             self._refuse_taken_away("nothing was recorded")
         return self._opened
 
-    def _hold(self) -> None:
+    def _hold(self, connection: sqlite3.Connection) -> None:
         if self._files[1] is None:
+            if connection.execute("PRAGMA journal_mode").fetchone() == ("wal",):
+                # While it was opened, the process lost SQLite's locks, and somebody took the log away as the last one.
+                raise LedgerError(f"{self._replaced()}; nothing was recorded")
             return  # without a log SQLite has the file to itself while it writes
         self._guard = Guard.of(self._files[0])
         try:
