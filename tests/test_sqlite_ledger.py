@@ -38,6 +38,7 @@ from saga.errors import LedgerCorrupt, SagaUnrecorded
 from saga.events import AnyEvent, EffectRecorded, SagaResumed, SagaStarted, StageCompleted, StageStarted, event_to_json
 from saga.ledger import ALIVE
 from saga.ledgers import open_ledger, sqlite, workers
+from saga.ledgers.guards import Guard
 from saga.ledgers.postgres import PostgresLedger
 from saga.ledgers.rows import Prune, Writer, checksum
 from saga.ledgers.sqlite import MIGRATIONS, SQLiteLedger
@@ -840,6 +841,35 @@ def test_a_connection_of_ones_own_keeps_its_locks_when_the_ledger_beside_it_is_c
         assert path.with_name(f"{path.name}-wal").stat().st_ino == log
         assert own.execute("SELECT id FROM sagas ORDER BY id").fetchall() == [("s",), ("t",), ("u",)]
     assert [*path.parent.iterdir()] == [path]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a ledger opens its file past SQLite only there")
+def test_a_connection_of_ones_own_that_reads_while_the_ledger_beside_it_is_closed_keeps_its_locks(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = [sys.executable, "-c", "from saga.cli import main; main()", "list", "--ledger", f"sqlite:///{path}"]
+    log = path.with_name(f"{path.name}-wal")
+    on(SQLiteLedger(path), create())
+    close = Guard.close
+    told: list[str] = []
+
+    with closing(sqlite3.connect(path, timeout=0, check_same_thread=False)) as own:
+
+        def read_first(guard: Guard) -> None:
+            try:
+                own.execute("SELECT * FROM sagas").fetchall()
+            except sqlite3.OperationalError as error:
+                told.append(str(error))
+            close(guard)
+
+        monkeypatch.setattr(Guard, "close", read_first)
+        on(SQLiteLedger(path), create("t"))
+        own.execute("SELECT * FROM sagas").fetchall()
+        number = log.stat().st_ino
+        subprocess.run(listing, check=True, stdout=subprocess.DEVNULL)
+
+        assert log.stat().st_ino == number
+    assert told == ["database is locked"]
 
 
 _CLOSING = """

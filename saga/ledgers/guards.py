@@ -16,6 +16,8 @@ _SHARED_LOCK: Final = (0x40000002, 510)
 """The bytes of a file, the first and how many, that whoever has it open holds a lock on: <https://sqlite.org/fileformat2.html#the_lock_byte_page>."""
 _PENDING_LOCK: Final = (0x40000000, 1)
 """Those that whoever opens it needs a lock on first."""
+_ALL_LOCKS: Final = (0x40000000, 512)
+"""These two, and the one between them."""
 _INDEX_LOCK: Final = (128, 1)
 """Those of a log's index that whoever uses it holds a lock on: <https://sqlite.org/walformat.html>."""
 
@@ -114,12 +116,19 @@ class Guard:
                 pass  # the system has no such locks
 
     def is_done(self) -> bool:
-        """Whether nobody needs it, nor has a lock on the file: a connection of the application's own would lose its one."""
+        """Whether nobody needs it, nor has a lock on the file, nor gets one before it is closed.
+
+        A connection of the application's own would lose its one.
+        """
         if self.connections:
             return False
         if sys.platform == "linux" and self._descriptor is not None:
-            with suppress(OSError):
-                return _fcntl(self._descriptor, fcntl.F_OFD_GETLK, fcntl.F_WRLCK) == fcntl.F_UNLCK
+            try:
+                _fcntl(self._descriptor, fcntl.F_OFD_SETLK, fcntl.F_WRLCK, _ALL_LOCKS)
+            except BlockingIOError:
+                return False
+            except OSError:
+                pass  # the system has no such locks
         return True
 
     def close(self) -> None:
