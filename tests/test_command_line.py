@@ -30,11 +30,12 @@ import pytest
 from typer.main import get_command
 
 from saga import SagaCoordinator
-from saga.cli import main
+from saga.cli import conduct, main
 from saga.cli.aside import let_go
 from saga.cli.commands import app
 from saga.cli.exits import Exit, exit_of_status
 from saga.cli.view import Stderr
+from saga.errors import LedgerError
 from saga.events import SagaEnded, SagaResumed, SagaStarted, SagaStatus, event_to_json
 from saga.graph import Graph, Node, Role
 from saga.ledger import StageState
@@ -1298,6 +1299,31 @@ deafer = Pipeline(name="deafer").with_stage("charge_card", Deafer).with_stage("s
     assert done.err.endswith("When the ledger is back, go on: saga resume s shop:deafer\n")
     charge = SagaReport.model_validate_json(shop.saga("show", "s", "--json").out).stages["charge_card"]
     assert charge.late_output is not None
+
+
+@pytest.mark.parametrize(("error", "expected"), [(None, [Exit.HALTED]), (LedgerError("it is gone"), ["it is gone", Exit.FAILED])])
+def test_where_code_still_runs_that_was_left_the_process_ends_when_all_is_told(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None, expected: list[Any]
+) -> None:
+    happened: list[Any] = []
+
+    async def command() -> Exit:
+        if error is not None:
+            raise error
+        return Exit.HALTED
+
+    def tell(error: Exception) -> Exit:
+        happened.append(str(error))
+        return Exit.FAILED
+
+    async def run() -> None:
+        monkeypatch.setattr(conduct, "_LEFT", {asyncio.create_task(asyncio.Event().wait())})
+        await conduct.to_the_end(command(), tell)
+
+    monkeypatch.setattr(os, "_exit", happened.append)
+    asyncio.run(run())
+
+    assert happened == expected
 
 
 def test_a_signal_leaves_what_was_given_up_also_where_the_ledger_has_failed(shop: Shop) -> None:
