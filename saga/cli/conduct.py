@@ -110,7 +110,7 @@ async def wound_up(coordinator: SagaCoordinator, console: Console, others: Colle
 
 
 async def _wind_up(coordinator: SagaCoordinator, others: Collection[asyncio.Task[Any]]) -> None:
-    keeper = coordinator._keeper  # noqa: SLF001 - who runs sagas in a service has no need of it
+    keeper = coordinator._keeper  # noqa: SLF001 - wind_up() cancels nothing, and a command is not to wait for ever
     # A saga within may be going back, and a cancel must not cut through a compensation, nor through the recording of what came late.
     await keeper.sagas_rest()
     for task in asyncio.all_tasks().difference(others, {this_task()}, keeper.amendments.recordings()):
