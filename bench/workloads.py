@@ -126,18 +126,19 @@ class Silent(BaseInterceptor):
 
 
 class Plain:
-    """Plain stageflow, as it comes: `pipeline.run()`."""
+    """Plain stageflow, as it comes: `pipeline.run()`; or with interceptors in the place of its default ones."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, *, interceptors: Sequence[BaseInterceptor] = ()) -> None:
         """Build the pipeline once."""
         self._pipeline = pipeline(shape)
+        self._interceptors = list(interceptors)
 
     async def prepare(self) -> None:
         """Get ready: there is nothing to get ready."""
 
     async def run(self) -> None:
         """Run it once."""
-        results = await self._pipeline.run()
+        results = await self._pipeline.run(interceptors=self._interceptors)
         if len(results) != len(self._pipeline.stages):
             raise MeasurementError(f"expected {len(self._pipeline.stages)} outputs, got {len(results)}")
 
@@ -162,7 +163,7 @@ class Saga:
     def __init__(
         self, pipeline: Pipeline, expected: SagaStatus = SagaStatus.COMPLETED, *, interceptors: Sequence[BaseInterceptor] = ()
     ) -> None:
-        """Expect it to end in that status; with an interceptor, stageflow schedules its stages."""
+        """Expect it to end in that status."""
         self._pipeline = pipeline
         self._expected = expected
         self._interceptors = interceptors

@@ -12,9 +12,10 @@ from saga.events import SagaStopped, StageFailed, StageSkipped
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.ledger import StageState
+from saga.live.around import STOPPING, Stages
 from saga.live.attempts import StageRun, WholeRun
 from saga.live.saga import PARENT_STOPS
-from saga.live.scheduling import STOPPING, OwnSchedule, Schedule, StageflowSchedule, Stages
+from saga.live.scheduling import Schedule
 from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
 from saga.quick import members
@@ -52,9 +53,8 @@ class Forward(Stages, WholeRun):
         self._state = saga.journal.state
         self._journal = saga.journal
         self._policy = saga.policy
-        by_stageflow = interceptors or saga.needs_stageflow()
         self._is_intercepted = bool(interceptors)
-        self._schedule: Schedule = StageflowSchedule(saga, interceptors) if by_stageflow else OwnSchedule(saga)
+        self._schedule = Schedule(saga, interceptors)
         self._loop = saga.loop
         self._running: Crew[StageRun] = Crew()
         self._fallen: set[str] = set()
@@ -89,8 +89,7 @@ class Forward(Stages, WholeRun):
         await self._come_to_rest()
         if timer is not None:
             timer.cancel()
-        if self._broken is None:
-            await self._schedule.tell(self)
+        await self._schedule.rest(self)
         self._saga.stop = None
         if self._broken is not None:
             raise self._broken
@@ -193,8 +192,6 @@ class Forward(Stages, WholeRun):
         for dependency in node.dependencies:
             if dependency in self._fallen:
                 return await self._falls_with(run, dependency)
-            if self._is_due(dependency):
-                await self.learn(dependency, run.inputs.prior_outputs[dependency])
         cancelled = self._saga.cancellation()
         if cancelled is not None:
             self.stop(Failure.of(None, FailureKind.CANCELLED, cancelled))
@@ -240,15 +237,15 @@ class Forward(Stages, WholeRun):
 
     async def learn(self, name: str, output: StageOutput) -> None:
         """Record a stage that its condition skipped, or that an interceptor answered for, without having been started."""
-        if not self._is_due(name) or output.status in {_STATUS.CANCEL, _STATUS.FAIL}:
+        if not self._is_due(name) or self._broken is not None:
             return
         skipped = output.status is _STATUS.SKIP
         reason = brief(reason_in(output.data.get("reason"), "stageflow skipped it")) if skipped else "an interceptor answered for it"
         await self._journal.record(StageSkipped(stage=name, reason=reason, output=copied_output(output)))
         self.refuse_unkept(name)
 
-    async def refused(self, stage: str, error: Exception) -> None:
-        """Stop because an interceptor did not let a stage run, or end, or its condition can't be told."""
+    async def refused(self, stage: str, error: BaseException) -> None:
+        """Stop because what is around a stage did not let it run, or end, or its condition can't be told."""
         # A failure of the stage itself has stopped the run before its wrapper raised it.
         failure = Failure.raised(stage, error, attempt=0)
         self.stop(failure)

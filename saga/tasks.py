@@ -7,7 +7,7 @@ import contextlib
 import signal
 import traceback
 import types
-from collections.abc import Collection, Coroutine, Generator
+from collections.abc import Callable, Collection, Coroutine, Generator
 from functools import cache
 from typing import Any, TypeVar
 
@@ -64,6 +64,17 @@ async def outlast(tasks: Collection[asyncio.Future[Any]]) -> None:
     while not all(task.done() for task in tasks):
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait(tasks)
+
+
+async def sit_out(wait: asyncio.Future[None], breaks: Callable[[Exception], None]) -> None:
+    """Wait until a wait has ended or something strikes whoever waits; `breaks` is told of a Ctrl-C."""
+    try:
+        await wait
+    except asyncio.CancelledError:
+        pass
+    except (KeyboardInterrupt, SystemExit) as error:
+        leave_loop(error)
+        breaks(cut_short_by(error))
 
 
 def end(wait: asyncio.Future[None]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from saga.failures import FailureKind
-from saga.tasks import closes, cut_short_by, end, leave_loop, retrieved, start
+from saga.tasks import closes, cut_short_by, end, leave_loop, retrieved, sit_out, start
 
 W = TypeVar("W", bound="Watched")
 
@@ -179,13 +179,7 @@ class Crew(Generic[W]):
         # Asked of the tasks themselves: a Ctrl-C may have killed one before it was dismissed.
         while any(not (member.successor or member.task).done() for member in self.members):
             self._turn = asyncio.get_running_loop().create_future()
-            try:
-                await self._turn
-            except asyncio.CancelledError:
-                continue
-            except (KeyboardInterrupt, SystemExit) as error:
-                leave_loop(error)
-                employer.breaks(cut_short_by(error))
+            await sit_out(self._turn, employer.breaks)
         for killed_by in [(member.successor or member.task).exception() for member in self.members]:
             assert killed_by is not None  # or it would have been dismissed
             employer.breaks(cut_short_by(killed_by))

@@ -22,7 +22,9 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from stageflow.api import Pipeline
+from stageflow import ErrorAction
+from stageflow.api import Pipeline, PipelineContext
+from stageflow.events import NoOpEventSink
 
 import saga
 from saga import (
@@ -45,7 +47,7 @@ from saga.keeper import SagaKeeper
 from saga.watch import Crew
 from tests.controlled import ControlledLoop, run
 from tests.interrupting import interrupt_next_call
-from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, World, hooked, scene
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, Watching, World, hooked, scene
 
 ROOT = Path(__file__).parent.parent
 
@@ -543,50 +545,50 @@ def test_whoever_waits_for_a_saga_in_which_a_compensations_task_was_struck_learn
     assert world.undone() == ["b", "a"]
 
 
-class StruckLog(logging.Handler):
-    """Something strikes while stageflow logs this."""
+class StruckAround(Watching, NoOpEventSink):
+    """Something strikes at one of the turns of what is around stage c."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__()
-        self.message, self.reached = message, False
+    def __init__(self, turn: str) -> None:
+        self.turn, self.reached = turn, False
 
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.getMessage() == self.message and not self.reached:
+    def strike(self, turn: str, stage: str) -> None:
+        if turn == self.turn and stage == "c":
             self.reached = True
             raise KeyboardInterrupt
 
+    def context(self) -> PipelineContext:
+        context = PipelineContext.create(event_sink=self)
+        context.add_before_stage_start_hook(lambda name, *_: self.strike("hook", name))
+        return context
 
-@pytest.fixture
-def stageflows_log() -> Iterator[logging.Logger]:
-    log = logging.getLogger("pipeline_dag")
-    level = log.level
-    log.setLevel(logging.INFO)
-    yield log
-    log.setLevel(level)
-    for handler in [handler for handler in log.handlers if isinstance(handler, StruckLog)]:
-        log.removeHandler(handler)
+    async def before(self, stage_name: str, ctx: PipelineContext) -> None:
+        self.strike("before", stage_name)
+
+    async def after(self, stage_name: str, _result: Any, _ctx: PipelineContext) -> None:
+        self.strike("after", stage_name)
+
+    async def on_error(self, stage_name: str, _error: Exception, _ctx: PipelineContext) -> ErrorAction:
+        self.strike("on_error", stage_name)
+        return ErrorAction.FAIL
+
+    def try_emit(self, *, type: str, data: dict[str, Any] | None) -> None:  # noqa: A002 - as stageflow calls it
+        self.strike("sink", type.split(".")[1])
 
 
 @pytest.mark.parametrize(
-    "message",
-    [
-        "UnifiedStageGraph execution started",
-        "Running stage: c",
-        "Stage c completed with status=ok",
-        "Pipeline cancelled by stage d: the saga is stopping",
-    ],
+    ("turn", "outcome"), [("hook", "ok"), ("before", "ok"), ("after", "ok"), ("after", "raise"), ("on_error", "raise"), ("sink", "skip")]
 )
-def test_wherever_in_stageflow_it_strikes_the_saga_does_not_hang_and_can_be_resumed(message: str, stageflows_log: logging.Logger) -> None:
-    world, pipeline, policy = telling()
-    ledger, strikes = MemoryLedger(), StruckLog(message)
-    coordinator = SagaCoordinator(policy, ledger=ledger)
-    stageflows_log.addHandler(strikes)
+def test_wherever_it_strikes_around_a_stage_the_saga_does_not_hang_and_can_be_resumed(turn: str, outcome: str) -> None:
+    around = StruckAround(turn)
+    world, pipeline = scene(DIAMOND, {"b": Script(before=1), "c": Script(outcome), "d": Script("raise")}, dict.fromkeys(DIAMOND, "probed"))
+    coordinator = SagaCoordinator(interceptors=[around])
 
     with pytest.raises(KeyboardInterrupt):
-        interrupted(coordinator.run(pipeline, hooked(), saga_id="s"))
+        interrupted(coordinator.run(pipeline, around.context(), saga_id="s"))
 
-    assert strikes.reached
+    assert around.reached
     assert coordinator._keeper.held.sagas == {}
+    around.turn = ""
     assert at_peace(world, run(coordinator.resume("s", pipeline)))
 
 
@@ -610,11 +612,11 @@ class Strike:
         return self.at_line
 
 
-def struck(line: int, cancelled_at: float | None) -> int:
+def struck(line: int, cancelled_at: float | None, *, is_watched: bool) -> int:
     """Strike one saga in that line, look at what is left of it, and resume it; how many lines were executed."""
     world, pipeline, policy = telling()
     ledger = MemoryLedger()
-    coordinator = SagaCoordinator(policy, ledger=ledger)
+    coordinator = SagaCoordinator(policy, ledger=ledger, interceptors=[Watching()] if is_watched else ())
     strike = Strike(line)
     tracing = sys.gettrace()
 
@@ -624,7 +626,7 @@ def struck(line: int, cancelled_at: float | None) -> int:
             assert task is not None
             asyncio.get_running_loop().call_later(cancelled_at, task.cancel)
         sys.settrace(strike.at_call)
-        await coordinator.run(pipeline, saga_id="s")
+        await coordinator.run(pipeline, hooked() if is_watched else None, saga_id="s")
 
     try:
         interrupted(main())
@@ -652,13 +654,15 @@ def _swept() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_swept")
-@pytest.mark.parametrize("cancelled_at", [None, 1.5, 23])
-def test_in_whatever_line_of_our_code_it_strikes_the_saga_does_not_hang_and_can_be_resumed(cancelled_at: float | None) -> None:
-    lines = struck(0, cancelled_at)
+@pytest.mark.parametrize(("cancelled_at", "is_watched"), [(None, False), (1.5, False), (23, False), (23, True)])
+def test_in_whatever_line_of_our_code_it_strikes_the_saga_does_not_hang_and_can_be_resumed(
+    cancelled_at: float | None, is_watched: bool
+) -> None:
+    lines = struck(0, cancelled_at, is_watched=is_watched)
 
     # All of them would take a minute or two; a prime reaches others in each loop.
     for line in range(1, lines, 101):
-        struck(line, cancelled_at)
+        struck(line, cancelled_at, is_watched=is_watched)
 
     assert lines > 3000
 

@@ -10,10 +10,7 @@ from uuid import uuid4
 
 import anyio
 import pytest
-from stageflow import BaseInterceptor
 from stageflow.api import Pipeline, PipelineContext, StageContext, StageOutput
-from stageflow.events import NoOpEventSink
-from stageflow.pipeline.interceptors import CriticalInterceptorError, ErrorAction, InterceptorResult
 
 from saga import (
     CompensableStage,
@@ -32,7 +29,7 @@ from saga import (
     compensable,
 )
 from tests.controlled import elapse, run
-from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, World, nothing, scene
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, World, scene
 
 # -- pivots ------------------------------------------------------------------------------------------------------
 
@@ -666,169 +663,6 @@ def test_a_blocking_thread_is_left_in_doubt() -> None:
 # -- interceptors and contexts -----------------------------------------------------------------------------------
 
 
-class Recorder(BaseInterceptor):
-    name = "recorder"
-
-    def __init__(self, answer_for: str = "", action: ErrorAction = ErrorAction.FAIL, critical: str = "") -> None:
-        self.seen: list[tuple[str, ...]] = []
-        self.answer_for, self.action, self.critical = answer_for, action, critical
-
-    async def before(self, stage_name: str, ctx: PipelineContext) -> InterceptorResult | None:
-        self.seen.append(("before", stage_name))
-        if stage_name == self.critical:
-            raise CriticalInterceptorError("not allowed", self.name)
-        if stage_name == self.answer_for:
-            return InterceptorResult(stage_ran=False, result={"cached": True})
-        return None
-
-    async def after(self, stage_name: str, result: Any, ctx: PipelineContext) -> None:
-        self.seen.append(("after", stage_name, result.status))
-
-    async def on_error(self, stage_name: str, error: Exception, ctx: PipelineContext) -> ErrorAction:
-        self.seen.append(("error", stage_name, type(error).__name__))
-        return self.action
-
-
-def test_the_users_interceptors_see_every_stage_and_its_error() -> None:
-    recorder = Recorder()
-    world, pipeline = scene(SEQUENCE, {"b": Script("raise")})
-
-    report = run(SagaCoordinator(interceptors=[recorder]).run(pipeline))
-
-    assert recorder.seen == [
-        ("before", "a"),
-        ("after", "a", "completed"),
-        ("before", "b"),
-        ("error", "b", "CardDeclined"),
-        ("after", "b", "failed"),
-    ]
-    assert report.status is SagaStatus.COMPENSATED
-    assert world.standing == {}
-
-
-@pytest.mark.parametrize("outcome", ["raise", "fail"])
-def test_an_interceptor_that_asks_for_a_retry_does_not_get_one(outcome: str) -> None:
-    script = Script(outcome)
-    _, pipeline = scene(SEQUENCE, {"b": script})
-
-    report = run(SagaCoordinator(interceptors=[Recorder(action=ErrorAction.RETRY)]).run(pipeline))
-
-    assert script.attempts == [outcome]
-    assert report.status is SagaStatus.COMPENSATED
-
-
-@pytest.mark.parametrize("position", ["a", "c"])
-def test_a_stage_that_an_interceptor_answers_for_never_ran_and_is_not_undone(position: str) -> None:
-    world, pipeline = scene({**SEQUENCE, "d": ("b",)}, {"d": Script("raise", before=1)})
-
-    report = run(SagaCoordinator(interceptors=[Recorder(answer_for=position)]).run(pipeline))
-
-    assert f"+{position}" not in world.log
-    assert report.stages[position].state is StageState.SKIPPED
-    assert report.stages[position].skip_reason == "an interceptor answered for it"
-    assert world.standing == {}
-
-
-def test_an_interceptor_that_refuses_a_stage_stops_the_saga() -> None:
-    world, pipeline = scene(SEQUENCE)
-
-    report = run(SagaCoordinator(interceptors=[Recorder(critical="b")]).run(pipeline))
-
-    assert report.cause is not None
-    assert (report.cause.stage, report.cause.message) == ("b", "not allowed")
-    assert report.stages["b"].state is StageState.FAILED
-    assert report.status is SagaStatus.COMPENSATED
-    assert world.standing == {}
-
-
-class SoreLoser(Recorder):
-    async def after(self, stage_name: str, result: Any, ctx: PipelineContext) -> None:
-        if stage_name == "b":
-            raise CriticalInterceptorError("not like this", self.name)
-
-
-def test_an_interceptor_that_refuses_afterwards_has_the_completed_stage_undone() -> None:
-    world, pipeline = scene(SEQUENCE)
-
-    report = run(SagaCoordinator(interceptors=[SoreLoser()]).run(pipeline))
-
-    assert world.log == ["+a", "+b", "-b", "-a"]
-    assert report.cause is not None
-    assert report.cause.message == "not like this"
-
-
-def test_a_hook_that_raises_stops_the_saga() -> None:
-    world, pipeline = scene(SEQUENCE)
-    context = PipelineContext.create()
-
-    def hook(stage_name: str, *_: Any) -> None:
-        if stage_name == "b":
-            raise OSError("hook broken")
-
-    context.add_before_stage_start_hook(hook)
-
-    report = run(SagaCoordinator().run(pipeline, context))
-
-    assert report.status is SagaStatus.COMPENSATED
-    assert report.cause is not None
-    assert (report.cause.stage, report.cause.type) == (None, "OSError")
-    assert world.standing == {}
-
-
-@pytest.mark.parametrize("ending", [StageOutput.fail("nobody answers"), StageOutput.cancel("nobody answers")], ids=["fails", "cancels"])
-def test_a_hook_whose_own_pipeline_fails_stops_the_saga(ending: StageOutput) -> None:
-    """What stageflow raises then names stages of that one."""
-    world, pipeline = scene(SEQUENCE)
-    context = PipelineContext.create()
-
-    async def within(_: StageContext) -> StageOutput:
-        return ending
-
-    async def hook(stage_name: str, *_: Any) -> None:
-        if stage_name == "b":
-            await (
-                Pipeline(name="of the hook")
-                .with_stage("first", nothing, "work")
-                .with_stage("within", within, "work", dependencies=("first",))
-                .run()
-            )
-
-    context.add_before_stage_start_hook(hook)
-
-    report = run(SagaCoordinator().run(pipeline, context))
-
-    assert world.log in (["+a", "-a"], ["+a"])
-    assert report.cause is not None
-    assert "nobody answers" in report.cause.message
-    assert list(report.stages) == ["a", "b", "c"]
-    assert report.clean
-
-
-class Outcome(BaseException):
-    """As pytest.fail raises."""
-
-
-@pytest.mark.parametrize(
-    "error", [OSError("hook broken"), Outcome("hook broken"), GeneratorExit("hook broken")], ids=lambda error: type(error).__name__
-)
-def test_a_hook_that_raises_interrupts_no_stage_that_runs(error: BaseException) -> None:
-    world, pipeline = scene({"a": (), "b": (), "c": ("b",)}, {"a": Script(before=5), "b": Script(before=1)})
-    context = PipelineContext.create()
-
-    def hook(stage_name: str, *_: Any) -> None:
-        if stage_name == "c":
-            raise error
-
-    context.add_before_stage_start_hook(hook)
-
-    report = run(SagaCoordinator().run(pipeline, context))
-
-    assert set(world.log) == {"+a", "-a", "+b", "-b"}
-    assert report.clean
-    assert report.cause is not None
-    assert report.cause.message == "hook broken"
-
-
 def test_a_pipeline_that_a_stage_runs_in_a_fork_of_the_context_is_drained_with_it() -> None:
     """Else the stage is taken to have failed, and what its pipeline did is forgotten."""
     world, pipeline = scene({"fails": ()}, {"fails": Script("raise", before=5)})
@@ -853,20 +687,6 @@ def test_a_pipeline_that_a_stage_runs_in_a_fork_of_the_context_is_drained_with_i
 
     assert report.status is SagaStatus.COMPENSATED
     assert world.log == ["+within", "-within"]
-
-
-class Clogged(NoOpEventSink):
-    def try_emit(self, *, type: str, data: dict[str, Any] | None) -> None:  # noqa: A002 - as stageflow calls it
-        raise OSError(f"{type}: the sink is clogged")
-
-
-def test_a_sink_that_raises_interrupts_no_stage_that_runs() -> None:
-    world, pipeline = scene({"a": (), "b": ()}, {"a": Script(before=5), "b": Script("skip", before=1)})
-
-    report = run(SagaCoordinator().run(pipeline, event_sink=Clogged()))
-
-    assert world.log == ["+a", "-a"]
-    assert report.clean
 
 
 def test_a_stage_that_stageflow_skips_is_in_the_report_of_a_saga_that_fails() -> None:

@@ -43,8 +43,7 @@ from saga.events import (
 )
 from saga.ledgers.sqlite import SQLiteLedger
 from tests.controlled import ControlledLoop, elapse, run
-from tests.test_hard_cases import Recorder
-from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, hooked, scene
+from tests.world import BRANCHES, DIAMOND, HOOKED, SEQUENCE, CardDeclined, Recorder, Script, scene
 
 PATIENT = Retry(attempts=3, wait=10, jitter=False)
 
@@ -367,7 +366,7 @@ STORIES: dict[str, Callable[[], dict[str, Script]]] = {
 @pytest.mark.parametrize("on_failure", ["compensate", "halt"])
 @pytest.mark.parametrize("on_interrupt", ["compensate", "halt"])
 @pytest.mark.parametrize("whom", [the_caller_alone, every_task, every_task_the_youngest_first])
-@pytest.mark.parametrize("context", [None, hooked()], ids=["by our schedule", "by stageflow's"])
+@HOOKED
 @pytest.mark.parametrize("story", STORIES)
 def test_a_cancel_at_any_turn_of_the_loop_lets_the_saga_come_to_rest(
     story: str, context: PipelineContext | None, whom: Any, on_interrupt: Any, on_failure: Any

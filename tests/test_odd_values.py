@@ -43,7 +43,7 @@ from saga.ledgers.sqlite import SQLiteLedger
 from saga.outputs import copied, stored_output
 from saga.text import said, shown
 from tests.controlled import run
-from tests.world import nothing
+from tests.world import WATCHED, nothing
 
 
 class Mute(Exception):
@@ -165,7 +165,8 @@ def test_a_saga_ends_and_can_be_reported_whatever_a_stage_returns_or_raises(case
     assert repr(report).startswith("SagaReport(saga_id=")
 
 
-def test_a_skip_reason_that_is_neither_true_nor_false_fails_the_stage_that_it_is_for() -> None:
+@WATCHED
+def test_a_skip_reason_that_is_neither_true_nor_false_fails_the_stage_that_it_is_for(interceptors: tuple[Any, ...]) -> None:
     standing = set()
 
     async def charge(_: Any) -> dict[str, Any]:
@@ -181,7 +182,7 @@ def test_a_skip_reason_that_is_neither_true_nor_false_fails_the_stage_that_it_is
         .with_stage("ship", nothing, "work", dependencies=("charge",), conditional=True)
     )
 
-    report = run(SagaCoordinator().run(pipeline))
+    report = run(SagaCoordinator(interceptors=interceptors).run(pipeline))
 
     assert standing == set()
     assert (report.status, report.failed) == (SagaStatus.COMPENSATED, ("ship",))

@@ -52,7 +52,7 @@ from saga.tasks import this_task
 from tests.controlled import ControlledLoop, elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk, SlowLedger
-from tests.world import SEQUENCE, Script, hooked, nothing, scene
+from tests.world import HOOKED, SEQUENCE, Script, nothing, scene
 
 
 class Leased(MemoryLedger):
@@ -277,7 +277,7 @@ def abandoned(coordinator: SagaCoordinator, pipeline: Pipeline, after: float, co
     caller.set_name("abandoned")
 
 
-@pytest.mark.parametrize("context", [None, hooked()], ids=["by itself", "by stageflow"])
+@HOOKED
 @pytest.mark.parametrize("kind", [MemoryLedger, Leased])
 def test_a_saga_whose_event_loop_was_closed_is_gone_on_with_where_it_ran(kind: type[MemoryLedger], context: PipelineContext | None) -> None:
     world, pipeline = scene(SEQUENCE, {"b": Script(before=10.0)}, dict.fromkeys(SEQUENCE, "probed"))

@@ -63,8 +63,7 @@ from saga.testing.rehearsal import MortalLedger
 from tests.controlled import elapse, run
 from tests.dying import Dying
 from tests.slow import SlowDisk
-from tests.test_hard_cases import Recorder
-from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Pivot, Probed, Script, Scripted, World, nothing, scene
+from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Pivot, Probed, Recorder, Script, Scripted, World, nothing, scene
 
 HALT = FailFast(on_failure="halt")
 IMPATIENT = Compensation(retry=Retry(attempts=1))

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+from stageflow import BaseInterceptor, ErrorAction, InterceptorResult
 from stageflow.api import Pipeline, PipelineContext, StageContext, StageKind, StageOutput
+from stageflow.pipeline.interceptors import CriticalInterceptorError
 
 from saga import CompensableStage, CompensationContext, PivotStage, SagaContext
 from saga.failures import Failure
@@ -275,10 +278,49 @@ FAN_IN = {"a": (), "b": (), "c": (), "d": ("a", "b", "c")}
 
 
 def hooked() -> PipelineContext:
-    """A context with a hook in it, so that stageflow runs the pipeline."""
+    """A context with a hook in it, so that something is around each stage."""
     context = PipelineContext.create()
     context.add_before_stage_start_hook(lambda *_: None)
     return context
+
+
+class Watching(BaseInterceptor):
+    """Is around each stage, and does nothing."""
+
+    name = "watching"
+
+    async def before(self, stage_name: str, ctx: PipelineContext) -> Any: ...
+
+    async def after(self, _stage_name: str, _result: Any, _ctx: PipelineContext) -> None: ...
+
+
+class Recorder(BaseInterceptor):
+    """Notes its turns around each stage; answers for one or refuses one if it is to."""
+
+    name = "recorder"
+
+    def __init__(self, answer_for: str = "", action: ErrorAction = ErrorAction.FAIL, critical: str = "") -> None:
+        self.seen: list[tuple[str, ...]] = []
+        self.answer_for, self.action, self.critical = answer_for, action, critical
+
+    async def before(self, stage_name: str, ctx: PipelineContext) -> InterceptorResult | None:
+        self.seen.append(("before", stage_name))
+        if stage_name == self.critical:
+            raise CriticalInterceptorError("not allowed", self.name)
+        if stage_name == self.answer_for:
+            return InterceptorResult(stage_ran=False, result={"cached": True})
+        return None
+
+    async def after(self, stage_name: str, result: Any, ctx: PipelineContext) -> None:
+        self.seen.append(("after", stage_name, result.status))
+
+    async def on_error(self, stage_name: str, error: Exception, ctx: PipelineContext) -> ErrorAction:
+        self.seen.append(("error", stage_name, type(error).__name__))
+        return self.action
+
+
+HOOKED = pytest.mark.parametrize("context", [None, hooked()], ids=["bare", "with a hook"])
+WATCHED = pytest.mark.parametrize("interceptors", [(), (Watching(),)], ids=["bare", "with an interceptor"])
 
 
 def scene(

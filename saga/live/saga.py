@@ -40,6 +40,11 @@ PARENT_STOPS: Final = "the saga that runs it is stopping"
 """Why one is stopped whose own saga starts nothing more."""
 
 
+def has_hooks(context: PipelineContext) -> bool:
+    """Whether something is to be called before each stage that is run in this context."""
+    return bool(context._before_stage_start_hooks)  # noqa: SLF001 - stageflow has no other word for it
+
+
 class LiveSaga(UndoHost):
     """One saga while it is alive.
 
@@ -92,16 +97,15 @@ class LiveSaga(UndoHost):
         self._tasks: set[asyncio.Task[None]] = set()
         self._recordings: Final[dict[str, list[Coroutine[Any, Any, None]]]] = {}
 
-    def private_context(self, first: Callable[..., None], last: Callable[..., None]) -> PipelineContext:
-        """Stageflow's context for this run alone, with stageflow's own timeouts off, and hooks that run before and after the user's."""
+    def private_context(self) -> PipelineContext:
+        """Stageflow's context for this run alone, with stageflow's own timeouts off."""
         context = self._context
-        hooks = [first, *context._before_stage_start_hooks, last]  # noqa: SLF001 - stageflow has no other word for it
+        hooks = list(context._before_stage_start_hooks)  # noqa: SLF001 - stageflow has no other word for it
         return dataclasses.replace(context, data=context.data | self.blueprint.without_timeouts, _before_stage_start_hooks=hooks)
 
-    def needs_stageflow(self) -> bool:
-        """Whether the caller's context has what only stageflow calls: a hook, or a sink for events."""
-        has_hooks = bool(self._context._before_stage_start_hooks)  # noqa: SLF001 - stageflow has no other word for it
-        return has_hooks or type(self.event_sink) is not NoOpEventSink
+    def has_hooks_or_a_sink(self) -> bool:
+        """Whether the caller's context has a hook, or a sink for events."""
+        return has_hooks(self._context) or type(self.event_sink) is not NoOpEventSink
 
     def cancellation(self) -> str | None:
         """Why the caller's context was cancelled, or None if it was not."""
