@@ -699,6 +699,25 @@ def test_a_ledger_that_can_not_record_what_an_interceptor_answered_ends_the_saga
     assert world.log == ["+a", "+c"]
 
 
+def test_a_saga_that_stops_lets_be_recorded_what_an_interceptor_has_answered_though_the_ledger_takes_longer_than_the_grace() -> None:
+    class Late(Watching):
+        async def before(self, stage_name: str, ctx: PipelineContext) -> Any:
+            if stage_name != "price":
+                return None
+            await elapse(5.5)
+            return InterceptorResult(stage_ran=False, result={"cached": True})
+
+    world, pipeline = scene({"price": (), "book": ()}, {"book": Script("raise")})
+    coordinator = SagaCoordinator(FailFast(cancel_grace=1.0), ledger=SlowLedger(seconds=3.0), interceptors=[Late()])
+
+    # SagaStarted until 3, StageStarted of book until 6, its StageFailed until 9; from 8.5 to 11.5 what was answered.
+    report = run(coordinator.run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.skipped == ("price",)
+    assert world.standing == {}
+
+
 def test_a_hook_that_an_interceptor_adds_is_called_for_the_stages_that_are_left() -> None:
     """As in plain stageflow, which looks at the context before each."""
     called: list[str] = []

@@ -73,6 +73,7 @@ class _Turn:
         given: What it gave before the saga was resumed; None: it is to run.
         task: Goes through what is around it, and waits for it.
         waiter: Done with what the stage has answered; None before it begins.
+        is_through: No code of anybody else's runs any more: what it has come to is recorded, which no cancel is to strike.
     """
 
     name: str
@@ -80,6 +81,7 @@ class _Turn:
     given: StageOutput | None
     task: asyncio.Task[None] | None = None
     waiter: asyncio.Future[StageOutput | Failure] | None = None
+    is_through: bool = False
 
 
 class Around:
@@ -126,12 +128,12 @@ class Around:
 
     def _cut_off(self) -> None:
         for turn in self._turns.values():
-            if turn.task is not None:
+            if turn.task is not None and not turn.is_through:
                 turn.task.cancel()
         self._timer = self._saga.loop.call_later(self._saga.policy.cancel_grace, self._give_up)
 
     def _give_up(self) -> None:
-        for name in list(self._turns):
+        for name in [name for name, turn in self._turns.items() if not turn.is_through]:
             LOG.warning("saga %s: what is around stage %r ignores its cancel", printable(self._saga.id), printable(name))
             self._leaves(name)
 
@@ -145,12 +147,16 @@ class Around:
     async def _see_through(self, stages: Stages, turn: _Turn, goes_on: Callable[..., bool]) -> None:
         task = this_task()
         try:
-            output = await self._passed(stages, turn)
-            if output is None or turn.name not in self._turns:
+            passed = await self._passed(stages, turn)
+            turn.is_through = True
+            if passed is None or turn.name not in self._turns:
+                return
+            if not isinstance(passed, StageOutput):
+                await stages.refused(turn.name, passed)
                 return
             if turn.waiter is None:
-                await stages.learn(turn.name, output)
-            if goes_on(stages, turn.name, output) and self._context.is_canceled:
+                await stages.learn(turn.name, passed)
+            if goes_on(stages, turn.name, passed) and self._context.is_canceled:
                 self._called_off(stages, self._context.cancellation_reason)
         except asyncio.CancelledError:
             if not stages.is_stopping():
@@ -166,11 +172,11 @@ class Around:
     def _called_off(self, stages: Stages, reason: str | None) -> None:
         stages.stop(Failure.of(None, FailureKind.CANCELLED, reason or "the context was cancelled"))
 
-    async def _passed(self, stages: Stages, turn: _Turn) -> StageOutput | None:
-        """What those that depend on the stage are given; None: nothing, for the saga stops."""
+    async def _passed(self, stages: Stages, turn: _Turn) -> StageOutput | BaseException | None:
+        """What those that depend on the stage are given, or what did not let it run or end; None: nothing, for the saga stops."""
         task, began = this_task(), datetime.now(UTC)
         try:
-            if has_hooks(self._context):
+            if has_hooks(self._context) and not stages.is_stopping():
                 await self._call_hooks(turn)
             if self._context.is_canceled:
                 self._called_off(stages, self._context.cancellation_reason)
@@ -179,9 +185,8 @@ class Around:
             if self._interceptors and not self._is_skipped(turn):
                 output = await self._intercepted(stages, turn, began)
             else:
-                answer = await self._answer(stages, turn)
-                output = answer if isinstance(answer, StageOutput) else None
-            if output is not None and output.status is _STATUS.SKIP:
+                output = _output_of(await self._answer(stages, turn))
+            if isinstance(output, StageOutput) and output.status is _STATUS.SKIP:
                 self._emit_skipped(turn.name, output, began)
         except (StageCancellationRequested, UnifiedPipelineCancelled) as off:
             # By a hook, or by the pipeline that one has run.
@@ -192,10 +197,8 @@ class Around:
         except BaseException as error:
             if closes(error, task):
                 raise
-            if turn.name in self._turns:
-                await stages.refused(turn.name, error)
-            return None
-        return None if output is None or output.status is _STATUS.CANCEL else output
+            return error
+        return None if isinstance(output, StageOutput) and output.status is _STATUS.CANCEL else output
 
     async def _call_hooks(self, turn: _Turn) -> None:
         saga, context = self._saga, self._context
@@ -232,7 +235,7 @@ class Around:
             stages.begin(turn.name, turn.inputs)
         return answer
 
-    async def _intercepted(self, stages: Stages, turn: _Turn, began: datetime) -> StageOutput | None:
+    async def _intercepted(self, stages: Stages, turn: _Turn, began: datetime) -> StageOutput | BaseException | None:
         """What stageflow lets pass of what the stage or an interceptor answers."""
         answer: StageOutput | Failure | None = None
 
@@ -247,11 +250,10 @@ class Around:
 
         result = await run_with_interceptors(turn.name, run_stage, self._context, self._interceptors)
         if answer is not None:
-            return answer if isinstance(answer, StageOutput) else None
+            return _output_of(answer)
         if result.status == "failed":
             # A time limit that an interceptor has set; the stage itself goes on, and is waited for.
-            await stages.refused(turn.name, RuntimeError(result.error))
-            return None
+            return RuntimeError(result.error)
         return StageOutput.ok(_data_of(result))
 
     def _emit_skipped(self, name: str, output: StageOutput, began: datetime) -> None:
@@ -266,6 +268,11 @@ class Around:
         }
         assert self._saga.event_sink is not None  # a pipeline's context has one
         self._saga.event_sink.try_emit(type=f"stage.{name}.skipped", data=event)
+
+
+def _output_of(answer: StageOutput | Failure) -> StageOutput | None:
+    """What a stage gives those that depend on it; where it has failed the saga stops."""
+    return answer if isinstance(answer, StageOutput) else None
 
 
 def _data_of(result: StageResult) -> dict[str, Any]:
