@@ -185,7 +185,7 @@ class StageFailed(StageEvent):
 
 @frozen
 class StageSkipped(StageEvent):
-    """A stage was skipped: by its own word, by stageflow, by an interceptor's answer, or with its branch.
+    """A stage was skipped: by its own word, by its condition, by an interceptor's answer, or with its branch.
 
     Attributes:
         reason: Why.

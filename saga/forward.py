@@ -240,7 +240,7 @@ class Forward(Stages, WholeRun):
         if not self._is_due(name) or self._broken is not None:
             return
         skipped = output.status is _STATUS.SKIP
-        reason = brief(reason_in(output.data.get("reason"), "stageflow skipped it")) if skipped else "an interceptor answered for it"
+        reason = brief(reason_in(output.data.get("reason"), "its condition says so")) if skipped else "an interceptor answered for it"
         await self._journal.record(StageSkipped(stage=name, reason=reason, output=copied_output(output)))
         self.refuse_unkept(name)
 

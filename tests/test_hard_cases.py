@@ -689,7 +689,7 @@ def test_a_pipeline_that_a_stage_runs_in_a_fork_of_the_context_is_drained_with_i
     assert world.log == ["+within", "-within"]
 
 
-def test_a_stage_that_stageflow_skips_is_in_the_report_of_a_saga_that_fails() -> None:
+def test_a_stage_that_its_condition_skips_is_in_the_report_of_a_saga_that_fails() -> None:
     async def extra(_: Any) -> None:
         raise AssertionError("it was to be skipped")
 
@@ -705,7 +705,7 @@ def test_a_stage_that_stageflow_skips_is_in_the_report_of_a_saga_that_fails() ->
     assert report.skipped == ("extra",)
 
 
-def test_a_conditional_stage_that_stageflow_skips_is_in_the_report() -> None:
+def test_a_stage_that_its_condition_skips_is_in_the_report() -> None:
     async def route(_: Any) -> StageOutput:
         return StageOutput.ok(skip_reason="not today")
 
