@@ -179,10 +179,16 @@ class Forward(Stages, WholeRun):
 
     async def _see_to(self, run: StageRun) -> bool:
         answer = await self._answer(run)
-        if not run.given_up:
-            self._schedule.ended(self, run.name, answer)
-        # What follows from that goes on, and it is not dismissed before.
-        return run.given_up
+        if run.given_up:
+            # What follows from that goes on, and it is not dismissed before.
+            return True
+        if isinstance(answer, StageOutput) and answer.status is _STATUS.SKIP:
+            try:
+                self._saga.emit_skipped(run.name, answer)
+            except Exception as error:  # noqa: BLE001 - a sink is the user's
+                await self.refused(run.name, error)
+        self._schedule.ended(self, run.name, answer)
+        return False
 
     async def _answer(self, run: StageRun) -> StageOutput | Failure:
         """What a stage answers to those that depend on it, also when its turn does not come."""

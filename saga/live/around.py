@@ -1,4 +1,4 @@
-"""What is around each stage where somebody has put it there: the hooks of stageflow's context, interceptors, a sink for its events."""
+"""What is around each stage where somebody has put it there: the hooks of stageflow's context, and interceptors."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class Around:
 
     async def _passed(self, stages: Stages, turn: _Turn) -> StageOutput | BaseException | None:
         """What those that depend on the stage are given, or what did not let it run or end; None: nothing, for the saga stops."""
-        task, began = this_task(), datetime.now(UTC)
+        task = this_task()
         try:
             if has_hooks(self._context) and not stages.is_stopping():
                 await self._call_hooks(turn)
@@ -183,11 +183,9 @@ class Around:
             if stages.is_stopping():
                 return None
             if self._interceptors and not self._is_skipped(turn):
-                output = await self._intercepted(stages, turn, began)
+                output = await self._intercepted(stages, turn)
             else:
                 output = _output_of(await self._answer(stages, turn))
-            if isinstance(output, StageOutput) and output.status is _STATUS.SKIP:
-                self._emit_skipped(turn.name, output, began)
         except (StageCancellationRequested, UnifiedPipelineCancelled) as off:
             # By a hook, or by the pipeline that one has run.
             self._called_off(stages, off.reason)
@@ -235,8 +233,9 @@ class Around:
             stages.begin(turn.name, turn.inputs)
         return answer
 
-    async def _intercepted(self, stages: Stages, turn: _Turn, began: datetime) -> StageOutput | BaseException | None:
+    async def _intercepted(self, stages: Stages, turn: _Turn) -> StageOutput | BaseException | None:
         """What stageflow lets pass of what the stage or an interceptor answers."""
+        began = datetime.now(UTC)
         answer: StageOutput | Failure | None = None
 
         async def run_stage() -> StageResult:
@@ -256,19 +255,6 @@ class Around:
             return RuntimeError(result.error)
         return StageOutput.ok(_data_of(result))
 
-    def _emit_skipped(self, name: str, output: StageOutput, began: datetime) -> None:
-        """Emit what stageflow does for a stage that is skipped."""
-        context = self._saga.snapshot
-        event = {
-            "stage": name,
-            "reason": output.data.get("reason", "Stage returned skip"),
-            "duration_ms": int((datetime.now(UTC) - began).total_seconds() * 1000),
-            "pipeline_run_id": _text(context.pipeline_run_id),
-            "request_id": _text(context.request_id),
-        }
-        assert self._saga.event_sink is not None  # a pipeline's context has one
-        self._saga.event_sink.try_emit(type=f"stage.{name}.skipped", data=event)
-
 
 def _output_of(answer: StageOutput | Failure) -> StageOutput | None:
     """What a stage gives those that depend on it; where it has failed the saga stops."""
@@ -281,7 +267,3 @@ def _data_of(result: StageResult) -> dict[str, Any]:
     if isinstance(data, StageResult):
         data = data.data
     return data if isinstance(data, dict) else {}
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)

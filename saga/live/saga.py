@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,7 +26,7 @@ from saga.storable import refuse_unstorable
 from saga.tasks import is_of_signal, leave_loop, outlast, retrieved, start
 
 if TYPE_CHECKING:
-    from stageflow.api import Pipeline, PipelineContext
+    from stageflow.api import Pipeline, PipelineContext, StageOutput
 
     from saga.blueprint import Blueprint
     from saga.keeper import SagaKeeper
@@ -103,9 +104,24 @@ class LiveSaga(UndoHost):
         hooks = list(context._before_stage_start_hooks)  # noqa: SLF001 - stageflow has no other word for it
         return dataclasses.replace(context, data=context.data | self.blueprint.without_timeouts, _before_stage_start_hooks=hooks)
 
-    def has_hooks_or_a_sink(self) -> bool:
-        """Whether the caller's context has a hook, or a sink for events."""
-        return has_hooks(self._context) or type(self.event_sink) is not NoOpEventSink
+    def has_hooks(self) -> bool:
+        """Whether the caller's context has a hook."""
+        return has_hooks(self._context)
+
+    def emit_skipped(self, name: str, output: StageOutput) -> None:
+        """Emit to the context's sink what stageflow does for a stage that is skipped."""
+        if self.event_sink is None or type(self.event_sink) is NoOpEventSink:
+            return
+        record, run = self.journal.state.stages[name], self.snapshot
+        took = record.ended_at - record.tries[-1].started_at if record.ended_at is not None and record.tries else timedelta()
+        event = {
+            "stage": name,
+            "reason": output.data.get("reason", "Stage returned skip"),
+            "duration_ms": took // timedelta(milliseconds=1),
+            "pipeline_run_id": None if run.pipeline_run_id is None else str(run.pipeline_run_id),
+            "request_id": None if run.request_id is None else str(run.request_id),
+        }
+        self.event_sink.try_emit(type=f"stage.{name}.skipped", data=event)
 
     def cancellation(self) -> str | None:
         """Why the caller's context was cancelled, or None if it was not."""

@@ -36,7 +36,7 @@ class Schedule:
         self._inputs: dict[str, dict[str, StageOutput]] = {name: {} for name in self._graph.names}
         self._left = len(self._inputs)
         self._over: asyncio.Future[None] = saga.loop.create_future()
-        self._around = Around(saga, interceptors) if interceptors or saga.has_hooks_or_a_sink() else None
+        self._around = Around(saga, interceptors) if interceptors or saga.has_hooks() else None
 
     async def run(self, stages: Stages) -> None:
         """Start the stages, until all have ended or the saga stops."""
