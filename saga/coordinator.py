@@ -17,7 +17,7 @@ from stageflow.pipeline.retry import RetryInterceptor
 from saga.blueprint import by_name, read, refuse_no_policy
 from saga.errors import GraphChanged, LedgerConflict, MisuseError, SagaError, SagaNotFound
 from saga.events import SagaStatus, StageSettled, Verdict
-from saga.family import events_of, is_left_alone, refuse_no_id, sagas_above
+from saga.family import events_of, is_left_alone, refuse_no_id, renamed, sagas_above
 from saga.keeper import SagaKeeper
 from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, listed, recorded, refuse_no_ledger
 from saga.listeners import Listener
@@ -350,8 +350,8 @@ class SagaCoordinator:
                 hint=f"Go on with {parent}: it goes on with those that it runs, and learns what became of them.",
             )
         name = getattr(pipeline, "name", None)
-        if isinstance(name, str) and name != state.started.pipeline:
-            raise GraphChanged(saga_id, [f"its pipeline is {state.started.pipeline!r}, this one is {name!r}"])
+        if isinstance(name, str) and (differences := renamed(state, name)):
+            raise GraphChanged(saga_id, differences)
 
 
 _COORDINATORS: Final[weakref.WeakSet[SagaCoordinator]] = weakref.WeakSet()

@@ -58,9 +58,15 @@ async def differences_from(ledger: Ledger, state: SagaState, blueprint: Blueprin
             continue
         with suppress(LedgerCorrupt, SagaNotFound):  # whoever goes on with it meets that, or nobody has to
             inner = SagaState(await events_of(ledger, child.saga_id))
-            differences = await differences_from(ledger, inner, Blueprint.of(pipeline))
+            differences = renamed(inner, pipeline.name) or await differences_from(ledger, inner, Blueprint.of(pipeline))
             found += [f"within stage {child.parent_stage!r}: {difference}" for difference in differences]
     return found
+
+
+def renamed(state: SagaState, name: str) -> list[str]:
+    """Say in a sentence that a pipeline of that name is not the one that a saga was started with; empty when it may be."""
+    started = state.started.pipeline
+    return [] if name == started else [f"its pipeline is {started!r}, this one is {name!r}"]
 
 
 async def children_of_execution(ledger: Ledger, saga_id: str, children: Sequence[str], key: str) -> list[str]:

@@ -16,7 +16,7 @@ from saga.blueprint import Blueprint, read
 from saga.course import Course
 from saga.errors import GraphChanged, LedgerConflict, LedgerCorrupt, LedgerError, MisuseError, NotStorable, SagaError, SagaExists
 from saga.events import AnyEvent, SagaStarted
-from saga.family import differences_from, events_of
+from saga.family import differences_from, events_of, renamed
 from saga.ledger import A_NAME, LONGEST_NAME, Ledger, is_name, recorded
 from saga.listeners import Listener
 from saga.live.actions import LocalActions
@@ -237,7 +237,7 @@ class SagaKeeper:
                 chosen = policy if policy is not None else state.policy
                 blueprint = Blueprint.of(pipeline)
                 # Before the policy: where a stage is gone that it names, it is the pipeline that has changed.
-                await _refuse_changed(self._ledger, state, blueprint)
+                await _refuse_changed(self._ledger, state, blueprint, parent)
                 blueprint.check_policy(chosen)
                 context = context_from(state.started.input)
                 if self._ledger.durable:
@@ -407,7 +407,8 @@ def _refuse_others(started: SagaStarted, parent: LiveSaga) -> None:
         )
 
 
-async def _refuse_changed(ledger: Ledger, state: SagaState, blueprint: Blueprint) -> None:
-    differences = await differences_from(ledger, state, blueprint)
-    if differences:
+async def _refuse_changed(ledger: Ledger, state: SagaState, blueprint: Blueprint, parent: LiveSaga | None) -> None:
+    # For a saga of its own, whoever goes on with it may have said which pipeline is meant by the name.
+    differences = [] if parent is None else renamed(state, blueprint.name)
+    if differences := differences or await differences_from(ledger, state, blueprint):
         raise GraphChanged(state.started.saga_id, differences)

@@ -165,6 +165,29 @@ def test_a_saga_within_which_a_pipeline_has_changed_is_left_as_it_is_and_goes_on
     assert world.log == ["+seat", "+room", "+breakfast", "+car"]
 
 
+@pytest.mark.parametrize("going_on", ["resume", "compensate"])
+def test_a_saga_within_which_a_pipeline_has_another_name_now_is_left_as_it_is(going_on: str) -> None:
+    """Its stages are named alike, and what they do may be another thing."""
+    world, hotel = scene({"room": ()})
+    hostel_world, hostel = scene({"room": ()})
+    hotel, hostel = Pipeline(name="hotel", stages=hotel.stages), Pipeline(name="hostel", stages=hostel.stages)
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"))
+    run(coordinator.run(in_a_trip(hotel), saga_id="s"))
+
+    with pytest.raises(GraphChanged) as caught:
+        run(getattr(coordinator, going_on)("s", in_a_trip(hostel)))
+
+    assert caught.value.differences == ("within stage 'book': its pipeline is 'hotel', this one is 'hostel'",)
+    assert (world.log, hostel_world.log) == (["+room"], [])
+    assert run(coordinator.compensate("s", in_a_trip(hotel))).status is SagaStatus.COMPENSATED
+    assert world.log == ["+room", "-room"]
+
+
+def in_a_trip(inner: Pipeline) -> Pipeline:
+    """book -> pay: the first runs that pipeline as a saga, and the second fails."""
+    return Pipeline(name="trip").with_stage("book", nested(inner)).with_stage("pay", fail, "work", dependencies=("book",))
+
+
 def test_a_nested_pipeline_may_have_changed_when_nothing_of_its_saga_stands() -> None:
     coordinator = SagaCoordinator(FailFast(on_failure="halt"))
     _, child = scene({"a": (), "b": ("a",)}, {"b": Script("raise")})

@@ -552,6 +552,25 @@ def test_a_compensation_that_passes_over_what_a_child_left_standing_has_failed()
     assert run(coordinator.resume("s", parent)).status is SagaStatus.COMPENSATED
 
 
+def test_a_stage_undoes_its_saga_with_no_pipeline_of_another_name() -> None:
+    """As one that was written anew since, whose stages happen to be named alike."""
+    world, hotel = scene({"room": ()})
+    other_world, other = scene({"room": ()})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(Pipeline(name="hotel", stages=hotel.stages))
+
+    release = undo_each([Pipeline(name="hostel", stages=other.stages)])
+    trip = Pipeline(name="trip").with_stage("book", compensable(book, release)).with_stage("pay", fail, "work", dependencies=("book",))
+
+    report = run(SagaCoordinator(IMPATIENT).run(trip, saga_id="s"))
+
+    assert (world.log, other_world.log) == (["+room"], [])
+    assert (report.status, [*report.stuck]) == (SagaStatus.STUCK, ["book"])
+    assert "GraphChanged" in str(report)
+    assert "its pipeline is 'hotel', this one is 'hostel'" in str(report)
+
+
 def test_a_compensation_that_passes_over_a_child_has_failed() -> None:
     """Promise 5: it undid the first of two, and the saga counted as compensated while the other one stood."""
     world, room = scene({"room": ()})
