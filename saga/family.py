@@ -17,7 +17,9 @@ from saga.text import shown
 
 if TYPE_CHECKING:
     from saga.events import AnyEvent
+    from saga.graph import Node
     from saga.ledger import Entry, Ledger
+    from saga.recovery.record import StageRecord
 
 
 async def events_of(ledger: Ledger, saga_id: str) -> Sequence[AnyEvent]:
@@ -52,6 +54,12 @@ async def differences_from(ledger: Ledger, state: SagaState, blueprint: Blueprin
     if found or not nested:
         return found
     entries, _ = await listed(ledger, parent=state.started.saga_id)
+    ran = {child.parent_stage for child in entries.values()}
+    found += [
+        f"stage {name!r} runs a saga now, and may have had an effect itself before"
+        for name in nested
+        if name not in ran and _may_have_acted(state.graph[name], state.stages[name], blueprint.graph[name])
+    ]
     for child in entries.values():
         pipeline = nested.get(str(child.parent_stage))
         if pipeline is None or child.status is SagaStatus.COMPENSATED:
@@ -61,6 +69,13 @@ async def differences_from(ledger: Ledger, state: SagaState, blueprint: Blueprin
             differences = renamed(inner, pipeline.name) or await differences_from(ledger, inner, Blueprint.of(pipeline))
             found += [f"within stage {child.parent_stage!r}: {difference}" for difference in differences]
     return found
+
+
+def _may_have_acted(node: Node, record: StageRecord, now: Node) -> bool:
+    """Whether a stage that is nested now may have had an effect before it was: asked, its saga would say that nothing has landed."""
+    if (node.can_probe, node.undo_in_doubt, node.idempotent) == (now.can_probe, now.undo_in_doubt, now.idempotent):
+        return False  # it offers what it did, which for a nested one is nearly always all of that: it is the same
+    return record.state is StageState.RUNNING or record.doubt or undo_step(node, record) is Step.PROBE
 
 
 def renamed(state: SagaState, name: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -32,7 +33,7 @@ from saga import (
     compensable,
     nested,
 )
-from saga.events import AnyEvent, SagaResumed
+from saga.events import AnyEvent, SagaResumed, SagaStarted, StageStarted
 from saga.ledger import Entry
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.report import NestedSagaFailed
@@ -45,7 +46,7 @@ from tests.within import (
     killed_while_it_ran,
     undo_each,
 )
-from tests.world import SEQUENCE, CardDeclined, Recording, Script, Scripted, World, nothing, scene
+from tests.world import SEQUENCE, CardDeclined, Probed, Recording, Script, Scripted, World, nothing, scene
 
 
 def family(child_scripts: dict[str, Script], parent_scripts: dict[str, Script], policy: Any = None) -> tuple[World, World, Pipeline]:
@@ -92,6 +93,66 @@ def test_what_a_stage_did_before_it_was_a_nested_saga_is_not_called_undone(kind:
     assert world.log == ["+a"]
     assert (report.status, list(report.stuck)) == (SagaStatus.STUCK, ["a"])
     assert OWN_EFFECT in str(report)
+
+
+@pytest.mark.parametrize("going_on", ["resume", "compensate"])
+@pytest.mark.parametrize(
+    ("kind", "outcome", "kill"), [(Scripted, "hang", 99), (Scripted, "ok", 1), (Probed, "ok", 1), (Probed, "raise", 2)]
+)
+def test_of_a_stage_that_may_have_had_an_effect_before_it_was_a_nested_saga_none_answers(
+    kind: type[Scripted], outcome: str, kill: int, going_on: str
+) -> None:
+    """It had run no saga: asked, that would say that nothing has landed."""
+    world = World({"a": ()})
+    before, child_world, after = before_and_after_it_was_nested(world, kind, outcome)
+    ledger = Dying(kill)
+    with contextlib.suppress(LedgerError):
+        run(SagaCoordinator(FailFast(on_failure="halt", timeout=1), ledger=ledger).run(before, saga_id="s"))
+    ledger.forget_owners()
+    ledger.left = 99
+    coordinator = SagaCoordinator(ledger=ledger)
+    events = run(ledger.read("s"))
+
+    with pytest.raises(GraphChanged) as caught:
+        run(getattr(coordinator, going_on)("s", after))
+
+    assert caught.value.differences == ("stage 'a' runs a saga now, and may have had an effect itself before",)
+    assert run(ledger.read("s")) == events
+    assert (world.log, child_world.log) == (["+a"], [])
+
+
+def test_a_nested_saga_that_offers_less_than_others_goes_on_though_its_process_died_before_its_child_began() -> None:
+    class WithoutChild(Dying):
+        async def create(self, saga_id: str, *args: Any, **under: Any) -> int:
+            if not self.left:
+                raise OSError("killed")
+            return await super().create(saga_id, *args, **under)
+
+    world, child = scene({"b": ()})
+    pipeline = Pipeline(name="p").with_stage(
+        "a", compensable(nested(child), undo_each([child]), idempotent=False, compensate_in_doubt=False)
+    )
+    ledger = killed_while_it_ran(pipeline, WithoutChild(1))
+    assert [type(event) for event in run(ledger.read("s"))] == [SagaStarted, StageStarted]
+    assert run(ledger.list(parent="s")) == ()
+
+    report = run(SagaCoordinator(ledger=ledger).resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+b"]
+
+
+def test_a_stage_that_had_no_effect_before_it_was_a_nested_saga_runs_as_one() -> None:
+    world = World({"a": ()})
+    child_world, child = scene({"b": ()})
+    before = Pipeline(name="p").with_stage("a", Scripted(world, "a", Script("raise")))
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"))
+    run(coordinator.run(before, saga_id="s"))
+
+    report = run(coordinator.resume("s", Pipeline(name="p").with_stage("a", nested(child))))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert child_world.log == ["+b"]
 
 
 def test_what_a_stage_did_before_it_was_a_nested_saga_is_undone_by_its_code_as_it_was() -> None:
