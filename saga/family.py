@@ -61,13 +61,15 @@ async def differences_from(ledger: Ledger, state: SagaState, blueprint: Blueprin
         if name not in ran and _may_have_acted(state.graph[name], state.stages[name], blueprint.graph[name])
     ]
     for child in entries.values():
-        pipeline = nested.get(str(child.parent_stage))
+        pipeline = nested.get(stage := str(child.parent_stage))
         if pipeline is None or child.status is SagaStatus.COMPENSATED:
             continue
+        if child.pipeline != pipeline.name and state.graph[stage].has_fallback:
+            continue  # that ran it, and whoever goes on with it says by which pipeline
         with suppress(LedgerCorrupt, SagaNotFound):  # whoever goes on with it meets that, or nobody has to
             inner = SagaState(await events_of(ledger, child.saga_id))
             differences = renamed(inner, pipeline.name) or await differences_from(ledger, inner, Blueprint.of(pipeline))
-            found += [f"within stage {child.parent_stage!r}: {difference}" for difference in differences]
+            found += [f"within stage {stage!r}: {difference}" for difference in differences]
     return found
 
 

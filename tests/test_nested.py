@@ -249,6 +249,52 @@ def in_a_trip(inner: Pipeline) -> Pipeline:
     return Pipeline(name="trip").with_stage("book", nested(inner)).with_stage("pay", fail, "work", dependencies=("book",))
 
 
+def with_an_inn_instead() -> tuple[World, Pipeline]:
+    """book -> taxi: the first runs a hotel, which fails, as a saga; its fallback runs an inn."""
+    shape: dict[str, tuple[str, ...]] = {"room": (), "bed": (), "taxi": ()}
+    world, flat = scene(shape, {"room": Script("raise")}, dict.fromkeys(shape, "probed"))
+    stages: dict[str, Any] = {name: spec.runner for name, spec in flat.stages.items()}
+    hotel, inn = Pipeline(name="hotel").with_stage("room", stages["room"]), Pipeline(name="inn").with_stage("bed", stages["bed"])
+
+    async def book_inn(ctx: SagaContext, _: Any) -> None:
+        left = await ctx.child_sagas()
+        report = await (ctx.resume_saga(left[-1].saga_id, inn) if left[-1].pipeline == "inn" else ctx.run_saga(inn))
+        report.raise_for_status()
+
+    async def release(ctx: CompensationContext) -> None:
+        for child in reversed(await ctx.child_sagas()):
+            await ctx.undo_saga(child.saga_id, inn if child.pipeline == "inn" else hotel)
+
+    trip = Pipeline(name="trip").with_stage("book", compensable(nested(hotel), release, fallback=book_inn))
+    return world, trip.with_stage("taxi", stages["taxi"], dependencies=("book",))
+
+
+def test_a_nested_pipeline_has_not_changed_because_its_fallback_ran_another_one() -> None:
+    world, trip = with_an_inn_instead()
+    coordinator = SagaCoordinator(ContinueWithFallback())
+    assert run(coordinator.run(trip, saga_id="s")).status is SagaStatus.DEGRADED
+
+    report = run(coordinator.compensate("s", trip))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.log == ["+bed", "+taxi", "-taxi", "-bed"]
+
+
+@pytest.mark.parametrize("kill", range(1, 12))
+def test_a_nested_pipeline_has_not_changed_because_its_fallback_was_running_another_one(kill: int) -> None:
+    world, trip = with_an_inn_instead()
+    ledger = Dying(kill)
+    with pytest.raises(LedgerError, match="killed"):
+        run(SagaCoordinator(ContinueWithFallback(), ledger=ledger).run(trip, saga_id="s"))
+    ledger.forget_owners()
+    ledger.left = 99
+
+    report = run(SagaCoordinator(ledger=ledger).resume("s", trip))
+
+    assert report.status is SagaStatus.DEGRADED
+    assert world.log == ["+bed", "+taxi"]
+
+
 def test_a_nested_pipeline_may_have_changed_when_nothing_of_its_saga_stands() -> None:
     coordinator = SagaCoordinator(FailFast(on_failure="halt"))
     _, child = scene({"a": (), "b": ("a",)}, {"b": Script("raise")})
