@@ -109,6 +109,12 @@ def _meant(name: str) -> str:
     return qualified(kind) if _is_exception(kind) else name
 
 
+def _may_be_of_a_script(kind: type) -> bool:
+    """Whether a type may be what `__main__` had when the policy was recorded: who goes on with the saga has imported that script."""
+    own = _of_module("__main__") or {}
+    return kind.__module__ != "builtins" and not _is_exception(own.get(kind.__qualname__))
+
+
 def _of_module(name: str) -> Mapping[str, Any] | None:
     """What a module has; None if nobody has imported it, which what data names is not, or if what stands in for it has its own ways."""
     module = sys.modules.get(name)
@@ -220,6 +226,7 @@ class Retry(_Frozen):
         # What ran out of time has raised nothing, and is a TimeoutError to whoever asked for the timeout.
         raised = TimeoutError if failure.kind is FailureKind.TIMEOUT else type(failure.exception)
         names = {failure.kind.value, failure.type, *map(qualified, raised.__mro__)}
+        names |= {f"__main__.{kind.__qualname__}" for kind in raised.__mro__ if _may_be_of_a_script(kind)}
         # As it is written, too: what was given as a type is meant itself, whatever its module has under that name.
         return not names.isdisjoint({*self.retry_on, *(_meant(str(name)) for name in self.retry_on)})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -395,6 +396,28 @@ def test_an_exception_that_is_given_itself_is_tried_again_though_its_module_has_
     run(SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0, retry_on=kind))).run(pipeline))
 
     assert attempts == [1, 2]
+
+
+def test_an_exception_of_a_script_is_tried_again_by_who_has_imported_the_script() -> None:
+    """Its saga was begun by `python shop.py`, and is gone on with by `saga recover shop:trip`."""
+    script = Script("raise", then=("ok",))
+    _, pipeline = scene({"a": ()}, {"a": script})
+
+    report = run(SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0, retry_on="__main__.CardDeclined"))).run(pipeline))
+
+    assert script.attempts == ["raise", "ok"]
+    assert report.ok
+
+
+def test_an_exception_of_this_script_is_not_another_ones_of_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = type("CardDeclined", (Exception,), {"__module__": "__main__"})
+    monkeypatch.setattr(sys.modules["__main__"], "CardDeclined", own, raising=False)
+    script = Script("raise", then=("ok",))
+    _, pipeline = scene({"a": ()}, {"a": script})
+
+    run(SagaCoordinator(FailFast(retry=Retry(attempts=2, wait=0, retry_on=own))).run(pipeline))
+
+    assert script.attempts == ["raise"]
 
 
 def test_an_exception_of_which_nobody_has_imported_the_module_is_worth_nothing() -> None:
