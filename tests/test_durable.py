@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -796,6 +797,47 @@ def test_what_a_fallback_gave_comes_back_as_what_its_stage_declares() -> None:
 
     assert run(SagaCoordinator(ledger=ledger).resume("s", pipeline)).status is SagaStatus.DEGRADED
     assert seen == [Booking(seat="by the door", price=0)] * 2
+
+
+def test_the_fallback_that_a_policy_in_the_ledger_has_comes_back_as_what_its_stage_declares() -> None:
+    seen: list[Any] = []
+
+    class Book(CompensableStage):
+        output_model = Receipts
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            return StageOutput.fail("sold out")
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    async def wake(ctx: Any) -> StageOutput:
+        return StageOutput.ok() if ctx.attempt > 1 else StageOutput.fail("not yet")
+
+    async def look(ctx: Any) -> None:
+        seen.append(ctx.inputs.get_from("book", "booking"))
+
+    pipeline = Pipeline().with_stage("wake", wake, "work").with_stage("book", Book, dependencies=("wake",))
+    pipeline = pipeline.with_stage("look", look, "work", dependencies=("book",))
+    door = Booking(seat="by the door", price=0)
+    policy = ContinueWithFallback(on_failure="halt", fallbacks={"book": {"booking": door}})
+    ledger = Stored()
+    run(SagaCoordinator(policy, ledger=ledger).run(pipeline, saga_id="s"))
+
+    report = run(SagaCoordinator(ledger=ledger).resume("s", pipeline))
+
+    assert report.status is SagaStatus.DEGRADED
+    assert seen == [door]
+
+
+def test_a_saga_goes_on_with_the_fallbacks_of_a_policy_that_would_be_refused_by_now() -> None:
+    _, pipeline = scene({"a": (), "b": ("a",)}, {"a": Script("raise", then=("ok",)), "b": Script("raise")})
+    written = ContinueWithFallback(on_failure="halt", fallbacks={"b": {"instead": True}}).model_dump(mode="json")
+    written["compensation"]["retry"]["retry_on"] = ["timeout"]
+    recorded = ContinueWithFallback.model_validate_json(json.dumps(written))
+    ledger = Stored()
+    run(SagaCoordinator(recorded, ledger=ledger).run(pipeline, saga_id="s"))
+
+    assert run(SagaCoordinator(ledger=ledger).resume("s", pipeline)).status is SagaStatus.DEGRADED
 
 
 def test_nobody_is_warned_that_what_a_stage_says_of_its_skip_fits_no_model(caplog: pytest.LogCaptureFixture) -> None:
