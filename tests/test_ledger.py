@@ -60,6 +60,7 @@ from saga.owners import this_process
 from saga.recovery import Rollback
 from saga.recovery.state import SagaState
 from tests.controlled import run
+from tests.dying import Dying
 from tests.slow import SlowLedger
 from tests.test_owners import of_a_process_that_ended
 from tests.world import DIAMOND, SEQUENCE, Script, World, scene
@@ -547,6 +548,19 @@ def test_when_the_ledger_breaks_before_it_has_that_a_saga_is_to_be_undone_nobody
 
     with pytest.raises(SagaUnrecorded, match=r"go on: await coordinator\.compensate\('s', pipeline\)$"):
         run(play())
+
+
+def test_when_the_ledger_breaks_before_it_has_that_a_saga_is_undone_as_a_whole_nobody_is_told_to_undo_its_orphans_alone() -> None:
+    _, pipeline = scene({"a": (), "b": ("a",), "c": ()}, {"b": Script("raise")})
+    ledger = Dying(7)
+    skips = SagaCoordinator(ContinueWithFallback(without_fallback="skip_branch"), ledger=ledger)
+    with pytest.raises(SagaUnrecorded):
+        run(skips.run(pipeline, saga_id="s"))
+    assert run(skips.report("s")).status is SagaStatus.COMPENSATING
+    ledger.forget_owners()
+
+    with pytest.raises(SagaUnrecorded, match=r"go on: await coordinator\.compensate\('s', pipeline\)$"):
+        run(SagaCoordinator(ledger=ledger).compensate("s", pipeline))
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ from saga.blueprint import Blueprint
 from saga.events import (
     AnyEvent,
     CompensationCompleted,
+    CompensationStarted,
     FallbackUsed,
     SagaEnded,
     SagaResumed,
@@ -1613,6 +1614,20 @@ def test_a_saga_whose_process_died_can_be_undone_on_demand() -> None:
         assert report.status is SagaStatus.COMPENSATED
         assert world.standing == {}
         assert world.refusals == []
+
+
+@pytest.mark.parametrize("kills", [CompensationStarted, CompensationCompleted, SagaEnded])
+def test_a_saga_whose_process_died_while_it_undid_its_orphans_is_undone_as_a_whole_on_demand(kills: type[Any]) -> None:
+    shape = {"orphan": (), "falls": ("orphan",), "kept": ()}
+    world, pipeline = scene(shape, {"falls": Script("raise")}, {"orphan": "probed"})
+    coordinator, _ = killed_while(pipeline, ContinueWithFallback(without_fallback="skip_branch"), kills)
+    assert "kept" in world.standing
+
+    report = run(coordinator.compensate("s", pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert (world.standing, world.refusals) == ({}, [])
+    assert SagaReport.from_events(run(coordinator.ledger.read("s"))) == report
 
 
 def test_who_settles_is_unknown_where_the_process_has_no_user(monkeypatch: pytest.MonkeyPatch) -> None:

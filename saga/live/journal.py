@@ -242,7 +242,8 @@ class Journal:
         said: BaseException | None = error
         while isinstance(said, SagaUnrecorded):  # by a child
             said = said.__cause__
-        asked = next((event for event in self.unwritten if _asks(event)), None)
+        # To undo as a whole what had begun to lose its orphans is both: to go on with it, and then to turn.
+        asked = next((event for event in reversed(self.unwritten) if _asks(event)), None)
         return SagaUnrecorded(
             self.saga_id,
             said,

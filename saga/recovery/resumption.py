@@ -6,7 +6,7 @@ A crash is no second code path: what the dead process left open is recorded as f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Final
 
@@ -119,7 +119,11 @@ def undoing(events: Sequence[AnyEvent], graph: Graph | None = None, *, by: str) 
     """How a saga goes on that is undone on demand."""
     state = SagaState(events)
     if state.status is SagaStatus.COMPENSATING:
-        return resumption(events, graph, forward=False, by=by)
+        rest = resumption(events, graph, forward=False, by=by)
+        if rest.reason is not TurnReason.ORPHANS:
+            return rest
+        # It was only to lose what served nothing; now nothing of it is to stay.
+        return replace(rest, events=(*rest.events, SagaTurnedBack(reason=TurnReason.REQUEST)), reason=TurnReason.REQUEST)
     turned = SagaTurnedBack(reason=TurnReason.REQUEST, graph=graph)
     begun = (*crashed(state, goes_on=False), turned)
     if state.ended_at is not None and not len(Rollback(trial := SagaState([*events, *begun]), TurnReason.REQUEST)):

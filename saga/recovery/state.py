@@ -48,6 +48,7 @@ _ROLE: Final = members(Role)
 _ANSWERS: Final = frozenset({FailureKind.REPORTED, FailureKind.CANCELLED})
 """What a stage says of its own accord when it has had no effect."""
 _BEGINNINGS: Final = TRANSITIONS[StageState.NOT_RUN]
+_STILL_RUN: Final = "a saga whose stages still run"
 
 
 class SagaState:
@@ -112,19 +113,17 @@ class SagaState:
                 raise self._contradiction("a saga that has started", event)
 
     def _end(self, event: SagaEnded) -> None:
-        self._refuse_while_running(event)
+        if any(record.is_under_way for record in self.stages.values()):
+            raise self._contradiction(_STILL_RUN, event)
         self.status = event.status
         self.ended_at = event.at
         self.cause = self.cause or event.cause
         self._note(event.cause)
 
-    def _refuse_while_running(self, event: SagaEnded | SagaTurnedBack) -> None:
-        if any(record.is_under_way for record in self.stages.values()):
-            raise self._contradiction("a saga whose stages still run", event)
-
     def _turn_back(self, event: SagaTurnedBack) -> None:
-        # Promise 3: no compensation starts while a stage of the saga is running.
-        self._refuse_while_running(event)
+        # Promise 3: no compensation starts while a stage of the saga is running. One that is under way may be about less than this turn.
+        if any(record.state is _S.RUNNING for record in self.stages.values()):
+            raise self._contradiction(_STILL_RUN, event)
         self._take_offers(event)
         self.status = _STATUS.COMPENSATING
         self.reason = event.reason
