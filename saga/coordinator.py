@@ -166,7 +166,8 @@ class SagaCoordinator:
     async def compensate(self, saga_id: str, pipeline: Pipeline) -> SagaReport:
         """Undo a saga that nobody is running: one that has come to rest, or whose process is gone.
 
-        Where nothing can be undone nothing happens: a second call gives the same report again.
+        Where nothing can be undone nothing happens: a second call gives the same report again. But one that has halted, and of which
+        nothing stands, is compensated, so that nobody who resumes what has halted runs it.
 
         Raises:
             SagaNotFound: The ledger has no such saga.

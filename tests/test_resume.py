@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -1008,6 +1008,29 @@ def test_a_second_undo_on_demand_does_nothing_and_says_so(caplog: pytest.LogCapt
     assert world.standing == {}
     assert "saga s: nothing that can be undone is left" in caplog.text
     assert "Nothing is left to do." in str(second)
+
+
+def test_a_halted_saga_of_which_nothing_stands_is_undone_on_demand_too_and_nobody_who_resumes_what_has_halted_runs_it() -> None:
+    _, pipeline = scene({"a": ()}, {"a": Script("raise")})
+    coordinator, halted = first_run(pipeline)
+
+    report = run(coordinator.compensate("s", pipeline))
+    resumed = run(coordinator.resume("s", pipeline))
+    forgotten = run(coordinator.ledger.prune(timedelta(0)))
+
+    assert halted.status is SagaStatus.HALTED
+    assert (report.status, str(report).splitlines()[-1]) == (SagaStatus.COMPENSATED, "Nothing is left to do.")
+    assert resumed == report
+    assert forgotten == ("s",)
+
+
+def test_a_saga_that_stages_with_nothing_to_undo_completed_stays_complete_when_it_is_to_be_undone() -> None:
+    _, pipeline = scene({"a": ()}, {}, {"a": "plain"})
+    coordinator, completed = first_run(pipeline)
+
+    report = run(coordinator.compensate("s", pipeline))
+
+    assert report == completed
 
 
 @pytest.mark.parametrize("kept_by", ["completion", "halt"])
