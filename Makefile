@@ -16,7 +16,7 @@ test: $(VENV)/.dev  ## run the tests, two parts at a time, with branch coverage;
 	$(BIN)/coverage report
 
 # Apart from the others: to trace thousands of sagas for coverage would take longer than they do.
-MANY := tests/test_properties.py tests/test_families.py tests/test_many_sagas.py
+MANY := tests/test_properties.py tests/test_families.py tests/test_nights.py tests/test_many_sagas.py
 A_TO_L := $(filter-out $(MANY),$(wildcard tests/test_[a-l]*.py))
 TRACED := $(BIN)/coverage run --parallel-mode -m pytest -p no:cacheprovider
 
@@ -30,7 +30,7 @@ test-many: $(VENV)/.dev  ## the random sagas, and those of which there are thous
 	$(BIN)/python -m pytest -p no:cacheprovider $(MANY)
 
 campaign: $(VENV)/.dev  ## the random sagas again, many more of them: make campaign CASES=100000
-	SAGA_CASES=$(or $(CASES),50000) $(BIN)/python -m pytest --timeout 0 tests/test_properties.py tests/test_families.py
+	SAGA_CASES=$(or $(CASES),50000) $(BIN)/python -m pytest --timeout 0 tests/test_properties.py tests/test_families.py tests/test_nights.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -573,9 +573,7 @@ class Life:
             report = await self.report()
             if what_to_do(report)[-1] == "Nothing is left to do.":
                 return report
-            commands = [shlex.split(found[0]) for line in what_to_do(report) if (found := re.search(r"\bsaga .+", line))]
-            assert commands, str(report)
-            for _, *command in commands:
+            for command in commands_in(report):
                 told.append(" ".join(command))
                 await self.obey(*command)
         raise AssertionError("\n".join(told) + f"\n{report}")
@@ -604,6 +602,13 @@ class Life:
 
             refused = await self.act(go_on)
         assert not refused, (name, saga_id, *words)
+
+
+def commands_in(report: SagaReport) -> list[list[str]]:
+    """The commands that a report of a saga at rest tells one to give, word by word."""
+    commands = [shlex.split(found[0])[1:] for line in what_to_do(report) if (found := re.search(r"\bsaga .+", line))]
+    assert commands, str(report)
+    return commands
 
 
 def owner_of(report: SagaReport, path: str) -> tuple[str, str]:
