@@ -1446,3 +1446,23 @@ def test_a_program_that_winds_up_waits_for_a_fallback_or_a_probe_that_was_given_
 
     assert ended == [hook]
     assert [failure.kind for failure in report.failures].count(FailureKind.LATE) == (hook == "fallback")
+
+
+def test_what_a_probe_said_before_its_stage_completed_late_is_told_no_more_once_it_says_otherwise() -> None:
+    world = World({"deaf": ()})
+
+    async def main() -> list[SagaReport]:
+        stage = Stays(world)
+        pipeline = nested_in(stage)
+        coordinator = SagaCoordinator(PROMPT)
+        first = await coordinator.run(pipeline, saga_id="s")
+        stage.released.set()
+        await settled_down()
+        return [first, await coordinator.resume("s", pipeline), await coordinator.resume("s", pipeline, forward=True)]
+
+    first, stuck, forward = run(main())
+
+    assert (first.status, first.stages["deaf"].probed) == (SagaStatus.COMPENSATED, False)
+    assert (stuck.status, stuck.stages["deaf"].probed) == (SagaStatus.STUCK, True)
+    assert (forward.status, world.standing) == (SagaStatus.COMPLETED, {"deaf": 1})
+    assert "asked, it had landed" in str(forward)

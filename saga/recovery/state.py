@@ -400,6 +400,9 @@ class SagaState:
         record.note_left(within=event.left_within)
         if record.state is _S.COMPENSATING:
             record.undo_in_question = False
+            if event.landed and record.answer is False:
+                # It had come late to the answer before.
+                record.answer = True
             if event.landed is False and not event.left_within:
                 record.becomes_undone()
                 record.undo_ended_at = event.at
