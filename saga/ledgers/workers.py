@@ -11,9 +11,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from saga.errors import LedgerError
 from saga.tasks import Answer, this_loop
@@ -40,7 +39,15 @@ S = TypeVar("S", bound=Closable)
 
 
 class _Order:
-    """A request that is for the worker itself; it ends a batch."""
+    """A request that is for the worker itself; it ends a batch. Who has no event loop hands it over as it is, and waits for no answer."""
+
+    size: Final = 0
+    number: Final = 0
+
+    @property
+    def request(self) -> _Order:
+        """What is asked for."""
+        return self
 
 
 _END: Final = _Order()
@@ -61,32 +68,41 @@ class _Rest(_Order):
 
 
 class _Asked(Answer[Any]):
-    """An answer that comes from a worker's thread; to ask for it, and to give it, are callbacks of the loop, which a Ctrl-C may cut off.
+    """A request, and the answer to it, which comes from a worker's thread.
+
+    To ask, and to give the answer, are callbacks of the loop, which a Ctrl-C may cut off.
 
     Attributes:
-        ask_again: Hands the request over once more.
+        worker: Who is asked.
+        request: What its `work` understands, or an order.
+        size: How many bytes of a batch it takes.
+        number: How many requests the worker had got with it.
         is_taken: The thread has it; it takes it only once.
         brought: The answer, once it is there, even if nobody gives it.
     """
 
-    ask_again: Callable[[_Asked], None]
-    is_taken: bool = False
-    brought: tuple[Any, ...] = ()
+    # A thousand sagas have as many of these at once: each container less is one that Python's garbage collector need not look at.
+    __slots__ = ("brought", "is_taken", "number", "request", "size", "worker")
+
+    def __init__(self, worker: Worker[Any], request: Any, size: int, number: int, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self.worker = worker
+        self.request = request
+        self.size = size
+        self.number = number
+        self.is_taken = False
+        self.brought: Any = _NOTHING
 
     def make_up(self) -> None:
         """Ask, where that was cut off, and give what is there."""
         if not self.is_taken:
-            self.ask_again(self)
-        for answer in self.brought:
-            self.give(answer)
+            self.worker.ask_again(self)
+        if self.brought is not _NOTHING:
+            self.give(self.brought)
 
 
-class _Job(NamedTuple):
-    request: Any
-    size: int = 0
-    loop: asyncio.AbstractEventLoop | None = None
-    future: _Asked | None = None
-    number: int = 0
+_NOTHING: Final = object()
+_Job = _Asked | _Order
 
 
 class Worker(Generic[S]):
@@ -103,7 +119,7 @@ class Worker(Generic[S]):
 
     def __init__(self, name: str, store: Callable[[], S], work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> None:
         self.pid: Final = os.getpid()
-        self._asked: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
+        self._asked: dict[asyncio.AbstractEventLoop, list[_Asked]] = {}
         self._jobs: SimpleQueue[Sequence[_Job]] = SimpleQueue()
         self._taken: deque[_Job] = deque()
         self._alone = 0
@@ -131,23 +147,21 @@ class Worker(Generic[S]):
             MisuseError: No event loop of asyncio runs.
         """
         loop = this_loop()
-        future = _Asked(loop=loop)
-        future.ask_again = partial(self._ask_again, request, size)
         self._newest = number = next(self._numbers)
-        job = _Job(request, size, loop, future, number)
+        asked = _Asked(self, request, size, number, loop)
         if loop not in self._watching:
             self._watching.add(loop)
             with self._lock:
                 self._loops.add(loop)
             loop.call_later(_LATE, self._stand_back, loop, number)
         if loop in self._asked:
-            self._asked[loop].append(job)
+            self._asked[loop].append(asked)
         elif self._alone < _ALONE:
-            self._asked[loop] = [job]
+            self._asked[loop] = [asked]
             loop.call_soon(self._end_turn, loop)
         else:
-            self._hand_over([job])
-        return future
+            self._hand_over([asked])
+        return asked
 
     def _stand_back(self, loop: asyncio.AbstractEventLoop, number: int) -> None:
         """Let the thread have Python's lock, if an answer is late; and have the loops of other threads do so, too.
@@ -177,11 +191,12 @@ class Worker(Generic[S]):
             with suppress(RuntimeError):  # it is closed
                 loop.call_soon_threadsafe(self._stand_back, loop, number)
 
-    def _ask_again(self, request: Any, size: int, future: _Asked) -> None:
-        loop = future.get_loop()
-        if not any(job.future is future for job in self._asked.get(loop, ())):
+    def ask_again(self, asked: _Asked) -> None:
+        """Hand a request over once more."""
+        loop = asked.get_loop()
+        if not any(other is asked for other in self._asked.get(loop, ())):
             # It was cut off on its way, before what still waits for the end of the turn.
-            self._hand_over([_Job(request, size, loop, future)])
+            self._hand_over([asked])
         self._end_turn(loop)
 
     def _end_turn(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -218,7 +233,7 @@ class Worker(Generic[S]):
 
     def stop(self) -> None:
         """Have it end, too, but wait for nothing; for who has no event loop."""
-        self._jobs.put([_Job(_END)])
+        self._jobs.put([_END])
 
     def join(self, seconds: float) -> None:
         """Wait so long until it has ended."""
@@ -232,7 +247,7 @@ class Worker(Generic[S]):
             self._store.close()
             rest.reached.set()
         else:
-            self._hand_over([_Job(rest)])
+            self._hand_over([rest])
         return rest
 
     def _run(self, work: Callable[[S, Sequence[Any]], Sequence[Any]]) -> None:
@@ -279,10 +294,10 @@ class Worker(Generic[S]):
 
 def _is_new(job: _Job) -> bool:
     """Take a job, unless it has been: what was asked for once more may have been handed over the first time, too."""
-    future = job.future
-    if future is None or future.is_taken:
-        return future is None
-    future.is_taken = True
+    if isinstance(job, _Asked):
+        if job.is_taken:
+            return False
+        job.is_taken = True
     return True
 
 
@@ -311,11 +326,11 @@ def again(error: LedgerError) -> LedgerError:
 
 
 def _answer(jobs: Sequence[_Job], answers: Sequence[Any]) -> None:
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Answer[Any], Any]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[_Asked]] = {}
     for job, answer in zip(jobs, answers, strict=True):
-        if job.loop is not None and job.future is not None:
-            job.future.brought = (answer,)
-            by_loop.setdefault(job.loop, []).append((job.future, answer))
+        if isinstance(job, _Asked):
+            job.brought = answer
+            by_loop.setdefault(job.get_loop(), []).append(job)
     for loop, answered in by_loop.items():
         try:
             loop.call_soon_threadsafe(_give_all, answered)
@@ -323,9 +338,9 @@ def _answer(jobs: Sequence[_Job], answers: Sequence[Any]) -> None:
             continue  # the loop is closed, and whoever asked is gone with it
 
 
-def _give_all(answered: Sequence[tuple[Answer[Any], Any]]) -> None:
-    for future, answer in answered:
-        future.give(answer)
+def _give_all(answered: Sequence[_Asked]) -> None:
+    for asked in answered:
+        asked.give(asked.brought)
 
 
 class _Working:
