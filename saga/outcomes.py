@@ -9,10 +9,13 @@ from typing import Final, Self
 from stageflow.api import StageOutput, StageStatus
 
 from saga.failures import Failure, FailureKind
+from saga.outputs import copied_output
 from saga.quick import members
 from saga.text import glimpse, reason_in, said
 
 _STATUS: Final = members(StageStatus)
+_EMPTY: Final = StageOutput.ok()
+"""What a stage gives that returns None: to copy it takes a quarter of the time that it takes to make another one."""
 
 
 @dataclass(slots=True)
@@ -32,7 +35,7 @@ class Outcome:
         """Sort what an attempt of a stage returned."""
         match returned:
             case None:
-                return cls(output=StageOutput.ok())
+                return cls(output=copied_output(_EMPTY))
             case dict():
                 return cls(output=StageOutput.ok(returned))
             case StageOutput(data=dict(), status=StageStatus()):
