@@ -10,6 +10,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from stageflow import PipelineTimer
 from stageflow.events import NoOpEventSink
 
 from saga.contexts import CompensationContext, Host, Inputs, UndoHost
@@ -84,11 +85,11 @@ class LiveSaga(UndoHost):
         self.journal: Final = journal
         self.actions: Final = actions
         self._context = context
-        root = context.derive_root_stage_context()
-        self.snapshot: Final = root.snapshot
-        self.ports: Final = root.inputs.ports
-        self.timer: Final = root.timer
-        self.event_sink: Final = root.event_sink
+        self.snapshot: Final = context.to_snapshot()
+        # What stageflow makes of a database its root context has; to derive that takes as long again as all that is here.
+        self.ports: Final = context.ports if context.db is None else context.derive_root_stage_context().inputs.ports
+        self.timer: Final = PipelineTimer()
+        self.event_sink: Final = context.event_sink
         self.keeper: Final = keeper
         self.driver: asyncio.Task[SagaReport]
         self.children: Final = Children(journal)
