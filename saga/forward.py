@@ -174,7 +174,7 @@ class Forward(Stages, WholeRun):
         """Start a stage in a task of ours; its schedule is told when it has ended."""
         run = StageRun(self._saga, name, inputs, self)
         if self._is_intercepted and run.may_be_given_anew:
-            self.passed |= {each: copied_output(output) for each, output in inputs.prior_outputs.items() if each not in self.passed}
+            self.passed = {each: copied_output(output) for each, output in inputs.prior_outputs.items()} | self.passed
         self._running.employ(run, self._see_to(run))
 
     async def _see_to(self, run: StageRun) -> bool:

@@ -148,6 +148,11 @@ class Graph:
         return frozenset(node.name for node in self.nodes if node.is_point_of_no_return)
 
     @cached_property
+    def dependencies(self) -> Mapping[str, frozenset[str]]:
+        """For each stage, the stages that it directly depends on."""
+        return {node.name: frozenset(node.dependencies) for node in self.nodes}
+
+    @cached_property
     def dependents(self) -> Mapping[str, tuple[str, ...]]:
         """For each stage, the stages that directly depend on it, in topological order."""
         found: dict[str, list[str]] = {name: [] for name in self.names}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Final
 
 from saga.errors import LedgerError, SagaUnrecorded
@@ -117,7 +118,7 @@ class Journal:
         if self.error is not None:
             raise self.error
         if self._durable:
-            events = tuple([storable(self.ledger, event) for event in events])
+            events = tuple(map(storable, repeat(self.ledger), events))
         for event in events:
             self.state.apply(event)
         if self._durable and not isinstance(events[-1], _AWAITED):

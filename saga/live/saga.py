@@ -304,7 +304,7 @@ class AttemptHost(Host):
         self._stage = stage
         self._attempt = attempt
         self._is_fallback = is_fallback
-        self._asked: set[asyncio.Future[None]] = set()
+        self._asked: dict[asyncio.Future[None], None] = {}
         self._is_over = False
         self._ran: tuple[str, ...] = ()
 
@@ -348,7 +348,7 @@ class AttemptHost(Host):
                 hint="Whatever it has begun beside, let it end before the stage does: asyncio.TaskGroup sees to that.",
             )
         answered = asyncio.get_running_loop().create_future()
-        self._asked.add(answered)
+        self._asked[answered] = None
         try:
             with self._saga.children.heeding(self._stage):
                 report = await call()
@@ -356,7 +356,7 @@ class AttemptHost(Host):
                 self._ran = (*self._ran, report.saga_id)
             return report
         finally:
-            self._asked.discard(answered)
+            del self._asked[answered]
             answered.set_result(None)
 
     def give_up(self) -> None:

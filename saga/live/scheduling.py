@@ -60,7 +60,7 @@ class Schedule:
             snapshot=self._snapshot,
             prior_outputs=self._inputs.pop(name),  # what nobody needs any more may be large
             ports=self._ports,
-            declared_deps=frozenset(self._graph[name].dependencies),
+            declared_deps=self._graph.dependencies[name],
             stage_name=name,
         )
 
@@ -74,7 +74,7 @@ class Schedule:
             inputs = self._inputs[dependent]
             # In the order in which they ended, as stageflow has them.
             inputs[name] = output
-            if len(inputs) == len(self._graph[dependent].dependencies):
+            if len(inputs) == len(self._graph.dependencies[dependent]):
                 enabled.append(dependent)
         return enabled
 
