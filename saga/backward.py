@@ -14,7 +14,7 @@ from saga.events import CompensationCompleted, CompensationFailed, CompensationS
 from saga.failures import Failure, FailureKind, raised_instead
 from saga.ledger import StageState
 from saga.live.asking import ask
-from saga.quick import members
+from saga.quick import maker, members
 from saga.recovery import Rollback
 from saga.recovery.record import Step, undo_step
 from saga.report import NestedSagaFailed, SagaReport
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _S: Final = members(StageState)
 _STEP: Final = members(Step)
+_compensation_started: Final = maker(CompensationStarted)
+_compensation_completed: Final = maker(CompensationCompleted)
 
 
 class _Worker(Watched):
@@ -200,7 +202,7 @@ class Backward(Employer):
         while True:
             tries += 1
             attempt = record.undo_attempts + 1
-            await self._journal.record(CompensationStarted(stage=stage, attempt=attempt))
+            await self._journal.record(_compensation_started(stage=stage, attempt=attempt))
             context = self._saga.compensation_context(stage, attempt)
             failure = await self._attempt(worker, context, settings)
             if worker.given_up:
@@ -209,7 +211,7 @@ class Backward(Employer):
                     await self._amendments.late_is_recorded()
                 return
             if failure is None:
-                await self._journal.record(CompensationCompleted(stage=stage))
+                await self._journal.record(_compensation_completed(stage=stage))
                 return
             wait = settings.retry.wait_before_next(failure, attempt=tries, elapsed=self._loop.time() - began)
             error = failure.exception

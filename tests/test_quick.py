@@ -12,7 +12,7 @@ import pytest
 
 from saga.events import SagaStarted, StageCompleted, StageStarted
 from saga.ledger import StageState
-from saga.quick import frozen, members
+from saga.quick import frozen, maker, members
 from saga.report import StageReport
 
 
@@ -42,6 +42,25 @@ def test_a_default_that_is_made_is_made_for_each() -> None:
 
     assert Parcel(weight=1).marks is not Parcel(weight=1).marks
     assert Parcel(weight=1, marks=given).marks is given
+
+
+def test_a_maker_makes_what_the_class_does() -> None:
+    make = maker(Tracked)
+
+    made = make(weight=2.5, number="N1")
+
+    assert type(made) is Tracked
+    assert made == Tracked(weight=2.5, number="N1")
+    assert made.marks is not make(weight=2.5, number="N1").marks
+    with pytest.raises(FrozenInstanceError):
+        made.number = "N2"  # type: ignore[misc] # what the test is about
+
+
+def test_a_maker_refuses_what_is_missing_or_unknown() -> None:
+    with pytest.raises(TypeError, match="weight"):
+        maker(Parcel)()  # type: ignore[call-arg] # what the test is about
+    with pytest.raises(TypeError, match="colour"):
+        maker(Parcel)(weight=1, colour="red")  # type: ignore[call-arg] # as above
 
 
 def test_it_is_frozen_once_it_has_been_made() -> None:

@@ -21,7 +21,7 @@ from saga.live.saga import AttemptHost
 from saga.log import LOG
 from saga.outcomes import Outcome
 from saga.outputs import copied, copied_output
-from saga.quick import members
+from saga.quick import maker, members
 from saga.report import NestedSagaFailed
 from saga.storable import refuse_unstorable
 from saga.tasks import closes, instead_of_cancel, is_of_signal
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 _S: Final = members(StageState)
 _STATUS: Final = members(StageStatus)
+_saga_context: Final = maker(SagaContext)
+_stage_started: Final = maker(StageStarted)
+_stage_completed: Final = maker(StageCompleted)
 _SAID_NOTHING: Final = frozenset({FailureKind.EXCEPTION, FailureKind.REPORTED, FailureKind.CONTRACT})
 """Of an attempt that failed so it is taken that it had no effect, and nobody has asked."""
 
@@ -131,7 +134,7 @@ class StageRun(Watched):
         began = saga.loop.time()
         while True:
             attempt = 1 if record.is_due_anew else record.attempts + 1
-            await saga.journal.record(StageStarted(stage=name, attempt=attempt, execution=record.next_execution))
+            await saga.journal.record(_stage_started(stage=name, attempt=attempt, execution=record.next_execution))
             saga.heed_early_cancel(self.task)
             if self.employer.stopped.done():
                 failure = Failure.of(name, FailureKind.INTERRUPTED, "the saga stopped before it ran")
@@ -216,7 +219,7 @@ class StageRun(Watched):
     def _context(self, *, is_fallback: bool = False) -> SagaContext:
         saga = self._saga
         self._host = AttemptHost(saga, self.name, self.record.attempts, is_fallback=is_fallback)
-        return SagaContext(
+        return _saga_context(
             snapshot=saga.snapshot,
             inputs=self.inputs,
             stage_name=self.name,
@@ -297,7 +300,7 @@ class StageRun(Watched):
         if output.status is _STATUS.SKIP:
             return StageSkipped(stage=self.name, reason=brief(reason_in(output.data.get("reason"), "it said so")), output=copy)
         self._offer.warn_of_misfit(output)
-        return StageCompleted(stage=self.name, output=copy)
+        return _stage_completed(stage=self.name, output=copy)
 
     # -- a stage that was given up -------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from saga.keys import execution_key
 from saga.live.children import Children
 from saga.live.inputs import no_such_field, with_dicts
 from saga.outputs import copied, copied_output
+from saga.quick import maker
 from saga.recovery.late import Late, Latecomer
 from saga.storable import refuse_unstorable
 from saga.tasks import is_of_signal, leave_loop, outlast, retrieved, start
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from saga.policies import ContinueWithFallback, FailFast, Policy
     from saga.report import SagaReport
 
+_compensation_context: Final = maker(CompensationContext)
 STAGE_FAILED: Final = "the stage that ran it has failed"
 """Why a saga is stopped that a stage has left running."""
 PARENT_STOPS: Final = "the saga that runs it is stopping"
@@ -190,7 +192,7 @@ class LiveSaga(UndoHost):
         # Whoever recognises a repeated request to undo would answer that it was carried out, which was before there was anything to undo.
         again = f"~{record.undone_too_soon + 1}" if record.undone_too_soon else ""
         given = record.late_output or (None if record.fell_back else record.output)
-        return CompensationContext(
+        return _compensation_context(
             saga_id=self.id,
             stage_name=stage,
             output=copied_output(given) if record.landed and given is not None else None,
