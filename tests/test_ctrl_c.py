@@ -44,8 +44,9 @@ from saga import (
 )
 from saga.events import AnyEvent, StageProbed
 from saga.keeper import SagaKeeper
+from saga.live.around import Around
 from saga.watch import Crew
-from tests.controlled import ControlledLoop, run
+from tests.controlled import ControlledLoop, elapse, run
 from tests.interrupting import interrupt_next_call
 from tests.world import BRANCHES, DIAMOND, SEQUENCE, CardDeclined, Script, Watching, World, hooked, scene
 
@@ -589,6 +590,29 @@ def test_wherever_it_strikes_around_a_stage_the_saga_does_not_hang_and_can_be_re
     assert around.reached
     assert coordinator._keeper.held.sagas == {}
     around.turn = ""
+    assert at_peace(world, run(coordinator.resume("s", pipeline)))
+
+
+def test_a_strike_as_what_is_around_one_stage_ends_keeps_nobody_waiting_for_what_is_around_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lingering(Watching):
+        async def before(self, stage_name: str, ctx: PipelineContext) -> None:
+            if stage_name == "b":
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    await elapse(1.0)
+
+        async def after(self, stage_name: str, _result: Any, _ctx: PipelineContext) -> None:
+            interrupt_next_call(monkeypatch, Around, "_leaves")
+
+    world, pipeline = scene({"a": (), "b": ()})
+    coordinator = SagaCoordinator(interceptors=[Lingering()])
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(coordinator.run(pipeline, saga_id="s"))
+
+    assert coordinator._keeper.held.sagas == {}
+    assert world.log == ["+a"]
     assert at_peace(world, run(coordinator.resume("s", pipeline)))
 
 

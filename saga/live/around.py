@@ -123,6 +123,9 @@ class Around:
         while any(turn.task is not None and not turn.task.done() for turn in self._turns.values()):
             self._rest = self._saga.loop.create_future()
             await sit_out(self._rest, stages.breaks)
+        for killed_by in [turn.task.exception() for turn in self._turns.values() if turn.task is not None]:
+            assert killed_by is not None  # or it would have left
+            stages.breaks(cut_short_by(killed_by))
         if self._timer is not None:
             self._timer.cancel()
 
@@ -139,7 +142,7 @@ class Around:
 
     def _leaves(self, name: str) -> None:
         self._turns.pop(name, None)
-        if self._rest is not None and not self._turns:
+        if self._rest is not None:
             end(self._rest)
 
     # -- a stage's turn ------------------------------------------------------------------------------------------
