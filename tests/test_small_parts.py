@@ -47,7 +47,7 @@ from saga.policies import Policy
 from saga.render.lettering import cells
 from saga.text import did_you_mean, printable
 from saga.watch import bounded
-from tests.controlled import elapse, run
+from tests.controlled import ControlledLoop, elapse, run
 from tests.growth import growth
 from tests.stories import Story
 from tests.test_hard_cases import deaf
@@ -956,7 +956,7 @@ class Waits(CompensableStage):
 
 
 @pytest.mark.parametrize("where", ["execute", "fallback", "probe", "compensate"])
-@pytest.mark.parametrize("context", [None, hooked], ids=["own schedule", "stageflow's"])
+@pytest.mark.parametrize("context", [None, hooked], ids=["bare", "with a hook"])
 def test_a_saga_whose_loop_is_thrown_away_makes_no_noise(
     context: Callable[[], PipelineContext] | None, where: str, unraisable: list[Any]
 ) -> None:
@@ -981,6 +981,33 @@ def test_a_saga_whose_loop_is_thrown_away_makes_no_noise(
 
     assert unraisable == []
     assert all("was destroyed but it is pending" in complaint["message"] for complaint in complaints)
+
+
+def test_a_saga_whose_loop_is_thrown_away_while_it_waits_for_a_hook_makes_no_noise(unraisable: list[Any]) -> None:
+    async def fail(_: Any) -> None:
+        raise CardDeclined
+
+    reached: list[str] = []
+
+    async def hook(name: str, *_: Any) -> None:
+        if name == "waits":
+            reached.append(name)
+            await asyncio.Event().wait()
+
+    context = PipelineContext.create()
+    context.add_before_stage_start_hook(hook)
+    coordinator = SagaCoordinator(FailFast(cancel_grace=10.0))
+    loop = ControlledLoop()
+    loop.set_exception_handler(lambda *_: None)
+    task = loop.create_task(coordinator.run(Pipeline().with_stage("fail", fail, "work").with_stage("waits", Waits("nowhere")), context))
+
+    loop.run_until_complete(elapse(5.0))
+    loop.close()
+    del task, coordinator
+    gc.collect()
+
+    assert reached == ["waits"]
+    assert unraisable == []
 
 
 def test_a_saga_that_is_thrown_away_before_its_loop_makes_no_noise(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -17,7 +17,7 @@ from saga.failures import Failure, FailureKind
 from saga.live.saga import has_hooks
 from saga.log import LOG
 from saga.quick import members
-from saga.tasks import closes, cut_short_by, end, leave_loop, sit_out, start, this_task
+from saga.tasks import closes, cut_short_by, end, leave_loop, sit_out, start
 from saga.text import printable
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class _Turn:
     name: str
     inputs: StageInputs
     given: StageOutput | None
-    task: asyncio.Task[None] | None = None
+    task: asyncio.Task[None] = field(init=False)
     waiter: asyncio.Future[StageOutput | Failure] | None = None
     is_through: bool = False
 
@@ -101,8 +101,9 @@ class Around:
 
     def let_in(self, stages: Stages, name: str, inputs: StageInputs, given: StageOutput | None, goes_on: Callable[..., bool]) -> None:
         """Begin a stage's turn; `goes_on` is told what it has come to, and says whether others are left."""
-        turn = self._turns[name] = _Turn(name, inputs, given)
+        turn = _Turn(name, inputs, given)
         turn.task = start(self._see_through(stages, turn, goes_on))
+        self._turns[name] = turn
 
     def tell(self, name: str, answer: StageOutput | Failure) -> None:
         """Take what a stage has answered to whoever waits for it."""
@@ -120,10 +121,10 @@ class Around:
     async def rest(self, stages: Stages) -> None:
         """Wait until nothing runs around a stage any more, whatever strikes whoever waits."""
         # Asked of the tasks themselves: a Ctrl-C may have killed one before it left.
-        while any(turn.task is not None and not turn.task.done() for turn in self._turns.values()):
+        while any(not turn.task.done() for turn in self._turns.values()):
             self._rest = self._saga.loop.create_future()
             await sit_out(self._rest, stages.breaks)
-        for killed_by in [turn.task.exception() for turn in self._turns.values() if turn.task is not None]:
+        for killed_by in [turn.task.exception() for turn in self._turns.values()]:
             assert killed_by is not None  # or it would have left
             stages.breaks(cut_short_by(killed_by))
         if self._timer is not None:
@@ -131,7 +132,7 @@ class Around:
 
     def _cut_off(self) -> None:
         for turn in self._turns.values():
-            if turn.task is not None and not turn.is_through:
+            if not turn.is_through:
                 turn.task.cancel()
         self._timer = self._saga.loop.call_later(self._saga.policy.cancel_grace, self._give_up)
 
@@ -148,36 +149,36 @@ class Around:
     # -- a stage's turn ------------------------------------------------------------------------------------------
 
     async def _see_through(self, stages: Stages, turn: _Turn, goes_on: Callable[..., bool]) -> None:
-        task = this_task()
         try:
-            passed = await self._passed(stages, turn)
-            turn.is_through = True
-            if passed is None or turn.name not in self._turns:
-                return
-            if not isinstance(passed, StageOutput):
-                await stages.refused(turn.name, passed)
-                return
-            if turn.waiter is None:
-                await stages.learn(turn.name, passed)
-            if goes_on(stages, turn.name, passed) and self._context.is_canceled:
-                self._called_off(stages, self._context.cancellation_reason)
+            await self._go_through(stages, turn, goes_on)
         except asyncio.CancelledError:
             if not stages.is_stopping():
                 self._saga.stop_for_cancel()
         except BaseException as error:
-            if closes(error, task):
+            if closes(error, turn.task):
                 raise
             leave_loop(error)
             stages.breaks(cut_short_by(error))
-        finally:
-            self._leaves(turn.name)
+        self._leaves(turn.name)
+
+    async def _go_through(self, stages: Stages, turn: _Turn, goes_on: Callable[..., bool]) -> None:
+        passed = await self._passed(stages, turn)
+        turn.is_through = True
+        if passed is None or turn.name not in self._turns:
+            return
+        if not isinstance(passed, StageOutput):
+            await stages.refused(turn.name, passed)
+            return
+        if turn.waiter is None:
+            await stages.learn(turn.name, passed)
+        if goes_on(stages, turn.name, passed) and self._context.is_canceled:
+            self._called_off(stages, self._context.cancellation_reason)
 
     def _called_off(self, stages: Stages, reason: str | None) -> None:
         stages.stop(Failure.of(None, FailureKind.CANCELLED, reason or "the context was cancelled"))
 
     async def _passed(self, stages: Stages, turn: _Turn) -> StageOutput | BaseException | None:
         """What those that depend on the stage are given, or what did not let it run or end; None: nothing, for the saga stops."""
-        task = this_task()
         try:
             if has_hooks(self._context) and not stages.is_stopping():
                 await self._call_hooks(turn)
@@ -196,7 +197,7 @@ class Around:
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            if closes(error, task):
+            if closes(error, turn.task):
                 raise
             return error
         return None if isinstance(output, StageOutput) and output.status is _STATUS.CANCEL else output
