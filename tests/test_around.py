@@ -659,6 +659,30 @@ def test_an_interceptor_that_ignores_its_cancel_keeps_no_saga_from_ending_and_ch
     assert "saga s: what is around stage 'late' ignores its cancel" in caplog.text
 
 
+def test_winding_up_waits_for_an_interceptor_that_was_given_up() -> None:
+    ended: list[str] = []
+
+    class Deaf(Watching):
+        async def before(self, stage_name: str, ctx: PipelineContext) -> None:
+            if stage_name == "late":
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.Event().wait()
+                await elapse(20.0)
+                ended.append(stage_name)
+
+    _, pipeline = scene({"book": (), "late": ()}, {"book": Script("raise", before=1.0)})
+    coordinator = SagaCoordinator(FailFast(cancel_grace=2.0), interceptors=[Deaf()])
+
+    async def play() -> None:
+        await coordinator.run(pipeline)
+        assert ended == []
+        await coordinator.wind_up()
+
+    run(play())
+
+    assert ended == ["late"]
+
+
 def test_an_interceptor_that_cancels_itself_stops_the_saga_as_a_cancel_from_outside_does() -> None:
     class Quitting(Watching):
         async def before(self, stage_name: str, ctx: PipelineContext) -> None:

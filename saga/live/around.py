@@ -137,9 +137,10 @@ class Around:
         self._timer = self._saga.loop.call_later(self._saga.policy.cancel_grace, self._give_up)
 
     def _give_up(self) -> None:
-        for name in [name for name, turn in self._turns.items() if not turn.is_through]:
-            LOG.warning("saga %s: what is around stage %r ignores its cancel", printable(self._saga.id), printable(name))
-            self._leaves(name)
+        for turn in [turn for turn in self._turns.values() if not turn.is_through]:
+            LOG.warning("saga %s: what is around stage %r ignores its cancel", printable(self._saga.id), printable(turn.name))
+            self._saga.keeper.gives_up(turn.task)
+            self._leaves(turn.name)
 
     def _leaves(self, name: str) -> None:
         self._turns.pop(name, None)
