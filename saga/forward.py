@@ -170,6 +170,11 @@ class Forward(Stages, WholeRun):
         assert record.output is not None  # what ended so has given one
         return copied_output(record.output)
 
+    def can_be_left_out(self, name: str) -> bool:
+        """Whether nothing of the stage can be in effect from an earlier run of the saga."""
+        record = self._state.stages[name]
+        return self._is_due(name) and (record.is_due_anew or not record.may_have_left_something)
+
     def begin(self, name: str, inputs: StageInputs) -> None:
         """Start a stage in a task of ours; its schedule is told when it has ended."""
         run = StageRun(self._saga, name, inputs, self)

@@ -28,7 +28,8 @@ from saga import (
     StageState,
     compensable,
 )
-from saga.events import StageSkipped
+from saga.blueprint import Blueprint
+from saga.events import SagaStarted, StageSkipped, StageStarted
 from tests.controlled import elapse, run
 from tests.slow import SlowLedger
 from tests.test_interruption import FailingLedger
@@ -741,6 +742,40 @@ def test_a_saga_that_stops_lets_be_recorded_what_an_interceptor_has_answered_tho
     assert report.status is SagaStatus.COMPENSATED
     assert report.skipped == ("price",)
     assert world.standing == {}
+
+
+@pytest.mark.parametrize(("kind", "status"), [("probed", SagaStatus.COMPLETED), ("compensable", SagaStatus.STUCK)])
+def test_what_an_interceptor_answers_is_not_taken_for_a_stage_whose_process_died(kind: str, status: SagaStatus) -> None:
+    """Its effect may have landed. Nobody asked, and the saga could not be ended, whoever resumed it."""
+    world, pipeline = scene({"b": (), "c": ("b",)}, kinds={"b": kind})
+    world.land("b")
+    ledger = MemoryLedger()
+
+    async def play() -> SagaReport:
+        started = SagaStarted(saga_id="s", pipeline="scene", graph=Blueprint.of(pipeline).graph, policy=FailFast())
+        token = await ledger.create("s", "gone", [started, StageStarted(stage="b", attempt=1)])
+        await ledger.release("s", token)
+        return await SagaCoordinator(ledger=ledger, interceptors=[Recorder(answer_for="b")]).resume("s", pipeline)
+
+    report = run(play())
+
+    assert report.status is status
+    assert set(report.kept) | set(report.in_doubt) == set(world.standing)
+
+
+@pytest.mark.parametrize("kind", ["compensable", "recording"])
+def test_what_an_interceptor_answers_is_not_taken_for_a_stage_in_doubt_that_a_person_has_said_is_to_be_tried_again(kind: str) -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("hang", lands=True, then=("ok",))}, {"b": kind})
+    recorder = Recorder()
+    coordinator = SagaCoordinator(FailFast(timeout=3.0, on_failure="halt"), interceptors=[recorder])
+    assert set(run(coordinator.run(pipeline, saga_id="s")).in_doubt) == {"b"}
+    run(coordinator.settle("s", "b", "retry", "it can be sent again"))
+    recorder.answer_for = "b"
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert set(report.kept) == set(world.standing) == {"a", "b", "c"}
 
 
 def test_a_hook_that_an_interceptor_adds_is_called_for_the_stages_that_are_left() -> None:

@@ -38,6 +38,10 @@ class Stages(Protocol):
         """What a stage gave that ended well before, in a saga that was resumed; None: it is to run."""
         ...
 
+    def can_be_left_out(self, name: str) -> bool:
+        """Whether nothing of the stage can be in effect from an earlier run of the saga."""
+        ...
+
     def begin(self, name: str, inputs: StageInputs) -> None:
         """Start a stage; its schedule is told when it has ended."""
         ...
@@ -253,6 +257,9 @@ class Around:
             return StageResult(turn.name, "completed", began, datetime.now(UTC), answer.data, answer.error)
 
         result = await run_with_interceptors(turn.name, run_stage, self._context, self._interceptors)
+        if turn.given is None and turn.waiter is None and not stages.can_be_left_out(turn.name):
+            # For what an earlier run has had it do nobody else can answer.
+            answer = await self._answer(stages, turn)
         if answer is not None:
             return _output_of(answer)
         if result.status == "failed":

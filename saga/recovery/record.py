@@ -181,6 +181,11 @@ class StageRecord:
         return self.again and self.anew
 
     @property
+    def may_have_left_something(self) -> bool:
+        """It is not known to have landed as a whole, and something of it stands, or may stand."""
+        return self.doubt or bool(self.effects) or self.stands_in_part
+
+    @property
     def attempts_since(self) -> int:
         """How many attempts of this execution have started since the saga was resumed, or began."""
         return self.attempts - self.attempts_before
