@@ -1715,6 +1715,22 @@ def test_what_was_undone_and_is_skipped_when_it_would_run_again_is_not_undone_on
     assert again.clean
 
 
+def test_what_runs_after_a_stage_that_failed_and_is_answered_for_when_the_saga_goes_on_is_kept() -> None:
+    """As if the stage had skipped itself: its failure is made good, and no ground is missing."""
+    world, pipeline = scene(SEQUENCE, {"b": Script("raise")})
+    recorder = Recorder()
+    coordinator = SagaCoordinator(HALT, interceptors=[recorder])
+    assert run(coordinator.run(pipeline, saga_id="s")).failed == ("b",)
+    recorder.answer_for = "b"
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert report.failed == ()
+    assert report.skipped == ("b",)
+    assert set(report.kept) == set(world.standing) == {"a", "c"}
+
+
 def test_what_was_undone_and_was_not_let_run_again_is_not_undone_once_more() -> None:
     world, pipeline = scene(SEQUENCE, {"c": Script("raise")})
     recorder = Recorder()

@@ -373,6 +373,9 @@ class SagaState:
         record.lose_fallback()
         if record.is_due_anew:
             record.forget()
+        if not event.with_branch and not record.may_have_left_something:
+            # An earlier run's failure is made good: those that depend on the stage have what it, or somebody for it, gives them.
+            record.failed, record.attempts_failed = False, False
         self.is_spotless = self.is_spotless and not record.effects
         record.state, record.output, record.again = _S.SKIPPED, event.output, False
         record.skip_reason, record.with_branch, record.not_kept = event.reason, event.with_branch, event.not_kept
