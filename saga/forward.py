@@ -47,14 +47,14 @@ class Forward(Stages, WholeRun):
         self.cause: Failure | None = None
         self.stopped: asyncio.Future[None] = saga.loop.create_future()
         self.interrupted: asyncio.Future[None] = saga.loop.create_future()
-        # What interceptors have let pass is not what is recorded: they may have changed it on its way to the others.
+        # What was let pass is not what is recorded: interceptors and hooks may have changed it on its way to the others.
         self.passed: dict[str, StageOutput] = {}
         self._saga = saga
         self._state = saga.journal.state
         self._journal = saga.journal
         self._policy = saga.policy
-        self._is_intercepted = bool(interceptors)
         self._schedule = Schedule(saga, interceptors)
+        self._is_watched = self._schedule.is_watched
         self._loop = saga.loop
         self._running: Crew[StageRun] = Crew()
         self._fallen: set[str] = set()
@@ -178,7 +178,7 @@ class Forward(Stages, WholeRun):
     def begin(self, name: str, inputs: StageInputs) -> None:
         """Start a stage in a task of ours; its schedule is told when it has ended."""
         run = StageRun(self._saga, name, inputs, self)
-        if self._is_intercepted and run.may_be_given_anew:
+        if self._is_watched and run.may_be_given_anew:
             self.passed = {each: copied_output(output) for each, output in inputs.prior_outputs.items()} | self.passed
         self._running.employ(run, self._see_to(run))
 

@@ -203,8 +203,23 @@ class Masking(BaseInterceptor):
             result.data["number"] = "****"
 
 
+def masked() -> PipelineContext:
+    """A context whose hook does so."""
+    context = PipelineContext.create()
+
+    def mask(_name: str, _kind: Any, ctx: StageContext, _: PipelineContext) -> None:
+        for output in ctx.inputs.prior_outputs.values():
+            output.data["number"] = "****"
+
+    context.add_before_stage_start_hook(mask)
+    return context
+
+
+@pytest.mark.parametrize(("context", "interceptors"), [(None, (Masking(),)), (masked(), ())], ids=["an interceptor", "a hook"])
 @pytest.mark.parametrize("policy", [FailFast(retry=Retry(attempts=2, wait=0)), ContinueWithFallback()], ids=["retry", "fallback"])
-def test_a_further_attempt_and_the_fallback_read_what_an_interceptor_has_let_pass_as_the_first_attempt_did(policy: Any) -> None:
+def test_a_further_attempt_and_the_fallback_read_what_was_let_pass_as_the_first_attempt_did(
+    policy: Any, context: PipelineContext | None, interceptors: tuple[Any, ...]
+) -> None:
     seen: list[tuple[str, str]] = []
 
     def read(ctx: SagaContext) -> None:
@@ -222,7 +237,7 @@ def test_a_further_attempt_and_the_fallback_read_what_an_interceptor_has_let_pas
 
     pipeline = staged(staged(Pipeline(name="p"), "card", read_card), "charge", compensable(charge, undo, fallback=charge_later), "card")
 
-    run(SagaCoordinator(policy, interceptors=[Masking()]).run(pipeline))
+    run(SagaCoordinator(policy, interceptors=interceptors).run(pipeline, context))
 
     assert seen == [("****", "first")] * 2
 

@@ -49,7 +49,7 @@ class WholeRun(Employer, Protocol):
     Attributes:
         stopped: Done when no stage starts any more, and no further attempt of one.
         interrupted: Done when what still runs is cancelled.
-        passed: What interceptors have let pass of stages' outputs, where a stage may have to be given that anew.
+        passed: What interceptors and hooks have let pass of stages' outputs, where a stage may have to be given that anew.
     """
 
     stopped: asyncio.Future[None]

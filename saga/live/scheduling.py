@@ -25,6 +25,9 @@ class Schedule:
     """Starts a stage as soon as all that it depends on has ended.
 
     It is told each time whose stages they are and does not hold on to them: what refers to each other waits for Python's garbage collector.
+
+    Attributes:
+        is_watched: Hooks or interceptors are around each stage.
     """
 
     def __init__(self, saga: LiveSaga, interceptors: Sequence[BaseInterceptor]) -> None:
@@ -37,6 +40,7 @@ class Schedule:
         self._left = len(self._inputs)
         self._over: asyncio.Future[None] = saga.loop.create_future()
         self._around = Around(saga, interceptors) if interceptors or saga.has_hooks() else None
+        self.is_watched = self._around is not None
 
     async def run(self, stages: Stages) -> None:
         """Start the stages, until all have ended or the saga stops."""
