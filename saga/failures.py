@@ -85,9 +85,7 @@ class Failure(BaseModel):
         cls, stage: str | None, error: BaseException, *, attempt: int, kind: FailureKind = FailureKind.EXCEPTION, of_probe: bool = False
     ) -> Self:
         """Note a failure that an exception tells of, with its traceback, which begins with the user's code from here on."""
-        # Our own frames hold the saga, which holds the failure: what refers to each other waits for Python's garbage collector.
-        # Not by an assignment, which the class has a say in: a frozen dataclass refuses every one.
-        BaseException.with_traceback(error, _by_user(error.__traceback__))
+        begin_with_user(error)
         return cls(
             stage=stage,
             kind=kind,
@@ -127,6 +125,13 @@ class Failure(BaseModel):
         """Say who failed, in what way and with which words."""
         who = f"stage {self.stage!r}" if self.stage is not None else "the saga"
         return f"{who} {'could not be asked' if self.of_probe else _SAID[self.kind]}{in_its_words(self)}"
+
+
+def begin_with_user(error: BaseException) -> None:
+    """Have its traceback begin with the user's code."""
+    # Our own frames hold the saga, which holds the failure: what refers to each other waits for Python's garbage collector.
+    # Not by an assignment, which the class has a say in: a frozen dataclass refuses every one.
+    BaseException.with_traceback(error, _by_user(error.__traceback__))
 
 
 def in_its_words(failure: Failure) -> str:
@@ -204,8 +209,12 @@ def _by_user(trace: TracebackType | None) -> TracebackType | None:
     return trace
 
 
+_CALL_FOR_US: Final = frozenset({"stageflow.pipeline.interceptors", "stageflow.stages.context"})
+"""Of stageflow what calls interceptors and hooks."""
+
+
 def _is_ours(frame: FrameType) -> bool:
-    return f"{frame.f_globals.get('__package__')}.".startswith(f"{__package__}.")
+    return f"{frame.f_globals.get('__package__')}.".startswith(f"{__package__}.") or frame.f_globals.get("__name__") in _CALL_FOR_US
 
 
 _NAMED_BY_TYPE: Final = frozenset({FailureKind.EXCEPTION, FailureKind.COMPENSATION})

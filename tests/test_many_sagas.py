@@ -11,7 +11,9 @@ from collections import Counter
 from typing import Any, Final
 
 import pytest
-from stageflow.api import Pipeline, StageOutput
+from stageflow import BaseInterceptor
+from stageflow.api import Pipeline, PipelineContext, StageOutput
+from stageflow.pipeline.interceptors import CriticalInterceptorError
 
 from saga import (
     CompensationContext,
@@ -32,7 +34,7 @@ from saga.live.saga import LiveSaga
 from saga.recovery.record import StageRecord
 from saga.recovery.state import SagaState
 from tests.controlled import elapse, run
-from tests.world import CardDeclined
+from tests.world import CardDeclined, Watching, nothing
 
 MANY = 10_000
 KINDS = (LiveSaga, Forward, Backward, Journal, SagaState, StageRecord, SagaReport, Event, asyncio.Task)
@@ -192,6 +194,28 @@ def test_of_a_saga_that_failed_in_another_way_nothing_waits_for_the_garbage_coll
     status = SagaStatus.COMPENSATED if where == "fallback" else SagaStatus.STUCK
 
     left = left_to_the_garbage_collector(SagaCoordinator(policy), pipeline, status, range(3))
+
+    assert left == []
+
+
+class Refusing(Watching):
+    async def before(self, stage_name: str, ctx: PipelineContext) -> None:
+        if stage_name == "b":
+            raise CriticalInterceptorError("not allowed", self.name)
+
+
+@LET_GO_OF
+@pytest.mark.parametrize("interceptor", [Watching(), Refusing()], ids=["is told of the failure", "refuses"])
+def test_of_a_saga_that_failed_with_an_interceptor_around_it_nothing_waits_for_the_garbage_collector(interceptor: BaseInterceptor) -> None:
+    """stageflow raises the failure once more on its way to the interceptors, and calls them with what leads to the saga."""
+
+    async def fails(_: Any) -> None:
+        raise ConnectionError("no line")
+
+    pipeline = Pipeline(name="p").with_stage("a", compensable(nothing, nothing), "work")
+    pipeline = pipeline.with_stage("b", fails, "work", dependencies=("a",))
+
+    left = left_to_the_garbage_collector(SagaCoordinator(interceptors=[interceptor]), pipeline, SagaStatus.COMPENSATED, range(3))
 
     assert left == []
 

@@ -13,7 +13,7 @@ from stageflow.pipeline.dag import UnifiedPipelineCancelled
 from stageflow.pipeline.interceptors import run_with_interceptors
 from stageflow.stages.result import StageResult
 
-from saga.failures import Failure, FailureKind
+from saga.failures import Failure, FailureKind, begin_with_user
 from saga.live.saga import has_hooks
 from saga.log import LOG
 from saga.quick import members
@@ -256,7 +256,11 @@ class Around:
                 raise answer.exception if isinstance(answer.exception, Exception) else RuntimeError(str(answer))
             return StageResult(turn.name, "completed", began, datetime.now(UTC), answer.data, answer.error)
 
-        result = await run_with_interceptors(turn.name, run_stage, self._context, self._interceptors)
+        try:
+            result = await run_with_interceptors(turn.name, run_stage, self._context, self._interceptors)
+        finally:
+            if isinstance(answer, Failure) and answer.exception is not None:
+                begin_with_user(answer.exception)
         if turn.given is None and turn.waiter is None and not stages.can_be_left_out(turn.name):
             # For what an earlier run has had it do nobody else can answer.
             answer = await self._answer(stages, turn)
