@@ -277,8 +277,8 @@ class Forward(Stages, WholeRun):
         """Put something in the place of a failed stage's output, or stop the saga."""
         policy = self._policy
         if failure.kind is FailureKind.CANCELLED:
-            self.stop(failure)
-            return STOPPING
+            self.stop(failure, besides=run.name)
+            return StageOutput.cancel(failure.message)
         if isinstance(policy, ContinueWithFallback) and self.cause is None and failure.kind is not FailureKind.INTERRUPTED:
             output = await run.stands_in(failure, policy)
             if output is not None:

@@ -584,10 +584,14 @@ async def breaks(_: StageContext) -> None:
     raise CardDeclined("no funds")
 
 
+async def cancels(_: StageContext) -> StageOutput:
+    return StageOutput.cancel("sold out")
+
+
 STAGES: dict[str, Callable[..., Any]] = {"nothing": nothing, "gives": gives, "skips": skips, "skips_the_next": skips_the_next}
 
 
-@pytest.mark.parametrize("ending", [gives, breaks], ids=["succeeds", "fails"])
+@pytest.mark.parametrize("ending", [gives, breaks, cancels], ids=["succeeds", "fails", "cancels"])
 @pytest.mark.parametrize("second", STAGES)
 @pytest.mark.parametrize("first", STAGES)
 def test_what_is_around_a_stage_is_told_what_plain_stageflow_tells_it(first: str, second: str, ending: Any) -> None:
