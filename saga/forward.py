@@ -179,8 +179,13 @@ class Forward(Stages, WholeRun):
         """Start a stage in a task of ours; its schedule is told when it has ended."""
         run = StageRun(self._saga, name, inputs, self)
         if self._is_watched and run.may_be_given_anew:
-            self.passed = {each: copied_output(output) for each, output in inputs.prior_outputs.items()} | self.passed
+            self._note_passed(inputs)
         self._running.employ(run, self._see_to(run))
+
+    def _note_passed(self, inputs: StageInputs) -> None:
+        for name, output in inputs.prior_outputs.items():
+            if name not in self.passed:
+                self.passed[name] = copied_output(output)
 
     async def _see_to(self, run: StageRun) -> bool:
         answer = await self._answer(run)

@@ -242,6 +242,31 @@ def test_a_further_attempt_and_the_fallback_read_what_was_let_pass_as_the_first_
     assert seen == [("****", "first")] * 2
 
 
+class Copied:
+    """Counts its copies."""
+
+    copies = 0
+
+    def __deepcopy__(self, _: Any) -> Copied:
+        Copied.copies += 1
+        return self
+
+
+def test_what_was_let_pass_is_copied_once_however_many_may_be_given_it_anew() -> None:
+    async def read_rows(_: Any) -> dict[str, Any]:
+        return {"rows": Copied()}
+
+    def copies(readers: int) -> int:
+        pipeline = staged(Pipeline(name="p"), "rows", read_rows)
+        for number in range(readers):
+            pipeline = staged(pipeline, f"reader {number}", nothing, "rows")
+        Copied.copies = 0
+        run(SagaCoordinator(FailFast(retry=Retry(attempts=2)), interceptors=[Watching()]).run(pipeline))
+        return Copied.copies
+
+    assert 0 < copies(20) == copies(2)
+
+
 def test_a_conditional_stage_that_a_hook_keeps_from_its_condition_is_not_told_as_skipped() -> None:
     async def check(_: SagaContext) -> dict[str, Any]:
         return {"skip_reason": "nothing to ship"}
