@@ -262,7 +262,6 @@ class Forward(Stages, WholeRun):
 
     async def refused(self, stage: str, error: BaseException) -> None:
         """Stop because what is around a stage did not let it run, or end, or its condition can't be told."""
-        # A failure of the stage itself has stopped the run before its wrapper raised it.
         failure = Failure.raised(stage, error, attempt=0)
         self.stop(failure)
         if self._is_due(stage):
