@@ -54,6 +54,18 @@ from tests.slow import SlowLedger
 from tests.world import Script, World, scene
 
 
+class Fails(Tolerant):
+    """It minds: it fails with the saga that it runs, which has halted by then; while nothing of that stands, nobody undoes it."""
+
+    compensate_in_doubt = True
+    timeout = 100
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        report = await ctx.run_saga(self.inner, policy=PROMPT.model_copy(update={"on_failure": "halt"}))
+        report.raise_for_status()
+        return StageOutput.ok()
+
+
 @pytest.mark.parametrize("way", ["resume", "compensate"])
 @pytest.mark.parametrize("above", [("child",), ("grandchild", "child")])
 def test_what_comes_late_within_is_undone_through_the_sagas_above_that_were_done_with_it(way: str, above: tuple[str, ...]) -> None:
@@ -106,9 +118,8 @@ def test_what_comes_late_within_a_saga_that_had_halted_is_undone_with_its_parent
 
     async def main() -> list[SagaReport]:
         stage = DeniedByProbe(world)
-        halting = PROMPT.model_copy(update={"on_interrupt": "halt"})
-        trip = Pipeline(name="trip").with_stage("child", nested(nested_in(stage), halting))
-        coordinator = SagaCoordinator(PROMPT)
+        trip = Pipeline(name="trip").with_stage("child", Fails(nested_in(stage)))
+        coordinator = SagaCoordinator()
         first = await coordinator.run(trip, saga_id="s")
         stage.released.set()
         await settled_down()
@@ -664,14 +675,15 @@ def test_what_comes_late_within_a_stage_that_was_undone_after_a_word_on_it_is_un
 
 def test_nobody_is_told_to_go_on_while_a_stage_around_waits_for_a_word_of_its_own() -> None:
     """To resume is refused before that has been said."""
-    world = World({})
+    world, pipeline = scene({"seat": ()})
 
     class NotInTheirBooks(DeafByKey, DeniedByProbe): ...
 
     async def main() -> list[SagaReport]:
         stage = NotInTheirBooks(world)
-        trip = nested_in(stage, "inner", "child", policy=PROMPT.model_copy(update={"on_interrupt": "halt"}))
-        coordinator = SagaCoordinator(PROMPT)
+        middle = Pipeline(name="middle").with_stage("inner", Fails(nested_in(stage)))
+        trip = pipeline.with_stage("child", Fails(middle), dependencies=("seat",))
+        coordinator = SagaCoordinator()
         await coordinator.run(trip, saga_id="s")
         stage.is_deaf = False
         await coordinator.resume("s", trip, forward=True)
@@ -689,7 +701,7 @@ def test_nobody_is_told_to_go_on_while_a_stage_around_waits_for_a_word_of_its_ow
     assert str(said).endswith("and say so (undone or kept); then go on:\n  saga settle s child undone --note '...'\n  saga resume s")
     assert last.status is SagaStatus.COMPLETED
     assert last.clean
-    assert world.standing == {"s/child~2/inner/deaf": 1}
+    assert world.standing == {"seat": 1, "s/child~2/inner/deaf": 1}
 
 
 class ToleratesAgain(Tolerant):
@@ -1014,8 +1026,8 @@ def test_what_came_late_within_a_child_that_had_halted_is_told_though_the_proces
 
     async def main() -> tuple[SagaReport, SagaReport]:
         stage = DeniedByProbe(world)
-        trip = nested_in(stage, "inner", "child", policy=PROMPT.model_copy(update={"on_interrupt": "halt"}))
-        await SagaCoordinator(PROMPT, ledger=ledger).run(trip, saga_id="s")
+        trip = Pipeline(name="trip").with_stage("child", nested(Pipeline(name="of_inner").with_stage("inner", Fails(nested_in(stage)))))
+        await SagaCoordinator(ledger=ledger).run(trip, saga_id="s")
         ledger.stage = "inner"
         stage.released.set()
         await settled_down()
@@ -1041,7 +1053,7 @@ def test_what_comes_late_within_a_halted_child_of_an_execution_before_waits_for_
     async def main() -> tuple[SagaReport, SagaReport, SagaReport]:
         stage = FirstIsDeaf(world)
         inner = nested_in(stage)
-        trip = pipeline.with_stage("child", nested(inner, PROMPT.model_copy(update={"on_failure": "halt"})), dependencies=("seat",))
+        trip = pipeline.with_stage("child", Fails(inner), dependencies=("seat",))
         coordinator = SagaCoordinator()
         await coordinator.run(trip, saga_id="s")
         if alive:

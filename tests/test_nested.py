@@ -810,6 +810,39 @@ def test_a_child_of_the_execution_that_stands_is_not_undone_by_itself() -> None:
         run(coordinator.compensate("s/child~2", child))
 
 
+def test_a_child_that_halted_with_nothing_standing_is_undone_with_its_parent_and_both_are_forgotten() -> None:
+    """It stayed halted, which nobody could resume, and no prune ever forgot the two."""
+    _, parent_world, pipeline = family({"a": Script("raise")}, {}, FailFast(on_failure="halt"))
+    coordinator = SagaCoordinator()
+
+    report = run(coordinator.run(pipeline, saga_id="s"))
+    forgotten = run(coordinator.ledger.prune(timedelta(0)))
+
+    assert parent_world.log == ["+before", "-before"]
+    assert report.status is SagaStatus.COMPENSATED
+    assert [child.status for child in report.stages["child"].children] == [SagaStatus.COMPENSATED]
+    assert sorted(forgotten) == ["s", "s/child"]
+
+
+def test_a_child_that_halted_with_nothing_standing_is_undone_by_itself_where_its_parent_is_done_with_it() -> None:
+    _, child = scene(SEQUENCE, {"a": Script("raise")})
+
+    async def goes_on(ctx: StageContext) -> StageOutput:
+        assert isinstance(ctx, SagaContext)
+        await ctx.run_saga(child, policy=FailFast(on_failure="halt"))
+        return StageOutput.ok()
+
+    coordinator = SagaCoordinator()
+    run(coordinator.run(Pipeline(name="parent").with_stage("child", goes_on, "work"), saga_id="s"))
+    assert run(coordinator.report("s/child")).status is SagaStatus.HALTED
+
+    report = run(coordinator.compensate("s/child", child))
+    forgotten = run(coordinator.ledger.prune(timedelta(0)))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert sorted(forgotten) == ["s", "s/child"]
+
+
 def test_a_child_whose_every_branch_fell_says_why_to_the_stage_that_ran_it() -> None:
     _, within = scene({"room": (), "breakfast": ("room",)}, {"breakfast": Script("raise")})
     pipeline = Pipeline(name="trip").with_stage("hotel", nested(within, ContinueWithFallback(without_fallback="skip_branch")))

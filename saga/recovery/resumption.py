@@ -128,9 +128,8 @@ def undoing(events: Sequence[AnyEvent], graph: Graph | None = None, *, by: str) 
     begun = (*crashed(state, goes_on=False), turned)
     if state.ended_at is not None and not len(Rollback(trial := SagaState([*events, *begun]), TurnReason.REQUEST)):
         comes_to = final_status(trial)
-        # A halted saga waits to be resumed, which nobody wants of one that is to be undone; a child waits for what runs it alone.
-        waits = state.status is SagaStatus.HALTED and state.started.parent is None
-        if not waits or comes_to is not SagaStatus.COMPENSATED:
+        # A halted saga waits to be resumed, which nobody wants of one that is to be undone.
+        if state.status is not SagaStatus.HALTED or comes_to is not SagaStatus.COMPENSATED:
             is_stuck = comes_to is SagaStatus.STUCK
             return Chapter(Direction.NOWHERE, why_not=_UNSETTLED if is_stuck else "nothing that can be undone is left")
     return Chapter(Direction.BACKWARD, begun, TurnReason.REQUEST)
