@@ -704,6 +704,42 @@ def test_what_comes_late_although_a_fallback_stands_in_is_undone_on_resume() -> 
     assert set(world.standing) == {"a"}
 
 
+class Unanswered(Deaf):
+    async def probe(self, ctx: CompensationContext) -> StageOutput | None:
+        raise OSError
+
+
+BEHIND = "Still in effect, landed behind a fallback: deaf."
+
+
+@pytest.mark.parametrize(
+    ("kind", "fails", "status"),
+    [
+        (Deaf, True, SagaStatus.HALTED),
+        (DeniedByProbe, True, SagaStatus.HALTED),
+        (Unanswered, True, SagaStatus.HALTED),
+        (DeafPivot, False, SagaStatus.DEGRADED),
+    ],
+)
+def test_the_report_says_what_came_late_behind_a_fallback_and_stands(kind: Callable[[World], Any], fails: bool, status: SagaStatus) -> None:
+    world, pipeline = scene({"end": ()}, {"end": Script("raise" if fails else "ok")}, {"end": "plain"})
+
+    async def main() -> list[SagaReport]:
+        stage = kind(world)
+        whole = Pipeline(name="trip").with_stage("deaf", stage).with_stage("end", pipeline.stages["end"].runner, dependencies=("deaf",))
+        coordinator = SagaCoordinator(INSTEAD.model_copy(update={"on_failure": "halt"}))
+        first = await coordinator.run(whole, saga_id="s")
+        stage.released.set()
+        await settled_down()
+        return [first, await coordinator.report("s"), await coordinator.compensate("s", whole)]
+
+    first, late, undone = run(main())
+
+    assert first.stages["end"].state is (StageState.FAILED if fails else StageState.KEPT)
+    assert late.status is status
+    assert [BEHIND in str(report).splitlines() for report in (first, late, undone)] == [False, True, "deaf" in world.standing]
+
+
 def test_what_comes_late_behind_a_fallback_is_undone_also_when_a_person_keeps_what_followed_on_that() -> None:
     """Promise 5: that is kept with all that it depends on, but it never depended on this; no command could undo it."""
     world, pipeline = scene({"ship": ()}, {"ship": Script("hang", lands=True)})

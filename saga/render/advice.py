@@ -32,6 +32,7 @@ def what_to_do(report: SagaReport, reach: Reach = BY_ITSELF) -> list[str]:
         ("Still in effect, held back", report.blocked),
         ("In doubt, may be in effect", report.in_doubt),
         ("Still in effect, recorded by what did not complete", [*_recorded(report)]),
+        ("Still in effect, landed behind a fallback", [*_landed_behind(report)]),
     ):
         if names:
             lines.append(f"{label}: {', '.join(map(printable, names))}.")
@@ -260,11 +261,22 @@ def _recorded(report: SagaReport) -> Iterator[str]:
         yield from (f"{path}/{inner}" for inner in _recorded(child))
 
 
+def _landed_behind(report: SagaReport) -> Iterator[str]:
+    """The stages of a saga at rest that have landed all the same behind the fallback that stands in for them, by their paths."""
+    # In one that is compensated only a plain stage can have, and that has declared no effect.
+    if report.ended_at is not None and report.status is not SagaStatus.COMPENSATED:
+        landed = (name for name, stage in report.stages.items() if stage.fallback and stage.late_output is not None and _is_left(stage))
+        yield from landed
+    for path, child in _within_nothing(report):
+        yield from (f"{path}/{inner}" for inner in _landed_behind(child))
+
+
 def _is_left(stage: StageReport) -> bool:
     """Whether a stage that came to nothing was not undone, and nothing else says so."""
     if stage.state not in _CAME_TO_NOTHING - _UNSETTLED or stage.is_undone_by_word:
         return False
-    return stage.state is not StageState.FALLBACK or stage.compensation is None
+    # To ask for it alone has undone nothing.
+    return stage.state is not StageState.FALLBACK or stage.compensation is None or not stage.compensation.attempts
 
 
 def _within_nothing(report: SagaReport) -> Iterator[tuple[str, SagaReport]]:
