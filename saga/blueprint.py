@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import BaseModel
 from stageflow.api import Pipeline, StageOutput
 
 from saga.errors import MisuseError, PipelineInvalid, PolicyInvalid
@@ -112,13 +111,6 @@ class Blueprint:
                 output: StageOutput | None = getattr(record, part)
                 if output is not None and (record.landed or record.fell_back):
                     setattr(record, part, replace(output, data=self._restored(offer, output.data)))
-
-    def with_fallbacks_restored(self, policy: FailFast | ContinueWithFallback) -> FailFast | ContinueWithFallback:
-        """A policy that comes from a durable ledger, the outputs that it has for stages made what these declare them to be."""
-        if not isinstance(policy, ContinueWithFallback):
-            return policy
-        # Not checked anew: what was once recorded may be refused by now.
-        return BaseModel.model_copy(policy, update={"fallbacks": self.restored(policy.fallbacks)})
 
     def check_policy(self, policy: FailFast | ContinueWithFallback) -> None:
         """Refuse a policy that speaks of stages that aren't there.

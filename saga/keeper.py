@@ -242,7 +242,6 @@ class SagaKeeper:
                 context = context_from(state.started.input)
                 if self._ledger.durable:
                     blueprint.restore_outputs(state.stages)
-                    chosen = policy if policy is not None else blueprint.with_fallbacks_restored(chosen)
                 await self.amendments.let_hear(saga_id, events)
                 owner, listeners = self.held.owner, self._listeners
                 journal = Journal(self._ledger, saga_id, state, version=len(events), token=token, owner=owner, listeners=listeners)

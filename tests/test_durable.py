@@ -829,6 +829,59 @@ def test_the_fallback_that_a_policy_in_the_ledger_has_comes_back_as_what_its_sta
     assert seen == [door]
 
 
+def test_the_fallback_of_a_policy_is_what_its_stage_declares_in_the_process_that_begins_the_saga_as_in_those_that_go_on_with_it() -> None:
+    """Read from a file it is plain, and what used it failed there, until another process went on."""
+    seen: list[Any] = []
+
+    class Book(CompensableStage):
+        output_model = Receipts
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            return StageOutput.fail("sold out")
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    async def look(ctx: Any) -> StageOutput:
+        seen.append(ctx.inputs.get_from("book", "booking"))
+        return StageOutput.ok() if ctx.attempt > 1 else StageOutput.fail("not yet")
+
+    pipeline = Pipeline().with_stage("book", Book).with_stage("look", look, "work", dependencies=("book",))
+    policy = ContinueWithFallback(on_failure="halt", fallbacks={"book": {"booking": {"seat": "by the door", "price": 0}}})
+    ledger = Stored()
+    run(SagaCoordinator(policy, ledger=ledger).run(pipeline, saga_id="s"))
+
+    run(SagaCoordinator(ledger=ledger).resume("s", pipeline))
+
+    assert seen == [Booking(seat="by the door", price=0)] * 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_that_the_fallback_of_a_recorded_policy_fits_no_model_is_warned_of_where_it_is_used(
+    caplog: pytest.LogCaptureFixture, fails: bool
+) -> None:
+    class Book(CompensableStage):
+        output_model = Receipts
+
+        async def execute(self, ctx: SagaContext) -> StageOutput:
+            return StageOutput.fail("sold out") if fails else StageOutput.ok(booking=Booking(seat="14A", price=10))
+
+        async def compensate(self, ctx: CompensationContext) -> None: ...
+
+    async def wake(ctx: Any) -> StageOutput:
+        return StageOutput.ok() if ctx.attempt > 1 else StageOutput.fail("not yet")
+
+    pipeline = Pipeline().with_stage("wake", wake, "work").with_stage("book", Book, dependencies=("wake",))
+    policy = ContinueWithFallback(on_failure="halt", fallbacks={"book": {"booking": "none"}})
+    ledger = Stored()
+    run(SagaCoordinator(policy, ledger=ledger).run(pipeline, saga_id="s"))
+
+    report = run(SagaCoordinator(ledger=ledger).resume("s", pipeline))
+
+    assert report.status is (SagaStatus.DEGRADED if fails else SagaStatus.COMPLETED)
+    assert report.kept["book"].data == {"booking": "none" if fails else Booking(seat="14A", price=10)}
+    assert ["does not fit" in record.message for record in caplog.records] == [True] * fails
+
+
 def test_a_saga_goes_on_with_the_fallbacks_of_a_policy_that_would_be_refused_by_now() -> None:
     _, pipeline = scene({"a": (), "b": ("a",)}, {"a": Script("raise", then=("ok",)), "b": Script("raise")})
     written = ContinueWithFallback(on_failure="halt", fallbacks={"b": {"instead": True}}).model_dump(mode="json")

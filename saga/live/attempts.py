@@ -349,7 +349,11 @@ class StageRun(Watched):
             used = FallbackUsed(stage=self.name, output=copied_output(output), source="stage", ran=ran, left_within=left_within)
             await self._saga.journal.record(used)
         elif self.name in policy.fallbacks:
-            output = StageOutput.ok(copied(policy.fallbacks[self.name]))
+            data = copied(policy.fallbacks[self.name])
+            if self._saga.journal.ledger.durable:
+                # Of a policy that comes from there it is plain; what follows gets the same in whichever process it runs.
+                data = self._saga.blueprint.restored({self.name: data})[self.name]
+            output = StageOutput.ok(data)
             # It may have had a fallback of its own, which died with its process when it had run sagas.
             left_within = await self._saga.children.left_within(self.name)
             await self._saga.journal.record(
