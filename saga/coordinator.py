@@ -6,7 +6,8 @@ import asyncio
 import getpass
 import os
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -15,11 +16,11 @@ from stageflow.pipeline.interceptors import TimeoutInterceptor
 from stageflow.pipeline.retry import RetryInterceptor
 
 from saga.blueprint import by_name, read, refuse_no_policy
-from saga.errors import GraphChanged, LedgerConflict, MisuseError, SagaError, SagaNotFound
+from saga.errors import GraphChanged, LedgerConflict, MisuseError, PipelineInvalid, SagaError, SagaNotFound
 from saga.events import SagaStatus, StageSettled, Verdict
 from saga.family import events_of, is_left_alone, refuse_no_id, renamed, sagas_above
 from saga.keeper import SagaKeeper
-from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, listed, recorded, refuse_no_ledger
+from saga.ledger import ALIVE, Entry, Ledger, MemoryLedger, is_held, listed, recorded, refuse_no_ledger
 from saga.listeners import Listener
 from saga.live.inputs import context_of
 from saga.outputs import copied
@@ -253,6 +254,8 @@ class SagaCoordinator:
         decide = partial(recovering, by=_who(by))
 
         async def go_on(entry: Entry) -> None:
+            # As of now: by the time that it is its turn, its holder may have said more.
+            holder = entry.owner if is_held(entry) else None
             async with limit:
                 if self._keeper.held.holds(entry.saga_id):
                     return
@@ -265,7 +268,8 @@ class SagaCoordinator:
                     is_left_behind = entry.parent is not None and bool(await recorded(self.ledger, entry.parent))
                     # Nobody waits for what it would give, and a person may have said that nothing of it stands.
                     why = "the saga that ran it has come to rest" if is_left_behind else None
-                    recovery.reports[entry.saga_id] = await self._keeper.go_on(entry.saga_id, pipeline, decide, interrupted=why)
+                    with self._held_before_unfit(entry, holder):
+                        recovery.reports[entry.saga_id] = await self._keeper.go_on(entry.saga_id, pipeline, decide, interrupted=why)
                 except LedgerConflict as held:
                     recovery.held[entry.saga_id] = held
                 except Exception as error:  # noqa: BLE001 - it is one saga's, and the others go on
@@ -286,6 +290,16 @@ class SagaCoordinator:
             entries, damaged = await listed(self.ledger, ALIVE) if waiting else ({}, damaged)
         recovery.failed.update(damaged)
         return recovery
+
+    @contextmanager
+    def _held_before_unfit(self, entry: Entry, holder: str | None) -> Iterator[None]:
+        """Say of a saga that is held that it is, also where the pipeline is not for it, so that nobody has tried to take its lease."""
+        try:
+            yield
+        except (GraphChanged, PipelineInvalid):
+            if holder is None or holder == self._keeper.held.owner:
+                raise
+            raise LedgerConflict.held(entry.saga_id, holder=holder, until=entry.until) from None
 
     async def report(self, saga_id: str) -> SagaReport:
         """The report of a saga, alive or not.

@@ -229,16 +229,14 @@ class SagaKeeper:
         if not self.held.hold(saga_id):
             raise self.held.busy(saga_id, "a saga that nobody is running", f"{SagaState(events).status.value} here")
         try:
+            # Its holder may only stand still, and the lease have ended: code that can't go on with the saga leaves it to that one.
+            await self._fitting(SagaState(events), pipeline, policy, parent)
             token = await self.held.acquire(saga_id, _token_of(parent))
             try:
                 # Read again: whoever held it until now may have written.
                 events = await events_of(self._ledger, saga_id)
                 state = SagaState(events)
-                chosen = policy if policy is not None else state.policy
-                blueprint = Blueprint.of(pipeline)
-                # Before the policy: where a stage is gone that it names, it is the pipeline that has changed.
-                await _refuse_changed(self._ledger, state, blueprint, parent)
-                blueprint.check_policy(chosen)
+                blueprint, chosen = await self._fitting(state, pipeline, policy, parent)
                 context = context_from(state.started.input)
                 if self._ledger.durable:
                     blueprint.restore_outputs(state.stages)
@@ -254,6 +252,16 @@ class SagaKeeper:
             raise
         saga.children.heed_those_before()
         return saga, events
+
+    async def _fitting(
+        self, state: SagaState, pipeline: Pipeline, policy: Policy | None, parent: LiveSaga | None
+    ) -> tuple[Blueprint, FailFast | ContinueWithFallback]:
+        """The pipeline, read, and the policy with which a saga goes on; refused where they are not for it."""
+        blueprint, chosen = Blueprint.of(pipeline), policy if policy is not None else state.policy
+        # Before the policy: where a stage is gone that it names, it is the pipeline that has changed.
+        await _refuse_changed(self._ledger, state, blueprint, parent)
+        blueprint.check_policy(chosen)
+        return blueprint, chosen
 
     async def _taken_over(
         self, saga_id: str, pipeline: Pipeline, decide: Decision, policy: Policy | None = None, parent: LiveSaga | None = None

@@ -126,6 +126,13 @@ class Entry:
     until: datetime | None = None
 
 
+def is_held(entry: Entry) -> bool:
+    """Whether somebody who counts as alive holds the saga."""
+    if entry.owner is None or is_gone(entry.owner):
+        return False
+    return entry.until is None or entry.until >= datetime.now(UTC)
+
+
 ALIVE: Final = frozenset({SagaStatus.RUNNING, SagaStatus.COMPENSATING})
 """A saga in one of these has an owner, or its process is gone."""
 FORGETTABLE: Final = frozenset({SagaStatus.COMPLETED, SagaStatus.DEGRADED, SagaStatus.COMPENSATED, SagaStatus.CANCELLED})

@@ -16,11 +16,15 @@ from saga import (
     CompensableStage,
     CompensationContext,
     FailFast,
+    GraphChanged,
     LedgerConflict,
     MemoryLedger,
+    Recovery,
     SagaContext,
     SagaCoordinator,
+    SagaError,
     SagaExists,
+    SagaReport,
     SagaStatus,
 )
 from saga.events import AnyEvent
@@ -66,6 +70,64 @@ def test_who_lost_its_lease_starts_nothing_more_and_the_other_is_told_before_and
     assert "nothing was recorded" in str(lost)
     assert world.log == ["+a", "+b", "+c"]
     assert (len(script.attempts), len(after.attempts)) == (2, 1), "who lost its lease went on"
+
+
+@pytest.mark.parametrize("way", ["resume", "compensate", "recover"])
+def test_a_holder_that_stands_still_keeps_its_saga_from_code_that_cant_go_on_with_it(way: str, tmp_path: Path) -> None:
+    """It lost the saga to a process that then refused it, and what it did stood until somebody recovered it with the code of before."""
+    place = SQLiteFile(tmp_path / "ledger")
+    script = Script()
+    world, pipeline = scene(SEQUENCE, {"b": script})
+    _, changed = scene({"a": (), "b": ("a",)})
+
+    async def play() -> tuple[SagaError, SagaReport]:
+        script.gate = asyncio.Event()
+        async with place.open(lease=600.0) as slow, place.open(lease=600.0) as quick:
+            running = asyncio.create_task(SagaCoordinator(ledger=slow).run(pipeline, saga_id="s"))
+            while "b" not in world.running:
+                await asyncio.sleep(0)
+            place.execute("UPDATE owners SET until = until - 700")
+            second = SagaCoordinator(ledger=quick)
+            if way == "recover":
+                refused = (await second.recover(changed)).failed["s"]
+            else:
+                with pytest.raises(GraphChanged) as caught:
+                    await getattr(second, way)("s", changed)
+                refused = caught.value
+            script.gate.set()
+            return refused, await running
+
+    refused, report = asyncio.run(play())
+
+    assert isinstance(refused, GraphChanged)
+    assert refused.differences == ("stage 'c' is gone",)
+    assert report.status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "+b", "+c"]
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_what_is_alive_counts_as_held_also_where_its_code_has_changed(kind: str, tmp_path: Path) -> None:
+    """While a new version is rolled out, the old one still runs its sagas."""
+    place = SQLiteFile(tmp_path / "ledger")
+    script = Script()
+    world, pipeline = scene(SEQUENCE, {"b": script})
+    _, changed = scene({"a": (), "b": ("a",)})
+
+    async def play() -> tuple[Recovery, SagaReport]:
+        script.gate = asyncio.Event()
+        async with MemoryLedger() if kind == "memory" else place.open(lease=600.0) as ledger:
+            running = asyncio.create_task(SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s"))
+            while "b" not in world.running:
+                await asyncio.sleep(0)
+            recovery = await SagaCoordinator(ledger=ledger).recover(changed)
+            script.gate.set()
+            return recovery, await running
+
+    recovery, report = asyncio.run(play())
+
+    assert (list(recovery.held), recovery.failed) == (["s"], {})
+    assert recovery.held["s"].is_held
+    assert report.status is SagaStatus.COMPLETED
 
 
 class HeldUp(Scripted):

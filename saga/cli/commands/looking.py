@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from heapq import merge
 from itertools import count, groupby
 from typing import Annotated, Final
@@ -21,8 +21,7 @@ from saga.cli.view import Stderr, view
 from saga.coordinator import SagaCoordinator
 from saga.errors import LedgerCorrupt, SagasDamaged
 from saga.events import SagaStatus
-from saga.ledger import ALIVE, Entry, listed
-from saga.owners import is_gone
+from saga.ledger import ALIVE, Entry, is_held, listed
 from saga.render.lettering import aligned
 from saga.render.reach import command_for, recover_command
 from saga.report import SagaReport
@@ -70,14 +69,7 @@ def _when(moment: datetime) -> str:
 def _runs(entry: Entry) -> str:
     if entry.status not in ALIVE:
         return ""
-    return "somebody runs it" if _is_held(entry) else "nobody runs it"
-
-
-def _is_held(entry: Entry) -> bool:
-    """Whether somebody who counts as alive holds the saga."""
-    if entry.owner is None or entry.until is None or is_gone(entry.owner):
-        return False
-    return entry.until >= datetime.now(UTC)
+    return "somebody runs it" if is_held(entry) else "nobody runs it"
 
 
 def show(saga_id: SagaId, ledger: LedgerUrl = None, as_json: AsJson = False) -> None:
@@ -136,4 +128,4 @@ def _left_behind(saga_id: str, alive: Mapping[str, Entry], damaged: Mapping[str,
     entry = alive.get(saga_id)
     while entry is not None and entry.parent is not None and entry.parent in alive:
         entry = alive[entry.parent]
-    return None if entry is None or _is_held(entry) else entry.saga_id
+    return None if entry is None or is_held(entry) else entry.saga_id
