@@ -23,7 +23,7 @@ from saga import (
     SagaReport,
     SagaStatus,
 )
-from saga.events import SagaResumed, SagaTurnedBack
+from saga.events import CompensationStarted, SagaResumed, SagaTurnedBack
 from saga.graph import Graph
 from saga.ledgers.sqlite import SQLiteLedger
 from tests.controlled import elapse, run
@@ -170,6 +170,60 @@ def test_means_that_are_gone_since_are_not_asked_for() -> None:
 
     assert (report.status, list(report.in_doubt)) == (SagaStatus.HALTED, ["pay"])
     assert world.log == ["+a", "+pay"]
+
+
+def killed_in_its_undoing(before: type[Unsure], world: World, pipeline: Pipeline) -> Dying:
+    """The ledger of a -> pay, whose process died while pay was being undone in doubt."""
+    ledger = Dying(6)
+    with pytest.raises(LedgerError, match="killed"):
+        run(SagaCoordinator(ledger=ledger).run(pipeline.with_stage("pay", before(world), dependencies=("a",)), saga_id="s"))
+    assert isinstance(run(ledger.read("s"))[-1], CompensationStarted)
+    ledger.forget_owners()
+    ledger.left = 99
+    return ledger
+
+
+class Counted(Unsure):
+    """Its compensation needs to know that it landed, and what it gave."""
+
+    undone_with: StageOutput | None = None
+    tries = 0
+
+    async def compensate(self, ctx: CompensationContext) -> None:
+        self.tries += 1
+        self.undone_with = ctx.output
+        await super().compensate(ctx)
+
+
+class AskedAndCounted(Asked, Counted): ...
+
+
+class AskedInVainAndCounted(AskedInVain, Counted): ...
+
+
+@pytest.mark.parametrize("after", [Counted, AskedInVainAndCounted])
+def test_a_compensation_that_copes_with_doubt_no_more_is_not_called_in_doubt_again(after: type[Counted]) -> None:
+    world, pipeline = scene({"a": ()})
+    ledger = killed_in_its_undoing(Coping, world, pipeline)
+    stage = after(world)
+
+    report = run(SagaCoordinator(ledger=ledger).resume("s", pipeline.with_stage("pay", stage, dependencies=("a",))))
+
+    assert stage.tries == 0
+    assert (report.status, [*report.stuck], [*report.blocked]) == (SagaStatus.STUCK, ["pay"], ["a"])
+
+
+def test_a_compensation_that_copes_with_doubt_no_more_is_told_what_the_probe_that_was_added_found() -> None:
+    world, pipeline = scene({"a": ()})
+    ledger = killed_in_its_undoing(Coping, world, pipeline)
+    world.land("pay")
+    stage = AskedAndCounted(world)
+
+    report = run(SagaCoordinator(ledger=ledger).resume("s", pipeline.with_stage("pay", stage, dependencies=("a",))))
+
+    assert stage.undone_with == StageOutput.ok()
+    assert report.status is SagaStatus.COMPENSATED
+    assert world.standing == {}
 
 
 def test_what_stages_offer_is_recorded_when_it_has_changed_and_only_then() -> None:

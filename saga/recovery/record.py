@@ -267,7 +267,10 @@ def undo_step(node: Node, record: StageRecord, *, spares: bool = False) -> Step:
     if node.role is _ROLE.PLAIN:
         return _STEP.CLEAR
     if record.state is _S.COMPENSATING:
-        return _STEP.PROBE if record.undo_in_question and node.can_probe else _STEP.COMPENSATE
+        if record.undo_in_question and node.can_probe:
+            return _STEP.PROBE
+        # Its process may have died in its midst, and what goes on with it copes with doubt no more.
+        return _STEP.HOLD if record.doubt and not node.undo_in_doubt else _STEP.COMPENSATE
     if record.has_late_question or record.state is _S.STUCK:
         return _STEP.HOLD
     fallback_stands = bool(record.fallback_ran) and not spares

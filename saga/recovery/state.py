@@ -402,13 +402,7 @@ class SagaState:
             return
         record.note_left(within=event.left_within)
         if record.state is _S.COMPENSATING:
-            record.undo_in_question = False
-            if event.landed and record.answer is False:
-                # It had come late to the answer before.
-                record.answer = True
-            if event.landed is False and not event.left_within:
-                record.becomes_undone()
-                record.undo_ended_at = event.at
+            self._probed_in_its_undoing(record, event)
             return
         if event.landed is None:
             self._comes_into_question(record, event)
@@ -432,6 +426,24 @@ class SagaState:
             # nothing is left to undo, and its key may be used up.
             is_undone = (record.late_to_undoing or record.undo_was_tried) and not event.left_within
             record.state, record.landed, record.anew = (_S.UNDONE if is_undone else _S.FAILED), False, is_undone or record.anew
+
+    def _probed_in_its_undoing(self, record: StageRecord, event: StageProbed) -> None:
+        record.undo_in_question = False
+        if event.landed is False and not event.left_within:
+            record.becomes_undone()
+            record.undo_ended_at = event.at
+        if not event.landed:
+            return
+        if record.answer is False:
+            # It had come late to the answer before.
+            record.answer = True
+        if record.doubt:
+            # It was begun to be undone in doubt: what goes on with that is told what it gave.
+            record.answer, record.landed, record.doubt = True, True, False
+            if record.fell_back:
+                record.late_output = event.output
+            else:
+                record.output = event.output
 
     def _comes_into_question(self, record: StageRecord, event: StageProbed) -> None:
         """Nobody can tell what stands of it, also where it was done with: something has come late, of it or within."""
