@@ -179,16 +179,25 @@ class FamilyWorld:
         return self._above[name]
 
     def depends(self, key: str, on: str) -> bool:
-        """Whether the effect of one key depends on that of another: where their paths part, one stage depends on the other."""
+        """Whether the effect of one key depends on that of another.
+
+        It does where one stage depends on the other, at the place where their paths part, and none from there on had given something else.
+        """
         steps = on.split("/")
         for place, (mine, its) in enumerate(zip(key.split("/"), steps, strict=False)):
             if mine != its:
                 (upper,), (lower,) = tokens(mine), tokens(its)
-                if lower in self.replaceable:
-                    served = self.built_on[key].get("/".join([*steps[:place], lower]), set())
-                    return upper in self.above(lower) and any(on.startswith(f"{saga_id}/") for saga_id in served)
-                return upper in self.above(lower) and lower not in self.in_no_order
+                if upper not in self.above(lower) or (lower in self.in_no_order and lower not in self.replaceable):
+                    return False
+                return all(self.was_given(key, on, depth) for depth in range(place, len(steps)))
         return False
+
+    def was_given(self, key: str, on: str, depth: int) -> bool:
+        """Whether one effect landed on what the stage at a depth of the other's path gave: not all sagas that it ran may be that."""
+        *above, step = on.split("/")[: depth + 1]
+        (stage,) = tokens(step)
+        given = self.built_on[key].get("/".join([*above, stage]), set())
+        return stage not in self.replaceable or any(on.startswith(f"{saga_id}/") for saga_id in given)
 
     def serve(self, saga_id: str, stage: str, sagas: Iterable[str]) -> None:
         """What depends on a stage stands on these of the sagas that it ran, from here on."""

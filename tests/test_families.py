@@ -661,9 +661,25 @@ def left_behind() -> dict[str, Any]:
 CHILDREN = (("pe", "e", 0.0), ("pf", "f", 0.0), ("pg", "g", 0.0), ("ph", "h", 1.0))
 
 
+def built_on_another() -> dict[str, Any]:
+    """A fallback within has failed, and what its saga did could not be undone to the end; then its stage completes itself, and what depends
+    on the one around it is built on that. What is left of the fallback's saga serves nothing, and is undone by itself: found by drawing.
+    """
+    once = Retry(attempts=1, wait=0.0, jitter=False)
+    settings: dict[str, Any] = {"retry": once, "compensation": Compensation(retry=once), "cancel_grace": 1000.0}
+    own = Tree("pf", {"f": ()}, {"f": Leaf()}, FailFast(**settings))
+    other = Tree("pg", {"g": (), "h": ("g",)}, {"g": Leaf(), "h": Leaf(undo_fails=1)}, FailFast(**settings))
+    fails_with_its_fallback = Kin([own], [other], at_once=False, asked=False, outcome="raise", times=1, instead_fails=1)
+    within = Tree("pe", {"e": ()}, {"e": fails_with_its_fallback}, ContinueWithFallback(**settings))
+    stages: dict[str, Leaf | Kin] = {"a": Kin([within]), "b": Leaf()}
+    root = Tree("pa", {"a": (), "b": ("a",)}, stages, FailFast(on_failure="halt", **settings))
+    return {"root": root, "birth": {}, "deeds": [], "is_slow": False, "home": "as told"}
+
+
 @settings(max_examples=max(CASES // 8, 1), deadline=None, suppress_health_check=list(HealthCheck))
 @given(lives())
 @example(left_behind())
+@example(built_on_another())
 def test_what_is_promised_holds_for_a_family_of_sagas(case: Mapping[str, Any]) -> None:
     run(Life(case, InMemory(is_slow=case["is_slow"])).live())
 
