@@ -142,9 +142,9 @@ class SagaCoordinator:
             pipeline: The one that it was started with; its stages' code may have been mended meanwhile, and have been given a
                 probe, a fallback, `idempotent` or `compensate_in_doubt`, or lost one.
             policy: The saga's from here on, which is recorded if it goes on; None: as before.
-            forward: None: a saga that is stuck on its way back, or whose process died there, goes on to be undone; one that was undone
-                stays so; any other one goes on forward. True: of these, one that is stuck or was undone goes on forward, too. False is
-                as None: what undoes a saga is `compensate`.
+            forward: None: a saga that is stuck on its way back, or whose process died there, goes on to be undone, as does one that is
+                stuck and was run by another one; one that was undone stays so; any other one goes on forward. True: of these, one that
+                is stuck or was undone goes on forward, too. False is as None: what undoes a saga is `compensate`.
             by: Who resumes it, for the ledger; the user of this process by default.
 
         Returns:
@@ -355,7 +355,7 @@ class SagaCoordinator:
             GraphChanged: The pipeline has another name.
         """
         state = SagaState(await events_of(self.ledger, saga_id))
-        goes_back = undoes or (state.status is SagaStatus.STUCK and state.reason is not None and not forward)
+        goes_back = undoes or (state.status is SagaStatus.STUCK and not forward)
         above = await sagas_above(self.ledger, state)
         if above and not (goes_back and await is_left_alone(self.ledger, state, is_undone=undoes)):
             parent, stage = above[0]

@@ -121,7 +121,7 @@ class SagaKeeper:
 
     async def resume_child(self, parent: LiveSaga, saga_id: str, pipeline: Pipeline, *, forward: bool | None) -> SagaReport:
         """Go on with a child of a saga's stage."""
-        decide = partial(resumption, forward=forward, by=f"saga {parent.id}")
+        decide = partial(resumption, forward=forward, by=f"saga {parent.id}", by_its_stage=True)
         return await self._as_child(parent, *await self._taken_over(saga_id, pipeline, decide, parent=parent))
 
     async def _as_child(self, parent: LiveSaga, saga: LiveSaga, work: Coroutine[Any, Any, None]) -> SagaReport:

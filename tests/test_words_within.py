@@ -281,6 +281,37 @@ def test_a_saga_that_is_stuck_within_a_stage_that_the_saga_above_is_done_with_is
     assert run(coordinator.resume("s/book", room)).status is SagaStatus.COMPENSATED
 
 
+@pytest.mark.parametrize("verdict", ["undone", "retry"])
+def test_a_saga_within_that_is_stuck_and_never_turned_back_undoes_by_itself_what_serves_nothing(verdict: str) -> None:
+    """The report said to resume it by itself, and that was refused: the seat was held for ever."""
+    is_reached: list[bool] = []
+
+    async def hang(_: SagaContext) -> None:
+        await elapse(10)
+
+    async def ask(_: CompensationContext) -> None:
+        if not is_reached:
+            raise CardDeclined
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(child, policy=ContinueWithFallback(without_fallback="skip_branch"))
+
+    world, flat = scene({"seat": ()})
+    child = Pipeline(name="child").with_stage("seat", flat.stages["seat"].runner)
+    child = child.with_stage("room", compensable(hang, nothing, probe=ask, timeout=1), dependencies=("seat",))
+    coordinator = SagaCoordinator()
+    first = run(coordinator.run(Pipeline(name="trip").with_stage("book", compensable(book, nothing)), saga_id="s"))
+    assert (first.status, [*first.blocked], [*first.in_doubt]) == (SagaStatus.COMPLETED, ["book/seat"], ["book/room"])
+
+    settled = run(coordinator.settle("s", "book/room", verdict, "looked"))
+
+    assert what_to_do(settled)[-1].endswith("saga resume s/book")
+    is_reached.append(True)
+    assert run(coordinator.resume("s/book", child)).status is SagaStatus.COMPENSATED
+    assert run(coordinator.report("s")).clean
+    assert (world.standing, world.refusals) == ({}, [])
+
+
 def test_a_stage_that_was_to_run_again_is_for_a_person_once_its_saga_goes_back_without_it() -> None:
     """To resume was all that there was to do, and it did nothing."""
     world, pipeline = scene({"a": (), "b": ()}, {"b": Script("hang", lands=True)})

@@ -68,7 +68,13 @@ Decision = Callable[[Sequence[AnyEvent], Graph | None], Chapter]
 
 
 def resumption(
-    events: Sequence[AnyEvent], graph: Graph | None = None, *, policy: Policy | None = None, forward: bool | None, by: str
+    events: Sequence[AnyEvent],
+    graph: Graph | None = None,
+    *,
+    policy: Policy | None = None,
+    forward: bool | None,
+    by: str,
+    by_its_stage: bool = False,
 ) -> Chapter:
     """How a saga goes on that is resumed.
 
@@ -78,6 +84,7 @@ def resumption(
         policy: Its policy from here on; None: as before.
         forward: As the caller wants it: None, True or False.
         by: Who resumes it.
+        by_its_stage: Whether the stage that ran it does; by anybody else one that a stage ran is resumed only when that is done with it.
 
     Raises:
         MisuseError: It would run stages again that are in doubt.
@@ -92,10 +99,14 @@ def resumption(
         stop = stopped_by(state)
         direction = Direction.FORWARD if stop is None else Direction.CONCLUDE
         return Chapter(direction, (ahead, *crashed(state, goes_on=stop is None)), stop=stop)
-    if state.status is SagaStatus.STUCK and state.reason is not None and not forward:
-        if not len(Rollback(SagaState([*events, back]), state.reason)):
+    is_left_alone = state.started.parent is not None and not by_its_stage
+    if state.status is SagaStatus.STUCK and (state.reason is not None or is_left_alone) and not forward:
+        # One that never turned back could not undo yet what serves nothing in it.
+        reason = state.reason or TurnReason.ORPHANS
+        begun = (back,) if state.reason is not None else (SagaTurnedBack(reason=reason), back)
+        if not len(Rollback(SagaState([*events, *begun]), reason)):
             return Chapter(Direction.NOWHERE, why_not=_UNSETTLED)
-        return Chapter(Direction.BACKWARD, (back,), state.reason)
+        return Chapter(Direction.BACKWARD, begun, reason)
     if state.status is SagaStatus.COMPENSATED and not forward:
         # Whoever has just settled the last stage that was stuck wants it undone, not begun again.
         return Chapter(Direction.NOWHERE, why_not="it is undone, and runs once more only when it is told to go forward")
