@@ -1318,10 +1318,10 @@ class Player:
 @given(acts=st.lists(ACTS, max_size=30))
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_whatever_is_done_durable_ledgers_answer_as_memory_does(
-    kind: str, acts: list[Any], tmp_path_factory: pytest.TempPathFactory, postgres: Any, new_schema: Callable[[], str]
+    kind: str, acts: list[Any], tmp_path_factory: pytest.TempPathFactory, new_schema: Callable[[], str], request: pytest.FixtureRequest
 ) -> None:
     file = SQLiteFile(tmp_path_factory.mktemp("ledger") / "sagas.db")
-    place = file if kind == "sqlite" else PostgresSchema(postgres.get_uri(), new_schema())
+    place = file if kind == "sqlite" else PostgresSchema(request.getfixturevalue("postgres").get_uri(), new_schema())
 
     found = asyncio.run(Player(place.open(lease=3600.0)).play(acts))
 
