@@ -453,7 +453,7 @@ def test_a_pivot_that_comes_late_in_a_saga_that_broke_off_lets_an_undoing_under_
 
 @pytest.mark.parametrize("kind", ["compensable", "probed"])
 def test_an_undoing_under_way_in_a_saga_that_broke_off_is_stuck_under_what_came_late_unless_its_probe_finds_it_done(kind: str) -> None:
-    world, pipeline = scene({"a": ()}, kinds={"a": kind})
+    world, pipeline = scene({"plain": (), "a": ("plain",)}, kinds={"plain": "plain", "a": kind})
 
     async def main() -> SagaReport:
         stage = Stays(world)
@@ -470,6 +470,7 @@ def test_an_undoing_under_way_in_a_saga_that_broke_off_is_stuck_under_what_came_
 
     assert report.status is SagaStatus.STUCK
     assert {name: stage.state for name, stage in report.stages.items()} == {
+        "plain": StageState.KEPT,
         "a": StageState.UNDONE if kind == "probed" else StageState.STUCK,
         "deaf": StageState.STUCK,
     }

@@ -264,6 +264,20 @@ def test_late_is_what_nobody_waited_for_and_nothing_else_is() -> None:
             SagaState([STARTED, *path, completed])
 
 
+ORPHANED = SagaTurnedBack(reason=TurnReason.ORPHANS)
+
+
+@pytest.mark.parametrize(
+    ("path", "may_follow"),
+    [([], False), ([ORPHANED], False), ([BACK], True), ([ORPHANED, *PATHS[StageState.STUCK][-2:]], True)],
+    ids=["going forward", "undoing others", "undoing it", "stuck"],
+)
+def test_a_compensation_comes_late_to_what_is_stuck_or_to_be_undone_and_to_nothing_else(path: list[AnyEvent], may_follow: bool) -> None:
+    state = SagaState([STARTED, *PATHS[StageState.KEPT], *path])
+
+    assert state.may_follow(CompensationCompleted(stage="a", late=True)) is may_follow
+
+
 def test_only_what_is_stuck_or_in_doubt_in_a_saga_at_rest_is_settled() -> None:
     word = StageSettled(stage="a", verdict=Verdict.UNDONE, note="by hand", by="ann")
     for path in ([*PATHS[StageState.STUCK]], [*PATHS[StageState.FALLBACK], HALTED], [*PATHS[StageState.SKIPPED], HALTED]):

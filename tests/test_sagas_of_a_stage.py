@@ -661,7 +661,14 @@ def test_a_compensation_that_fails_beside_a_saga_that_is_never_undone_is_given_u
 
     assert given_up_at == 12.0
     assert report.status is SagaStatus.STUCK
-    assert "CardDeclined: the card was declined" in str(report.stages["book"].compensation)
+    undone = report.stages["book"].compensation
+    assert undone is not None
+    assert undone.failure is not None
+    raised, still_there = undone.failure.message.split("; ")
+    assert raised == "it raised CardDeclined: the card was declined"
+    assert still_there == "a saga that it undoes besides was not undone in time, and may still be on its way back"
+    assert undone.failure.exception is not None
+    assert isinstance(undone.failure.exception.__cause__, CardDeclined)
     assert later.stages["book"].children[0].status is SagaStatus.COMPENSATED
     assert world.log == ["+room", "-room"]
 

@@ -272,9 +272,14 @@ def test_a_stage_that_has_gone_beyond_its_own_point_of_no_return_stays_beyond_it
 
 
 @pytest.mark.parametrize(
-    ("before", "doubt", "after"), [(StageState.KEPT, False, StageState.KEPT), (StageState.IN_DOUBT, True, StageState.STUCK)]
+    ("before", "doubt", "after"),
+    [
+        (StageState.KEPT, False, StageState.KEPT),
+        (StageState.FALLBACK, False, StageState.FALLBACK),
+        (StageState.IN_DOUBT, True, StageState.STUCK),
+    ],
 )
-def test_what_has_gone_beyond_its_own_point_of_no_return_is_kept_only_if_it_had_landed(
+def test_what_has_gone_beyond_its_own_point_of_no_return_is_kept_only_if_it_had_landed_or_something_stands_in(
     before: StageState, doubt: bool, after: StageState
 ) -> None:
     began = CompensationStarted(stage="a", attempt=1)
@@ -377,6 +382,14 @@ def test_each_time_that_something_comes_late_within_what_was_undone_it_is_undone
     assert (record.doubt, undo_step(state.graph["a"], record)) == (False, Step.COMPENSATE)
 
 
+def test_each_time_that_a_stage_completes_late_when_it_was_undone_it_is_undone_under_another_key() -> None:
+    late = StageCompleted(stage="a", output=OUTPUT, late=True)
+
+    record = SagaState([STARTED, *DONE, BACK, *UNDONE, late, *UNDONE, late]).stages["a"]
+
+    assert record.undone_too_soon == 2
+
+
 def test_each_time_that_a_fallbacks_sagas_are_to_be_undone_beside_what_was_they_are_under_another_key() -> None:
     late = StageProbed(stage="a", landed=None, failure=FAILURE)
     used = FallbackUsed(stage="a", output=OUTPUT, source="stage", ran=("s/a",))
@@ -407,17 +420,16 @@ def test_only_a_stage_that_was_stopped_before_its_code_ran_as_often_as_it_was_st
 
 
 @pytest.mark.parametrize(("answer", "stands"), [(None, True), (True, True), (False, False)])
-def test_a_fallback_that_fails_and_has_not_looked_within_leaves_standing_what_its_stage_left(answer: bool | None, stands: bool) -> None:
-    state = SagaState(
-        [
-            STARTED,
-            StageStarted(stage="a", attempt=1),
-            StageFailed(stage="a", failure=FAILURE, left_within=True),
-            FallbackFailed(stage="a", failure=FAILURE, left_within=answer),
-        ]
-    )
+def test_a_fallback_that_has_not_looked_within_leaves_standing_what_its_stage_left(answer: bool | None, stands: bool) -> None:
+    left: list[AnyEvent] = [StageStarted(stage="a", attempt=1), StageFailed(stage="a", failure=FAILURE, left_within=True)]
+    ends: list[AnyEvent] = [
+        FallbackFailed(stage="a", failure=FAILURE, left_within=answer),
+        FallbackUsed(stage="a", output=OUTPUT, source="stage", left_within=answer),
+    ]
 
-    assert undo_step(state.graph["a"], state.stages["a"]) is (Step.COMPENSATE if stands else Step.CLEAR)
+    states = [SagaState([STARTED, *left, end]) for end in ends]
+
+    assert [undo_step(state.graph["a"], state.stages["a"]) for state in states] == [Step.COMPENSATE if stands else Step.CLEAR] * 2
 
 
 def test_what_landed_late_behind_a_fallback_and_is_undone_is_not_undone_once_more_with_the_fallbacks_sagas() -> None:
@@ -521,6 +533,7 @@ HALF_UNDONE: list[AnyEvent] = [
     CompensationStarted(stage="a", attempt=1),
     CompensationFailed(stage="a", failure=FAILURE, in_part=True),
 ]
+BEYOND = CompensationFailed(stage="a", failure=FAILURE, past_pivot=True)
 
 
 @pytest.mark.parametrize(
@@ -528,8 +541,9 @@ HALF_UNDONE: list[AnyEvent] = [
     [
         [*DONE, *of("b", *DONE), BACK, *of("b", *HALF_UNDONE), *HALF_UNDONE],
         [*DONE, *of("b", *PATHS[StageState.IN_DOUBT]), BACK, *UNDONE],
+        [*DONE, *of("b", *PATHS[StageState.FAILED]), BACK, *of("b", UNDONE[0], BEYOND), *UNDONE],
     ],
-    ids=["half undone", "in doubt"],
+    ids=["half undone", "in doubt", "failed beyond its pivot"],
 )
 def test_what_may_be_left_of_a_stage_runs_again_under_the_same_key_also_on_what_runs_anew(path: list[AnyEvent]) -> None:
     record = SagaState([CHAIN, *path, SagaEnded(status=SagaStatus.STUCK), SagaResumed(forward=True, by="ann")]).stages["b"]
@@ -552,6 +566,22 @@ def test_a_stage_that_never_ran_runs_for_the_first_time_on_what_runs_anew() -> N
     record = SagaState([CHAIN, *path]).stages["b"]
 
     assert (record.again, record.next_execution) == (False, 1)
+
+
+@pytest.mark.parametrize(
+    "kept_from_running",
+    [
+        StageFailed(stage="a", failure=Failure.of("a", FailureKind.INTERRUPTED, "the saga stopped before it ran")),
+        StageSkipped(stage="a", reason="a branch fell", output=OUTPUT, with_branch=True),
+    ],
+    ids=["failed", "skipped"],
+)
+def test_the_key_of_what_was_undone_is_not_used_again_when_the_next_execution_did_not_begin(kept_from_running: AnyEvent) -> None:
+    ended = SagaEnded(status=SagaStatus.COMPENSATED)
+
+    record = SagaState([STARTED, *DONE, BACK, *UNDONE, ended, RUNS_ON, kept_from_running]).stages["a"]
+
+    assert (record.execution, record.next_execution) == (1, 2)
 
 
 def test_what_is_being_undone_when_a_pivot_comes_late_above_it_is_undone_all_the_same() -> None:
@@ -744,6 +774,13 @@ def test_a_stage_in_doubt_that_is_found_by_who_goes_forward_does_not_run_and_end
 
 
 SETTLED = StageSettled(stage="a", verdict=Verdict.UNDONE, note="by hand", by="ann")
+NOT_UNDONE: list[AnyEvent] = [
+    BACK,
+    CompensationStarted(stage="a", attempt=1),
+    CompensationFailed(stage="a", failure=FAILURE),
+    SagaEnded(status=SagaStatus.STUCK),
+    replace(SETTLED, verdict=Verdict.RETRY),
+]
 COMES_LATE = StageCompleted(stage="a", output=OUTPUT, late=True)
 
 
@@ -754,8 +791,9 @@ COMES_LATE = StageCompleted(stage="a", output=OUTPUT, late=True)
         ([*PATHS[StageState.UNDONE], COMES_LATE], True, StageState.FAILED),
         ([*PATHS[StageState.IN_DOUBT], SagaEnded(status=SagaStatus.STUCK), SETTLED, COMES_LATE], False, StageState.UNDONE),
         ([*PATHS[StageState.KEPT], WITHIN], False, StageState.FAILED),
+        ([*PATHS[StageState.IN_DOUBT], *NOT_UNDONE], False, StageState.UNDONE),
     ],
-    ids=["undone", "undone but for what is within", "undone by hand", "kept"],
+    ids=["undone", "undone but for what is within", "undone by hand", "kept", "undone though that seemed to fail"],
 )
 def test_what_a_probe_does_not_find_is_undone_if_it_has_been_and_failed_otherwise(
     path: list[AnyEvent], left_within: bool, state: StageState
@@ -763,6 +801,34 @@ def test_what_a_probe_does_not_find_is_undone_if_it_has_been_and_failed_otherwis
     record = SagaState([STARTED, *path, StageProbed(stage="a", landed=False, left_within=left_within)]).stages["a"]
 
     assert (record.state, record.landed, record.doubt) == (state, False, False)
+
+
+def test_what_a_probe_finds_to_have_been_undone_runs_again_under_another_key() -> None:
+    doubted: list[AnyEvent] = [*PATHS[StageState.UNDONE], COMES_LATE, SagaEnded(status=SagaStatus.STUCK), RUNS_ON]
+
+    assert SagaState([STARTED, *doubted]).stages["a"].next_execution == 1
+    assert SagaState([STARTED, *doubted, StageProbed(stage="a", landed=False)]).stages["a"].next_execution == 2
+
+
+@pytest.mark.parametrize(
+    ("idempotent", "kind", "doubt"),
+    [
+        (True, FailureKind.REPORTED, False),
+        (True, FailureKind.CANCELLED, False),
+        (True, FailureKind.EXCEPTION, True),
+        (False, FailureKind.REPORTED, True),
+    ],
+)
+def test_what_an_idempotent_stage_says_of_its_own_accord_answers_for_an_attempt_in_doubt(
+    idempotent: bool, kind: FailureKind, doubt: bool
+) -> None:
+    began = replace(STARTED, graph=Graph.of([Node(name="a", role=Role.COMPENSABLE, idempotent=idempotent)]))
+    timed_out = StageFailed(stage="a", failure=Failure.of("a", FailureKind.TIMEOUT, "too slow"), in_doubt=True, will_retry=True)
+    says = StageFailed(stage="a", failure=Failure.of("a", kind, "no"))
+
+    state = SagaState([began, StageStarted(stage="a", attempt=1), timed_out, StageStarted(stage="a", attempt=2), says])
+
+    assert state.stages["a"].doubt is doubt
 
 
 ANSWERED = StageProbed(stage="a", landed=False)
