@@ -14,6 +14,7 @@ from traceback import format_exception, walk_tb
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 from stageflow.api import Pipeline, PipelineContext, StageKind, StageOutput
 
 from saga import (
@@ -1061,6 +1062,16 @@ def test_the_graph_reaches_ancestors_once_however_many_ways_lead_there() -> None
     assert graph.names[0] == "a"
     assert graph["d"].dependencies == ("b", "c")
     assert graph.differences(graph) == []
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [[{"name": "a", "dependencies": ["b"]}, {"name": "b"}], [{"name": "a", "dependencies": ["z"]}], [{"name": "a"}, {"name": "a"}]],
+    ids=["before what it needs", "on one that is unknown", "twice"],
+)
+def test_a_graph_is_not_read_of_which_no_plan_could_be_made(nodes: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValidationError, match="expected each stage once, behind those that it depends on, got 'a'"):
+        TypeAdapter(Graph).validate_python({"nodes": nodes})
 
 
 def test_a_difference_is_told_for_every_stage_also_behind_one_that_is_gone() -> None:
