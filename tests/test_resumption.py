@@ -378,7 +378,7 @@ def test_all_that_is_half_undone_and_may_not_run_again_is_named_with_what_to_do(
 def test_a_word_on_a_saga_that_has_not_come_to_rest_is_refused_with_what_to_do() -> None:
     word = StageSettled(stage="a", verdict=Verdict.UNDONE, note="looked", by="ann")
 
-    misuse = refusal(SagaState([STARTED, *PATHS[StageState.IN_DOUBT]]), word)
+    misuse = refusal(SagaState([STARTED, *PATHS[StageState.IN_DOUBT]]), word, is_turned_back=False)
 
     assert misuse is not None
     assert misuse.stage == "a"

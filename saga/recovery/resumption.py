@@ -225,7 +225,7 @@ def _refuse_undecided(state: SagaState) -> None:
         )
 
 
-def refusal(state: SagaState, said: StageSettled, *, is_turned_back: bool = False) -> MisuseError | None:
+def refusal(state: SagaState, said: StageSettled, *, is_turned_back: bool) -> MisuseError | None:
     """Why a person's word on a stage can't be taken; None if it can.
 
     Args:
