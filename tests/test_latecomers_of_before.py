@@ -30,13 +30,18 @@ from saga import (
     nested,
 )
 from saga.events import (
+    AnyEvent,
     CompensationCompleted,
     FallbackUsed,
+    SagaEnded,
     StageCompleted,
     StageFailed,
+    StageProbed,
     StageStarted,
 )
-from saga.failures import FailureKind
+from saga.failures import Failure, FailureKind
+from saga.recovery.late import Late, news_of
+from saga.recovery.state import SagaState
 from tests.controlled import elapse, run
 from tests.late import (
     LOSS,
@@ -54,6 +59,7 @@ from tests.late import (
     resumed_while_it_comes_late,
     settled_down,
 )
+from tests.test_ledger import OUTPUT, PATHS, RUNS_ON, STARTED
 from tests.world import Script, World, nothing, scene
 
 
@@ -709,3 +715,24 @@ def test_an_effect_that_is_recorded_late_stops_the_stage_and_waits_for_a_person(
     assert settled.status is SagaStatus.COMPENSATED
     assert world.standing == {}
     assert "could not be recorded" not in caplog.text
+
+
+UNDONE_AND_RUN_ON = [*PATHS[StageState.UNDONE], SagaEnded(status=SagaStatus.COMPENSATED), RUNS_ON]
+STOPPED = Failure.of("a", FailureKind.INTERRUPTED, "the saga stopped before it ran")
+
+
+@pytest.mark.parametrize(
+    "since",
+    [StageStarted(stage="a", attempt=1, execution=2), StageFailed(stage="a", failure=STOPPED)],
+    ids=["has begun", "did not get its turn"],
+)
+def test_what_comes_late_of_an_execution_that_is_over_is_asked_of_a_person_whether_or_not_the_next_has_begun(since: AnyEvent) -> None:
+    state = SagaState([STARTED, *UNDONE_AND_RUN_ON, since])
+    late = Late(StageCompleted(stage="a", output=OUTPUT, late=True), execution=1, attempts=3, undo_attempts=1)
+
+    question = news_of(state, late)
+
+    assert isinstance(question, StageProbed)
+    assert (question.landed, question.output, question.held) == (None, OUTPUT, True)
+    assert question.failure is not None
+    assert (question.failure.kind, question.failure.attempt) == (FailureKind.LATE, 3)

@@ -51,7 +51,7 @@ from saga.recovery.state import SagaState
 from tests.controlled import elapse, run
 from tests.slow import SlowLedger
 from tests.test_hard_cases import deaf
-from tests.test_ledger import BACK, FAILURE, HALTED, OUTPUT, PATHS, RUNS_ON, STARTED
+from tests.test_ledger import BACK, FAILURE, HALTED, LATE, OUTPUT, PATHS, RUNS_ON, STARTED
 from tests.world import SEQUENCE, CardDeclined, Probed, Script, scene, staged
 
 GONE = "its process is gone; what became of it is not in the ledger"
@@ -133,7 +133,7 @@ def test_a_stage_that_waited_for_its_next_attempt_when_its_process_died_has_fail
     (failed,) = crashed(state, goes_on=False)
 
     assert isinstance(failed, StageFailed)
-    assert (failed.failure, failed.in_doubt, failed.will_retry) == (FAILURE, False, False)
+    assert (failed.stage, failed.failure, failed.in_doubt, failed.will_retry) == ("a", FAILURE, False, False)
     assert crashed(state, goes_on=True) == []
 
 
@@ -203,6 +203,11 @@ def test_a_saga_rid_of_what_served_nothing_is_stuck_when_something_came_late_wit
     assert status_at_rest(before) is SagaStatus.DEGRADED
     assert status_at_rest(after) is SagaStatus.STUCK
     assert after.stages["a"].state is StageState.IN_DOUBT
+
+
+def test_a_saga_that_nothing_had_stopped_stays_halted() -> None:
+    """A person's word had left it so, of what came late after it had completed."""
+    assert status_at_rest(SagaState([STARTED, *PATHS[StageState.KEPT], HALTED])) is SagaStatus.HALTED
 
 
 def test_a_saga_that_halted_stays_halted_when_a_person_settles_what_was_in_doubt() -> None:
@@ -375,6 +380,19 @@ def test_all_that_is_half_undone_and_may_not_run_again_is_named_with_what_to_do(
     )
 
 
+def test_all_of_which_something_came_late_is_named_with_what_to_do() -> None:
+    late = [replace(LATE, stage=stage) for stage in "ab"]
+    completed = [event for stage in "ab" for event in (StageStarted(stage=stage, attempt=1), StageCompleted(stage=stage, output=OUTPUT))]
+
+    with pytest.raises(MisuseError) as caught:
+        resumption([STARTED, *completed, *late, STUCK], forward=True, by="ann")
+
+    assert str(caught.value) == (
+        "expected a saga in which nothing that came late waits for a person, got a, b in doubt, of which something came late. "
+        "Look what stands, put it right by hand, then settle the innermost stage as kept or undone."
+    )
+
+
 def test_a_word_on_a_saga_that_has_not_come_to_rest_is_refused_with_what_to_do() -> None:
     word = StageSettled(stage="a", verdict=Verdict.UNDONE, note="looked", by="ann")
 
@@ -386,6 +404,23 @@ def test_a_word_on_a_saga_that_has_not_come_to_rest_is_refused_with_what_to_do()
         "expected a saga that has come to rest, for stage 'a', got one that is running. "
         "If its process is gone, go on with it first: saga recover, or coordinator.recover(pipelines)."
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "is_taken"),
+    [
+        ([*PATHS[StageState.STUCK], STUCK], False),
+        ([StageStarted(stage="a", attempt=1), StageFailed(stage="a", failure=FAILURE, in_doubt=True, output=OUTPUT), STUCK], True),
+        ([*PATHS[StageState.KEPT], LATE, STUCK], True),
+    ],
+    ids=["it completed", "it gave it beside its failure", "another one came late"],
+)
+def test_an_output_is_taken_of_what_is_kept_unless_the_stage_is_known_to_have_given_one(path: list[AnyEvent], is_taken: bool) -> None:
+    word = StageSettled(stage="a", verdict=Verdict.KEPT, note="looked", by="ann", output=OUTPUT)
+
+    misuse = refusal(SagaState([STARTED, *path]), word, is_turned_back=False)
+
+    assert (misuse is None) is is_taken
 
 
 def test_a_saga_can_go_forward_once_its_undoing_has_found_out_what_came_late_within() -> None:
