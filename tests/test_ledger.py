@@ -435,6 +435,18 @@ def test_a_memory_ledger_keeps_so_many_sagas_about_which_nothing_is_left_to_do_a
     assert run(play()) == ["b", "d", "e", "f"]
 
 
+def test_a_memory_ledger_keeps_ten_thousand_such_sagas_unless_it_is_told_otherwise() -> None:
+    ledger = MemoryLedger()
+
+    async def play() -> list[str]:
+        for number in range(10_001):
+            token = await ledger.create(str(number), "me", [replace(STARTED, saga_id=str(number)), SagaEnded(status=SagaStatus.COMPLETED)])
+            await ledger.release(str(number), token)
+        return [entry.saga_id for entry in await ledger.list()]
+
+    assert run(play()) == [str(number) for number in range(1, 10_001)]
+
+
 def test_a_memory_ledger_serves_the_event_loops_of_several_threads() -> None:
     ledger = MemoryLedger(keep=5)
     interval = sys.getswitchinterval()
