@@ -21,7 +21,22 @@ from saga import (
     StageState,
     nested,
 )
+from saga.events import (
+    AnyEvent,
+    CompensationCompleted,
+    EffectRecorded,
+    FallbackUsed,
+    SagaEnded,
+    SagaTurnedBack,
+    StageCompleted,
+    StageFailed,
+    StageProbed,
+    StageStarted,
+    TurnReason,
+)
 from saga.failures import FailureKind
+from saga.recovery.late import Late, news_of
+from saga.recovery.state import SagaState
 from tests.controlled import elapse, run
 from tests.late import (
     INSTEAD,
@@ -32,6 +47,7 @@ from tests.late import (
     resumed_while_it_comes_late,
     settled_down,
 )
+from tests.test_ledger import BACK, FAILURE, OUTPUT, PATHS, RUNS_ON, STARTED
 from tests.world import Script, World, scene
 
 
@@ -421,3 +437,31 @@ def test_a_stage_that_was_stuck_in_doubt_is_asked_again_when_what_is_within_it_i
     assert resumed.clean
     assert resumed.stages["child"].state is StageState.KEPT
     assert world.standing == {"deaf": 1}
+
+
+UNDOES_LATE = CompensationCompleted(stage="a", late=True)
+
+
+def test_a_compensation_that_comes_late_of_an_execution_before_undoes_nothing_of_one_that_is_to_be_undone() -> None:
+    began_anew: list[AnyEvent] = [SagaEnded(status=SagaStatus.COMPENSATED), RUNS_ON, StageStarted(stage="a", attempt=1, execution=2)]
+    path = [*PATHS[StageState.UNDONE], *began_anew, StageCompleted(stage="a", output=OUTPUT), BACK]
+    before, current = (Late(UNDOES_LATE, execution=number, attempts=1, undo_attempts=1) for number in (1, 2))
+
+    state = SagaState([STARTED, *path])
+
+    assert isinstance(news_of(state, before), StageProbed)
+    assert news_of(state, current) == UNDOES_LATE
+
+
+def test_a_compensation_that_comes_late_to_what_was_undone_is_no_news_also_while_the_sagas_of_its_fallback_stand() -> None:
+    used = FallbackUsed(stage="a", output=OUTPUT, source="stage", ran=("s/a",))
+    left: list[AnyEvent] = [
+        StageStarted(stage="a", attempt=1),
+        EffectRecorded(stage="a", effect=1),
+        StageFailed(stage="a", failure=FAILURE),
+    ]
+    undone: list[AnyEvent] = [SagaTurnedBack(reason=TurnReason.ORPHANS), *PATHS[StageState.UNDONE][-2:]]
+
+    state = SagaState([STARTED, *left, used, *undone])
+
+    assert news_of(state, Late(UNDOES_LATE, execution=1, attempts=1, undo_attempts=1)) is None

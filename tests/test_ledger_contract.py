@@ -295,8 +295,9 @@ def test_who_is_cancelled_while_it_writes_gets_the_answer_all_the_same(durable: 
 
 def test_completions_are_read_from_the_events(place: Place) -> None:
     probed = StageProbed(stage="b", landed=True, output=OUTPUT)
+    asked_of_a_person = StageProbed(stage="a", landed=None, output=StageOutput.ok(by="one that came late"), held=True)
 
-    *_, completions = on(place.open(), create(), append(FIRST, SECOND, probed), lambda ledger: ledger.completions("s"))
+    *_, completions = on(place.open(), create(), append(FIRST, SECOND, asked_of_a_person, probed), lambda ledger: ledger.completions("s"))
 
     assert completions == {"a": OUTPUT, "b": OUTPUT}
 
