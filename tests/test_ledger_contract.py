@@ -726,6 +726,12 @@ def test_a_saga_that_somebody_holds_is_not_forgotten(place: Place) -> None:
     assert free == {"s"}
 
 
+def test_a_saga_that_ends_after_its_lease_was_given_back_is_forgotten(place: Place) -> None:
+    *_, forgotten = on(place.open(), create(), release(1), append(DONE), prune())
+
+    assert forgotten == {"s"}
+
+
 def test_a_saga_whose_holder_is_gone_is_forgotten(durable: Place) -> None:
     async def pause(_: Ledger) -> None:
         durable.pass_time(601)

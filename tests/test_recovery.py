@@ -25,18 +25,24 @@ from saga import (
     StageState,
 )
 from saga.events import (
+    AnyEvent,
     CompensationCompleted,
     CompensationStarted,
     EffectRecorded,
+    SagaStarted,
     SagaTurnedBack,
+    StageCompleted,
     StageFailed,
+    StageSkipped,
     StageStarted,
     TurnReason,
 )
+from saga.graph import Graph, Node, Role
 from saga.recovery import Move, conclude, stage_states
+from saga.recovery.scope import undo_scope
 from saga.recovery.state import SagaState
 from tests.controlled import run
-from tests.test_ledger import BACK, PATHS, STARTED
+from tests.test_ledger import BACK, OUTPUT, PATHS, STARTED
 from tests.world import SEQUENCE, CardDeclined, Script, scene
 
 ONCE = Compensation(retry=Retry(attempts=1))
@@ -307,3 +313,34 @@ def test_what_is_left_of_a_stage_behind_its_fallback_is_shown_as_it_is_undone() 
     undone = SagaState([STARTED, *charged, CompensationStarted(stage="a", attempt=1), CompensationCompleted(stage="a")])
 
     assert [stage_states(state)["a"] for state in (undoing, undone)] == [StageState.COMPENSATING, StageState.FALLBACK]
+
+
+def on_each_other(top: Role) -> SagaStarted:
+    below = [Node(name="a", role=Role.COMPENSABLE), Node(name="b", role=Role.COMPENSABLE, dependencies=("a",))]
+    return replace(STARTED, graph=Graph.of([*below, Node(name="c", role=top, dependencies=("b",))]))
+
+
+def completed(*stages: str) -> list[AnyEvent]:
+    return [event for stage in stages for event in (StageStarted(stage=stage, attempt=1), StageCompleted(stage=stage, output=OUTPUT))]
+
+
+@pytest.mark.parametrize(
+    ("top", "scope"), [(Role.COMPENSABLE, {"a", "b", "c"}), (Role.PIVOT, {"a"})], ids=["which can be undone", "a pivot among it"]
+)
+def test_all_that_stands_on_what_has_failed_is_undone_with_it_however_many_are_between(top: Role, scope: set[str]) -> None:
+    """Promises 1 and 10: it was kept when its saga went forward, and what it stands on failed when that ran anew."""
+    state = SagaState([on_each_other(top), *completed("b", "c"), *PATHS[StageState.FAILED]])
+
+    assert undo_scope(state, TurnReason.ORPHANS) == scope
+
+
+@pytest.mark.parametrize(("reason", "scope"), [(TurnReason.ORPHANS, {"a"}), (TurnReason.REQUEST, set())])
+def test_what_a_stage_recorded_before_it_skipped_itself_stays_under_a_pivot_when_all_is_undone_on_demand(
+    reason: TurnReason, scope: set[str]
+) -> None:
+    recorded: list[AnyEvent] = [StageStarted(stage="a", attempt=1), EffectRecorded(stage="a", effect="a seat")]
+    skipped = StageSkipped(stage="a", reason="sold out", output=StageOutput.skip("sold out"))
+
+    state = SagaState([on_each_other(Role.PIVOT), *recorded, skipped, *completed("b", "c")])
+
+    assert undo_scope(state, reason) == scope
