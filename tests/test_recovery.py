@@ -29,13 +29,16 @@ from saga.events import (
     CompensationCompleted,
     CompensationStarted,
     EffectRecorded,
+    SagaEnded,
     SagaStarted,
     SagaTurnedBack,
     StageCompleted,
     StageFailed,
+    StageSettled,
     StageSkipped,
     StageStarted,
     TurnReason,
+    Verdict,
 )
 from saga.graph import Graph, Node, Role
 from saga.recovery import Move, conclude, stage_states
@@ -43,6 +46,7 @@ from saga.recovery.scope import undo_scope
 from saga.recovery.state import SagaState
 from tests.controlled import run
 from tests.test_ledger import BACK, OUTPUT, PATHS, STARTED
+from tests.test_state import CHAIN
 from tests.world import SEQUENCE, CardDeclined, Script, scene
 
 ONCE = Compensation(retry=Retry(attempts=1))
@@ -344,3 +348,17 @@ def test_what_a_stage_recorded_before_it_skipped_itself_stays_under_a_pivot_when
     state = SagaState([on_each_other(Role.PIVOT), *recorded, skipped, *completed("b", "c")])
 
     assert undo_scope(state, reason) == scope
+
+
+@pytest.mark.parametrize(("stands_in", "scope"), [([], set()), (PATHS[StageState.FALLBACK][-1:], {"a"})], ids=["by itself", "a fallback"])
+def test_a_persons_word_keeps_what_that_stage_stands_on_but_not_what_a_fallback_stands_in_for(
+    stands_in: list[AnyEvent], scope: set[str]
+) -> None:
+    recorded = EffectRecorded(stage="a", effect="a seat")
+    failed: list[AnyEvent] = [PATHS[StageState.FAILED][0], recorded, PATHS[StageState.FAILED][1], *stands_in]
+    doubted: list[AnyEvent] = [replace(event, stage="b") for event in PATHS[StageState.IN_DOUBT]]  # type: ignore[arg-type] # of a stage
+    kept = StageSettled(stage="b", verdict=Verdict.KEPT, note="it is booked", by="ann")
+
+    state = SagaState([CHAIN, *failed, *doubted, SagaEnded(status=SagaStatus.STUCK), kept])
+
+    assert undo_scope(state, TurnReason.ORPHANS) == scope

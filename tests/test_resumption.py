@@ -87,8 +87,9 @@ def test_a_saga_whose_fallback_had_failed_when_its_process_died_starts_nothing_m
     assert (chapter.direction, chapter.stop) == (Direction.CONCLUDE, FAILURE)
 
 
-def test_what_was_to_run_again_when_the_process_died_still_is() -> None:
-    chapter = resumption([STARTED, *PATHS[StageState.FAILED], HALTED, RUNS_ON], forward=None, by="ann")
+@pytest.mark.parametrize("state", [StageState.FAILED, StageState.CANCELLED])
+def test_what_was_to_run_again_when_the_process_died_still_is(state: StageState) -> None:
+    chapter = resumption([STARTED, *PATHS[state], HALTED, RUNS_ON], forward=None, by="ann")
 
     assert (chapter.direction, chapter.stop) == (Direction.FORWARD, None)
 
@@ -378,6 +379,13 @@ def test_all_that_is_half_undone_and_may_not_run_again_is_named_with_what_to_do(
         "expected a saga whose half undone stages can run again, got a, b, not idempotent. "
         "Put it right by hand, then settle it as kept or undone; or go on backward."
     )
+
+
+def test_a_saga_goes_forward_past_a_stage_in_doubt_for_which_a_fallback_stands_in() -> None:
+    b_failed = [replace(event, stage="b") for event in PATHS[StageState.FAILED]]  # type: ignore[arg-type] # of a stage
+    path = [*PATHS[StageState.IN_DOUBT], PATHS[StageState.FALLBACK][-1], *b_failed, HALTED]
+
+    assert resumption([STARTED, *path], forward=True, by="ann").direction is Direction.FORWARD
 
 
 def test_all_of_which_something_came_late_is_named_with_what_to_do() -> None:
