@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from stageflow.api import Pipeline, StageContext, StageOutput
@@ -19,6 +19,7 @@ from saga import (
     SagaReport,
     SagaStatus,
     StageState,
+    compensable,
     nested,
 )
 from saga.events import (
@@ -48,7 +49,7 @@ from tests.late import (
     settled_down,
 )
 from tests.test_ledger import BACK, FAILURE, OUTPUT, PATHS, RUNS_ON, STARTED
-from tests.world import Script, World, scene
+from tests.world import Script, World, nothing, scene
 
 
 class Refunds(Deaf):
@@ -254,6 +255,46 @@ def test_what_completes_late_when_it_could_not_be_undone_behind_its_fallback_is_
     assert late.stages["deaf"].output == resumed.stages["deaf"].output == StageOutput.ok(seat=None)
     assert late.stages["deaf"].late_output == StageOutput.ok(seat="14A")
     assert world.standing == {}
+
+
+class RepeatableRefundFails(RefundFails):
+    idempotent = True
+
+
+@pytest.mark.parametrize("on_failure", ["halt", "compensate"])
+def test_what_completes_late_behind_its_fallback_when_its_turn_to_run_again_has_not_come_is_kept_or_undone_as_what_it_gave(
+    on_failure: Literal["halt", "compensate"],
+) -> None:
+    """It was kept as what its fallback gave; whoever went forward then went on with that, and the saga was called complete."""
+    world = World({"deaf": ()})
+    shipped_with: list[StageOutput | None] = []
+    reserved: list[StageOutput] = [StageOutput.ok(), StageOutput.fail("full"), StageOutput.ok()]
+
+    async def reserve(_: SagaContext) -> StageOutput:
+        return reserved.pop(0)
+
+    async def ship(ctx: SagaContext) -> StageOutput:
+        shipped_with.append(ctx.inputs.get_output("deaf"))
+        return StageOutput.fail("no") if len(shipped_with) == 1 else StageOutput.ok()
+
+    async def main() -> tuple[SagaReport, SagaReport]:
+        stage = RepeatableRefundFails(world)
+        pipeline = Pipeline(name="trip").with_stage("room", compensable(reserve, nothing)).with_stage("deaf", stage, dependencies=("room",))
+        pipeline = pipeline.with_stage("ship", ship, "work", dependencies=("deaf",))  # type: ignore[arg-type] # stageflow's Stage takes its own context
+        once = Compensation(retry=Retry(attempts=1), on_failure="continue")
+        coordinator = SagaCoordinator(INSTEAD.model_copy(update={"compensation": once}))
+        await coordinator.run(pipeline, saga_id="s")
+        stage.released.set()
+        going_on = coordinator.resume("s", pipeline, forward=True, policy=INSTEAD.model_copy(update={"on_failure": on_failure}))
+        return await going_on, await coordinator.resume("s", pipeline, forward=True)
+
+    late, resumed = run(main())
+
+    assert late.stages["deaf"].output == StageOutput.ok(seat="14A")
+    assert late.fallbacks == ()
+    assert resumed.status is SagaStatus.COMPLETED
+    assert shipped_with[1:] == [StageOutput.ok(seat="14A")]
+    assert world.standing == {"deaf": 1}
 
 
 class Partly(Doubtful):

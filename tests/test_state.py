@@ -632,6 +632,16 @@ def test_what_completes_late_and_is_stuck_behind_its_fallback_is_kept_only_by_wh
     assert (record.state, record.landed, record.fell_back, record.failed) == (state, True, falls_back, falls_back)
 
 
+def test_what_completes_late_in_doubt_before_it_runs_again_has_what_it_gave_and_no_fallback() -> None:
+    doubted = [replace(event, in_doubt=True) if isinstance(event, StageFailed) else event for event in STUCK_UNFINISHED]
+    late = StageCompleted(stage="a", output=StageOutput.ok(of="its own"), late=True)
+
+    record = SagaState([STARTED, *doubted, RUNS_ON, late]).stages["a"]
+
+    assert (record.state, record.fell_back, record.failed, record.again) == (StageState.KEPT, False, False, False)
+    assert record.output == late.output
+
+
 def test_what_completes_late_has_not_failed_also_where_it_is_stuck() -> None:
     without_fallback = [event for event in STUCK_UNFINISHED if not isinstance(event, FallbackUsed)]
 

@@ -311,8 +311,7 @@ class SagaState:
     def _completed_late(self, record: StageRecord, event: StageCompleted) -> None:
         record.late_output, record.late_beside = event.output, record.undo_attempts
         if record.again and record.state is _S.STUCK and self.status is _STATUS.RUNNING:
-            # Who goes forward need not undo it, nor put a fallback in its place.
-            record.lose_fallback()
+            # Who goes forward need not undo it.
             record.state = _S.FAILED
         # Run once more it would have its effect twice, and under another key what it has done would be forgotten.
         record.again = False
@@ -329,7 +328,8 @@ class SagaState:
             case _S.STUCK:
                 record.landed, record.doubt, record.failed = True, False, record.fell_back
             case _:
-                # Where what it was worked out from is undone already, it serves nothing.
+                # It was to run again, if a fallback stood in: that need not be any more. Where its own ground is undone, it serves nothing.
+                record.lose_fallback()
                 record.state, record.landed, record.doubt, record.failed = _S.KEPT, True, False, self._has_lost_ground(event.stage)
         if not record.fell_back:
             # What stands in for it is what others have gone on with, and go on with.
