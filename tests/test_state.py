@@ -584,6 +584,80 @@ def test_the_key_of_what_was_undone_is_not_used_again_when_the_next_execution_di
     assert (record.execution, record.next_execution) == (1, 2)
 
 
+def test_each_execution_has_a_number_of_its_own() -> None:
+    undone: list[AnyEvent] = [BACK, *UNDONE, SagaEnded(status=SagaStatus.COMPENSATED), RUNS_ON]
+    again: list[AnyEvent] = [StageStarted(stage="a", attempt=1, execution=2), StageCompleted(stage="a", output=OUTPUT)]
+
+    record = SagaState([STARTED, *DONE, *undone, *again, *undone]).stages["a"]
+
+    assert record.next_execution == 3
+
+
+def attempts_of(*failed: FailureKind, after: int = 0) -> list[AnyEvent]:
+    """Attempts that failed in such ways, and one that runs."""
+    kinds = [*failed, None]
+    starts: list[AnyEvent] = [StageStarted(stage="a", attempt=after + number) for number, _ in enumerate(kinds, 1)]
+    fails: list[AnyEvent] = [StageFailed(stage="a", failure=Failure.of("a", kind, "no"), will_retry=True) for kind in failed]
+    return [event for pair in zip(starts, fails, strict=False) for event in pair] + starts[-1:]
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+@pytest.mark.parametrize(
+    ("failed", "is_first"),
+    [
+        ((), (True, True)),
+        ((FailureKind.EXCEPTION,), (False, False)),
+        ((FailureKind.CRASHED,), (False, True)),
+        ((FailureKind.CRASHED, FailureKind.EXCEPTION), (False, False)),
+    ],
+)
+def test_an_attempt_is_the_first_since_its_saga_was_resumed_beside_such_as_died_with_their_processes(
+    failed: tuple[FailureKind, ...], is_first: tuple[bool, bool], is_resumed: bool
+) -> None:
+    before = [*PATHS[StageState.FAILED], HALTED, RUNS_ON] if is_resumed else []
+
+    record = SagaState([STARTED, *before, *attempts_of(*failed, after=len(before) and 1)]).stages["a"]
+
+    assert record.is_first_since_resumed is is_first[is_resumed]
+
+
+def test_a_stage_that_runs_again_has_lost_what_its_fallback_came_to_before() -> None:
+    began = replace(STARTED, policy=ContinueWithFallback(), graph=Graph.of([Node(name="a", role=Role.COMPENSABLE, has_fallback=True)]))
+    failed: list[AnyEvent] = [*PATHS[StageState.FAILED], FallbackFailed(stage="a", failure=FAILURE), HALTED, RUNS_ON]
+
+    before, after = (SagaState([began, *failed, *then]).stages["a"] for then in ([], [StageStarted(stage="a", attempt=2)]))
+
+    assert (before.awaits_fallback, before.fallback_failed) == (True, True)
+    assert (after.awaits_fallback, after.fallback_failed) == (False, False)
+
+
+def test_another_fallback_of_a_stage_serves_though_the_one_before_was_to_be_undone() -> None:
+    used = FallbackUsed(stage="a", output=OUTPUT, source="stage", ran=("s/a",))
+    stuck: list[AnyEvent] = [*PATHS[StageState.FAILED], used, BACK, *PATHS[StageState.STUCK][-2:], SagaEnded(status=SagaStatus.STUCK)]
+    again: list[AnyEvent] = [RUNS_ON, StageStarted(stage="a", attempt=2), StageFailed(stage="a", failure=FAILURE), used]
+
+    before, after = (SagaState([STARTED, *stuck, *then]).stages["a"] for then in ([], again))
+
+    assert (before.fallback_serves, after.fallback_serves) == (False, True)
+
+
+def test_what_is_undone_in_the_end_is_so_as_a_whole() -> None:
+    half = CompensationFailed(stage="a", failure=FAILURE, in_part=True, will_retry=True)
+
+    record = SagaState([STARTED, *DONE, BACK, HALF_UNDONE[0], half, CompensationStarted(stage="a", attempt=2), UNDONE[1]]).stages["a"]
+
+    assert (record.state, record.undone_in_part) == (StageState.UNDONE, False)
+
+
+def test_a_stage_that_skipped_itself_is_still_skipped_when_its_saga_goes_forward_whatever_had_landed_of_it() -> None:
+    skipped = StageSkipped(stage="a", reason="sold out", output=OUTPUT)
+    found = StageProbed(stage="a", landed=True, output=OUTPUT)
+
+    record = SagaState([STARTED, *RETRIED[:2], skipped, found, HALTED, RUNS_ON]).stages["a"]
+
+    assert (record.state, record.landed, record.again) == (StageState.SKIPPED, True, False)
+
+
 def test_what_is_being_undone_when_a_pivot_comes_late_above_it_is_undone_all_the_same() -> None:
     pivot = Node(name="b", role=Role.PIVOT, dependencies=("a",))
     began = replace(STARTED, graph=Graph.of([Node(name="a", role=Role.COMPENSABLE), pivot]))
