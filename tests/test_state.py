@@ -190,7 +190,7 @@ def test_what_stopped_a_saga_first_is_its_cause_whatever_stops_or_turns_it_later
     assert (again.cause, [*again.failures]) == (back.cause, [*back.failures]) == (late, [late, cancelled])
 
 
-def test_a_saga_is_spotless_until_a_stage_fails_or_skips_what_it_has_begun() -> None:
+def test_a_saga_is_spotless_until_it_is_resumed_or_a_stage_fails_or_skips_what_it_has_begun() -> None:
     assert SagaState([STARTED, *PATHS[StageState.KEPT]]).is_spotless is True
     assert SagaState([STARTED, *PATHS[StageState.SKIPPED]]).is_spotless is True
     recorded: list[AnyEvent] = [PATHS[StageState.RUNNING][0], EffectRecorded(stage="a", effect=1), *PATHS[StageState.SKIPPED]]
@@ -198,6 +198,7 @@ def test_a_saga_is_spotless_until_a_stage_fails_or_skips_what_it_has_begun() -> 
     retried: list[AnyEvent] = [StageFailed(stage="a", failure=FAILURE, will_retry=True), StageStarted(stage="a", attempt=2)]
     mended = SagaState([STARTED, PATHS[StageState.RUNNING][0], *retried, StageCompleted(stage="a", output=OUTPUT)])
     assert mended.is_spotless is False
+    assert SagaState([STARTED, *PATHS[StageState.KEPT], RUNS_ON]).is_spotless is False
 
 
 STUCK_IN_DOUBT: list[AnyEvent] = [
@@ -582,6 +583,52 @@ def test_the_key_of_what_was_undone_is_not_used_again_when_the_next_execution_di
     record = SagaState([STARTED, *DONE, BACK, *UNDONE, ended, RUNS_ON, kept_from_running]).stages["a"]
 
     assert (record.execution, record.next_execution) == (1, 2)
+
+
+ENDED = SagaEnded(status=SagaStatus.COMPENSATED)
+
+
+def test_what_was_undone_for_what_it_had_recorded_runs_in_another_execution() -> None:
+    recorded: list[AnyEvent] = [DONE[0], EffectRecorded(stage="a", effect="a seat"), DONE[1]]
+
+    record = SagaState([STARTED, *recorded, BACK, *UNDONE, ENDED, RUNS_ON]).stages["a"]
+
+    assert (record.again, record.next_execution) == (True, 2)
+
+
+def test_what_was_worked_out_from_what_is_gone_still_runs_anew_when_it_did_not_get_its_turn_and_what_stands_between_does_not() -> None:
+    nodes = [Node(name="a", role=Role.COMPENSABLE), Node(name="b", dependencies=("a",))]
+    nodes += [Node(name="c", role=Role.COMPENSABLE, dependencies=("a",)), Node(name="d", dependencies=("c",))]
+    began = replace(STARTED, graph=Graph.of(nodes))
+    done = [event for name in "abcd" for event in of(name, *DONE)]
+    anew: list[AnyEvent] = [StageStarted(stage="a", attempt=1, execution=2), DONE[1], HALTED, RUNS_ON]
+
+    state = SagaState([began, *done, BACK, *UNDONE, ENDED, RUNS_ON, *anew])
+
+    assert {name: record.is_due_anew for name, record in state.stages.items()} == {"a": False, "b": True, "c": False, "d": False}
+
+
+def test_a_stage_that_is_to_run_again_has_failed_until_it_has_and_its_probe_is_not_asked_what_it_has_answered() -> None:
+    answered = StageProbed(stage="a", landed=False)
+
+    state = SagaState([STARTED, *PATHS[StageState.FAILED], answered, HALTED, RUNS_ON])
+
+    assert (state.stages["a"].again, state.stages["a"].failed, state.stages["a"].answer) == (True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("policy", "path", "awaits"),
+    [
+        (FailFast(), [SagaResumed(forward=True, policy=ContinueWithFallback(), by="ann")], True),
+        (ContinueWithFallback(), [SagaResumed(forward=True, policy=FailFast(), by="ann")], True),
+        (FailFast(), [HALTED, SagaResumed(forward=True, policy=ContinueWithFallback(), by="ann")], False),
+    ],
+    ids=["died, and falls back now", "died where it was to fall back", "runs again first"],
+)
+def test_a_stage_that_had_failed_when_its_process_died_awaits_its_fallback(policy: Policy, path: list[AnyEvent], awaits: bool) -> None:
+    began = replace(STARTED, policy=policy, graph=Graph.of([Node(name="a", role=Role.COMPENSABLE, has_fallback=True)]))
+
+    assert SagaState([began, *PATHS[StageState.FAILED], *path]).stages["a"].awaits_fallback is awaits
 
 
 def test_each_execution_has_a_number_of_its_own() -> None:
