@@ -678,6 +678,14 @@ def test_a_stage_that_runs_again_has_lost_what_its_fallback_came_to_before() -> 
     assert (after.awaits_fallback, after.fallback_failed) == (False, False)
 
 
+def test_a_stage_that_fell_with_its_branch_serves_as_any_other_once_it_has_run_again() -> None:
+    fell = StageSkipped(stage="a", reason="a branch fell", output=OUTPUT, with_branch=True)
+
+    record = SagaState([STARTED, fell, SagaEnded(status=SagaStatus.DEGRADED), RUNS_ON, *DONE]).stages["a"]
+
+    assert (record.state, record.with_branch, record.skip_reason) == (StageState.KEPT, False, None)
+
+
 def test_another_fallback_of_a_stage_serves_though_the_one_before_was_to_be_undone() -> None:
     used = FallbackUsed(stage="a", output=OUTPUT, source="stage", ran=("s/a",))
     stuck: list[AnyEvent] = [*PATHS[StageState.FAILED], used, BACK, *PATHS[StageState.STUCK][-2:], SagaEnded(status=SagaStatus.STUCK)]
