@@ -190,7 +190,7 @@ def test_what_stopped_a_saga_first_is_its_cause_whatever_stops_or_turns_it_later
     assert (again.cause, [*again.failures]) == (back.cause, [*back.failures]) == (late, [late, cancelled])
 
 
-def test_a_saga_is_spotless_until_it_is_resumed_or_a_stage_fails_or_skips_what_it_has_begun() -> None:
+def test_a_saga_is_spotless_until_it_is_resumed_or_a_stage_fails_comes_into_question_or_skips_what_it_has_begun() -> None:
     assert SagaState([STARTED, *PATHS[StageState.KEPT]]).is_spotless is True
     assert SagaState([STARTED, *PATHS[StageState.SKIPPED]]).is_spotless is True
     recorded: list[AnyEvent] = [PATHS[StageState.RUNNING][0], EffectRecorded(stage="a", effect=1), *PATHS[StageState.SKIPPED]]
@@ -199,6 +199,8 @@ def test_a_saga_is_spotless_until_it_is_resumed_or_a_stage_fails_or_skips_what_i
     mended = SagaState([STARTED, PATHS[StageState.RUNNING][0], *retried, StageCompleted(stage="a", output=OUTPUT)])
     assert mended.is_spotless is False
     assert SagaState([STARTED, *PATHS[StageState.KEPT], RUNS_ON]).is_spotless is False
+    assert SagaState([STARTED, *PATHS[StageState.KEPT], LATE]).is_spotless is False
+    assert SagaState([STARTED, *PATHS[StageState.KEPT], StageProbed(stage="a", landed=None, failure=FAILURE)]).is_spotless is False
 
 
 STUCK_IN_DOUBT: list[AnyEvent] = [
@@ -898,6 +900,25 @@ def test_a_stage_that_was_half_undone_stays_so_when_another_attempt_gets_nowhere
     record = SagaState([STARTED, *DONE, BACK, HALF_UNDONE[0], half, *nowhere]).stages["a"]
 
     assert (record.state, record.undone_in_part) == (StageState.STUCK, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        (DONE, Failure.of("a", FailureKind.COMPENSATION, "something came late within")),
+        (PATHS[StageState.CANCELLED], Failure.of("a", FailureKind.CANCELLED, "enough")),
+        ([*PATHS[StageState.IN_DOUBT], BACK, *UNDONE], FAILURE),
+    ],
+    ids=["kept", "cancelled", "undone in doubt"],
+)
+def test_what_something_came_late_within_is_in_doubt_and_has_failed_as_it_had_or_because_of_that(
+    path: list[AnyEvent], why: Failure
+) -> None:
+    record = SagaState([STARTED, *path, WITHIN]).stages["a"]
+
+    assert (record.state, record.doubt) == (StageState.IN_DOUBT, True)
+    assert record.failure is not None
+    assert (record.failure.kind, record.failure.message) == (why.kind, why.message)
 
 
 def test_what_came_late_within_does_not_take_the_place_of_what_waits_for_a_person() -> None:
