@@ -992,6 +992,27 @@ def test_what_an_idempotent_stage_says_of_its_own_accord_answers_for_an_attempt_
 
 
 ANSWERED = StageProbed(stage="a", landed=False)
+
+
+@pytest.mark.parametrize(
+    ("before", "landed", "answer"),
+    [
+        (DONE, True, None),
+        ([*PATHS[StageState.FAILED], ANSWERED, COMES_LATE], True, True),
+        ([*PATHS[StageState.FAILED], ANSWERED, COMES_LATE], None, False),
+    ],
+    ids=["never asked", "came late to its answer", "no answer"],
+)
+def test_what_a_probe_tells_of_an_undoing_corrects_what_it_answered_before_and_nothing_else(
+    before: list[AnyEvent], landed: bool | None, answer: bool | None
+) -> None:
+    undoing: list[AnyEvent] = [BACK, UNDONE[0], CompensationFailed(stage="a", failure=FAILURE, will_retry=True)]
+
+    record = SagaState([STARTED, *before, *undoing, StageProbed(stage="a", landed=landed)]).stages["a"]
+
+    assert record.answer is answer
+
+
 UNANSWERED = StageProbed(stage="a", landed=None, failure=Failure.of("a", FailureKind.COMPENSATION, "no line"))
 ON = ContinueWithFallback()
 
