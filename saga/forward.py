@@ -203,7 +203,7 @@ class Forward(Stages, WholeRun):
     async def _answer(self, run: StageRun) -> StageOutput | Failure:
         """What a stage answers to those that depend on it, also when its turn does not come."""
         node = run.node
-        if node.conditional and (skipped := await self._skipped(run)):
+        if node.conditional and self.can_be_left_out(run.name) and (skipped := await self._skipped(run)):
             return skipped
         for dependency in node.dependencies:
             if dependency in self._fallen:

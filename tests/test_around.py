@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from saga import (
     compensable,
 )
 from saga.blueprint import Blueprint
-from saga.events import SagaStarted, StageSkipped, StageStarted
+from saga.events import AnyEvent, SagaStarted, StageCompleted, StageSkipped, StageStarted
 from tests.controlled import elapse, run
 from tests.slow import SlowLedger
 from tests.test_interruption import FailingLedger
@@ -817,6 +818,48 @@ def test_what_an_interceptor_answers_is_not_taken_for_a_stage_in_doubt_that_a_pe
     recorder.answer_for = "b"
 
     report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert set(report.kept) == set(world.standing) == {"a", "b", "c"}
+
+
+class SwitchingOff(Watching):
+    """Has the conditional stages after a skipped."""
+
+    async def after(self, stage_name: str, result: Any, _ctx: PipelineContext) -> None:
+        if stage_name == "a":
+            result.data["skip_reason"] = "switched off"
+
+
+def test_a_condition_that_holds_only_now_skips_no_stage_whose_process_died() -> None:
+    world, pipeline = scene(SEQUENCE)
+    pipeline = replace(pipeline, stages={**pipeline.stages, "b": replace(pipeline.stages["b"], conditional=True)})
+    world.land("a")
+    world.land("b")
+    ledger = MemoryLedger()
+
+    async def play() -> SagaReport:
+        started = SagaStarted(saga_id="s", pipeline="scene", graph=Blueprint.of(pipeline).graph, policy=FailFast())
+        a_ended = StageCompleted(stage="a", output=StageOutput.ok(stage="a"))
+        events: list[AnyEvent] = [started, StageStarted(stage="a", attempt=1), a_ended, StageStarted(stage="b", attempt=1)]
+        token = await ledger.create("s", "gone", events)
+        await ledger.release("s", token)
+        return await SagaCoordinator(ledger=ledger, interceptors=[SwitchingOff()]).resume("s", pipeline)
+
+    report = run(play())
+
+    assert report.status is SagaStatus.STUCK
+    assert set(report.in_doubt) == {"b"}
+    assert set(report.blocked) == {"a"}
+
+
+def test_a_condition_that_holds_only_now_skips_no_stage_that_has_recorded_an_effect() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("raise", lands=True, then=("ok",))}, {"b": "recording"})
+    pipeline = replace(pipeline, stages={**pipeline.stages, "b": replace(pipeline.stages["b"], conditional=True)})
+    ledger = MemoryLedger()
+    assert run(SagaCoordinator(FailFast(on_failure="halt"), ledger=ledger).run(pipeline, saga_id="s")).failed == ("b",)
+
+    report = run(SagaCoordinator(ledger=ledger, interceptors=[SwitchingOff()]).resume("s", pipeline))
 
     assert report.status is SagaStatus.COMPLETED
     assert set(report.kept) == set(world.standing) == {"a", "b", "c"}

@@ -191,7 +191,7 @@ class Around:
                 self._called_off(stages, self._context.cancellation_reason)
             if stages.is_stopping():
                 return None
-            if self._interceptors and not self._is_skipped(turn):
+            if self._interceptors and not self._is_skipped(stages, turn):
                 output = await self._intercepted(stages, turn)
             else:
                 output = _output_of(await self._answer(stages, turn))
@@ -221,9 +221,11 @@ class Around:
         kind = saga.blueprint.stages[turn.name].spec.kind
         await context.run_before_stage_start_hooks(stage_name=turn.name, stage_kind=kind, stage_ctx=told)
 
-    def _is_skipped(self, turn: _Turn) -> bool:
+    def _is_skipped(self, stages: Stages, turn: _Turn) -> bool:
         """Whether its condition skips it, of which stageflow tells no interceptor."""
         if not self._saga.blueprint.stages[turn.name].spec.conditional:
+            return False
+        if turn.given is None and not stages.can_be_left_out(turn.name):
             return False
         try:
             return bool(turn.inputs.get("skip_reason"))
