@@ -43,7 +43,7 @@ from saga.events import (
 from saga.graph import Graph, Node, Role
 from saga.recovery import stage_states
 from saga.recovery.record import Step, Try, undo_step
-from saga.recovery.scope import protected
+from saga.recovery.scope import left_to_undo, protected
 from saga.recovery.state import SagaState
 from tests.test_ledger import BACK, CONTRADICTIONS, FAILURE, HALTED, LATE, OUTPUT, PATHS, RUNS_ON, STARTED, STUCK_WITH_REMAINS
 
@@ -713,6 +713,17 @@ def test_a_stage_that_skipped_itself_is_still_skipped_when_its_saga_goes_forward
     record = SagaState([STARTED, *RETRIED[:2], skipped, found, HALTED, RUNS_ON]).stages["a"]
 
     assert (record.state, record.landed, record.again) == (StageState.SKIPPED, True, False)
+
+
+def test_what_ran_on_a_stage_that_was_skipped_with_recorded_effects_is_undone_with_these() -> None:
+    """Promise 1. Only an earlier version has let a condition skip such a stage; its ledgers say so."""
+    ran: list[AnyEvent] = [StageStarted(stage="a", attempt=1), EffectRecorded(stage="a", effect=1), StageFailed(stage="a", failure=FAILURE)]
+    resumed: list[AnyEvent] = [SagaEnded(status=SagaStatus.HALTED), SagaResumed(forward=True, by="ann")]
+    skipped = StageSkipped(stage="a", reason="switched off", output=StageOutput.skip("switched off"))
+
+    state = SagaState([CHAIN, *ran, *resumed, skipped, *of("b", *DONE)])
+
+    assert set(left_to_undo(state, TurnReason.ORPHANS)) == {"a", "b"}
 
 
 def test_what_is_being_undone_when_a_pivot_comes_late_above_it_is_undone_all_the_same() -> None:
