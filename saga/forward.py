@@ -16,11 +16,12 @@ from saga.live.around import STOPPING, Stages
 from saga.live.attempts import StageRun, WholeRun
 from saga.live.saga import PARENT_STOPS
 from saga.live.scheduling import Schedule
+from saga.log import LOG
 from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
 from saga.quick import members
 from saga.tasks import cut_short_by, end, leave_loop, this_task
-from saga.text import brief, reason_in
+from saga.text import brief, printable, reason_in
 from saga.watch import Crew
 
 if TYPE_CHECKING:
@@ -266,6 +267,9 @@ class Forward(Stages, WholeRun):
         self.stop(failure)
         if self._is_due(stage):
             await self._unless_broken(StageFailed(stage=stage, failure=failure))
+        elif self.cause is not failure:
+            # The stage has ended, and what stopped the saga before is its cause: no event has a place for this one.
+            LOG.warning("saga %s: %s, when the saga had stopped", printable(self._saga.id), printable(str(failure)))
 
     def refuse_unkept(self, name: str) -> None:
         """Stop if the ledger could not keep what a stage gave."""

@@ -106,6 +106,22 @@ def test_an_interceptor_that_refuses_afterwards_has_the_completed_stage_undone()
     assert report.cause.message == "not like this"
 
 
+def test_an_interceptor_that_refuses_what_has_ended_when_the_saga_has_stopped_is_heard(caplog: pytest.LogCaptureFixture) -> None:
+    class Late(SoreLoser):
+        async def after(self, stage_name: str, result: Any, ctx: PipelineContext) -> None:
+            if stage_name == "b":
+                await elapse(2.0)
+            await super().after(stage_name, result, ctx)
+
+    world, pipeline = scene({"a": (), "b": ()}, {"a": Script("raise", before=1.0)})
+
+    report = run(SagaCoordinator(interceptors=[Late()]).run(pipeline, saga_id="s"))
+
+    assert report.failed == ("a",)
+    assert world.undone() == ["b"]
+    assert "saga s: stage 'b' raised: CriticalInterceptorError: not like this, when the saga had stopped" in caplog.text
+
+
 def test_a_hook_that_raises_stops_the_saga() -> None:
     world, pipeline = scene(SEQUENCE)
     context = PipelineContext.create()
