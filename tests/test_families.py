@@ -417,6 +417,9 @@ class Life:
             refused = await self.act(lambda saga: saga.settle("s", path, verdict, "looked"))
         # What the report offers is taken, and nothing else.
         assert refused is (verdict not in may_say), (path, verdict, may_say)
+        if verdict == "kept" and not refused and leaf is None:
+            # It holds for all that is within.
+            self.world.serve(owner, stage, {"/".join(key.split("/")[: owner.count("/") + 2]) for key in stands})
         if refused and leaf is not None:
             assert verdict == "retry"
             await self.settle(path, "undone")
