@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from stageflow.api import StageOutput, StageStatus
@@ -59,6 +60,7 @@ class Forward(Stages, WholeRun):
         self._loop = saga.loop
         self._running: Crew[StageRun] = Crew()
         self._fallen: set[str] = set()
+        self._failures_before = 0
         self._until: float | None = None
         self._broken: Exception | None = None
         saga.stop = self.stop
@@ -100,6 +102,7 @@ class Forward(Stages, WholeRun):
         if self.cause is not None:
             return
         self.cause = cause
+        self._failures_before = len(self._state.failures)
         self._saga.is_stopping, self._saga.stopped_by = True, str(cause)
         end(self.stopped)
         self._schedule.stop(besides)
@@ -125,6 +128,9 @@ class Forward(Stages, WholeRun):
         """Wait for what still runs, and record what stopped the run and what it left open."""
         if self.cause is not None and self.cause not in self._state.failures:
             # A stage's failure is in the ledger already; whoever resumes has to learn of any other cause, too.
+            if len(self._state.failures) > self._failures_before:
+                # A stage has failed in the same turn of the loop: failures come in the order of the ledger, and their times, too.
+                self.cause = self.cause.model_copy(update={"at": datetime.now(UTC)})
             await self._unless_broken(SagaStopped(cause=self.cause))
         if self._running.members:
             await self._drain()

@@ -475,6 +475,25 @@ def test_code_that_runs_after_a_cancel_was_taken_in_may_use_scopes_of_its_own() 
 # -- a ledger that fails meanwhile ----------------------------------------------------------------------------------
 
 
+def test_of_a_stage_whose_time_is_up_when_the_caller_is_cancelled_failures_are_told_in_the_order_of_their_times() -> None:
+    _, pipeline = scene({"b": (), "c": ("b",)}, {"b": Script(after=1.0), "c": Script("hang")})
+    coordinator = SagaCoordinator(FailFast(timeout=10.0))
+
+    async def play() -> SagaReport:
+        running = asyncio.create_task(coordinator.run(pipeline, saga_id="s"))
+        await elapse(11.0)
+        running.cancel()
+        await asyncio.wait({running})
+        return await coordinator.report("s")
+
+    report = run(play())
+
+    assert report.cause is not None
+    assert report.cause.kind is FailureKind.INTERRUPTED
+    assert {failure.kind for failure in report.failures} == {FailureKind.TIMEOUT, FailureKind.INTERRUPTED}
+    assert [failure.at for failure in report.failures] == sorted(failure.at for failure in report.failures)
+
+
 class FailingLedger(MemoryLedger):
     """Fails to record one kind of event, and everything after it."""
 
