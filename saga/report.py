@@ -610,9 +610,10 @@ class NestedSagaFailed(SagaError):
 
 
 def _why(report: SagaReport) -> str:
-    """What is in the way of a child: what could not be undone, else what came late, else what stopped it or all of its branches."""
+    """What is in the way of a child: what could not be undone, else what came late, what stopped it or all its branches, what keeps it."""
     stuck = [failure for failure in report.failures if failure.kind is FailureKind.COMPENSATION and failure.stage in report.stuck]
     stuck = stuck or [failure for failure in report.failures if failure.kind is FailureKind.LATE and failure.stage in report.in_doubt]
     fallen = (report.stages[name].failure for name in report.failed if name not in report.fallbacks)
-    said = stuck[-1] if stuck else report.cause or next(fallen, None)
+    kept = "a pivot or a person keeps what stands of it" if report.past_pivot else None
+    said = stuck[-1] if stuck else report.cause or next(fallen, kept)
     return f": {said}" if said is not None else ""

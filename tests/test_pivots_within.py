@@ -180,6 +180,16 @@ def test_a_stage_that_completed_and_is_half_undone_beyond_the_pivot_of_a_child_i
     assert world.log == ["+sale", "+letter", "-letter", *(["+letter"] if verdict == "retry" else [])]
 
 
+def test_a_compensation_that_meets_the_pivot_of_a_child_says_what_is_in_its_way() -> None:
+    """It had failed because its saga was completed: nobody could guess why that is a failure."""
+    _, coordinator, trip = sale_and_letter(("letter",), "tell")
+
+    stuck = run(coordinator.run(trip, saga_id="s"))
+
+    assert [*stuck.stuck] == ["sell"]
+    assert "failed once: NestedSagaFailed: its saga s/sell is halted: a pivot or a person keeps what stands of it" in str(stuck)
+
+
 def test_a_stage_that_recorded_effects_beside_a_saga_beyond_its_pivot_is_not_called_kept_when_its_compensation_has_failed() -> None:
     """It may have undone these before it met the pivot: the saga halted, and when it was resumed, it went on as if they stood."""
     world, sale = scene({"sale": ()}, kinds={"sale": "pivot"})
