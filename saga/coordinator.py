@@ -47,8 +47,9 @@ class SagaCoordinator:
     Args:
         policy: What happens when something fails, in the sagas that `run` begins; others go on with the one in their ledger.
         ledger: Where sagas are recorded; a new `MemoryLedger` by default.
-        interceptors: stageflow interceptors around every stage. stageflow's default ones are off: they answer for stages
-            that never ran, and retry against the policy.
+        interceptors: stageflow interceptors around every stage, with all its attempts, and not around its compensation; in a saga that
+            is resumed also around those that had completed, which don't run again. stageflow's default ones are off: they answer
+            for stages that never ran, and retry against the policy.
         listeners: Are told of every event that is in the ledger, with the saga's id: `listener(saga_id, event)`. They run in the saga's
             own time, so they have to be quick; what they raise is logged and harms no saga.
 
