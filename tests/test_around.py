@@ -78,6 +78,68 @@ def test_a_stage_that_an_interceptor_answers_for_never_ran_and_is_not_undone(pos
     assert world.standing == {}
 
 
+class Denying(Recorder):
+    """Answers for a stage with an error, as stageflow's authentication and its circuit breaker do."""
+
+    async def before(self, stage_name: str, ctx: PipelineContext) -> InterceptorResult | None:
+        return InterceptorResult(stage_ran=False, error="access denied") if stage_name == self.critical else None
+
+
+def test_a_stage_that_an_interceptor_answers_for_with_an_error_has_failed() -> None:
+    """It was skipped, what depends on it ran, and nobody was told of the error: the goods were shipped, and nothing was paid."""
+    world, pipeline = scene(SEQUENCE)
+
+    report = run(SagaCoordinator(interceptors=[Denying(critical="b")]).run(pipeline))
+
+    assert world.log == ["+a", "-a"]
+    assert report.cause is not None
+    assert (report.cause.stage, report.cause.message) == ("b", "access denied")
+    assert report.stages["b"].state is StageState.FAILED
+    assert report.status is SagaStatus.COMPENSATED
+
+
+def test_a_stage_that_is_to_be_tried_again_is_not_when_an_interceptor_answers_with_an_error() -> None:
+    world, pipeline = scene(SEQUENCE, {"b": Script("hang", lands=True, then=("ok",))})
+    denying = Denying()
+    coordinator = SagaCoordinator(FailFast(timeout=3.0, on_failure="halt"), interceptors=[denying])
+    assert set(run(coordinator.run(pipeline, saga_id="s")).in_doubt) == {"b"}
+    run(coordinator.settle("s", "b", "retry", "it can be sent again"))
+    denying.critical = "b"
+
+    denied = run(coordinator.resume("s", pipeline))
+    denying.critical = ""
+    report = run(coordinator.resume("s", pipeline))
+
+    assert (denied.status, [*denied.in_doubt]) == (SagaStatus.HALTED, ["b"])
+    assert report.status is SagaStatus.COMPLETED
+    assert set(report.kept) == set(world.standing) == {"a", "b", "c"}
+
+
+def test_an_interceptor_that_answers_with_an_error_for_what_had_completed_refuses_nothing_when_the_saga_goes_on() -> None:
+    """What depends on it was given nothing in the place of what it gave."""
+    given: list[Any] = []
+    answers = iter([CardDeclined()])
+
+    async def price(_: StageContext) -> StageOutput:
+        return StageOutput.ok(amount=9)
+
+    async def pay(ctx: StageContext) -> None:
+        for declined in answers:
+            raise declined
+        given.append(ctx.inputs.get_from("price", "amount"))
+
+    pipeline = Pipeline().with_stage("price", price, "work").with_stage("pay", pay, "work", dependencies=("price",))
+    denying = Denying()
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"), interceptors=[denying])
+    run(coordinator.run(pipeline, saga_id="s"))
+    denying.critical = "price"
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.status is SagaStatus.COMPLETED
+    assert given == [9]
+
+
 def test_an_interceptor_that_refuses_a_stage_stops_the_saga() -> None:
     world, pipeline = scene(SEQUENCE)
 

@@ -263,14 +263,15 @@ class Around:
         finally:
             if isinstance(answer, Failure) and answer.exception is not None:
                 begin_with_user(answer.exception)
+        if answer is None and result.error is not None:
+            # An interceptor refuses the stage, which stageflow takes for an output; or one has set a time limit: the stage itself goes on,
+            # and is waited for. What has completed does not run, so there is nothing to refuse.
+            return turn.given if turn.given is not None else RuntimeError(result.error)
         if turn.given is None and turn.waiter is None and not stages.can_be_left_out(turn.name):
             # For what an earlier run has had it do nobody else can answer.
             answer = await self._answer(stages, turn)
         if answer is not None:
             return _output_of(answer)
-        if result.status == "failed":
-            # A time limit that an interceptor has set; the stage itself goes on, and is waited for.
-            return RuntimeError(result.error)
         return StageOutput.ok(_data_of(result))
 
 
