@@ -819,6 +819,20 @@ def test_a_pipeline_that_the_project_does_not_name_is_asked_for(shop: Shop) -> N
     assert other.err == f"saga: expected the pipeline 'order' among [tool.saga] pipelines, got seat. {typed}"
 
 
+def test_whoever_asks_for_a_saga_within_another_without_its_pipeline_is_told_which_one_runs_it(shop: Shop) -> None:
+    """Who then said where it is was refused, and only then told to go on with the other one."""
+    shop.write("pyproject.toml", '[tool.saga]\npipelines = ["shop:family"]\n')
+    shop.saga("run", "shop:family", "--id", "s")
+
+    refused = shop.saga("resume", "s/book")
+
+    assert refused.code == Exit.MISUSE
+    assert refused.err == (
+        "saga: expected the pipeline 'trip' among [tool.saga] pipelines, got family. Go on with saga s, which runs it. "
+        "Where that is done with it, say where 'trip' is: saga resume s/book MODULE:PIPELINE\n"
+    )
+
+
 def test_two_pipelines_of_one_name_are_refused_and_the_same_one_given_twice_is_not(shop: Shop) -> None:
     shop.saga("run", "shop:made", "--id", "s")
     shop.write("other.py", 'from stageflow.api import Pipeline\nseat = Pipeline(name="seat")\n')

@@ -29,10 +29,12 @@ from saga.cli.settings import settings
 from saga.cli.view import Stderr, hanging_up, tell_on
 from saga.coordinator import SagaCoordinator
 from saga.errors import LedgerError, MisuseError, SagaExists, SagaUnrecorded
-from saga.events import SagaStarted, SagaStatus
+from saga.events import SagaStatus
+from saga.family import sagas_above
 from saga.ledger import Ledger, listed
 from saga.policies import Policy
 from saga.recovery.resumption import Decision, resumption, undoing
+from saga.recovery.state import SagaState
 from saga.render.reach import TARGET, Reach, command_for, next_command
 from saga.report import Recovery, SagaReport
 from saga.tasks import this_task
@@ -217,10 +219,12 @@ async def _pipeline_of(ledger: Ledger, saga_id: str, target: str | None, with_ta
     await refuse_unknown(ledger, saga_id)
     if target is not None:
         return load(target)
-    started = (await ledger.read(saga_id))[0]
-    assert isinstance(started, SagaStarted)  # every ledger begins so
-    hint = f"Say where {started.pipeline!r} is: {with_target}"
+    state = SagaState(await ledger.read(saga_id))
+    name = state.started.pipeline
+    above = await sagas_above(ledger, state)
+    say = f"Go on with saga {above[0][0]}, which runs it. Where that is done with it, say" if above else "Say"
+    hint = f"{say} where {name!r} is: {with_target}"
     known = _pipelines(settings().pipelines, hint)
-    if started.pipeline not in known:
-        raise MisuseError(f"the pipeline {started.pipeline!r} among [tool.saga] pipelines", got=", ".join(known), hint=hint)
-    return known[started.pipeline]
+    if name not in known:
+        raise MisuseError(f"the pipeline {name!r} among [tool.saga] pipelines", got=", ".join(known), hint=hint)
+    return known[name]
