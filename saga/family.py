@@ -122,7 +122,7 @@ async def sagas_above(ledger: Ledger, state: SagaState) -> list[tuple[str, str]]
 
 
 async def is_turned_back(ledger: Ledger, above: Sequence[tuple[str, str]], saga_id: str) -> bool:
-    """Whether a saga goes forward no more, whatever its own way: one above goes backward, or its stage has gone on with another execution.
+    """Whether a saga goes forward no more, whatever its own way: one above goes backward, or its stage is done with it.
 
     Args:
         ledger: The ledger.
@@ -144,7 +144,10 @@ def turns_back(state: SagaState, stage: str, child_id: str) -> bool:
     if state.status in {SagaStatus.COMPENSATING, SagaStatus.STUCK} and state.reason is not None:
         return True
     record = state.stages.get(stage)  # a damaged row may name another one
-    return record is not None and execution_of(child_id, state.started.saga_id, stage) != record.execution
+    if record is None:
+        return False
+    is_done_with = record.state in {StageState.KEPT, StageState.FALLBACK}
+    return is_done_with or execution_of(child_id, state.started.saga_id, stage) != record.execution
 
 
 async def is_left_alone(ledger: Ledger, state: SagaState, *, is_undone: bool) -> bool:

@@ -21,6 +21,7 @@ from saga import (
     SagaReport,
     SagaStatus,
     StageState,
+    Verdict,
     compensable,
     nested,
 )
@@ -228,19 +229,20 @@ def test_a_stage_that_was_to_be_tried_again_is_for_a_person_once_the_saga_above_
         await elapse(10)
 
     room = Pipeline(name="room").with_stage("room", compensable(hang, nothing, timeout=1))
-    answers = iter([CardDeclined()])
+    attempts = iter(["first", *fallbacks])
 
     async def book(ctx: Any) -> None:
-        for declined in answers:
-            await ctx.run_saga(room, policy=FailFast(on_failure="halt"))
-            raise declined
+        for attempt in attempts:
+            if attempt == "first":
+                await ctx.run_saga(room, policy=FailFast(on_failure="halt"))
+            raise CardDeclined
 
     trip = Pipeline(name="trip").with_stage("book", book, "work")
-    coordinator = SagaCoordinator(ContinueWithFallback(fallbacks=fallbacks, on_failure="halt"))
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"))
     run(coordinator.run(trip, saga_id="s"))
     run(coordinator.settle("s", "book/room", "retry", "they answer again"))
 
-    report = run(coordinator.resume("s", trip))
+    report = run(coordinator.resume("s", trip, policy=ContinueWithFallback(fallbacks=fallbacks)))
 
     assert report.status is (SagaStatus.DEGRADED if fallbacks else SagaStatus.COMPLETED)
     assert what_to_do(report)[-2:] == [
@@ -309,6 +311,38 @@ def test_a_saga_within_that_is_stuck_and_never_turned_back_undoes_by_itself_what
     is_reached.append(True)
     assert run(coordinator.resume("s/book", child)).status is SagaStatus.COMPENSATED
     assert run(coordinator.report("s")).clean
+    assert (world.standing, world.refusals) == ({}, [])
+
+
+@pytest.mark.parametrize("fallbacks", [{}, {"book": {"instead": True}}])
+def test_no_word_is_taken_that_only_going_forward_could_heed_within_a_stage_that_the_saga_above_is_done_with(
+    fallbacks: dict[str, Any],
+) -> None:
+    """The report said to resume the saga within, which did nothing, and said so again."""
+
+    async def hang(_: SagaContext) -> None:
+        await elapse(10)
+
+    async def book(ctx: Any) -> None:
+        await ctx.run_saga(child, policy=ContinueWithFallback(without_fallback="skip_branch"))
+        if fallbacks:
+            raise CardDeclined
+
+    world, flat = scene({"seat": ()})
+    child = Pipeline(name="child").with_stage("seat", flat.stages["seat"].runner)
+    child = child.with_stage("room", compensable(hang, nothing, timeout=1), dependencies=("seat",))
+    trip = Pipeline(name="trip").with_stage("book", book, "work")
+    coordinator = SagaCoordinator(ContinueWithFallback(fallbacks=fallbacks))
+    run(coordinator.run(trip, saga_id="s"))
+    assert (world.log, run(coordinator.report("s/book")).status) == (["+seat"], SagaStatus.STUCK)
+
+    with pytest.raises(MisuseError, match=r"expected undone or kept, .* got retry\. It has neither a probe nor a compensation that copes"):
+        run(coordinator.settle("s", "book/room", "retry", "they answer again"))
+
+    report = run(coordinator.report("s/book"))
+    assert report.stages["room"].verdicts == (Verdict.UNDONE, Verdict.KEPT)
+    run(coordinator.settle("s", "book/room", "undone", "looked"))
+    assert run(coordinator.resume("s/book", child)).status is SagaStatus.COMPENSATED
     assert (world.standing, world.refusals) == ({}, [])
 
 
