@@ -54,19 +54,24 @@ async def differences_from(ledger: Ledger, state: SagaState, blueprint: Blueprin
     if found or not nested:
         return found
     entries, _ = await listed(ledger, parent=state.started.saga_id)
-    ran = {child.parent_stage for child in entries.values()}
+
+    def is_its_own(child: Entry) -> bool:
+        pipeline = nested.get(stage := str(child.parent_stage))
+        # Of another name it is what a fallback ran, and whoever goes on with it says by which pipeline.
+        return pipeline is not None and (child.pipeline == pipeline.name or not state.graph[stage].has_fallback)
+
+    children = [child for child in entries.values() if is_its_own(child)]
+    ran = {child.parent_stage for child in children}
     found += [
         f"stage {name!r} runs a saga now, and may have had an effect itself before"
         for name in nested
         if name not in ran and _may_have_acted(state.graph[name], state.stages[name], blueprint.graph[name])
     ]
-    for child in entries.values():
-        pipeline = nested.get(stage := str(child.parent_stage))
-        if pipeline is None or child.status is SagaStatus.COMPENSATED:
+    for child in children:
+        if child.status is SagaStatus.COMPENSATED:
             continue
-        if child.pipeline != pipeline.name and state.graph[stage].has_fallback:
-            continue  # that ran it, and whoever goes on with it says by which pipeline
         with suppress(LedgerCorrupt, SagaNotFound):  # whoever goes on with it meets that, or nobody has to
+            pipeline = nested[stage := str(child.parent_stage)]
             inner = SagaState(await events_of(ledger, child.saga_id))
             differences = renamed(inner, pipeline.name) or await differences_from(ledger, inner, Blueprint.of(pipeline))
             found += [f"within stage {stage!r}: {difference}" for difference in differences]

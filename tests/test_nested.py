@@ -295,6 +295,35 @@ def test_a_nested_pipeline_has_not_changed_because_its_fallback_was_running_anot
     assert world.log == ["+bed", "+taxi"]
 
 
+@pytest.mark.parametrize("going_on", ["resume", "compensate"])
+def test_what_its_fallback_ran_answers_for_no_stage_that_may_have_had_an_effect_before_it_was_a_nested_saga(going_on: str) -> None:
+    """The saga was called compensated while what the stage had done stood."""
+    world = World({"a": ()})
+    own = Scripted(world, "a", Script("hang", lands=True))
+    hotel_world, hotel = scene({"room": ()})
+    inn_world, flat = scene({"bed": ()})
+    inn = Pipeline(name="inn", stages=flat.stages)
+
+    async def book_inn(ctx: SagaContext, _: Any) -> None:
+        await ctx.run_saga(inn)
+
+    async def release(ctx: CompensationContext) -> None:
+        for child in await ctx.child_sagas():
+            await ctx.undo_saga(child.saga_id, inn)
+
+    before = Pipeline(name="trip").with_stage("a", compensable(own, own.compensate, fallback=book_inn, timeout=1))
+    after = Pipeline(name="trip").with_stage("a", compensable(nested(hotel), release, fallback=book_inn))
+    coordinator = SagaCoordinator(ContinueWithFallback())
+    run(coordinator.run(before, saga_id="s"))
+    assert (world.log, inn_world.log) == (["+a"], ["+bed"])
+
+    with pytest.raises(GraphChanged) as caught:
+        run(getattr(coordinator, going_on)("s", after))
+
+    assert caught.value.differences == ("stage 'a' runs a saga now, and may have had an effect itself before",)
+    assert (world.log, inn_world.log, hotel_world.log) == (["+a"], ["+bed"], [])
+
+
 def test_a_nested_pipeline_may_have_changed_when_nothing_of_its_saga_stands() -> None:
     coordinator = SagaCoordinator(FailFast(on_failure="halt"))
     _, child = scene({"a": (), "b": ("a",)}, {"b": Script("raise")})
