@@ -171,6 +171,29 @@ def test_a_halted_saga_whose_child_has_halted_asks_nobody_to_say_what_stands() -
     assert world.standing == {"a": 1, "b": 1, "c": 1}
 
 
+def test_a_stage_in_doubt_that_can_neither_be_asked_nor_run_again_is_settled_though_its_saga_has_halted() -> None:
+    """The report said that nothing was to be settled, and to resume the saga, which was refused."""
+    _, child = scene({"room": ()}, {"room": Script("raise")})
+
+    async def book(ctx: SagaContext) -> None:
+        await ctx.run_saga(child, policy=FailFast(on_failure="halt"))
+        await elapse(10)
+
+    trip = Pipeline(name="trip").with_stage("book", compensable(book, nothing, timeout=1))
+    coordinator = SagaCoordinator(FailFast(on_failure="halt"))
+
+    report = run(coordinator.run(trip, saga_id="s"))
+
+    assert [within.status for within in report.stages["book"].children] == [SagaStatus.HALTED]
+    with pytest.raises(MisuseError, match="book in doubt, without a probe and not idempotent"):
+        run(coordinator.resume("s", trip))
+    assert what_to_do(report)[-3:] == [
+        "To do: look at the outside world, put it right by hand, and say so (undone, kept or retry); then go on:",
+        "  saga settle s book undone --note '...'",
+        "  saga resume s",
+    ]
+
+
 def test_beside_a_child_that_has_halted_only_what_is_unclear_is_to_be_settled() -> None:
     _, child = scene(SEQUENCE, {"b": Script("raise")})
     halting = FailFast(on_failure="halt", in_flight="cancel")

@@ -172,9 +172,10 @@ def _resume(report: SagaReport, reach: Reach) -> str:
 def goes_on(path: str, report: SagaReport) -> bool:
     """Whether nobody has to say what became of a stage in doubt.
 
-    Its own saga has halted, and goes on when this one does; or somebody has said to try it again, and it has not been tried since. Neither
-    holds where a saga around it goes backward, and the stage that runs it there can't be tried, or has been in vain; where that waits
-    for a word on what came late; or where the saga around it is done with that stage, and this one is not to be resumed by itself.
+    Its own saga has halted, as its probe has found, and goes on when this one does; or somebody has said to try it again, and it has not
+    been tried since. Neither holds where a saga around it goes backward, and the stage that runs it there can't be tried, or has been in
+    vain; where that waits for a word on what came late; or where the saga around it is done with that stage, and this one is not to be
+    resumed by itself.
     """
     *above, (saga, name) = way = _way(path, report)
     stage = saga.stages[name]
@@ -188,9 +189,10 @@ def goes_on(path: str, report: SagaReport) -> bool:
         return False
     if _is_to_be_tried(name, saga):
         return True
-    if saga.status is not SagaStatus.HALTED or not stage.children:
+    if saga.status is not SagaStatus.HALTED or not any(failure.of_probe for failure in saga.failures_of(name)):
+        # One that nothing can ask runs again in doubt only where it is idempotent, of which no report tells.
         return False
-    return stage.children[-1].status is SagaStatus.HALTED and stage.children[-1].clean
+    return bool(stage.children) and stage.children[-1].status is SagaStatus.HALTED and stage.children[-1].clean
 
 
 def _is_done_with(name: str, saga: SagaReport) -> bool:
