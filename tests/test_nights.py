@@ -29,11 +29,12 @@ NAMES = "abcde"
 DEEDS = ["resume", "forward", "compensate", "recover", "settle", "settle", "settle", "obey", "obey", "mend", "break", "equip", "prune"]
 RIVALS = ["resume", "compensate", "settle", "recover", "run", "prune", "cancel"]
 
-# What a stage may be given meanwhile, or lose. One whose compensation had been begun in doubt goes on to be one that copes with that.
+# What a stage may be given meanwhile, or lose.
 EQUIPPED: Mapping[str, Sequence[str]] = {
     "compensable": ("asked", "sturdy", "fallback"),
     "asked": ("compensable", "sturdy", "fallback"),
     "fallback": ("compensable", "asked", "sturdy"),
+    "sturdy": ("compensable", "asked", "fallback"),
     "pivot": ("asked pivot",),
     "asked pivot": ("pivot",),
 }
