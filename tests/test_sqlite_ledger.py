@@ -1862,6 +1862,37 @@ def test_a_loop_that_never_rests_stands_back_for_what_another_one_waits_for() ->
     assert answer
 
 
+def test_a_loop_rests_once_all_is_answered_in_whatever_order_two_loops_have_handed_it_over() -> None:
+    """Each stood back every few milliseconds for an answer that was there, until somebody asked for something else."""
+    first, is_handed_over = threading.Event(), threading.Event()
+
+    async def ask_and_be_first() -> None:
+        asked = worker.ask(opened())
+        await asyncio.sleep(0)
+        is_handed_over.set()
+        assert await asked
+
+    async def play() -> None:
+        busy = worker.ask(first)
+        await asyncio.sleep(0)
+        asked = worker.ask(opened())
+        other = threading.Thread(target=lambda: asyncio.run(ask_and_be_first()))
+        other.start()
+        assert is_handed_over.wait(60)  # before the end of this loop's turn
+        await asyncio.sleep(0)
+        first.set()
+        assert await busy
+        assert await asked
+        other.join()
+
+        assert worker._answered == worker._newest
+
+        await worker.end()
+
+    worker = workers.Worker("w", Door, wait_for)
+    asyncio.run(play())
+
+
 def test_what_is_handed_over_behind_the_end_is_refused() -> None:
     async def play() -> None:
         worker = workers.Worker("w", Door, wait_for)

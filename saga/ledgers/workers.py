@@ -277,7 +277,8 @@ class Worker(Generic[S]):
 
     def _give(self, jobs: Sequence[_Job], answers: Sequence[Any]) -> None:
         _answer(jobs, answers)
-        self._answered = max(self._answered, jobs[-1].number)
+        # Of two loops the one that asked first may have handed over last.
+        self._answered = max(self._answered, *(job.number for job in jobs))
         self._has_answered.set()
 
     def _take(self) -> list[_Job]:
