@@ -44,6 +44,7 @@ from saga import (
 )
 from saga.events import AnyEvent, StageProbed
 from saga.keeper import SagaKeeper
+from saga.ledgers.sqlite import SQLiteLedger
 from saga.live.around import Around
 from saga.watch import Crew
 from tests.controlled import ControlledLoop, elapse, run
@@ -499,6 +500,27 @@ def test_a_halted_saga_that_is_struck_as_it_has_asked_what_landed_has_not_ended(
     report = run(coordinator.resume("s", pipeline))
     assert report.status is SagaStatus.HALTED
     assert set(report.kept) == set(world.standing) == {"a", "b"}
+
+
+def test_of_a_saga_that_is_struck_as_it_waits_for_its_compensations_nothing_is_recorded_past_what_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it had yet to write was dropped, and a compensation that had begun was recorded: nobody could read the saga any more."""
+    world, pipeline = scene(SEQUENCE, {"c": Script("raise")}, dict.fromkeys(SEQUENCE, "probed"))
+    interrupt_next_call(monkeypatch, Crew, "disband")
+
+    async def main() -> None:
+        async with SQLiteLedger(tmp_path / "sagas.db") as ledger:
+            await SagaCoordinator(ledger=ledger).run(pipeline, saga_id="s")
+
+    async def resume() -> SagaReport:
+        async with SQLiteLedger(tmp_path / "sagas.db") as ledger:
+            return await SagaCoordinator(ledger=ledger).resume("s", pipeline)
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+
+    assert at_peace(world, asyncio.run(resume()))
 
 
 def test_that_many_appends_there_are_to_strike() -> None:

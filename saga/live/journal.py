@@ -213,6 +213,9 @@ class Journal:
         if self._within:
             # What other stages have come to is known, and this ledger may still take it.
             await self._write_late()
+        if self._pending:
+            # What a Ctrl-C leaves running while the saga is let go of may record no more: a ledger that lacks these can't be read then.
+            self.error = self.error or LedgerError(f"saga {self.saga_id} was let go of before it had recorded {named(self._pending)}")
         self.unwritten = (*self.unwritten, *self._pending)
         self._forget_pending()
         return None if self._released else self.token
