@@ -46,6 +46,7 @@ from saga.events import AnyEvent, StageProbed
 from saga.keeper import SagaKeeper
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.live.around import Around
+from saga.live.journal import Journal
 from saga.watch import Crew
 from tests.controlled import ControlledLoop, elapse, run
 from tests.interrupting import interrupt_next_call
@@ -502,12 +503,14 @@ def test_a_halted_saga_that_is_struck_as_it_has_asked_what_landed_has_not_ended(
     assert set(report.kept) == set(world.standing) == {"a", "b"}
 
 
-def test_of_a_saga_that_is_struck_as_it_waits_for_its_compensations_nothing_is_recorded_past_what_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("place", "name"), [(Crew, "disband"), (Journal, "_write")])
+def test_of_a_saga_that_is_struck_as_its_compensations_begin_nothing_is_recorded_past_what_is_not(
+    place: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it had yet to write was dropped, and a compensation that had begun was recorded: nobody could read the saga any more."""
-    world, pipeline = scene(SEQUENCE, {"c": Script("raise")}, dict.fromkeys(SEQUENCE, "probed"))
-    interrupt_next_call(monkeypatch, Crew, "disband")
+    dependencies = {"a": (), "b": (), "c": ("a", "b")}
+    world, pipeline = scene(dependencies, {"c": Script("raise")}, dict.fromkeys(dependencies, "probed"))
+    strike_once(pipeline, "c", "execute", lambda: interrupt_next_call(monkeypatch, place, name))
 
     async def main() -> None:
         async with SQLiteLedger(tmp_path / "sagas.db") as ledger:

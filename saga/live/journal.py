@@ -127,9 +127,6 @@ class Journal:
                 self._turns = turns()
                 self._turns.wait(self._linger)
             return
-        if self._pending:
-            events = (*self._pending, *events)
-            self._forget_pending()
         await self._write(events, release=release)
 
     def _forget_pending(self) -> None:
@@ -151,17 +148,20 @@ class Journal:
         if not self._pending or self.unwritten:
             # Somebody recorded meanwhile, and took them along; or the ledger has failed, and nothing more is written.
             return
-        events = tuple(self._pending)
-        self._forget_pending()
         # Who records next gets the error.
         with contextlib.suppress(LedgerError):
-            await self._write(events, release=False)
+            await self._write((), release=False)
 
     async def _write(self, events: Sequence[AnyEvent], *, release: bool) -> None:
+        """Write these behind those that wait for it."""
         version = self._version
-        # Reserved before the write is awaited: a second record meanwhile goes behind this one.
-        self._version += len(events)
         try:
+            if self._pending:
+                # In here: where a Ctrl-C has these forgotten, nothing is written that comes after them.
+                events = (*self._pending, *events)
+                self._forget_pending()
+            # Reserved before the write is awaited: a second record meanwhile goes behind this one.
+            self._version += len(events)
             if self.token is not None:
                 await self.ledger.append(self.saga_id, events, expected_version=version, token=self.token, release=release)
                 self._released = release
