@@ -128,8 +128,9 @@ class Forward(Stages, WholeRun):
         """Wait for what still runs, and record what stopped the run and what it left open."""
         if self.cause is not None and self.cause not in self._state.failures:
             # A stage's failure is in the ledger already; whoever resumes has to learn of any other cause, too.
-            if len(self._state.failures) > self._failures_before:
-                # A stage has failed in the same turn of the loop: failures come in the order of the ledger, and their times, too.
+            since = list(self._state.failures)[self._failures_before :]
+            if any(failure.kind is not FailureKind.INTERRUPTED for failure in since):
+                # In the same turn of the loop, and not for what stops the saga: they come before it in the ledger, and by their times, too.
                 self.cause = self.cause.model_copy(update={"at": datetime.now(UTC)})
             await self._unless_broken(SagaStopped(cause=self.cause))
         if self._running.members:

@@ -562,7 +562,15 @@ def _oldest_first(state: SagaState, within: Sequence[Sequence[Failure]]) -> tupl
     """The failures of a saga and of those that its stages ran, each saga's as its ledger has them: a clock may be set back."""
     if not (state.failures or within):
         return ()  # as nearly always
-    return tuple(merge(state.failures, *within, key=lambda failure: failure.at))
+    failures = list(state.failures)
+    if state.stop is not None and state.stop in failures:
+        # What has stopped it may be in the ledger behind the stages that were interrupted for that.
+        place = failures.index(state.stop)
+        while place and failures[place - 1].kind is FailureKind.INTERRUPTED and failures[place - 1].at > state.stop.at:
+            place -= 1
+        failures.remove(state.stop)
+        failures.insert(place, state.stop)
+    return tuple(merge(failures, *within, key=lambda failure: failure.at))
 
 
 def _of_children(stages: Iterable[StageReport], exceptions: Mapping[Failure, BaseException]) -> list[list[Failure]]:
