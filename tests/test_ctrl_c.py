@@ -47,6 +47,7 @@ from saga.keeper import SagaKeeper
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.live.around import Around
 from saga.live.journal import Journal
+from saga.live.scheduling import Schedule
 from saga.watch import Crew
 from tests.controlled import ControlledLoop, elapse, run
 from tests.interrupting import interrupt_next_call
@@ -501,6 +502,19 @@ def test_a_halted_saga_that_is_struck_as_it_has_asked_what_landed_has_not_ended(
     report = run(coordinator.resume("s", pipeline))
     assert report.status is SagaStatus.HALTED
     assert set(report.kept) == set(world.standing) == {"a", "b"}
+
+
+def test_a_saga_that_is_struck_as_its_first_stages_are_started_can_be_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, pipeline = scene(SEQUENCE)
+    coordinator = SagaCoordinator()
+    interrupt_next_call(monkeypatch, Schedule, "_inputs_of")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(coordinator.run(pipeline, saga_id="s"))
+
+    assert coordinator._keeper.held.sagas == {}
+    assert run(coordinator.resume("s", pipeline)).status is SagaStatus.COMPLETED
+    assert world.log == ["+a", "+b", "+c"]
 
 
 @pytest.mark.parametrize(("place", "name"), [(Crew, "disband"), (Journal, "_write")])

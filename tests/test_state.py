@@ -1048,3 +1048,16 @@ def test_a_stage_awaits_its_own_fallback_once_it_has_failed_for_good_and_was_ask
     began = replace(STARTED, policy=policy, graph=Graph.of([Node(name="a", role=Role.COMPENSABLE, **offers)]))  # type: ignore[arg-type] # the offers are bools
 
     assert SagaState([began, *path]).stages["a"].awaits_fallback is awaits
+
+
+@pytest.mark.parametrize("fell_back", [False, True])
+def test_what_a_probe_finds_of_a_stage_that_was_begun_to_be_undone_in_doubt_is_what_it_gave(fell_back: bool) -> None:
+    """Not what stood in for it."""
+    cheap = FallbackUsed(stage="a", output=StageOutput.ok(cheap=True), source="stage")
+    died = CompensationFailed(stage="a", failure=LOST, will_retry=True)
+    began: list[AnyEvent] = [*PATHS[StageState.IN_DOUBT], *([cheap] if fell_back else []), BACK, CompensationStarted(stage="a", attempt=1)]
+
+    record = SagaState([STARTED, *began, died, StageProbed(stage="a", landed=True, output=OUTPUT)]).stages["a"]
+
+    assert (record.landed, record.doubt, record.answer) == (True, False, True)
+    assert (record.late_output if fell_back else record.output) == OUTPUT
