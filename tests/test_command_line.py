@@ -31,7 +31,7 @@ from typer.main import get_command
 
 from saga import SagaCoordinator
 from saga.cli import conduct, main
-from saga.cli.aside import let_go
+from saga.cli.aside import aside, let_go
 from saga.cli.commands import app
 from saga.cli.exits import Exit, exit_of_status
 from saga.cli.view import Stderr
@@ -2097,6 +2097,18 @@ theft = seat.with_stage("take_away", TakeAway, dependencies=("reserve_seat",))
     assert done.code == Exit.FAILED
     assert done.out.startswith("s: not recovered, saga s stopped, because its ledger failed: ")
     assert done.out.endswith("When the ledger is back, go on: saga recover shop:theft shop:order --ledger sqlite:///mine.db\n")
+
+
+def test_what_is_printed_aside_goes_to_stderr_where_stdout_was_closed_when_python_began(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its number may be another file's by now."""
+    monkeypatch.setattr(sys, "__stdout__", None)
+
+    with aside():
+        sys.stdout.write("from a stage\n")
+
+    assert capsys.readouterr() == ("", "from a stage\n")
 
 
 def test_a_recovery_is_told_in_json(shop: Shop) -> None:
