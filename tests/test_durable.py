@@ -772,17 +772,19 @@ def test_an_output_comes_back_from_a_durable_ledger_as_what_its_stage_declares(m
     assert undone == [{"booking": booking, "note": "window"}] * 2
 
 
+class SoldOut(CompensableStage):
+    output_model = Receipts
+
+    async def execute(self, ctx: SagaContext) -> StageOutput:
+        return StageOutput.fail("sold out")
+
+    async def compensate(self, ctx: CompensationContext) -> None: ...
+
+
 def test_what_a_fallback_gave_comes_back_as_what_its_stage_declares() -> None:
     seen: list[Any] = []
 
-    class Book(CompensableStage):
-        output_model = Receipts
-
-        async def execute(self, ctx: SagaContext) -> StageOutput:
-            return StageOutput.fail("sold out")
-
-        async def compensate(self, ctx: CompensationContext) -> None: ...
-
+    class Book(SoldOut):
         async def fallback(self, ctx: SagaContext, failure: Failure) -> StageOutput:
             return StageOutput.ok(booking=Booking(seat="by the door", price=0))
 
@@ -802,21 +804,13 @@ def test_what_a_fallback_gave_comes_back_as_what_its_stage_declares() -> None:
 def test_the_fallback_that_a_policy_in_the_ledger_has_comes_back_as_what_its_stage_declares() -> None:
     seen: list[Any] = []
 
-    class Book(CompensableStage):
-        output_model = Receipts
-
-        async def execute(self, ctx: SagaContext) -> StageOutput:
-            return StageOutput.fail("sold out")
-
-        async def compensate(self, ctx: CompensationContext) -> None: ...
-
     async def wake(ctx: Any) -> StageOutput:
         return StageOutput.ok() if ctx.attempt > 1 else StageOutput.fail("not yet")
 
     async def look(ctx: Any) -> None:
         seen.append(ctx.inputs.get_from("book", "booking"))
 
-    pipeline = Pipeline().with_stage("wake", wake, "work").with_stage("book", Book, dependencies=("wake",))
+    pipeline = Pipeline().with_stage("wake", wake, "work").with_stage("book", SoldOut, dependencies=("wake",))
     pipeline = pipeline.with_stage("look", look, "work", dependencies=("book",))
     door = Booking(seat="by the door", price=0)
     policy = ContinueWithFallback(on_failure="halt", fallbacks={"book": {"booking": door}})
@@ -833,19 +827,11 @@ def test_the_fallback_of_a_policy_is_what_its_stage_declares_in_the_process_that
     """Read from a file it is plain, and what used it failed there, until another process went on."""
     seen: list[Any] = []
 
-    class Book(CompensableStage):
-        output_model = Receipts
-
-        async def execute(self, ctx: SagaContext) -> StageOutput:
-            return StageOutput.fail("sold out")
-
-        async def compensate(self, ctx: CompensationContext) -> None: ...
-
     async def look(ctx: Any) -> StageOutput:
         seen.append(ctx.inputs.get_from("book", "booking"))
         return StageOutput.ok() if ctx.attempt > 1 else StageOutput.fail("not yet")
 
-    pipeline = Pipeline().with_stage("book", Book).with_stage("look", look, "work", dependencies=("book",))
+    pipeline = Pipeline().with_stage("book", SoldOut).with_stage("look", look, "work", dependencies=("book",))
     policy = ContinueWithFallback(on_failure="halt", fallbacks={"book": {"booking": {"seat": "by the door", "price": 0}}})
     ledger = Stored()
     run(SagaCoordinator(policy, ledger=ledger).run(pipeline, saga_id="s"))
