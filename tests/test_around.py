@@ -935,12 +935,14 @@ def test_a_condition_that_holds_only_now_skips_no_stage_that_has_recorded_an_eff
     world, pipeline = scene(SEQUENCE, {"b": Script("raise", lands=True, then=("ok",))}, {"b": "recording"})
     pipeline = replace(pipeline, stages={**pipeline.stages, "b": replace(pipeline.stages["b"], conditional=True)})
     ledger = MemoryLedger()
+    recorder = Recorder()
     assert run(SagaCoordinator(FailFast(on_failure="halt"), ledger=ledger).run(pipeline, saga_id="s")).failed == ("b",)
 
-    report = run(SagaCoordinator(ledger=ledger, interceptors=[SwitchingOff()]).resume("s", pipeline))
+    report = run(SagaCoordinator(ledger=ledger, interceptors=[SwitchingOff(), recorder]).resume("s", pipeline))
 
     assert report.status is SagaStatus.COMPLETED
     assert set(report.kept) == set(world.standing) == {"a", "b", "c"}
+    assert ("before", "b") in recorder.seen
 
 
 def test_a_hook_that_an_interceptor_adds_is_called_for_the_stages_that_are_left() -> None:
