@@ -1884,9 +1884,13 @@ def test_a_loop_rests_once_all_is_answered_in_whatever_order_two_loops_have_hand
         assert await busy
         assert await asked
         other.join()
+        # The thread notes after it has answered how far it has come.
+        rest = worker.rest()
+        assert rest.reached.wait(60)
 
         assert worker._answered == worker._newest
 
+        rest.over.set()
         await worker.end()
 
     worker = workers.Worker("w", Door, wait_for)
