@@ -264,10 +264,10 @@ class StageProbed(StageEvent):
 
 @frozen
 class SagaStopped(Event):
-    """Something other than a stage's failure has stopped the saga: no further stage starts.
+    """Something other than a stage's failure has stopped the saga: no further stage starts. Another one behind it would have.
 
     Attributes:
-        cause: The deadline, the caller's cancel, an interceptor's error.
+        cause: The deadline, the caller's cancel, an interceptor's error; a stage's failure, if an interceptor's error comes behind that.
     """
 
     event: Literal["saga_stopped"] = "saga_stopped"

@@ -17,12 +17,11 @@ from saga.live.around import STOPPING, Stages
 from saga.live.attempts import StageRun, WholeRun
 from saga.live.saga import PARENT_STOPS
 from saga.live.scheduling import Schedule
-from saga.log import LOG
 from saga.outputs import copied_output
 from saga.policies import ContinueWithFallback
 from saga.quick import members
 from saga.tasks import cut_short_by, end, leave_loop, this_task
-from saga.text import brief, printable, reason_in
+from saga.text import brief, reason_in
 from saga.watch import Crew
 
 if TYPE_CHECKING:
@@ -128,11 +127,7 @@ class Forward(Stages, WholeRun):
         """Wait for what still runs, and record what stopped the run and what it left open."""
         if self.cause is not None and self.cause not in self._state.failures:
             # A stage's failure is in the ledger already; whoever resumes has to learn of any other cause, too.
-            since = list(self._state.failures)[self._failures_before :]
-            if any(failure.kind is not FailureKind.INTERRUPTED for failure in since):
-                # In the same turn of the loop, and not for what stops the saga: they come before it in the ledger, and by their times, too.
-                self.cause = self.cause.model_copy(update={"at": datetime.now(UTC)})
-            await self._unless_broken(SagaStopped(cause=self.cause))
+            await self._record_stop(self.cause)
         if self._running.members:
             await self._drain()
         if self.cause is None:
@@ -141,6 +136,14 @@ class Forward(Stages, WholeRun):
             if record.state is _S.RUNNING and record.failure is not None:
                 # An earlier process left it open, and it did not get its turn before the saga stopped.
                 await self._unless_broken(StageFailed(stage=name, failure=record.failure, in_doubt=record.doubt))
+
+    async def _record_stop(self, cause: Failure) -> None:
+        known = self._state.failures
+        since = list(known)[self._failures_before :]
+        if cause not in known and any(failure.kind is not FailureKind.INTERRUPTED for failure in since):
+            # In the same turn of the loop, and not for what stops the saga: they come before it in the ledger, and by their times, too.
+            self.cause = cause = cause.model_copy(update={"at": datetime.now(UTC)})
+        await self._unless_broken(SagaStopped(cause=cause))
 
     async def _unless_broken(self, event: SagaStopped | StageFailed) -> None:
         if self._broken is not None:
@@ -270,13 +273,16 @@ class Forward(Stages, WholeRun):
 
     async def refused(self, stage: str, error: BaseException) -> None:
         """Stop because what is around a stage did not let it run, or end, or its condition can't be told."""
+        if self.cause is not None and not self._is_due(stage):
+            # The stage has ended, and what stopped the saga before stays its cause, also for whoever resumes it.
+            if self._state.stop is None:
+                await self._record_stop(self.cause)
+            await self._unless_broken(SagaStopped(cause=Failure.raised(stage, error, attempt=0)))
+            return
         failure = Failure.raised(stage, error, attempt=0)
         self.stop(failure)
         if self._is_due(stage):
             await self._unless_broken(StageFailed(stage=stage, failure=failure))
-        elif self.cause is not failure:
-            # The stage has ended, and what stopped the saga before is its cause: no event has a place for this one.
-            LOG.warning("saga %s: %s, when the saga had stopped", printable(self._saga.id), printable(str(failure)))
 
     def refuse_unkept(self, name: str) -> None:
         """Stop if the ledger could not keep what a stage gave."""

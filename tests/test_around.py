@@ -30,7 +30,9 @@ from saga import (
     compensable,
 )
 from saga.blueprint import Blueprint
-from saga.events import AnyEvent, SagaStarted, StageCompleted, StageSkipped, StageStarted
+from saga.events import AnyEvent, SagaStarted, SagaStopped, StageCompleted, StageSkipped, StageStarted
+from saga.failures import FailureKind
+from saga.recovery.resumption import Direction, recovering
 from tests.controlled import elapse, run
 from tests.slow import SlowLedger
 from tests.test_interruption import FailingLedger
@@ -168,20 +170,41 @@ def test_an_interceptor_that_refuses_afterwards_has_the_completed_stage_undone()
     assert report.cause.message == "not like this"
 
 
-def test_an_interceptor_that_refuses_what_has_ended_when_the_saga_has_stopped_is_heard(caplog: pytest.LogCaptureFixture) -> None:
-    class Late(SoreLoser):
-        async def after(self, stage_name: str, result: Any, ctx: PipelineContext) -> None:
-            if stage_name == "b":
-                await elapse(2.0)
-            await super().after(stage_name, result, ctx)
+class LateLoser(SoreLoser):
+    async def after(self, stage_name: str, result: Any, ctx: PipelineContext) -> None:
+        if stage_name == "b":
+            await elapse(2.0)
+        await super().after(stage_name, result, ctx)
 
-    world, pipeline = scene({"a": (), "b": ()}, {"a": Script("raise", before=1.0)})
 
-    report = run(SagaCoordinator(interceptors=[Late()]).run(pipeline, saga_id="s"))
+@pytest.mark.parametrize("stops", ["a stage", "the deadline"])
+def test_what_an_interceptor_refuses_when_the_saga_has_stopped_is_in_the_report_behind_its_cause(stops: str) -> None:
+    """Promise 9."""
+    by_stage = stops == "a stage"
+    other = {"c": Script("raise", before=1.5)}
+    world, pipeline = scene({"a": (), "b": (), "c": ()}, other | ({"a": Script("raise", before=1.0)} if by_stage else {}))
+    policy = FailFast() if by_stage else FailFast(deadline=1.0)
 
-    assert report.failed == ("a",)
-    assert world.undone() == ["b"]
-    assert "saga s: stage 'b' raised: CriticalInterceptorError: not like this, when the saga had stopped" in caplog.text
+    report = run(SagaCoordinator(policy, interceptors=[LateLoser()]).run(pipeline, saga_id="s"))
+
+    assert report.cause == report.failures[0]
+    assert report.cause.kind is (FailureKind.EXCEPTION if by_stage else FailureKind.TIMEOUT)
+    assert [failure.stage for failure in report.failures[1:]] == ["c", "b"]
+    assert report.failures[-1].message == "not like this"
+    assert report.failed == (("a", "c") if by_stage else ("c",))
+    assert sorted(world.undone()) == (["b"] if by_stage else ["a", "b"])
+
+
+def test_a_crash_behind_such_a_refusal_leaves_the_cause_as_it_was() -> None:
+    ledger = MemoryLedger()
+    _, pipeline = scene({"a": (), "b": ()}, {"a": Script("cancel", before=1.0)})
+    whole = run(SagaCoordinator(ledger=ledger, interceptors=[LateLoser()]).run(pipeline, saga_id="s"))
+    events = list(run(ledger.read("s")))
+    refusal = next(place for place, event in enumerate(events) if isinstance(event, SagaStopped) and event.cause.stage == "b")
+
+    chapter = recovering(events[: refusal + 1], None, by="ann")
+
+    assert (chapter.direction, chapter.stop) == (Direction.CONCLUDE, whole.cause)
 
 
 def test_a_hook_that_raises_stops_the_saga() -> None:

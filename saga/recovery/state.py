@@ -62,7 +62,7 @@ class SagaState:
         policy: What happens when something fails: the one it was started with, or resumed with last.
         status: Where it stands.
         ended_at: When it came to rest; None while it has not.
-        stop: What is known to have stopped it beside the failures of its stages.
+        stop: What is known to have stopped it first, beside the failures of its stages.
         cause: What stopped it first, since it was started or run on; None if nothing did.
         reason: Why it went backward, the last time; None if it never did.
         failures: Every failure of every attempt, in the order of the ledger, each once.
@@ -142,7 +142,7 @@ class SagaState:
         self.graph = event.graph
 
     def _stop(self, event: SagaStopped) -> None:
-        self.stop = event.cause
+        self.stop = self.stop or event.cause
         self.cause = self.cause or event.cause
         self._note(event.cause)
 
