@@ -42,14 +42,19 @@ class Rollback:
     """
 
     def __init__(self, state: SagaState, reason: TurnReason) -> None:
-        self._state = state
+        self._nodes = state.graph.by_name
+        self._records = state.stages
         self._on_failure = state.policy.compensation.on_failure
-        self._scope = undo_scope(state, reason)
         self._spared = spared(state, reason)
-        self._waits = {name: len(self._scope.intersection(state.graph.dependents[name])) for name in self._scope}
+        # For each stage of the scope, how many others of it that depend on it are not clear.
+        self._waits = dict.fromkeys(undo_scope(state, reason), 0)
+        for name in self._waits:
+            for dependency in self._nodes[name].dependencies:
+                if dependency in self._waits:
+                    self._waits[dependency] += 1
         self._open: list[tuple[int, str]] = []
         self.is_stopped = False
-        self._open_or_pass([name for name in state.graph.names if self._waits.get(name) == 0])
+        self._open_or_pass([name for name, count in self._waits.items() if count == 0])
 
     def __len__(self) -> int:
         """How many stages could be taken now."""
@@ -57,7 +62,7 @@ class Rollback:
 
     def step(self, name: str) -> Step:
         """What undoing a stage of the scope comes to next."""
-        return undo_step(self._state.graph[name], self._state.stages[name], spares=name in self._spared)
+        return undo_step(self._nodes[name], self._records[name], spares=name in self._spared)
 
     def take(self) -> str:
         """Take the open stage that started last; only while there is one."""
@@ -76,7 +81,7 @@ class Rollback:
 
     def _goes_past(self, name: str) -> bool:
         # Nothing goes past a pivot that has completed, or may have (promise 10).
-        return self._on_failure == "continue" and not self._state.graph[name].is_point_of_no_return
+        return self._on_failure == "continue" and not self._nodes[name].is_point_of_no_return
 
     def stop(self) -> None:
         """Let no further stage be taken."""
@@ -84,8 +89,8 @@ class Rollback:
 
     def _release(self, name: str) -> list[str]:
         freed = []
-        for dependency in self._state.graph[name].dependencies:
-            if dependency in self._scope:
+        for dependency in self._nodes[name].dependencies:
+            if dependency in self._waits:
                 self._waits[dependency] -= 1
                 if self._waits[dependency] == 0:
                     freed.append(dependency)
@@ -102,7 +107,7 @@ class Rollback:
                     if self._goes_past(name):
                         pending += self._release(name)
                 case _:
-                    heapq.heappush(self._open, (-self._state.stages[name].order, name))
+                    heapq.heappush(self._open, (-self._records[name].order, name))
 
 
 def stage_states(state: SagaState) -> dict[str, StageState]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from saga.events import TurnReason
-from saga.graph import Role
+from saga.graph import Node, Role
 from saga.ledger import StageState
 from saga.policies import ContinueWithFallback
 from saga.quick import members
-from saga.recovery.record import Step, undo_step
+from saga.recovery.record import StageRecord, Step, undo_step
 
 if TYPE_CHECKING:
     from saga.recovery.state import SagaState
@@ -53,28 +53,32 @@ def groundless(state: SagaState) -> set[str]:
     return found
 
 
-def _useless(state: SagaState, reason: TurnReason) -> frozenset[str]:
+def _useless(state: SagaState, reason: TurnReason) -> set[str]:
     """The stages that serve nothing that stays when the saga goes backward for this reason: all of them is undone, their fallbacks, too."""
     if reason is not _REASON.ORPHANS:
-        return frozenset(state.graph.names) - protected(state)
+        return set(state.graph.names) - protected(state)
     # Read off what happened forward, which stays: a stage that is undone or stuck meanwhile is still one of them.
     lost = orphans(state) if isinstance(state.policy, ContinueWithFallback) and state.policy.orphans == "compensate" else frozenset()
-    return lost | (groundless(state) - protected(state))
+    return (groundless(state) - protected(state)) | lost
 
 
-def undo_scope(state: SagaState, reason: TurnReason) -> frozenset[str]:
+def undo_scope(state: SagaState, reason: TurnReason) -> set[str]:
     """The stages that going backward for this reason is about; the others stand and hold nothing up."""
-    records = state.stages.items()
-    asked = set(_useless(state, reason))
-    if reason is _REASON.ORPHANS:
-        asked |= {name for name, record in records if record.failed or record.skip_reason is not None}
-    else:
-        # What a fallback stands in for is no foundation of what followed, so nothing protects its remains; nor does a stage's own point
-        # of no return protect what is within it, where that can be undone all the same, or a person has to say what stands.
-        asked |= {name for name, record in records if record.fell_back or record.past_pivot}
-    # Whatever is known since of what protects it: its undoing may have got through when its process died, so to repeat it is to know.
-    begun = {name for name, record in records if record.state is _S.COMPENSATING and record.undo_in_question}
-    return frozenset((asked - _standing(state)) | begun)
+    scope, begun = _useless(state, reason), []
+    for name, record in state.stages.items():
+        if reason is _REASON.ORPHANS:
+            if record.failed or record.skip_reason is not None:
+                scope.add(name)
+        elif record.fell_back or record.past_pivot:
+            # What a fallback stands in for is no foundation of what followed, so nothing protects its remains; nor does a stage's own
+            # point of no return protect what is within it, where that can be undone all the same, or a person has to say what stands.
+            scope.add(name)
+        if record.undo_in_question and record.state is _S.COMPENSATING:
+            # Whatever is known since of what protects it: its undoing may have got through as its process died, so to repeat it is to know.
+            begun.append(name)
+    scope -= _standing(state)
+    scope.update(begun)
+    return scope
 
 
 def spared(state: SagaState, reason: TurnReason) -> frozenset[str]:
@@ -92,16 +96,21 @@ def left_to_undo(state: SagaState, reason: TurnReason) -> dict[str, Step]:
 
 def _standing(state: SagaState) -> set[str]:
     """What stands for good: by a person's word, or because nobody can undo it and a person can say nothing new of it."""
-    standing, kept = set(), set()
-    for node in state.graph.nodes:
-        record = state.stages[node.name]
-        if record.is_kept_by_word:
-            kept.add(node.name)
-        elif node.role is _ROLE.PIVOT and record.landed:
-            # Behind its fallback it serves nothing, but it has landed.
-            standing.add(node.name)
-        elif record.past_pivot and undo_step(node, record) is _STEP.HOLD and not record.is_in_question:
-            standing.add(node.name)
-    # A word keeps what it is about and all that this stands on, which the remains of a replaced stage are not.
-    below = {name for name in state.graph.with_ancestors(kept) if not state.stages[name].fell_back}
-    return standing | kept | below
+    standing, kept = set(), []
+    pivots = state.graph.points_of_no_return
+    for name, record in state.stages.items():
+        if record.settled is not None and record.is_kept_by_word:
+            kept.append(name)
+        elif (name in pivots or record.past_pivot) and _stands_by_pivot(state.graph[name], record):
+            standing.add(name)
+    if kept:
+        # A word keeps what it is about and all that this stands on, which the remains of a replaced stage are not.
+        standing.update(kept, (name for name in state.graph.with_ancestors(kept) if not state.stages[name].fell_back))
+    return standing
+
+
+def _stands_by_pivot(node: Node, record: StageRecord) -> bool:
+    if node.role is _ROLE.PIVOT and record.landed:
+        # Behind its fallback it serves nothing, but it has landed.
+        return True
+    return record.past_pivot and undo_step(node, record) is _STEP.HOLD and not record.is_in_question
