@@ -25,7 +25,7 @@ from saga.watch import Crew, Employer, Watched
 if TYPE_CHECKING:
     from saga.contexts import CompensationContext
     from saga.live.saga import LiveSaga
-    from saga.policies import Compensation
+    from saga.policies import Compensation, Retry
 
 _S: Final = members(StageState)
 _STEP: Final = members(Step)
@@ -158,7 +158,8 @@ class Backward(Employer):
         stage = worker.stage
         settings = self._saga.blueprint.stages[stage].undone_under(self._settings)
         while True:
-            await self._heed_late(worker)
+            if self._noting is not None or self._amendments.has_late(self._saga.id):
+                await self._heed_late(worker)
             match self._rollback.step(stage):
                 case _STEP.CLEAR:
                     self._rollback.clear(stage)
@@ -203,8 +204,7 @@ class Backward(Employer):
             tries += 1
             attempt = record.undo_attempts + 1
             await self._journal.record(_compensation_started(stage=stage, attempt=attempt))
-            context = self._saga.compensation_context(stage, attempt)
-            failure = await self._attempt(worker, context, settings)
+            failure = await self._attempt(worker, self._saga.compensation_context(stage, attempt), settings)
             if worker.given_up:
                 if failure is None:
                     self._saga.comes_late(CompensationCompleted(stage=stage, late=True))
@@ -213,32 +213,38 @@ class Backward(Employer):
             if failure is None:
                 await self._journal.record(_compensation_completed(stage=stage))
                 return
-            wait = settings.retry.wait_before_next(failure, attempt=tries, elapsed=self._loop.time() - began)
-            error = failure.exception
-            past_pivot = isinstance(error, NestedSagaFailed) and error.past_pivot and not self._is_open_within(stage)
-            if self._expired or past_pivot:
-                wait = None
-            in_part = stage in self._children.undone_within and not (past_pivot and self._is_whole(stage))
-            can_be_asked = self._state.graph[stage].can_probe and not (record.unanswered or past_pivot or in_part)
-            if wait is None and can_be_asked:
-                await self._journal.record(CompensationFailed(stage=stage, failure=failure, will_retry=True))
-                if await self._got_through(stage):
-                    return
-            failed = CompensationFailed(stage=stage, failure=failure, will_retry=wait is not None, past_pivot=past_pivot, in_part=in_part)
-            await self._journal.record(failed)
-            # One that is past its pivot is kept, and no longer to be undone before what a fallback below it stood in for.
-            self._is_overtaken = self._is_overtaken or past_pivot
-            if wait is None:
+            if not await self._tries_again(worker, failure, settings.retry, began, tries):
                 return
-            await self._sleep(wait)
-            if self._expired:
-                if not (can_be_asked and await self._got_through(stage)):
-                    await self._journal.record(CompensationFailed(stage=stage, failure=failure))
-                return
-            await self._heed_late(worker)
-            if self._is_overtaken:
-                self._put_off[stage] = began, tries
-                return
+
+    async def _tries_again(self, worker: _Worker, failure: Failure, retry: Retry, began: float, tries: int) -> bool:
+        """Record that an attempt of the compensation has failed; whether another one follows, for which it is time when this returns."""
+        stage, record = worker.stage, self._state.stages[worker.stage]
+        wait = retry.wait_before_next(failure, attempt=tries, elapsed=self._loop.time() - began)
+        error = failure.exception
+        past_pivot = isinstance(error, NestedSagaFailed) and error.past_pivot and not self._is_open_within(stage)
+        if self._expired or past_pivot:
+            wait = None
+        in_part = stage in self._children.undone_within and not (past_pivot and self._is_whole(stage))
+        can_be_asked = self._state.graph[stage].can_probe and not (record.unanswered or past_pivot or in_part)
+        if wait is None and can_be_asked:
+            await self._journal.record(CompensationFailed(stage=stage, failure=failure, will_retry=True))
+            if await self._got_through(stage):
+                return False
+        failed = CompensationFailed(stage=stage, failure=failure, will_retry=wait is not None, past_pivot=past_pivot, in_part=in_part)
+        await self._journal.record(failed)
+        # One that is past its pivot is kept, and no longer to be undone before what a fallback below it stood in for.
+        self._is_overtaken = self._is_overtaken or past_pivot
+        if wait is None:
+            return False
+        await self._sleep(wait)
+        if self._expired:
+            if not (can_be_asked and await self._got_through(stage)):
+                await self._journal.record(CompensationFailed(stage=stage, failure=failure))
+            return False
+        await self._heed_late(worker)
+        if self._is_overtaken:
+            self._put_off[stage] = began, tries
+        return not self._is_overtaken
 
     async def _got_through(self, stage: str) -> bool:
         """Ask whether a compensation that failed has undone its stage all the same: that is not to be called stuck, or kept after it."""
@@ -247,35 +253,41 @@ class Backward(Employer):
 
     async def _attempt(self, worker: _Worker, context: CompensationContext, settings: Compensation) -> Failure | None:
         worker.begin(settings.timeout, self._saga.policy.cancel_grace)
+        failure = None
         try:
             returned = await self._saga.actions.compensate(context)
         except BaseException as raised:
             if closes(raised, worker.task):
                 raise
             # A compensation's failure is data.
-            self._saga.heed_signal(raised)
-            error = raised
-            was_cancelled = await worker.absorb()
-            if worker.reason is not None:
-                instead = instead_of_cancel(raised)
-                error = TimeoutError(f"no answer within {settings.timeout:g} s{raised_instead(instead)}")
-                error.__cause__ = instead
-            elif was_cancelled and isinstance(raised, asyncio.CancelledError):
-                error = InterruptedError("its task was cancelled from outside")
-            failure = Failure.raised(worker.stage, error, attempt=context.attempt, kind=FailureKind.COMPENSATION)
+            failure = await self._told(worker, context.attempt, settings, raised)
             worker.raised = raised
-            await self._end(worker)
+        if left := self._children.left_on_their_way_back(worker.stage):
+            # In the time that the code has itself.
+            await outlast(left)
+        worker.end()
+        if worker.task.cancelling():
+            # A cancel that it did not heed was the compensation's, and strikes nothing that comes after it.
+            await worker.absorb()
+        if failure is not None:
             worker.raised = None
             return failure
-        await self._end(worker)
-        return _refusal(worker.stage, context.attempt, returned) or await self._left_within(worker.stage, context.attempt)
+        failure = _refusal(worker.stage, context.attempt, returned)
+        # Where no stage has run a saga, nothing within one stands.
+        return await self._left_within(worker.stage, context.attempt) if failure is None and self._children.has_any else failure
 
-    async def _end(self, worker: _Worker) -> None:
-        """Wait for what the code has left on its way back, in the time that the code has itself."""
-        await self._children.undoing_ended(worker.stage)
-        worker.end()
-        # A cancel that it did not heed was the compensation's, and strikes nothing that comes after it.
-        await worker.absorb()
+    async def _told(self, worker: _Worker, attempt: int, settings: Compensation, raised: BaseException) -> Failure:
+        """What a compensation has raised, in words."""
+        self._saga.heed_signal(raised)
+        error = raised
+        was_cancelled = await worker.absorb()
+        if worker.reason is not None:
+            instead = instead_of_cancel(raised)
+            error = TimeoutError(f"no answer within {settings.timeout:g} s{raised_instead(instead)}")
+            error.__cause__ = instead
+        elif was_cancelled and isinstance(raised, asyncio.CancelledError):
+            error = InterruptedError("its task was cancelled from outside")
+        return Failure.raised(worker.stage, error, attempt=attempt, kind=FailureKind.COMPENSATION)
 
     def _is_open_within(self, stage: str) -> bool:
         """Whether a person has to act within, so that not only a point of no return is in the way, whatever the compensation says."""

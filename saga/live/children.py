@@ -11,7 +11,6 @@ from saga.errors import LedgerConflict, LedgerCorrupt, LedgerError, SagaNotFound
 from saga.family import children_of, children_of_execution
 from saga.graph import Role
 from saga.keys import child_id, execution_key
-from saga.tasks import outlast
 from saga.within import has_left, reports_of
 
 if TYPE_CHECKING:
@@ -85,9 +84,9 @@ class Children:
             self._being_undone[stage].discard(rests)
             rests.set_result(None)
 
-    async def undoing_ended(self, stage: str) -> None:
-        """Wait for those that a stage's compensation has left on their way back: asyncio.gather raises what the first comes to."""
-        await outlast(tuple(self._being_undone.get(stage, ())))
+    def left_on_their_way_back(self, stage: str) -> tuple[asyncio.Future[None], ...]:
+        """What is done when those are that a stage's compensation has left being undone: asyncio.gather raises what the first comes to."""
+        return tuple(self._being_undone.get(stage, ()))
 
     @contextmanager
     def heeding(self, stage: str) -> Iterator[None]:
