@@ -134,7 +134,17 @@ class Backward(Employer):
 
     async def _work(self, worker: _Worker) -> bool:
         """Undo a stage, and go on with the next one in another task, on which nothing was left; whether there is one."""
-        await self._undo(worker)
+        stage = worker.stage
+        while not worker.given_up:
+            if self._noting is not None or self._amendments.has_late(self._saga.id):
+                await self._heed_late(worker)
+            step = self._next_step(stage)
+            if step is None:
+                break
+            if step is _STEP.PROBE:
+                await ask(self._saga, stage)
+            else:
+                await self._compensate(worker)
         if self._until is not None and self._loop.time() >= self._until:
             # The timer strikes two turns of the loop after code that never awaited.
             self._expire()
@@ -148,33 +158,21 @@ class Backward(Employer):
         self._put_to_work()
         return True
 
+    def _next_step(self, stage: str) -> Step | None:
+        """What is to be done to undo a stage; None: nothing, as it is clear from here on, or held, or what came late goes before."""
+        step = self._rollback.step(stage)
+        if step is _STEP.CLEAR:
+            self._rollback.clear(stage)
+        elif step is _STEP.HOLD:
+            self._rollback.hold(stage)
+        elif not self._is_overtaken:
+            return step
+        return None
+
     def breaks(self, error: Exception, /) -> None:
         """Start no further compensation."""
         self._broken = self._broken or error
         self._rollback.stop()
-
-    async def _undo(self, worker: _Worker) -> None:
-        """Bring one stage as far as it goes: until nothing of it stands, or it is known to stand."""
-        stage = worker.stage
-        settings = self._saga.blueprint.stages[stage].undone_under(self._settings)
-        while True:
-            if self._noting is not None or self._amendments.has_late(self._saga.id):
-                await self._heed_late(worker)
-            match self._rollback.step(stage):
-                case _STEP.CLEAR:
-                    self._rollback.clear(stage)
-                    return
-                case _STEP.HOLD:
-                    self._rollback.hold(stage)
-                    return
-                case _ if self._is_overtaken:
-                    return
-                case _STEP.PROBE:
-                    await ask(self._saga, stage)
-                case _:
-                    await self._compensate(worker, settings)
-                    if worker.given_up:
-                        return
 
     async def _heed_late(self, worker: _Worker) -> None:
         while self._noting is not None:
@@ -196,9 +194,10 @@ class Backward(Employer):
         finally:
             self._noting = None
 
-    async def _compensate(self, worker: _Worker, settings: Compensation) -> None:
+    async def _compensate(self, worker: _Worker) -> None:
         """Attempt the compensation as often as its retry allows; then it is undone or stuck."""
         stage, record = worker.stage, self._state.stages[worker.stage]
+        settings = self._saga.blueprint.stages[stage].undone_under(self._settings)
         began, tries = self._put_off.pop(stage, (self._loop.time(), 0))
         while True:
             tries += 1
