@@ -187,7 +187,10 @@ class LiveSaga(UndoHost):
         """What a compensation or a probe of the stage gets to know."""
         state = self.journal.state
         record = state.stages[stage]
-        before = state.graph[stage].dependencies
+        inputs = Inputs()
+        for name in state.graph[stage].dependencies:
+            if (output := state.stages[name].output) is not None:
+                inputs[name] = copied_output(output)
         key = self.forward_key(stage)
         # Whoever recognises a repeated request to undo would answer that it was carried out, which was before there was anything to undo.
         again = f"~{record.undone_too_soon + 1}" if record.undone_too_soon else ""
@@ -202,7 +205,7 @@ class LiveSaga(UndoHost):
             attempt=attempt,
             idempotency_key=f"{key}/undo{again}",
             forward_key=key,
-            inputs=Inputs({name: copied_output(output) for name in before if (output := state.stages[name].output) is not None}),
+            inputs=inputs,
             snapshot=self.snapshot,
             _host=self,
         )
