@@ -271,13 +271,13 @@ def undo_step(node: Node, record: StageRecord, *, spares: bool = False) -> Step:
             return _STEP.PROBE
         # Its process may have died in its midst, and what goes on with it copes with doubt no more.
         return _STEP.HOLD if record.doubt and not node.undo_in_doubt else _STEP.COMPENSATE
-    if record.has_late_question or record.state is _S.STUCK:
+    if record.state is _S.STUCK or (record.held is not None and record.has_late_question):
         return _STEP.HOLD
     fallback_stands = bool(record.fallback_ran) and not spares
     if record.state is _S.UNDONE and not fallback_stands:
         return _STEP.CLEAR
-    unsure = record.doubt or (record.state is _S.FAILED and record.attempts > record.never_ran)
-    if unsure and node.can_probe and record.answer is None and not record.unanswered:
+    may_ask = node.can_probe and record.answer is None and not record.unanswered
+    if may_ask and (record.doubt or (record.state is _S.FAILED and record.attempts > record.never_ran)):
         return _STEP.PROBE
     if record.past_pivot:
         # Its compensation undoes what may be, where it is made for not knowing; from there on nothing can be done about it.
