@@ -191,7 +191,7 @@ class LiveSaga(UndoHost):
         for name in state.graph[stage].dependencies:
             if (output := state.stages[name].output) is not None:
                 inputs[name] = copied_output(output)
-        key = self.forward_key(stage)
+        key = execution_key(self.id, stage, record.execution)
         # Whoever recognises a repeated request to undo would answer that it was carried out, which was before there was anything to undo.
         again = f"~{record.undone_too_soon + 1}" if record.undone_too_soon else ""
         given = record.late_output or (None if record.fell_back else record.output)
@@ -199,7 +199,7 @@ class LiveSaga(UndoHost):
             saga_id=self.id,
             stage_name=stage,
             output=copied_output(given) if record.landed and given is not None else None,
-            effects=tuple(map(copied, record.effects or ())),
+            effects=tuple(map(copied, record.effects)) if record.effects else (),
             in_doubt=record.doubt,
             cause=state.cause,
             attempt=attempt,
