@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from saga.contexts import CompensationContext
     from saga.live.saga import LiveSaga
     from saga.policies import Compensation, Retry
+    from saga.recovery.record import StageRecord
 
 _S: Final = members(StageState)
 _STEP: Final = members(Step)
@@ -90,18 +91,17 @@ class Backward(Employer):
         finally:
             if timer is not None:
                 timer.cancel()
-        await self._leave_what_is_held_back()
-
-    async def _leave_what_is_held_back(self) -> None:
-        """Call stuck what came late in the midst of its undoing has put off for good."""
         for stage, record in self._state.stages.items():
-            if record.state is not _S.COMPENSATING:
-                continue
-            if undo_step(self._state.graph[stage], record) is _STEP.PROBE:
-                await ask(self._saga, stage)
             if record.state is _S.COMPENSATING:
-                assert record.undo_failure is not None  # it waits for another attempt
-                await self._journal.record(CompensationFailed(stage=stage, failure=record.undo_failure))
+                await self._leave_held_back(stage, record)
+
+    async def _leave_held_back(self, stage: str, record: StageRecord) -> None:
+        """Call stuck what came late in the midst of its undoing has put off for good."""
+        if undo_step(self._state.graph[stage], record) is _STEP.PROBE:
+            await ask(self._saga, stage)
+        if record.state is _S.COMPENSATING:
+            assert record.undo_failure is not None  # it waits for another attempt
+            await self._journal.record(CompensationFailed(stage=stage, failure=record.undo_failure))
 
     async def _undo_what_is_open(self) -> bool:
         """Undo all that the plan has open; whether something has come late meanwhile, so that there may be more."""

@@ -107,6 +107,8 @@ class Course:
         if state.is_spotless:
             return
         askable = [node.name for node in state.graph.nodes if node.can_probe and undo_step(node, state.stages[node.name]) is _STEP.PROBE]
+        if not askable:
+            return
         asking = [start(ask(self._saga, name)) for name in askable]
         await outlast(asking)
         # All of them are looked at: asyncio complains of an exception that nobody looked at.
