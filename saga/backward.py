@@ -118,15 +118,13 @@ class Backward(Employer):
 
     def _put_to_work(self) -> None:
         """Have as many workers as there are open stages, within the limit; a worker that ends its stage takes the next."""
-        limit = self._settings.max_concurrency
-        for _ in range(self._open()):
-            if limit is not None and len(self._workers.members) >= limit:
-                return
-            self._employ(_Worker(self._rollback.take(), self))
+        limit, employed = self._settings.max_concurrency, self._workers.members
+        while (limit is None or len(employed) < limit) and (stage := self._take()) is not None:
+            self._employ(_Worker(stage, self))
 
-    def _open(self) -> int:
-        """How many stages may be taken now; none of a plan that what came late has overtaken."""
-        return 0 if self._is_overtaken else len(self._rollback)
+    def _take(self) -> str | None:
+        """Take an open stage; None: there is none, or what came late has overtaken the plan."""
+        return None if self._is_overtaken else self._rollback.take()
 
     def _employ(self, worker: _Worker) -> None:
         # It is employed where another one has ended: in its context, what that one bound would be bound for this one.
@@ -151,9 +149,10 @@ class Backward(Employer):
         if worker.given_up:
             # What follows from that goes on, and it is not dismissed before.
             return True
-        if not self._open():
+        following = self._take()
+        if following is None:
             return False
-        worker.stage = self._rollback.take()
+        worker.stage = following
         self._employ(worker)
         self._put_to_work()
         return True

@@ -192,8 +192,7 @@ def _undo(state: SagaState, reason: TurnReason, cause: Failure | None) -> tuple[
     """Undo what can be undone, all that is open at once."""
     state.apply(SagaTurnedBack(reason=reason, cause=cause))
     rollback, waves = Rollback(state, reason), []
-    while len(rollback):
-        wave = tuple(rollback.take() for _ in range(len(rollback)))
+    while wave := tuple(iter(rollback.take, None)):
         for name in wave:
             state.apply(CompensationStarted(stage=name, attempt=1))
             state.apply(CompensationCompleted(stage=name))

@@ -64,9 +64,9 @@ class Rollback:
         """What undoing a stage of the scope comes to next."""
         return undo_step(self._nodes[name], self._records[name], spares=name in self._spared)
 
-    def take(self) -> str:
-        """Take the open stage that started last; only while there is one."""
-        return heapq.heappop(self._open)[1]
+    def take(self) -> str | None:
+        """Take the open stage that started last; None: there is none to be taken."""
+        return heapq.heappop(self._open)[1] if self._open and not self.is_stopped else None
 
     def clear(self, name: str) -> None:
         """Nothing of this stage stands any more: what waited for it alone opens."""
