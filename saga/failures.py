@@ -85,7 +85,7 @@ class Failure(BaseModel):
         cls, stage: str | None, error: BaseException, *, attempt: int, kind: FailureKind = FailureKind.EXCEPTION, of_probe: bool = False
     ) -> Self:
         """Note a failure that an exception tells of, with its traceback, which begins with the user's code from here on."""
-        begin_with_user(error)
+        trace = begin_with_user(error)
         return cls(
             stage=stage,
             kind=kind,
@@ -93,7 +93,7 @@ class Failure(BaseModel):
             message=brief(said(error)) or type(error).__name__,
             attempt=attempt,
             at=datetime.now(UTC),
-            traceback=_traced(error),
+            traceback=_traced(error, trace),
             of_probe=of_probe,
             exception=error,
         )
@@ -127,11 +127,13 @@ class Failure(BaseModel):
         return f"{who} {'could not be asked' if self.of_probe else _SAID[self.kind]}{in_its_words(self)}"
 
 
-def begin_with_user(error: BaseException) -> None:
-    """Have its traceback begin with the user's code."""
+def begin_with_user(error: BaseException) -> TracebackType | None:
+    """Have its traceback begin with the user's code; gives that."""
     # Our own frames hold the saga, which holds the failure: what refers to each other waits for Python's garbage collector.
     # Not by an assignment, which the class has a say in: a frozen dataclass refuses every one.
-    BaseException.with_traceback(error, _by_user(error.__traceback__))
+    trace = _by_user(error.__traceback__)
+    BaseException.with_traceback(error, trace)
+    return trace
 
 
 def in_its_words(failure: Failure) -> str:
@@ -147,16 +149,35 @@ def raised_instead(error: BaseException | None) -> str:
     return "" if error is None else f"; then it raised {type(error).__name__}: {said(error)}"
 
 
-def _traced(error: BaseException) -> str:
+def _traced(error: BaseException, trace: TracebackType | None = None) -> str:
     try:
-        return brief(written(_formatted(error)))
+        trace = trace or _by_user(error.__traceback__)
+        return brief(written(_plainly(error, trace) or _formatted(error, trace)))
     except Exception as failed:  # noqa: BLE001 - whatever the user's attributes raise; Python looks for notes, for example
         return f"<no traceback: {qualified(type(failed))} while it was formatted>"
 
 
-def _formatted(error: BaseException) -> str:
+_TOLD_MORE_OF: Final = (SyntaxError, NameError, AttributeError, ImportError, BaseExceptionGroup)
+"""What Python tells more of than where it was raised, its type and its words: the place in a text, what was meant, its members."""
+
+
+def _plainly(error: BaseException, trace: TracebackType | None) -> str | None:
+    """The traceback of an exception alone, as nearly always; None where there may be more to tell."""
+    follows = error.__cause__ is not None or (error.__context__ is not None and not error.__suppress_context__)
+    if trace is None or follows or isinstance(error, _TOLD_MORE_OF):
+        return None
+    try:
+        has_notes, words = getattr(error, "__notes__", None) is not None, str(error)
+    except Exception:  # noqa: BLE001 - Python has something to say of most that the user's code raises here
+        return None
+    if has_notes:
+        return None
+    kind = qualified(type(error)).removeprefix("__main__.")
+    return "".join(["Traceback (most recent call last):\n", *_stack(trace).words, f"{kind}: {words}\n" if words else f"{kind}\n"])
+
+
+def _formatted(error: BaseException, trace: TracebackType | None) -> str:
     # Python looks into the frames for what an unknown name may have meant; of all else the stack is put in below.
-    trace = _by_user(error.__traceback__)
     whole = TracebackException(type(error), error, trace if isinstance(error, NameError) else None, compact=True)
     whole.stack = _stack(trace)
     parts = [whole]
@@ -166,9 +187,6 @@ def _formatted(error: BaseException) -> str:
             # For the marks under each line Python would parse the source, all in all longer than a saga takes to be undone.
             frame.colno = None
         parts += [inner for inner in (part.__cause__, part.__context__, *(part.exceptions or ())) if inner is not None]
-    if whole.__cause__ is None and whole.__context__ is None and whole.exceptions is None and whole.stack:
-        # As nearly always; and Python would indent each line by nothing.
-        return "".join(["Traceback (most recent call last):\n", *whole.stack.format(), *whole.format_exception_only()])
     return "".join(whole.format())
 
 
@@ -184,21 +202,23 @@ class _Stack(StackSummary):
 
 
 _MOST_STACKS: Final = 256
-_STACKS: Final[dict[tuple[tuple[int, int], ...], _Stack]] = {}
+_STACKS: Final[dict[tuple[int, ...], _Stack]] = {}
 """Those of the last failures. What fails often fails in the same places, and to find the words takes an eighth of a rollback."""
 
 
-def _stack(trace: TracebackType | None) -> StackSummary:
-    frames = list(walk_tb(trace))
-    codes = [frame.f_code for frame, _ in frames]
-    places = tuple([(id(frame.f_code), line) for frame, line in frames])
-    known = _STACKS.get(places)
+def _stack(trace: TracebackType | None) -> _Stack:
+    places: list[int] = []
+    inner = trace
+    while inner is not None:
+        places += (id(inner.tb_frame.f_code), inner.tb_lineno)
+        inner = inner.tb_next
+    known = _STACKS.get(tuple(places))
     if known is None:
         if len(_STACKS) >= _MOST_STACKS:
             _STACKS.clear()
-        known = _Stack(StackSummary.extract(iter(frames)))
-        known.codes, known.words = codes, StackSummary.format(known)
-        _STACKS[places] = known  # whole: the loop of another thread may fail in the same places
+        known = _Stack(StackSummary.extract(walk_tb(trace)))
+        known.codes, known.words = [frame.f_code for frame, _ in walk_tb(trace)], StackSummary.format(known)
+        _STACKS[tuple(places)] = known  # whole: the loop of another thread may fail in the same places
     return known
 
 

@@ -124,6 +124,11 @@ def test_a_failure_says_who_in_what_way_and_with_which_words() -> None:
     assert raised != "raised"
 
 
+def without_marks(told: str) -> list[str]:
+    """The lines of a traceback but those that point at a part of the line above."""
+    return [line for line in told.splitlines() if not line.strip(" |") or line.strip(" |^~")]
+
+
 def test_a_traceback_tells_of_every_cause_and_member_all_but_the_marks_under_the_lines() -> None:
     try:
         try:
@@ -133,12 +138,88 @@ def test_a_traceback_tells_of_every_cause_and_member_all_but_the_marks_under_the
             raise ExceptionGroup("both", [declined, CardDeclined("limit")]) from declined
     except ExceptionGroup as error:
         failure = Failure.raised("pay", error, attempt=1)
-        whole = "".join(format_exception(error)).splitlines()
+        whole = "".join(format_exception(error))
 
-    marks = [line for line in whole if line.strip(" |") and not line.strip(" |^~")]
-    assert marks
-    assert failure.traceback is not None
-    assert failure.traceback.splitlines() == [line for line in whole if line not in marks]
+    assert str(failure.traceback).splitlines() == without_marks(whole) != whole.splitlines()
+
+
+class OddlyNoted(CardDeclined):
+    __notes__ = 7  # type: ignore[assignment] # that is the test
+
+
+class OfAScript(CardDeclined):
+    __module__ = "__main__"
+
+
+class Muttering(CardDeclined):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+def noted(*notes: str) -> CardDeclined:
+    declined = CardDeclined("limit")
+    for note in notes:
+        declined.add_note(note)
+    return declined
+
+
+def after(error: BaseException, *, cause: BaseException | None = None, context: BaseException | None = None) -> BaseException:
+    error.__cause__, error.__context__, error.__suppress_context__ = cause, context, cause is not None
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CardDeclined("limit"),
+        CardDeclined(),
+        CardDeclined("limit\nof the card"),
+        CardDeclined("limit", "\ud800", "\u00e9"),
+        OfAScript("limit"),
+        Muttering(),
+        OddlyNoted("limit"),
+        noted("at the desk"),
+        noted("at the\ndesk", ""),
+        KeyError("card"),
+        KeyboardInterrupt(),
+        OSError(2, "no such file", "card.txt"),
+        SyntaxError("invalid syntax", ("shop.py", 3, 5, "    if card", None, None)),
+        AttributeError("no such attribute", name="arg", obj=ValueError()),
+        ImportError("cannot import name", name="shop"),
+        ExceptionGroup("both", [CardDeclined("limit"), noted("at the desk")]),
+        after(CardDeclined("limit"), cause=KeyError("card")),
+        after(CardDeclined("limit"), context=KeyError("card")),
+        after(CardDeclined("limit"), cause=KeyError("card"), context=KeyError("other")),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("depth", [0, 20])
+def test_a_traceback_tells_what_python_would_tell(error: BaseException, depth: int) -> None:
+    def fails(left: int) -> None:
+        if left:
+            fails(left - 1)
+        raise error.with_traceback(None)
+
+    with pytest.raises(type(error)) as raised:
+        fails(depth)
+    whole = "".join(format_exception(raised.value)).encode("utf-8", "backslashreplace").decode()
+    failures = [Failure.raised("pay", error, attempt=1), Failure.of("pay", FailureKind.TIMEOUT, "too late", instead=error)]
+
+    assert [without_marks(str(failure.traceback)) for failure in failures] == [without_marks(whole)] * 2
+
+
+def test_a_traceback_tells_nothing_of_what_was_being_handled_if_that_is_told_not_to() -> None:
+    try:
+        try:
+            raise KeyError("card")
+        except KeyError:
+            raise CardDeclined("limit") from None
+    except CardDeclined as error:
+        failure = Failure.raised("pay", error, attempt=1)
+        whole = "".join(format_exception(error))
+
+    assert str(failure.traceback).splitlines() == without_marks(whole)
+    assert "KeyError" not in whole
 
 
 def unlike_any_other(depth: int) -> Failure:
