@@ -8,7 +8,7 @@ containers to the garbage collector, and cost a third of a saga's time. pydantic
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, fields, replace
+from dataclasses import field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cache, partial
@@ -16,11 +16,11 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import AwareDatetime, ConfigDict, Discriminator, TypeAdapter
 
-from saga.failures import Failure, FailureKind
+from saga.failures import Failure, FailureKind, without_exception
 from saga.graph import Graph
 from saga.outputs import STRICT, Output, Plain, copied, copied_output
 from saga.policies import Policy
-from saga.quick import frozen
+from saga.quick import changer, frozen
 
 T = TypeVar("T")
 
@@ -420,16 +420,12 @@ def at_rest(event: AnyEvent) -> AnyEvent:
     if failure is None or failure.exception is None:
         return event
     kind: Any = type(event)  # mypy takes a class for unhashable
-    parts = {part: getattr(event, part) for part in _parts(kind)}
-    parts[field_name] = failure.model_copy(update={"exception": None})
-    at_rest: AnyEvent = kind(**parts)
-    return at_rest
+    rested: AnyEvent = _changer(kind, field_name)(event, without_exception(failure))
+    return rested
 
 
-@cache
-def _parts(kind: Any) -> tuple[str, ...]:
-    # dataclasses.replace looks at each field's definition anew, which takes longer than to make the event.
-    return tuple(part.name for part in fields(kind))
+# dataclasses.replace looks at each field's definition anew, which takes longer than to make the event.
+_changer: Final = cache(changer)
 
 
 # Made when they are first used: a ledger in memory needs neither, and the reader takes a tenth of the time that importing saga takes.

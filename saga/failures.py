@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from traceback import StackSummary, TracebackException, walk_tb
 from types import CodeType, FrameType, TracebackType
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -53,6 +53,9 @@ class Failure(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    # Room for itself without the exception, made once: a ledger in memory keeps the cause of a saga in two events.
+    __slots__ = ("_stripped",)
+    _stripped: ClassVar[Failure]  # not a field, and none of pydantic's private attributes, which every failure would be made with
 
     stage: str | None
     kind: FailureKind
@@ -125,6 +128,16 @@ class Failure(BaseModel):
         """Say who failed, in what way and with which words."""
         who = f"stage {self.stage!r}" if self.stage is not None else "the saga"
         return f"{who} {'could not be asked' if self.of_probe else _SAID[self.kind]}{in_its_words(self)}"
+
+
+def without_exception(failure: Failure) -> Failure:
+    """The failure as it is stored: the same one whenever it is asked for."""
+    try:
+        return failure._stripped  # noqa: SLF001 - of this file
+    except AttributeError:
+        stripped = failure.model_copy(update={"exception": None})
+    object.__setattr__(failure, "_stripped", stripped)
+    return stripped
 
 
 def begin_with_user(error: BaseException) -> TracebackType | None:

@@ -8,6 +8,7 @@ attributes that it lacks, and whoever reads a member pays for it, fifty times wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
 from functools import update_wrapper
@@ -51,6 +52,21 @@ def make({", ".join(_parameters(each, known))}):
 """
     exec(source, known)  # noqa: S102 - as below
     return cast("type[T]", known["make"])
+
+
+def changer(kind: type[T], part: str) -> Callable[[T, Any], T]:
+    """What makes a copy of an instance of a class that is `frozen`, in which this part is another."""
+    known: dict[str, Any] = {"_made": kind, "_unfrozen": unfrozen(kind), "_new": object.__new__}
+    values = {one.name: "other" if one.name == part else f"of.{one.name}" for one in fields(cast("Any", kind))}
+    source = f"""
+def change(of, other):
+    self = _new(_unfrozen)
+    {"; ".join(f"self.{name} = {value}" for name, value in values.items())}
+    self.__class__ = _made
+    return self
+"""
+    exec(source, known)  # noqa: S102 - as below
+    return cast("Callable[[T, Any], T]", known["change"])
 
 
 def unfrozen(kind: type[T]) -> type[T]:

@@ -27,7 +27,7 @@ from saga import (
     compensable,
 )
 from saga.backward import Backward
-from saga.events import Event
+from saga.events import Event, SagaTurnedBack, StageFailed
 from saga.forward import Forward
 from saga.live.journal import Journal
 from saga.live.saga import LiveSaga
@@ -227,6 +227,19 @@ def test_a_ledger_in_memory_is_bounded_by_what_it_keeps() -> None:
     run(all_at_once(coordinator, Bookings().pipeline(), 500))
 
     assert len(run(coordinator.ledger.list())) == 100
+
+
+def test_a_ledger_in_memory_keeps_what_a_saga_failed_with_once() -> None:
+    async def fails(*_: Any) -> None:
+        raise ConnectionError("no line")
+
+    ledger = MemoryLedger()
+    run(SagaCoordinator(ledger=ledger).run(Pipeline(name="p").with_stage("a", fails, "work"), saga_id="s"))
+
+    _, _, failed, turned, _ = run(ledger.read("s"))
+    assert isinstance(failed, StageFailed)
+    assert isinstance(turned, SagaTurnedBack)
+    assert failed.failure is turned.cause
 
 
 class Connection:

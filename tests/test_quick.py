@@ -12,7 +12,7 @@ import pytest
 
 from saga.events import SagaStarted, StageCompleted, StageStarted
 from saga.ledger import StageState
-from saga.quick import frozen, maker, members
+from saga.quick import changer, frozen, maker, members
 from saga.report import StageReport
 
 
@@ -61,6 +61,18 @@ def test_a_maker_refuses_what_is_missing_or_unknown() -> None:
         maker(Parcel)()  # type: ignore[call-arg] # what the test is about
     with pytest.raises(TypeError, match="colour"):
         maker(Parcel)(weight=1, colour="red")  # type: ignore[call-arg] # as above
+
+
+def test_a_changer_makes_a_copy_in_which_one_part_is_another() -> None:
+    parcel = Tracked(weight=2.5, marks=["fragile"], insured=True, number="N1")
+
+    changed = changer(Tracked, "number")(parcel, "N2")
+
+    assert type(changed) is Tracked
+    assert changed == replace(parcel, number="N2")
+    assert parcel.number == "N1"
+    with pytest.raises(FrozenInstanceError):
+        changed.number = "N3"  # type: ignore[misc] # what the test is about
 
 
 def test_it_is_frozen_once_it_has_been_made() -> None:

@@ -42,6 +42,7 @@ from saga.events import (
     StageSkipped,
     Verdict,
 )
+from saga.failures import without_exception
 from saga.graph import Graph, Node, Role
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.policies import Policy
@@ -220,6 +221,16 @@ def test_a_traceback_tells_nothing_of_what_was_being_handled_if_that_is_told_not
 
     assert str(failure.traceback).splitlines() == without_marks(whole)
     assert "KeyError" not in whole
+
+
+def test_a_failure_is_stored_as_it_is_when_it_was_copied_from_one_that_is_stored() -> None:
+    failure = Failure.raised("pay", CardDeclined("limit"), attempt=1)
+    stored = without_exception(failure)
+
+    elsewhere = without_exception(failure.model_copy(update={"stage": "book_hotel/pay"}))
+
+    assert (stored, stored.exception) == (failure, None)
+    assert (elsewhere.stage, elsewhere.exception) == ("book_hotel/pay", None)
 
 
 def unlike_any_other(depth: int) -> Failure:
