@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import heapq
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from typing import Final
 
 from saga.events import SagaStatus, TurnReason, Verdict
@@ -18,7 +17,7 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.ledger import StageState
 from saga.policies import ContinueWithFallback
-from saga.quick import members
+from saga.quick import frozen, members
 from saga.recovery.record import StageRecord, Step, undo_step
 from saga.recovery.scope import left_to_undo, orphans, protected, spared, undo_scope
 from saga.recovery.state import SagaState
@@ -26,6 +25,7 @@ from saga.recovery.state import SagaState
 _S: Final = members(StageState)
 _ROLE: Final = members(Role)
 _STEP: Final = members(Step)
+_KIND: Final = members(FailureKind)
 
 
 class Rollback:
@@ -156,7 +156,7 @@ def _asked_anew(record: StageRecord) -> StageRecord:
     return asked
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Move:
     """What follows when the forward run has ended.
 
@@ -179,7 +179,7 @@ def stopping(state: SagaState) -> Iterator[tuple[str, Failure]]:
         failure = record.failure
         if failure is None or record.again or not record.attempts_failed or record.state not in {_S.FAILED, _S.IN_DOUBT}:
             continue
-        if failure.kind is not FailureKind.INTERRUPTED:
+        if failure.kind is not _KIND.INTERRUPTED:
             yield name, failure
 
 
@@ -197,17 +197,18 @@ def conclude(state: SagaState, stop: Failure | None) -> Move:
     """
     if stop is None and state.is_spotless:
         return Move()
-    failed = unabsorbed(state)
-    if stop is None or (stop.kind is FailureKind.CANCELLED and failed is not None and failed.kind is not FailureKind.CRASHED):
+    if stop is None or stop.kind is _KIND.CANCELLED:
         # A CANCEL asks to keep what was done; a stage that fails while the others drain outweighs it, and a process that dies does not.
-        stop = failed
+        failed = unabsorbed(state)
+        if stop is None or (failed is not None and failed.kind is not _KIND.CRASHED):
+            stop = failed
     if stop is None:
         return Move(turn=TurnReason.ORPHANS) if len(Rollback(state, TurnReason.ORPHANS)) else Move()
-    if stop.kind is FailureKind.CANCELLED:
+    if stop.kind is _KIND.CANCELLED:
         if state.policy.on_cancel == "keep":
             return Move(cause=stop, status=SagaStatus.CANCELLED)
         return Move(turn=TurnReason.CANCEL, cause=stop)
-    if stop.kind is FailureKind.INTERRUPTED and stop.stage is None:
+    if stop.kind is _KIND.INTERRUPTED and stop.stage is None:
         if state.policy.on_interrupt == "halt":
             return Move(cause=stop, status=SagaStatus.HALTED)
         return Move(turn=TurnReason.INTERRUPT, cause=stop)
