@@ -54,8 +54,8 @@ class Failure(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
     # Room for itself without the exception, made once: a ledger in memory keeps the cause of a saga in two events.
-    __slots__ = ("_stripped",)
-    _stripped: ClassVar[Failure]  # not a field, and none of pydantic's private attributes, which every failure would be made with
+    __slots__ = ("_stored_as",)
+    _stored_as: ClassVar[Failure]  # not a field, and none of pydantic's private attributes, which every failure would be made with
 
     stage: str | None
     kind: FailureKind
@@ -89,7 +89,7 @@ class Failure(BaseModel):
     ) -> Self:
         """Note a failure that an exception tells of, with its traceback, which begins with the user's code from here on."""
         trace = begin_with_user(error)
-        return cls(
+        stored = cls(
             stage=stage,
             kind=kind,
             type=qualified(type(error)),
@@ -98,8 +98,10 @@ class Failure(BaseModel):
             at=datetime.now(UTC),
             traceback=_traced(error, trace),
             of_probe=of_probe,
-            exception=error,
         )
+        made = stored._but(error)
+        object.__setattr__(made, "_stored_as", stored)
+        return made
 
     def __eq__(self, other: object) -> bool:
         """Compare what is stored: a failure read back from JSON equals the one that was written."""
@@ -115,11 +117,17 @@ class Failure(BaseModel):
         Not every exception can be made again from what it pickles, and where one can't, the pool of processes to which it is sent breaks or
         waits for ever.
         """
-        return BaseModel.__getstate__(self.model_copy(update={"exception": None}))
+        return BaseModel.__getstate__(without_exception(self))
 
     def __deepcopy__(self, _: Any = None) -> Self:
         """Itself: nothing in it changes, and many exceptions can't be copied."""
         return self
+
+    def _but(self, exception: BaseException | None) -> Self:
+        """The same failure, but with this exception; pydantic's own copy would not share what never changes."""
+        made = self.__class__.__new__(self.__class__)
+        made.__setstate__({**BaseModel.__getstate__(self), "__dict__": {**self.__dict__, "exception": exception}})
+        return made
 
     def _stored(self) -> tuple[object, ...]:
         return tuple(getattr(self, field) for field in Failure.model_fields if field != "exception")
@@ -131,13 +139,13 @@ class Failure(BaseModel):
 
 
 def without_exception(failure: Failure) -> Failure:
-    """The failure as it is stored: the same one whenever it is asked for."""
+    """The failure as it is stored."""
+    if failure.exception is None:
+        return failure
     try:
-        return failure._stripped  # noqa: SLF001 - of this file
-    except AttributeError:
-        stripped = failure.model_copy(update={"exception": None})
-    object.__setattr__(failure, "_stripped", stripped)
-    return stripped
+        return failure._stored_as  # noqa: SLF001 - of this file
+    except AttributeError:  # it was copied from another one
+        return failure._but(None)  # noqa: SLF001 - as above
 
 
 def begin_with_user(error: BaseException) -> TracebackType | None:
