@@ -10,7 +10,7 @@ from stageflow.api import StageOutput, StageStatus
 
 from saga.errors import LedgerError
 from saga.events import SagaStopped, StageFailed, StageSkipped
-from saga.failures import Failure, FailureKind
+from saga.failures import Failure, FailureKind, without_exception
 from saga.graph import Role
 from saga.ledger import StageState
 from saga.live.around import STOPPING, Stages
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _S: Final = members(StageState)
 _STATUS: Final = members(StageStatus)
+_KIND: Final = members(FailureKind)
 _ENDED_WELL: Final = frozenset({_S.KEPT, _S.FALLBACK, _S.SKIPPED})
 
 
@@ -102,7 +103,8 @@ class Forward(Stages, WholeRun):
             return
         self.cause = cause
         self._failures_before = len(self._state.failures)
-        self._saga.is_stopping, self._saga.stopped_by = True, str(cause)
+        # Not with its exception, whose frames hold the saga.
+        self._saga.is_stopping, self._saga.stopped_by = True, without_exception(cause)
         end(self.stopped)
         self._schedule.stop(besides)
         for child in self._saga.children.alive:
@@ -297,7 +299,7 @@ class Forward(Stages, WholeRun):
     async def _absorb(self, run: StageRun, failure: Failure) -> StageOutput | Failure:
         """Put something in the place of a failed stage's output, or stop the saga."""
         policy = self._policy
-        if failure.kind is FailureKind.CANCELLED:
+        if failure.kind is _KIND.CANCELLED:
             self.stop(failure, besides=run.name)
             return StageOutput.cancel(failure.message)
         if isinstance(policy, ContinueWithFallback) and self.cause is None and failure.kind is not FailureKind.INTERRUPTED:

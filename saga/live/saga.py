@@ -68,7 +68,7 @@ class LiveSaga(UndoHost):
         children: The sagas that its stages run.
         stop: Stops its forward run; None when it has none.
         is_stopping: Whether its forward run starts nothing more.
-        stopped_by: What has stopped that, in words; None if nothing has.
+        stopped_by: What has stopped that; None if nothing has.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class LiveSaga(UndoHost):
         self.children: Final = Children(journal)
         self.stop: Callable[[Failure], None] | None = None
         self.is_stopping = False
-        self.stopped_by: str | None = None
+        self.stopped_by: Failure | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._recordings: Final[dict[str, list[Coroutine[Any, Any, None]]]] = {}
 
@@ -138,7 +138,7 @@ class LiveSaga(UndoHost):
 
     def why_cancelled(self) -> str | None:
         """Why it is to; None if it is not."""
-        return self.stopped_by or self.cancellation()
+        return self.cancellation() if self.stopped_by is None else str(self.stopped_by)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run something in a task that is kept until it ends."""
