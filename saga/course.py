@@ -12,7 +12,7 @@ from saga.forward import Forward
 from saga.ledger import StageState
 from saga.live.asking import ask
 from saga.log import LOG
-from saga.quick import members
+from saga.quick import maker, members
 from saga.recovery import conclude, final_status, status_of_cancelled
 from saga.recovery.record import Step, undo_step
 from saga.recovery.resumption import Chapter, Direction
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from saga.live.saga import LiveSaga
 
 _STEP: Final = members(Step)
+_saga_turned_back: Final = maker(SagaTurnedBack)
 
 
 class Course:
@@ -79,7 +80,7 @@ class Course:
         await self._note_cut_off()
         move = conclude(state, stop)
         if move.turn is not None:
-            await saga.journal.record(SagaTurnedBack(reason=move.turn, cause=move.cause))
+            await saga.journal.record(_saga_turned_back(reason=move.turn, cause=move.cause))
             await self._back(move.turn)
             return
         await self._ask_the_rest()

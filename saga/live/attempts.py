@@ -36,11 +36,15 @@ if TYPE_CHECKING:
 
 _S: Final = members(StageState)
 _STATUS: Final = members(StageStatus)
+_KIND: Final = members(FailureKind)
 _saga_context: Final = maker(SagaContext)
 _stage_started: Final = maker(StageStarted)
 _stage_completed: Final = maker(StageCompleted)
+_stage_failed: Final = maker(StageFailed)
 _SAID_NOTHING: Final = frozenset({FailureKind.EXCEPTION, FailureKind.REPORTED, FailureKind.CONTRACT})
 """Of an attempt that failed so it is taken that it had no effect, and nobody has asked."""
+_CUT_SHORT: Final = frozenset({FailureKind.TIMEOUT, FailureKind.INTERRUPTED})
+"""Of an attempt that failed so nobody knows whether it had its effect."""
 
 
 class WholeRun(Employer, Protocol):
@@ -153,19 +157,19 @@ class StageRun(Watched):
             failure, error = outcome.failure, outcome.failure.exception
             left_within = await saga.children.left_within(name)
             # A plain stage has declared no effect, so there is nothing to be in doubt about.
-            in_doubt = failure.kind in {FailureKind.TIMEOUT, FailureKind.INTERRUPTED} and node.role is not Role.PLAIN
+            in_doubt = failure.kind in _CUT_SHORT and node.role is not Role.PLAIN
             asked = outcome.output is not None and outcome.output.status is _STATUS.RETRY
             wait = self._retry.wait_before_next(failure, attempt=record.attempts_since, elapsed=saga.loop.time() - began, asked=asked)
             if self.employer.stopped.done():
                 wait = None
             output = None if outcome.output is None else copied_output(outcome.output)
             await saga.journal.record(
-                StageFailed(
+                _stage_failed(
                     stage=name,
                     failure=failure,
                     in_doubt=in_doubt,
                     will_retry=wait is not None,
-                    past_pivot=node.is_point_of_no_return and isinstance(error, NestedSagaFailed) and error.past_pivot,
+                    past_pivot=isinstance(error, NestedSagaFailed) and error.past_pivot and node.is_point_of_no_return,
                     left_within=left_within,
                     output=output,
                 )
@@ -237,10 +241,10 @@ class StageRun(Watched):
         name, attempt = self.name, self.record.attempts
         self._saga.heed_signal(error)
         was_cancelled = await self.absorb()
-        if self.reason is FailureKind.TIMEOUT:
+        if self.reason is _KIND.TIMEOUT:
             why = f"no answer within {seconds:g} s"
             return Outcome(failure=Failure.of(name, FailureKind.TIMEOUT, why, attempt=attempt, instead=instead_of_cancel(error)))
-        if self.reason is FailureKind.INTERRUPTED or (was_cancelled and isinstance(error, asyncio.CancelledError)):
+        if self.reason is _KIND.INTERRUPTED or (was_cancelled and isinstance(error, asyncio.CancelledError)):
             why = "it was cancelled because the saga stopped" if self.employer.stopped.done() else "its task was cancelled from outside"
             return Outcome(failure=Failure.of(name, FailureKind.INTERRUPTED, why, attempt=attempt, instead=instead_of_cancel(error)))
         if isinstance(error, StageCancellationRequested):

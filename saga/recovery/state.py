@@ -45,6 +45,7 @@ from saga.recovery.scope import spared, undo_scope
 _S: Final = members(StageState)
 _STATUS: Final = members(SagaStatus)
 _ROLE: Final = members(Role)
+_KIND: Final = members(FailureKind)
 _ANSWERS: Final = frozenset({FailureKind.REPORTED, FailureKind.CANCELLED})
 """What a stage says of its own accord when it has had no effect."""
 _BEGINNINGS: Final = TRANSITIONS[StageState.NOT_RUN]
@@ -347,7 +348,7 @@ class SagaState:
         # A retry that is called off repeats the failure that it was meant to mend.
         self._note(event.failure)
         record.failure = event.failure
-        if record.tries and record.tries[-1].is_open and event.failure.kind is FailureKind.INTERRUPTED and not event.in_doubt:
+        if record.tries and record.tries[-1].is_open and event.failure.kind is _KIND.INTERRUPTED and not event.in_doubt:
             # Interrupted while its code ran it is in doubt, unless it is plain, and of that nobody asks.
             record.never_ran += 1
         record.tries = ended(record.tries, event.at, event.failure.kind)
