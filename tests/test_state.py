@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from itertools import product
 
 import pytest
 from stageflow.api import StageOutput
@@ -42,7 +43,7 @@ from saga.events import (
 )
 from saga.graph import Graph, Node, Role
 from saga.recovery import stage_states
-from saga.recovery.record import Step, Try, undo_step
+from saga.recovery.record import StageRecord, Step, Try, undo_step
 from saga.recovery.scope import left_to_undo, protected
 from saga.recovery.state import SagaState
 from tests.test_ledger import BACK, CONTRADICTIONS, FAILURE, HALTED, LATE, OUTPUT, PATHS, RUNS_ON, STARTED, STUCK_WITH_REMAINS
@@ -724,6 +725,19 @@ def test_what_ran_on_a_stage_that_was_skipped_with_recorded_effects_is_undone_wi
     state = SagaState([CHAIN, *ran, *resumed, skipped, *of("b", *DONE)])
 
     assert set(left_to_undo(state, TurnReason.ORPHANS)) == {"a", "b"}
+
+
+def test_where_nothing_is_to_be_undone_nothing_is_either_when_the_sagas_of_a_fallback_are_spared() -> None:
+    """So of a stage that is clear nobody needs to know what is spared."""
+    flags = list(product((False, True), repeat=7))
+    for state, role, (doubt, landed, past_pivot, fell_back, probes, holds_pivot, left) in product(StageState, Role, flags):
+        record = StageRecord(
+            state=state, attempts=1, doubt=doubt, landed=landed, past_pivot=past_pivot, fell_back=fell_back, stands_in_part=left
+        )
+        record.fallback_ran = ("s/a",)
+        node = Node(name="a", role=role, can_probe=probes, holds_pivot=holds_pivot)
+
+        assert undo_step(node, record) is not Step.CLEAR or undo_step(node, record, spares=True) is Step.CLEAR
 
 
 def test_what_is_being_undone_when_a_pivot_comes_late_above_it_is_undone_all_the_same() -> None:

@@ -119,9 +119,9 @@ def stage_states(state: SagaState) -> dict[str, StageState]:
     states = {}
     for name, record in state.stages.items():
         shown = record.state
-        if record.is_in_question:
+        if record.doubt and record.is_in_question:
             shown = _S.STUCK if shown is _S.STUCK else _S.IN_DOUBT
-        elif name in blocked:
+        elif name in blocked and shown is not _S.STUCK:
             shown = _S.BLOCKED
         elif record.fell_back and shown is _S.UNDONE:
             shown = _S.FALLBACK
@@ -234,9 +234,12 @@ def final_status(state: SagaState) -> SagaStatus:
         return SagaStatus.COMPLETED
     is_forward = state.reason is None or state.reason is TurnReason.ORPHANS
     unsettled = (is_forward and _has_doubt(state)) or (state.reason is not None and left_to_undo(state, state.reason))
-    # What is stuck may have left the scope: what came late, or a person's word, has given a use to what it was to be undone for.
-    if unsettled or any(record.state is _S.STUCK or record.has_late_question for record in state.stages.values()):
+    if unsettled:
         return SagaStatus.STUCK
+    for record in state.stages.values():
+        # It may have left the scope: what came late, or a person's word, has given a use to what it was to be undone for.
+        if record.state is _S.STUCK or (record.held is not None and record.has_late_question):
+            return SagaStatus.STUCK
     if not is_forward:
         return SagaStatus.HALTED if protected(state) else SagaStatus.COMPENSATED
     if not any(record.with_branch or record.failed for record in state.stages.values()):

@@ -23,8 +23,11 @@ _STEP: Final = members(Step)
 def protected(state: SagaState) -> frozenset[str]:
     """What is never compensated: completed pivots, what a person said is to be kept, and everything that they depend on (promise 10)."""
     pivots = state.graph.points_of_no_return
-    records = state.stages.items()
-    stays = [name for name, record in records if record.past_pivot or (record.landed and (name in pivots or record.is_kept_by_word))]
+    stays = [
+        name
+        for name, record in state.stages.items()
+        if record.past_pivot or (record.landed and (name in pivots or (record.settled is not None and record.is_kept_by_word)))
+    ]
     return state.graph.with_ancestors(stays)
 
 
@@ -89,8 +92,13 @@ def spared(state: SagaState, reason: TurnReason) -> frozenset[str]:
 
 def left_to_undo(state: SagaState, reason: TurnReason) -> dict[str, Step]:
     """The stages of the scope of which something stands, or may stand, and what undoing them comes to next."""
-    stays = spared(state, reason)
-    steps = {name: undo_step(state.graph[name], state.stages[name], spares=name in stays) for name in undo_scope(state, reason)}
+    records = state.stages
+    unclear = [node for node in state.graph.nodes if undo_step(node, records[node.name]) is not _STEP.CLEAR]
+    if not unclear:
+        # As when all has been undone. To spare a fallback's sagas leaves less to undo, never more: what the scope is need not be known.
+        return {}
+    scope, stays = undo_scope(state, reason), spared(state, reason)
+    steps = {node.name: undo_step(node, records[node.name], spares=node.name in stays) for node in unclear if node.name in scope}
     return {name: step for name, step in steps.items() if step is not _STEP.CLEAR}
 
 
