@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property
 from heapq import merge
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
 from stageflow.api import PipelineResults, StageOutput
@@ -19,7 +19,7 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Graph, Node
 from saga.ledger import StageState
 from saga.outputs import Output, Plain, copied, copied_output
-from saga.quick import frozen, members
+from saga.quick import frozen, maker, members
 from saga.recovery import stage_states, verdicts_on
 from saga.recovery.record import StageRecord, Try
 from saga.recovery.scope import protected
@@ -166,15 +166,16 @@ class StageReport:
             return cls(state=state, dependencies=dependencies)
         undo = None
         if record.undo_attempts or record.undo_failure is not None:
-            undo = CompensationReport(
+            undo = _compensation_report(
                 attempts=record.undo_attempts,
                 started_at=record.undo_started_at,
                 ended_at=record.undo_ended_at,
                 failure=record.undo_failure,
                 tries=record.undo_tries,
             )
-        late_output = record.late_output or (None if record.held is None else record.held.output)
-        return cls(
+        make = cast("type[Self]", _stage_report) if cls is StageReport else cls
+        # Python packs more than fifteen names into a dict, and takes them out again.
+        made = make(
             state=state,
             output=None if record.output is None else copied_output(record.output),
             failure=record.failure,
@@ -185,17 +186,27 @@ class StageReport:
             effects=tuple(map(copied, record.effects)) if record.effects else (),
             fallback=record.fell_back,
             skip_reason=record.skip_reason,
-            late_output=None if late_output is None else copied_output(late_output),
             executions=record.execution,
-            settled=None if record.settled is None else Settlement.of(record.settled),
-            children=children,
-            unread=dict(unread) if unread else {},
             probed=record.answer,
             compensation=undo,
             dependencies=dependencies,
             tries=record.tries,
-            verdicts=verdicts and tuple([verdict for verdict in verdicts if _may_be_said(verdict, children)]),
         )
+        late_output = record.late_output or (None if record.held is None else record.held.output)
+        if late_output is None and not (record.settled or children or unread or verdicts):
+            return made  # as nearly always
+        return replace(
+            made,
+            late_output=None if late_output is None else copied_output(late_output),
+            settled=None if record.settled is None else Settlement.of(record.settled),
+            children=children,
+            unread=dict(unread) if unread else {},
+            verdicts=tuple([verdict for verdict in verdicts if _may_be_said(verdict, children)]),
+        )
+
+
+_compensation_report: Final = maker(CompensationReport)
+_stage_report: Final = maker(StageReport)
 
 
 def _may_be_said(verdict: Verdict, within: tuple[SagaReport, ...]) -> bool:
@@ -287,6 +298,9 @@ class SagaReport(BaseModel):
         children, unread = children or {}, unread or {}
         undone = sorted([(record.undo_order, name) for name, record in state.stages.items() if record.undo_order >= 0])
         shown = stage_states(state)
+        # Of other stages nobody's word is asked for.
+        asked = [name for name, where in shown.items() if where is _S.STUCK or where is _S.IN_DOUBT]
+        verdicts = {name: verdicts_on(state, name, is_turned_back=is_turned_back) for name in asked}
         stages = {
             node.name: StageReport.of(
                 state.stages[node.name],
@@ -294,7 +308,7 @@ class SagaReport(BaseModel):
                 node.dependencies,
                 children.get(node.name, ()),
                 unread.get(node.name),
-                verdicts_on(state, node.name, is_turned_back=is_turned_back),
+                verdicts.get(node.name, ()),
             )
             for node in state.graph.nodes
         }
@@ -303,11 +317,11 @@ class SagaReport(BaseModel):
             pipeline=state.started.pipeline,
             status=state.status,
             cause=state.cause,
-            failures=_oldest_first(state, _of_children(stages.values(), exceptions or {})),
+            failures=_oldest_first(state, _of_children(stages.values(), exceptions or {}) if children else ()),
             started_at=state.started.at,
             ended_at=state.ended_at,
             stages=stages,
-            compensation_order=tuple(name for _, name in undone),
+            compensation_order=tuple([name for _, name in undone]),
             past_pivot=bool(protected(state)),
             parent=state.started.parent,
             parent_stage=state.started.parent_stage,
@@ -560,8 +574,6 @@ def _parts(error: BaseException) -> Iterator[BaseException]:
 
 def _oldest_first(state: SagaState, within: Sequence[Sequence[Failure]]) -> tuple[Failure, ...]:
     """The failures of a saga and of those that its stages ran, each saga's as its ledger has them: a clock may be set back."""
-    if not (state.failures or within):
-        return ()  # as nearly always
     failures = list(state.failures)
     if state.stop is not None and state.stop in failures:
         # What has stopped it may be in the ledger behind the stages that were interrupted for that.
@@ -570,7 +582,7 @@ def _oldest_first(state: SagaState, within: Sequence[Sequence[Failure]]) -> tupl
             place -= 1
         failures.remove(state.stop)
         failures.insert(place, state.stop)
-    return tuple(merge(failures, *within, key=lambda failure: failure.at))
+    return tuple(merge(failures, *within, key=lambda failure: failure.at) if within else failures)
 
 
 def _of_children(stages: Iterable[StageReport], exceptions: Mapping[Failure, BaseException]) -> list[list[Failure]]:

@@ -9,11 +9,14 @@ from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from typing import Any
 
 import pytest
+from stageflow.api import StageOutput
 
-from saga.events import SagaStarted, StageCompleted, StageStarted
+from saga.events import SagaStarted, StageCompleted, StageProbed, StageSettled, StageStarted, Verdict
 from saga.ledger import StageState
 from saga.quick import changer, frozen, maker, members
+from saga.recovery.record import StageRecord
 from saga.report import StageReport
+from tests.stories import three_stages
 
 
 @frozen
@@ -148,3 +151,24 @@ def test_the_members_of_an_enumeration_are_its_own() -> None:
     assert kept is StageState.KEPT
     assert {name: getattr(members(StageState), name) for name in StageState.__members__} == dict(StageState.__members__)
     assert not hasattr(members(StageState), "LOST")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (StageRecord(late_output=StageOutput.ok(late=1)), "late_output"),
+        (StageRecord(held=StageProbed(stage="a", landed=None, output=StageOutput.ok(late=1))), "late_output"),
+        (StageRecord(settled=StageSettled(stage="a", verdict=Verdict.KEPT, note="seen", by="ann")), "settled"),
+        ((three_stages(),), "children"),
+        ({"s/a": "damaged"}, "unread"),
+        ((Verdict.RETRY,), "verdicts"),
+    ],
+)
+def test_what_is_rarely_to_be_told_of_a_stage_is_told_when_it_is_all(said: Any, told: str) -> None:
+    record = said if isinstance(said, StageRecord) else StageRecord()
+    record.state = StageState.KEPT
+
+    report = StageReport.of(record, record.state, (), **({} if record is said else {told: said}))
+
+    bare = StageReport(state=record.state)
+    assert [each.name for each in fields(report) if getattr(report, each.name) != getattr(bare, each.name)] == [told]
