@@ -19,7 +19,7 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Graph, Node
 from saga.ledger import StageState
 from saga.outputs import Output, Plain, copied, copied_output
-from saga.quick import frozen, maker, members
+from saga.quick import frozen, maker, members, model_maker
 from saga.recovery import stage_states, verdicts_on
 from saga.recovery.record import StageRecord, Try
 from saga.recovery.scope import protected
@@ -312,7 +312,8 @@ class SagaReport(BaseModel):
             )
             for node in state.graph.nodes
         }
-        return cls(
+        make = cast("type[Self]", _saga_report) if cls is SagaReport else cls
+        return make(
             saga_id=state.started.saga_id,
             pipeline=state.started.pipeline,
             status=state.status,
@@ -529,6 +530,9 @@ class SagaReport(BaseModel):
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         """What a notebook may choose from."""
         return {"text/plain": str(self), "image/svg+xml": self.to_svg(), "text/html": self._repr_html_()}
+
+
+_saga_report: Final = model_maker(SagaReport)
 
 
 @dataclass(frozen=True, slots=True)

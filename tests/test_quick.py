@@ -1,4 +1,4 @@
-"""What is done quickly comes to the same: a dataclass that is frozen, equal, copied, derived from; the members of an enumeration."""
+"""What is done quickly comes to the same: a dataclass or model that is frozen, equal, copied, derived from; an enumeration's members."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError, field_validator
 from stageflow.api import StageOutput
 
 from saga.events import SagaStarted, StageCompleted, StageProbed, StageSettled, StageStarted, Verdict
 from saga.ledger import StageState
 from saga.quick import changer, frozen, maker, members
 from saga.recovery.record import StageRecord
-from saga.report import StageReport
-from tests.stories import three_stages
+from saga.report import SagaReport, StageReport
+from tests.stories import three_stages, twelve_stages
+from tests.test_ledger import STARTED
 
 
 @frozen
@@ -151,6 +153,43 @@ def test_the_members_of_an_enumeration_are_its_own() -> None:
     assert kept is StageState.KEPT
     assert {name: getattr(members(StageState), name) for name in StageState.__members__} == dict(StageState.__members__)
     assert not hasattr(members(StageState), "LOST")
+
+
+@pytest.mark.parametrize("story", [three_stages, twelve_stages])
+def test_a_report_is_as_if_it_had_been_validated(story: Any) -> None:
+    """With the pydantic that is installed: the lowest that we allow, too, has to make nothing else of a model."""
+    report = story()
+
+    validated = SagaReport(**{name: getattr(report, name) for name in SagaReport.model_fields})
+
+    assert report == validated
+    assert [(name, type(value)) for name, value in vars(report).items()] == [(name, type(value)) for name, value in vars(validated).items()]
+    assert report.model_fields_set == validated.model_fields_set
+    assert report.model_extra is validated.model_extra is None
+    assert repr(report) == repr(validated)
+    assert report.model_dump(exclude_unset=True) == validated.model_dump(exclude_unset=True)
+    assert report.model_dump_json() == validated.model_dump_json()
+    copies: list[Any] = [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each)), SagaReport.model_copy]  # noqa: S301 - our own
+    for again in copies:
+        assert again(report) == again(validated) == report
+        assert again(report).model_fields_set == report.model_fields_set
+    assert report.model_copy(update={"past_pivot": True}) == validated.model_copy(update={"past_pivot": True})
+    with pytest.raises(ValidationError, match="frozen"):
+        report.past_pivot = True
+
+
+def test_a_report_of_a_kind_that_somebody_derives_is_validated_as_that_kind_says() -> None:
+    class Named(SagaReport):
+        team: str = "trips"
+
+        @field_validator("pipeline")
+        @classmethod
+        def _named(cls, name: str) -> str:
+            return name.upper()
+
+    report = Named.from_events([STARTED])
+
+    assert (type(report), report.pipeline, report.team) == (Named, "P", "trips")
 
 
 @pytest.mark.parametrize(
