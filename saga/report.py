@@ -298,20 +298,13 @@ class SagaReport(BaseModel):
         children, unread = children or {}, unread or {}
         undone = sorted([(record.undo_order, name) for name, record in state.stages.items() if record.undo_order >= 0])
         shown = stage_states(state)
-        # Of other stages nobody's word is asked for.
-        asked = [name for name, where in shown.items() if where is _S.STUCK or where is _S.IN_DOUBT]
-        verdicts = {name: verdicts_on(state, name, is_turned_back=is_turned_back) for name in asked}
-        stages = {
-            node.name: StageReport.of(
-                state.stages[node.name],
-                shown[node.name],
-                node.dependencies,
-                children.get(node.name, ()),
-                unread.get(node.name),
-                verdicts.get(node.name, ()),
-            )
-            for node in state.graph.nodes
-        }
+        stages = {}
+        for node in state.graph.nodes:
+            name, where = node.name, shown[node.name]
+            # Of other stages nobody's word is asked for.
+            is_asked = where is _S.STUCK or where is _S.IN_DOUBT
+            verdicts = verdicts_on(state, name, is_turned_back=is_turned_back) if is_asked else ()
+            stages[name] = StageReport.of(state.stages[name], where, node.dependencies, children.get(name, ()), unread.get(name), verdicts)
         make = cast("type[Self]", _saga_report) if cls is SagaReport else cls
         return make(
             saga_id=state.started.saga_id,
