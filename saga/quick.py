@@ -44,7 +44,12 @@ def frozen(kind: type[T]) -> type[T]:
 
 
 def maker(kind: type[T]) -> type[T]:
-    """What is called as a class that is `frozen`, and makes an instance of it as quickly as Python calls a function."""
+    """What is called as a frozen dataclass, ours or stageflow's, and makes an instance of it as quickly as Python calls a function.
+
+    Of one that looks at its fields when it has them, as `__post_init__` does, it is the class itself.
+    """
+    if hasattr(kind, "__post_init__"):
+        return kind
     known: dict[str, Any] = {"_made": kind, "_unfrozen": unfrozen(kind), "_new": object.__new__}
     each = fields(cast("Any", kind))
     source = f"""
@@ -114,7 +119,8 @@ def __init__(self, {", ".join(_parameters(each, known))}):
 
 def _parameters(each: tuple[Field[Any], ...], known: dict[str, Any]) -> list[str]:
     by_place = [_parameter(one, known) for one in each if not one.kw_only]
-    return [*by_place, "*", *(_parameter(one, known) for one in each if one.kw_only)]
+    by_name = [_parameter(one, known) for one in each if one.kw_only]
+    return [*by_place, "*", *by_name] if by_name else by_place
 
 
 def _parameter(one: Field[Any], known: dict[str, Any]) -> str:

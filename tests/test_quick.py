@@ -61,6 +61,20 @@ def test_a_maker_makes_what_the_class_does() -> None:
         made.number = "N2"  # type: ignore[misc] # what the test is about
 
 
+def test_a_maker_leaves_it_to_a_class_that_looks_at_its_fields() -> None:
+    @dataclass(frozen=True, slots=True)
+    class Weighed:
+        weight: float
+
+        def __post_init__(self) -> None:
+            if self.weight < 0:
+                raise ValueError("weight")
+
+    assert maker(Weighed)(weight=1.5) == Weighed(1.5)
+    with pytest.raises(ValueError, match="weight"):
+        maker(Weighed)(weight=-1)
+
+
 def test_a_maker_refuses_what_is_missing_or_unknown() -> None:
     with pytest.raises(TypeError, match="weight"):
         maker(Parcel)()  # type: ignore[call-arg] # what the test is about

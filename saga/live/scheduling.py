@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextvars import copy_context
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from stageflow.api import StageOutput
 from stageflow.stages.inputs import StageInputs
 
 from saga.live.around import Around, Stages
+from saga.quick import maker
 from saga.tasks import end
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from saga.failures import Failure
     from saga.live.saga import LiveSaga
+
+_stage_inputs: Final = maker(StageInputs)
 
 
 class Schedule:
@@ -60,7 +63,7 @@ class Schedule:
                 ready += self._enabled(name, given)
 
     def _inputs_of(self, name: str) -> StageInputs:
-        return StageInputs(
+        return _stage_inputs(
             snapshot=self._snapshot,
             prior_outputs=self._inputs.pop(name),  # what nobody needs any more may be large
             ports=self._ports,
