@@ -80,7 +80,9 @@ class Forward(Stages, WholeRun):
         if self._policy.deadline is not None:
             self._until = self._loop.time() + self._policy.deadline
             timer = self._loop.call_at(self._until, self._out_of_time)
-        self._saga.heed_early_cancel(this_task())
+        if this_task().cancelling():
+            # Before it began: that has struck nothing.
+            self._saga.stop_for_cancel()
         self._heed_what_is_in_the_way()
         try:
             await self._schedule.run(self)
@@ -201,10 +203,22 @@ class Forward(Stages, WholeRun):
                 self.passed[name] = copied_output(output)
 
     async def _see_to(self, run: StageRun) -> bool:
-        answer = await self._answer(run)
-        if run.given_up:
-            # What follows from that goes on, and it is not dismissed before.
-            return True
+        """Have a stage take its turn, and tell its schedule what it answers; whether what follows goes on in another task."""
+        answer: StageOutput | Failure | None = None
+        if run.node.conditional or self._fallen:
+            answer = await self._left_out(run)
+        if answer is None and self._is_called_off(run):
+            answer = STOPPING
+        if answer is None:
+            outcome = None if run.record.state is _S.NOT_RUN else await run.left_open()
+            if outcome is None:
+                outcome = await run.attempts()
+            if run.given_up:
+                await run.came_late(outcome)
+                # It is not dismissed before the other task has seen to it.
+                return True
+            answer = outcome.output if outcome.failure is None else await self._absorb(run, outcome.failure)
+            assert answer is not None  # without a failure there is an output
         if isinstance(answer, StageOutput) and answer.status is _STATUS.SKIP:
             try:
                 self._saga.emit_skipped(run.name, answer)
@@ -213,33 +227,27 @@ class Forward(Stages, WholeRun):
         self._schedule.ended(self, run.name, answer)
         return False
 
-    async def _answer(self, run: StageRun) -> StageOutput | Failure:
-        """What a stage answers to those that depend on it, also when its turn does not come."""
-        node = run.node
-        if node.conditional and self.can_be_left_out(run.name) and (skipped := await self._skipped(run)):
+    async def _left_out(self, run: StageRun) -> StageOutput | None:
+        """What a stage answers that its condition skips, or that falls with one that it depends on; None if it is neither."""
+        if run.node.conditional and self.can_be_left_out(run.name) and (skipped := await self._skipped(run)):
             return skipped
-        for dependency in node.dependencies:
+        for dependency in run.node.dependencies:
             if dependency in self._fallen:
                 return await self._falls_with(run, dependency)
+        return None
+
+    def _is_called_off(self, run: StageRun) -> bool:
+        """Whether the saga stops before the stage begins, be it for what nobody has heeded yet."""
         cancelled = self._saga.cancellation()
         if cancelled is not None:
             self.stop(Failure.of(None, FailureKind.CANCELLED, cancelled))
-        self._saga.heed_early_cancel(run.task)
+        if run.task.cancelling():
+            # Before it began: that has struck nothing.
+            self._saga.stop_for_cancel()
         if self._until is not None and self._loop.time() >= self._until:
             # The timer strikes a turn of the loop after code that never awaited.
             self._out_of_time()
-        if self.cause is not None:
-            return STOPPING
-        outcome = None if run.record.state is _S.NOT_RUN else await run.left_open()
-        if outcome is None:
-            outcome = await run.attempts()
-        if run.given_up:
-            await run.came_late(outcome)
-            return STOPPING
-        if outcome.failure is None:
-            assert outcome.output is not None  # without a failure there is one
-            return outcome.output
-        return await self._absorb(run, outcome.failure)
+        return self.cause is not None
 
     async def _skipped(self, run: StageRun) -> StageOutput | None:
         """The output of a stage that its condition skips; None if the stage is to run."""

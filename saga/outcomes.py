@@ -30,14 +30,19 @@ class Outcome:
     output: StageOutput | None = None
     failure: Failure | None = None
 
+    @property
+    def is_well(self) -> bool:
+        """Whether it has not failed, and gave an output, so that its effect is taken to have landed."""
+        return self.failure is None and self.output is not None and self.output.status is _STATUS.OK
+
     @classmethod
     def of(cls, stage: str, attempt: int, returned: object) -> Self:
         """Sort what an attempt of a stage returned."""
         match returned:
             case None:
-                return cls(output=copied_output(_EMPTY))
+                return cls(copied_output(_EMPTY))
             case dict():
-                return cls(output=StageOutput.ok(returned))
+                return cls(StageOutput.ok(returned))
             case StageOutput(data=dict(), status=StageStatus()):
                 return cls(returned, _failure_in(stage, attempt, returned))
             case StageOutput(data=data, status=StageStatus()):

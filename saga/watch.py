@@ -66,8 +66,9 @@ class Watched:
 
     def begin(self, seconds: float | None, grace: float | None) -> None:
         """Let the code that starts now run for so many seconds, and end within the grace once it is cancelled; None: no limit."""
-        # A scope of the code (asyncio.timeout, TaskGroup) would take a cancel that has struck before for one of its own time.
-        _uncancel(self.task)
+        if self.task.cancelling():
+            # A scope of the code (asyncio.timeout, TaskGroup) would take a cancel that has struck before for one of its own time.
+            _uncancel(self.task)
         self.is_acting, self.reason, self._grace = True, None, grace
         if seconds is not None:
             self.until = self.task.get_loop().time() + seconds

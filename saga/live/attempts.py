@@ -15,9 +15,10 @@ from saga.errors import MisuseError, NotStorable
 from saga.events import FallbackFailed, FallbackUsed, StageCompleted, StageFailed, StageSkipped, StageStarted
 from saga.failures import Failure, FailureKind
 from saga.graph import Role
+from saga.keys import execution_key
 from saga.ledger import StageState
 from saga.live.asking import ask
-from saga.live.saga import AttemptHost
+from saga.live.saga import AttemptHost, FallbackHost
 from saga.log import LOG
 from saga.outcomes import Outcome
 from saga.outputs import copied, copied_output
@@ -133,13 +134,15 @@ class StageRun(Watched):
 
     async def attempts(self) -> Outcome:
         """Attempt the stage as often as its retry allows; the outcome is in the ledger when this returns."""
-        saga, node, name, record = self._saga, self.node, self.name, self.record
+        saga, name, record = self._saga, self.name, self.record
         seconds = self._offer.timeout or saga.policy.timeout
         began = saga.loop.time()
         while True:
             attempt = 1 if record.is_due_anew else record.attempts + 1
             await saga.journal.record(_stage_started(stage=name, attempt=attempt, execution=record.next_execution))
-            saga.heed_early_cancel(self.task)
+            if self.task.cancelling():
+                # While a ledger wrote that outlasts it.
+                saga.stop_for_cancel()
             if self.employer.stopped.done():
                 failure = Failure.of(name, FailureKind.INTERRUPTED, "the saga stopped before it ran")
                 await saga.journal.record(StageFailed(stage=name, failure=failure))
@@ -147,46 +150,55 @@ class StageRun(Watched):
             outcome = await self._attempt(seconds)
             if self.given_up:
                 return outcome
-            outcome = await self._wound_up(outcome)
+            if name in saga.recordings or not outcome.is_well:
+                outcome = await self._wound_up(outcome)
             if record.state is _S.KEPT:
                 return outcome
             if outcome.failure is None:
                 await saga.journal.record(self._end_of(outcome))
-                self.employer.refuse_unkept(name)
+                if record.not_kept is not None:
+                    self.employer.refuse_unkept(name)
                 return outcome
-            failure, error = outcome.failure, outcome.failure.exception
-            left_within = await saga.children.left_within(name)
-            # A plain stage has declared no effect, so there is nothing to be in doubt about.
-            in_doubt = failure.kind in _CUT_SHORT and node.role is not Role.PLAIN
-            asked = outcome.output is not None and outcome.output.status is _STATUS.RETRY
-            wait = self._retry.wait_before_next(failure, attempt=record.attempts_since, elapsed=saga.loop.time() - began, asked=asked)
-            if self.employer.stopped.done():
-                wait = None
-            output = None if outcome.output is None else copied_output(outcome.output)
-            await saga.journal.record(
-                _stage_failed(
-                    stage=name,
-                    failure=failure,
-                    in_doubt=in_doubt,
-                    will_retry=wait is not None,
-                    past_pivot=isinstance(error, NestedSagaFailed) and error.past_pivot and node.is_point_of_no_return,
-                    left_within=left_within,
-                    output=output,
-                )
+            last = await self._failed(outcome, outcome.failure, began)
+            if last is not None:
+                return last
+
+    async def _failed(self, outcome: Outcome, failure: Failure, began: float) -> Outcome | None:
+        """Record how an attempt has failed; what the stage has come to with that, or None: it is attempted again."""
+        saga, node, name, record = self._saga, self.node, self.name, self.record
+        left_within = await saga.children.left_within(name)
+        # A plain stage has declared no effect, so there is nothing to be in doubt about.
+        in_doubt = failure.kind in _CUT_SHORT and node.role is not Role.PLAIN
+        asked = outcome.output is not None and outcome.output.status is _STATUS.RETRY
+        wait = self._retry.wait_before_next(failure, attempt=record.attempts_since, elapsed=saga.loop.time() - began, asked=asked)
+        if self.employer.stopped.done():
+            wait = None
+        error, output = failure.exception, None if outcome.output is None else copied_output(outcome.output)
+        await saga.journal.record(
+            _stage_failed(
+                stage=name,
+                failure=failure,
+                in_doubt=in_doubt,
+                will_retry=wait is not None,
+                past_pivot=isinstance(error, NestedSagaFailed) and error.past_pivot and node.is_point_of_no_return,
+                left_within=left_within,
+                output=output,
             )
-            if wait is None:
-                return outcome
-            if record.doubt and node.can_probe:
-                landed = await ask(saga, name, stop=self.employer.interrupted)
-                if landed is not None:
-                    return Outcome(output=landed)
-                if record.unanswered and not node.idempotent:
-                    wait = None
-            self._give_anew()
-            if wait is None or not await self._pause(wait):
-                # Called off: the failure that was to be mended stands.
-                await saga.journal.record(StageFailed(stage=name, failure=failure, in_doubt=record.doubt, output=output))
-                return outcome
+        )
+        if wait is None:
+            return outcome
+        if record.doubt and node.can_probe:
+            landed = await ask(saga, name, stop=self.employer.interrupted)
+            if landed is not None:
+                return Outcome(landed)
+            if record.unanswered and not node.idempotent:
+                wait = None
+        self._give_anew()
+        if wait is None or not await self._pause(wait):
+            # Called off: the failure that was to be mended stands.
+            await saga.journal.record(_stage_failed(stage=name, failure=failure, in_doubt=record.doubt, output=output))
+            return outcome
+        return None
 
     def _give_anew(self) -> None:
         """Give a stage what those before gave, as it was given: an attempt may have changed it, and no crash would show that."""
@@ -205,7 +217,7 @@ class StageRun(Watched):
     # -- one attempt ---------------------------------------------------------------------------------------------
 
     async def _attempt(self, seconds: float | None) -> Outcome:
-        context = self._context()
+        context = self._context(AttemptHost(self._saga, self.name, self.record.attempts))
         self.begin(seconds, None if self._offer.bounds_itself else self._saga.policy.cancel_grace)
         try:
             returned = await self._saga.actions.execute(context)
@@ -216,13 +228,15 @@ class StageRun(Watched):
             self.end()
             return await self._raised(error, seconds)
         self.end()
-        # A cancel that it did not heed was the stage's, and strikes nothing that comes after it.
-        await self.absorb()
+        if self.task.cancelling():
+            # A cancel that it did not heed was the stage's, and strikes nothing that comes after it.
+            await self.absorb()
         return Outcome.of(self.name, self.record.attempts, returned)
 
-    def _context(self, *, is_fallback: bool = False) -> SagaContext:
+    def _context(self, host: AttemptHost) -> SagaContext:
+        """What its code is given, which has the saga by that host."""
         saga = self._saga
-        self._host = AttemptHost(saga, self.name, self.record.attempts, is_fallback=is_fallback)
+        self._host = host
         return _saga_context(
             snapshot=saga.snapshot,
             inputs=self.inputs,
@@ -233,8 +247,8 @@ class StageRun(Watched):
             _cancellation_reason_provider=saga.why_cancelled,
             saga_id=saga.id,
             attempt=self.record.attempts,
-            idempotency_key=saga.forward_key(self.name),
-            _host=self._host,
+            idempotency_key=execution_key(saga.id, self.name, self.record.execution),
+            _host=host,
         )
 
     async def _raised(self, error: BaseException, seconds: float | None) -> Outcome:
@@ -256,7 +270,7 @@ class StageRun(Watched):
 
     async def _wound_up(self, outcome: Outcome) -> Outcome:
         """The outcome of an attempt of which nothing runs any more, seen against all that is known."""
-        is_well = outcome.failure is None and outcome.output is not None and outcome.output.status is _STATUS.OK
+        is_well = outcome.is_well
         if not is_well:
             await self._host.wind_up()
         for recording in self._saga.forgotten(self.name):
@@ -303,7 +317,8 @@ class StageRun(Watched):
         copy = copied_output(output)
         if output.status is _STATUS.SKIP:
             return StageSkipped(stage=self.name, reason=brief(reason_in(output.data.get("reason"), "it said so")), output=copy)
-        self._offer.warn_of_misfit(output)
+        if self._offer.output_model is not None:
+            self._offer.warn_of_misfit(output)
         return _stage_completed(stage=self.name, output=copy)
 
     # -- a stage that was given up -------------------------------------------------------------------------------
@@ -320,7 +335,8 @@ class StageRun(Watched):
 
     async def came_late(self, outcome: Outcome) -> None:
         """Hand over what code came to that nobody waited for any more."""
-        if outcome.failure is None and outcome.output is not None and outcome.output.status is _STATUS.OK:
+        if outcome.is_well:
+            assert outcome.output is not None  # or it would not be well
             self._saga.comes_late(StageCompleted(stage=self.name, output=copied_output(outcome.output), late=True))
         elif self.record.answer is False:
             # Where nothing has answered it is in doubt, and a person looks anyway.
@@ -368,8 +384,9 @@ class StageRun(Watched):
     async def _fallback(self, failure: Failure) -> StageOutput | None:
         seconds, attempt = self._offer.timeout or self._saga.policy.timeout, self.record.attempts
         self._give_anew()
+        context = self._context(FallbackHost(self._saga, self.name, attempt))
         try:
-            call = self._saga.actions.fallback(self._context(is_fallback=True), failure)
+            call = self._saga.actions.fallback(context, failure)
             returned = await bounded(
                 call,
                 seconds=seconds,

@@ -69,6 +69,7 @@ class LiveSaga(UndoHost):
         stop: Stops its forward run; None when it has none.
         is_stopping: Whether its forward run starts nothing more.
         stopped_by: What has stopped that; None if nothing has.
+        recordings: What stages record of their effects, until they have ended: of some nobody may have awaited that.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class LiveSaga(UndoHost):
         self.is_stopping = False
         self.stopped_by: Failure | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._recordings: Final[dict[str, list[Coroutine[Any, Any, None]]]] = {}
+        self.recordings: Final[dict[str, list[Coroutine[Any, Any, None]]]] = {}
 
     def private_context(self) -> PipelineContext:
         """Stageflow's context for this run alone, with stageflow's own timeouts off."""
@@ -158,13 +159,8 @@ class LiveSaga(UndoHost):
             leave_loop(error)
             self.interrupt(f"the process got a {type(error).__name__}")
 
-    def heed_early_cancel(self, task: asyncio.Task[Any]) -> None:
-        """Stop if a task of ours was cancelled before it began, or while a ledger wrote that outlasts it: that has struck nothing."""
-        if task.cancelling():
-            self.stop_for_cancel()
-
     def stop_for_cancel(self) -> None:
-        """Stop because a cancel has struck a task of ours."""
+        """Stop because a task of ours was cancelled, also where that has struck nothing: before it began, or while a ledger wrote."""
         # Somebody cancels every task of the process; none of ours may die of it, or the saga would wait for it for ever.
         self.interrupt("a task of the saga was cancelled from outside")
 
@@ -213,12 +209,12 @@ class LiveSaga(UndoHost):
     def record_effect(self, stage: str, effect: Any, *, by_fallback: bool) -> Coroutine[Any, Any, None]:
         """Write one partial effect of a running stage to the ledger, when it is awaited."""
         recording = self._record_effect(stage, effect, by_fallback=by_fallback)
-        self._recordings.setdefault(stage, []).append(recording)
+        self.recordings.setdefault(stage, []).append(recording)
         return recording
 
     def forgotten(self, stage: str) -> list[Coroutine[Any, Any, None]]:
         """What a stage has recorded and not awaited."""
-        return [one for one in self._recordings.pop(stage, ()) if inspect.getcoroutinestate(one) == inspect.CORO_CREATED]
+        return [one for one in self.recordings.pop(stage, ()) if inspect.getcoroutinestate(one) == inspect.CORO_CREATED]
 
     async def _record_effect(self, stage: str, effect: Any, *, by_fallback: bool) -> None:
         if self.journal.state.graph[stage].role is not Role.COMPENSABLE:
@@ -300,15 +296,15 @@ class LiveSaga(UndoHost):
 
 
 class AttemptHost(Host):
-    """The saga as the code of one attempt of a stage has it, or of its fallback: it may run others until it has failed, or was given up."""
+    """The saga as the code of one attempt of a stage has it: it may run others until it has failed, or was given up."""
 
-    __slots__ = ("_asked", "_attempt", "_is_fallback", "_is_over", "_ran", "_saga", "_stage")
+    __slots__ = ("_asked", "_attempt", "_is_over", "_ran", "_saga", "_stage")
+    _is_fallback = False
 
-    def __init__(self, saga: LiveSaga, stage: str, attempt: int, *, is_fallback: bool) -> None:
+    def __init__(self, saga: LiveSaga, stage: str, attempt: int) -> None:
         self._saga = saga
         self._stage = stage
         self._attempt = attempt
-        self._is_fallback = is_fallback
         self._asked: dict[asyncio.Future[None], None] = {}
         self._is_over = False
         self._ran: tuple[str, ...] = ()
@@ -378,3 +374,10 @@ class AttemptHost(Host):
         self._saga.children.failed.add(self._stage)
         await outlast(tuple(self._asked))
         self._saga.children.failed.discard(self._stage)
+
+
+class FallbackHost(AttemptHost):
+    """The same for the code of its fallback."""
+
+    __slots__ = ()
+    _is_fallback = True
