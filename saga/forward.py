@@ -75,7 +75,6 @@ class Forward(Stages, WholeRun):
         Raises:
             LedgerError: The ledger could not record; nothing was started after that.
         """
-        self._fallen = {name for name, record in self._state.stages.items() if record.with_branch and not record.again}
         timer = None
         if self._policy.deadline is not None:
             self._until = self._loop.time() + self._policy.deadline
@@ -83,7 +82,8 @@ class Forward(Stages, WholeRun):
         if this_task().cancelling():
             # Before it began: that has struck nothing.
             self._saga.stop_for_cancel()
-        self._heed_what_is_in_the_way()
+        if not self._state.is_spotless:
+            self._heed_what_was_before()
         try:
             await self._schedule.run(self)
         except asyncio.CancelledError:
@@ -113,9 +113,11 @@ class Forward(Stages, WholeRun):
             # A child is no single stage: it starts nothing more, either.
             child.interrupt(PARENT_STOPS)
 
-    def _heed_what_is_in_the_way(self) -> None:
-        """Stop at once where the ledger lacks an output that is needed, or a person's word."""
+    def _heed_what_was_before(self) -> None:
+        """Take over what has fallen, and stop at once where the ledger lacks an output that is needed, or a person's word."""
         for name, record in self._state.stages.items():
+            if record.with_branch and not record.again:
+                self._fallen.add(name)
             if record.not_kept is not None and not record.again and any(map(self._is_due, self._state.graph.dependents[name])):
                 # They would get a text where a value was.
                 self.refuse_unkept(name)

@@ -39,8 +39,8 @@ class Schedule:
         self._ports = saga.ports
         # Stages are started where another one has ended: in its context, what it bound would be bound for them.
         self._context = copy_context()
-        self._inputs: dict[str, dict[str, StageOutput]] = {name: {} for name in self._graph.names}
-        self._left = len(self._inputs)
+        self._inputs: dict[str, dict[str, StageOutput]] = {}
+        self._left = len(self._graph.names)
         self._over: asyncio.Future[None] = saga.loop.create_future()
         self._around = Around(saga, interceptors) if interceptors or saga.has_hooks() else None
         self.is_watched = self._around is not None
@@ -65,7 +65,7 @@ class Schedule:
     def _inputs_of(self, name: str) -> StageInputs:
         return _stage_inputs(
             snapshot=self._snapshot,
-            prior_outputs=self._inputs.pop(name),  # what nobody needs any more may be large
+            prior_outputs=self._inputs.pop(name, {}),  # what nobody needs any more may be large
             ports=self._ports,
             declared_deps=self._graph.dependencies[name],
             stage_name=name,
@@ -78,7 +78,7 @@ class Schedule:
             end(self._over)
         enabled = []
         for dependent in self._graph.dependents[name]:
-            inputs = self._inputs[dependent]
+            inputs = self._inputs.setdefault(dependent, {})
             # In the order in which they ended, as stageflow has them.
             inputs[name] = output
             if len(inputs) == len(self._graph.dependencies[dependent]):
