@@ -80,7 +80,8 @@ class StageRun(Watched):
     employer: WholeRun
 
     def __init__(self, saga: LiveSaga, name: str, inputs: StageInputs, employer: WholeRun) -> None:
-        super().__init__(employer)
+        # By its name: until Python 3.12 each super() makes an object.
+        Watched.__init__(self, employer)
         state = saga.journal.state
         self.name = name
         self.node = state.graph[name]
