@@ -76,15 +76,16 @@ class Watched:
 
     def end(self) -> None:
         """The code has ended."""
-        self.is_acting = False
-        self._stop_clock()
+        self.is_acting, self.until = False, None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def cancel(self, reason: FailureKind) -> None:
         """Cancel the code if it runs; a second cancel changes nothing."""
         if not self.is_acting or self.reason is not None:
             return
-        self._stop_clock()
-        self.reason = reason
+        self.reason, self.until = reason, None
         self.task.cancel()
         if self._grace is not None:
             self._timer = self.task.get_loop().call_later(self._grace, self._give_up)
@@ -92,12 +93,6 @@ class Watched:
     def _give_up(self) -> None:
         self.given_up = True
         self.employer.gives_up(self)
-
-    def _stop_clock(self) -> None:
-        self.until = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     async def absorb(self) -> bool:
         """Take back the cancels that the task got; whether there were any, from here or from outside."""
