@@ -464,24 +464,34 @@ class MemoryLedger(Ledger):
             saga = self._sagas[saga.started.parent]
         saga_id = saga.started.saga_id
         self._done.pop(saga_id, None)
-        if all(one.owner is None and one.status in FORGETTABLE for one in self._family(saga)):
+        if self._is_done(saga):
             self._done[saga_id] = None
         while len(self._done) > self._keep:
             self._forget(next(iter(self._done)))
 
-    def _family(self, saga: _Kept) -> Iterator[_Kept]:
-        yield saga
-        for child in self._children.get(saga.started.saga_id, ()):
-            yield from self._family(self._sagas[child])
+    def _is_done(self, saga: _Kept) -> bool:
+        """Whether nothing is left to do about it, its children, and theirs."""
+        if saga.owner is not None or saga.status not in FORGETTABLE:
+            return False
+        children = self._children.get(saga.started.saga_id)
+        return not children or all(self._is_done(self._sagas[child]) for child in children)
 
-    def _forget(self, saga_id: str) -> list[str]:
-        family = list(self._family(self._sagas[saga_id]))
+    def _family(self, saga: _Kept) -> Sequence[_Kept]:
+        """It, its children, and theirs."""
+        children = self._children.get(saga.started.saga_id)
+        if not children:
+            return (saga,)  # as most are
+        return [saga, *(one for child in children for one in self._family(self._sagas[child]))]
+
+    def _forget(self, saga_id: str) -> Sequence[str]:
+        family = self._family(self._sagas[saga_id])
         for one in family:
             gone = one.started
             del self._sagas[gone.saga_id]
             self._done.pop(gone.saga_id, None)
             self._children.pop(gone.saga_id, None)
-            self._children.get(gone.parent, {}).pop(gone.saga_id, None)
+            if gone.parent in self._children:
+                del self._children[gone.parent][gone.saga_id]
         return [one.started.saga_id for one in family]
 
     async def beat(self, owner: str) -> None:
@@ -489,11 +499,9 @@ class MemoryLedger(Ledger):
 
     async def append(self, saga_id: str, events: Sequence[AnyEvent], *, expected_version: int, token: int, release: bool = False) -> None:
         """Record the events."""
-        saga = self._find(saga_id)
-        if saga.token != token:
-            raise LedgerConflict.overtaken(saga_id, token, saga.token, holder=saga.owner)
-        if len(saga.events) != expected_version:
-            raise LedgerConflict.outdated(saga_id, expected_version, len(saga.events))
+        saga = self._sagas.get(saga_id)
+        if saga is None or saga.token != token or len(saga.events) != expected_version:
+            raise self._refusal(saga_id, saga, expected_version, token)
         if _SAY_NOTHING.issuperset(map(type, events)):
             saga.events += events
         else:
@@ -503,6 +511,14 @@ class MemoryLedger(Ledger):
             with _TURN:
                 saga.owner = None
                 self._review(saga)
+
+    @staticmethod
+    def _refusal(saga_id: str, saga: _Kept | None, expected_version: int, token: int) -> LedgerConflict:
+        if saga is None:
+            return LedgerConflict.missing(saga_id)
+        if saga.token != token:
+            return LedgerConflict.overtaken(saga_id, token, saga.token, holder=saga.owner)
+        return LedgerConflict.outdated(saga_id, expected_version, len(saga.events))
 
     async def read(self, saga_id: str) -> Sequence[AnyEvent]:
         """All events of a saga."""
