@@ -49,7 +49,10 @@ _KIND: Final = members(FailureKind)
 _ANSWERS: Final = frozenset({FailureKind.REPORTED, FailureKind.CANCELLED})
 """What a stage says of its own accord when it has had no effect."""
 _BEGINNINGS: Final = TRANSITIONS[StageState.NOT_RUN]
-_STILL_RUN: Final = "a saga whose stages still run"
+_COMPLETIONS: Final = frozenset({StageCompleted, CompensationCompleted})
+"""What may come late: when nobody waits for it any more."""
+_RUNNING: Final = frozenset({StageState.RUNNING})
+_UNDER_WAY: Final = _RUNNING | {StageState.COMPENSATING}
 
 
 class SagaState:
@@ -98,9 +101,20 @@ class SagaState:
 
     def apply(self, event: AnyEvent) -> None:
         """Take in the next event."""
-        if isinstance(event, StageEvent):
-            self._apply_to_stage(event)
+        if not isinstance(event, StageEvent):
+            self._apply_to_saga(event)
             return
+        record = self.stages.get(event.stage)
+        if record is None:
+            raise self._contradiction("a saga without that stage", event)
+        if not self._may_follow(record, event):
+            raise self._contradiction(f"stage {event.stage!r} in state {record.state.value}", event)
+        self._FOLD[type(event)](self, record, event)
+        if record.held is not None and record.has_late_question:
+            # Whatever becomes known of another execution.
+            record.doubt = True
+
+    def _apply_to_saga(self, event: AnyEvent) -> None:
         match event:
             case SagaTurnedBack():
                 self._turn_back(event)
@@ -114,17 +128,20 @@ class SagaState:
                 raise self._contradiction("a saga that has started", event)
 
     def _end(self, event: SagaEnded) -> None:
-        if any(record.is_under_way for record in self.stages.values()):
-            raise self._contradiction(_STILL_RUN, event)
+        self._refuse_beside(_UNDER_WAY, event)
         self.status = event.status
         self.ended_at = event.at
         self.cause = self.cause or event.cause
         self._note(event.cause)
 
+    def _refuse_beside(self, states: frozenset[StageState], event: SagaEnded | SagaTurnedBack) -> None:
+        for record in self.stages.values():
+            if record.state in states:
+                raise self._contradiction("a saga whose stages still run", event)
+
     def _turn_back(self, event: SagaTurnedBack) -> None:
         # Promise 3: no compensation starts while a stage of the saga is running. One that is under way may be about less than this turn.
-        if any(record.state is _S.RUNNING for record in self.stages.values()):
-            raise self._contradiction(_STILL_RUN, event)
+        self._refuse_beside(_RUNNING, event)
         self._take_offers(event)
         self.status = _STATUS.COMPENSATING
         self.reason = event.reason
@@ -233,17 +250,6 @@ class SagaState:
         for record in self.stages.values():
             record.failure = record.undo_failure = None
 
-    def _apply_to_stage(self, event: StageEvent) -> None:
-        record = self.stages.get(event.stage)
-        if record is None:
-            raise self._contradiction("a saga without that stage", event)
-        if not self._may_follow(record, event):
-            raise self._contradiction(f"stage {event.stage!r} in state {record.state.value}", event)
-        self._FOLD[type(event)](self, record, event)
-        if record.has_late_question:
-            # Whatever becomes known of another execution.
-            record.doubt = True
-
     def may_follow(self, event: StageEvent) -> bool:
         """Whether the state of its stage lets the event follow."""
         return self._may_follow(self.stages[event.stage], event)
@@ -253,12 +259,13 @@ class SagaState:
         if kind not in TRANSITIONS[state]:
             return False
         # The state allows it; is it one that the saga waits for?
-        if kind is StageCompleted or kind is CompensationCompleted:
-            is_late = not record.is_under_way
-            is_due = kind is StageCompleted or not is_late or state is _S.STUCK or self._is_to_be_undone(event.stage)
-            return is_due and event.late is is_late  # type: ignore[attr-defined] # of these two kinds
-        if state is _S.NOT_RUN or state is _S.RUNNING:
-            return True
+        is_late = kind in _COMPLETIONS and event.late  # type: ignore[attr-defined] # of these two kinds
+        if state is _S.NOT_RUN or state is _S.RUNNING or state is _S.COMPENSATING:
+            return not is_late
+        if kind is StageCompleted:
+            return is_late
+        if kind is CompensationCompleted:
+            return is_late and (state is _S.STUCK or self._is_to_be_undone(event.stage))
         if kind in _BEGINNINGS:
             return record.again
         if kind is StageProbed and state in {_S.KEPT, _S.CANCELLED, _S.UNDONE, _S.STUCK}:
