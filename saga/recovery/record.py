@@ -41,10 +41,13 @@ class Try(NamedTuple):
 
 def ended(tries: tuple[Try, ...], at: datetime, failed: FailureKind | None = None) -> tuple[Try, ...]:
     """The attempts, with the last one ended; one that has ended, or was never started, is left alone."""
-    if not tries or not tries[-1].is_open:
+    if not tries:
+        return tries
+    started_at, ended_at, was_failed = tries[-1]
+    if ended_at is not None or was_failed is not None:
         return tries
     # When a process was lost, nobody knows; it is noticed when the saga is resumed, which may be a week later.
-    return (*tries[:-1], Try(tries[-1].started_at, None if failed is _KIND.CRASHED else at, failed))
+    return (*tries[:-1], Try(started_at, None if failed is _KIND.CRASHED else at, failed))
 
 
 @dataclass(slots=True, eq=False)
