@@ -46,8 +46,8 @@ from saga.events import AnyEvent, StageProbed
 from saga.keeper import SagaKeeper
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.live.around import Around
-from saga.live.journal import Journal
 from saga.live.scheduling import Schedule
+from saga.turns import Turns
 from saga.watch import Crew
 from tests.controlled import ControlledLoop, elapse, run
 from tests.interrupting import interrupt_next_call
@@ -517,7 +517,7 @@ def test_a_saga_that_is_struck_as_its_first_stages_are_started_can_be_resumed(mo
     assert world.log == ["+a", "+b", "+c"]
 
 
-@pytest.mark.parametrize(("place", "name"), [(Crew, "disband"), (Journal, "_write")])
+@pytest.mark.parametrize(("place", "name"), [(Crew, "disband"), (Turns, "call_off")])
 def test_of_a_saga_that_is_struck_as_its_compensations_begin_nothing_is_recorded_past_what_is_not(
     place: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

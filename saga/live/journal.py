@@ -98,10 +98,9 @@ class Journal:
             LedgerError: It could not be written; the saga does not exist.
         """
         journal = cls(ledger, started.saga_id, SagaState([started]), version=0, token=None, owner=owner, under=under, listeners=listeners)
-        if ledger.durable:
-            journal._pending.append(started)
-        else:
-            await journal._write((started,), release=False)
+        journal._pending.append(started)
+        if not ledger.durable:
+            await journal.record()
         return journal
 
     def break_off(self, stage: str, error: LedgerError) -> None:
@@ -110,24 +109,43 @@ class Journal:
         self._within.setdefault(stage, []).append(error)
 
     async def record(self, *events: AnyEvent, release: bool = False) -> None:
-        """Fold the events and have them written, with `release` as the last ones before the lease is given back.
+        """Fold the events and have them written, behind those that wait; with `release` they are the last before the lease is given back.
 
         Raises:
             LedgerError: They, or some before them, could not be written.
         """
-        if self.error is not None:
+        if self.error is not None and events:
             raise self.error
         if self._durable:
             events = tuple(map(storable, repeat(self.ledger), events))
         for event in events:
             self.state.apply(event)
-        if self._durable and not isinstance(events[-1], _AWAITED):
+        if self._durable and events and not isinstance(events[-1], _AWAITED):
             self._pending += events
             if self._turns is None:
                 self._turns = turns()
                 self._turns.wait(self._linger)
             return
-        await self._write(events, release=release)
+        version = self._version
+        try:
+            if self._pending:
+                # In here: where a Ctrl-C has these forgotten, nothing is written that comes after them.
+                events = (*self._pending, *events)
+                self._forget_pending()
+            # Reserved before the write is awaited: a second record meanwhile goes behind this one.
+            self._version += len(events)
+            if self.token is not None:
+                await self.ledger.append(self.saga_id, events, expected_version=version, token=self.token, release=release)
+                self._released = release
+            else:
+                await self._create(events)
+        except (Exception, asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
+            told = self._failed(error, events)
+            if isinstance(error, KeyboardInterrupt | SystemExit | LedgerError):
+                raise
+            raise told from error
+        if self._listeners:
+            tell(self._listeners, self.saga_id, events)
 
     def _forget_pending(self) -> None:
         self._pending.clear()
@@ -150,36 +168,13 @@ class Journal:
             return
         # Who records next gets the error.
         with contextlib.suppress(LedgerError):
-            await self._write((), release=False)
+            await self.record()
 
-    async def _write(self, events: Sequence[AnyEvent], *, release: bool) -> None:
-        """Write these behind those that wait for it."""
-        version = self._version
-        try:
-            if self._pending:
-                # In here: where a Ctrl-C has these forgotten, nothing is written that comes after them.
-                events = (*self._pending, *events)
-                self._forget_pending()
-            # Reserved before the write is awaited: a second record meanwhile goes behind this one.
-            self._version += len(events)
-            if self.token is not None:
-                await self.ledger.append(self.saga_id, events, expected_version=version, token=self.token, release=release)
-                self._released = release
-            elif self._behind is not None:
-                waiter: Answer[None] = Answer(loop=asyncio.get_running_loop())
-                self._behind.append((events, waiter))
-                await outlasting(waiter)
-            else:
-                await self._create(events)
-        except (Exception, asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
-            self.unwritten = (*self.unwritten, *events)
-            told = self._told(error, events)
-            self.error = self.error or told
-            if isinstance(error, KeyboardInterrupt | SystemExit | LedgerError):
-                raise
-            raise told from error
-        if self._listeners:
-            tell(self._listeners, self.saga_id, events)
+    def _failed(self, error: BaseException, events: Sequence[AnyEvent]) -> LedgerError:
+        self.unwritten = (*self.unwritten, *events)
+        told = self._told(error, events)
+        self.error = self.error or told
+        return told
 
     def _told(self, error: BaseException, events: Sequence[AnyEvent]) -> LedgerError:
         match error:
@@ -193,6 +188,11 @@ class Journal:
         return LedgerError(f"the process was told to end while {named(events)} of saga {self.saga_id} was recorded")
 
     async def _create(self, events: Sequence[AnyEvent]) -> None:
+        if self._behind is not None:
+            waiter: Answer[None] = Answer(loop=asyncio.get_running_loop())
+            self._behind.append((events, waiter))
+            await outlasting(waiter)
+            return
         behind = self._behind = []
         try:
             self.token = await self.ledger.create(self.saga_id, self._owner, events, under=self._under)
