@@ -52,8 +52,10 @@ def maker(kind: type[T]) -> type[T]:
         return kind
     known: dict[str, Any] = {"_made": kind, "_unfrozen": unfrozen(kind), "_new": object.__new__}
     each = fields(cast("Any", kind))
+    # Not by name alone, of what has a default last: Python would look up each default that it needs in a dict.
+    parameters = sorted((one for one in _parameters(each, known) if one != "*"), key=lambda one: "=" in one)
     source = f"""
-def make({", ".join(_parameters(each, known))}):
+def make({", ".join(parameters)}):
     self = _new(_unfrozen)
     {_stores(each)}
     self.__class__ = _made
