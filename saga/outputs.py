@@ -58,9 +58,10 @@ def _deep(value: Any) -> Any:
 def copied_output(output: StageOutput) -> StageOutput:
     """Copy an output deeply enough that no later stage can change what was recorded."""
     if type(output) is StageOutput:
-        made = object.__new__(_Unfrozen)
+        made = _new(_Unfrozen)
         fresh: Any = made
-        fresh.status, fresh.error, fresh.duration_ms, fresh.version = output.status, output.error, output.duration_ms, output.version
+        fresh.status, fresh.error = output.status, output.error
+        fresh.duration_ms, fresh.version = output.duration_ms, output.version
         try:
             fresh.data = copied(output.data) if output.data else {}
             fresh.artifacts = copied(output.artifacts) if output.artifacts else []
@@ -77,6 +78,7 @@ def copied_output(output: StageOutput) -> StageOutput:
     return derived
 
 
+_new: Final = object.__new__
 _Unfrozen: Final = unfrozen(StageOutput)
 _MUTABLE: Final = frozenset({"data", "artifacts", "events"})
 """What of an output can be changed in place."""
