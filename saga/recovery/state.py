@@ -312,7 +312,8 @@ class SagaState:
         if event.late:
             self._completed_late(record, event)
             return
-        record.state, record.landed, record.stands_in_part, record.doubt = _S.KEPT, True, False, False
+        record.state, record.landed = _S.KEPT, True
+        record.stands_in_part = record.doubt = False
         record.output, record.ended_at = event.output, event.at
         record.tries = ended(record.tries, event.at)
 
