@@ -502,11 +502,13 @@ class MemoryLedger(Ledger):
         saga = self._sagas.get(saga_id)
         if saga is None or saga.token != token or len(saga.events) != expected_version:
             raise self._refusal(saga_id, saga, expected_version, token)
-        if _SAY_NOTHING.issuperset(map(type, events)):
-            saga.events += events
+        for event in events:
+            if type(event) not in _SAY_NOTHING:
+                saga.events += map(at_rest, events)
+                saga.status = status_said(events) or saga.status
+                break
         else:
-            saga.events += map(at_rest, events)
-            saga.status = status_said(events) or saga.status
+            saga.events += events
         if release or saga.owner is None:
             with _TURN:
                 saga.owner = None
