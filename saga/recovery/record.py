@@ -39,6 +39,15 @@ class Try(NamedTuple):
         return self.ended_at is None and self.failed is None
 
 
+_new: Final = tuple.__new__
+"""The constructor of a named tuple is Python code that calls this."""
+
+
+def begun(tries: tuple[Try, ...], at: datetime) -> tuple[Try, ...]:
+    """The attempts, with one more that has started."""
+    return (*tries, _new(Try, (at, None, None)))
+
+
 def ended(tries: tuple[Try, ...], at: datetime, failed: FailureKind | None = None) -> tuple[Try, ...]:
     """The attempts, with the last one ended; one that has ended, or was never started, is left alone."""
     if not tries:
@@ -47,7 +56,7 @@ def ended(tries: tuple[Try, ...], at: datetime, failed: FailureKind | None = Non
     if ended_at is not None or was_failed is not None:
         return tries
     # When a process was lost, nobody knows; it is noticed when the saga is resumed, which may be a week later.
-    return (*tries[:-1], Try(started_at, None if failed is _KIND.CRASHED else at, failed))
+    return (*tries[:-1], _new(Try, (started_at, None if failed is _KIND.CRASHED else at, failed)))
 
 
 @dataclass(slots=True, eq=False)
@@ -226,7 +235,7 @@ class StageRecord:
 
     def let_go(self) -> None:
         """What came late within waits no more for a person: the stage has found out itself."""
-        if not self.has_late_question:
+        if self.held is not None and not self.has_late_question:
             self.held = None
 
     def unstick(self) -> None:

@@ -39,7 +39,7 @@ from saga.graph import Graph, Role
 from saga.ledger import TRANSITIONS, StageState
 from saga.policies import ContinueWithFallback, FailFast
 from saga.quick import members
-from saga.recovery.record import StageRecord, Try, ended
+from saga.recovery.record import StageRecord, begun, ended
 from saga.recovery.scope import spared, undo_scope
 
 _S: Final = members(StageState)
@@ -291,7 +291,7 @@ class SagaState:
             record.order = self._started
             self._started += 1
         record.state, record.attempts, record.execution = _S.RUNNING, event.attempt, event.execution
-        record.tries = (*record.tries, Try(event.at))
+        record.tries = begun(record.tries, event.at)
 
     def _begin_again(self, record: StageRecord) -> None:
         """What was said of the attempts before it, of a stage that has run or was skipped."""
@@ -490,7 +490,7 @@ class SagaState:
             record.undo_order = self._undo_started
             self._undo_started += 1
         record.state, record.undo_attempts, record.undo_was_tried = _S.COMPENSATING, event.attempt, True
-        record.undo_tries = (*record.undo_tries, Try(event.at))
+        record.undo_tries = begun(record.undo_tries, event.at)
 
     def _compensation_completed(self, record: StageRecord, event: CompensationCompleted) -> None:
         record.becomes_undone()
