@@ -43,7 +43,10 @@ from saga.events import (
     at_rest,
 )
 from saga.owners import is_gone
+from saga.quick import members
 from saga.text import said, shown, written
+
+_STATUS: Final = members(SagaStatus)
 
 
 class StageState(StrEnum):
@@ -152,11 +155,11 @@ def status_said(events: Sequence[AnyEvent]) -> SagaStatus | None:
             case SagaEnded(status=status):
                 return status
             case SagaTurnedBack():
-                return SagaStatus.COMPENSATING
+                return _STATUS.COMPENSATING
             case SagaResumed(forward=forward):
-                return SagaStatus.RUNNING if forward else SagaStatus.COMPENSATING
+                return _STATUS.RUNNING if forward else _STATUS.COMPENSATING
             case SagaStarted():
-                return SagaStatus.RUNNING
+                return _STATUS.RUNNING
     return None
 
 
@@ -416,7 +419,7 @@ class MemoryLedger(Ledger):
         """Record a new saga."""
         started = events[0]
         assert isinstance(started, SagaStarted)  # the journal sees to that
-        saga = _Kept(list(map(at_rest, events)), started, owner, 1, status_said(events) or SagaStatus.RUNNING)
+        saga = _Kept(list(map(at_rest, events)), started, owner, 1, status_said(events) or _STATUS.RUNNING)
         with _TURN:
             self._refuse_overtaken(started, under)
             if saga_id in self._sagas:

@@ -373,7 +373,7 @@ class SagaState:
         self._note_fallback_due(record, event.stage)
         if record.doubt:
             record.state = _S.IN_DOUBT
-        elif event.failure.kind is FailureKind.CANCELLED:
+        elif event.failure.kind is _KIND.CANCELLED:
             record.state = _S.CANCELLED
         else:
             record.state = _S.FAILED
@@ -405,7 +405,7 @@ class SagaState:
     def _stage_probed(self, record: StageRecord, event: StageProbed) -> None:
         if event.failure is not None:
             self._note(event.failure)
-            if event.failure.kind is FailureKind.COMPENSATION:
+            if event.failure.kind is _KIND.COMPENSATION:
                 record.undo_failure = event.failure
         if event.will_retry:
             return
@@ -459,13 +459,13 @@ class SagaState:
         self.is_spotless = False
         if event.held and not record.has_late_question:
             record.held = event
-        if event.failure is not None and event.failure.kind is FailureKind.LATE:
+        if event.failure is not None and event.failure.kind is _KIND.LATE:
             # What is known of the execution that stands stays so, and the saga goes the way that follows from it.
             return
         record.failure = record.failure or event.failure
         if record.state is not _S.UNDONE:
             # One that was cut off because the saga stopped has not failed: it is asked again.
-            failed = event.failure is None or event.failure.kind is not FailureKind.INTERRUPTED
+            failed = event.failure is None or event.failure.kind is not _KIND.INTERRUPTED
             record.answer, record.unanswered, record.doubt = None, failed, True
             if record.state in {_S.FAILED, _S.KEPT, _S.CANCELLED}:
                 record.state = _S.IN_DOUBT
@@ -502,7 +502,7 @@ class SagaState:
         self._note(event.failure)
         record.undo_failure = event.failure
         record.undo_tries = ended(record.undo_tries, event.at, event.failure.kind)
-        record.undo_in_question = event.failure.kind is FailureKind.CRASHED
+        record.undo_in_question = event.failure.kind is _KIND.CRASHED
         record.undone_in_part = record.undone_in_part or event.in_part
         if event.past_pivot:
             record.let_go()
