@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product, starmap
+from operator import is_
 from typing import TYPE_CHECKING, Any, Final
 
 from stageflow.api import Pipeline, StageOutput
@@ -36,7 +38,8 @@ class Blueprint:
         graph: Its stages and what each offers, in topological order.
         stages: What the graph can't hold, in topological order.
         specs: The pipeline's own specs, by which a later change is noticed.
-        said: What the class, object or function of each said of itself, in the order of the specs and of `DECLARABLE`; as above.
+        runners: What runs each, and the functions in those that are partial.
+        said: What these said of themselves, each in the order of `DECLARABLE`; as above.
         without_timeouts: What turns stageflow's own timeouts off, in its context's data.
     """
 
@@ -44,6 +47,7 @@ class Blueprint:
     graph: Graph
     stages: dict[str, StageOffer]
     specs: tuple[UnifiedStageSpec, ...]
+    runners: list[Any]
     said: list[Any]
     without_timeouts: dict[str, int]
 
@@ -57,13 +61,10 @@ class Blueprint:
         if not isinstance(pipeline, Pipeline):
             raise PipelineInvalid("a stageflow Pipeline", got=repr(pipeline))
         key, specs = id(pipeline), tuple(pipeline.stages.values())
-        runners = [spec.runner for spec in specs]
-        runners += [runner.func for runner in runners if isinstance(runner, partial)]
-        known, said = _KNOWN.get(key), [getattr(runner, part, None) for runner in runners for part in DECLARABLE]
-        # A stage may equal the one in whose place it was put, as that of a dataclass, and is another one.
-        if known is not None and [*map(id, known[1].specs)] == [*map(id, specs)] and known[1].said == said:
+        known = _KNOWN.get(key)
+        if known is not None and known[1].is_of(specs):
             return known[1]
-        blueprint = cls._read(pipeline, specs, said)
+        blueprint = cls._read(pipeline, specs)
         if len(_KNOWN) >= _MOST_KNOWN:
             # A pipeline that a stage of its own refers to is kept alive by what was read of it.
             _KNOWN.pop(next(iter(_KNOWN)), None)  # its pipeline may be gone just now
@@ -71,8 +72,16 @@ class Blueprint:
         _KNOWN[key] = (weakref.ref(pipeline, lambda _: remembered.pop(key, None)), blueprint)
         return blueprint
 
+    def is_of(self, specs: tuple[UnifiedStageSpec, ...]) -> bool:
+        """Whether it was read of these, and they still say the same of themselves."""
+        # A stage may equal the one in whose place it was put, as that of a dataclass, and is another one.
+        return len(specs) == len(self.specs) and all(map(is_, specs, self.specs)) and _said(self.runners) == self.said
+
     @classmethod
-    def _read(cls, pipeline: Pipeline, specs: tuple[UnifiedStageSpec, ...], said: list[Any]) -> Blueprint:
+    def _read(cls, pipeline: Pipeline, specs: tuple[UnifiedStageSpec, ...]) -> Blueprint:
+        runners: list[Any] = [spec.runner for spec in specs]
+        runners += [runner.func for runner in runners if isinstance(runner, partial)]
+        said = _said(runners)
         read = {name: read_stage(name, spec) for name, spec in pipeline.stages.items()}
         for name, spec in pipeline.stages.items():
             _refuse_str(name, spec.dependencies, pipeline.stages)
@@ -82,6 +91,7 @@ class Blueprint:
             graph=graph,
             stages={name: read[name][1] for name in graph.names},
             specs=specs,
+            runners=runners,
             said=said,
             without_timeouts={"_timeout_ms": 0} | {f"_timeout.{name}": 0 for name in graph.names},
         )
@@ -126,6 +136,11 @@ class Blueprint:
                     got=repr(name),
                     hint=did_you_mean(name, self.stages),
                 )
+
+
+def _said(runners: list[Any]) -> list[Any]:
+    # All of it in C: it is asked before each saga. Of a class that lacks one, Python 3.11 takes as long to say so as for ten that it has.
+    return [*starmap(getattr, product(runners, DECLARABLE, (None,)))]
 
 
 def read(pipeline: Pipeline, policy: FailFast | ContinueWithFallback) -> Blueprint:
