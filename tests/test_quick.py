@@ -75,6 +75,15 @@ def test_a_maker_leaves_it_to_a_class_that_looks_at_its_fields() -> None:
         maker(Weighed)(weight=-1)
 
 
+def test_a_maker_takes_fields_by_place_where_the_class_does() -> None:
+    @dataclass(frozen=True)
+    class Label:
+        text: str
+        colours: tuple[str, ...] = ()
+
+    assert maker(Label)("fragile", colours=("red",)) == Label("fragile", ("red",))
+
+
 def test_a_maker_refuses_what_is_missing_or_unknown() -> None:
     with pytest.raises(TypeError, match="weight"):
         maker(Parcel)()  # type: ignore[call-arg] # what the test is about

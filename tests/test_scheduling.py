@@ -6,10 +6,14 @@ import asyncio
 import contextlib
 import weakref
 from contextvars import ContextVar
+from dataclasses import fields
+from datetime import UTC, datetime
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from stageflow.api import Pipeline, PipelineContext, StageOutput, stage
+from stageflow.context import ContextSnapshot, RunIdentity
 from stageflow.stages.inputs import UndeclaredDependencyError
 from stageflow.stages.ports import create_core_ports
 
@@ -105,6 +109,23 @@ def test_a_stage_has_the_ports_the_sink_and_the_input_of_its_context(given: dict
     assert a.snapshot == a.inputs.snapshot == b.snapshot == context.to_snapshot()
     assert a.timer is b.timer is not None
     assert a.event_sink is context.event_sink
+
+
+def test_a_stage_sees_all_that_stageflow_shows_of_the_callers_context() -> None:
+    given: dict[str, Any] = {field.name: f"its {field.name}" for field in fields(ContextSnapshot) if field.name != "run_id"}
+    given |= {field.name: uuid4() for field in fields(RunIdentity)} | {"metadata": {"seat": "12A"}, "created_at": datetime.now(UTC)}
+    context = PipelineContext.create(**given)
+    shown: list[ContextSnapshot[Any]] = []
+
+    async def look(ctx: SagaContext) -> None:
+        shown.append(ctx.snapshot)
+
+    assert run(SagaCoordinator().run(staged(Pipeline(name="p"), "a", look), context)).ok
+    assert shown == [context.to_snapshot()]
+    assert type(shown[0]) is ContextSnapshot
+    assert type(shown[0].run_id) is RunIdentity
+    assert {name: getattr(shown[0], name) for name in given} == given
+    assert shown[0].metadata is not context.metadata
 
 
 WHO: ContextVar[str] = ContextVar("WHO", default="the caller")

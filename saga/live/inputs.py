@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from stageflow.api import PipelineContext
 from stageflow.context import (
+    ContextSnapshot,
     Conversation,
     DocumentEnrichment,
     Enrichments,
@@ -16,13 +17,17 @@ from stageflow.context import (
     Message,
     ProfileEnrichment,
     RoutingDecision,
+    RunIdentity,
 )
 
 from saga.errors import MisuseError
 from saga.outputs import copied
 from saga.policies import ContinueWithFallback
+from saga.quick import maker
 from saga.text import did_you_mean, shown
 
+_run_identity: Final = maker(RunIdentity)
+_context_snapshot: Final = maker(ContextSnapshot)
 _TIMEOUT: Final = "_timeout_ms"
 """Under which stageflow's interceptor looks for a stage's timeout in the context's data."""
 _RECORDED: Final = (
@@ -153,6 +158,33 @@ def refuse_unfit(context: PipelineContext) -> None:
     if context.data.get(_TIMEOUT):
         hint = "It is in seconds: FailFast(timeout=...) is for all stages, and each may have a timeout of its own."
         raise MisuseError("a timeout in the policy", got=f"{shown(context.data[_TIMEOUT])} as {_TIMEOUT} in the context's data", hint=hint)
+
+
+def snapshot_of(context: PipelineContext) -> ContextSnapshot[Any]:
+    """What stageflow's `to_snapshot` gives, in a quarter of the time."""
+    if type(context) is not PipelineContext:
+        return context.to_snapshot()  # somebody's own
+    created_at = context.created_at
+    return _context_snapshot(
+        run_id=_run_identity(
+            pipeline_run_id=context.pipeline_run_id,
+            request_id=context.request_id,
+            session_id=context.session_id,
+            user_id=context.user_id,
+            org_id=context.org_id,
+            interaction_id=context.interaction_id,
+            created_at=created_at,
+        ),
+        enrichments=context.enrichments,
+        conversation=context.conversation,
+        extensions=context.extensions,
+        input_text=context.input_text,
+        input_audio_duration_ms=context.input_audio_duration_ms,
+        topology=context.topology,
+        execution_mode=context.execution_mode,
+        created_at=created_at,
+        metadata=context.metadata.copy(),
+    )
 
 
 def recorded_input(context: PipelineContext) -> dict[str, Any]:

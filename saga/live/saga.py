@@ -20,7 +20,7 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.keys import execution_key
 from saga.live.children import Children
-from saga.live.inputs import no_such_field, with_dicts
+from saga.live.inputs import no_such_field, snapshot_of, with_dicts
 from saga.outputs import copied, copied_output
 from saga.quick import maker
 from saga.recovery.late import Late, Latecomer
@@ -88,7 +88,7 @@ class LiveSaga(UndoHost):
         self.journal: Final = journal
         self.actions: Final = actions
         self._context = context
-        self.snapshot: Final = context.to_snapshot()
+        self.snapshot: Final = snapshot_of(context)
         # What stageflow makes of a database its root context has; to derive that takes as long again as all that is here.
         self.ports: Final = context.ports if context.db is None else context.derive_root_stage_context().inputs.ports
         self.timer: Final = PipelineTimer()
