@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _STEP: Final = members(Step)
 _saga_turned_back: Final = maker(SagaTurnedBack)
+_saga_ended: Final = maker(SagaEnded)
 
 
 class Course:
@@ -87,7 +88,7 @@ class Course:
         status = move.status if move.status is not None else final_status(state)
         if status is SagaStatus.CANCELLED:
             status = status_of_cancelled(state)
-        await saga.journal.record(SagaEnded(status=status, cause=move.cause), release=True)
+        await saga.journal.record(_saga_ended(status=status, cause=move.cause), release=True)
 
     async def _note_cut_off(self) -> None:
         """Record which fallbacks were cut off with their process when they had run sagas that stand: nothing else tells of these."""
@@ -121,4 +122,4 @@ class Course:
         self._saga.is_stopping = True
         await Backward(self._saga, reason).run()
         await self._ask_the_rest()
-        await self._saga.journal.record(SagaEnded(status=final_status(self._state)), release=True)
+        await self._saga.journal.record(_saga_ended(status=final_status(self._state)), release=True)

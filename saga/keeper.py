@@ -25,6 +25,7 @@ from saga.live.inputs import context_from, recorded_input, refuse_both, refuse_u
 from saga.live.journal import Journal
 from saga.live.saga import PARENT_STOPS, STAGE_FAILED, LiveSaga
 from saga.policies import ContinueWithFallback, FailFast, Policy
+from saga.quick import maker
 from saga.recovery.resumption import Decision, recovering, resumption, undoing
 from saga.recovery.state import SagaState
 from saga.report import SagaReport
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from stageflow import BaseInterceptor
 
     from saga.live.actions import Actions
+
+
+_saga_started: Final = maker(SagaStarted)
 
 
 class SagaKeeper:
@@ -196,7 +200,7 @@ class SagaKeeper:
             raise _taken(saga_id)
         journal = None
         try:
-            started = SagaStarted(
+            started = _saga_started(
                 saga_id=saga_id,
                 pipeline=blueprint.name,
                 graph=blueprint.graph,
