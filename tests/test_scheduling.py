@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import weakref
+from collections.abc import Collection
 from contextvars import ContextVar
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
@@ -14,6 +16,7 @@ from uuid import uuid4
 import pytest
 from stageflow.api import Pipeline, PipelineContext, StageOutput, stage
 from stageflow.context import ContextSnapshot, RunIdentity
+from stageflow.events import NoOpEventSink
 from stageflow.stages.inputs import UndeclaredDependencyError
 from stageflow.stages.ports import create_core_ports
 
@@ -28,6 +31,7 @@ from saga import (
     StageState,
     compensable,
 )
+from saga.live.inputs import _HANDED_ON, context_of
 from tests.controlled import ControlledLoop, elapse, run
 from tests.world import HOOKED, WATCHED, Script, nothing, scene
 
@@ -126,6 +130,29 @@ def test_a_stage_sees_all_that_stageflow_shows_of_the_callers_context() -> None:
     assert type(shown[0].run_id) is RunIdentity
     assert {name: getattr(shown[0], name) for name in given} == given
     assert shown[0].metadata is not context.metadata
+
+
+EVERY_FIELD = frozenset(inspect.signature(PipelineContext.create).parameters)
+
+
+@pytest.mark.parametrize("given", [(), _HANDED_ON, EVERY_FIELD], ids=["none", "what is only handed on", "every one"])
+def test_a_context_of_fields_is_the_one_that_stageflow_makes_of_them(given: Collection[str]) -> None:
+    dicts = {"configuration": {"seat": "12A"}, "metadata": {"seat": "12A"}, "data": {"seat": "12A"}}
+    of_a_type: dict[str, Any] = dicts | {
+        "created_at": datetime.now(UTC),
+        "event_sink": NoOpEventSink(),
+        "artifacts": ["a ticket"],
+        "canceled": True,
+    }
+    fields: dict[str, Any] = {name: of_a_type.get(name, f"its {name}") for name in given}
+
+    made = context_of("p", None, fields)
+
+    expected = PipelineContext.create(**{"topology": "p"} | fields)
+    assert type(made) is PipelineContext
+    assert replace(made, created_at=expected.created_at, event_sink=expected.event_sink) == expected
+    assert type(made.event_sink) is type(expected.event_sink)
+    assert not any(getattr(made, name) is value for name, value in dicts.items())
 
 
 WHO: ContextVar[str] = ContextVar("WHO", default="the caller")

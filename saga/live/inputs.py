@@ -28,6 +28,7 @@ from saga.text import did_you_mean, shown
 
 _run_identity: Final = maker(RunIdentity)
 _context_snapshot: Final = maker(ContextSnapshot)
+_pipeline_context: Final = maker(PipelineContext)
 _TIMEOUT: Final = "_timeout_ms"
 """Under which stageflow's interceptor looks for a stage's timeout in the context's data."""
 _RECORDED: Final = (
@@ -51,6 +52,8 @@ _RECORDED: Final = (
     "data",
 )
 """What of stageflow's context is recorded, so that a saga can go on without its caller."""
+_HANDED_ON: Final = frozenset(_RECORDED) - {"created_at"}
+"""What stageflow's `create` only hands on to the constructor, or copies where it is a dict, which `with_dicts` has done."""
 _BUNDLES: Final[Mapping[str, Any]] = {
     "conversation": Conversation,
     "messages": Message,
@@ -65,6 +68,8 @@ _DICTS: Final = ("configuration", "metadata", "data")
 """What is empty where nothing was given."""
 _WIDE_EVENTS: Final = ("emit_stage_wide_events", "emit_pipeline_wide_event", "wide_event_emitter")
 """With which `Pipeline.run` is asked for stageflow's wide events."""
+_OPTIONS: Final = frozenset({"guard_retry_strategy", "interceptors", *_WIDE_EVENTS})
+"""What `Pipeline.run` takes beside the fields of its context, and a saga does not."""
 _ELSEWHERE: Final = {
     "A policy is given to SagaCoordinator(...).": frozenset(ContinueWithFallback.model_fields),
     "It is given to SagaCoordinator(...).": frozenset({"ledger", "listeners"}),
@@ -79,25 +84,28 @@ def context_of(name: str, context: PipelineContext | None, fields: dict[str, Any
     Raises:
         MisuseError: Both are given, or what a saga can't be run with.
     """
-    if "guard_retry_strategy" in fields:
-        raise MisuseError(
-            "no guard_retry_strategy",
-            got=repr(fields["guard_retry_strategy"]),
-            hint="It repeats stages behind the saga's back: effects would land twice and be undone once. Give the stage a Retry.",
-        )
-    if "interceptors" in fields:
-        raise MisuseError("interceptors at SagaCoordinator(..., interceptors=)", got="interceptors at run()")
-    for option in _WIDE_EVENTS:
-        if option in fields:
-            hint = "The coordinator's listeners are told of all that happens: SagaCoordinator(listeners=[SinkListener()])."
-            raise MisuseError("none of stageflow's wide events", got=f"{option}={shown(fields[option])}", hint=hint)
+    if not _OPTIONS.isdisjoint(fields):
+        raise _no_option(fields)
     if context is None:
         try:
-            return PipelineContext.create(**{"topology": name} | with_dicts(fields))
+            create = _pipeline_context if _HANDED_ON.issuperset(fields) else PipelineContext.create
+            return create(**{"topology": name} | with_dicts(fields))
         except TypeError as error:
             raise no_such_field(error, fields) from None
     refuse_both(context, fields)
     return context
+
+
+def _no_option(fields: dict[str, Any]) -> MisuseError:
+    """What to say of what `Pipeline.run` takes beside the fields of its context, and a saga does not."""
+    if "guard_retry_strategy" in fields:
+        hint = "It repeats stages behind the saga's back: effects would land twice and be undone once. Give the stage a Retry."
+        return MisuseError("no guard_retry_strategy", got=repr(fields["guard_retry_strategy"]), hint=hint)
+    if "interceptors" in fields:
+        return MisuseError("interceptors at SagaCoordinator(..., interceptors=)", got="interceptors at run()")
+    option = next(option for option in _WIDE_EVENTS if option in fields)
+    hint = "The coordinator's listeners are told of all that happens: SagaCoordinator(listeners=[SinkListener()])."
+    return MisuseError("none of stageflow's wide events", got=f"{option}={shown(fields[option])}", hint=hint)
 
 
 def no_such_field(error: TypeError, fields: dict[str, Any]) -> MisuseError:
