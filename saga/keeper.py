@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -194,7 +194,7 @@ class SagaKeeper:
             _refuse_names({"saga id": saga_id or "", "pipeline name": blueprint.name})
         is_there = saga_id is not None and bool(await recorded(self._ledger, saga_id))
         if saga_id is None:
-            saga_id = secrets.token_hex(16)
+            saga_id = os.urandom(16).hex()
         # Held at last: while the ledger was read, somebody else may have begun it.
         if is_there or not self.held.hold(saga_id):
             raise _taken(saga_id)
