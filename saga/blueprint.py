@@ -38,7 +38,7 @@ class Blueprint:
         graph: Its stages and what each offers, in topological order.
         stages: What the graph can't hold, in topological order.
         specs: The pipeline's own specs, by which a later change is noticed.
-        runners: What runs them, and the functions in those that are partial.
+        runners: What runs each, and the functions in those that are partial.
         said: What these said of themselves, each in the order of `DECLARABLE`; as above.
         without_timeouts: What turns stageflow's own timeouts off, in its context's data.
     """
@@ -79,8 +79,7 @@ class Blueprint:
 
     @classmethod
     def _read(cls, pipeline: Pipeline, specs: tuple[UnifiedStageSpec, ...]) -> Blueprint:
-        # One that runs several stages, each with a config of its own, is asked once.
-        runners: list[Any] = [*{id(spec.runner): spec.runner for spec in specs}.values()]
+        runners: list[Any] = [spec.runner for spec in specs]
         runners += [runner.func for runner in runners if isinstance(runner, partial)]
         said = _said(runners)
         read = {name: read_stage(name, spec) for name, spec in pipeline.stages.items()}

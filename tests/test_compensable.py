@@ -199,23 +199,6 @@ def test_what_is_set_on_a_function_counts_as_it_does_of_an_object() -> None:
     assert list(report.undone) == ["charge"]
 
 
-def test_what_is_set_later_on_one_of_two_stages_that_are_equal_counts() -> None:
-    class Alike(Patient):
-        def __eq__(self, other: object) -> bool:
-            return isinstance(other, Alike)
-
-        def __hash__(self) -> int:
-            return 1
-
-    alike: list[Any] = [Alike(), Alike()]
-    pipeline = Pipeline(name="p").with_stage("a", alike[0]).with_stage("b", alike[1])
-    Blueprint.of(pipeline)
-
-    alike[1].retry = Retry(attempts=9)
-
-    assert [offer.retry for offer in Blueprint.of(pipeline).stages.values()] == [Retry(attempts=4, wait=0), Retry(attempts=9)]
-
-
 def test_what_a_function_says_of_itself_counts_also_where_some_of_its_arguments_are_given() -> None:
     """As no config= is taken for a function, that is how one is told what to do."""
     charged = []
