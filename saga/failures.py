@@ -53,8 +53,9 @@ class Failure(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-    # Room for itself without the exception, made once: a ledger in memory keeps the cause of a saga in two events.
-    __slots__ = ("_stored_as",)
+    # Room for itself without the exception, made once: a ledger in memory keeps the cause of a saga in two events. And for
+    # what refers to it weakly, which Python leaves out where slots are named.
+    __slots__ = ("__weakref__", "_stored_as")
     _stored_as: ClassVar[Failure]  # not a field, and none of pydantic's private attributes, which every failure would be made with
 
     stage: str | None

@@ -233,6 +233,16 @@ def test_a_failure_is_stored_as_it_is_when_it_was_copied_from_one_that_is_stored
     assert (elsewhere.stage, elsewhere.exception) == ("book_hotel/pay", None)
 
 
+def test_who_looks_a_failure_up_does_not_have_to_hold_it() -> None:
+    """As who tells of each once: a WeakKeyDictionary of those that were told of."""
+    failure = Failure.raised("pay", CardDeclined("limit"), attempt=1)
+    told = weakref.WeakKeyDictionary({failure: "at the desk"})
+
+    assert told[failure.model_copy()] == "at the desk"
+    del failure
+    assert not told
+
+
 def unlike_any_other(depth: int) -> Failure:
     """Something that fails at a place of its own each time: a function that nobody else has."""
     namespace: dict[str, Any] = {"CardDeclined": CardDeclined}
