@@ -175,10 +175,6 @@ class LiveSaga(UndoHost):
             if isinstance(event, StageCompleted | CompensationCompleted) and event.late:
                 self.comes_late(event)
 
-    def forward_key(self, stage: str) -> str:
-        """The idempotency key of a stage's execution."""
-        return execution_key(self.id, stage, self.journal.state.stages[stage].execution)
-
     def compensation_context(self, stage: str, attempt: int) -> CompensationContext:
         """What a compensation or a probe of the stage gets to know."""
         state = self.journal.state
