@@ -119,9 +119,11 @@ def stage_states(state: SagaState) -> dict[str, StageState]:
     states = {}
     for name, record in state.stages.items():
         shown = record.state
-        if record.doubt and record.is_in_question:
-            shown = _S.STUCK if shown is _S.STUCK else _S.IN_DOUBT
-        elif name in blocked and shown is not _S.STUCK:
+        if shown is _S.STUCK:
+            pass  # whatever else is to be said of it
+        elif record.doubt and record.is_in_question:
+            shown = _S.IN_DOUBT
+        elif name in blocked:
             shown = _S.BLOCKED
         elif record.fell_back and shown is _S.UNDONE:
             shown = _S.FALLBACK
