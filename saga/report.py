@@ -254,7 +254,7 @@ class SagaReport(BaseModel):
         saga_id: Its id.
         pipeline: The pipeline's name.
         status: Where the saga stands.
-        cause: What stopped it first; None if nothing did.
+        cause: What stopped it first, or a failure that outweighs the CANCEL that did; None if nothing did.
         failures: Every failure of every attempt, forward and backward, oldest first.
         started_at: When it started, UTC.
         ended_at: When it came to rest, UTC; None while it has not.

@@ -195,6 +195,17 @@ def test_what_an_interceptor_refuses_when_the_saga_has_stopped_is_in_the_report_
     assert sorted(world.undone()) == (["b"] if by_stage else ["a", "b"])
 
 
+def test_behind_such_a_refusal_a_failure_outweighs_a_cancel_as_ever() -> None:
+    _, pipeline = scene({"a": (), "b": (), "c": ()}, {"a": Script("cancel", before=1.0), "c": Script("raise", before=3.0)})
+
+    report = run(SagaCoordinator(interceptors=[LateLoser()]).run(pipeline))
+
+    assert report.status is SagaStatus.COMPENSATED
+    assert report.cause is not None
+    assert report.cause.stage == "c"
+    assert [failure.stage for failure in report.failures] == ["a", "b", "c"]
+
+
 def test_a_crash_behind_such_a_refusal_leaves_the_cause_as_it_was() -> None:
     ledger = MemoryLedger()
     _, pipeline = scene({"a": (), "b": ()}, {"a": Script("cancel", before=1.0)})

@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
-from stageflow.api import Pipeline, StageOutput
+from stageflow.api import Pipeline, PipelineContext, StageOutput
 
 from saga import (
     CompensableStage,
@@ -604,6 +604,27 @@ def test_a_saga_that_failed_and_then_completed_is_an_error_once() -> None:
     assert first.status.status_code is StatusCode.ERROR
     assert second.status.status_code is StatusCode.UNSET
     assert attributes(second)["saga.status"] == "completed"
+
+
+@pytest.mark.parametrize("on_failure", ["compensate", "halt"])
+def test_the_error_of_a_saga_is_the_failure_that_outweighed_the_cancel_of_its_context(on_failure: Any) -> None:
+    backend = Backend()
+    shape: dict[str, tuple[str, ...]] = {"a": (), "b": ("a",), "c": ()}
+    _, pipeline = scene(shape, {"a": Script(before=1), "c": Script("raise", before=2)})
+    context = PipelineContext.create()
+
+    async def main() -> SagaReport:
+        running = asyncio.create_task(backend.coordinator(FailFast(on_failure=on_failure)).run(pipeline, context))
+        await elapse(0.5)
+        context.mark_canceled("enough")
+        return await running
+
+    report = run(main())
+
+    [span] = [span for span in backend.spans if span.name == "saga scene"]
+    assert report.cause is not None
+    assert report.cause.stage == "c"
+    assert span.status.description == f"{report.status.value}: {report.cause}"
 
 
 def test_what_is_resumed_here_and_was_started_elsewhere_has_spans_without_a_pipelines_name() -> None:

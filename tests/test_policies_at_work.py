@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from stageflow.api import Pipeline, StageCancellationRequested, StageOutput, StageStatus
+from stageflow.api import Pipeline, PipelineContext, StageCancellationRequested, StageOutput, StageStatus
 
 from saga import (
     CompensableStage,
@@ -808,6 +808,29 @@ def test_a_cancel_outweighed_by_a_failure_during_the_drain_compensates(fails: Sc
     assert report.cause is not None
     assert report.cause.stage == "c"
     assert world.standing == {}
+
+
+def test_a_saga_that_halts_for_a_failure_that_outweighs_the_cancel_of_its_context_waits_to_be_resumed() -> None:
+    shape: dict[str, tuple[str, ...]] = {"seat": (), "room": ("seat",), "card": (), "mail": ()}
+    scripts = {"seat": Script(before=2), "card": Script("raise", before=3), "mail": Script("hang", lands=True)}
+    _, pipeline = scene(shape, scripts)
+    coordinator = SagaCoordinator(FailFast(on_failure="halt", timeout=5))
+    context = PipelineContext.create()
+
+    async def play() -> SagaReport:
+        running = asyncio.create_task(coordinator.run(pipeline, context, saga_id="s"))
+        await elapse(1)
+        context.mark_canceled("enough")
+        return await running
+
+    halted = run(play())
+    settled = run(coordinator.settle("s", "mail", "kept", "it has arrived"))
+
+    assert halted.cause is not None
+    assert halted.cause.stage == "card"
+    assert [failure.stage for failure in halted.failures] == [None, "card", "mail"]
+    assert (halted.status, settled.status) == (SagaStatus.HALTED, SagaStatus.HALTED)
+    assert run(coordinator.ledger.prune(timedelta(0))) == ()
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,8 @@ class OpenTelemetryListener:
             case SagaTurnedBack():
                 self._begin(saga_id, saga, event)
                 self._counts_as(saga, SagaStatus.COMPENSATING)
-                saga.cause = saga.cause or event.cause
+                # A failure may outweigh the CANCEL that has stopped it.
+                saga.cause = event.cause or saga.cause
                 self._note(saga, event, {"saga.turn.reason": event.reason.value})
             case SagaEnded():
                 self._end(saga_id, saga, event)
@@ -199,7 +200,7 @@ class OpenTelemetryListener:
 
     def _end(self, saga_id: str, saga: _Saga, event: SagaEnded) -> None:
         if saga.root is not None:
-            cause = saga.cause or event.cause
+            cause = event.cause or saga.cause
             saga.root.set_attribute("saga.status", event.status.value)
             # What was undone because somebody asked for it is no error.
             if cause is not None or event.status is SagaStatus.STUCK:

@@ -67,7 +67,7 @@ class SagaState:
         status: Where it stands.
         ended_at: When it came to rest; None while it has not.
         stop: What is known to have stopped it first, beside the failures of its stages.
-        cause: What stopped it first, since it was started or run on; None if nothing did.
+        cause: What stopped it first, since it was started or run on, or a failure that outweighs the CANCEL that did; None if nothing did.
         reason: Why it went backward, the last time; None if it never did.
         failures: Every failure of every attempt, in the order of the ledger, each once.
         stages: What the events say of each stage, in topological order.
@@ -131,8 +131,7 @@ class SagaState:
         self._refuse_beside(_UNDER_WAY, event)
         self.status = event.status
         self.ended_at = event.at
-        self.cause = self.cause or event.cause
-        self._note(event.cause)
+        self._concludes_from(event.cause)
 
     def _refuse_beside(self, states: frozenset[StageState], event: SagaEnded | SagaTurnedBack) -> None:
         for record in self.stages.values():
@@ -148,8 +147,15 @@ class SagaState:
         if self.ended_at is not None:
             self._ask_anew()
         self.ended_at = None
-        self.cause = self.cause or event.cause
-        self._note(event.cause)
+        self._concludes_from(event.cause)
+
+    def _concludes_from(self, cause: Failure | None) -> None:
+        """Take what the forward run came to its end by: what stopped it first, or a failure that outweighs the CANCEL that did."""
+        if cause is None:
+            return
+        if self.cause is None or self.cause.kind is _KIND.CANCELLED:
+            self.cause = cause
+        self._note(cause)
 
     def _take_offers(self, event: SagaResumed | SagaTurnedBack) -> None:
         if event.graph is None:
