@@ -281,7 +281,8 @@ class Forward(Stages, WholeRun):
         skipped = output.status is _STATUS.SKIP
         reason = brief(reason_in(output.data.get("reason"), "its condition says so")) if skipped else "an interceptor answered for it"
         await self._journal.record(StageSkipped(stage=name, reason=reason, output=copied_output(output)))
-        self.refuse_unkept(name)
+        if self._state.stages[name].not_kept is not None:
+            self.refuse_unkept(name)
 
     async def refused(self, stage: str, error: BaseException) -> None:
         """Stop because what is around a stage did not let it run, or end, or its condition can't be told."""
@@ -297,12 +298,11 @@ class Forward(Stages, WholeRun):
             await self._unless_broken(StageFailed(stage=stage, failure=failure))
 
     def refuse_unkept(self, name: str) -> None:
-        """Stop if the ledger could not keep what a stage gave."""
+        """Stop because the ledger could not keep what a stage gave."""
         record = self._state.stages[name]
-        if record.not_kept is not None:
-            # Its effect stands and is known; but whoever resumed this saga would lack what it gave.
-            message = f"{record.not_kept}: the ledger can't keep it"
-            self.stop(Failure.of(name, FailureKind.CONTRACT, message, attempt=record.attempts))
+        # Its effect stands and is known; but whoever resumed this saga would lack what it gave.
+        message = f"{record.not_kept}: the ledger can't keep it"
+        self.stop(Failure.of(name, FailureKind.CONTRACT, message, attempt=record.attempts))
 
     # -- what a failure leads to ---------------------------------------------------------------------------------
 

@@ -97,9 +97,8 @@ class StageOffer:
         return BaseModel.model_copy(default, update={key: getattr(own, key) for key in own.model_fields_set})
 
     def warn_of_misfit(self, output: StageOutput) -> None:
-        """Say in the log that an output does not fit the stage's `output_model`: nothing else shows it before a saga is resumed."""
-        if self.output_model is not None:
-            warn_of_misfit(self.spec.name, self.output_model, output.data)
+        """Say in the log that an output does not fit the `output_model` of a stage that has one: nothing else shows it before a resume."""
+        warn_of_misfit(self.spec.name, self.output_model, output.data)
 
 
 def read_stage(name: str, spec: UnifiedStageSpec) -> tuple[Node, StageOffer]:

@@ -62,7 +62,7 @@ class WholeRun(Employer, Protocol):
     passed: dict[str, StageOutput]
 
     def refuse_unkept(self, name: str) -> None:
-        """Stop if the ledger could not keep what a stage gave."""
+        """Stop because the ledger could not keep what a stage gave."""
         ...
 
 
