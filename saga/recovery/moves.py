@@ -100,14 +100,11 @@ class Rollback:
         """Open these stages; in the place of one of which nothing is to be undone, or that holds nothing up, those that waited for it."""
         while pending:
             name = pending.pop()
-            match self.step(name):
-                case _STEP.CLEAR:
-                    pending += self._release(name)
-                case _STEP.HOLD:
-                    if self._goes_past(name):
-                        pending += self._release(name)
-                case _:
-                    heapq.heappush(self._open, (-self._records[name].order, name))
+            step = self.step(name)
+            if step is not _STEP.CLEAR and step is not _STEP.HOLD:
+                heapq.heappush(self._open, (-self._records[name].order, name))
+            elif step is _STEP.CLEAR or self._goes_past(name):
+                pending += self._release(name)
 
 
 def stage_states(state: SagaState) -> dict[str, StageState]:

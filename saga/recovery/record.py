@@ -285,7 +285,7 @@ def undo_step(node: Node, record: StageRecord, *, spares: bool = False) -> Step:
         return _STEP.HOLD if record.doubt and not node.undo_in_doubt else _STEP.COMPENSATE
     if record.state is _S.STUCK or (record.held is not None and record.has_late_question):
         return _STEP.HOLD
-    fallback_stands = bool(record.fallback_ran) and not spares
+    fallback_stands = record.fallback_ran and not spares
     if record.state is _S.UNDONE and not fallback_stands:
         return _STEP.CLEAR
     may_ask = node.can_probe and record.answer is None and not record.unanswered

@@ -20,8 +20,19 @@ _ROLE: Final = members(Role)
 _STEP: Final = members(Step)
 
 
+def _may_stay(state: SagaState) -> bool:
+    """Whether anything may stay when the saga goes backward: some stage is past a point of no return, or a person had a word on one."""
+    pivots = state.graph.points_of_no_return
+    for name, record in state.stages.items():  # noqa: SIM110 - a generator takes twice as long
+        if record.past_pivot or record.settled is not None or (record.landed and name in pivots):
+            return True
+    return False
+
+
 def protected(state: SagaState) -> frozenset[str]:
     """What is never compensated: completed pivots, what a person said is to be kept, and everything that they depend on (promise 10)."""
+    if not _may_stay(state):
+        return frozenset()
     pivots = state.graph.points_of_no_return
     stays = [
         name
@@ -67,6 +78,8 @@ def _useless(state: SagaState, reason: TurnReason) -> set[str]:
 
 def undo_scope(state: SagaState, reason: TurnReason) -> set[str]:
     """The stages that going backward for this reason is about; the others stand and hold nothing up."""
+    if reason is not _REASON.ORPHANS and not _may_stay(state):
+        return set(state.graph.names)  # as nearly always: nothing is protected and nothing stands for good, whatever else is so
     scope, begun = _useless(state, reason), []
     for name, record in state.stages.items():
         if reason is _REASON.ORPHANS:
@@ -86,8 +99,11 @@ def undo_scope(state: SagaState, reason: TurnReason) -> set[str]:
 
 def spared(state: SagaState, reason: TurnReason) -> frozenset[str]:
     """The stages of whose fallbacks the sagas stay, because what uses them does."""
-    ran = [name for name, record in state.stages.items() if record.fallback_ran]
-    return frozenset(ran) - _useless(state, reason) if ran else frozenset()
+    for record in state.stages.values():
+        if record.fallback_ran:
+            ran = [name for name, record in state.stages.items() if record.fallback_ran]
+            return frozenset(ran) - _useless(state, reason)
+    return frozenset()
 
 
 def left_to_undo(state: SagaState, reason: TurnReason) -> dict[str, Step]:
