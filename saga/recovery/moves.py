@@ -17,7 +17,7 @@ from saga.failures import Failure, FailureKind
 from saga.graph import Role
 from saga.ledger import StageState
 from saga.policies import ContinueWithFallback
-from saga.quick import frozen, members
+from saga.quick import frozen, maker, members
 from saga.recovery.record import StageRecord, Step, undo_step
 from saga.recovery.scope import left_to_undo, orphans, protected, spared, undo_scope
 from saga.recovery.state import SagaState
@@ -25,6 +25,8 @@ from saga.recovery.state import SagaState
 _S: Final = members(StageState)
 _ROLE: Final = members(Role)
 _STEP: Final = members(Step)
+_STATUS: Final = members(SagaStatus)
+_REASON: Final = members(TurnReason)
 _KIND: Final = members(FailureKind)
 
 
@@ -110,9 +112,9 @@ class Rollback:
 def stage_states(state: SagaState) -> dict[str, StageState]:
     """Where every stage stands, in topological order; each is in exactly one state (promise 4)."""
     blocked: Collection[str] = ()
-    if state.status is SagaStatus.STUCK:
+    if state.status is _STATUS.STUCK:
         # One that never turned back had nothing that could be undone: what is left over waits until it can be.
-        blocked = left_to_undo(state, state.reason or TurnReason.ORPHANS)
+        blocked = left_to_undo(state, state.reason or _REASON.ORPHANS)
     states = {}
     for name, record in state.stages.items():
         shown = record.state
@@ -170,6 +172,9 @@ class Move:
     status: SagaStatus | None = None
 
 
+_move: Final = maker(Move)
+
+
 def stopping(state: SagaState) -> Iterator[tuple[str, Failure]]:
     """The stages whose failure the policy lets stop the saga, unless a fallback stands in."""
     if isinstance(state.policy, ContinueWithFallback) and state.policy.without_fallback == "skip_branch":
@@ -195,25 +200,25 @@ def conclude(state: SagaState, stop: Failure | None) -> Move:
         stop: What first stopped the run: a stage's failure or CANCEL, the deadline, the caller; None if nothing did.
     """
     if stop is None and state.is_spotless:
-        return Move()
+        return _move()
     if stop is None or stop.kind is _KIND.CANCELLED:
         # A CANCEL asks to keep what was done; a stage that fails while the others drain outweighs it, and a process that dies does not.
         failed = unabsorbed(state)
         if stop is None or (failed is not None and failed.kind is not _KIND.CRASHED):
             stop = failed
     if stop is None:
-        return Move(turn=TurnReason.ORPHANS) if len(Rollback(state, TurnReason.ORPHANS)) else Move()
+        return _move(turn=_REASON.ORPHANS) if len(Rollback(state, _REASON.ORPHANS)) else _move()
     if stop.kind is _KIND.CANCELLED:
         if state.policy.on_cancel == "keep":
-            return Move(cause=stop, status=SagaStatus.CANCELLED)
-        return Move(turn=TurnReason.CANCEL, cause=stop)
+            return _move(cause=stop, status=_STATUS.CANCELLED)
+        return _move(turn=_REASON.CANCEL, cause=stop)
     if stop.kind is _KIND.INTERRUPTED and stop.stage is None:
         if state.policy.on_interrupt == "halt":
-            return Move(cause=stop, status=SagaStatus.HALTED)
-        return Move(turn=TurnReason.INTERRUPT, cause=stop)
+            return _move(cause=stop, status=_STATUS.HALTED)
+        return _move(turn=_REASON.INTERRUPT, cause=stop)
     if state.policy.on_failure == "halt":
-        return Move(cause=stop, status=SagaStatus.HALTED)
-    return Move(turn=TurnReason.FAILURE, cause=stop)
+        return _move(cause=stop, status=_STATUS.HALTED)
+    return _move(turn=_REASON.FAILURE, cause=stop)
 
 
 def _has_doubt(state: SagaState) -> bool:
@@ -224,31 +229,31 @@ def _has_doubt(state: SagaState) -> bool:
 def status_of_cancelled(state: SagaState) -> SagaStatus:
     """Where a saga stands that a stage has cancelled, and that keeps what it did."""
     # Nothing is left to do about one that is cancelled, and whoever prunes may forget it.
-    return SagaStatus.HALTED if _has_doubt(state) else SagaStatus.CANCELLED
+    return _STATUS.HALTED if _has_doubt(state) else _STATUS.CANCELLED
 
 
 def final_status(state: SagaState) -> SagaStatus:
     """How a saga ends that ran to its end, or has gone backward as far as it could."""
     if state.reason is None and state.is_spotless:
-        return SagaStatus.COMPLETED
-    is_forward = state.reason is None or state.reason is TurnReason.ORPHANS
+        return _STATUS.COMPLETED
+    is_forward = state.reason is None or state.reason is _REASON.ORPHANS
     unsettled = (is_forward and _has_doubt(state)) or (state.reason is not None and left_to_undo(state, state.reason))
     if unsettled:
-        return SagaStatus.STUCK
+        return _STATUS.STUCK
     for record in state.stages.values():
         # It may have left the scope: what came late, or a person's word, has given a use to what it was to be undone for.
         if record.state is _S.STUCK or (record.held is not None and record.has_late_question):
-            return SagaStatus.STUCK
+            return _STATUS.STUCK
     if not is_forward:
-        return SagaStatus.HALTED if protected(state) else SagaStatus.COMPENSATED
+        return _STATUS.HALTED if protected(state) else _STATUS.COMPENSATED
     if not any(record.with_branch or record.failed for record in state.stages.values()):
         # What was undone, also by hand, did not do its part, unless it skipped itself or something stands in: it can be run once more.
         lacks = any(record.state is _S.UNDONE and record.skip_reason is None and not record.fell_back for record in state.stages.values())
-        return SagaStatus.HALTED if lacks else SagaStatus.COMPLETED
+        return _STATUS.HALTED if lacks else _STATUS.COMPLETED
     lost = orphans(state)
     if any(record.state is _S.KEPT or record.fell_back for name, record in state.stages.items() if name not in lost):
-        return SagaStatus.DEGRADED
+        return _STATUS.DEGRADED
     # Nothing came of it; but what the policy keeps all the same stands, and whoever runs this saga has to see to it.
     records = [state.stages[name] for name in lost if state.graph[name].role is not _ROLE.PLAIN]
     stands = any(record.state is _S.KEPT or record.fallback_ran for record in records)
-    return SagaStatus.HALTED if stands or protected(state) else SagaStatus.COMPENSATED
+    return _STATUS.HALTED if stands or protected(state) else _STATUS.COMPENSATED
