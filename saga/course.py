@@ -65,7 +65,8 @@ class Course:
             await self._conclude(chapter.stop)
         else:
             assert chapter.reason is not None  # a saga goes backward for a reason
-            await self._note_cut_off()
+            if self._saga.children.has_any:
+                await self._note_cut_off()
             await self._back(chapter.reason)
 
     async def _drive(self, forward: Forward, before: Sequence[AnyEvent]) -> None:
@@ -77,14 +78,17 @@ class Course:
     async def _conclude(self, stop: Failure | None) -> None:
         saga, state = self._saga, self._state
         saga.is_stopping = True
-        await self._amendments.note_late(saga)
-        await self._note_cut_off()
+        if self._amendments.has_late(saga.id):
+            await self._amendments.note_late(saga)
+        if saga.children.has_any:
+            await self._note_cut_off()
         move = conclude(state, stop)
         if move.turn is not None:
             await saga.journal.record(_saga_turned_back(reason=move.turn, cause=move.cause))
             await self._back(move.turn)
             return
-        await self._ask_the_rest()
+        if askable := self._left_to_ask():
+            await self._ask(askable)
         status = move.status if move.status is not None else final_status(state)
         if status is SagaStatus.CANCELLED:
             status = status_of_cancelled(state)
@@ -93,7 +97,7 @@ class Course:
     async def _note_cut_off(self) -> None:
         """Record which fallbacks were cut off with their process when they had run sagas that stand: nothing else tells of these."""
         saga, state = self._saga, self._state
-        if state.is_spotless or not saga.children.has_any:
+        if state.is_spotless:
             return
         for name, record in state.stages.items():
             # Of one in doubt it is looked up when that is asked.
@@ -103,15 +107,15 @@ class Course:
                 failure = Failure.of(name, FailureKind.CRASHED, message, attempt=record.attempts)
                 await saga.journal.record(FallbackFailed(stage=name, failure=failure, left_within=True))
 
-    async def _ask_the_rest(self) -> None:
-        """Ask for all that no compensation has asked for: to know is free, whatever the policy leaves standing."""
+    def _left_to_ask(self) -> list[str]:
+        """All that no compensation has asked for: to know is free, whatever the policy leaves standing."""
         state = self._state
-        if state.is_spotless:
-            return
-        askable = [node.name for node in state.graph.nodes if node.can_probe and undo_step(node, state.stages[node.name]) is _STEP.PROBE]
-        if not askable:
-            return
-        asking = [start(ask(self._saga, name)) for name in askable]
+        if state.is_spotless or not state.graph.with_probe:
+            return []
+        return [node.name for node in state.graph.with_probe if undo_step(node, state.stages[node.name]) is _STEP.PROBE]
+
+    async def _ask(self, stages: list[str]) -> None:
+        asking = [start(ask(self._saga, name)) for name in stages]
         await outlast(asking)
         # All of them are looked at: asyncio complains of an exception that nobody looked at.
         for error in [asked.exception() for asked in asking]:
@@ -121,5 +125,6 @@ class Course:
     async def _back(self, reason: TurnReason) -> None:
         self._saga.is_stopping = True
         await Backward(self._saga, reason).run()
-        await self._ask_the_rest()
+        if askable := self._left_to_ask():
+            await self._ask(askable)
         await self._saga.journal.record(_saga_ended(status=final_status(self._state)), release=True)

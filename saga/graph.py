@@ -148,6 +148,11 @@ class Graph:
         return frozenset(node.name for node in self.nodes if node.is_point_of_no_return)
 
     @cached_property
+    def with_probe(self) -> tuple[Node, ...]:
+        """The stages that can ask the outside world whether their effects landed, in topological order."""
+        return tuple(node for node in self.nodes if node.can_probe)
+
+    @cached_property
     def dependencies(self) -> Mapping[str, frozenset[str]]:
         """For each stage, the stages that it directly depends on."""
         return {node.name: frozenset(node.dependencies) for node in self.nodes}
