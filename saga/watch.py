@@ -173,12 +173,19 @@ class Crew(Generic[W]):
     async def disband(self, employer: Employer) -> None:
         """Wait until nobody works any more, whatever strikes their employer, who waits."""
         # Asked of the tasks themselves: a Ctrl-C may have killed one before it was dismissed.
-        while any(not (member.successor or member.task).done() for member in self.members):
+        while self._is_at_work():
             self._turn = asyncio.get_running_loop().create_future()
             await sit_out(self._turn, employer.breaks)
-        for killed_by in [(member.successor or member.task).exception() for member in self.members]:
+        for member in tuple(self.members):
+            killed_by = (member.successor or member.task).exception()
             assert killed_by is not None  # or it would have been dismissed
             employer.breaks(cut_short_by(killed_by))
+
+    def _is_at_work(self) -> bool:
+        for member in self.members:  # noqa: SIM110 - a generator takes twice as long
+            if not (member.successor or member.task).done():
+                return True
+        return False
 
 
 async def bounded(
