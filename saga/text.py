@@ -73,7 +73,11 @@ def glimpse(value: object) -> str:
 
 
 def written(text: str) -> str:
-    """Text that can be written: what UTF-8 lacks, such as the odd bytes in a file's name, is escaped."""
+    """Text that can be written: what UTF-8 lacks, such as the odd bytes in a file's name, is escaped.
+
+    It is a plain `str`, whatever class it comes as.
+    """
+    text = str.__str__(text)
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

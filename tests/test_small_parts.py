@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import pickle
 import re
 import subprocess
 import sys
@@ -221,6 +222,32 @@ def test_a_traceback_tells_nothing_of_what_was_being_handled_if_that_is_told_not
 
     assert str(failure.traceback).splitlines() == without_marks(whole)
     assert "KeyError" not in whole
+
+
+def test_a_failure_is_made_as_pydantic_makes_it_of_whatever_class_its_words_are() -> None:
+    class Words(str):
+        __slots__ = ()
+
+        def isascii(self) -> bool:
+            return True
+
+        def __str__(self) -> str:
+            return self
+
+    class Sold(Exception):
+        def __str__(self) -> str:
+            return Words("sold out: \udcff")
+
+    failure = Failure.raised(Words("pay"), Sold(), attempt=2)
+    fields = {name: getattr(failure, name) for name in failure.model_fields_set}
+    validated = Failure(**fields, exception=failure.exception)
+
+    assert fields.keys() == Failure.model_fields.keys() - {"exception"}
+    assert list(vars(failure).items()) == list(vars(validated).items())
+    assert {type(failure.stage), type(failure.type), type(failure.message), type(failure.traceback)} == {str}
+    assert failure.message == "sold out: \\udcff"
+    assert vars(without_exception(failure)) == vars(Failure(**fields))
+    assert pickle.loads(pickle.dumps(failure)) == failure  # noqa: S301 - of this test
 
 
 def test_a_failure_is_stored_as_it_is_when_it_was_copied_from_one_that_is_stored() -> None:
