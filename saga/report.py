@@ -21,7 +21,7 @@ from saga.ledger import StageState
 from saga.outputs import Output, Plain, copied, copied_output
 from saga.quick import frozen, maker, members, model_maker
 from saga.recovery import stage_states, verdicts_on
-from saga.recovery.record import StageRecord, Try
+from saga.recovery.record import StageRecord, Try, since
 from saga.recovery.scope import protected
 from saga.recovery.state import SagaState
 from saga.render.text import summary
@@ -168,7 +168,7 @@ class StageReport:
         if record.undo_attempts or record.undo_failure is not None:
             undo = _compensation_report(
                 attempts=record.undo_attempts,
-                started_at=record.undo_started_at,
+                started_at=since(record.undo_tries),
                 ended_at=record.undo_ended_at,
                 failure=record.undo_failure,
                 tries=record.undo_tries,
@@ -181,7 +181,7 @@ class StageReport:
             failure=record.failure,
             failed=record.attempts_failed,
             attempts=record.attempts,
-            started_at=record.started_at,
+            started_at=since(record.tries),
             ended_at=record.ended_at,
             effects=tuple(map(copied, record.effects)) if record.effects else (),
             fallback=record.fell_back,

@@ -180,7 +180,7 @@ class LiveSaga(UndoHost):
         state = self.journal.state
         record = state.stages[stage]
         inputs = Inputs()
-        for name in state.graph[stage].dependencies:
+        for name in state.graph.by_name[stage].dependencies:
             if (output := state.stages[name].output) is not None:
                 inputs[name] = copied_output(output)
         key = execution_key(self.id, stage, record.execution)

@@ -49,14 +49,14 @@ class Rollback:
         self._on_failure = state.policy.compensation.on_failure
         self._spared = spared(state, reason)
         # For each stage of the scope, how many others of it that depend on it are not clear.
-        self._waits = dict.fromkeys(undo_scope(state, reason), 0)
-        for name in self._waits:
+        self._waits = waits = dict.fromkeys(undo_scope(state, reason), 0)
+        for name in waits:
             for dependency in self._nodes[name].dependencies:
-                if dependency in self._waits:
-                    self._waits[dependency] += 1
+                if dependency in waits:
+                    waits[dependency] += 1
         self._open: list[tuple[int, str]] = []
         self.is_stopped = False
-        self._open_or_pass([name for name, count in self._waits.items() if count == 0])
+        self._open_or_pass([name for name, count in waits.items() if count == 0])
 
     def __len__(self) -> int:
         """How many stages could be taken now."""
@@ -64,7 +64,7 @@ class Rollback:
 
     def step(self, name: str) -> Step:
         """What undoing a stage of the scope comes to next."""
-        return undo_step(self._nodes[name], self._records[name], spares=name in self._spared)
+        return undo_step(self._nodes[name], self._records[name], name in self._spared)
 
     def take(self) -> str | None:
         """Take the open stage that started last; None: there is none to be taken."""
@@ -90,11 +90,11 @@ class Rollback:
         self.is_stopped = True
 
     def _release(self, name: str) -> list[str]:
-        freed = []
+        freed, waits = [], self._waits
         for dependency in self._nodes[name].dependencies:
-            if dependency in self._waits:
-                self._waits[dependency] -= 1
-                if self._waits[dependency] == 0:
+            if dependency in waits:
+                waits[dependency] -= 1
+                if waits[dependency] == 0:
                     freed.append(dependency)
         return freed
 

@@ -48,6 +48,11 @@ def begun(tries: tuple[Try, ...], at: datetime) -> tuple[Try, ...]:
     return (*tries, _new(Try, (at, None, None)))
 
 
+def since(tries: tuple[Try, ...]) -> datetime | None:
+    """When the first of some attempts started, UTC; None if there was none."""
+    return tries[0][0] if tries else None
+
+
 def ended(tries: tuple[Try, ...], at: datetime, failed: FailureKind | None = None) -> tuple[Try, ...]:
     """The attempts, with the last one ended; one that has ended, or was never started, is left alone."""
     if not tries:
@@ -155,12 +160,12 @@ class StageRecord:
     @property
     def started_at(self) -> datetime | None:
         """When its first attempt started, UTC; None if none did."""
-        return self.tries[0].started_at if self.tries else None
+        return since(self.tries)
 
     @property
     def undo_started_at(self) -> datetime | None:
         """When its compensation was first attempted, UTC; None if it was not."""
-        return self.undo_tries[0].started_at if self.undo_tries else None
+        return since(self.undo_tries)
 
     @property
     def is_under_way(self) -> bool:
@@ -268,7 +273,7 @@ class Step(Enum):
 _STEP: Final = members(Step)
 
 
-def undo_step(node: Node, record: StageRecord, *, spares: bool = False) -> Step:
+def undo_step(node: Node, record: StageRecord, spares: bool = False) -> Step:  # noqa: FBT001, FBT002 - by name alone it takes a tenth longer
     """What undoing this stage comes to next.
 
     Args:
@@ -278,18 +283,19 @@ def undo_step(node: Node, record: StageRecord, *, spares: bool = False) -> Step:
     """
     if node.role is _ROLE.PLAIN:
         return _STEP.CLEAR
-    if record.state is _S.COMPENSATING:
+    state = record.state
+    if state is _S.COMPENSATING:
         if record.undo_in_question and node.can_probe:
             return _STEP.PROBE
         # Its process may have died in its midst, and what goes on with it copes with doubt no more.
         return _STEP.HOLD if record.doubt and not node.undo_in_doubt else _STEP.COMPENSATE
-    if record.state is _S.STUCK or (record.held is not None and record.has_late_question):
+    if state is _S.STUCK or (record.held is not None and record.has_late_question):
         return _STEP.HOLD
     fallback_stands = record.fallback_ran and not spares
-    if record.state is _S.UNDONE and not fallback_stands:
+    if state is _S.UNDONE and not fallback_stands:
         return _STEP.CLEAR
     may_ask = node.can_probe and record.answer is None and not record.unanswered
-    if may_ask and (record.doubt or (record.state is _S.FAILED and record.attempts > record.never_ran)):
+    if may_ask and (record.doubt or (state is _S.FAILED and record.attempts > record.never_ran)):
         return _STEP.PROBE
     if record.past_pivot:
         # Its compensation undoes what may be, where it is made for not knowing; from there on nothing can be done about it.
