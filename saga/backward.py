@@ -110,7 +110,8 @@ class Backward(Employer):
         await self._workers.disband(self)
         if self._broken is not None:
             raise self._broken
-        return await self._amendments.note_late(self._saga) or self._is_overtaken
+        came_late = self._amendments.has_late(self._saga.id) and await self._amendments.note_late(self._saga)
+        return came_late or self._is_overtaken
 
     def _expire(self) -> None:
         self._expired = True
