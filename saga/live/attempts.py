@@ -167,7 +167,7 @@ class StageRun(Watched):
     async def _failed(self, outcome: Outcome, failure: Failure, began: float) -> Outcome | None:
         """Record how an attempt has failed; what the stage has come to with that, or None: it is attempted again."""
         saga, node, name, record = self._saga, self.node, self.name, self.record
-        left_within = await saga.children.left_within(name)
+        left_within = await saga.children.left_within(name) if saga.children.has_any else None
         # A plain stage has declared no effect, so there is nothing to be in doubt about.
         in_doubt = failure.kind in _CUT_SHORT and node.role is not Role.PLAIN
         asked = outcome.output is not None and outcome.output.status is _STATUS.RETRY
@@ -255,7 +255,7 @@ class StageRun(Watched):
     async def _raised(self, error: BaseException, seconds: float | None) -> Outcome:
         name, attempt = self.name, self.record.attempts
         self._saga.heed_signal(error)
-        was_cancelled = await self.absorb()
+        was_cancelled = bool(self.task.cancelling()) and await self.absorb()
         if self.reason is _KIND.TIMEOUT:
             why = f"no answer within {seconds:g} s"
             return Outcome(failure=Failure.of(name, FailureKind.TIMEOUT, why, attempt=attempt, instead=instead_of_cancel(error)))
@@ -276,7 +276,7 @@ class StageRun(Watched):
             await self._host.wind_up()
         for recording in self._saga.forgotten(self.name):
             outcome = await self._catch_up(recording, outcome)
-        return outcome if is_well else await self._checked(outcome)
+        return outcome if is_well or outcome.output is None else await self._checked(outcome)
 
     async def _catch_up(self, recording: Coroutine[Any, Any, None], outcome: Outcome) -> Outcome:
         """Record what the stage has recorded without `await`; the attempt's outcome with that."""
