@@ -552,7 +552,7 @@ BEYOND = CompensationFailed(stage="a", failure=FAILURE, past_pivot=True)
 def test_what_may_be_left_of_a_stage_runs_again_under_the_same_key_also_on_what_runs_anew(path: list[AnyEvent]) -> None:
     record = SagaState([CHAIN, *path, SagaEnded(status=SagaStatus.STUCK), SagaResumed(forward=True, by="ann")]).stages["b"]
 
-    assert (record.again, record.anew, record.next_execution) == (True, False, 1)
+    assert (record.again, record.anew, record.next_attempt()[1]) == (True, False, 1)
 
 
 def test_a_plain_stage_runs_again_on_what_was_half_undone() -> None:
@@ -569,7 +569,7 @@ def test_a_stage_that_never_ran_runs_for_the_first_time_on_what_runs_anew() -> N
 
     record = SagaState([CHAIN, *path]).stages["b"]
 
-    assert (record.again, record.next_execution) == (False, 1)
+    assert (record.again, record.next_attempt()[1]) == (False, 1)
 
 
 @pytest.mark.parametrize(
@@ -585,7 +585,7 @@ def test_the_key_of_what_was_undone_is_not_used_again_when_the_next_execution_di
 
     record = SagaState([STARTED, *DONE, BACK, *UNDONE, ended, RUNS_ON, kept_from_running]).stages["a"]
 
-    assert (record.execution, record.next_execution) == (1, 2)
+    assert (record.execution, record.next_attempt()[1]) == (1, 2)
 
 
 ENDED = SagaEnded(status=SagaStatus.COMPENSATED)
@@ -596,7 +596,7 @@ def test_what_was_undone_for_what_it_had_recorded_runs_in_another_execution() ->
 
     record = SagaState([STARTED, *recorded, BACK, *UNDONE, ENDED, RUNS_ON]).stages["a"]
 
-    assert (record.again, record.next_execution) == (True, 2)
+    assert (record.again, record.next_attempt()[1]) == (True, 2)
 
 
 def test_what_was_worked_out_from_what_is_gone_still_runs_anew_when_it_did_not_get_its_turn_and_what_stands_between_does_not() -> None:
@@ -640,7 +640,7 @@ def test_each_execution_has_a_number_of_its_own() -> None:
 
     record = SagaState([STARTED, *DONE, *undone, *again, *undone]).stages["a"]
 
-    assert record.next_execution == 3
+    assert record.next_attempt()[1] == 3
 
 
 def attempts_of(*failed: FailureKind, after: int = 0) -> list[AnyEvent]:
@@ -991,8 +991,8 @@ def test_what_a_probe_does_not_find_is_undone_if_it_has_been_and_failed_otherwis
 def test_what_a_probe_finds_to_have_been_undone_runs_again_under_another_key() -> None:
     doubted: list[AnyEvent] = [*PATHS[StageState.UNDONE], COMES_LATE, SagaEnded(status=SagaStatus.STUCK), RUNS_ON]
 
-    assert SagaState([STARTED, *doubted]).stages["a"].next_execution == 1
-    assert SagaState([STARTED, *doubted, StageProbed(stage="a", landed=False)]).stages["a"].next_execution == 2
+    assert SagaState([STARTED, *doubted]).stages["a"].next_attempt()[1] == 1
+    assert SagaState([STARTED, *doubted, StageProbed(stage="a", landed=False)]).stages["a"].next_attempt()[1] == 2
 
 
 @pytest.mark.parametrize(

@@ -139,8 +139,8 @@ class StageRun(Watched):
         seconds = self._offer.timeout or saga.policy.timeout
         began = saga.loop.time()
         while True:
-            attempt = 1 if record.is_due_anew else record.attempts + 1
-            await saga.journal.record(_stage_started(stage=name, attempt=attempt, execution=record.next_execution))
+            attempt, execution = record.next_attempt()
+            await saga.journal.record(_stage_started(stage=name, attempt=attempt, execution=execution))
             if self.task.cancelling():
                 # While a ledger wrote that outlasts it.
                 saga.stop_for_cancel()

@@ -213,11 +213,15 @@ class StageRecord:
         before = self.tries[self.attempts_before : -1]
         return not before or (self.attempts_before > 0 and all(attempt.failed is FailureKind.CRASHED for attempt in before))
 
-    @property
-    def next_execution(self) -> int:
-        """The execution of the attempt that starts next; one that was undone, or replaced before it began, is never gone on with."""
-        is_over = self.is_due_anew or (self.execution > 0 and not self.attempts)
-        return (self.execution or 1) + is_over
+    def next_attempt(self) -> tuple[int, int]:
+        """The number of the attempt that starts next, and its execution.
+
+        An execution that was undone, or replaced before it began, is never gone on with.
+        """
+        if self.again and self.anew:
+            return 1, (self.execution or 1) + 1
+        is_over = self.execution > 0 and not self.attempts
+        return self.attempts + 1, (self.execution or 1) + is_over
 
     def ask_anew(self) -> None:
         """What its probe answered, or did not, holds no more."""
