@@ -34,20 +34,23 @@ class Schedule:
     """
 
     def __init__(self, saga: LiveSaga, interceptors: Sequence[BaseInterceptor]) -> None:
-        self._graph = saga.blueprint.graph
+        graph = saga.blueprint.graph
+        self._nodes = graph.nodes
+        # Python looks up anew each time, in the class first, what is worked out when it is first asked for.
+        self._dependencies, self._dependents = graph.dependencies, graph.dependents
         self._snapshot = saga.snapshot
         self._ports = saga.ports
         # Stages are started where another one has ended: in its context, what it bound would be bound for them.
         self._context = copy_context()
         self._inputs: dict[str, dict[str, StageOutput]] = {}
-        self._left = len(self._graph.names)
+        self._left = len(graph.nodes)
         self._over: asyncio.Future[None] = saga.loop.create_future()
         self._around = Around(saga, interceptors) if interceptors or saga.has_hooks() else None
         self.is_watched = self._around is not None
 
     async def run(self, stages: Stages) -> None:
         """Start the stages, until all have ended or the saga stops."""
-        self._start(stages, [node.name for node in self._graph.nodes if not node.dependencies])
+        self._start(stages, [node.name for node in self._nodes if not node.dependencies])
         await self._over
 
     def _start(self, stages: Stages, ready: list[str]) -> None:
@@ -67,7 +70,7 @@ class Schedule:
             snapshot=self._snapshot,
             prior_outputs=self._inputs.pop(name, {}),  # what nobody needs any more may be large
             ports=self._ports,
-            declared_deps=self._graph.dependencies[name],
+            declared_deps=self._dependencies[name],
             stage_name=name,
         )
 
@@ -77,11 +80,11 @@ class Schedule:
         if not self._left:
             end(self._over)
         enabled = []
-        for dependent in self._graph.dependents[name]:
+        for dependent in self._dependents[name]:
             inputs = self._inputs.setdefault(dependent, {})
             # In the order in which they ended, as stageflow has them.
             inputs[name] = output
-            if len(inputs) == len(self._graph.dependencies[dependent]):
+            if len(inputs) == len(self._dependencies[dependent]):
                 enabled.append(dependent)
         return enabled
 
