@@ -96,6 +96,8 @@ class SagaState:
         self.is_spotless = True
         self._started = 0
         self._undo_started = 0
+        # Python looks up anew each time what an object has of its class.
+        self._fold = self._FOLD
         for event in rest:
             self.apply(event)
 
@@ -109,7 +111,7 @@ class SagaState:
             raise self._contradiction("a saga without that stage", event)
         if not self._may_follow(record, event):
             raise self._contradiction(f"stage {event.stage!r} in state {record.state.value}", event)
-        self._FOLD[type(event)](self, record, event)
+        self._fold[type(event)](self, record, event)
         if record.held is not None and record.has_late_question:
             # Whatever becomes known of another execution.
             record.doubt = True
