@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import fields as fields_of
+from operator import attrgetter
 from typing import Any, Final
 
 from stageflow.api import PipelineContext
@@ -52,6 +53,7 @@ _RECORDED: Final = (
     "data",
 )
 """What of stageflow's context is recorded, so that a saga can go on without its caller."""
+_values_recorded: Final = attrgetter(*_RECORDED)
 _HANDED_ON: Final = frozenset(_RECORDED) - {"created_at"}
 """What stageflow's `create` only hands on to the constructor, or copies where it is a dict, which `with_dicts` has done."""
 _BUNDLES: Final[Mapping[str, Any]] = {
@@ -198,8 +200,7 @@ def snapshot_of(context: PipelineContext) -> ContextSnapshot[Any]:
 def recorded_input(context: PipelineContext) -> dict[str, Any]:
     """The fields of a context that a ledger keeps."""
     recorded = {}
-    for name in _RECORDED:
-        value = getattr(context, name)
+    for name, value in zip(_RECORDED, _values_recorded(context), strict=True):
         if value or (value is not None and name not in _DICTS):
             recorded[name] = copied(_written(name, value) if name in _BUNDLES else value)
     return recorded
