@@ -318,6 +318,18 @@ def cut_short_and_repeated(saga: Interrupted, phase: str) -> None:
     assert saga.world.refusals == (["the compensation of b was interrupted"] if phase == "a compensation runs" else [])
 
 
+class Numbered(asyncio.Task[Any]):
+    """A task of ours that is named as asyncio names any other: that tells in which order they were made."""
+
+    def __init__(self, work: Coroutine[Any, Any, Any], *, loop: asyncio.AbstractEventLoop, name: str) -> None:
+        super().__init__(work, loop=loop)
+
+
+@pytest.fixture(autouse=True)
+def _in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asyncio, "Task", Numbered)
+
+
 def in_order(tasks: set[asyncio.Task[Any]]) -> list[asyncio.Task[Any]]:
     return sorted(tasks, key=lambda task: int(task.get_name().removeprefix("Task-")))
 

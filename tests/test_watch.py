@@ -45,6 +45,15 @@ def left_by(strike: type[BaseException], main: Callable[[], Coroutine[Any, Any, 
         runner.run(main())
 
 
+def test_a_task_of_ours_says_by_its_name_whose_it_is() -> None:
+    async def play() -> str:
+        task = start(asyncio.sleep(0))
+        await task
+        return task.get_name()
+
+    assert run(play()) == "saga"
+
+
 def test_a_task_that_is_cancelled_before_it_begins_begins_all_the_same() -> None:
     begun: list[int] = []
 
