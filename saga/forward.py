@@ -51,6 +51,9 @@ class Forward(Stages, WholeRun):
         self.interrupted: asyncio.Future[None] = saga.loop.create_future()
         # What was let pass is not what is recorded: interceptors and hooks may have changed it on its way to the others.
         self.passed: dict[str, StageOutput] = {}
+        # Taken out of the policy once: of a model Python looks up each field anew, and then asks the model for it.
+        self.timeout: float | None = saga.policy.timeout
+        self.grace: float = saga.policy.cancel_grace
         self._saga = saga
         self._state = saga.journal.state
         self._journal = saga.journal

@@ -55,11 +55,15 @@ class WholeRun(Employer, Protocol):
         stopped: Done when no stage starts any more, and no further attempt of one.
         interrupted: Done when what still runs is cancelled.
         passed: What interceptors and hooks have let pass of stages' outputs, where a stage may have to be given that anew.
+        timeout: Seconds for one attempt of a stage that says nothing of that; None: no limit.
+        grace: Seconds within which code is to end that was cancelled.
     """
 
     stopped: asyncio.Future[None]
     interrupted: asyncio.Future[None]
     passed: dict[str, StageOutput]
+    timeout: float | None
+    grace: float
 
     def refuse_unkept(self, name: str) -> None:
         """Stop because the ledger could not keep what a stage gave."""
@@ -136,7 +140,7 @@ class StageRun(Watched):
     async def attempts(self) -> Outcome:
         """Attempt the stage as often as its retry allows; the outcome is in the ledger when this returns."""
         saga, name, record = self._saga, self.name, self.record
-        seconds = self._offer.timeout or saga.policy.timeout
+        seconds = self._offer.timeout or self.employer.timeout
         began = saga.loop.time()
         while True:
             attempt, execution = record.next_attempt()
@@ -219,7 +223,7 @@ class StageRun(Watched):
 
     async def _attempt(self, seconds: float | None) -> Outcome:
         context = self._context(AttemptHost(self._saga, self.name, self.record.attempts))
-        self.begin(seconds, None if self._offer.bounds_itself else self._saga.policy.cancel_grace)
+        self.begin(seconds, None if self._offer.bounds_itself else self.employer.grace)
         try:
             returned = await self._saga.actions.execute(context)
         except BaseException as error:
@@ -328,7 +332,7 @@ class StageRun(Watched):
         """Record that nobody waits any more for code that ignored its cancel: it is in doubt, and may still be running."""
         assert self.reason is not None  # it was cancelled before it was given up
         self._host.give_up()
-        message = f"it ignored its cancel for {self._saga.policy.cancel_grace:g} s and was given up; it may still be running"
+        message = f"it ignored its cancel for {self.employer.grace:g} s and was given up; it may still be running"
         failure = Failure.of(self.name, self.reason, message, attempt=self.record.attempts)
         in_doubt = self.node.role is not Role.PLAIN
         await self._saga.journal.record(StageFailed(stage=self.name, failure=failure, in_doubt=in_doubt))
@@ -383,7 +387,7 @@ class StageRun(Watched):
         return output
 
     async def _fallback(self, failure: Failure) -> StageOutput | None:
-        seconds, attempt = self._offer.timeout or self._saga.policy.timeout, self.record.attempts
+        seconds, attempt = self._offer.timeout or self.employer.timeout, self.record.attempts
         self._give_anew()
         context = self._context(FallbackHost(self._saga, self.name, attempt))
         try:
@@ -391,7 +395,7 @@ class StageRun(Watched):
             returned = await bounded(
                 call,
                 seconds=seconds,
-                grace=self._saga.policy.cancel_grace,
+                grace=self.employer.grace,
                 gives_up=self._saga.keeper.gives_up,
                 stop=self.employer.interrupted,
             )
