@@ -30,7 +30,6 @@ class Outcome:
     output: StageOutput | None = None
     failure: Failure | None = None
 
-    @property
     def is_well(self) -> bool:
         """Whether it has not failed, and gave an output, so that its effect is taken to have landed."""
         return self.failure is None and self.output is not None and self.output.status is _STATUS.OK

@@ -155,7 +155,7 @@ class StageRun(Watched):
             outcome = await self._attempt(seconds)
             if self.given_up:
                 return outcome
-            if name in saga.recordings or not outcome.is_well:
+            if name in saga.recordings or not outcome.is_well():
                 outcome = await self._wound_up(outcome)
             if record.state is _S.KEPT:
                 return outcome
@@ -275,7 +275,7 @@ class StageRun(Watched):
 
     async def _wound_up(self, outcome: Outcome) -> Outcome:
         """The outcome of an attempt of which nothing runs any more, seen against all that is known."""
-        is_well = outcome.is_well
+        is_well = outcome.is_well()
         if not is_well:
             await self._host.wind_up()
         for recording in self._saga.forgotten(self.name):
@@ -340,7 +340,7 @@ class StageRun(Watched):
 
     async def came_late(self, outcome: Outcome) -> None:
         """Hand over what code came to that nobody waited for any more."""
-        if outcome.is_well:
+        if outcome.is_well():
             assert outcome.output is not None  # or it would not be well
             self._saga.comes_late(StageCompleted(stage=self.name, output=copied_output(outcome.output), late=True))
         elif self.record.answer is False:
