@@ -58,7 +58,7 @@ def _deep(value: Any) -> Any:
 def copied_output(output: StageOutput) -> StageOutput:
     """Copy an output deeply enough that no later stage can change what was recorded."""
     if type(output) is StageOutput:
-        made = _new(_Unfrozen)
+        made = _unfrozen()
         fresh: Any = made
         fresh.status, fresh.error = output.status, output.error
         fresh.duration_ms, fresh.version = output.duration_ms, output.version
@@ -78,8 +78,7 @@ def copied_output(output: StageOutput) -> StageOutput:
     return derived
 
 
-_new: Final = object.__new__
-_Unfrozen: Final = unfrozen(StageOutput)
+_unfrozen: Final = unfrozen(StageOutput)
 _MUTABLE: Final = frozenset({"data", "artifacts", "events"})
 """What of an output can be changed in place."""
 
