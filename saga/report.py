@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property
 from heapq import merge
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
 from stageflow.api import PipelineResults, StageOutput
@@ -173,7 +173,7 @@ class StageReport:
                 failure=record.undo_failure,
                 tries=record.undo_tries,
             )
-        make: type[Self] = _stage_report if cls is StageReport else cls  # type: ignore[assignment]
+        make = cast("type[Self]", _stage_report) if cls is StageReport else cls
         # Python packs more than fifteen names into a dict, and takes them out again.
         made = make(
             state=state,
@@ -305,7 +305,7 @@ class SagaReport(BaseModel):
             is_asked = where is _S.STUCK or where is _S.IN_DOUBT
             verdicts = verdicts_on(state, name, is_turned_back=is_turned_back) if is_asked else ()
             stages[name] = StageReport.of(state.stages[name], where, node.dependencies, children.get(name, ()), unread.get(name), verdicts)
-        make: type[Self] = _saga_report if cls is SagaReport else cls  # type: ignore[assignment]
+        make = cast("type[Self]", _saga_report) if cls is SagaReport else cls
         return make(
             saga_id=state.started.saga_id,
             pipeline=state.started.pipeline,

@@ -64,7 +64,7 @@ class Rollback:
 
     def step(self, name: str) -> Step:
         """What undoing a stage of the scope comes to next."""
-        return undo_step(self._nodes[name], self._records[name], name in self._spared)
+        return undo_step(self._nodes[name], self._records[name], spares=name in self._spared)
 
     def take(self) -> str | None:
         """Take the open stage that started last; None: there is none to be taken."""

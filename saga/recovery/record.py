@@ -277,7 +277,7 @@ class Step(Enum):
 _STEP: Final = members(Step)
 
 
-def undo_step(node: Node, record: StageRecord, spares: bool = False) -> Step:  # noqa: FBT001, FBT002 - by name alone it takes a tenth longer
+def undo_step(node: Node, record: StageRecord, *, spares: bool = False) -> Step:
     """What undoing this stage comes to next.
 
     Args:
