@@ -216,10 +216,8 @@ class Amendments:
         Returns:
             Whether anything did.
         """
-        if not self.has_late(saga.id):
-            return False
         noted = False
-        async for event in self._news(saga.journal.state, self._late.pop(saga.id), is_in_hand):
+        async for event in self._news(saga.journal.state, self._late.pop(saga.id, []), is_in_hand):
             await saga.journal.record(event)
             noted = True
         return noted

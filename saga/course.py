@@ -65,8 +65,7 @@ class Course:
             await self._conclude(chapter.stop)
         else:
             assert chapter.reason is not None  # a saga goes backward for a reason
-            if self._saga.children.has_any:
-                await self._note_cut_off()
+            await self._note_cut_off()
             await self._back(chapter.reason)
 
     async def _drive(self, forward: Forward, before: Sequence[AnyEvent]) -> None:

@@ -1639,6 +1639,18 @@ def test_a_saga_whose_process_died_can_be_undone_on_demand() -> None:
         assert world.refusals == []
 
 
+def test_a_branch_that_fell_before_its_process_died_takes_along_what_comes_after_it() -> None:
+    shape = {"fails": (), "falls": ("fails",), "slow": (), "joins": ("falls", "slow")}
+    world, pipeline = scene(shape, {"fails": Script("raise"), "slow": Script(before=1)}, {"slow": "probed"})
+    coordinator, _ = killed_while(pipeline, ContinueWithFallback(without_fallback="skip_branch"), StageCompleted)
+
+    report = run(coordinator.resume("s", pipeline))
+
+    assert report.skipped == ("falls", "joins")
+    assert "+joins" not in world.log
+    assert (report.status, world.standing) == (SagaStatus.COMPENSATED, {})
+
+
 @pytest.mark.parametrize("kills", [CompensationStarted, CompensationCompleted, SagaEnded])
 def test_a_saga_whose_process_died_while_it_undid_its_orphans_is_undone_as_a_whole_on_demand(kills: type[Any]) -> None:
     shape = {"orphan": (), "falls": ("orphan",), "kept": ()}

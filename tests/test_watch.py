@@ -228,3 +228,28 @@ def test_nobody_complains_of_an_error_that_comes_to_whoever_was_cancelled(caplog
     run(play())
 
     assert not caplog.records
+
+
+def test_whoever_waits_for_a_crew_hears_of_a_member_that_was_killed_before_it_was_dismissed() -> None:
+    notes = Notes()
+
+    async def killed() -> None:
+        raise OSError("struck")
+
+    async def play() -> None:
+        until = asyncio.Event()
+
+        async def works() -> None:
+            await until.wait()
+
+        crew = crew_of(works(), employer=notes)
+        [member] = crew.members
+        member.successor = asyncio.ensure_future(killed())
+        await outlast({member.successor})
+        await crew.disband(notes)
+        until.set()
+        await outlast({member.task})
+
+    run(play())
+
+    assert [str(error) for error in notes.broken] == ["struck"]

@@ -239,10 +239,9 @@ class SagaState:
                 # It could not be undone; now it need not be, and who goes forward may ask for it again.
                 record.unstick()
 
-    def _note(self, failure: Failure | None) -> None:
+    def _note(self, failure: Failure) -> None:
         # The cause of a turn is usually a stage's failure that is noted already.
-        if failure is not None:
-            self.failures[failure] = None
+        self.failures[failure] = None
 
     def first_of(self, failures: Iterable[Failure]) -> Failure | None:
         """Which of some of its failures the ledger has first; None of none."""
