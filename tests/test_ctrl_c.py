@@ -7,6 +7,7 @@ task and waits for them all.
 from __future__ import annotations
 
 import asyncio
+import dis
 import gc
 import logging
 import os
@@ -44,6 +45,7 @@ from saga import (
 )
 from saga.events import AnyEvent, StageProbed
 from saga.keeper import SagaKeeper
+from saga.ledger import _TURN
 from saga.ledgers.sqlite import SQLiteLedger
 from saga.live.around import Around
 from saga.live.scheduling import Schedule
@@ -667,12 +669,18 @@ class Strike:
     def at_call(self, frame: FrameType, *_: Any) -> Any:
         return self.at_line if frame.f_code.co_filename.startswith(self.OURS) else None
 
-    def at_line(self, _: FrameType, event: str, __: Any) -> Any:
-        if event == "line":
+    def at_line(self, frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line" and not _leaves_with(frame):
             self.lines += 1
             if self.lines == self.line:
                 raise KeyboardInterrupt
         return self.at_line
+
+
+def _leaves_with(frame: FrameType) -> bool:
+    """Whether a `with` block is just left, which for a trace function is a line; between its body and `__exit__` Python heeds no signal."""
+    following = frame.f_code.co_code[frame.f_lasti : frame.f_lasti + 6 : 2]
+    return following == bytes([dis.opmap["LOAD_CONST"]] * 3)  # three times None
 
 
 def struck(line: int, cancelled_at: float | None, *, is_watched: bool) -> int:
@@ -697,6 +705,7 @@ def struck(line: int, cancelled_at: float | None, *, is_watched: bool) -> int:
         pass
     finally:
         sys.settrace(tracing)
+    assert repr(_TURN).startswith("<unlocked")  # or another thread would wait for ever
     if run(ledger.read("s")):
         report = resumed_elsewhere(ledger, world, pipeline)
         assert report.ended_at is not None
