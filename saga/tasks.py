@@ -35,8 +35,8 @@ def start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     """
     begun = _begun(work)
     begun.send(None)
-    # Not by the loop, whose task factory may run a task before its maker knows of it, as asyncio.eager_task_factory does. It has one
-    # name: to put one together, Task-12, takes asyncio a third of what it takes to make a task.
+    # Not by the loop, whose task factory may run a task before its maker knows of it, as asyncio.eager_task_factory does. All have
+    # one name: asyncio would put one together for each, Task-12.
     return asyncio.Task(begun, loop=asyncio.get_running_loop(), name="saga")
 
 
