@@ -45,7 +45,7 @@ class _Worker(Watched):
     __slots__ = ("raised", "stage")
 
     def __init__(self, stage: str, employer: Employer) -> None:
-        Watched.__init__(self, employer)
+        super().__init__(employer)
         self.stage = stage
         self.raised: BaseException | None = None
 

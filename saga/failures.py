@@ -6,13 +6,12 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from traceback import StackSummary, TracebackException, walk_tb
 from types import CodeType, FrameType, TracebackType
-from typing import Any, ClassVar, Final, Self, TypeVar
+from typing import Any, ClassVar, Final, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
+from saga.quick import filled
 from saga.text import brief, qualified, said, written
-
-F = TypeVar("F", bound="Failure")
 
 
 class FailureKind(StrEnum):
@@ -104,7 +103,7 @@ class Failure(BaseModel):
             "of_probe": of_probe,
         }
         names = set(given)
-        stored, made = _made(cls, {**given, "exception": None}, names), _made(cls, {**given, "exception": error}, names)
+        stored, made = filled(cls, {**given, "exception": None}, names), filled(cls, {**given, "exception": error}, names)
         object.__setattr__(made, "_stored_as", stored)
         return made
 
@@ -130,7 +129,7 @@ class Failure(BaseModel):
 
     def _but(self, exception: BaseException | None) -> Self:
         """The same failure, but with this exception; pydantic's own copy would not share what never changes."""
-        return _made(self.__class__, {**self.__dict__, "exception": exception}, self.__pydantic_fields_set__)
+        return filled(self.__class__, {**self.__dict__, "exception": exception}, self.__pydantic_fields_set__)
 
     def _stored(self) -> tuple[object, ...]:
         return tuple(getattr(self, field) for field in Failure.model_fields if field != "exception")
@@ -139,16 +138,6 @@ class Failure(BaseModel):
         """Say who failed, in what way and with which words."""
         who = f"stage {self.stage!r}" if self.stage is not None else "the saga"
         return f"{who} {'could not be asked' if self.of_probe else _SAID[self.kind]}{in_its_words(self)}"
-
-
-def _made(kind: type[F], valid: dict[str, Any], given: set[str]) -> F:
-    """A failure of these fields; no method of its class, which pydantic looks up at the cost of all this."""
-    made, put = object.__new__(kind), object.__setattr__
-    put(made, "__dict__", valid)
-    put(made, "__pydantic_fields_set__", given)
-    put(made, "__pydantic_extra__", None)
-    put(made, "__pydantic_private__", None)
-    return made
 
 
 def without_exception(failure: Failure) -> Failure:

@@ -85,17 +85,24 @@ def model_maker(kind: type[M]) -> type[M]:
 
     It makes what `model_construct` does, which takes longer than to validate them. Nothing is to be seen to beside the fields.
     """
-    new, put = object.__new__, object.__setattr__
 
     def make(**each: Any) -> M:
-        made = new(kind)
-        put(made, "__dict__", each)
-        put(made, "__pydantic_fields_set__", set(each))
-        put(made, "__pydantic_extra__", None)
-        put(made, "__pydantic_private__", None)
-        return made
+        return filled(kind, each, set(each))
 
     return cast("type[M]", make)
+
+
+def filled(kind: type[M], valid: dict[str, Any], given: set[str]) -> M:
+    """A pydantic model of these fields, of which it is known that they are valid, and which of them were given.
+
+    No method of the model: to look one up pydantic takes as long as all of this.
+    """
+    made, put = object.__new__(kind), object.__setattr__
+    put(made, "__dict__", valid)
+    put(made, "__pydantic_fields_set__", given)
+    put(made, "__pydantic_extra__", None)
+    put(made, "__pydantic_private__", None)
+    return made
 
 
 def unfrozen(kind: type[T]) -> Callable[[], T]:

@@ -35,9 +35,7 @@ def protected(state: SagaState) -> frozenset[str]:
         return frozenset()
     pivots = state.graph.points_of_no_return
     stays = [
-        name
-        for name, record in state.stages.items()
-        if record.past_pivot or (record.landed and (name in pivots or (record.settled is not None and record.is_kept_by_word)))
+        name for name, record in state.stages.items() if record.past_pivot or (record.landed and (name in pivots or record.is_kept_by_word))
     ]
     return state.graph.with_ancestors(stays)
 
@@ -99,11 +97,8 @@ def undo_scope(state: SagaState, reason: TurnReason) -> set[str]:
 
 def spared(state: SagaState, reason: TurnReason) -> frozenset[str]:
     """The stages of whose fallbacks the sagas stay, because what uses them does."""
-    for record in state.stages.values():
-        if record.fallback_ran:
-            ran = [name for name, record in state.stages.items() if record.fallback_ran]
-            return frozenset(ran) - _useless(state, reason)
-    return frozenset()
+    ran = [name for name, record in state.stages.items() if record.fallback_ran]
+    return frozenset(ran) - _useless(state, reason) if ran else frozenset()
 
 
 def left_to_undo(state: SagaState, reason: TurnReason) -> dict[str, Step]:
@@ -123,7 +118,7 @@ def _standing(state: SagaState) -> set[str]:
     standing, kept = set(), []
     pivots = state.graph.points_of_no_return
     for name, record in state.stages.items():
-        if record.settled is not None and record.is_kept_by_word:
+        if record.is_kept_by_word:
             kept.append(name)
         elif (name in pivots or record.past_pivot) and _stands_by_pivot(state.graph[name], record):
             standing.add(name)
